@@ -1,0 +1,33 @@
+"""The precision in which losses compute."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import wraps
+from typing import TypeVar
+
+import torch
+
+Result = TypeVar("Result")
+
+
+def at_least_float32(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Run a loss with autocast off and its half precision tensors as float32.
+
+    Entropies, exponentials and similarities lose too much in half precision: in float16, exp overflows at 12 and 1e-8
+    is 0. Tensors of higher precision stay as they are, so that gradcheck can be run in float64.
+    """
+
+    @wraps(function)
+    def in_float32(*arguments, **options):
+        device = next((a.device.type for a in arguments if isinstance(a, torch.Tensor)), "cpu")
+        # Some devices refuse to hear of autocast at all, so it is only switched off where it is on.
+        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+            return function(*map(_widened, arguments), **{name: _widened(value) for name, value in options.items()})
+
+    return in_float32
+
+
+def _widened(value):
+    if isinstance(value, torch.Tensor) and value.dtype in (torch.float16, torch.bfloat16):
+        return value.float()
+    return value

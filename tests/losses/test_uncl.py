@@ -1,0 +1,132 @@
+"""UnCL equals its equation, computed here voxel by voxel with the math module."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nnunet_dycon.losses import UnCLLoss, uncl_loss
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "dycon_released_69c1384.json").read_text())
+
+
+def uncl_by_voxels(student: torch.Tensor, teacher: torch.Tensor, beta: float) -> float:
+    """Eq. 1, one voxel after another."""
+
+    def softmax(values):
+        largest = max(values)
+        exponentials = [math.exp(v - largest) for v in values]
+        return [e / sum(exponentials) for e in exponentials]
+
+    def entropy(probabilities):
+        return -sum(p * math.log(p) for p in probabilities if p > 0)
+
+    batch, classes = student.shape[:2]
+    total, voxels = 0.0, 0
+    for b in range(batch):
+        for s, t in zip(student[b].reshape(classes, -1).T.tolist(), teacher[b].reshape(classes, -1).T.tolist()):
+            p, q = softmax(s), softmax(t)
+            distance = sum((x - y) ** 2 for x, y in zip(p, q))
+            hs, ht = entropy(p), entropy(q)
+            total += distance / (math.exp(beta * hs) + math.exp(beta * ht)) + beta * (hs + ht)
+            voxels += 1
+    return total / voxels
+
+
+def logits(*shape: int, seed: int = 0, dtype=torch.float64) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype) * 2
+
+
+def test_value_worked_out_by_hand():
+    """Voxel 1: p_s = p_t = (1/2, 1/2). Voxel 2: the student is sure (logits 100, 0), the teacher halves.
+
+    β = 1, H = ln 2 or 0. Voxel 1: 0/(2+2) + 2 ln 2. Voxel 2: (1/4 + 1/4)/(1 + 2) + ln 2. Mean: 1/12 + 3/2 ln 2.
+    """
+    student = torch.tensor([[[0.0, 100.0], [0.0, 0.0]]], dtype=torch.float64)
+    assert uncl_loss(student, torch.zeros_like(student), beta=1.0).item() == pytest.approx(
+        1 / 12 + 1.5 * math.log(2), rel=1e-12
+    )
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 5), (2, 3, 4, 3), (3, 4, 2, 3, 2)])
+@pytest.mark.parametrize("beta", [0.0, 0.5, 5.0])
+def test_equals_the_equation(shape, beta):
+    student, teacher = logits(*shape), logits(*shape, seed=1)
+    assert uncl_loss(student, teacher, beta).item() == pytest.approx(uncl_by_voxels(student, teacher, beta), rel=1e-9)
+
+
+@pytest.mark.parametrize("entry", GOLDEN["uncl"], ids=lambda entry: f"beta={entry['beta']}")
+def test_agrees_with_the_released_code(entry):
+    """The released code adds 1e-6 inside the logarithm, which is worth up to 1e-4."""
+    student = torch.tensor(GOLDEN["uncl_inputs"]["student_logits"], dtype=torch.float64)
+    teacher = torch.tensor(GOLDEN["uncl_inputs"]["teacher_logits"], dtype=torch.float64)
+    assert uncl_loss(student, teacher, entry["beta"]).item() == pytest.approx(entry["loss"], rel=1e-4)
+
+
+def test_gradient_is_that_of_the_value():
+    student, teacher = logits(2, 3, 2, 2).requires_grad_(), logits(2, 3, 2, 2, seed=1)
+    assert torch.autograd.gradcheck(lambda s: uncl_loss(s, teacher, 2.0), student)
+
+
+def test_gradient_reaches_the_student_and_never_the_teacher():
+    student, teacher = logits(1, 2, 4).requires_grad_(), logits(1, 2, 4, seed=1).requires_grad_()
+    uncl_loss(student, teacher, 1.0).backward()
+    assert student.grad.abs().min() > 0
+    assert teacher.grad is None
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 1000), st.permutations(range(6)), st.permutations(range(3)))
+def test_order_of_voxels_and_classes_does_not_matter(seed, voxels, classes):
+    student, teacher = logits(2, 3, 6, seed=seed), logits(2, 3, 6, seed=seed + 1)
+    changed = [x[:, list(classes)][:, :, list(voxels)] for x in (student, teacher)]
+    torch.testing.assert_close(uncl_loss(*changed, 1.5), uncl_loss(student, teacher, 1.5))
+
+
+def test_batch_is_the_mean_of_its_images():
+    student, teacher = logits(4, 2, 3, 3), logits(4, 2, 3, 3, seed=1)
+    each = torch.stack([uncl_loss(student[i : i + 1], teacher[i : i + 1], 0.7) for i in range(4)])
+    torch.testing.assert_close(uncl_loss(student, teacher, 0.7), each.mean())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+def test_extreme_logits_stay_finite(dtype, scale):
+    student = (torch.sign(logits(2, 3, 4)) * scale).to(dtype).requires_grad_()
+    teacher = (torch.sign(logits(2, 3, 4, seed=1)) * scale).to(dtype)
+    loss = uncl_loss(student, teacher, 5.0)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert torch.isfinite(loss)
+    assert torch.isfinite(student.grad).all()
+
+
+def test_autocast_does_not_lower_the_precision():
+    student, teacher = logits(2, 2, 8, dtype=torch.float32), logits(2, 2, 8, seed=1, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = uncl_loss(student, teacher, 3.0)
+    assert inside.dtype == torch.float32
+    torch.testing.assert_close(inside, uncl_loss(student, teacher, 3.0), rtol=0, atol=0)
+
+
+def test_module_calls_the_function():
+    student, teacher = logits(1, 2, 4), logits(1, 2, 4, seed=1)
+    assert UnCLLoss(0.9)(student, teacher) == uncl_loss(student, teacher, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "beta", "message"),
+    [
+        (((1, 2, 3), (1, 2, 4)), 1.0, "same shape"),
+        (((1, 1, 3), (1, 1, 3)), 1.0, "at least two classes"),
+        (((1, 2, 3), (1, 2, 3)), -1.0, "beta must not be negative"),
+        (((1, 2, 3), (1, 2, 3)), math.nan, "beta must not be negative"),
+    ],
+)
+def test_wrong_arguments_are_named(shapes, beta, message):
+    with pytest.raises(ValueError, match=message):
+        uncl_loss(torch.zeros(shapes[0]), torch.zeros(shapes[1]), beta)
