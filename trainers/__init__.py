@@ -1,1 +1,1 @@
-"""The trainers, one file each. Installed as nnunet_dycon.trainers; nnU-Net finds them through nnunet_dycon.discovery."""
+"""The trainers, one file each: nnunet_dycon.trainers when installed; nnU-Net finds them via nnunet_dycon.discovery."""

@@ -1,7 +1,8 @@
 """The losses: pure functions of tensors, and small modules that hold their constants."""
 
 from nnunet_dycon.losses.consistency import softmax_mse_loss
+from nnunet_dycon.losses.entropy import softmax_entropy
 from nnunet_dycon.losses.fecl import FeCLLoss, fecl_loss
 from nnunet_dycon.losses.uncl import UnCLLoss, uncl_loss
 
-__all__ = ["FeCLLoss", "UnCLLoss", "fecl_loss", "softmax_mse_loss", "uncl_loss"]
+__all__ = ["FeCLLoss", "UnCLLoss", "fecl_loss", "softmax_entropy", "softmax_mse_loss", "uncl_loss"]

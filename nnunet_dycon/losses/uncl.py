@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from nnunet_dycon.losses.entropy import softmax_and_entropy
 from nnunet_dycon.losses.precision import at_least_float32
 
 
@@ -49,17 +50,11 @@ def uncl_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, beta: 
         raise ValueError(f"logits must be (B, C, *spatial) with at least two classes, got {student_logits.shape}")
     if not beta >= 0:
         raise ValueError(f"beta must not be negative, got {beta}")
-    student, student_entropy = _softmax_and_entropy(student_logits)
-    teacher, teacher_entropy = _softmax_and_entropy(teacher_logits.detach())
+    student, student_entropy = softmax_and_entropy(student_logits)
+    teacher, teacher_entropy = softmax_and_entropy(teacher_logits.detach())
     distance = (student - teacher).square().sum(1)
     certainty = 1.0 / (torch.exp(beta * student_entropy) + torch.exp(beta * teacher_entropy))
     return (distance * certainty + beta * (student_entropy + teacher_entropy)).mean()
-
-
-def _softmax_and_entropy(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    log_probabilities = torch.log_softmax(logits, 1)
-    probabilities = log_probabilities.exp()
-    return probabilities, -(probabilities * log_probabilities).sum(1)
 
 
 class UnCLLoss(nn.Module):

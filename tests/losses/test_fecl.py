@@ -181,7 +181,7 @@ def test_nothing_to_contrast_is_a_differentiable_zero(labels):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("temperature", [0.03, 0.6])
 def test_half_precision_and_equal_embeddings_stay_finite(dtype, temperature):
-    """Teacher equal to the student, and two opposite directions only: cosines of exactly ±1, a hair above by rounding."""
+    """Teacher equal to the student, all embeddings on one line: cosines of ±1, or a hair beyond by rounding."""
     direction = torch.randn(8, generator=torch.Generator().manual_seed(0))
     signs = torch.tensor([1.0, 1, -1, -1, 1, -1])
     embedding = (signs[None, :, None] * direction * 100).to(dtype).requires_grad_()

@@ -1,0 +1,70 @@
+"""What goes into a method's step and what a network gives back. Unlabeled batches have no place for a label."""
+
+from dataclasses import dataclass
+
+import torch
+
+Targets = torch.Tensor | list[torch.Tensor]
+
+
+@dataclass(frozen=True)
+class LabeledBatch:
+    """Patches of labeled cases.
+
+    Attributes:
+        weak: (B, C, *spatial), with spatial and mirror augmentation only.
+        strong: (B, C, *spatial), the same patches, voxel by voxel, with nnU-Net's intensity augmentation as well.
+        targets: (B, 1, *spatial) label maps; with deep supervision a list of them, highest resolution first.
+        keys: the B case identifiers.
+    """
+
+    weak: torch.Tensor
+    strong: torch.Tensor
+    targets: Targets
+    keys: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.strong)
+
+    @property
+    def target(self) -> torch.Tensor:
+        """(B, *spatial), the label map at full resolution."""
+        highest = self.targets[0] if isinstance(self.targets, list) else self.targets
+        return highest[:, 0]
+
+
+@dataclass(frozen=True)
+class UnlabeledBatch:
+    """Patches of unlabeled cases: two views, and no target.
+
+    Attributes:
+        weak: (B, C, *spatial), with spatial and mirror augmentation only.
+        strong: (B, C, *spatial), the same patches, voxel by voxel, with nnU-Net's intensity augmentation as well.
+        keys: the B case identifiers.
+    """
+
+    weak: torch.Tensor
+    strong: torch.Tensor
+    keys: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.strong)
+
+
+@dataclass(frozen=True)
+class StudentOutput:
+    """What a network says about a batch of images.
+
+    Attributes:
+        logits: (B, K, *spatial) each, highest resolution first; more than one with deep supervision.
+        features: (B, F, *grid) of the tapped encoder stage, or None where no stage is tapped.
+    """
+
+    logits: list[torch.Tensor]
+    features: torch.Tensor | None = None
+
+    def __getitem__(self, samples: slice) -> "StudentOutput":
+        """The same for some samples of the batch."""
+        return StudentOutput(
+            [level[samples] for level in self.logits], None if self.features is None else self.features[samples]
+        )

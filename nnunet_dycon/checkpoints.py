@@ -1,0 +1,48 @@
+"""nnU-Net's checkpoint files, extended: all that is ours lies under one key, and files appear whole or not at all.
+
+Only tensors and plain dicts, lists and numbers go in, so that nnUNetv2_predict loads them without this package.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from nnunet_dycon.errors import UserError
+from nnunet_dycon.files import replacing
+
+KEY = "nnunet_dycon"
+
+
+def save_extended(filename: Path | str, save: Callable[[str], None], state: dict) -> None:
+    """Have ``save`` write nnU-Net's checkpoint, add our state to it, and only then give it its name."""
+    with replacing(filename) as partial:
+        save(str(partial))
+        checkpoint = torch.load(partial, map_location="cpu", weights_only=False)
+        checkpoint[KEY] = state
+        torch.save(checkpoint, partial)
+
+
+def load_state(filename: Path | str, trainer_name: str) -> dict:
+    """Our state in a checkpoint, on the CPU.
+
+    Raises:
+        UserError: another trainer wrote the file.
+    """
+    checkpoint = torch.load(filename, map_location="cpu", weights_only=False)
+    if KEY not in checkpoint or checkpoint["trainer_name"] != trainer_name:
+        raise UserError(
+            f"{filename} was written by {checkpoint['trainer_name']} and has no state for {trainer_name} to go on "
+            "from; start from its weights with -pretrained_weights instead"
+        )
+    return checkpoint[KEY]
+
+
+def save_for_prediction(filename: Path, source: Path, network_weights: dict[str, torch.Tensor]) -> None:
+    """Write a checkpoint like ``source`` with other weights, and without what only training needs."""
+    checkpoint = torch.load(source, map_location="cpu", weights_only=False)
+    checkpoint["network_weights"] = network_weights
+    for key in (KEY, "optimizer_state"):
+        del checkpoint[key]
+    with replacing(filename) as partial:
+        torch.save(checkpoint, partial)

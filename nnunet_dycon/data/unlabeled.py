@@ -1,0 +1,274 @@
+"""Unlabeled cases on disk: found in imagesUn, preprocessed as the labeled ones are, described by a manifest.
+
+nnUNet_raw/DatasetXXX/imagesUn is preprocessed into nnUNet_preprocessed/DatasetXXX/<data_identifier>_unlabeled, by
+nnU-Net's own preprocessor with the plans of the labeled cases. The manifest lies beside that folder, since nnU-Net
+wants nothing but cases inside. It tells whether the folder still fits the plans and the images.
+"""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from filelock import FileLock
+from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from tqdm import tqdm
+
+from nnunet_dycon.environment import nnunet_folder
+from nnunet_dycon.errors import UsageError, UserError
+from nnunet_dycon.files import replacing
+
+_MANIFEST_FORMAT = 1
+_CASE_FILES = (".b2nd", "_seg.b2nd", ".pkl")  # nnU-Net writes the last one last
+
+
+def preprocess_unlabeled(
+    dataset: str, configuration: str, plans_name: str = "nnUNetPlans", num_processes: int = 1
+) -> Path:
+    """Preprocess imagesUn, unless the folder is up to date; replace what is stale. Return the folder.
+
+    Args:
+        dataset: its ID or full name.
+        configuration: of nnU-Net's plans, such as 3d_fullres.
+        plans_name: plans identifier.
+        num_processes: that preprocess cases at the same time; 1 uses this process.
+
+    Raises:
+        UserError: an unlabeled case is not as it must be; the message names it.
+        UsageError: the data set, its plans or the configuration do not exist.
+    """
+    unlabeled = UnlabeledCases.of_dataset(dataset, configuration, plans_name)
+    with unlabeled.lock():
+        if unlabeled.fault() is not None:
+            unlabeled.build(num_processes)
+    return unlabeled.folder
+
+
+@dataclass(frozen=True)
+class UnlabeledCases:
+    """The unlabeled cases of a data set in one configuration of its plans."""
+
+    plans: PlansManager
+    configuration_name: str
+    dataset_json: dict
+
+    @classmethod
+    def of_dataset(cls, dataset: str, configuration: str, plans_name: str) -> "UnlabeledCases":
+        """Look the plans up in nnUNet_preprocessed."""
+        preprocessed = nnunet_folder("nnUNet_preprocessed")
+        try:
+            name = maybe_convert_to_dataset_name(int(dataset) if dataset.isdigit() else dataset)
+        except (RuntimeError, ValueError) as error:
+            raise UsageError(f"there is no data set {dataset}: {' '.join(str(error).split())}") from None
+        plans_file = preprocessed / name / f"{plans_name}.json"
+        for file in (plans_file, preprocessed / name / "dataset.json"):
+            if not file.is_file():
+                raise UsageError(f"{file} does not exist; run: nnUNetv2_plan_and_preprocess -d {dataset}")
+        plans = PlansManager(str(plans_file))
+        if configuration not in plans.available_configurations:
+            raise UsageError(
+                f"{plans_file} has no configuration {configuration}, only {plans.available_configurations}"
+            )
+        return cls(plans, configuration, json.loads((preprocessed / name / "dataset.json").read_text()))
+
+    @cached_property
+    def configuration(self) -> ConfigurationManager:
+        return self.plans.get_configuration(self.configuration_name)
+
+    @property
+    def raw(self) -> Path:
+        """Where the images lie: imagesUn of the raw data set."""
+        return nnunet_folder("nnUNet_raw") / self.plans.dataset_name / "imagesUn"
+
+    @property
+    def folder(self) -> Path:
+        """Where the preprocessed cases lie."""
+        base = nnunet_folder("nnUNet_preprocessed") / self.plans.dataset_name
+        return base / f"{self.configuration.data_identifier}_unlabeled"
+
+    @property
+    def manifest_file(self) -> Path:
+        return self.folder.with_name(f"{self.folder.name}.json")
+
+    @property
+    def command(self) -> str:
+        """What a user runs to make the folder anew."""
+        dataset_id = int(self.plans.dataset_name[len("Dataset") :].split("_")[0])
+        plans = "" if self.plans.plans_name == "nnUNetPlans" else f" -plans_name {self.plans.plans_name}"
+        return f"nnunet_dycon preprocess_unlabeled -d {dataset_id} -c {self.configuration_name}{plans}"
+
+    def lock(self) -> FileLock:
+        """Held while the folder is made: a second training waits. It is freed when its process dies."""
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        return FileLock(f"{self.folder}.lock")
+
+    def digest(self) -> str:
+        """A hash of all that preprocessing reads from the plans, and of nothing else."""
+        configuration = self.configuration.configuration
+        keys = ("preprocessor_name", "spacing", "normalization_schemes", "use_mask_for_norm", "resampling_fn_data")
+        read = {key: configuration[key] for key in (*keys, "resampling_fn_data_kwargs")}
+        for key in ("image_reader_writer", "transpose_forward", "foreground_intensity_properties_per_channel"):
+            read[key] = self.plans.plans[key]
+        read["channels"] = self._channels
+        return hashlib.sha256(json.dumps(read, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def _channels(self) -> int:
+        return len(self.dataset_json.get("channel_names", self.dataset_json.get("modality", {})))
+
+    def raw_cases(self) -> dict[str, list[Path]]:
+        """The image files of each case in imagesUn, one per channel, checked by name.
+
+        Raises:
+            UserError: there are none, a file has no channel number, or a case has not one file per channel.
+        """
+        ending = self.dataset_json["file_ending"]
+        files = sorted(self.raw.glob(f"*{ending}")) if self.raw.is_dir() else []
+        if not files:
+            raise UserError(f"no unlabeled cases: {self.raw} has no file *{ending}; put the unlabeled images there")
+        found: dict[str, set[str]] = {}
+        for file in files:
+            case, separator, channel = file.name[: -len(ending)].rpartition("_")
+            if not (separator and case and len(channel) == 4 and channel.isdigit()):
+                raise UserError(f"{file} is not named as nnU-Net wants it: CASE_XXXX{ending}, XXXX being the channel")
+            found.setdefault(case, set()).add(channel)
+        wanted = [f"{channel:04d}" for channel in range(self._channels)]
+        for case, channels in found.items():
+            if channels != set(wanted):
+                raise UserError(
+                    f"unlabeled case {case} in {self.raw} has the channels {', '.join(sorted(channels))}, but "
+                    f"dataset.json names {self._channels}: {', '.join(wanted)}; add or remove files"
+                )
+        return {case: [self.raw / f"{case}_{channel}{ending}" for channel in wanted] for case in found}
+
+    def check_not_labeled(self, labeled: set[str], unlabeled: set[str]) -> None:
+        """Raise UserError if a case is on both sides: its label would vouch for itself."""
+        both = sorted(labeled & unlabeled)
+        if both:
+            raise UserError(
+                f"{len(both)} cases are both labeled and unlabeled, {both[0]} the first; remove the files of one side, "
+                f"in {self.raw} or in {self.raw.with_name('imagesTr')} and labelsTr"
+            )
+
+    def fault(self) -> str | None:
+        """Why the folder cannot be used as it is, or None if it can. Images are compared only if they are there."""
+        if not self.folder.is_dir():
+            return "it does not exist"
+        if not self.manifest_file.is_file():
+            return f"{self.manifest_file.name} is missing"
+        try:
+            manifest = json.loads(self.manifest_file.read_text())
+            files, digest = manifest["files"], manifest["digest"]
+        except (ValueError, KeyError, TypeError):
+            return f"{self.manifest_file.name} is damaged"
+        if digest != self.digest():
+            return "the plans have changed"
+        if self._raw_is_there() and files != _names_and_sizes(self.raw_cases()):
+            return f"the images in {self.raw} have changed"
+        lost = [name for case in files for name in _case_files(case) if not (self.folder / name).is_file()]
+        return f"{lost[0]} is missing" if lost else None
+
+    def _raw_is_there(self) -> bool:
+        return bool(os.environ.get("nnUNet_raw")) and self.raw.is_dir() and any(self.raw.iterdir())
+
+    def require(self, num_processes: int) -> None:
+        """Have the folder ready for training: build it if it is missing, refuse it if it is stale.
+
+        Raises:
+            UserError: the folder is stale (the message says why, and which command renews it), or building it failed.
+        """
+        if self.folder.is_dir() and self.fault() is None:
+            return
+        with self.lock():
+            if not self.folder.is_dir():
+                self.build(num_processes)
+            elif (fault := self.fault()) is not None:
+                raise UserError(f"{self.folder} is stale: {fault}; run: {self.command}")
+
+    def identifiers(self) -> list[str]:
+        """The preprocessed cases, as the manifest has them."""
+        return sorted(json.loads(self.manifest_file.read_text())["files"])
+
+    def build(self, num_processes: int) -> None:
+        """Preprocess all cases into a temporary sibling, which then becomes the folder. Call it under the lock.
+
+        An interrupted build goes on where it was: the sibling's name bears a hash of what it is made from.
+        """
+        cases = self.raw_cases()
+        labels = self.raw.with_name("labelsTr")
+        ending = self.dataset_json["file_ending"]
+        self.check_not_labeled({file.name[: -len(ending)] for file in labels.glob(f"*{ending}")}, set(cases))
+        manifest = {"format": _MANIFEST_FORMAT, "digest": self.digest(), "files": _names_and_sizes(cases)}
+        made_from = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:12]
+        partial = self.folder.with_name(f"{self.folder.name}.{made_from}.partial")
+        for outdated in self.folder.parent.glob(f"{self.folder.name}.*.partial"):
+            if outdated != partial:
+                shutil.rmtree(outdated)
+        partial.mkdir(exist_ok=True)
+        missing = [case for case in cases if not (partial / f"{case}{_CASE_FILES[-1]}").is_file()]
+        jobs = [(self, cases[case], str(partial / case)) for case in missing]
+        _run(jobs, num_processes, f"preprocessing {len(cases)} unlabeled cases, {self.configuration_name}")
+
+        self.manifest_file.unlink(missing_ok=True)
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
+        os.replace(partial, self.folder)
+        with replacing(self.manifest_file) as file:
+            file.write_text(json.dumps(manifest, indent=2))
+
+
+def _case_files(case: str) -> list[str]:
+    return [case + suffix for suffix in _CASE_FILES]
+
+
+def _names_and_sizes(cases: dict[str, list[Path]]) -> dict[str, list[list]]:
+    return {case: [[file.name, file.stat().st_size] for file in files] for case, files in sorted(cases.items())}
+
+
+def _run(jobs: list[tuple], num_processes: int, title: str) -> None:
+    with tqdm(total=len(jobs), desc=title, unit="case", disable=not jobs) as bar:
+        if num_processes == 1:
+            for job in jobs:
+                _preprocess_case(*job)
+                bar.update()
+            return
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(min(num_processes, len(jobs) or 1), mp_context=spawn) as pool:
+            futures = [pool.submit(_preprocess_case, *job) for job in jobs]
+            try:
+                for future in as_completed(futures):
+                    future.result()
+                    bar.update()
+            except BrokenProcessPool:
+                raise UserError(
+                    "a process that preprocessed unlabeled cases was killed, perhaps for want of memory; "
+                    "go on with fewer of them: -np 1"
+                ) from None
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+
+def _preprocess_case(unlabeled: UnlabeledCases, images: list[Path], output: str) -> None:
+    """Preprocess one case without a segmentation. The pickle file, written last, tells that the case is complete."""
+    preprocessor = unlabeled.configuration.preprocessor_class(verbose=False)
+    pickle_file = Path(output + _CASE_FILES[-1])
+    try:
+        preprocessor.run_case_save(
+            output,
+            [str(image) for image in images],
+            None,
+            unlabeled.plans,
+            unlabeled.configuration,
+            unlabeled.dataset_json,
+        )
+    except Exception as error:
+        pickle_file.unlink(missing_ok=True)
+        reason = " ".join(str(error).split())
+        raise UserError(f"{images[0]}: cannot be preprocessed ({reason}); repair or remove this case") from error

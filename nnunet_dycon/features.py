@@ -1,0 +1,125 @@
+"""Features for contrastive losses: where they are tapped, how they are embedded, which class a patch has."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.functional import adaptive_avg_pool1d, adaptive_avg_pool2d, adaptive_avg_pool3d
+
+IGNORED_PATCH = -1
+
+_AREA_POOL = {1: adaptive_avg_pool1d, 2: adaptive_avg_pool2d, 3: adaptive_avg_pool3d}
+
+
+@dataclass(frozen=True)
+class FeatureStage:
+    """An encoder stage: the name of its module in the network, and its number of channels."""
+
+    name: str
+    channels: int
+
+
+def nearest_stage(strides: Sequence[Sequence[int]], wanted_stride: float = 8.0) -> int:
+    """The encoder stage whose total stride is nearest to the wanted one.
+
+    Total strides are geometric means over the axes and compared by their ratio, so that 4 and 16 are equally far from
+    8; of equals the earlier stage is taken.
+
+    Args:
+        strides: the stride of each stage along each axis, as `pool_op_kernel_sizes` in the plans.
+        wanted_stride: in voxels of the patch.
+
+    >>> nearest_stage([[1, 1, 1], [2, 2, 2], [2, 2, 2], [2, 2, 2], [2, 2, 2]])
+    3
+    """
+    totals = np.cumprod(np.asarray(strides, dtype=float), axis=0)
+    distances = np.abs(np.log(totals).mean(axis=1) - np.log(wanted_stride))
+    return int(np.argmin(np.round(distances, 6)))
+
+
+class FeatureTap:
+    """Keeps the output of one module of a network, until it is taken.
+
+    A forward hook: the network itself, its state dict and its outputs stay as they are. Nothing is kept while the
+    module is in eval mode (validation, sliding-window prediction), unless ``always`` is set.
+    """
+
+    def __init__(self, network: nn.Module, stage: FeatureStage, always: bool = False) -> None:
+        self._always = always
+        self._features: torch.Tensor | None = None
+        network.get_submodule(stage.name).register_forward_hook(self._keep)
+
+    def _keep(self, module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        if self._always or module.training:
+            self._features = output
+
+    def take(self) -> torch.Tensor | None:
+        """The features (B, F, *grid) of the latest forward pass; forgets them, so that the graph can be freed."""
+        features, self._features = self._features, None
+        return features
+
+
+class ProjectionHead(nn.Module):
+    """Embeds features for a contrastive loss, patch by patch: linear, layer norm, ReLU, linear.
+
+    Deviation from the released DyCON (commit 69c1384): layer norm instead of batch norm, which would need buffers in
+    the EMA teacher and another mode in it; features are tapped at stride 8 instead of upsampled from stride 16.
+    """
+
+    def __init__(self, channels: int, width: int = 256) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(channels, 2 * width), nn.LayerNorm(2 * width), nn.ReLU(), nn.Linear(2 * width, width)
+        )
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """(B, F, *grid) to (B, N, D): N is the number of cells of the grid, D the width."""
+        return self.layers(features.flatten(2).transpose(1, 2))
+
+
+def pool_to_patches(volume: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
+    """The mean of (B, *spatial) over each cell of a grid: (B, N), in the order in which `ProjectionHead` flattens."""
+    return _AREA_POOL[len(grid)](volume[:, None], tuple(grid)).flatten(1)
+
+
+def patch_labels(
+    label_map: torch.Tensor,
+    grid: Sequence[int],
+    num_classes: int,
+    *,
+    foreground_share: float = 0.25,
+    background_share: float = 0.05,
+    ignore_label: int | None = None,
+) -> torch.Tensor:
+    """Which class each cell of a feature grid belongs to, by the share of its volume.
+
+    A cell with at least ``foreground_share`` of foreground gets the foreground class that fills most of it; one with
+    at most ``background_share`` is background; what lies between is `IGNORED_PATCH`. So a lesion smaller than a cell
+    still makes a foreground patch: 6×6×6 voxels fill 42 % of 8×8×8. Shares are of the annotated voxels; a cell of
+    which less than half is annotated is ignored.
+
+    Args:
+        label_map: (B, *spatial), integers.
+        grid: the number of cells along each spatial axis.
+        num_classes: background included.
+        foreground_share: see above.
+        background_share: see above.
+        ignore_label: nnU-Net's ignore label, if the data set has one.
+
+    Returns:
+        (B, N) integers.
+    """
+    shares = torch.stack([pool_to_patches((label_map == c).float(), grid) for c in range(1, num_classes)])
+    if ignore_label is not None:
+        annotated = pool_to_patches((label_map != ignore_label).float(), grid)
+        shares = shares / annotated.clamp(min=1e-6)
+    foreground = shares.sum(0)
+    # A share such as 0.25 of 512 voxels must not fail by rounding.
+    is_foreground = foreground >= foreground_share - 1e-6
+    is_background = foreground <= background_share + 1e-6
+    labels = torch.where(is_foreground, shares.argmax(0) + 1, torch.where(is_background, 0, IGNORED_PATCH))
+    if ignore_label is not None:
+        labels = torch.where(annotated < 0.5, IGNORED_PATCH, labels)
+    return labels

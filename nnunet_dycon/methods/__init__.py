@@ -1,0 +1,18 @@
+"""The methods, one file each: what one training step computes. They know nothing of nnU-Net.
+
+A method is an nn.Module that owns what training needs beyond the student network: teachers, heads, second networks.
+
+- ``method(student, labeled, unlabeled, progress)`` returns the loss under "loss", and its unweighted terms by name.
+  ``student(images)`` gives a `StudentOutput`; a method calls it exactly once a step, after its teachers, with whatever
+  batch it needs.
+- ``method.before_first_step()`` is called once when a new training starts, ``method.after_optimizer_step()`` after each
+  step that moved the student.
+- The children of the module hold all the state that a resumed run needs; those with parameters that require a gradient
+  are trained together with the student.
+- ``method.uses_features`` tells whether `StudentOutput.features` is needed.
+"""
+
+from nnunet_dycon.methods.dycon import DyCON, DyCONSettings
+from nnunet_dycon.methods.mean_teacher import MeanTeacher, MeanTeacherSettings
+
+__all__ = ["DyCON", "DyCONSettings", "MeanTeacher", "MeanTeacherSettings"]

@@ -1,0 +1,145 @@
+"""DyCON: uncertainty-aware consistency and focal entropy-aware contrast with an EMA teacher."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from nnunet_dycon.batches import LabeledBatch, StudentOutput, Targets, UnlabeledBatch
+from nnunet_dycon.features import FeatureStage, ProjectionHead, patch_labels, pool_to_patches
+from nnunet_dycon.losses import fecl_loss, softmax_entropy, uncl_loss
+from nnunet_dycon.schedules import exponential_decay, sigmoid_rampup
+from nnunet_dycon.teacher import EMATeacher
+
+
+@dataclass(frozen=True)
+class DyCONSettings:
+    """Constants of DyCON; the paper's, but for the ramp-up.
+
+    Attributes:
+        uncl_weight: of the uncertainty-aware consistency; 0 leaves it out.
+        fecl_weight: of the contrastive loss; 0 leaves it and its projection head out.
+        beta_start: UnCL's β at the start of training.
+        beta_end: UnCL's β at its end.
+        rampup: the share of training over which both are turned on.
+        ema_decay: of the teacher.
+        embedding_width: of the projection head's output.
+        temperature: FeCL's τ.
+        gamma: FeCL's γ.
+        top_k: the number of FeCL's hard negatives.
+        foreground_share: from which share of foreground on a patch is foreground.
+        background_share: up to which share it is background; between the two it is ignored.
+    """
+
+    uncl_weight: float = 0.5
+    fecl_weight: float = 0.5
+    beta_start: float = 5.0
+    beta_end: float = 0.5
+    rampup: float = 0.4
+    ema_decay: float = 0.99
+    embedding_width: int = 256
+    temperature: float = 0.6
+    gamma: float = 2.0
+    top_k: int = 5
+    foreground_share: float = 0.25
+    background_share: float = 0.05
+
+
+class DyCON(nn.Module):
+    r"""The method of "DyCON: Dynamic Uncertainty-aware Consistency and Contrastive Learning", arXiv:2504.04566.
+
+    .. math::
+        L = L_{sup}(\text{labeled}) + r(t) \left[ w_u L_{UnCL}(\text{all}) + w_f L_{FeCL}(\text{all}) \right]
+
+    UnCL compares student and teacher at full resolution. FeCL contrasts the patches of an encoder stage; a patch's
+    class comes from the ground truth in the labeled half and from the teacher's prediction in the unlabeled half.
+
+    Deviations from the paper and the released code (commit 69c1384):
+
+    - the released code takes the patch classes of unlabeled images from their ground truth. Here these never exist;
+    - both terms are ramped up (`DyCONSettings.rampup`), in the release they are on from the first step. Its third
+      term, a mean squared error with a weight of nearly 0, is left out;
+    - the teacher sees the weak view in eval mode; in the release noise is added to it, and it keeps its dropout;
+    - patches are classed by the area of their foreground, with a band that is ignored; the release looks at the
+      central 2×2×2 voxels of each cell;
+    - an anchor's entropy is the mean over its cell of the entropy of the student's softmax. The paper's "gambling
+      softmax" is equal to a softmax.
+
+    Args:
+        network: the student's network.
+        supervised_loss: of logits (highest resolution first) and targets.
+        settings: the constants.
+        stage: the encoder stage that FeCL looks at; not needed without FeCL.
+        ignore_label: nnU-Net's ignore label, if the data set has one.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        supervised_loss: Callable[[list[torch.Tensor], Targets], torch.Tensor],
+        settings: DyCONSettings,
+        stage: FeatureStage | None = None,
+        ignore_label: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.settings = settings
+        self.uses_features = settings.fecl_weight != 0
+        self.ignore_label = ignore_label
+        self._supervised_loss = (supervised_loss,)  # in a tuple: a loss module would be saved and moved with the method
+        self.head = None
+        if self.uses_features:
+            device = next(network.parameters()).device
+            self.head = ProjectionHead(stage.channels, settings.embedding_width).to(device)
+        self.teacher = EMATeacher(network, self.head, stage, settings.ema_decay)
+
+    def forward(
+        self,
+        student: Callable[[torch.Tensor], StudentOutput],
+        labeled: LabeledBatch,
+        unlabeled: UnlabeledBatch,
+        progress: float,
+    ) -> dict[str, torch.Tensor]:
+        settings = self.settings
+        teacher = self.teacher(torch.cat([labeled.weak, unlabeled.weak]))
+        output = student(torch.cat([labeled.strong, unlabeled.strong]))
+
+        supervised = self._supervised_loss[0](output[: len(labeled)].logits, labeled.targets)
+        terms = {"supervised": supervised}
+        weighted = []
+        if settings.uncl_weight != 0:
+            beta = exponential_decay(progress, settings.beta_start, settings.beta_end)
+            terms["uncl"] = uncl_loss(output.logits[0], teacher.logits[0], beta)
+            weighted.append(settings.uncl_weight * terms["uncl"])
+        if self.uses_features:
+            pseudo_labels = teacher.logits[0][len(labeled) :].argmax(1)
+            terms["fecl"] = self._contrast(output, teacher, torch.cat([labeled.target.long(), pseudo_labels]))
+            weighted.append(settings.fecl_weight * terms["fecl"])
+        ramp = sigmoid_rampup(progress, end=settings.rampup)
+        return {"loss": supervised + ramp * sum(weighted), **terms}
+
+    def _contrast(self, output: StudentOutput, teacher: StudentOutput, label_map: torch.Tensor) -> torch.Tensor:
+        grid = output.features.shape[2:]
+        labels = patch_labels(
+            label_map,
+            grid,
+            output.logits[0].shape[1],
+            foreground_share=self.settings.foreground_share,
+            background_share=self.settings.background_share,
+            ignore_label=self.ignore_label,
+        )
+        return fecl_loss(
+            self.head(output.features),
+            labels,
+            teacher_embedding=self.teacher.embed(teacher.features),
+            anchor_entropy=pool_to_patches(softmax_entropy(output.logits[0].detach()), grid),
+            temperature=self.settings.temperature,
+            gamma=self.settings.gamma,
+            top_k=self.settings.top_k,
+        )
+
+    def before_first_step(self) -> None:
+        self.teacher.synchronize()
+
+    def after_optimizer_step(self) -> None:
+        self.teacher.update()

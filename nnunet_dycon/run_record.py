@@ -1,0 +1,30 @@
+"""What a model was trained with, written into its folder: settings, cases, seed, versions."""
+
+import hashlib
+import json
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from nnunet_dycon.files import replacing
+
+_VERSIONS_OF = ("nnunet-dycon", "nnunetv2", "torch", "batchgeneratorsv2", "numpy")
+
+
+def write_record(folder: Path, trainer: str, settings: dict[str, dict], cases: dict[str, list[str]]) -> None:
+    """Write nnunet_dycon.json: the settings, the cases of each kind with a hash over all, torch's seed, versions."""
+    record = {
+        "trainer": trainer,
+        **settings,
+        "cases": cases,
+        "cases_sha256": hashlib.sha256(json.dumps(cases, sort_keys=True).encode()).hexdigest(),
+        "torch_seed": torch.initial_seed(),
+        "versions": {name: version(name) for name in _VERSIONS_OF},
+    }
+    with replacing(record_file(folder)) as partial:
+        partial.write_text(json.dumps(record, indent=2))
+
+
+def record_file(folder: Path) -> Path:
+    return folder / "nnunet_dycon.json"

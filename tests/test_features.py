@@ -1,0 +1,103 @@
+"""Where features are tapped, and which class a patch has."""
+
+import pytest
+import torch
+from torch import nn
+
+from nnunet_dycon.features import (
+    FeatureStage,
+    FeatureTap,
+    ProjectionHead,
+    nearest_stage,
+    patch_labels,
+    pool_to_patches,
+)
+
+
+@pytest.mark.parametrize(
+    ("strides", "stage"),
+    [
+        ([[1, 1, 1], [2, 2, 2], [2, 2, 2], [2, 2, 2], [2, 2, 2]], 3),
+        ([[1, 1, 1], [1, 2, 2], [2, 2, 2], [2, 2, 2], [2, 2, 2]], 3),  # totals 1, 1.6, 3.2, 6.3, 12.7
+        ([[1, 1], [2, 2], [2, 2]], 2),  # nothing reaches 8
+        ([[2, 2, 2], [2, 2, 2], [4, 4, 4]], 1),  # 4 and 16 are equally far: the earlier one
+    ],
+)
+def test_the_stage_nearest_to_stride_8(strides, stage):
+    assert nearest_stage(strides) == stage
+
+
+def test_tap_keeps_features_in_training_only_and_gives_them_once():
+    network = nn.Sequential(nn.Conv3d(1, 3, 2, stride=2), nn.ReLU())
+    keys = set(network.state_dict())
+    tap = FeatureTap(network, FeatureStage("0", 3))
+    images = torch.randn(2, 1, 4, 4, 4)
+    network.eval()(images)
+    assert tap.take() is None
+    network.train()(images)
+    features = tap.take()
+    assert features.shape == (2, 3, 2, 2, 2)
+    features.sum().backward()
+    assert network[0].weight.grad is not None
+    assert tap.take() is None
+    assert set(network.state_dict()) == keys
+
+
+def test_cells_are_flattened_in_one_order_everywhere():
+    """A patch's embedding, label and entropy must belong to the same cell."""
+    volume = torch.arange(2 * 3 * 4, dtype=torch.float32).view(1, 2, 3, 4)
+    fine = volume.repeat_interleave(2, 1).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    torch.testing.assert_close(pool_to_patches(fine, (2, 3, 4))[0], torch.arange(24.0))
+    head = ProjectionHead(1, width=2)
+    head.layers = nn.Identity()
+    torch.testing.assert_close(head(volume[:, None])[0, :, 0], torch.arange(24.0))
+    labels = patch_labels((fine >= 20).long(), (2, 3, 4), 2)
+    assert labels[0].tolist() == [0] * 20 + [1] * 4
+
+
+def one_cell(voxels_of: dict[int, int]) -> torch.Tensor:
+    """An 8×8×8 cell with so many voxels of each label."""
+    cell = torch.zeros(512, dtype=torch.long)
+    first = 0
+    for value, number in voxels_of.items():
+        cell[first : first + number] = value
+        first += number
+    return cell[torch.randperm(512)].view(1, 8, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("voxels_of", "label"),
+    [
+        ({}, 0),
+        ({1: 25}, 0),  # 4.9 %
+        ({1: 26}, -1),  # 5.1 %
+        ({1: 127}, -1),
+        ({1: 128}, 1),  # exactly 25 %
+        ({1: 512}, 1),
+        ({1: 60, 2: 68}, 2),  # together 25 %: the larger one
+        ({1: 100, 2: 20}, -1),
+    ],
+)
+def test_labels_follow_the_share_of_the_volume(voxels_of, label):
+    assert patch_labels(one_cell(voxels_of), (1, 1, 1), 3).tolist() == [[label]]
+
+
+def test_a_lesion_smaller_than_a_cell_is_a_foreground_patch():
+    """The released code looks at the central 2×2×2 voxels only, and misses a lesion beside them."""
+    label_map = torch.zeros(1, 16, 16, 16, dtype=torch.long)
+    label_map[0, 1:7, 1:7, 2:8] = 1
+    assert patch_labels(label_map, (2, 2, 2), 2)[0].tolist() == [1, 0, 0, 0, 0, 0, 0, 0]
+
+
+def test_shares_are_of_the_annotated_voxels():
+    ignore = 3
+    assert patch_labels(one_cell({1: 70, ignore: 250}), (1, 1, 1), 3, ignore_label=ignore).tolist() == [[1]]
+    assert patch_labels(one_cell({1: 200, ignore: 300}), (1, 1, 1), 3, ignore_label=ignore).tolist() == [[-1]]
+    assert patch_labels(one_cell({ignore: 512}), (1, 1, 1), 3, ignore_label=ignore).tolist() == [[-1]]
+
+
+def test_two_dimensions():
+    label_map = torch.zeros(1, 8, 16, dtype=torch.long)
+    label_map[0, :, 8:] = 1
+    assert patch_labels(label_map, (1, 2), 2).tolist() == [[0, 1]]
+    assert ProjectionHead(5, width=3)(torch.zeros(2, 5, 4, 6)).shape == (2, 24, 3)

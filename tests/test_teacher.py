@@ -1,0 +1,139 @@
+"""The EMA teacher equals the written-out average, with batch norm too, and leaves the student alone."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from nnunet_dycon.features import FeatureStage, ProjectionHead
+from nnunet_dycon.teacher import EMATeacher, unwrap
+
+
+def batch_norm_network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv3d(1, 4, 3), nn.BatchNorm3d(4), nn.ReLU(), nn.Dropout(0.5), nn.Conv3d(4, 2, 1))
+
+
+def train_a_step(network: nn.Module, step: int) -> None:
+    torch.manual_seed(step)
+    network(torch.randn(2, 1, 5, 5, 5))  # moves the running statistics
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(torch.randn_like(parameter))
+
+
+def test_equals_the_written_out_average_over_100_steps():
+    student = batch_norm_network().double().train()
+    teacher = EMATeacher(student, decay=0.9)
+    expected = [parameter.detach().clone() for parameter in student.parameters()]
+    for n in range(100):
+        train_a_step(student.float(), n)
+        student.double()
+        teacher.update()
+        alpha = min(1 - 1 / (n + 1), 0.9)
+        expected = [alpha * e + (1 - alpha) * p.detach() for e, p in zip(expected, student.parameters())]
+        for averaged, wanted in zip(teacher.network.parameters(), expected):
+            torch.testing.assert_close(averaged, wanted, rtol=1e-12, atol=1e-12)
+        for averaged, wanted in zip(teacher.network.buffers(), student.buffers()):
+            torch.testing.assert_close(averaged, wanted, rtol=0, atol=0)
+    assert teacher.updates == 100
+
+
+def test_first_update_copies_the_student():
+    student = batch_norm_network()
+    teacher = EMATeacher(student)
+    train_a_step(student, 1)
+    teacher.update()
+    assert_same_state(teacher.network, student)
+
+
+def test_synchronizing_starts_anew():
+    student = batch_norm_network()
+    teacher = EMATeacher(student)
+    for step in range(3):
+        train_a_step(student, step)
+        teacher.update()
+    train_a_step(student, 9)
+    teacher.synchronize()
+    assert teacher.updates == 0
+    assert_same_state(teacher.network, student)
+
+
+def test_stays_in_eval_mode_and_gives_no_gradient():
+    student = batch_norm_network().train()
+    teacher = EMATeacher(student).train()
+    images = torch.randn(1, 1, 5, 5, 5, requires_grad=True)
+    before = copy.deepcopy(teacher.state_dict())
+    first, second = teacher(images).logits[0], teacher(images).logits[0]
+    torch.testing.assert_close(first, second, rtol=0, atol=0)  # no dropout
+    assert not first.requires_grad
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    torch.testing.assert_close(teacher.state_dict(), before, rtol=0, atol=0)  # no batch statistics
+    assert student.training
+
+
+def test_averages_the_head_and_taps_its_own_features():
+    student, head = batch_norm_network(), ProjectionHead(4, width=8)
+    teacher = EMATeacher(student, head, FeatureStage("0", 4))
+    output = teacher(torch.randn(2, 1, 5, 5, 5))
+    assert output.features.shape == (2, 4, 3, 3, 3)
+    torch.testing.assert_close(teacher.embed(output.features), head(output.features).detach())
+    with torch.no_grad():
+        head.layers[0].weight.add_(1.0)
+    teacher.update()
+    torch.testing.assert_close(teacher.embed(output.features), head(output.features).detach())
+
+
+def test_state_is_restored():
+    student = batch_norm_network()
+    teacher = EMATeacher(student)
+    for step in range(5):
+        train_a_step(student, step)
+        teacher.update()
+    restored = EMATeacher(batch_norm_network())
+    restored.load_state_dict(teacher.state_dict())
+    assert restored.updates == 5
+    assert_same_state(restored.network, teacher.network)
+
+
+def test_the_student_is_no_part_of_it():
+    student = batch_norm_network()
+    teacher = EMATeacher(student)
+    own = {id(parameter) for parameter in teacher.parameters()}
+    assert own.isdisjoint(id(parameter) for parameter in student.parameters())
+    assert len(own) == len(list(student.parameters()))
+
+
+def test_a_compiled_student_is_unwrapped():
+    student = batch_norm_network()
+    compiled = torch.compile(student, backend="eager")
+    assert unwrap(compiled) is student
+    teacher = EMATeacher(compiled)
+    train_a_step(student, 0)
+    teacher.update()
+    assert teacher.network.state_dict().keys() == student.state_dict().keys()
+    assert_same_state(teacher.network, student)
+
+
+def test_only_the_highest_resolution_is_given():
+    class DeepSupervised(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Conv3d(1, 2, 1)
+
+        def forward(self, images):
+            return [self.layer(images), self.layer(images[..., ::2])]
+
+    output = EMATeacher(DeepSupervised())(torch.zeros(1, 1, 4, 4, 4))
+    assert [level.shape for level in output.logits] == [(1, 2, 4, 4, 4)]
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.0])
+def test_decay_out_of_range_is_refused(decay):
+    with pytest.raises(ValueError, match="decay must lie in"):
+        EMATeacher(batch_norm_network(), decay=decay)
+
+
+def assert_same_state(a: nn.Module, b: nn.Module) -> None:
+    torch.testing.assert_close(a.state_dict(), b.state_dict(), rtol=0, atol=0)

@@ -1,0 +1,55 @@
+"""DyCON and its named variants: a variant is a class with other settings."""
+
+from dataclasses import replace
+
+from torch import nn
+
+from nnunet_dycon.methods import DyCON, DyCONSettings
+from nnunet_dycon.trainers.semi_supervised import SemiSupervisedTrainer, TrainingSettings
+
+
+class nnUNetTrainerDyCON(SemiSupervisedTrainer):
+    """DyCON (CVPR 2025, arXiv:2504.04566): see `nnunet_dycon.methods.dycon`."""
+
+    method_settings = DyCONSettings()
+
+    def build_method(self, network, supervised_loss) -> nn.Module:
+        stage = self.feature_stage() if self.method_settings.fecl_weight != 0 else None
+        ignore_label = self.label_manager.ignore_label
+        return DyCON(network, supervised_loss, self.method_settings, stage, ignore_label)
+
+
+class nnUNetTrainerDyCON_noUnCL(nnUNetTrainerDyCON):
+    """Without the uncertainty-aware consistency."""
+
+    method_settings = replace(nnUNetTrainerDyCON.method_settings, uncl_weight=0.0)
+
+
+class nnUNetTrainerDyCON_noFeCL(nnUNetTrainerDyCON):
+    """Without the contrastive loss and its head."""
+
+    method_settings = replace(nnUNetTrainerDyCON.method_settings, fecl_weight=0.0)
+
+
+class nnUNetTrainerDyCON_250epochs(nnUNetTrainerDyCON):
+    """250 epochs instead of 1000."""
+
+    training_settings = TrainingSettings(num_epochs=250)
+
+
+class nnUNetTrainerDyCON_50epochs(nnUNetTrainerDyCON):
+    """50 epochs instead of 1000."""
+
+    training_settings = TrainingSettings(num_epochs=50)
+
+
+class nnUNetTrainerDyCON_5epochs(nnUNetTrainerDyCON):
+    """5 epochs instead of 1000, to try a data set out."""
+
+    training_settings = TrainingSettings(num_epochs=5)
+
+
+class nnUNetTrainerDyCON_smoke(nnUNetTrainerDyCON):
+    """2 epochs of 5 iterations: does everything run?"""
+
+    training_settings = TrainingSettings(num_epochs=2, num_iterations_per_epoch=5, num_val_iterations_per_epoch=2)

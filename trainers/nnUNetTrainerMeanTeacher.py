@@ -1,0 +1,15 @@
+"""The Mean Teacher baseline."""
+
+from torch import nn
+
+from nnunet_dycon.methods import MeanTeacher, MeanTeacherSettings
+from nnunet_dycon.trainers.semi_supervised import SemiSupervisedTrainer
+
+
+class nnUNetTrainerMeanTeacher(SemiSupervisedTrainer):
+    """Mean Teacher (arXiv:1703.01780): see `nnunet_dycon.methods.mean_teacher`."""
+
+    method_settings = MeanTeacherSettings()
+
+    def build_method(self, network, supervised_loss) -> nn.Module:
+        return MeanTeacher(network, supervised_loss, self.method_settings)

@@ -1,0 +1,367 @@
+"""What the semi-supervised trainers share: nnU-Net's trainer with a second stream of data and a method's step."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from nnunetv2.configuration import default_num_processes
+from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.collate_outputs import collate_outputs
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from torch import distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from nnunet_dycon import __version__, checkpoints
+from nnunet_dycon.batches import StudentOutput, Targets
+from nnunet_dycon.data.loader import TwoStreamLoader, UnlabeledDataset, UnlabeledLoader, augmenter, to_batches
+from nnunet_dycon.data.unlabeled import UnlabeledCases
+from nnunet_dycon.data.views import TwoViews
+from nnunet_dycon.environment import require_nnunet
+from nnunet_dycon.errors import UserError, ends_in_one_line
+from nnunet_dycon.features import FeatureStage, FeatureTap, nearest_stage
+from nnunet_dycon.run_record import record_file, write_record
+from nnunet_dycon.teacher import unwrap
+
+_GRADIENT_NORM = 12  # nnU-Net's
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How long and on how much a trainer trains; the defaults are nnU-Net's.
+
+    Attributes:
+        num_epochs: as nnU-Net's.
+        num_iterations_per_epoch: as nnU-Net's.
+        num_val_iterations_per_epoch: as nnU-Net's.
+        unlabeled_batch_size: unlabeled patches a step and GPU; None for as many as labeled ones.
+    """
+
+    num_epochs: int = 1000
+    num_iterations_per_epoch: int = 250
+    num_val_iterations_per_epoch: int = 50
+    unlabeled_batch_size: int | None = None
+
+
+class SemiSupervisedTrainer(nnUNetTrainer):
+    """nnU-Net's trainer, learning from labeled cases and from the unlabeled ones of imagesUn.
+
+    A subclass names its settings and builds its method; everything else is here or nnU-Net's.
+    """
+
+    training_settings = TrainingSettings()
+    method_settings: object
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),  # noqa: B008 (nnU-Net compares this signature with its own)
+    ):
+        require_nnunet()
+        self._refuse_unsupported(plans, configuration, dataset_json)
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.num_epochs = self.training_settings.num_epochs
+        self.num_iterations_per_epoch = self.training_settings.num_iterations_per_epoch
+        self.num_val_iterations_per_epoch = self.training_settings.num_val_iterations_per_epoch
+        self.unlabeled_cases = UnlabeledCases(self.plans_manager, configuration, dataset_json)
+        self.method: nn.Module | None = None  # -> initialize
+        self.curves: dict[str, list[float]] = {}  # the mean of each term of the loss, epoch by epoch
+        self._tap: FeatureTap | None = None
+        self._step_in_epoch = 0
+        self._resumed = False
+
+    @classmethod
+    def _refuse_unsupported(cls, plans: dict, configuration: str, dataset_json: dict) -> None:
+        manager = PlansManager(plans)
+        if manager.get_configuration(configuration).previous_stage_name is not None:
+            raise NotImplementedError(
+                f"{cls.__name__} cannot train {configuration}: in a cascade each case needs the previous stage's "
+                "prediction, which unlabeled cases do not have. Train 3d_fullres or 3d_lowres instead."
+            )
+        if manager.get_label_manager(dataset_json).has_regions:
+            raise NotImplementedError(
+                f"{cls.__name__} cannot train on regions yet: its losses are written for softmax outputs. "
+                "Give each voxel one label in dataset.json instead."
+            )
+
+    def build_method(self, network: nn.Module, supervised_loss: Callable[[list, Targets], torch.Tensor]) -> nn.Module:
+        """The method that computes this trainer's step (nnunet_dycon.methods)."""
+        raise NotImplementedError(f"{type(self).__name__} builds no method: use one of its subclasses")
+
+    def feature_stage(self) -> FeatureStage:
+        """The encoder stage whose stride is nearest to 8.
+
+        Raises:
+            NotImplementedError: the network has no encoder with stages.
+        """
+        encoder = getattr(unwrap(self.network), "encoder", None)
+        if not hasattr(encoder, "stages"):
+            raise NotImplementedError(
+                f"{type(self).__name__} needs a network with encoder.stages to tap features from; "
+                f"{type(unwrap(self.network)).__name__} has none. Use nnU-Net's default or residual-encoder plans."
+            )
+        index = nearest_stage(self.configuration_manager.pool_op_kernel_sizes)
+        return FeatureStage(f"encoder.stages.{index}", encoder.output_channels[index])
+
+    def initialize(self) -> None:
+        """After nnU-Net's: build the method, have its modules trained too, and tap the student."""
+        super().initialize()
+        # A teacher needs the highest resolution only. It is a copy of the network, made by the method.
+        if self.enable_deep_supervision:
+            self.set_deep_supervision_enabled(False)
+        self.method = self.build_method(self.network, self._supervised_loss)
+        if self.enable_deep_supervision:
+            self.set_deep_supervision_enabled(True)
+        for name, child in self.method.named_children():
+            trainable = [parameter for parameter in child.parameters() if parameter.requires_grad]
+            if not trainable:
+                continue
+            self.optimizer.add_param_group({"params": trainable})
+            if self.is_ddp:
+                setattr(self.method, name, DistributedDataParallel(child, device_ids=[self.local_rank]))
+        # After the teacher was copied, which would have copied the hook, too; before the first forward pass, because
+        # torch.compile ignores a later one.
+        if self.method.uses_features:
+            self._tap = FeatureTap(unwrap(self.network), self.feature_stage())
+
+    def _supervised_loss(self, logits: list[torch.Tensor], targets: Targets) -> torch.Tensor:
+        return self.loss(logits if self.enable_deep_supervision else logits[0], targets)
+
+    def _student(self, images: torch.Tensor) -> StudentOutput:
+        # Through the wrapper: DDP synchronises gradients only there.
+        logits = self.network(images)
+        features = None if self._tap is None else self._tap.take()
+        return StudentOutput(list(logits) if isinstance(logits, (list, tuple)) else [logits], features)
+
+    @property
+    def progress(self) -> float:
+        """How much of the training is done, from 0 to 1. A resumed run goes on where it was."""
+        steps = self.current_epoch * self.num_iterations_per_epoch + self._step_in_epoch
+        return steps / (self.num_epochs * self.num_iterations_per_epoch)
+
+    @property
+    def unlabeled_batch_size(self) -> int:
+        """Unlabeled patches a step and GPU."""
+        return self.training_settings.unlabeled_batch_size or self.batch_size
+
+    @ends_in_one_line
+    def on_train_start(self) -> None:
+        """Before nnU-Net's: check what a user may have got wrong, so that no time is lost on it."""
+        self._check_split()
+        self.unlabeled_cases.require(default_num_processes)
+        labeled = infer_dataset_class(self.preprocessed_dataset_folder).get_identifiers(
+            self.preprocessed_dataset_folder
+        )
+        self.unlabeled_cases.check_not_labeled(set(labeled), set(self.unlabeled_cases.identifiers()))
+        super().on_train_start()
+        if not self._resumed:
+            self.method.before_first_step()  # pretrained weights have arrived since initialize
+        if self.local_rank == 0:
+            self._write_record()
+        self._tell_batch(len(labeled))
+
+    def _check_split(self) -> None:
+        folder = Path(self.preprocessed_dataset_folder)
+        if not folder.is_dir():
+            raise UserError(
+                f"{folder} does not exist; run: nnUNetv2_preprocess -d {self.plans_manager.dataset_name} "
+                f"-plans_name {self.plans_manager.plans_name} -c {self.configuration_name}"
+            )
+        labeled = len(infer_dataset_class(str(folder)).get_identifiers(str(folder)))
+        splits = folder.parent / "splits_final.json"
+        if self.fold != "all" and labeled < 5 and not splits.is_file():
+            raise UserError(
+                f"{labeled} labeled cases are too few for nnU-Net's split into 5 folds; train on all of them with fold "
+                f"'all', or write a split into {splits}"
+            )
+
+    def _tell_batch(self, labeled_cases: int) -> None:
+        batch, unlabeled = self.batch_size, self.unlabeled_batch_size
+        self.print_to_log_file(
+            f"{labeled_cases} labeled and {len(self.unlabeled_cases.identifiers())} unlabeled cases. Each of "
+            f"{self.num_epochs * self.num_iterations_per_epoch} steps trains on {batch} labeled and {unlabeled} "
+            f"unlabeled patches: about {(batch + unlabeled) / batch:.3g} times the memory the plans were made for. "
+            "If that is too much: nnUNetv2_plan_experiment with -gpu_memory_target at half of what you have and a new "
+            "-overwrite_plans_name, or a subclass with unlabeled_batch_size=1.",
+            also_print_to_console=True,
+        )
+
+    def _write_record(self) -> None:
+        """Write down what is trained with; a resumed run leaves what stands there."""
+        folder = Path(self.output_folder)
+        if self._resumed and record_file(folder).is_file():
+            return
+        train, validation = self.do_split()
+        write_record(
+            folder,
+            type(self).__name__,
+            {"training_settings": asdict(self.training_settings), "method_settings": asdict(self.method_settings)},
+            {"labeled": list(train), "unlabeled": self.unlabeled_cases.identifiers(), "validation": list(validation)},
+        )
+
+    def get_dataloaders(self):
+        """As nnU-Net's, with the two-stream loader for training."""
+        if self.dataset_class is None:
+            self.dataset_class = infer_dataset_class(self.preprocessed_dataset_folder)
+        patch_size = self.configuration_manager.patch_size
+        scales = self._get_deep_supervision_scales()
+        rotation, dummy_2d, initial_patch_size, mirror_axes = (
+            self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        )
+        mask_channels = self.configuration_manager.use_mask_for_norm
+        labels = {
+            "is_cascaded": self.is_cascaded,
+            "foreground_labels": self.label_manager.foreground_labels,
+            "ignore_label": self.label_manager.ignore_label,
+        }
+        two_views = TwoViews(
+            self.get_training_transforms(
+                patch_size, rotation, scales, mirror_axes, dummy_2d, use_mask_for_norm=mask_channels, **labels
+            )
+        )
+        labeled, validation = self.get_tr_and_val_datasets()
+        options = {
+            "oversample_foreground_percent": self.oversample_foreground_percent,
+            "probabilistic_oversampling": self.probabilistic_oversampling,
+        }
+        unlabeled_loader = UnlabeledLoader(
+            UnlabeledDataset(self.unlabeled_cases.folder, self.unlabeled_cases.identifiers()),
+            self.unlabeled_batch_size,
+            initial_patch_size,
+            patch_size,
+            self.label_manager,
+            transforms=two_views,
+            mask_channels=any(mask_channels),
+        )
+        train_loader = TwoStreamLoader(
+            labeled,
+            self.batch_size,
+            initial_patch_size,
+            patch_size,
+            self.label_manager,
+            transforms=two_views,
+            unlabeled=unlabeled_loader,
+            **options,
+        )
+        validation_loader = nnUNetDataLoader(
+            validation,
+            self.batch_size,
+            patch_size,
+            patch_size,
+            self.label_manager,
+            transforms=self.get_validation_transforms(scales, **labels),
+            **options,
+        )
+        processes = get_allowed_n_proc_DA()
+        pin_memory = self.device.type == "cuda"
+        augmenters = (
+            augmenter(train_loader, processes, max(6, processes // 2), pin_memory),
+            augmenter(validation_loader, (processes + 1) // 2, max(3, processes // 4), pin_memory),
+        )
+        for started in augmenters:
+            next(started)
+        return augmenters
+
+    def on_train_epoch_start(self) -> None:
+        super().on_train_epoch_start()
+        self._step_in_epoch = 0
+
+    def train_step(self, batch: dict) -> dict:
+        """One step of the method, optimised as nnU-Net does; gradients of network and heads are clipped together."""
+        labeled, unlabeled = to_batches(batch, self.device)
+        self.optimizer.zero_grad(set_to_none=True)
+        # nnU-Net, too, autocasts on CUDA only.
+        with torch.autocast("cuda") if self.device.type == "cuda" else nullcontext():
+            terms = self.method(self._student, labeled, unlabeled, self.progress)
+        if self.grad_scaler is None:
+            terms["loss"].backward()
+        else:
+            self.grad_scaler.scale(terms["loss"]).backward()
+            self.grad_scaler.unscale_(self.optimizer)
+        optimised = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        norm = nn.utils.clip_grad_norm_(optimised, _GRADIENT_NORM)
+        # One transfer for all: it is the only place where the host waits for the device.
+        values = torch.stack([norm, *terms.values()]).detach().float().cpu().numpy()
+        # The norm of the gradients is the same on all ranks, so that all take the same branch.
+        if np.isfinite(values[0]):
+            self._optimizer_step()
+            self.method.after_optimizer_step()
+        else:
+            self._report_non_finite(float(values[1]), labeled.keys + unlabeled.keys)
+        if self.grad_scaler is not None:
+            self.grad_scaler.update()
+        self._step_in_epoch += 1
+        return dict(zip(terms, values[1:]))
+
+    def _optimizer_step(self) -> None:
+        if self.grad_scaler is None:
+            self.optimizer.step()
+        else:
+            self.grad_scaler.step(self.optimizer)
+
+    def _report_non_finite(self, loss: float, keys: tuple[str, ...]) -> None:
+        # With a finite loss it is the gradient scaler that overflowed, as it does now and then, and will lower its
+        # scale by itself.
+        if not np.isfinite(loss) or self.grad_scaler is None:
+            self.print_to_log_file(
+                f"WARNING: loss {loss} with a non-finite gradient in epoch {self.current_epoch}; neither student nor "
+                f"teacher was changed by this step. Its cases: {', '.join(keys)}"
+            )
+
+    def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
+        """After nnU-Net's: log and keep the mean of each term. Steps without a finite loss count nowhere."""
+        finite = [output for output in train_outputs if np.isfinite(output["loss"])]
+        super().on_train_epoch_end(finite or train_outputs)
+        means = {name: float(np.mean(values)) for name, values in collate_outputs(finite or train_outputs).items()}
+        if self.is_ddp:
+            ranks = [None] * dist.get_world_size()
+            dist.all_gather_object(ranks, means)
+            means = {name: float(np.mean([rank[name] for rank in ranks])) for name in means}
+        for name, mean in means.items():
+            self.curves.setdefault(name, []).append(mean)
+        self.print_to_log_file(*(f"{name} {mean:.4f}" for name, mean in means.items() if name != "loss"))
+
+    def save_checkpoint(self, filename: str) -> None:
+        """nnU-Net's checkpoint with the method's state in it, written whole or not at all."""
+        if self.local_rank != 0 or self.disable_checkpointing:
+            super().save_checkpoint(filename)
+            return
+        state = {
+            "version": __version__,
+            "method": {name: unwrap(child).state_dict() for name, child in self.method.named_children()},
+            "curves": self.curves,
+        }
+        checkpoints.save_extended(filename, super().save_checkpoint, state)
+
+    @ends_in_one_line
+    def load_checkpoint(self, filename_or_checkpoint: str) -> None:
+        """nnU-Net's, and the method's state.
+
+        Raises:
+            SystemExit: the file was not written by this trainer.
+        """
+        own = checkpoints.load_state(filename_or_checkpoint, type(self).__name__)
+        super().load_checkpoint(filename_or_checkpoint)
+        for name, state in own["method"].items():
+            unwrap(self.method.get_submodule(name)).load_state_dict(state)
+        self.curves = own["curves"]
+        self._resumed = True
+
+    def on_train_end(self) -> None:
+        """After nnU-Net's: write the teacher's weights as a model of its own, for nnUNetv2_predict -chk."""
+        super().on_train_end()
+        teacher = getattr(self.method, "teacher", None)
+        if teacher is not None and self.local_rank == 0 and not self.disable_checkpointing:
+            final = Path(self.output_folder) / "checkpoint_final.pth"
+            checkpoints.save_for_prediction(
+                final.with_name("checkpoint_final_teacher.pth"), final, teacher.network.state_dict()
+            )
