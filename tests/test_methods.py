@@ -1,0 +1,211 @@
+"""What a step computes: its loss, where its gradients arrive, what it shows to whom. No nnU-Net needed."""
+
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from nnunet_dycon.batches import LabeledBatch, StudentOutput, UnlabeledBatch
+from nnunet_dycon.features import FeatureStage, FeatureTap, patch_labels, pool_to_patches
+from nnunet_dycon.losses import fecl_loss, softmax_entropy, softmax_mse_loss, uncl_loss
+from nnunet_dycon.methods import DyCON, DyCONSettings, MeanTeacher, MeanTeacherSettings
+
+STAGE = FeatureStage("encoder.stages.1", 6)
+SETTINGS = DyCONSettings(embedding_width=8)
+
+
+class TinyUNet(nn.Module):
+    """An encoder of two stages, and a decoder with deep supervision that can be switched off."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Module()
+        self.encoder.stages = nn.ModuleList([nn.Conv3d(1, 4, 3, padding=1), nn.Conv3d(4, 6, 2, stride=2)])
+        self.decoder = nn.ModuleList([nn.Conv3d(4, 2, 1), nn.Conv3d(6, 2, 1)])
+        self.deep_supervision = True
+
+    def forward(self, images):
+        full = self.encoder.stages[0](images)
+        half = self.encoder.stages[1](torch.relu(full))
+        logits = [self.decoder[0](full) + self.decoder[1](half).repeat_interleave(2, 2).repeat_interleave(2, 3)
+                  .repeat_interleave(2, 4), self.decoder[1](half)]  # fmt: skip
+        return logits if self.deep_supervision else logits[0]
+
+
+def supervised_loss(logits, targets):
+    return sum(cross_entropy(level, target[:, 0]) for level, target in zip(logits, targets)) / len(logits)
+
+
+class Student:
+    """Counts its calls and remembers what it was shown."""
+
+    def __init__(self, network, tapped=True):
+        self.network, self.images = network.train(), []
+        self.tap = FeatureTap(network, STAGE) if tapped else None
+
+    def __call__(self, images):
+        self.images.append(images)
+        return StudentOutput(self.network(images), self.tap.take() if self.tap else None)
+
+
+@pytest.fixture
+def labeled():
+    torch.manual_seed(1)
+    strong = torch.randn(2, 1, 8, 8, 8)
+    target = (torch.randn(2, 1, 4, 4, 4) > 0).long()
+    full = target.repeat_interleave(2, 2).repeat_interleave(2, 3).repeat_interleave(2, 4)
+    return LabeledBatch(strong + 0.1, strong, [full, target], ("a", "b"))
+
+
+@pytest.fixture
+def unlabeled():
+    torch.manual_seed(2)
+    strong = torch.randn(3, 1, 8, 8, 8)
+    return UnlabeledBatch(strong + 0.1, strong, ("c", "d", "e"))
+
+
+def build(method, settings):
+    torch.manual_seed(0)
+    network = TinyUNet()
+    network.deep_supervision = False  # as the trainer does, so that the teacher has none
+    if method is DyCON:
+        stage = STAGE if settings.fecl_weight else None
+        built = DyCON(network, supervised_loss, settings, stage)
+        # A teacher equal to the student would have a similarity of exactly 1 with it.
+        for parameter in built.teacher.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    else:
+        built = MeanTeacher(network, supervised_loss, settings)
+    network.deep_supervision = True
+    return built, Student(network, built.uses_features)
+
+
+def test_an_unlabeled_batch_has_no_place_for_a_label():
+    assert {field.name for field in fields(UnlabeledBatch)} == {"weak", "strong", "keys"}
+
+
+def test_dycon_is_the_sum_of_its_terms(labeled, unlabeled):
+    method, student = build(DyCON, SETTINGS)
+    terms = method(student, labeled, unlabeled, progress=0.2)
+
+    output = StudentOutput(student.network(torch.cat([labeled.strong, unlabeled.strong])), student.tap.take())
+    teacher = method.teacher(torch.cat([labeled.weak, unlabeled.weak]))
+    torch.testing.assert_close(terms["supervised"], supervised_loss([x[:2] for x in output.logits], labeled.targets))
+    beta = 5.0 * (0.5 / 5.0) ** 0.2
+    torch.testing.assert_close(terms["uncl"], uncl_loss(output.logits[0], teacher.logits[0], beta))
+    label_map = torch.cat([labeled.targets[0][:, 0], teacher.logits[0][2:].argmax(1)])
+    fecl = fecl_loss(
+        method.head(output.features),
+        patch_labels(label_map, (4, 4, 4), 2),
+        teacher_embedding=method.teacher.embed(teacher.features),
+        anchor_entropy=pool_to_patches(softmax_entropy(output.logits[0]), (4, 4, 4)),
+    )
+    torch.testing.assert_close(terms["fecl"], fecl)
+    ramp = torch.tensor(-5 * (1 - 0.2 / 0.4) ** 2).exp()
+    expected = terms["supervised"] + ramp * (0.5 * terms["uncl"] + 0.5 * terms["fecl"])
+    torch.testing.assert_close(terms["loss"], expected)
+    assert fecl > 0
+
+
+def test_mean_teacher_is_the_sum_of_its_terms(labeled, unlabeled):
+    method, student = build(MeanTeacher, MeanTeacherSettings(consistency_weight=3.0))
+    terms = method(student, labeled, unlabeled, progress=1.0)
+    logits = student.network(torch.cat([labeled.strong, unlabeled.strong]))
+    expected = softmax_mse_loss(logits[0][2:], method.teacher(unlabeled.weak).logits[0])
+    torch.testing.assert_close(terms["consistency"], expected)
+    torch.testing.assert_close(terms["loss"], terms["supervised"] + 3.0 * expected)
+
+
+@pytest.mark.parametrize(("method", "settings"), [(DyCON, SETTINGS), (MeanTeacher, MeanTeacherSettings())])
+def test_the_student_sees_strong_views_once_and_the_teacher_weak_ones(method, settings, labeled, unlabeled):
+    built, student = build(method, settings)
+    seen = []
+    built.teacher.network.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    built(student, labeled, unlabeled, progress=0.5)
+    assert len(student.images) == 1
+    torch.testing.assert_close(student.images[0], torch.cat([labeled.strong, unlabeled.strong]))
+    weak = torch.cat([labeled.weak, unlabeled.weak]) if method is DyCON else unlabeled.weak
+    assert len(seen) == 1
+    torch.testing.assert_close(seen[0], weak)
+
+
+REACHED = {
+    "supervised": {"encoder.stages.0", "encoder.stages.1", "decoder.0", "decoder.1"},
+    "uncl": {"encoder.stages.0", "encoder.stages.1", "decoder.0", "decoder.1"},
+    "fecl": {"encoder.stages.0", "encoder.stages.1", "head"},
+    "consistency": {"encoder.stages.0", "encoder.stages.1", "decoder.0", "decoder.1"},
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "term"),
+    [(DyCON, SETTINGS, name) for name in ("supervised", "uncl", "fecl")]
+    + [(MeanTeacher, MeanTeacherSettings(), name) for name in ("supervised", "consistency")],
+)
+def test_gradients_of_each_term_arrive_where_they_should(method, settings, term, labeled, unlabeled):
+    built, student = build(method, settings)
+    built(student, labeled, unlabeled, progress=0.5)[term].backward()
+    reached = {
+        name.rpartition(".")[0]
+        for name, parameter in student.network.named_parameters()
+        if parameter.grad is not None and parameter.grad.abs().max() > 0
+    }
+    if method is DyCON and any(p.grad is not None and p.grad.abs().max() > 0 for p in built.head.parameters()):
+        reached.add("head")
+    assert reached == REACHED[term]
+    assert all(parameter.grad is None for parameter in built.teacher.parameters())
+
+
+def test_unlabeled_patches_are_classed_by_the_teacher_alone(labeled, unlabeled):
+    """A teacher that sees one class only leaves nothing to contrast in the unlabeled half."""
+    built, student = build(DyCON, SETTINGS)
+    with torch.no_grad():
+        built.teacher.network.decoder[0].bias[0] += 1e4
+    fecl = built(student, labeled, unlabeled, progress=0.5)["fecl"]
+    output = StudentOutput(student.network(torch.cat([labeled.strong, unlabeled.strong])), student.tap.take())
+    teacher = built.teacher(torch.cat([labeled.weak, unlabeled.weak]))
+    expected = fecl_loss(
+        built.head(output.features)[:2],
+        patch_labels(labeled.target, (4, 4, 4), 2),
+        teacher_embedding=built.teacher.embed(teacher.features)[:2],
+        anchor_entropy=pool_to_patches(softmax_entropy(output.logits[0][:2]), (4, 4, 4)),
+    )
+    torch.testing.assert_close(fecl, expected)
+
+
+@pytest.mark.parametrize(("weight", "term"), [("uncl_weight", "uncl"), ("fecl_weight", "fecl")])
+def test_a_term_of_no_weight_is_left_out(weight, term, labeled, unlabeled):
+    built, student = build(DyCON, replace(SETTINGS, **{weight: 0.0}))
+    terms = built(student, labeled, unlabeled, progress=0.5)
+    assert term not in terms
+    assert (built.head is None) == (term == "fecl")
+    assert built.uses_features == (term != "fecl")
+    terms["loss"].backward()
+
+
+def test_both_terms_off_leaves_the_supervised_loss(labeled, unlabeled):
+    built, student = build(DyCON, replace(SETTINGS, uncl_weight=0.0, fecl_weight=0.0))
+    terms = built(student, labeled, unlabeled, progress=1.0)
+    assert terms.keys() == {"loss", "supervised"}
+    torch.testing.assert_close(terms["loss"], terms["supervised"])
+
+
+def test_the_teacher_follows_the_optimizer_and_starts_from_the_student(labeled, unlabeled):
+    built, student = build(DyCON, SETTINGS)
+    built.before_first_step()
+    torch.testing.assert_close(built.teacher.network.state_dict(), student.network.state_dict(), rtol=0, atol=0)
+    optimizer = torch.optim.SGD([*student.network.parameters(), *built.head.parameters()], 0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        built(student, labeled, unlabeled, progress=0.5)["loss"].backward()
+        optimizer.step()
+        built.after_optimizer_step()
+    assert built.teacher.updates == 3
+
+
+def test_the_state_holds_teacher_and_head_but_not_the_student(labeled, unlabeled):
+    built, _ = build(DyCON, SETTINGS)
+    assert {key.split(".")[0] for key in built.state_dict()} == {"head", "teacher"}
+    assert not any(isinstance(module, TinyUNet) for module in built.children())
