@@ -1,0 +1,300 @@
+"""Scores predictions against references: Dice and Jaccard, HD95 and ASD in mm."""
+
+import csv
+import gzip
+import io
+import json
+import math
+import multiprocessing
+import sys
+import warnings
+import zlib
+from collections.abc import Callable, Collection, Iterable, Sequence
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import numpy as np
+import SimpleITK as sitk
+import torch
+from monai.metrics import compute_average_surface_distance, compute_hausdorff_distance
+from scipy.ndimage import find_objects
+from tqdm import tqdm
+
+from nnunet_dycon.errors import UsageError, UserError
+from nnunet_dycon.files import replacing
+
+DEFINITIONS = {
+    "dice": "2 |R and P| / (|R| + |P|) with R the voxels of the reference and P those of the prediction",
+    "jaccard": "|R and P| / |R or P|",
+    "hd95_mm_max_directed": "95th percentile (linearly interpolated) of the distances from each surface voxel of one "
+    "mask to the nearest of the other, taken in both directions; the larger of the two",
+    "asd_mm_symmetric": "mean of the same distances, both directions in one pool: each surface voxel counts once, so "
+    "the mask with the larger surface weighs more",
+    "surface": "mask voxels with a face neighbor outside the mask or the image; distances go from center to center",
+    "ignored": "where the reference has the ignore label of dataset.json, both masks are empty",
+    "one_empty": "if just one mask is empty, Dice and Jaccard are 0, and HD95 and ASD are the image's diagonal",
+    "both_empty": "if both masks are empty, nothing is scored, and the case is left out of mean and median",
+    "foreground_mean": "mean over the labels of their means over the cases",
+}
+METRICS = ("dice", "jaccard", "hd95_mm_max_directed", "asd_mm_symmetric")
+_VOXELS = ("reference_voxels", "prediction_voxels")
+_FORMATS = (".nii.gz", ".nii", ".nrrd", ".mha", ".gipl")  # SimpleITK reads them, and they hold a spacing in mm
+_FEW_CASES = 4  # up to here, starting workers (each imports torch and MONAI) takes longer than the scoring
+
+
+def evaluate_folder(
+    reference: Path, prediction: Path, *, labels: Sequence[int] | None = None, num_processes: int = 1
+) -> "Evaluation":
+    """Score every reference of a folder against the file of the same name in the folder of predictions.
+
+    Without `labels`, the foreground labels and regions of dataset.json are scored, from the folder of the predictions
+    or else from the folder above the references. Warnings and progress go to stderr.
+    """
+    for folder in (reference, prediction):
+        if not folder.is_dir():
+            raise UserError(f"{folder}: there is no such folder")
+    if reference.samefile(prediction):
+        raise UsageError(f"references and predictions are the same folder: {reference}")
+    task = _read_task(reference, prediction, labels)
+    pairs = _match(reference, prediction, task.file_ending)
+    score_case = partial(_score_case, task=task)
+    progress = partial(tqdm, total=len(pairs), desc="scoring", unit="case", disable=None)  # none in a log file
+    if num_processes == 1 or len(pairs) <= _FEW_CASES:
+        results = list(progress(map(score_case, pairs)))
+    else:
+        spawn = multiprocessing.get_context("spawn")  # torch does not survive a fork with threads running
+        with ProcessPoolExecutor(min(num_processes, len(pairs)), spawn, torch.set_num_threads, (1,)) as pool:
+            try:
+                results = list(progress(pool.map(score_case, pairs)))
+            except BrokenExecutor:
+                raise UserError("a worker died, perhaps for want of memory: try fewer processes (-np)") from None
+    for remark in (remark for _, remarks in results for remark in remarks):
+        _warn(remark)
+    return Evaluation(tuple(row for rows, _ in results for row in rows))
+
+
+def score(reference: np.ndarray, prediction: np.ndarray, spacing_mm: Sequence[float]) -> dict[str, float]:
+    """The four METRICS of one pair of masks, and the number of voxels in each mask.
+
+    `reference` and `prediction` are boolean of shape (Z, Y, X) or (Y, X), `spacing_mm` follows the same axis order.
+    DEFINITIONS says what is computed, also for empty masks.
+    """
+    if reference.shape != prediction.shape or reference.ndim != len(spacing_mm):
+        raise ValueError(f"shapes {reference.shape} and {prediction.shape}, spacing {tuple(spacing_mm)}")
+    union = reference | prediction
+    n_reference, n_prediction, n_union = (int(np.count_nonzero(mask)) for mask in (reference, prediction, union))
+    n_both = n_reference + n_prediction - n_union
+    if n_union == 0:
+        values = (math.nan,) * 4
+    elif n_reference == 0 or n_prediction == 0:
+        diagonal = math.hypot(*np.multiply(reference.shape, spacing_mm))
+        values = (0.0, 0.0, diagonal, diagonal)
+    else:
+        # Only for speed: MONAI converts the whole of what it is given, and outside of this box there is no surface.
+        box = tuple(slice(max(s.start - 1, 0), s.stop + 1) for s in find_objects(union.view(np.uint8))[0])
+        given = {"y_pred": prediction[box][None, None], "y": reference[box][None, None]}
+        given |= {"include_background": True, "spacing": [float(s) for s in spacing_mm]}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*always_return_as_numpy", FutureWarning)  # MONAI 1.5 and 1.6, of itself
+            hd95 = compute_hausdorff_distance(**given, percentile=95, directed=False)
+            asd = compute_average_surface_distance(**given, symmetric=True)
+        values = (2 * n_both / (n_reference + n_prediction), n_both / n_union, hd95.item(), asd.item())
+    return dict(zip(METRICS + _VOXELS, (*values, n_reference, n_prediction), strict=True))
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of a folder. Each row has the keys case and label, the METRICS, reference_voxels, prediction_voxels."""
+
+    rows: tuple[dict[str, Any], ...]
+
+    @property
+    def labels(self) -> list[str]:
+        return list(dict.fromkeys(row["label"] for row in self.rows))
+
+    def over_cases(self, statistic: Callable[[Iterable[float]], float]) -> dict[str, dict[str, float]]:
+        """Label -> metric -> statistic (fmean, say) over the cases in which the label was scored; else NaN."""
+        return {label: _reduce([r for r in self.rows if r["label"] == label], statistic) for label in self.labels}
+
+    def count_empty(self, masks: int) -> dict[str, int]:
+        """Label -> number of cases in which just so many of the two masks are empty."""
+        found = [row["label"] for row in self.rows if sum(row[key] == 0 for key in _VOXELS) == masks]
+        return {label: found.count(label) for label in self.labels}
+
+    def as_json(self) -> dict[str, Any]:
+        """What evaluation.json holds; a score that does not exist is None."""
+        means = self.over_cases(fmean)
+        return _nan_to_none(
+            {
+                "definitions": DEFINITIONS,
+                "labels": self.labels,
+                "foreground_mean": _reduce(means.values(), fmean),
+                "mean": means,
+                "median": self.over_cases(median),
+                "one_empty": self.count_empty(1),
+                "both_empty": self.count_empty(2),
+                "cases": self.rows,
+            }
+        )
+
+    def as_table(self) -> str:
+        """A line per case and label, then mean and median per label, then what the columns mean."""
+        means = self.over_cases(fmean)
+        entries = [(row["case"], row["label"], row) for row in self.rows]
+        entries += [("mean", label, scores) for label, scores in means.items()]
+        if len(means) > 1:
+            entries.append(("mean", "of all labels", _reduce(means.values(), fmean)))
+        entries += [("median", label, scores) for label, scores in self.over_cases(median).items()]
+        lines = [("case", "label", *METRICS)]
+        lines += [(name, label, *(f"{scores[metric]:.3f}" for metric in METRICS)) for name, label, scores in entries]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        template = "  ".join(f"{{:{'<' if i < 2 else '>'}{width}}}" for i, width in enumerate(widths))  # names left
+        text = [template.format(*line) for line in lines]
+        text.insert(1 + len(self.rows), "")
+        text += ["", *(f"{key}: {DEFINITIONS[key]}" for key in (*METRICS[2:], "surface"))]
+        for masks, key in ((1, "one_empty"), (2, "both_empty")):
+            if count := sum(self.count_empty(masks).values()):
+                text.append(f"{key.replace('_', ' ')}: {count} ({DEFINITIONS[key]})")
+        return "\n".join(text)
+
+    def write(self, folder: Path) -> None:
+        """Write evaluation.csv and evaluation.json; a reader never sees one half written."""
+        table = io.StringIO(newline="")
+        writer = csv.DictWriter(table, ("case", "label", *METRICS, *_VOXELS), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(_nan_to_none(self.rows))  # None becomes an empty field
+        summary = json.dumps(self.as_json(), indent=2, allow_nan=False) + "\n"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, text in (("evaluation.csv", table.getvalue()), ("evaluation.json", summary)):
+                with replacing(folder / name) as file:
+                    file.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{folder}: cannot write the evaluation: {error.strerror}") from error
+
+
+@dataclass(frozen=True)
+class _Task:
+    regions: dict[str, tuple[int, ...]]  # name of a label or region -> its values
+    ignore: int | None
+    known: frozenset[int]  # values that may occur in a file
+    file_ending: str
+
+
+def _read_task(reference: Path, prediction: Path, chosen: Sequence[int] | None) -> _Task:
+    candidates = [folder / "dataset.json" for folder in (prediction, reference.resolve().parent)]
+    file = next((candidate for candidate in candidates if candidate.is_file()), None)
+    declared, file_ending = {}, ".nii.gz"
+    if file is not None:
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            declared = {name: tuple(int(v) for v in np.ravel(values)) for name, values in content["labels"].items()}
+            file_ending = content.get("file_ending", file_ending)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(f'{file}: cannot read "labels" ({type(error).__name__}: {error})') from error
+    if file_ending not in _FORMATS:
+        raise UserError(f"{file}: files {file_ending} hold no spacing; can score {', '.join(_FORMATS)}")
+    ignore = declared.get("ignore", (None,))[0]
+    if chosen is not None:
+        if any(value <= 0 or value == ignore for value in chosen):
+            raise UsageError("-l takes values above 0, and not the ignore label: the background is not scored")
+        regions = {str(value): (value,) for value in chosen}
+    else:
+        regions = {name: v for name, v in declared.items() if name not in ("background", "ignore") and any(v)}
+    if not regions:
+        where = f"{file} has no foreground labels" if file else f"found neither {candidates[0]} nor {candidates[1]}"
+        raise UsageError(f"which labels to score? {where}; give the values with -l")
+    return _Task(regions, ignore, frozenset({0}.union(*declared.values(), *regions.values())), file_ending)
+
+
+def _match(reference: Path, prediction: Path, file_ending: str) -> list[tuple[str, Path, Path]]:
+    """(case, reference file, prediction file) for all cases, sorted, and known to share one voxel grid."""
+    references, predictions = (
+        {f.name.removesuffix(file_ending) for f in folder.glob(f"*{file_ending}") if not f.name.startswith(".")}
+        for folder in (reference, prediction)
+    )
+    if not references:
+        raise UserError(f"{reference}: there are no references (files *{file_ending})")
+    if missing := references - predictions:
+        count = f"{len(missing)} of {len(references)}"
+        raise UserError(f"{count} references of {reference} have no prediction in {prediction}: {_enumerate(missing)}")
+    if extra := predictions - references:
+        _warn(f"not scored, as there is no reference: {len(extra)} of {prediction}: {_enumerate(extra)}")
+    pairs = [(case, reference / (case + file_ending), prediction / (case + file_ending)) for case in sorted(references)]
+    if shifted := [case for case, *files in pairs if not _same_placement(*files)]:
+        count = f"{len(shifted)} of {len(pairs)} cases"
+        _warn(f"origin or direction differ from the reference, scored all the same: {count}: {_enumerate(shifted)}")
+    return pairs
+
+
+def _same_placement(reference: Path, prediction: Path) -> bool:
+    """Compare the headers: False if origin or direction differ, an error if the grids cannot be compared at all."""
+    first, second = (_open(file, header_only=True) for file in (reference, prediction))
+    files = f"{prediction} and its reference {reference}"
+    if first.GetSize() != second.GetSize():
+        raise UserError(f"{files} differ in size: {second.GetSize()} and {first.GetSize()} voxels (X, Y, Z)")
+    spacing = first.GetSpacing()
+    if not np.allclose(second.GetSpacing(), spacing, rtol=1e-3, atol=0):
+        raise UserError(f"{files} differ in spacing: {second.GetSpacing()} and {spacing} mm (X, Y, Z)")
+    same_origin = np.allclose(second.GetOrigin(), first.GetOrigin(), rtol=0, atol=0.01 * min(spacing))
+    return same_origin and np.allclose(second.GetDirection(), first.GetDirection(), rtol=0, atol=1e-3)
+
+
+def _score_case(pair: tuple[str, Path, Path], task: _Task) -> tuple[list[dict[str, Any]], list[str]]:
+    """The rows of one case, and remarks on its files."""
+    case, *files = pair
+    images = [_open(file) for file in files]
+    reference, prediction = arrays = [sitk.GetArrayFromImage(image) for image in images]
+    spacing_mm = images[0].GetSpacing()[::-1]  # SimpleITK's order is X, Y, Z
+    remarks = []
+    for file, array in zip(files, arrays, strict=True):
+        if (unknown := np.unique(array[~np.isin(array, list(task.known))])).size:
+            remarks.append(f"{file}: values that are not among the labels: {_enumerate(unknown.tolist())}")
+    valid = True if task.ignore is None else reference != task.ignore
+    rows = []
+    for label, values in task.regions.items():
+        masks = (np.isin(array, values) & valid for array in (reference, prediction))
+        rows.append({"case": case, "label": label, **score(*masks, spacing_mm)})
+    return rows, remarks
+
+
+def _open(file: Path, *, header_only: bool = False) -> sitk.Image | sitk.ImageFileReader:
+    """The image; or what answers the same questions about its grid, without having read the voxels."""
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(file))
+    try:
+        reader.ReadImageInformation()
+        if reader.GetDimension() not in (2, 3) or reader.GetNumberOfComponents() != 1:
+            raise UserError(f"{file}: not a label map of two or three dimensions")
+        if header_only:
+            return reader
+        if file.suffix == ".gz":
+            gzip.decompress(file.read_bytes())  # SimpleITK does not mind a file cut short, and makes up the rest
+        return reader.Execute()
+    except (RuntimeError, EOFError, OSError, zlib.error) as error:
+        raise UserError(f"{file}: cannot be read: {str(error).strip().splitlines()[-1]}") from error
+
+
+def _reduce(rows: Collection[dict[str, Any]], statistic: Callable[[Iterable[float]], float]) -> dict[str, float]:
+    columns = {metric: [row[metric] for row in rows if not math.isnan(row[metric])] for metric in METRICS}
+    return {metric: statistic(values) if values else math.nan for metric, values in columns.items()}
+
+
+def _nan_to_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _nan_to_none(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_nan_to_none(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _enumerate(items: Collection[Any]) -> str:
+    return ", ".join(map(str, sorted(items)[:5])) + (", ..." if len(items) > 5 else "")
+
+
+def _warn(text: str) -> None:
+    print(f"nnunet_dycon: warning: {text}", file=sys.stderr)
