@@ -95,7 +95,7 @@ def tiny_root(tmp_path_factory) -> Path:
     """nnUNet_raw and nnUNet_preprocessed with Dataset901_Tiny, planned and preprocessed. Do not change it."""
     root = tmp_path_factory.mktemp("tiny")
     with pytest.MonkeyPatch.context() as patch:
-        _set_environment(patch, root)
+        set_environment(patch, root)
         write_raw_dataset(root / "nnUNet_raw" / "Dataset901_Tiny")
         patch.setenv("nnUNet_n_proc_DA", "1")  # nnU-Net's planner fails with 0
         plan_and_preprocess(901)
@@ -110,11 +110,11 @@ def tiny(tiny_root, tmp_path, monkeypatch) -> Path:
     """A copy of the tiny data set to do with as a test likes; nnU-Net's variables point at it."""
     root = tmp_path / "tiny"
     shutil.copytree(tiny_root, root)
-    _set_environment(monkeypatch, root)
+    set_environment(monkeypatch, root)
     return root
 
 
-def _set_environment(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
+def set_environment(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
     for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         (root / variable).mkdir(parents=True, exist_ok=True)
         monkeypatch.setenv(variable, str(root / variable))

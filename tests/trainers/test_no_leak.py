@@ -1,0 +1,121 @@
+"""The one promise: no label of an unlabeled case can reach the training. On real training steps, bit for bit."""
+
+import json
+from pathlib import Path
+
+import blosc2
+import numpy as np
+import pytest
+from batchgenerators.utilities.file_and_folder_operations import load_pickle, write_pickle
+
+from nnunet_dycon.cli import main
+from nnunet_dycon.data.loader import UnlabeledDataset
+from nnunet_dycon.trainers.nnUNetTrainerDyCON import nnUNetTrainerDyCON
+from nnunet_dycon.trainers.semi_supervised import SemiSupervisedTrainer
+
+from ..conftest import plan_and_preprocess, set_environment, tiny_volume, write_volume
+from .conftest import assert_same_weights, deterministic, make_trainer, same_weights
+
+PREPROCESSED = Path("nnUNet_preprocessed") / "Dataset901_Tiny"
+
+
+def overwrite_segmentation(folder: Path, case: str) -> None:
+    """Put noise into a preprocessed segmentation and into the list of its foreground voxels."""
+    file = folder / f"{case}_seg.b2nd"
+    shape = blosc2.open(str(file)).shape
+    rng = np.random.default_rng(7)
+    file.unlink()
+    blosc2.asarray(rng.integers(0, 3, shape).astype(np.int16), urlpath=str(file))
+    properties = load_pickle(str(folder / f"{case}.pkl"))
+    corner = np.array([[0, 0, 0, 0], [0, 1, 1, 1]])
+    properties["class_locations"] = {1: corner, 2: corner}
+    write_pickle(properties, str(folder / f"{case}.pkl"))
+
+
+def test_a_repeated_training_is_equal(tiny, train):
+    """Without this, the tests below would say nothing."""
+    assert_same_weights(train(), train())
+
+
+def test_noise_in_the_segmentations_of_unlabeled_cases_changes_nothing(tiny, train):
+    clean = train()
+    folder = tiny / PREPROCESSED / "nnUNetPlans_3d_fullres_unlabeled"
+    for case in sorted(file.stem for file in folder.glob("*.pkl")):
+        overwrite_segmentation(folder, case)
+    assert_same_weights(train(), clean)
+
+
+def test_without_the_segmentations_of_unlabeled_cases_images_still_load(tiny, train):
+    folder = tiny / PREPROCESSED / "nnUNetPlans_3d_fullres_unlabeled"
+    for file in [*folder.glob("*_seg.b2nd"), *folder.glob("*.pkl")]:
+        file.unlink()
+    assert UnlabeledDataset(folder, ["scan_00"]).load_image("scan_00").shape == (1, 24, 32, 40)
+
+
+def test_noise_in_one_labeled_case_changes_the_training(tiny, train):
+    """The control: labels that may be seen are seen."""
+    clean = train()
+    overwrite_segmentation(tiny / PREPROCESSED / "nnUNetPlans_3d_fullres", "case_00")
+    assert not same_weights(train(), clean)
+
+
+def test_noise_in_one_unlabeled_image_changes_the_training(tiny, train):
+    """The other control: unlabeled images do take part."""
+    clean = train()
+    file = tiny / PREPROCESSED / "nnUNetPlans_3d_fullres_unlabeled" / "scan_00.b2nd"
+    image = blosc2.open(str(file))[:]
+    file.unlink()
+    blosc2.asarray(image[:, ::-1].copy(), urlpath=str(file))
+    assert not same_weights(train(), clean)
+
+
+LABELED, UNLABELED, HELD_OUT = ["a", "b"], ["c", "d", "e"], ["f"]
+
+
+def train_from_source(root: Path, monkeypatch: pytest.MonkeyPatch, poisoned: bool) -> SemiSupervisedTrainer:
+    """Convert, plan, preprocess and train on left-atrium-like cases; poison: noise for every label held back."""
+    for seed, case in enumerate(LABELED + UNLABELED + HELD_OUT):
+        image, label = tiny_volume(seed)
+        if poisoned and case not in LABELED:
+            label = np.random.default_rng(seed).integers(0, 2, label.shape).astype(np.uint8)
+        write_volume(image, root / "source" / "Training Set" / case / "lgemri.nrrd")
+        write_volume((label > 0).astype(np.uint8) * 255, root / "source" / "Training Set" / case / "laendo.nrrd")
+    split = root / "split.json"
+    split.write_text(json.dumps({"labeled": LABELED, "unlabeled": UNLABELED, "test": HELD_OUT}))
+    set_environment(monkeypatch, root)
+    monkeypatch.setenv("nnUNet_n_proc_DA", "1")  # nnU-Net's planner fails with 0
+    convert = ["convert", "la", "-i", str(root / "source"), "-d", "101", "--split", str(split), "-np", "1"]
+    assert main(convert) == 0
+    plan_and_preprocess(101)
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+    trainer = make_trainer(deterministic(nnUNetTrainerDyCON), dataset="Dataset101_LA2018")
+    trainer.run_training()  # preprocesses the unlabeled cases first
+    return trainer
+
+
+def contents(folder: Path) -> dict[str, object]:
+    """What training can read: arrays, properties, plans."""
+    found = {}
+    for file in sorted(folder.rglob("*")):
+        name = str(file.relative_to(folder))
+        if file.suffix == ".b2nd":
+            found[name] = blosc2.open(str(file))[:].tobytes()
+        elif file.suffix == ".json":
+            found[name] = json.loads(file.read_text())
+        elif file.suffix == ".pkl":
+            properties = load_pickle(str(file))
+            found[name] = {key: str(value) for key, value in properties.items()}
+    return found
+
+
+def test_poisoned_labels_of_unlabeled_and_test_cases_change_nothing(tmp_path, monkeypatch):
+    clean = train_from_source(tmp_path / "clean", monkeypatch, poisoned=False)
+    poisoned = train_from_source(tmp_path / "poisoned", monkeypatch, poisoned=True)
+    folders = [tmp_path / name / "nnUNet_preprocessed" / "Dataset101_LA2018" for name in ("clean", "poisoned")]
+    assert len(contents(folders[0])) > 3 * (len(LABELED) + len(UNLABELED))
+    assert contents(folders[0]) == contents(folders[1])
+    assert_same_weights(clean, poisoned)
+    held_out = [
+        tmp_path / name / "nnUNet_raw" / "Dataset101_LA2018" / "labelsTs" / "f.nii.gz" for name in ("clean", "poisoned")
+    ]
+    assert held_out[0].read_bytes() != held_out[1].read_bytes()  # the poison was there

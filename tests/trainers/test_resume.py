@@ -1,0 +1,133 @@
+"""A resumed training goes on where it was; validation and pretrained weights work as with nnU-Net's own trainer."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from nnunetv2.run.run_training import maybe_load_checkpoint
+
+from nnunet_dycon.checkpoints import KEY
+from nnunet_dycon.trainers.nnUNetTrainerDyCON import nnUNetTrainerDyCON, nnUNetTrainerDyCON_noFeCL
+from nnunet_dycon.trainers.nnUNetTrainerMeanTeacher import nnUNetTrainerMeanTeacher
+
+from .conftest import Interrupted, assert_same_weights, deterministic, make_trainer
+
+
+def interrupt_and_resume(base: type, epochs: int, after: int):
+    trainer_class = deterministic(base, epochs)
+    first = make_trainer(trainer_class)
+    first.save_every = 1
+    first.interrupt_before_epoch = after
+    with pytest.raises(Interrupted):
+        first.run_training()
+    second = make_trainer(trainer_class)
+    torch.manual_seed(99)  # other initial weights: all must come from the checkpoint
+    maybe_load_checkpoint(second, continue_training=True, validation_only=False)
+    assert second.current_epoch == after
+    second.run_training()
+    return second
+
+
+@pytest.mark.parametrize("base", [nnUNetTrainerDyCON, nnUNetTrainerMeanTeacher])
+def test_resumed_equals_uninterrupted(tiny, train, base):
+    whole = train(base, epochs=3)
+    shutil.rmtree(whole.output_folder)  # or its final checkpoint would be resumed from
+    resumed = interrupt_and_resume(base, epochs=3, after=2)
+    assert_same_weights(resumed, whole)
+    assert resumed.method.teacher.updates == whole.method.teacher.updates == 9
+    assert resumed.progress == whole.progress
+    assert resumed.curves.keys() == whole.curves.keys()
+    for name, curve in resumed.curves.items():
+        assert curve == whole.curves[name]
+        assert len(curve) == 3
+    logged = resumed.logger.get_checkpoint()
+    assert {len(logged[name]) for name in ("train_losses", "val_losses", "mean_fg_dice", "lrs")} == {3}
+
+
+def test_the_record_of_a_run_survives_its_resumption(tiny):
+    trainer_class = deterministic(nnUNetTrainerDyCON, 2)
+    first = make_trainer(trainer_class)
+    first.save_every = 1
+    first.interrupt_before_epoch = 1
+    with pytest.raises(Interrupted):
+        first.run_training()
+    record = Path(first.output_folder) / "nnunet_dycon.json"
+    written = json.loads(record.read_text())
+    assert written["method_settings"]["uncl_weight"] == 0.5
+    assert written["cases"]["unlabeled"] == ["scan_00", "scan_01", "scan_02", "scan_03"]
+    record.write_text("as it was")
+    second = make_trainer(trainer_class)
+    maybe_load_checkpoint(second, continue_training=True, validation_only=False)
+    second.run_training()
+    assert record.read_text() == "as it was"
+
+
+def test_progress_follows_epochs_and_steps(tiny):
+    trainer = make_trainer(deterministic(nnUNetTrainerDyCON, 4))
+    assert trainer.progress == 0
+    trainer.current_epoch, trainer._step_in_epoch = 2, 1
+    assert trainer.progress == pytest.approx((2 * 3 + 1) / (4 * 3))
+
+
+def test_pretrained_weights_reach_the_teacher(tiny, train):
+    """They arrive after initialize, when the teacher has been made already."""
+    pretrained = train(nnUNetTrainerDyCON_noFeCL, epochs=1)
+    trainer = make_trainer(deterministic(nnUNetTrainerDyCON))
+    file = Path(pretrained.output_folder) / "checkpoint_final.pth"
+    maybe_load_checkpoint(trainer, False, False, str(file))
+    trainer.on_train_start()
+    student = trainer.network.state_dict()
+    own = pretrained.network.state_dict()
+    loaded = [key for key in own if torch.equal(student[key], own[key])]
+    assert len(loaded) > len(own) / 2  # nnU-Net leaves the segmentation layers out
+    torch.testing.assert_close(trainer.method.teacher.network.state_dict(), student, rtol=0, atol=0)
+    assert trainer.method.teacher.updates == 0
+
+
+def test_validation_alone_needs_no_unlabeled_cases(tiny, train):
+    trained = train(epochs=1)
+    for folder in (tiny / "nnUNet_preprocessed" / "Dataset901_Tiny").glob("*_unlabeled*"):
+        folder.rename(folder.with_name(f"away_{folder.name}"))
+    again = make_trainer(deterministic(nnUNetTrainerDyCON, 1))
+    maybe_load_checkpoint(again, continue_training=False, validation_only=True)
+    assert_same_weights(again, trained)
+
+
+def test_a_checkpoint_of_another_trainer_is_refused_in_one_line(tiny, train):
+    other = train(nnUNetTrainerMeanTeacher, epochs=1)
+    trainer = make_trainer(deterministic(nnUNetTrainerDyCON))
+    file = str(Path(other.output_folder) / "checkpoint_final.pth")
+    with pytest.raises(SystemExit, match="was written by nnUNetTrainerMeanTeacher_deterministic"):
+        trainer.load_checkpoint(file)
+
+
+def test_checkpoints_hold_plain_things_only(tiny, train):
+    """Anything else would need this package when nnUNetv2_predict loads the file."""
+    folder = Path(train(epochs=1).output_folder)
+    own = torch.load(folder / "checkpoint_final.pth", weights_only=False)[KEY]
+    torch.save(own, folder / "own.pth")
+    torch.load(folder / "own.pth", weights_only=True)
+    teacher = torch.load(folder / "checkpoint_final_teacher.pth", weights_only=False)
+    assert "optimizer_state" not in teacher
+    assert not list(folder.glob(".*partial"))
+
+
+def test_a_failed_write_keeps_the_previous_checkpoint(tiny, train, monkeypatch):
+    trainer = train(epochs=1)
+    file = Path(trainer.output_folder) / "checkpoint_final.pth"
+    before = file.read_bytes()
+    save, calls = torch.save, []
+
+    def full_disk(checkpoint, target, *arguments):
+        calls.append(target)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        save(checkpoint, target, *arguments)
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        trainer.save_checkpoint(str(file))
+    assert file.read_bytes() == before
+    assert not list(file.parent.glob(".*partial"))
