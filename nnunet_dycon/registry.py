@@ -48,6 +48,7 @@ TRAINERS: dict[str, Trainer] = {
     "nnUNetTrainerDyCON_50epochs": _dycon("DyCON, 50 epochs"),
     "nnUNetTrainerDyCON_5epochs": _dycon("DyCON, 5 epochs: to try a data set out"),
     "nnUNetTrainerDyCON_smoke": _dycon("DyCON, 2 epochs of 5 iterations: does everything run?"),
+    "nnUNetTrainerDyCON_demo": _dycon("DyCON, a few short epochs: what `nnunet_dycon demo` trains"),
     "nnUNetTrainerMeanTeacher": Trainer(
         "nnUNetTrainerMeanTeacher", "Mean Teacher: the baseline that every other method has to beat", MEAN_TEACHER
     ),

@@ -53,3 +53,9 @@ class nnUNetTrainerDyCON_smoke(nnUNetTrainerDyCON):
     """2 epochs of 5 iterations: does everything run?"""
 
     training_settings = TrainingSettings(num_epochs=2, num_iterations_per_epoch=5, num_val_iterations_per_epoch=2)
+
+
+class nnUNetTrainerDyCON_demo(nnUNetTrainerDyCON):
+    """A few short epochs for `nnunet_dycon demo`, a matter of minutes on a CPU."""
+
+    training_settings = TrainingSettings(num_epochs=10, num_iterations_per_epoch=40, num_val_iterations_per_epoch=5)

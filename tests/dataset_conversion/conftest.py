@@ -5,7 +5,8 @@ import json
 import h5py
 import numpy as np
 import pytest
-from la_sources import volumes, write_nrrd
+
+from tests.dataset_conversion.la_sources import volumes, write_nrrd
 
 
 @pytest.fixture

@@ -9,10 +9,10 @@ import h5py
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from la_sources import SHAPE, convert, read, record, stems, volumes, write_nrrd
 
 from nnunet_dycon.dataset_conversion.la import plan
 from nnunet_dycon.errors import UsageError, UserError
+from tests.dataset_conversion.la_sources import SHAPE, convert, read, record, stems, volumes, write_nrrd
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
 

@@ -1,9 +1,9 @@
 """The left atrium converter's roles: split files, and one scan under two names, which must not be on two sides."""
 
 import pytest
-from la_sources import convert, record, stems
 
 from nnunet_dycon.dataset_conversion.la import DUPLICATES
+from tests.dataset_conversion.la_sources import convert, record, stems
 
 FIRST, SECOND = DUPLICATES
 

@@ -12,9 +12,8 @@ from nnunet_dycon.cli import main
 from nnunet_dycon.data.loader import UnlabeledDataset
 from nnunet_dycon.trainers.nnUNetTrainerDyCON import nnUNetTrainerDyCON
 from nnunet_dycon.trainers.semi_supervised import SemiSupervisedTrainer
-
-from ..conftest import plan_and_preprocess, set_environment, tiny_volume, write_volume
-from .conftest import assert_same_weights, deterministic, make_trainer, same_weights
+from tests.tiny import plan_and_preprocess, set_environment, tiny_volume, write_volume
+from tests.trainers.training import assert_same_weights, deterministic, make_trainer, same_weights
 
 PREPROCESSED = Path("nnUNet_preprocessed") / "Dataset901_Tiny"
 

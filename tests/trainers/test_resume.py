@@ -11,8 +11,7 @@ from nnunetv2.run.run_training import maybe_load_checkpoint
 from nnunet_dycon.checkpoints import KEY
 from nnunet_dycon.trainers.nnUNetTrainerDyCON import nnUNetTrainerDyCON, nnUNetTrainerDyCON_noFeCL
 from nnunet_dycon.trainers.nnUNetTrainerMeanTeacher import nnUNetTrainerMeanTeacher
-
-from .conftest import Interrupted, assert_same_weights, deterministic, make_trainer
+from tests.trainers.training import Interrupted, assert_same_weights, deterministic, make_trainer
 
 
 def interrupt_and_resume(base: type, epochs: int, after: int):

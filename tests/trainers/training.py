@@ -1,0 +1,76 @@
+"""Training on the tiny data set, bit for bit repeatable."""
+
+import json
+import os
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
+
+from nnunet_dycon.trainers.semi_supervised import SemiSupervisedTrainer
+
+
+class Interrupted(Exception):
+    """Stands for a kill signal."""
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 (what nnU-Net's loaders draw from)
+    torch.manual_seed(seed)
+
+
+def deterministic(base: type[SemiSupervisedTrainer], epochs: int = 2) -> type[SemiSupervisedTrainer]:
+    """The trainer in short, seeded at each epoch's start, without the one transform that times itself."""
+
+    class Deterministic(base):
+        training_settings = replace(
+            base.training_settings, num_epochs=epochs, num_iterations_per_epoch=3, num_val_iterations_per_epoch=1
+        )
+        interrupt_before_epoch: int | None = None
+
+        @staticmethod
+        def get_training_transforms(*arguments, **options):
+            transforms = base.get_training_transforms(*arguments, **options)
+            for transform in transforms.transforms:
+                inner = getattr(transform, "transform", transform)
+                if isinstance(inner, GaussianBlurTransform):
+                    inner.benchmark = False
+            return transforms
+
+        def on_epoch_start(self):
+            if self.current_epoch == self.interrupt_before_epoch:
+                raise Interrupted
+            seed_everything(1000 + self.current_epoch)
+            super().on_epoch_start()
+
+    Deterministic.__name__ = Deterministic.__qualname__ = f"{base.__name__}_deterministic"
+    return Deterministic
+
+
+def make_trainer(
+    trainer_class: type, fold: int | str = "all", configuration: str = "3d_fullres", dataset: str = "Dataset901_Tiny"
+) -> SemiSupervisedTrainer:
+    """What nnUNetv2_train does before it trains."""
+    folder = Path(os.environ["nnUNet_preprocessed"]) / dataset
+    plans = json.loads((folder / "nnUNetPlans.json").read_text()) | {"continue_training": False}
+    dataset_json = json.loads((folder / "dataset.json").read_text())
+    seed_everything(0)
+    return trainer_class(plans, configuration, fold, dataset_json, torch.device("cpu"))
+
+
+def weights(trainer: SemiSupervisedTrainer) -> dict[str, torch.Tensor]:
+    """Student, teacher and head."""
+    state = {f"network.{name}": tensor for name, tensor in trainer.network.state_dict().items()}
+    return state | {f"method.{name}": tensor for name, tensor in trainer.method.state_dict().items()}
+
+
+def assert_same_weights(a: SemiSupervisedTrainer, b: SemiSupervisedTrainer) -> None:
+    torch.testing.assert_close(weights(a), weights(b), rtol=0, atol=0)
+
+
+def same_weights(a: SemiSupervisedTrainer, b: SemiSupervisedTrainer) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(weights(a).values(), weights(b).values()))
