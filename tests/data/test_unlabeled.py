@@ -1,0 +1,239 @@
+"""Preprocessing of unlabeled cases: as nnU-Net does it, whole or not at all, and never stale."""
+
+import json
+import pickle
+import shutil
+import threading
+from pathlib import Path
+
+import blosc2
+import numpy as np
+import pytest
+
+from nnunet_dycon.cli import main
+from nnunet_dycon.data import unlabeled as module
+from nnunet_dycon.data.unlabeled import UnlabeledCases, preprocess_unlabeled
+from nnunet_dycon.errors import UsageError, UserError
+from tests.tiny import UNLABELED, tiny_volume, write_volume
+
+
+@pytest.fixture
+def base(tiny) -> Path:
+    return tiny / "nnUNet_preprocessed" / "Dataset901_Tiny"
+
+
+@pytest.fixture
+def images(tiny) -> Path:
+    return tiny / "nnUNet_raw" / "Dataset901_Tiny" / "imagesUn"
+
+
+@pytest.fixture
+def cases(tiny) -> UnlabeledCases:
+    return UnlabeledCases.of_dataset("901", "3d_fullres", "nnUNetPlans")
+
+
+def change_plans(base: Path, **configuration) -> None:
+    file = base / "nnUNetPlans.json"
+    plans = json.loads(file.read_text())
+    plans["configurations"]["3d_fullres"].update(configuration)
+    file.write_text(json.dumps(plans))
+
+
+def test_images_are_preprocessed_as_the_labeled_ones(base, images):
+    """The image of a labeled case, given as an unlabeled one, comes out the same to the last bit."""
+    shutil.copy(images.parent / "imagesTr" / "case_03_0000.nii.gz", images / "copy_0000.nii.gz")
+    folder = preprocess_unlabeled("901", "3d_fullres")
+    labeled = blosc2.open(str(base / "nnUNetPlans_3d_fullres" / "case_03.b2nd"))[:]
+    np.testing.assert_array_equal(blosc2.open(str(folder / "copy.b2nd"))[:], labeled)
+
+
+def test_no_label_can_be_found_in_the_folder(base):
+    folder = base / "nnUNetPlans_3d_fullres_unlabeled"
+    for case in UNLABELED:
+        assert set(np.unique(blosc2.open(str(folder / f"{case}_seg.b2nd"))[:])) <= {-1, 0}
+        assert "class_locations" not in pickle.loads((folder / f"{case}.pkl").read_bytes())
+
+
+def test_what_is_up_to_date_is_left_alone(base, cases):
+    before = {file: file.stat().st_mtime_ns for file in cases.folder.iterdir()}
+    assert cases.fault() is None
+    assert main(["preprocess_unlabeled", "-d", "901", "-c", "3d_fullres"]) == 0
+    assert {file: file.stat().st_mtime_ns for file in cases.folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("dataset", ["901", "Dataset901_Tiny"])
+def test_several_processes_do_the_same(base, cases, dataset):
+    before = {file.name: file.read_bytes() for file in cases.folder.iterdir()}
+    shutil.rmtree(cases.folder)
+    folder = preprocess_unlabeled(dataset, "3d_fullres", num_processes=1 if dataset == "901" else 2)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+CHANGES = {
+    "spacing": {"spacing": [2.0, 1.0, 1.0]},
+    "normalization": {"normalization_schemes": ["CTNormalization"]},
+    "resampling": {"resampling_fn_data_kwargs": {"is_seg": False, "order": 1, "order_z": 0, "force_separate_z": None}},
+    "preprocessor": {"preprocessor_name": "AnotherPreprocessor"},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_other_plans_make_it_stale(base, change):
+    change_plans(base, **change)
+    cases = UnlabeledCases.of_dataset("901", "3d_fullres", "nnUNetPlans")
+    assert cases.fault() == "the plans have changed"
+    with pytest.raises(
+        UserError, match="is stale: the plans have changed; run: nnunet_dycon preprocess_unlabeled -d 901"
+    ):
+        cases.require(num_processes=1)
+
+
+def test_what_preprocessing_does_not_read_leaves_it_valid(base):
+    change_plans(base, patch_size=[16, 16, 16], batch_size=5)
+    assert UnlabeledCases.of_dataset("901", "3d_fullres", "nnUNetPlans").fault() is None
+
+
+def test_other_images_make_it_stale_and_the_command_renews_it(cases, images):
+    image, _ = tiny_volume(99)
+    write_volume(image, images / "scan_new_0000.nii.gz")
+    assert "have changed" in cases.fault()
+    with pytest.raises(UserError, match="is stale"):
+        cases.require(num_processes=1)
+    assert main(["preprocess_unlabeled", "-d", "901", "-np", "1"]) == 0
+    assert cases.fault() is None
+    assert cases.identifiers() == [*UNLABELED, "scan_new"]
+    (images / "scan_new_0000.nii.gz").unlink()
+    assert main(["preprocess_unlabeled", "-d", "901", "-np", "1"]) == 0
+    assert not (cases.folder / "scan_new.b2nd").exists()
+
+
+@pytest.mark.parametrize("gone", ["imagesUn", "the variable"])
+def test_without_the_raw_images_a_matching_folder_is_used(cases, images, monkeypatch, gone):
+    shutil.rmtree(images)
+    if gone == "the variable":
+        monkeypatch.delenv("nnUNet_raw")
+    cases.require(num_processes=1)
+
+
+@pytest.mark.parametrize(
+    ("damage", "fault"),
+    [
+        (lambda c: c.manifest_file.unlink(), "nnUNetPlans_3d_fullres_unlabeled.json is missing"),
+        (lambda c: c.manifest_file.write_text("{"), "nnUNetPlans_3d_fullres_unlabeled.json is damaged"),
+        (lambda c: c.manifest_file.write_text("[]"), "nnUNetPlans_3d_fullres_unlabeled.json is damaged"),
+        (lambda c: (c.folder / "scan_01.b2nd").unlink(), "scan_01.b2nd is missing"),
+    ],
+)
+def test_damage_is_named_and_mended_by_the_command(cases, damage, fault):
+    damage(cases)
+    assert cases.fault() == fault
+    with pytest.raises(UserError, match="is stale"):
+        cases.require(num_processes=1)
+    preprocess_unlabeled("901", "3d_fullres")
+    assert cases.fault() is None
+
+
+def test_training_builds_what_is_missing(cases):
+    shutil.rmtree(cases.folder)
+    cases.require(num_processes=1)
+    assert cases.fault() is None
+
+
+def test_an_interrupted_build_goes_on_where_it_was(cases, monkeypatch):
+    shutil.rmtree(cases.folder)
+    done = []
+    preprocess = module._preprocess_case
+
+    def interrupted(self, files, output):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(Path(output).name)
+        preprocess(self, files, output)
+
+    monkeypatch.setattr(module, "_preprocess_case", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        preprocess_unlabeled("901", "3d_fullres")
+    assert not cases.folder.exists()
+    again = []
+    monkeypatch.setattr(module, "_preprocess_case", lambda *job: (again.append(Path(job[2]).name), preprocess(*job)))
+    preprocess_unlabeled("901", "3d_fullres")
+    assert sorted(done + again) == UNLABELED
+    assert cases.fault() is None
+    assert not list(cases.folder.parent.glob("*.partial"))
+
+
+def test_two_trainings_at_once_build_it_once(cases, monkeypatch):
+    shutil.rmtree(cases.folder)
+    preprocessed = []
+    preprocess = module._preprocess_case
+    monkeypatch.setattr(module, "_preprocess_case", lambda *job: (preprocessed.append(job[2]), preprocess(*job)))
+    threads = [threading.Thread(target=cases.require, args=(1,)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(preprocessed) == len(UNLABELED)
+    assert cases.fault() is None
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+BAD_IMAGES = {
+    "none": (lambda d: [file.unlink() for file in d.iterdir()], "no unlabeled cases: .*imagesUn has no file"),
+    "no folder": (shutil.rmtree, "no unlabeled cases: .*imagesUn has no file"),
+    "a channel too many": (
+        lambda d: shutil.copy(d / "scan_00_0000.nii.gz", d / "scan_00_0001.nii.gz"),
+        "unlabeled case scan_00 in .* has the channels 0000, 0001, but dataset.json names 1: 0000",
+    ),
+    "a wrong channel": (
+        lambda d: (d / "scan_00_0000.nii.gz").rename(d / "scan_00_0003.nii.gz"),
+        "unlabeled case scan_00 in .* has the channels 0003",
+    ),
+    "no channel": (
+        lambda d: (d / "scan_00_0000.nii.gz").rename(d / "scan.nii.gz"),
+        r"scan.nii.gz is not named as nnU-Net wants it: CASE_XXXX.nii.gz",
+    ),
+    "labeled too": (
+        lambda d: shutil.copy(d / "scan_00_0000.nii.gz", d / "case_02_0000.nii.gz"),
+        "1 cases are both labeled and unlabeled, case_02 the first",
+    ),
+    "garbage": (lambda d: (d / "scan_02_0000.nii.gz").write_bytes(b"no image"), "scan_02_0000.nii.gz: cannot be"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), BAD_IMAGES.values(), ids=BAD_IMAGES.keys())
+def test_bad_images_are_named_in_one_line_and_nothing_is_lost(cases, images, capsys, damage, message):
+    before = {file.name: file.read_bytes() for file in cases.folder.iterdir()}
+    damage(images)
+    change_plans(cases.folder.parent, spacing=[2.0, 1.0, 1.0])  # stale, so that there is something to do
+    capsys.readouterr()
+    assert main(["preprocess_unlabeled", "-d", "901", "-np", "1"]) == 1
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("nnunet_dycon: error:")]
+    assert len(errors) == 1
+    with pytest.raises(UserError, match=message):
+        preprocess_unlabeled("901", "3d_fullres")
+    assert {file.name: file.read_bytes() for file in cases.folder.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("902", "3d_fullres", "nnUNetPlans"), "there is no data set 902"),
+        (
+            ("901", "3d_fullres", "OtherPlans"),
+            "OtherPlans.json does not exist; run: nnUNetv2_plan_and_preprocess -d 901",
+        ),
+        (("901", "3d_ultrares", "nnUNetPlans"), "has no configuration 3d_ultrares"),
+    ],
+)
+def test_wrong_arguments_are_named(tiny, arguments, message):
+    with pytest.raises(UsageError, match=message):
+        UnlabeledCases.of_dataset(*arguments)
+
+
+def test_a_missing_variable_is_named(tiny, monkeypatch, capsys):
+    monkeypatch.delenv("nnUNet_preprocessed")
+    assert main(["preprocess_unlabeled", "-d", "901"]) == 2
+    assert "the environment variable nnUNet_preprocessed is not set" in capsys.readouterr().err
