@@ -1,6 +1,8 @@
 """Options of the suite, and what several test modules share."""
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,3 +50,25 @@ def tiny(tiny_root, tmp_path, monkeypatch) -> Path:
     shutil.copytree(tiny_root, root)
     set_environment(monkeypatch, root)
     return root
+
+
+@pytest.fixture(scope="session")
+def source_copy(tmp_path_factory) -> Path:
+    """The sources, away from the checkout, which a build would litter."""
+    root = Path(__file__).parents[1]
+    copy = tmp_path_factory.mktemp("source") / "nnunet-dycon"
+    ignored = shutil.ignore_patterns("__pycache__")
+    for folder in ("nnunet_dycon", "trainers", "dataset_conversion"):
+        shutil.copytree(root / folder, copy / folder, ignore=ignored)
+    for file in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(root / file, copy)
+    return copy
+
+
+@pytest.fixture(scope="session")
+def wheel(source_copy, tmp_path_factory) -> Path:
+    """The wheel that a regular install takes."""
+    folder = tmp_path_factory.mktemp("wheel")
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", str(folder), str(source_copy)]
+    subprocess.run(build, check=True, capture_output=True)
+    return next(folder.glob("*.whl"))

@@ -172,10 +172,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     def _check_split(self) -> None:
         folder = Path(self.preprocessed_dataset_folder)
         if not folder.is_dir():
-            raise UserError(
-                f"{folder} does not exist; run: nnUNetv2_preprocess -d {self.plans_manager.dataset_name} "
-                f"-plans_name {self.plans_manager.plans_name} -c {self.configuration_name}"
-            )
+            raise UserError(f"{folder} does not exist; run: nnUNetv2_preprocess {self.unlabeled_cases.arguments}")
         labeled = len(infer_dataset_class(str(folder)).get_identifiers(str(folder)))
         splits = folder.parent / "splits_final.json"
         if self.fold != "all" and labeled < 5 and not splits.is_file():

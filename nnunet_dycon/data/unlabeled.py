@@ -98,11 +98,11 @@ class UnlabeledCases:
         return self.folder.with_name(f"{self.folder.name}.json")
 
     @property
-    def command(self) -> str:
-        """What a user runs to make the folder anew."""
+    def arguments(self) -> str:
+        """How preprocessing commands, nnU-Net's and ours, are told what to preprocess."""
         dataset_id = int(self.plans.dataset_name[len("Dataset") :].split("_")[0])
         plans = "" if self.plans.plans_name == "nnUNetPlans" else f" -plans_name {self.plans.plans_name}"
-        return f"nnunet_dycon preprocess_unlabeled -d {dataset_id} -c {self.configuration_name}{plans}"
+        return f"-d {dataset_id} -c {self.configuration_name}{plans}"
 
     def lock(self) -> FileLock:
         """Held while the folder is made: a second training waits. It is freed when its process dies."""
@@ -190,7 +190,9 @@ class UnlabeledCases:
             if not self.folder.is_dir():
                 self.build(num_processes)
             elif (fault := self.fault()) is not None:
-                raise UserError(f"{self.folder} is stale: {fault}; run: {self.command}")
+                raise UserError(
+                    f"{self.folder} is stale: {fault}; run: nnunet_dycon preprocess_unlabeled {self.arguments}"
+                )
 
     def identifiers(self) -> list[str]:
         """The preprocessed cases, as the manifest has them."""

@@ -1,0 +1,75 @@
+"""nnU-Net's own commands, as a user types them, from another folder: train, validate, continue, predict, evaluate."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from tests.tiny import TEST
+
+BIN = Path(sys.executable).parent
+RUN = "Dataset901_Tiny/{trainer}__nnUNetPlans__3d_fullres/fold_0"
+
+
+def run(cwd: Path, *command: str, **environment: str) -> str:
+    result = subprocess.run(
+        [str(BIN / command[0]), *command[1:]], cwd=cwd, env=os.environ | environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return result.stdout
+
+
+@pytest.fixture
+def elsewhere(tmp_path, tiny) -> Path:
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    return folder
+
+
+def test_train_validate_continue_predict_evaluate(tiny, elsewhere):
+    trainer = "nnUNetTrainerDyCON_smoke"
+    train = ("nnUNetv2_train", "901", "3d_fullres", "0", "-tr", trainer, "-device", "cpu")
+    run(elsewhere, *train, "--npz", nnUNet_n_proc_DA="1")
+    folder = tiny / "nnUNet_results" / RUN.format(trainer=trainer)
+    assert {"checkpoint_final.pth", "checkpoint_final_teacher.pth", "nnunet_dycon.json", "progress.png"} <= {
+        file.name for file in folder.iterdir()
+    }
+    probabilities = np.load(next((folder / "validation").glob("*.npz")))["probabilities"]
+    assert probabilities.shape == (3, 24, 32, 40)
+
+    (folder / "validation" / "summary.json").unlink()
+    run(elsewhere, *train, "--val")
+    assert (folder / "validation" / "summary.json").is_file()
+    assert "Training done" in run(elsewhere, *train, "--c")
+
+    raw = tiny / "nnUNet_raw" / "Dataset901_Tiny"
+    predict = ("nnUNetv2_predict", "-d", "901", "-c", "3d_fullres", "-f", "0", "-tr", trainer, "-device", "cpu")
+    volumes = {}
+    for name in ("checkpoint_final.pth", "checkpoint_final_teacher.pth"):
+        out = elsewhere / name
+        run(elsewhere, *predict, "-i", str(raw / "imagesTs"), "-o", str(out), "-chk", name, "--save_probabilities")
+        volumes[name] = np.load(out / f"{TEST[0]}.npz")["probabilities"]
+        segmentation = sitk.GetArrayFromImage(sitk.ReadImage(str(out / f"{TEST[0]}.nii.gz")))
+        assert segmentation.shape == (24, 32, 40)
+    assert not np.array_equal(*volumes.values())  # student and teacher are two models
+
+    out = elsewhere / "checkpoint_final.pth"
+    printed = run(elsewhere, "nnunet_dycon", "evaluate", "-ref", str(raw / "labelsTs"), "-pred", str(out))
+    assert "hd95_mm_max_directed" in printed
+    with (out / "evaluation.csv").open() as file:
+        assert {row["case"] for row in csv.DictReader(file)} == set(TEST)
+
+
+def test_workers_that_are_not_forked(tiny, elsewhere):
+    """As on Python 3.14 and where spawn is the default: all that a worker needs must be importable."""
+    code = (
+        "import multiprocessing, sys; multiprocessing.set_start_method('forkserver');"
+        "from nnunetv2.run.run_training import run_training_entry; run_training_entry()"
+    )
+    arguments = ("901", "3d_fullres", "all", "-tr", "nnUNetTrainerDyCON_smoke", "-device", "cpu")
+    run(elsewhere, "python", "-c", code, *arguments, "--disable_checkpointing", nnUNet_n_proc_DA="2")

@@ -1,0 +1,72 @@
+"""What is shipped is what is in the checkout: a sub-package left out of pyproject.toml would be missing silently."""
+
+import subprocess
+import sys
+import tarfile
+import zipfile
+from importlib.metadata import requires
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = {"nnunet_dycon": "nnunet_dycon", "trainers": "nnunet_dycon/trainers"}
+FOLDERS["dataset_conversion"] = "nnunet_dycon/dataset_conversion"
+
+
+def shipped_modules() -> set[str]:
+    """The modules of the checkout, by their names in a wheel."""
+    return {
+        f"{target}/{file.relative_to(ROOT / folder)}"
+        for folder, target in FOLDERS.items()
+        for file in (ROOT / folder).rglob("*.py")
+    }
+
+
+def test_the_wheel_holds_every_module_and_one_top_level_name(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {name for name in names if name.endswith(".py")} == shipped_modules()
+    assert "nnunet_dycon/py.typed" in names
+    tops = {name.split("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"nnunet_dycon"}
+
+
+def test_the_wheel_has_the_command_and_the_licence(wheel):
+    archive = zipfile.ZipFile(wheel)
+    entry_points = next(name for name in archive.namelist() if name.endswith("entry_points.txt"))
+    assert "nnunet_dycon = nnunet_dycon.cli:main" in archive.read(entry_points).decode()
+    metadata = archive.read(entry_points.replace("entry_points.txt", "METADATA")).decode()
+    assert "License-Expression: Apache-2.0" in metadata
+
+
+def test_a_wheel_can_be_made_from_the_sdist(source_copy, tmp_path):
+    build = [sys.executable, "-m", "build", "--sdist", "--no-isolation", "-o", str(tmp_path), str(source_copy)]
+    subprocess.run(build, check=True, capture_output=True)
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    wanted = {
+        f"{folder}/{file.relative_to(ROOT / folder)}" for folder in FOLDERS for file in (ROOT / folder).rglob("*.py")
+    }
+    assert wanted <= names
+
+
+def test_run_time_dependencies_have_lower_bounds():
+    run_time = [Requirement(text) for text in requires("nnunet-dycon") if "extra ==" not in text]
+    assert {requirement.name for requirement in run_time} == {
+        "nnunetv2", "torch", "dynamic-network-architectures", "batchgenerators", "batchgeneratorsv2", "SimpleITK",
+        "acvl-utils", "monai", "h5py",
+    }  # fmt: skip
+    for requirement in run_time:
+        assert any(bound.operator == ">=" for bound in requirement.specifier), requirement
+
+
+LIGHT = ["", ".registry", ".errors", ".environment", ".files", ".cli", ".trainers", ".dataset_conversion", ".discovery"]
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_light_modules_stay_light(module):
+    """What the command line needs before it knows its sub-command."""
+    code = f"import sys, nnunet_dycon{module}; assert not {{'torch', 'numpy', 'nnunetv2'}} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,124 @@
+"""What a user may have got wrong is told in one line, before any work starts."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from nnunet_dycon.registry import TRAINERS
+from nnunet_dycon.trainers.nnUNetTrainerDyCON import nnUNetTrainerDyCON
+from tests.tiny import UNLABELED
+from tests.trainers.test_contract import trainer_class
+from tests.trainers.training import deterministic, make_trainer
+
+
+@pytest.fixture
+def base(tiny) -> Path:
+    return tiny / "nnUNet_preprocessed" / "Dataset901_Tiny"
+
+
+@pytest.fixture
+def raw(tiny) -> Path:
+    return tiny / "nnUNet_raw" / "Dataset901_Tiny"
+
+
+def remove_unlabeled(base: Path, raw: Path) -> None:
+    shutil.rmtree(base / "nnUNetPlans_3d_fullres_unlabeled")
+    shutil.rmtree(raw / "imagesUn")
+
+
+def rename_labeled_to_unlabeled(base: Path, raw: Path) -> None:
+    """The images of an unlabeled case have been annotated since, but were not taken away from imagesUn."""
+    for file in (base / "nnUNetPlans_3d_fullres").glob("case_00*"):
+        file.rename(file.with_name(file.name.replace("case_00", UNLABELED[0])))
+
+
+def few_labeled(base: Path, raw: Path) -> None:
+    (base / "splits_final.json").unlink(missing_ok=True)
+    for file in (base / "nnUNetPlans_3d_fullres").glob("case_00*"):
+        file.unlink()
+
+
+def other_plans(base: Path, raw: Path) -> None:
+    file = base / "nnUNetPlans.json"
+    plans = json.loads(file.read_text())
+    plans["configurations"]["3d_fullres"]["spacing"] = [2.0, 1.0, 1.0]
+    file.write_text(json.dumps(plans))
+
+
+def not_preprocessed(base: Path, raw: Path) -> None:
+    shutil.rmtree(base / "nnUNetPlans_3d_fullres")
+
+
+FAULTS = {
+    "no unlabeled cases": (remove_unlabeled, "no unlabeled cases: .*imagesUn"),
+    "labeled and unlabeled": (rename_labeled_to_unlabeled, "1 cases are both labeled and unlabeled, scan_00 the first"),
+    "too few for a split": (few_labeled, "4 labeled cases are too few for nnU-Net's split into 5 folds; .*fold 'all'"),
+    "stale": (
+        other_plans,
+        "is stale: the plans have changed; run: nnunet_dycon preprocess_unlabeled -d 901 -c 3d_full",
+    ),
+    "not preprocessed": (not_preprocessed, "does not exist; run: nnUNetv2_preprocess -d 901"),
+}
+
+
+@pytest.mark.parametrize(("break_it", "message"), FAULTS.values(), ids=FAULTS.keys())
+def test_faults_end_the_training_in_one_line(base, raw, break_it, message):
+    break_it(base, raw)
+    trainer = make_trainer(deterministic(nnUNetTrainerDyCON), fold=0)
+    with pytest.raises(SystemExit, match=message) as stopped:
+        trainer.run_training()
+    assert "\n" not in str(stopped.value)
+    assert trainer.network is None  # nothing was begun
+    assert not list(Path(trainer.output_folder).glob("*.pth"))
+
+
+def test_few_labeled_cases_with_a_split_or_fold_all_do_train(base, raw, train):
+    few_labeled(base, raw)
+    train(epochs=1, fold="all")
+    (base / "splits_final.json").write_text(json.dumps([{"train": ["case_01"], "val": ["case_01"]}]))
+    train(epochs=1, fold=0)
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_a_cascade_is_refused_at_construction(base, name):
+    file = base / "nnUNetPlans.json"
+    plans = json.loads(file.read_text())
+    plans["configurations"]["3d_cascade_fullres"] = {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}
+    file.write_text(json.dumps(plans))
+    with pytest.raises(NotImplementedError, match="cannot train 3d_cascade_fullres: in a cascade"):
+        make_trainer(trainer_class(name), configuration="3d_cascade_fullres")
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_regions_are_refused_at_construction(base, name):
+    file = base / "dataset.json"
+    dataset = json.loads(file.read_text())
+    dataset["labels"] = {"background": 0, "both": [1, 2], "small": [2]}
+    dataset["regions_class_order"] = [1, 2]
+    file.write_text(json.dumps(dataset))
+    with pytest.raises(NotImplementedError, match="cannot train on regions"):
+        make_trainer(trainer_class(name))
+
+
+def test_a_network_without_stages_is_refused_with_the_reason(tiny):
+    class nnUNetTrainerOther(nnUNetTrainerDyCON):
+        enable_deep_supervision = False
+
+        @staticmethod
+        def build_network_architecture(*arguments, **options):
+            return torch.nn.Conv3d(1, 3, 1)
+
+    trainer = make_trainer(nnUNetTrainerOther)
+    trainer.enable_deep_supervision = False
+    with pytest.raises(NotImplementedError, match="needs a network with encoder.stages to tap features from; Conv3d"):
+        trainer.initialize()
+
+
+def test_the_start_tells_batch_memory_steps_and_remedy(tiny, train):
+    log = next(Path(train(epochs=1).output_folder).glob("training_log*")).read_text()
+    assert "5 labeled and 4 unlabeled cases. Each of 3 steps trains on 2 labeled and 2 unlabeled patches" in log
+    assert "-gpu_memory_target" in log
+    assert "unlabeled_batch_size=1" in log
