@@ -72,10 +72,17 @@ def test_a_recent_nnunet_is_accepted(monkeypatch, version):
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["unknown"], ["convert", "unknown"], ["preprocess_unlabeled"], ["evaluate", "-ref", "a"],
-     ["convert", "la", "-i", "a", "-d", "0"], ["convert", "la", "-i", "a", "-d", "1", "--labeled", "2", "--split", "b"]],
-)  # fmt: skip
+    [
+        "",
+        "unknown",
+        "convert unknown",
+        "preprocess_unlabeled",
+        "evaluate -ref a",
+        "convert la -i a -d 0",
+        "convert la -i a -d 1 --labeled 2 --split b",
+    ],
+)
 def test_wrong_use_is_exit_code_2(arguments):
     with pytest.raises(SystemExit) as stopped:
-        main(arguments)
+        main(arguments.split())
     assert stopped.value.code == 2

@@ -108,12 +108,14 @@ def test_a_network_without_stages_is_refused_with_the_reason(tiny):
         enable_deep_supervision = False
 
         @staticmethod
-        def build_network_architecture(*arguments, **options):
+        def build_network_architecture(
+            plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision=True
+        ):
             return torch.nn.Conv3d(1, 3, 1)
 
     trainer = make_trainer(nnUNetTrainerOther)
     trainer.enable_deep_supervision = False
-    with pytest.raises(NotImplementedError, match="needs a network with encoder.stages to tap features from; Conv3d"):
+    with pytest.raises(NotImplementedError, match="to tap features from; Conv3d has none"):
         trainer.initialize()
 
 
