@@ -143,6 +143,7 @@ def _add_converter(parser: argparse.ArgumentParser, name: str) -> None:
 
 
 def _convert(arguments: argparse.Namespace) -> None:
+    require_nnunet()
     converter = CONVERTERS[arguments.converter]
     names = [option.flag.lstrip("-").replace("-", "_") for option in converter.options]
     module = import_module(f"nnunet_dycon.dataset_conversion.{converter.module}")
@@ -193,8 +194,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     result = evaluate_folder(
         arguments.reference, arguments.prediction, labels=arguments.labels, num_processes=_num_processes(arguments)
     )
-    result.write(output)
     print(json.dumps(result.as_json(), indent=2) if arguments.json else result.as_table())
+    result.write(output)
 
 
 def _demo(arguments: argparse.Namespace) -> None:

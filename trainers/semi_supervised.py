@@ -75,6 +75,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self.unlabeled_cases = UnlabeledCases(self.plans_manager, configuration, dataset_json)
         self.method: nn.Module | None = None  # -> initialize
         self.curves: dict[str, list[float]] = {}  # the mean of each term of the loss, epoch by epoch
+        self._cases: dict[str, list[str]] = {}  # -> get_dataloaders
         self._tap: FeatureTap | None = None
         self._step_in_epoch = 0
         self._resumed = False
@@ -156,12 +157,10 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     @ends_in_one_line
     def on_train_start(self) -> None:
         """Before nnU-Net's: check what a user may have got wrong, so that no time is lost on it."""
-        self._check_split()
+        labeled = self._labeled_identifiers()
+        self._check_split(len(labeled))
         self.unlabeled_cases.require(default_num_processes)
-        labeled = infer_dataset_class(self.preprocessed_dataset_folder).get_identifiers(
-            self.preprocessed_dataset_folder
-        )
-        self.unlabeled_cases.check_not_labeled(set(labeled), set(self.unlabeled_cases.identifiers()))
+        self.unlabeled_cases.check_not_labeled(labeled, set(self.unlabeled_cases.identifiers()))
         super().on_train_start()
         if not self._resumed:
             self.method.before_first_step()  # pretrained weights have arrived since initialize
@@ -169,12 +168,14 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             self._write_record()
         self._tell_batch(len(labeled))
 
-    def _check_split(self) -> None:
-        folder = Path(self.preprocessed_dataset_folder)
-        if not folder.is_dir():
+    def _labeled_identifiers(self) -> set[str]:
+        folder = self.preprocessed_dataset_folder
+        if not Path(folder).is_dir():
             raise UserError(f"{folder} does not exist; run: nnUNetv2_preprocess {self.unlabeled_cases.arguments}")
-        labeled = len(infer_dataset_class(str(folder)).get_identifiers(str(folder)))
-        splits = folder.parent / "splits_final.json"
+        return set(infer_dataset_class(folder).get_identifiers(folder))
+
+    def _check_split(self, labeled: int) -> None:
+        splits = Path(self.preprocessed_dataset_folder_base) / "splits_final.json"
         if self.fold != "all" and labeled < 5 and not splits.is_file():
             raise UserError(
                 f"{labeled} labeled cases are too few for nnU-Net's split into 5 folds; train on all of them with fold "
@@ -197,13 +198,9 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         folder = Path(self.output_folder)
         if self._resumed and record_file(folder).is_file():
             return
-        train, validation = self.do_split()
-        write_record(
-            folder,
-            type(self).__name__,
-            {"training_settings": asdict(self.training_settings), "method_settings": asdict(self.method_settings)},
-            {"labeled": list(train), "unlabeled": self.unlabeled_cases.identifiers(), "validation": list(validation)},
-        )
+        settings = {"training_settings": self.training_settings, "method_settings": self.method_settings}
+        settings = {name: asdict(values) for name, values in settings.items()}
+        write_record(folder, type(self).__name__, settings, self._cases)
 
     def get_dataloaders(self):
         """As nnU-Net's, with the two-stream loader for training."""
@@ -226,12 +223,15 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             )
         )
         labeled, validation = self.get_tr_and_val_datasets()
+        unlabeled = UnlabeledDataset(self.unlabeled_cases.folder, self.unlabeled_cases.identifiers())
+        streams = {"labeled": labeled, "unlabeled": unlabeled, "validation": validation}
+        self._cases = {name: list(dataset.identifiers) for name, dataset in streams.items()}
         options = {
             "oversample_foreground_percent": self.oversample_foreground_percent,
             "probabilistic_oversampling": self.probabilistic_oversampling,
         }
         unlabeled_loader = UnlabeledLoader(
-            UnlabeledDataset(self.unlabeled_cases.folder, self.unlabeled_cases.identifiers()),
+            unlabeled,
             self.unlabeled_batch_size,
             initial_patch_size,
             patch_size,
@@ -262,7 +262,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         pin_memory = self.device.type == "cuda"
         augmenters = (
             augmenter(train_loader, processes, max(6, processes // 2), pin_memory),
-            augmenter(validation_loader, (processes + 1) // 2, max(3, processes // 4), pin_memory),
+            augmenter(validation_loader, min(processes, max(1, processes // 2)), max(3, processes // 4), pin_memory),
         )
         for started in augmenters:
             next(started)
