@@ -14,7 +14,7 @@ from scipy.ndimage import distance_transform_edt, gaussian_filter
 
 from nnunet_dycon.dataset_conversion.writer import FILE_ENDING, FOLDERS
 
-SHAPE = (40, 48, 56)
+SHAPE = (32, 48, 56)
 LESION_RADII = (2.0, 8.0)  # voxels, before the border is made irregular
 
 
@@ -34,7 +34,7 @@ def phantom(rng: np.random.Generator, shape: tuple[int, int, int] = SHAPE) -> tu
     lumps = _lumps(rng, ~organ)
 
     texture = 0.1 * sum(_noise(rng, shape, scale) for scale in (1, 2, 5))
-    contrast = rng.uniform(0.7, 1.1)  # of lesions, which differ from case to case, and of what looks like them
+    contrast = rng.uniform(0.8, 1.2)  # of lesions, which differ from case to case, and of what looks like them
     image = rng.uniform(0.8, 1.2) * organ * (1 + texture) + 0.5 * texture
     for structure, share in ((lesions, 1.0), (vessels, 1.1), (lumps, 1.8)):
         image += share * contrast * gaussian_filter(structure.astype(float), 0.7)  # blurred: partial volume
@@ -82,12 +82,13 @@ def _write(array: np.ndarray, file: Path) -> None:
 def _lesions(rng: np.random.Generator, organ: np.ndarray) -> np.ndarray:
     """1 to 5 lesions, apart from each other. Sizes are drawn on a logarithmic scale: small ones are as frequent."""
     lesions = np.zeros_like(organ)
-    for radius in np.exp(rng.uniform(*np.log(LESION_RADII), size=rng.integers(1, 6))):
+    radii = np.exp(rng.uniform(*np.log(LESION_RADII), size=rng.integers(1, 6)))
+    for radius in sorted(radii, reverse=True):  # large ones first, while there is room
         free = distance_transform_edt(organ & ~lesions)
         candidates = np.argwhere(free > radius + 2)
         if len(candidates):
-            radii = radius * rng.uniform(0.8, 1.25, 3)
-            lesions |= organ & _blob(rng, organ.shape, rng.choice(candidates), radii, roughness=0.15)
+            half_axes = radius * rng.uniform(0.8, 1.25, 3)
+            lesions |= organ & _blob(rng, organ.shape, rng.choice(candidates), half_axes, roughness=0.15)
     return lesions
 
 
