@@ -6,12 +6,9 @@ A converter lists its source as `Case`s, lets `assign_by_count` or `assign_by_fi
 
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -19,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
-from tqdm import tqdm
 
 from nnunet_dycon.environment import nnunet_folder
 from nnunet_dycon.errors import UsageError, UserError
+from nnunet_dycon.processes import map_cases
 
 FILE_ENDING = ".nii.gz"
 GEOMETRY_TOLERANCE = 1e-3  # mm, and cosines: headers store float32
@@ -192,19 +189,8 @@ def _read_split(split: Path) -> dict[str, list[str]]:
 
 def _write_cases(data_set: DataSet, assignment: Assignment, folder: Path, num_processes: int) -> None:
     jobs = [(role, case) for role in FOLDERS for case in assignment.cases[role]]
-    write = partial(_write_case, data_set, folder)
-    progress = partial(tqdm, total=len(jobs), desc=f"converting {data_set.name}", unit="case")
-    if num_processes == 1:
-        for job in progress(jobs):
-            write(job)
-        return
-    try:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(num_processes, len(jobs)), mp_context=context) as pool:
-            for _ in progress(pool.map(write, jobs)):
-                pass
-    except BrokenProcessPool:
-        raise UserError("a worker process was killed, maybe for want of memory; run again with -np 1") from None
+    for _ in map_cases(partial(_write_case, data_set, folder), jobs, num_processes, f"converting {data_set.name}"):
+        pass
 
 
 def _write_case(data_set: DataSet, folder: Path, job: tuple[str, Case]) -> None:

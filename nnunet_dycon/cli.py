@@ -9,7 +9,7 @@ from pathlib import Path
 
 from nnunet_dycon import __version__
 from nnunet_dycon.environment import require_nnunet
-from nnunet_dycon.errors import UserError
+from nnunet_dycon.errors import UsageError, UserError
 from nnunet_dycon.registry import CONVERTERS, TRAINERS
 
 
@@ -116,8 +116,12 @@ def _positive(text: str) -> int:
 
 
 def _num_processes(arguments: argparse.Namespace) -> int:
-    default = min(int(os.environ.get("nnUNet_def_n_proc", 8)), os.cpu_count() or 1)
-    return arguments.num_processes or default
+    if arguments.num_processes is not None:
+        return arguments.num_processes
+    value = os.environ.get("nnUNet_def_n_proc", "8")
+    if not value.isdigit() or int(value) < 1:
+        raise UsageError(f"the environment variable nnUNet_def_n_proc must be a positive number, got {value!r}")
+    return min(int(value), os.cpu_count() or 1)
 
 
 def _add_converter(parser: argparse.ArgumentParser, name: str) -> None:

@@ -1,12 +1,13 @@
 """What must be there before any work starts: a recent nnU-Net and its environment variables."""
 
 import os
+import re
 from importlib import metadata
 from pathlib import Path
 
 from nnunet_dycon.errors import UsageError
 
-OLDEST_NNUNET = (2, 8, 0)
+OLDEST_NNUNET = (2, 8)
 
 
 def require_nnunet() -> None:
@@ -15,8 +16,7 @@ def require_nnunet() -> None:
         version = metadata.version("nnunetv2")
     except metadata.PackageNotFoundError:
         raise UsageError("nnU-Net is not installed; run: pip install 'nnunetv2>=2.8.0,<2.9'") from None
-    numbers = tuple(int(part) for part in version.split(".")[:3] if part.isdigit())
-    if numbers < OLDEST_NNUNET:
+    if tuple(int(number) for number in re.match(r"(\d+)(?:\.(\d+))?", version).groups("0")) < OLDEST_NNUNET:
         raise UsageError(
             f"nnU-Net {version} is too old: it ignores nnUNet_extTrainer and cannot find these trainers; "
             "run: pip install 'nnunetv2>=2.8.0,<2.9'"

@@ -16,6 +16,15 @@ class UsageError(UserError):
     exit_code = 2
 
 
+class NotSupported(NotImplementedError, SystemExit):
+    """What these trainers cannot do. To a caller a NotImplementedError, and to the terminal one line: of a SystemExit
+    that nobody catches, Python prints nothing but its code."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.code = f"nnunet_dycon: error: {reason}"
+
+
 def ends_in_one_line(hook: Callable) -> Callable:
     """Let a trainer's hook end the program with the message alone if a user can mend what is wrong."""
 

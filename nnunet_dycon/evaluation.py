@@ -5,12 +5,10 @@ import gzip
 import io
 import json
 import math
-import multiprocessing
 import sys
 import warnings
 import zlib
 from collections.abc import Callable, Collection, Iterable, Sequence
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,13 +17,12 @@ from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
-import torch
 from monai.metrics import compute_average_surface_distance, compute_hausdorff_distance
 from scipy.ndimage import find_objects
-from tqdm import tqdm
 
 from nnunet_dycon.errors import UsageError, UserError
 from nnunet_dycon.files import replacing
+from nnunet_dycon.processes import map_cases
 
 DEFINITIONS = {
     "dice": "2 |R and P| / (|R| + |P|) with R the voxels of the reference and P those of the prediction",
@@ -61,17 +58,8 @@ def evaluate_folder(
         raise UsageError(f"references and predictions are the same folder: {reference}")
     task = _read_task(reference, prediction, labels)
     pairs = _match(reference, prediction, task.file_ending)
-    score_case = partial(_score_case, task=task)
-    progress = partial(tqdm, total=len(pairs), desc="scoring", unit="case", disable=None)  # none in a log file
-    if num_processes == 1 or len(pairs) <= _FEW_CASES:
-        results = list(progress(map(score_case, pairs)))
-    else:
-        spawn = multiprocessing.get_context("spawn")  # torch does not survive a fork with threads running
-        with ProcessPoolExecutor(min(num_processes, len(pairs)), spawn, torch.set_num_threads, (1,)) as pool:
-            try:
-                results = list(progress(pool.map(score_case, pairs)))
-            except BrokenExecutor:
-                raise UserError("a worker died, perhaps for want of memory: try fewer processes (-np)") from None
+    processes = 1 if len(pairs) <= _FEW_CASES else num_processes
+    results = list(map_cases(partial(_score_case, task=task), pairs, processes, "scoring"))
     for remark in (remark for _, remarks in results for remark in remarks):
         _warn(remark)
     return Evaluation(tuple(row for rows, _ in results for row in rows))

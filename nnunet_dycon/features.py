@@ -6,11 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.functional import adaptive_avg_pool1d, adaptive_avg_pool2d, adaptive_avg_pool3d
 
 IGNORED_PATCH = -1
-
-_AREA_POOL = {1: adaptive_avg_pool1d, 2: adaptive_avg_pool2d, 3: adaptive_avg_pool3d}
 
 
 @dataclass(frozen=True)
@@ -80,8 +77,17 @@ class ProjectionHead(nn.Module):
 
 
 def pool_to_patches(volume: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
-    """The mean of (B, *spatial) over each cell of a grid: (B, N), in the order in which `ProjectionHead` flattens."""
-    return _AREA_POOL[len(grid)](volume[:, None], tuple(grid)).flatten(1)
+    """The mean of (B, *spatial) over each cell of a grid: (B, N), in the order in which `ProjectionHead` flattens.
+
+    Raises:
+        ValueError: the grid does not divide the volume. That of a network of nnU-Net's plans always does.
+    """
+    spatial = volume.shape[1:]
+    if any(size % cells for size, cells in zip(spatial, grid)):
+        raise ValueError(f"a grid of {tuple(grid)} cells does not divide a volume of {tuple(spatial)} voxels")
+    # (B, X, Y, Z) to (B, cells of X, voxels a cell, cells of Y, ...). By hand, since MPS has no 3D average pooling.
+    split = [number for size, cells in zip(spatial, grid) for number in (cells, size // cells)]
+    return volume.reshape(len(volume), *split).mean(tuple(range(2, 2 * len(split) // 2 + 1, 2))).flatten(1)
 
 
 def patch_labels(

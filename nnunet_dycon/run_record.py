@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 
+from nnunet_dycon import __version__
 from nnunet_dycon.files import replacing
 
-_VERSIONS_OF = ("nnunet-dycon", "nnunetv2", "torch", "batchgeneratorsv2", "numpy")
+_VERSIONS_OF = ("nnunetv2", "torch", "batchgeneratorsv2", "numpy")
 
 
 def write_record(folder: Path, trainer: str, settings: dict[str, dict], cases: dict[str, list[str]]) -> None:
@@ -20,7 +21,7 @@ def write_record(folder: Path, trainer: str, settings: dict[str, dict], cases: d
         "cases": cases,
         "cases_sha256": hashlib.sha256(json.dumps(cases, sort_keys=True).encode()).hexdigest(),
         "torch_seed": torch.initial_seed(),
-        "versions": {name: version(name) for name in _VERSIONS_OF},
+        "versions": {"nnunet-dycon": __version__, **{name: version(name) for name in _VERSIONS_OF}},
     }
     with replacing(record_file(folder)) as partial:
         partial.write_text(json.dumps(record, indent=2))

@@ -64,7 +64,7 @@ def test_an_old_nnunet_is_refused(monkeypatch, capsys, version, command):
     assert "pip install 'nnunetv2>=2.8.0,<2.9'" in error
 
 
-@pytest.mark.parametrize("version", ["2.8.0", "2.8.1", "2.10.0", "3.0"])
+@pytest.mark.parametrize("version", ["2.8", "2.8.0", "2.8.1", "2.8.1+fork", "2.8.2rc1", "2.10.0", "3"])
 def test_a_recent_nnunet_is_accepted(monkeypatch, version):
     monkeypatch.setattr(metadata, "version", lambda name: version)
     assert main(["trainers_path"]) == 0

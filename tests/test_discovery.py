@@ -58,6 +58,7 @@ def test_from_a_regular_install(tmp_path, installed_wheel, where):
     assert path.startswith(site)
     result = run_python(CHECK.format(names=NAMES), cwd, nnUNet_extTrainer=path, PYTHONPATH=site)
     assert result.returncode == 0, result.stderr
+    assert result.stdout.split()[-1].startswith(site if where == "another folder" else str(cwd))
 
 
 def test_from_a_folder_on_the_python_path(tmp_path):

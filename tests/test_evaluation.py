@@ -391,7 +391,6 @@ def test_command(folders, tmp_path, capsys):
     assert "case_a" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_processes_change_nothing(folders):
     for seed in range(3):
         for folder in folders:

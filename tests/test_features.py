@@ -96,6 +96,17 @@ def test_shares_are_of_the_annotated_voxels():
     assert patch_labels(one_cell({ignore: 512}), (1, 1, 1), 3, ignore_label=ignore).tolist() == [[-1]]
 
 
+def test_a_grid_that_does_not_divide_the_volume_is_refused():
+    with pytest.raises(ValueError, match="does not divide"):
+        pool_to_patches(torch.zeros(1, 7, 8), (2, 2))
+
+
+def test_pooling_is_the_mean_of_each_cell():
+    volume = torch.randn(2, 4, 6, 8)
+    pooled = torch.nn.functional.adaptive_avg_pool3d(volume[:, None], (2, 3, 2)).flatten(1)
+    torch.testing.assert_close(pool_to_patches(volume, (2, 3, 2)), pooled)
+
+
 def test_two_dimensions():
     label_map = torch.zeros(1, 8, 16, dtype=torch.long)
     label_map[0, :, 8:] = 1

@@ -20,11 +20,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_dycon import __version__, checkpoints
 from nnunet_dycon.batches import StudentOutput, Targets
+from nnunet_dycon.data.labeled import check_fingerprint, check_split, labeled_identifiers
 from nnunet_dycon.data.loader import TwoStreamLoader, UnlabeledDataset, UnlabeledLoader, augmenter, to_batches
 from nnunet_dycon.data.unlabeled import UnlabeledCases
 from nnunet_dycon.data.views import TwoViews
 from nnunet_dycon.environment import require_nnunet
-from nnunet_dycon.errors import UserError, ends_in_one_line
+from nnunet_dycon.errors import NotSupported, ends_in_one_line
 from nnunet_dycon.features import FeatureStage, FeatureTap, nearest_stage
 from nnunet_dycon.run_record import record_file, write_record
 from nnunet_dycon.teacher import unwrap
@@ -66,7 +67,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         dataset_json: dict,
         device: torch.device = torch.device("cuda"),  # noqa: B008 (nnU-Net compares this signature with its own)
     ):
-        require_nnunet()
+        ends_in_one_line(require_nnunet)()
         self._refuse_unsupported(plans, configuration, dataset_json)
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.num_epochs = self.training_settings.num_epochs
@@ -84,12 +85,12 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     def _refuse_unsupported(cls, plans: dict, configuration: str, dataset_json: dict) -> None:
         manager = PlansManager(plans)
         if manager.get_configuration(configuration).previous_stage_name is not None:
-            raise NotImplementedError(
+            raise NotSupported(
                 f"{cls.__name__} cannot train {configuration}: in a cascade each case needs the previous stage's "
                 "prediction, which unlabeled cases do not have. Train 3d_fullres or 3d_lowres instead."
             )
         if manager.get_label_manager(dataset_json).has_regions:
-            raise NotImplementedError(
+            raise NotSupported(
                 f"{cls.__name__} cannot train on regions yet: its losses are written for softmax outputs. "
                 "Give each voxel one label in dataset.json instead."
             )
@@ -102,11 +103,11 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         """The encoder stage whose stride is nearest to 8.
 
         Raises:
-            NotImplementedError: the network has no encoder with stages.
+            NotSupported: the network has no encoder with stages.
         """
         encoder = getattr(unwrap(self.network), "encoder", None)
         if not hasattr(encoder, "stages"):
-            raise NotImplementedError(
+            raise NotSupported(
                 f"{type(self).__name__} needs a network with encoder.stages to tap features from; "
                 f"{type(unwrap(self.network)).__name__} has none. Use nnU-Net's default or residual-encoder plans."
             )
@@ -157,8 +158,10 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     @ends_in_one_line
     def on_train_start(self) -> None:
         """Before nnU-Net's: check what a user may have got wrong, so that no time is lost on it."""
-        labeled = self._labeled_identifiers()
-        self._check_split(len(labeled))
+        folder = Path(self.preprocessed_dataset_folder)
+        labeled = labeled_identifiers(folder, self.unlabeled_cases.arguments)
+        check_split(folder, len(labeled), self.fold)
+        check_fingerprint(folder.parent, folder.name, self.unlabeled_cases.dataset_id)
         self.unlabeled_cases.require(default_num_processes)
         self.unlabeled_cases.check_not_labeled(labeled, set(self.unlabeled_cases.identifiers()))
         super().on_train_start()
@@ -168,26 +171,13 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             self._write_record()
         self._tell_batch(len(labeled))
 
-    def _labeled_identifiers(self) -> set[str]:
-        folder = self.preprocessed_dataset_folder
-        if not Path(folder).is_dir():
-            raise UserError(f"{folder} does not exist; run: nnUNetv2_preprocess {self.unlabeled_cases.arguments}")
-        return set(infer_dataset_class(folder).get_identifiers(folder))
-
-    def _check_split(self, labeled: int) -> None:
-        splits = Path(self.preprocessed_dataset_folder_base) / "splits_final.json"
-        if self.fold != "all" and labeled < 5 and not splits.is_file():
-            raise UserError(
-                f"{labeled} labeled cases are too few for nnU-Net's split into 5 folds; train on all of them with fold "
-                f"'all', or write a split into {splits}"
-            )
-
     def _tell_batch(self, labeled_cases: int) -> None:
         batch, unlabeled = self.batch_size, self.unlabeled_batch_size
+        planned = self.configuration_manager.batch_size  # for all GPUs together; a batch of ours is for each
         self.print_to_log_file(
             f"{labeled_cases} labeled and {len(self.unlabeled_cases.identifiers())} unlabeled cases. Each of "
             f"{self.num_epochs * self.num_iterations_per_epoch} steps trains on {batch} labeled and {unlabeled} "
-            f"unlabeled patches: about {(batch + unlabeled) / batch:.3g} times the memory the plans were made for. "
+            f"unlabeled patches: about {(batch + unlabeled) / planned:.3g} times the memory the plans were made for. "
             "If that is too much: nnUNetv2_plan_experiment with -gpu_memory_target at half of what you have and a new "
             "-overwrite_plans_name, or a subclass with unlabeled_batch_size=1.",
             also_print_to_console=True,
@@ -237,7 +227,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             patch_size,
             self.label_manager,
             transforms=two_views,
-            mask_channels=any(mask_channels),
+            mask_channels=mask_channels,
         )
         train_loader = TwoStreamLoader(
             labeled,
@@ -307,25 +297,31 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
     def _report_non_finite(self, loss: float, keys: tuple[str, ...]) -> None:
         # With a finite loss it is the gradient scaler that overflowed, as it does now and then, and will lower its
-        # scale by itself.
-        if not np.isfinite(loss) or self.grad_scaler is None:
-            self.print_to_log_file(
-                f"WARNING: loss {loss} with a non-finite gradient in epoch {self.current_epoch}; neither student nor "
-                f"teacher was changed by this step. Its cases: {', '.join(keys)}"
-            )
+        # scale by itself; or it is another rank that has the bad case, and tells.
+        if np.isfinite(loss) and (self.grad_scaler is not None or self.is_ddp):
+            return
+        warning = (
+            f"WARNING: loss {loss} with a non-finite gradient in epoch {self.current_epoch}; neither student nor "
+            f"teacher was changed by this step. Its cases: {', '.join(keys)}"
+        )
+        # Only rank 0 has a log.
+        self.print_to_log_file(warning) if self.local_rank == 0 else print(f"rank {self.local_rank}: {warning}")
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         """After nnU-Net's: log and keep the mean of each term. Steps without a finite loss count nowhere."""
         finite = [output for output in train_outputs if np.isfinite(output["loss"])]
-        super().on_train_epoch_end(finite or train_outputs)
-        means = {name: float(np.mean(values)) for name, values in collate_outputs(finite or train_outputs).items()}
+        if finite:
+            means = {name: np.mean(values) for name, values in collate_outputs(finite).items()}
+            # As many as there were steps: nnU-Net wants the same number from all ranks.
+            train_outputs = [output if np.isfinite(output["loss"]) else means for output in train_outputs]
+        super().on_train_epoch_end(train_outputs)
+        ranks = [{name: float(np.mean(values)) for name, values in collate_outputs(train_outputs).items()}]
         if self.is_ddp:
-            ranks = [None] * dist.get_world_size()
-            dist.all_gather_object(ranks, means)
-            means = {name: float(np.mean([rank[name] for rank in ranks])) for name in means}
-        for name, mean in means.items():
-            self.curves.setdefault(name, []).append(mean)
-        self.print_to_log_file(*(f"{name} {mean:.4f}" for name, mean in means.items() if name != "loss"))
+            own, ranks = ranks[0], [None] * dist.get_world_size()
+            dist.all_gather_object(ranks, own)
+        for name in ranks[0]:
+            self.curves.setdefault(name, []).append(float(np.mean([rank[name] for rank in ranks])))
+        self.print_to_log_file(*(f"{name} {curve[-1]:.4f}" for name, curve in self.curves.items() if name != "loss"))
 
     def save_checkpoint(self, filename: str) -> None:
         """nnU-Net's checkpoint with the method's state in it, written whole or not at all."""

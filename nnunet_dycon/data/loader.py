@@ -5,6 +5,7 @@ shut-down work as they are. It is defined in an importable module because worker
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import blosc2
@@ -38,11 +39,11 @@ class UnlabeledDataset:
 class UnlabeledLoader(nnUNetDataLoader):
     """Draws patches uniformly from unlabeled images: there is no foreground to look for."""
 
-    def __init__(self, data: UnlabeledDataset, *arguments, mask_channels: bool = False, **options) -> None:
+    def __init__(self, data: UnlabeledDataset, *arguments, mask_channels: Sequence[bool] = (), **options) -> None:
         super().__init__(data, *arguments, **options)
         # With an ignore label nnU-Net would look for annotated voxels, which an unlabeled case does not have.
         self.has_ignore = False
-        self.mask_channels = mask_channels
+        self.masked = [channel for channel, masked in enumerate(mask_channels) if masked]
 
     def generate_train_batch(self) -> dict:
         """{"data": (B, 2C, *spatial), "keys": B identifiers}."""
@@ -57,17 +58,17 @@ class UnlabeledLoader(nnUNetDataLoader):
         patch = torch.from_numpy(crop_and_pad_nd(image, box, 0)).float()
         if self.patch_size_was_2d:
             patch = patch[:, 0]
-        outside = self._outside(patch) if self.mask_channels else None
+        outside = self._outside(patch) if self.masked else None
         return self.transforms(image=patch, segmentation=outside)["image"]
 
-    @staticmethod
-    def _outside(patch: torch.Tensor) -> torch.Tensor:
-        """-1 where every channel is 0, else 0: (1, *spatial).
+    def _outside(self, patch: torch.Tensor) -> torch.Tensor:
+        """-1 where every masked channel is 0, else 0: (1, *spatial).
 
         Where images are normalised within their nonzero region, nnU-Net sets augmented voxels outside of it to 0 again
-        and looks the region up in the segmentation. Here it is read off the image, which is exactly 0 outside.
+        and looks the region up in the segmentation. Here it is read off the image, which preprocessing made exactly 0
+        outside.
         """
-        return -(patch == 0).all(0, keepdim=True).to(torch.int16)
+        return -(patch[self.masked] == 0).all(0, keepdim=True).to(torch.int16)
 
 
 class TwoStreamLoader(nnUNetDataLoader):

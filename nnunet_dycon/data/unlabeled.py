@@ -7,23 +7,23 @@ wants nothing but cases inside. It tells whether the folder still fits the plans
 
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from errno import ENOSPC
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 from filelock import FileLock
-from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id, maybe_convert_to_dataset_name
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
-from tqdm import tqdm
 
+from nnunet_dycon.data.labeled import check_fingerprint
 from nnunet_dycon.environment import nnunet_folder
 from nnunet_dycon.errors import UsageError, UserError
 from nnunet_dycon.files import replacing
+from nnunet_dycon.processes import map_cases
 
 _MANIFEST_FORMAT = 1
 _CASE_FILES = (".b2nd", "_seg.b2nd", ".pkl")  # nnU-Net writes the last one last
@@ -68,15 +68,13 @@ class UnlabeledCases:
         except (RuntimeError, ValueError) as error:
             raise UsageError(f"there is no data set {dataset}: {' '.join(str(error).split())}") from None
         plans_file = preprocessed / name / f"{plans_name}.json"
-        for file in (plans_file, preprocessed / name / "dataset.json"):
-            if not file.is_file():
-                raise UsageError(f"{file} does not exist; run: nnUNetv2_plan_and_preprocess -d {dataset}")
-        plans = PlansManager(str(plans_file))
+        plans, dataset_json = (_read_json(file, dataset) for file in (plans_file, preprocessed / name / "dataset.json"))
+        plans = PlansManager(plans)
         if configuration not in plans.available_configurations:
             raise UsageError(
                 f"{plans_file} has no configuration {configuration}, only {plans.available_configurations}"
             )
-        return cls(plans, configuration, json.loads((preprocessed / name / "dataset.json").read_text()))
+        return cls(plans, configuration, dataset_json)
 
     @cached_property
     def configuration(self) -> ConfigurationManager:
@@ -98,11 +96,14 @@ class UnlabeledCases:
         return self.folder.with_name(f"{self.folder.name}.json")
 
     @property
+    def dataset_id(self) -> int:
+        return convert_dataset_name_to_id(self.plans.dataset_name)
+
+    @property
     def arguments(self) -> str:
         """How preprocessing commands, nnU-Net's and ours, are told what to preprocess."""
-        dataset_id = int(self.plans.dataset_name[len("Dataset") :].split("_")[0])
         plans = "" if self.plans.plans_name == "nnUNetPlans" else f" -plans_name {self.plans.plans_name}"
-        return f"-d {dataset_id} -c {self.configuration_name}{plans}"
+        return f"-d {self.dataset_id} -c {self.configuration_name}{plans}"
 
     def lock(self) -> FileLock:
         """Held while the folder is made: a second training waits. It is freed when its process dies."""
@@ -186,6 +187,7 @@ class UnlabeledCases:
         """
         if self.folder.is_dir() and self.fault() is None:
             return
+        print(f"{self.folder.name} is made now, or waited for if another process is making it")
         with self.lock():
             if not self.folder.is_dir():
                 self.build(num_processes)
@@ -206,6 +208,7 @@ class UnlabeledCases:
         cases = self.raw_cases()
         labels = self.raw.with_name("labelsTr")
         ending = self.dataset_json["file_ending"]
+        check_fingerprint(self.folder.parent, self.configuration.data_identifier, self.dataset_id)
         self.check_not_labeled({file.name[: -len(ending)] for file in labels.glob(f"*{ending}")}, set(cases))
         manifest = {"format": _MANIFEST_FORMAT, "digest": self.digest(), "files": _names_and_sizes(cases)}
         made_from = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:12]
@@ -216,7 +219,8 @@ class UnlabeledCases:
         partial.mkdir(exist_ok=True)
         missing = [case for case in cases if not (partial / f"{case}{_CASE_FILES[-1]}").is_file()]
         jobs = [(self, cases[case], str(partial / case)) for case in missing]
-        _run(jobs, num_processes, f"preprocessing {len(cases)} unlabeled cases, {self.configuration_name}")
+        for _ in map_cases(_preprocess_case, jobs, num_processes, f"preprocessing imagesUn, {self.configuration_name}"):
+            pass
 
         self.manifest_file.unlink(missing_ok=True)
         if self.folder.exists():
@@ -224,6 +228,16 @@ class UnlabeledCases:
         os.replace(partial, self.folder)
         with replacing(self.manifest_file) as file:
             file.write_text(json.dumps(manifest, indent=2))
+
+
+def _read_json(file: Path, dataset: str) -> dict:
+    remedy = f"run: nnUNetv2_plan_and_preprocess -d {dataset}"
+    if not file.is_file():
+        raise UsageError(f"{file} does not exist; {remedy}")
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise UserError(f"{file} is damaged ({error}); {remedy}") from None
 
 
 def _case_files(case: str) -> list[str]:
@@ -234,43 +248,38 @@ def _names_and_sizes(cases: dict[str, list[Path]]) -> dict[str, list[list]]:
     return {case: [[file.name, file.stat().st_size] for file in files] for case, files in sorted(cases.items())}
 
 
-def _run(jobs: list[tuple], num_processes: int, title: str) -> None:
-    with tqdm(total=len(jobs), desc=title, unit="case", disable=not jobs) as bar:
-        if num_processes == 1:
-            for job in jobs:
-                _preprocess_case(*job)
-                bar.update()
-            return
-        spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(num_processes, len(jobs) or 1), mp_context=spawn) as pool:
-            futures = [pool.submit(_preprocess_case, *job) for job in jobs]
-            try:
-                for future in as_completed(futures):
-                    future.result()
-                    bar.update()
-            except BrokenProcessPool:
-                raise UserError(
-                    "a process that preprocessed unlabeled cases was killed, perhaps for want of memory; "
-                    "go on with fewer of them: -np 1"
-                ) from None
-            finally:
-                pool.shutdown(cancel_futures=True)
-
-
-def _preprocess_case(unlabeled: UnlabeledCases, images: list[Path], output: str) -> None:
+def _preprocess_case(job: tuple[UnlabeledCases, list[Path], str]) -> None:
     """Preprocess one case without a segmentation. The pickle file, written last, tells that the case is complete."""
+    unlabeled, images, output = job
     preprocessor = unlabeled.configuration.preprocessor_class(verbose=False)
-    pickle_file = Path(output + _CASE_FILES[-1])
+    run_case = preprocessor.run_case
+
+    def run_checked_case(*arguments):
+        data, segmentation, properties = run_case(*arguments)
+        if not np.isfinite(data).all():
+            raise ValueError("it has NaN or infinite voxels")
+        # This segmentation is made from the image alone: -1 outside of the region where it is not 0. Where nnU-Net
+        # normalises within that region, it is made exactly 0 outside again, which resampling has blurred.
+        for channel, masked in zip(data, unlabeled.configuration.use_mask_for_norm):
+            if masked:
+                channel[segmentation[0] < 0] = 0
+        return data, segmentation, properties
+
+    preprocessor.run_case = run_checked_case
+    # blosc2 refuses to write over what an interrupted run has left.
+    _remove_case(output)
     try:
+        files = [str(image) for image in images]
         preprocessor.run_case_save(
-            output,
-            [str(image) for image in images],
-            None,
-            unlabeled.plans,
-            unlabeled.configuration,
-            unlabeled.dataset_json,
+            output, files, None, unlabeled.plans, unlabeled.configuration, unlabeled.dataset_json
         )
     except Exception as error:
-        pickle_file.unlink(missing_ok=True)
+        _remove_case(output)
         reason = " ".join(str(error).split())
-        raise UserError(f"{images[0]}: cannot be preprocessed ({reason}); repair or remove this case") from error
+        remedy = "make room for it" if isinstance(error, OSError) and error.errno == ENOSPC else "repair or remove it"
+        raise UserError(f"{images[0]}: cannot be preprocessed ({reason}); {remedy}") from error
+
+
+def _remove_case(output: str) -> None:
+    for suffix in _CASE_FILES:
+        Path(output + suffix).unlink(missing_ok=True)

@@ -19,7 +19,7 @@ def at_least_float32(function: Callable[..., Result]) -> Callable[..., Result]:
 
     @wraps(function)
     def in_float32(*arguments, **options):
-        device = next((a.device.type for a in arguments if isinstance(a, torch.Tensor)), "cpu")
+        device = next(a.device.type for a in (*arguments, *options.values()) if isinstance(a, torch.Tensor))
         # Some devices refuse to hear of autocast at all, so it is only switched off where it is on.
         with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
             return function(*map(_widened, arguments), **{name: _widened(value) for name, value in options.items()})

@@ -15,7 +15,7 @@ from nnunet_dycon.teacher import EMATeacher
 
 @dataclass(frozen=True)
 class DyCONSettings:
-    """Constants of DyCON; the paper's, but for the ramp-up.
+    """Constants of DyCON. The paper's, but for the ramp-up, and for top_k and the shares, which it does not give.
 
     Attributes:
         uncl_weight: of the uncertainty-aware consistency; 0 leaves it out.

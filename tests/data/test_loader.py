@@ -34,7 +34,7 @@ class Brighten(ImageOnlyTransform):
 
 @pytest.fixture
 def make_loader(tiny):
-    def make(unlabeled_batch_size=3, patch_size=PATCH, transforms=None, mask_channels=False, ignore=False):
+    def make(unlabeled_batch_size=3, patch_size=PATCH, transforms=None, mask_channels=(), ignore=False):
         base = tiny / "nnUNet_preprocessed" / "Dataset901_Tiny"
         dataset_json = load_json(str(base / "dataset.json"))
         if ignore:
@@ -131,7 +131,7 @@ def test_a_data_set_with_an_ignore_label(make_loader):
 def test_outside_the_nonzero_region_augmented_images_are_zero_again(make_loader, tiny):
     """As nnU-Net does for labeled cases where images are normalised within their nonzero region."""
     transforms = ComposeTransforms([Brighten(), *training_transforms(mask=(True,)).transforms[-2:]])
-    loader = make_loader(transforms=transforms, mask_channels=True).unlabeled
+    loader = make_loader(transforms=transforms, mask_channels=(True,)).unlabeled
     patch = torch.randn(1, *PATCH)
     patch[:, :, :5] = 0
     outside = loader._outside(patch)
@@ -139,6 +139,15 @@ def test_outside_the_nonzero_region_augmented_images_are_zero_again(make_loader,
     strong = loader.transforms(image=patch.clone(), segmentation=outside)["image"][:1]
     assert (strong[:, :, :5] == 0).all()
     torch.testing.assert_close(strong[:, :, 5:], patch[:, :, 5:] + 100)
+
+
+def test_only_channels_that_are_masked_tell_what_is_outside(make_loader):
+    """MR beside CT: the CT's air is not 0 after normalisation."""
+    loader = make_loader(mask_channels=(True, False)).unlabeled
+    patch = torch.ones(2, *PATCH)
+    patch[0, :, :5] = 0
+    assert (loader._outside(patch)[0, :, :5] == -1).all()
+    assert (loader._outside(patch)[0, :, 5:] == 0).all()
 
 
 def test_images_smaller_than_the_patch_are_padded(make_loader):

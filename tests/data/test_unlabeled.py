@@ -144,29 +144,75 @@ def test_an_interrupted_build_goes_on_where_it_was(cases, monkeypatch):
     done = []
     preprocess = module._preprocess_case
 
-    def interrupted(self, files, output):
+    def interrupted(job):
         if len(done) == 2:
             raise KeyboardInterrupt
-        done.append(Path(output).name)
-        preprocess(self, files, output)
+        done.append(Path(job[2]).name)
+        preprocess(job)
 
     monkeypatch.setattr(module, "_preprocess_case", interrupted)
     with pytest.raises(KeyboardInterrupt):
         preprocess_unlabeled("901", "3d_fullres")
     assert not cases.folder.exists()
     again = []
-    monkeypatch.setattr(module, "_preprocess_case", lambda *job: (again.append(Path(job[2]).name), preprocess(*job)))
+    monkeypatch.setattr(module, "_preprocess_case", lambda job: (again.append(Path(job[2]).name), preprocess(job)))
     preprocess_unlabeled("901", "3d_fullres")
     assert sorted(done + again) == UNLABELED
     assert cases.fault() is None
     assert not list(cases.folder.parent.glob("*.partial"))
 
 
+def test_a_build_killed_within_a_case_goes_on_with_that_case(cases, monkeypatch):
+    """nnU-Net has written a part of the case then, and blosc2 does not write over it."""
+    before = {file.name: file.read_bytes() for file in cases.folder.iterdir()}
+    shutil.rmtree(cases.folder)
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("nnunetv2.training.dataloading.nnunet_dataset.write_pickle", killed)  # after both arrays
+        with pytest.raises(KeyboardInterrupt):
+            preprocess_unlabeled("901", "3d_fullres")
+    (partial,) = cases.folder.parent.glob("*.partial")
+    assert len(list(partial.glob("*.b2nd"))) == 2
+    preprocess_unlabeled("901", "3d_fullres")
+    assert {file.name: file.read_bytes() for file in cases.folder.iterdir()} == before
+
+
+def test_outside_of_the_nonzero_region_images_are_exactly_zero(base, images):
+    """Resampling rings across its border; the loader looks for exact zeros."""
+    image, _ = tiny_volume(50, shape=(30, 30, 30))
+    away = np.stack(np.meshgrid(*[np.arange(30) - 14.5] * 3)).astype(float)
+    image = np.where((away**2).sum(0) < 12**2, image + 20, 0).astype(np.float32)
+    for file in images.iterdir():
+        file.unlink()
+    write_volume(image, images / "stripped_0000.nii.gz", spacing=(1.3, 1.3, 1.3))
+    change_plans(base, use_mask_for_norm=[True])
+    folder = preprocess_unlabeled("901", "3d_fullres")
+    data = blosc2.open(str(folder / "stripped.b2nd"))[:]
+    outside = blosc2.open(str(folder / "stripped_seg.b2nd"))[:] < 0
+    assert 0 < outside.mean() < 1
+    assert (data[outside] == 0).all()
+    assert (data[~outside] != 0).mean() > 0.99
+
+
+def test_a_stale_fingerprint_is_refused(base, images):
+    """A case that was planned on has lost its label: the label would go on speaking through the plans."""
+    folder = base / "nnUNetPlans_3d_fullres"
+    for file in folder.glob("case_04*"):
+        file.unlink()
+    shutil.rmtree(base / "nnUNetPlans_3d_fullres_unlabeled")
+    message = r"dataset_fingerprint.json was made from 5 cases, which are not the 4 .*and_preprocess -d 901 --clean"
+    with pytest.raises(UserError, match=message):
+        preprocess_unlabeled("901", "3d_fullres")
+
+
 def test_two_trainings_at_once_build_it_once(cases, monkeypatch):
     shutil.rmtree(cases.folder)
     preprocessed = []
     preprocess = module._preprocess_case
-    monkeypatch.setattr(module, "_preprocess_case", lambda *job: (preprocessed.append(job[2]), preprocess(*job)))
+    monkeypatch.setattr(module, "_preprocess_case", lambda job: (preprocessed.append(job[2]), preprocess(job)))
     threads = [threading.Thread(target=cases.require, args=(1,)) for _ in range(2)]
     for thread in threads:
         thread.start()
@@ -174,10 +220,6 @@ def test_two_trainings_at_once_build_it_once(cases, monkeypatch):
         thread.join()
     assert len(preprocessed) == len(UNLABELED)
     assert cases.fault() is None
-
-
-def truncate(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
 BAD_IMAGES = {
@@ -231,6 +273,31 @@ def test_bad_images_are_named_in_one_line_and_nothing_is_lost(cases, images, cap
 def test_wrong_arguments_are_named(tiny, arguments, message):
     with pytest.raises(UsageError, match=message):
         UnlabeledCases.of_dataset(*arguments)
+
+
+def test_an_image_with_nan_is_named(base, images):
+    """One such voxel would make the whole normalised image NaN. (SimpleITK reads 0 for it from .nii.gz.)"""
+    dataset = json.loads((base / "dataset.json").read_text())
+    (base / "dataset.json").write_text(json.dumps(dataset | {"file_ending": ".nrrd"}))
+    image, _ = tiny_volume(2)
+    image[3, 3, 3] = np.nan
+    write_volume(image, images / "bad_0000.nrrd")
+    with pytest.raises(UserError, match=r"bad_0000.nrrd: cannot be preprocessed .it has NaN or infinite voxels"):
+        preprocess_unlabeled("901", "3d_fullres")
+
+
+@pytest.mark.parametrize("name", ["nnUNetPlans.json", "dataset.json"])
+def test_damaged_plans_are_named(base, capsys, name):
+    (base / name).write_text("{")
+    assert main(["preprocess_unlabeled", "-d", "901"]) == 1
+    assert f"{name} is damaged" in capsys.readouterr().err
+
+
+def test_a_wrong_number_of_processes_is_named(tiny, monkeypatch, capsys):
+    monkeypatch.setenv("nnUNet_def_n_proc", "many")
+    assert main(["preprocess_unlabeled", "-d", "901"]) == 2
+    assert "nnUNet_def_n_proc must be a positive number, got 'many'" in capsys.readouterr().err
+    assert main(["preprocess_unlabeled", "-d", "901", "-np", "1"]) == 0
 
 
 def test_a_missing_variable_is_named(tiny, monkeypatch, capsys):

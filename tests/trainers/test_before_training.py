@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,27 @@ def few_labeled(base: Path, raw: Path) -> None:
     (base / "splits_final.json").unlink(missing_ok=True)
     for file in (base / "nnUNetPlans_3d_fullres").glob("case_00*"):
         file.unlink()
+    forget_in_fingerprint(base)
+
+
+def forget_in_fingerprint(base: Path) -> None:
+    """As if it had been planned on one case less; all have the same shape."""
+    file = base / "dataset_fingerprint.json"
+    fingerprint = json.loads(file.read_text())
+    fingerprint["shapes_after_crop"].pop()
+    file.write_text(json.dumps(fingerprint))
+
+
+def few_splits(base: Path, raw: Path) -> None:
+    few_labeled(base, raw)
+    (base / "splits_final.json").write_text("[]")
+
+
+def lost_label(base: Path, raw: Path) -> None:
+    """Planned on 5 cases; then one of them became unlabeled."""
+    for file in (base / "nnUNetPlans_3d_fullres").glob("case_04*"):
+        file.unlink()
+    (base / "splits_final.json").write_text(json.dumps([{"train": ["case_00"], "val": ["case_01"]}]))
 
 
 def other_plans(base: Path, raw: Path) -> None:
@@ -55,7 +78,9 @@ def not_preprocessed(base: Path, raw: Path) -> None:
 FAULTS = {
     "no unlabeled cases": (remove_unlabeled, "no unlabeled cases: .*imagesUn"),
     "labeled and unlabeled": (rename_labeled_to_unlabeled, "1 cases are both labeled and unlabeled, scan_00 the first"),
-    "too few for a split": (few_labeled, "4 labeled cases are too few for nnU-Net's split into 5 folds; .*fold 'all'"),
+    "too few for a split": (few_labeled, "4 labeled cases are too few for nnU-Net's split into 5 folds, .*fold 'all'"),
+    "fold not in the split": (few_splits, "4 labeled cases are too few .*: fold 0 does not exist; train on all"),
+    "stale fingerprint": (lost_label, "fingerprint.json was made from 5 cases, which are not the 4 .* -d 901 --clean"),
     "stale": (
         other_plans,
         "is stale: the plans have changed; run: nnunet_dycon preprocess_unlabeled -d 901 -c 3d_full",
@@ -88,8 +113,29 @@ def test_a_cascade_is_refused_at_construction(base, name):
     plans = json.loads(file.read_text())
     plans["configurations"]["3d_cascade_fullres"] = {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}
     file.write_text(json.dumps(plans))
-    with pytest.raises(NotImplementedError, match="cannot train 3d_cascade_fullres: in a cascade"):
+    with pytest.raises(NotImplementedError, match="cannot train 3d_cascade_fullres: in a cascade") as refused:
         make_trainer(trainer_class(name), configuration="3d_cascade_fullres")
+    assert not (base.parents[1] / "nnUNet_results" / "Dataset901_Tiny").exists()
+    assert refused.value.code.startswith("nnunet_dycon: error: ")  # what Python prints of it, and nothing else
+
+
+def test_a_cascade_is_one_line_for_a_user(base):
+    file = base / "nnUNetPlans.json"
+    plans = json.loads(file.read_text())
+    plans["configurations"]["3d_cascade_fullres"] = {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}
+    file.write_text(json.dumps(plans))
+    command = [Path(sys.executable).with_name("nnUNetv2_train"), "901", "3d_cascade_fullres", "0"]
+    command += ["-tr", "nnUNetTrainerDyCON_smoke", "-device", "cpu"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert result.stderr.strip().splitlines()[-1].startswith("nnunet_dycon: error: nnUNetTrainerDyCON_smoke cannot")
+
+
+def test_an_old_nnunet_is_refused_in_one_line(tiny, monkeypatch):
+    monkeypatch.setattr("nnunet_dycon.environment.metadata.version", lambda name: "2.7.0")
+    with pytest.raises(SystemExit, match=r"nnunet_dycon: error: nnU-Net 2.7.0 is too old"):
+        make_trainer(nnUNetTrainerDyCON)
 
 
 @pytest.mark.parametrize("name", TRAINERS)

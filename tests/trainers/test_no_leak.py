@@ -9,7 +9,6 @@ import pytest
 from batchgenerators.utilities.file_and_folder_operations import load_pickle, write_pickle
 
 from nnunet_dycon.cli import main
-from nnunet_dycon.data.loader import UnlabeledDataset
 from nnunet_dycon.trainers.nnUNetTrainerDyCON import nnUNetTrainerDyCON
 from nnunet_dycon.trainers.semi_supervised import SemiSupervisedTrainer
 from tests.tiny import plan_and_preprocess, set_environment, tiny_volume, write_volume
@@ -42,13 +41,6 @@ def test_noise_in_the_segmentations_of_unlabeled_cases_changes_nothing(tiny, tra
     for case in sorted(file.stem for file in folder.glob("*.pkl")):
         overwrite_segmentation(folder, case)
     assert_same_weights(train(), clean)
-
-
-def test_without_the_segmentations_of_unlabeled_cases_images_still_load(tiny, train):
-    folder = tiny / PREPROCESSED / "nnUNetPlans_3d_fullres_unlabeled"
-    for file in [*folder.glob("*_seg.b2nd"), *folder.glob("*.pkl")]:
-        file.unlink()
-    assert UnlabeledDataset(folder, ["scan_00"]).load_image("scan_00").shape == (1, 24, 32, 40)
 
 
 def test_noise_in_one_labeled_case_changes_the_training(tiny, train):

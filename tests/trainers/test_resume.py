@@ -102,6 +102,14 @@ def test_a_checkpoint_of_another_trainer_is_refused_in_one_line(tiny, train):
         trainer.load_checkpoint(file)
 
 
+def test_a_damaged_checkpoint_is_named_in_one_line(tiny, train):
+    file = Path(train(epochs=1).output_folder) / "checkpoint_final.pth"
+    for content in (file.read_bytes()[:5000], b"no checkpoint", b""):
+        file.write_bytes(content)
+        with pytest.raises(SystemExit, match=r"checkpoint_final.pth is damaged"):
+            make_trainer(deterministic(nnUNetTrainerDyCON)).load_checkpoint(str(file))
+
+
 def test_checkpoints_hold_plain_things_only(tiny, train):
     """Anything else would need this package when nnUNetv2_predict loads the file."""
     folder = Path(train(epochs=1).output_folder)

@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+import numpy as np
+import pytest
 import torch
 
 from nnunet_dycon.trainers.nnUNetTrainerDyCON import nnUNetTrainerDyCON
-from tests.trainers.training import deterministic, make_trainer, weights
+from tests.trainers.training import deterministic, make_trainer, seed_everything, weights
 
 
 def test_a_non_finite_step_changes_neither_student_nor_teacher_and_names_its_cases(tiny):
@@ -28,6 +30,61 @@ def test_a_non_finite_step_changes_neither_student_nor_teacher_and_names_its_cas
     assert trainer.method.teacher.updates == updates + 1
     trainer.on_train_epoch_end(outputs)
     assert trainer.curves["loss"] == [outputs[1]["loss"]]  # the mean is over the finite steps
+
+
+def test_a_gradient_scaler_is_obeyed(tiny):
+    """As with half precision on a GPU: gradients are unscaled before they are clipped, an overflow is skipped."""
+    trainer = make_trainer(deterministic(nnUNetTrainerDyCON))
+    trainer.on_train_start()
+    trainer.on_train_epoch_start()
+    batch = next(trainer.dataloader_train)
+    for group in trainer.optimizer.param_groups:
+        group["lr"] = 0.0
+    trainer.train_step(batch)  # with nothing learned, the next one is the same but for the progress
+    trainer._step_in_epoch = 0
+    gradients = [parameter.grad.clone() for parameter in trainer.network.parameters() if parameter.grad is not None]
+    trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    trainer.method.before_first_step()
+    trainer.train_step(batch)
+    again = [parameter.grad for parameter in trainer.network.parameters() if parameter.grad is not None]
+    torch.testing.assert_close(again, gradients)
+
+    updates = trainer.method.teacher.updates
+    trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=float(2**127))
+    loss = trainer.loss
+    trainer.loss = lambda *arguments: 100 * loss(*arguments)  # finite, but not when it is scaled
+    trainer.train_step(batch)
+    assert trainer.method.teacher.updates == updates
+    assert trainer.grad_scaler.get_scale() == 2.0**126
+    assert "WARNING" not in next(Path(trainer.output_folder).glob("training_log*")).read_text()
+
+
+@pytest.mark.gpu
+def test_two_epochs_on_a_gpu(tiny):
+    """Half precision, its gradient scaler, and torch.compile with the feature tap."""
+    trainer = make_trainer(deterministic(nnUNetTrainerDyCON), device="cuda")
+    trainer.run_training()
+    assert trainer.method.teacher.updates > 0
+    assert all(np.isfinite(curve).all() for curve in trainer.curves.values())
+
+
+def test_a_compiled_network_trains_alike(tiny):
+    """The feature tap is traced with the network; its keys in checkpoints stay as they are."""
+    outputs, keys = [], []
+    for compiled in (False, True):
+        trainer = make_trainer(deterministic(nnUNetTrainerDyCON))
+        trainer.initialize()
+        if compiled:
+            trainer.network = torch.compile(trainer.network, backend="eager")
+        trainer.on_train_start()
+        trainer.on_train_epoch_start()
+        seed_everything(5)
+        outputs.append(trainer.train_step(next(trainer.dataloader_train)))
+        trainer.save_checkpoint(str(tiny / "checkpoint.pth"))
+        checkpoint = torch.load(tiny / "checkpoint.pth", weights_only=False)
+        keys.append(set(checkpoint["network_weights"]) | set(checkpoint["nnunet_dycon"]["method"]["teacher"]))
+    assert outputs[0] == pytest.approx(outputs[1], rel=1e-5)
+    assert keys[0] == keys[1]
 
 
 def test_the_head_is_trained_and_clipped_with_the_network(tiny):

@@ -52,14 +52,18 @@ def deterministic(base: type[SemiSupervisedTrainer], epochs: int = 2) -> type[Se
 
 
 def make_trainer(
-    trainer_class: type, fold: int | str = "all", configuration: str = "3d_fullres", dataset: str = "Dataset901_Tiny"
+    trainer_class: type,
+    fold: int | str = "all",
+    configuration: str = "3d_fullres",
+    dataset: str = "Dataset901_Tiny",
+    device: str = "cpu",
 ) -> SemiSupervisedTrainer:
     """What nnUNetv2_train does before it trains."""
     folder = Path(os.environ["nnUNet_preprocessed"]) / dataset
     plans = json.loads((folder / "nnUNetPlans.json").read_text()) | {"continue_training": False}
     dataset_json = json.loads((folder / "dataset.json").read_text())
     seed_everything(0)
-    return trainer_class(plans, configuration, fold, dataset_json, torch.device("cpu"))
+    return trainer_class(plans, configuration, fold, dataset_json, torch.device(device))
 
 
 def weights(trainer: SemiSupervisedTrainer) -> dict[str, torch.Tensor]:

@@ -1,0 +1,61 @@
+"""Checks of the labeled, preprocessed cases: what a user may have got wrong before a training."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+from batchgenerators.utilities.file_and_folder_operations import load_pickle
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+
+from nnunet_dycon.errors import UserError
+
+
+def labeled_identifiers(folder: Path, arguments: str) -> set[str]:
+    """The cases of a preprocessed folder; UserError if it does not exist.
+
+    Args:
+        folder: nnUNet_preprocessed/DatasetXXX/<data_identifier>.
+        arguments: how nnU-Net's preprocessing commands are told what to preprocess.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} does not exist; run: nnUNetv2_preprocess {arguments}")
+    return set(infer_dataset_class(str(folder)).get_identifiers(str(folder)))
+
+
+def check_split(folder: Path, labeled: int, fold: int | str) -> None:
+    """Raise UserError if nnU-Net cannot split so few cases into folds and there is no split for this fold."""
+    if fold == "all" or labeled >= 5:
+        return
+    file = folder.parent / "splits_final.json"
+    folds = len(json.loads(file.read_text())) if file.is_file() else 0
+    if fold >= folds:
+        there = f"{file} has {folds} of them" if folds else f"there is no {file}"
+        raise UserError(
+            f"{labeled} labeled cases are too few for nnU-Net's split into 5 folds, and {there}: fold {fold} does not "
+            "exist; train on all cases with fold 'all', or write a split"
+        )
+
+
+def check_fingerprint(base: Path, data_identifier: str, dataset_id: int) -> None:
+    """Raise UserError if nnU-Net planned on other cases than are labeled now.
+
+    nnU-Net keeps an old fingerprint unless it is told not to. If a case has lost its label since, the label would go on
+    speaking through the plans: through spacing, patch size and, in CT, intensity statistics.
+
+    Args:
+        base: nnUNet_preprocessed/DatasetXXX.
+        data_identifier: of a configuration.
+        dataset_id: for the remedy.
+    """
+    file, folder = base / "dataset_fingerprint.json", base / data_identifier
+    if not (file.is_file() and folder.is_dir()):
+        return
+    # Sorted, because preprocessing may have transposed the axes.
+    planned = Counter(tuple(sorted(shape)) for shape in json.loads(file.read_text())["shapes_after_crop"])
+    properties = [load_pickle(str(pickle_file)) for pickle_file in sorted(folder.glob("*.pkl"))]
+    labeled = Counter(tuple(sorted(p["shape_after_cropping_and_before_resampling"])) for p in properties)
+    if planned != labeled:
+        raise UserError(
+            f"{file} was made from {planned.total()} cases, which are not the {labeled.total()} that are labeled now; "
+            f"run: nnUNetv2_plan_and_preprocess -d {dataset_id} --clean"
+        )
