@@ -25,7 +25,7 @@ from nnunet_dycon.errors import UsageError, UserError
 from nnunet_dycon.files import replacing
 from nnunet_dycon.processes import map_cases
 
-_MANIFEST_FORMAT = 1
+_MANIFEST_FORMAT = 1  # to be raised whenever cases come out differently
 _CASE_FILES = (".b2nd", "_seg.b2nd", ".pkl")  # nnU-Net writes the last one last
 
 
@@ -166,9 +166,11 @@ class UnlabeledCases:
             return f"{self.manifest_file.name} is missing"
         try:
             manifest = json.loads(self.manifest_file.read_text())
-            files, digest = manifest["files"], manifest["digest"]
+            files, digest, made_in = manifest["files"], manifest["digest"], manifest["format"]
         except (ValueError, KeyError, TypeError):
             return f"{self.manifest_file.name} is damaged"
+        if made_in != _MANIFEST_FORMAT:
+            return "another version of nnunet-dycon made it"
         if digest != self.digest():
             return "the plans have changed"
         if self._raw_is_there() and files != _names_and_sizes(self.raw_cases()):
@@ -187,7 +189,8 @@ class UnlabeledCases:
         """
         if self.folder.is_dir() and self.fault() is None:
             return
-        print(f"{self.folder.name} is made now, or waited for if another process is making it")
+        if not self.folder.is_dir():
+            print(f"{self.folder.name} is made now, or waited for if another process is making it")
         with self.lock():
             if not self.folder.is_dir():
                 self.build(num_processes)

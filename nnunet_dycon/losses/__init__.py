@@ -3,6 +3,16 @@
 from nnunet_dycon.losses.consistency import softmax_mse_loss
 from nnunet_dycon.losses.entropy import softmax_entropy
 from nnunet_dycon.losses.fecl import FeCLLoss, fecl_loss
+from nnunet_dycon.losses.fecl_released import FeCLReleasedLoss, fecl_released_loss
 from nnunet_dycon.losses.uncl import UnCLLoss, uncl_loss
 
-__all__ = ["FeCLLoss", "UnCLLoss", "fecl_loss", "softmax_entropy", "softmax_mse_loss", "uncl_loss"]
+__all__ = [
+    "FeCLLoss",
+    "FeCLReleasedLoss",
+    "UnCLLoss",
+    "fecl_loss",
+    "fecl_released_loss",
+    "softmax_entropy",
+    "softmax_mse_loss",
+    "uncl_loss",
+]

@@ -121,6 +121,10 @@ def test_without_the_raw_images_a_matching_folder_is_used(cases, images, monkeyp
         (lambda c: c.manifest_file.unlink(), "nnUNetPlans_3d_fullres_unlabeled.json is missing"),
         (lambda c: c.manifest_file.write_text("{"), "nnUNetPlans_3d_fullres_unlabeled.json is damaged"),
         (lambda c: c.manifest_file.write_text("[]"), "nnUNetPlans_3d_fullres_unlabeled.json is damaged"),
+        (
+            lambda c: c.manifest_file.write_text('{"files": {}, "digest": "", "format": 0}'),
+            "another version of nnunet-dycon made it",
+        ),
         (lambda c: (c.folder / "scan_01.b2nd").unlink(), "scan_01.b2nd is missing"),
     ],
 )

@@ -1,0 +1,91 @@
+"""The released FeCL, held to the numbers that the released code itself gave, and without its NaN."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from nnunet_dycon.losses import FeCLReleasedLoss, fecl_released_loss
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "dycon_released_69c1384.json").read_text())
+LABELS = torch.tensor(GOLDEN["fecl_inputs"]["patch_label"]).long()
+
+
+def golden_embedding(whose: str) -> torch.Tensor:
+    return torch.tensor(GOLDEN["fecl_inputs"][f"{whose}_embedding_unnormalised"], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    "entry", GOLDEN["fecl"], ids=lambda e: f"focal={e['use_focal']},teacher={e['teacher']},epoch={e['epoch']}"
+)
+def test_value_and_gradient_are_those_of_the_released_code(entry):
+    student = golden_embedding("student").requires_grad_()
+    loss = fecl_released_loss(
+        student,
+        LABELS,
+        teacher_embedding=golden_embedding("teacher") if entry["teacher"] else None,
+        use_focal=entry["use_focal"],
+        cross_threshold=0.3 + 0.2 * math.exp(-5 * (1 - entry["epoch"] / 1500) ** 2),
+    )
+    loss.backward()
+    assert loss.item() == pytest.approx(entry["loss"], rel=1e-6)
+    assert student.grad.norm().item() == pytest.approx(entry["grad_l2"], rel=1e-6)
+    assert student.grad.flatten()[:6].tolist() == pytest.approx(entry["grad_flat_first6"], rel=1e-6)
+
+
+def test_value_worked_out_by_hand():
+    """τ = 1. S: s01 = 0.6, s02 = 0, s12 = 0.8. Column maxima: 0.6, 0.8, 0.8.
+
+    d01 = e^(0.6-0.8) / (e^(0.6-0.8) + e^(0-0.8)), d10 = e^0 / (e^0 + e^0) = 1/2; patch 2 is alone and adds 0.
+    """
+    embedding = torch.tensor([[[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]]], dtype=torch.float64)
+    d01 = math.exp(-0.2) / (math.exp(-0.2) + math.exp(-0.8))
+    expected = ((1 - d01) ** 2 * -math.log(d01) + 0.25 * math.log(2)) / 3
+    loss = fecl_released_loss(embedding, torch.tensor([[0, 0, 1]]), temperature=1.0)
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_teacher_gets_no_gradient():
+    student, teacher = golden_embedding("student").requires_grad_(), golden_embedding("teacher").requires_grad_()
+    fecl_released_loss(student, LABELS, teacher_embedding=teacher).backward()
+    assert student.grad.abs().max() > 0
+    assert teacher.grad is None
+
+
+@pytest.mark.parametrize(
+    "labels", [torch.zeros(2, 24), torch.arange(24.0).repeat(2, 1)], ids=["one class", "all alone"]
+)
+@pytest.mark.parametrize("teacher", ["none", "the student itself"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_where_the_released_code_gives_nan_this_does_not(labels, teacher, dtype):
+    student = golden_embedding("student").to(dtype).requires_grad_()
+    other = None if teacher == "none" else student.detach()
+    loss = fecl_released_loss(student, labels.long(), teacher_embedding=other, cross_threshold=-1.0)
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert torch.isfinite(student.grad).all()
+    if teacher == "none":
+        assert loss.item() == 0
+
+
+def test_module_calls_the_function():
+    student, teacher = golden_embedding("student"), golden_embedding("teacher")
+    expected = fecl_released_loss(student, LABELS, teacher_embedding=teacher, temperature=0.3, cross_threshold=0.4)
+    assert FeCLReleasedLoss(temperature=0.3)(student, LABELS, teacher, 0.4) == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"embedding": torch.zeros(3, 4)}, r"embedding must be \(B, N, D\)"),
+        ({"patch_labels": torch.zeros(2, 3)}, "patch_labels"),
+        ({"teacher_embedding": torch.zeros(2, 24, 5)}, "teacher_embedding must be"),
+        ({"temperature": 0.0}, "temperature must be positive"),
+    ],
+)
+def test_wrong_arguments_are_named(change, message):
+    arguments = {"embedding": golden_embedding("student"), "patch_labels": LABELS} | change
+    with pytest.raises(ValueError, match=message):
+        fecl_released_loss(**arguments)
