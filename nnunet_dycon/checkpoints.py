@@ -28,13 +28,13 @@ def load_state(filename: Path | str, trainer_name: str) -> dict:
     """Our state in a checkpoint, on the CPU.
 
     Raises:
-        UserError: another trainer wrote the file, or it is damaged.
+        UserError: another trainer wrote the file, or it cannot be loaded.
     """
     try:
         checkpoint = torch.load(filename, map_location="cpu", weights_only=False)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         reason = str(error).split("\n")[0]
-        raise UserError(f"{filename} is damaged ({reason}); go on from another checkpoint, put in its place") from None
+        raise UserError(f"{filename} cannot be loaded ({reason}); go on from another checkpoint, put in its place") from None
     if KEY not in checkpoint or checkpoint["trainer_name"] != trainer_name:
         raise UserError(
             f"{filename} was written by {checkpoint['trainer_name']} and has no state for {trainer_name} to go on "

@@ -106,7 +106,7 @@ def test_a_damaged_checkpoint_is_named_in_one_line(tiny, train):
     file = Path(train(epochs=1).output_folder) / "checkpoint_final.pth"
     for content in (file.read_bytes()[:5000], b"no checkpoint", b""):
         file.write_bytes(content)
-        with pytest.raises(SystemExit, match=r"checkpoint_final.pth is damaged"):
+        with pytest.raises(SystemExit, match=r"checkpoint_final.pth cannot be loaded"):
             make_trainer(deterministic(nnUNetTrainerDyCON)).load_checkpoint(str(file))
 
 
