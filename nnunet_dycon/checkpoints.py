@@ -34,7 +34,8 @@ def load_state(filename: Path | str, trainer_name: str) -> dict:
         checkpoint = torch.load(filename, map_location="cpu", weights_only=False)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         reason = str(error).split("\n")[0]
-        raise UserError(f"{filename} cannot be loaded ({reason}); go on from another checkpoint, put in its place") from None
+        remedy = "go on from another checkpoint, put in its place"
+        raise UserError(f"{filename} cannot be loaded ({reason}); {remedy}") from None
     if KEY not in checkpoint or checkpoint["trainer_name"] != trainer_name:
         raise UserError(
             f"{filename} was written by {checkpoint['trainer_name']} and has no state for {trainer_name} to go on "
