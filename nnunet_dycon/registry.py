@@ -44,6 +44,7 @@ TRAINERS: dict[str, Trainer] = {
     "nnUNetTrainerDyCON": _dycon("DyCON: EMA teacher, uncertainty-aware consistency (UnCL), contrast (FeCL)"),
     "nnUNetTrainerDyCON_noUnCL": _dycon("DyCON without UnCL"),
     "nnUNetTrainerDyCON_noFeCL": _dycon("DyCON without FeCL"),
+    "nnUNetTrainerDyCON_released": _dycon("the losses of DyCON's released code, without its label leak"),
     "nnUNetTrainerDyCON_250epochs": _dycon("DyCON, 250 epochs instead of 1000"),
     "nnUNetTrainerDyCON_50epochs": _dycon("DyCON, 50 epochs"),
     "nnUNetTrainerDyCON_5epochs": _dycon("DyCON, 5 epochs: to try a data set out"),

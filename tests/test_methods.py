@@ -1,5 +1,6 @@
 """What a step computes: its loss, where its gradients arrive, what it shows to whom. No nnU-Net needed."""
 
+import math
 from dataclasses import fields, replace
 
 import pytest
@@ -9,7 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from nnunet_dycon.batches import LabeledBatch, StudentOutput, UnlabeledBatch
 from nnunet_dycon.features import FeatureStage, FeatureTap, patch_labels, pool_to_patches
-from nnunet_dycon.losses import fecl_loss, softmax_entropy, softmax_mse_loss, uncl_loss
+from nnunet_dycon.losses import fecl_loss, fecl_released_loss, softmax_entropy, softmax_mse_loss, uncl_loss
 from nnunet_dycon.methods import DyCON, DyCONSettings, MeanTeacher, MeanTeacherSettings
 
 STAGE = FeatureStage("encoder.stages.1", 6)
@@ -173,6 +174,31 @@ def test_unlabeled_patches_are_classed_by_the_teacher_alone(labeled, unlabeled):
         anchor_entropy=pool_to_patches(softmax_entropy(output.logits[0][:2]), (4, 4, 4)),
     )
     torch.testing.assert_close(fecl, expected)
+
+
+def test_the_released_form_contrasts_the_unlabeled_half_alone_by_the_teachers_labels(labeled, unlabeled):
+    settings = replace(SETTINGS, fecl_form="released", rampup=0.0, foreground_share=0.5, background_share=0.5)
+    built, student = build(DyCON, settings)
+    terms = built(student, labeled, unlabeled, progress=0.3)
+    output = StudentOutput(student.network(torch.cat([labeled.strong, unlabeled.strong])), student.tap.take())
+    teacher = built.teacher(torch.cat([labeled.weak, unlabeled.weak]))
+    expected = fecl_released_loss(
+        built.head(output.features)[2:],
+        patch_labels(teacher.logits[0][2:].argmax(1), (4, 4, 4), 2, foreground_share=0.5, background_share=0.5),
+        teacher_embedding=built.teacher.embed(teacher.features)[2:],
+        cross_threshold=0.3 + 0.2 * math.exp(-5 * 0.7**2),
+    )
+    torch.testing.assert_close(terms["fecl"], expected)
+    torch.testing.assert_close(terms["loss"], terms["supervised"] + 0.5 * terms["uncl"] + 0.5 * terms["fecl"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"fecl_form": "published"}, "fecl_form must be"), ({"fecl_form": "released"}, "needs equal shares")],
+)
+def test_settings_that_do_not_fit_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        DyCONSettings(**settings)
 
 
 @pytest.mark.parametrize(("weight", "term"), [("uncl_weight", "uncl"), ("fecl_weight", "fecl")])

@@ -31,6 +31,19 @@ class nnUNetTrainerDyCON_noFeCL(nnUNetTrainerDyCON):
     method_settings = replace(nnUNetTrainerDyCON.method_settings, fecl_weight=0.0)
 
 
+class nnUNetTrainerDyCON_released(nnUNetTrainerDyCON):
+    """The losses of the released code (commit 69c1384) without its leak.
+
+    UnCL on all and the released FeCL on the unlabeled half, both from the first step. The classes of patches come from
+    the teacher, where the release takes the ground truth of unlabeled images. Its third term, a mean squared error with
+    a weight of nearly 0, is left out.
+    """
+
+    method_settings = replace(
+        nnUNetTrainerDyCON.method_settings, fecl_form="released", rampup=0.0, foreground_share=0.5, background_share=0.5
+    )
+
+
 class nnUNetTrainerDyCON_250epochs(nnUNetTrainerDyCON):
     """250 epochs instead of 1000."""
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from nnunet_dycon.batches import LabeledBatch, StudentOutput, Targets, UnlabeledBatch
 from nnunet_dycon.features import FeatureStage, ProjectionHead, patch_labels, pool_to_patches
-from nnunet_dycon.losses import fecl_loss, softmax_entropy, uncl_loss
+from nnunet_dycon.losses import fecl_loss, fecl_released_loss, softmax_entropy, uncl_loss
 from nnunet_dycon.schedules import exponential_decay, sigmoid_rampup
 from nnunet_dycon.teacher import EMATeacher
 
@@ -30,6 +30,8 @@ class DyCONSettings:
         top_k: the number of FeCL's hard negatives.
         foreground_share: from which share of foreground on a patch is foreground.
         background_share: up to which share it is background; between the two it is ignored.
+        fecl_form: "paper", over both halves, or "released", which is what the released code computes, over the
+            unlabeled half. The released form knows no ignored patches: give it equal shares.
     """
 
     uncl_weight: float = 0.5
@@ -44,6 +46,13 @@ class DyCONSettings:
     top_k: int = 5
     foreground_share: float = 0.25
     background_share: float = 0.05
+    fecl_form: str = "paper"
+
+    def __post_init__(self) -> None:
+        if self.fecl_form not in ("paper", "released"):
+            raise ValueError(f'fecl_form must be "paper" or "released", got {self.fecl_form!r}')
+        if self.fecl_form == "released" and self.foreground_share != self.background_share:
+            raise ValueError("the released FeCL needs equal shares of foreground and background: it ignores no patch")
 
 
 class DyCON(nn.Module):
@@ -112,30 +121,48 @@ class DyCON(nn.Module):
             terms["uncl"] = uncl_loss(output.logits[0], teacher.logits[0], beta)
             weighted.append(settings.uncl_weight * terms["uncl"])
         if self.uses_features:
-            pseudo_labels = teacher.logits[0][len(labeled) :].argmax(1)
-            terms["fecl"] = self._contrast(output, teacher, torch.cat([labeled.target.long(), pseudo_labels]))
+            contrast = self._contrast if settings.fecl_form == "paper" else self._released_contrast
+            terms["fecl"] = contrast(output, teacher, labeled, progress)
             weighted.append(settings.fecl_weight * terms["fecl"])
         ramp = sigmoid_rampup(progress, end=settings.rampup)
         return {"loss": supervised + ramp * sum(weighted), **terms}
 
-    def _contrast(self, output: StudentOutput, teacher: StudentOutput, label_map: torch.Tensor) -> torch.Tensor:
+    def _contrast(
+        self, output: StudentOutput, teacher: StudentOutput, labeled: LabeledBatch, progress: float
+    ) -> torch.Tensor:
+        pseudo_labels = teacher.logits[0][len(labeled) :].argmax(1)
         grid = output.features.shape[2:]
-        labels = patch_labels(
-            label_map,
-            grid,
-            output.logits[0].shape[1],
-            foreground_share=self.settings.foreground_share,
-            background_share=self.settings.background_share,
-            ignore_label=self.ignore_label,
-        )
         return fecl_loss(
             self.head(output.features),
-            labels,
+            self._patch_labels(torch.cat([labeled.target.long(), pseudo_labels]), output),
             teacher_embedding=self.teacher.embed(teacher.features),
             anchor_entropy=pool_to_patches(softmax_entropy(output.logits[0].detach()), grid),
             temperature=self.settings.temperature,
             gamma=self.settings.gamma,
             top_k=self.settings.top_k,
+        )
+
+    def _released_contrast(
+        self, output: StudentOutput, teacher: StudentOutput, labeled: LabeledBatch, progress: float
+    ) -> torch.Tensor:
+        output, teacher = output[len(labeled) :], teacher[len(labeled) :]
+        return fecl_released_loss(
+            self.head(output.features),
+            self._patch_labels(teacher.logits[0].argmax(1), output),
+            teacher_embedding=self.teacher.embed(teacher.features),
+            temperature=self.settings.temperature,
+            gamma=self.settings.gamma,
+            cross_threshold=0.3 + 0.2 * sigmoid_rampup(progress),  # the release's, over all of its training
+        )
+
+    def _patch_labels(self, label_map: torch.Tensor, output: StudentOutput) -> torch.Tensor:
+        return patch_labels(
+            label_map,
+            output.features.shape[2:],
+            output.logits[0].shape[1],
+            foreground_share=self.settings.foreground_share,
+            background_share=self.settings.background_share,
+            ignore_label=self.ignore_label,
         )
 
     def before_first_step(self) -> None:
