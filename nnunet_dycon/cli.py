@@ -170,7 +170,7 @@ def _preprocess_unlabeled(arguments: argparse.Namespace) -> None:
         folder = preprocess_unlabeled(
             arguments.dataset, configuration, arguments.plans_name, num_processes=_num_processes(arguments)
         )
-        print(f"{configuration}: {folder}")
+        print(f"{configuration}: {len(list(folder.glob('*.pkl')))} unlabeled cases in {folder}")
 
 
 def _trainers_path(arguments: argparse.Namespace) -> None:

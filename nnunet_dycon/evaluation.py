@@ -1,7 +1,6 @@
 """Scores predictions against references: Dice and Jaccard, HD95 and ASD in mm."""
 
 import csv
-import gzip
 import io
 import json
 import math
@@ -21,7 +20,7 @@ from monai.metrics import compute_average_surface_distance, compute_hausdorff_di
 from scipy.ndimage import find_objects
 
 from nnunet_dycon.errors import UsageError, UserError
-from nnunet_dycon.files import replacing
+from nnunet_dycon.files import replacing, require_whole
 from nnunet_dycon.processes import map_cases
 
 DEFINITIONS = {
@@ -260,8 +259,7 @@ def _open(file: Path, *, header_only: bool = False) -> sitk.Image | sitk.ImageFi
             raise UserError(f"{file}: not a label map of two or three dimensions")
         if header_only:
             return reader
-        if file.suffix == ".gz":
-            gzip.decompress(file.read_bytes())  # SimpleITK does not mind a file cut short, and makes up the rest
+        require_whole(file)
         return reader.Execute()
     except (RuntimeError, EOFError, OSError, zlib.error) as error:
         raise UserError(f"{file}: cannot be read: {str(error).strip().splitlines()[-1]}") from error

@@ -1,5 +1,6 @@
-"""Writing files so that no half-written one ever bears its final name."""
+"""Files that are whole: no half-written one ever bears its final name, and one cut short is noticed."""
 
+import gzip
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,3 +17,14 @@ def replacing(file: Path | str) -> Iterator[Path]:
         os.replace(partial, file)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def require_whole(file: Path) -> None:
+    """Raise EOFError, OSError or zlib.error if a gzip file is cut short or damaged; others are not looked into.
+
+    SimpleITK does not mind: it makes up the rest of such an image.
+    """
+    if file.suffix == ".gz":
+        with gzip.open(file) as content:
+            while content.read(2**24):
+                pass

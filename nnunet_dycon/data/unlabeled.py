@@ -22,7 +22,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from nnunet_dycon.data.labeled import check_fingerprint
 from nnunet_dycon.environment import nnunet_folder
 from nnunet_dycon.errors import UsageError, UserError
-from nnunet_dycon.files import replacing
+from nnunet_dycon.files import replacing, require_whole
 from nnunet_dycon.processes import map_cases
 
 _MANIFEST_FORMAT = 1  # to be raised whenever cases come out differently
@@ -272,6 +272,10 @@ def _preprocess_case(job: tuple[UnlabeledCases, list[Path], str]) -> None:
     # blosc2 refuses to write over what an interrupted run has left.
     _remove_case(output)
     try:
+        for image in images:
+            suspects = [image]
+            require_whole(image)
+        suspects = images
         files = [str(image) for image in images]
         preprocessor.run_case_save(
             output, files, None, unlabeled.plans, unlabeled.configuration, unlabeled.dataset_json
@@ -280,7 +284,8 @@ def _preprocess_case(job: tuple[UnlabeledCases, list[Path], str]) -> None:
         _remove_case(output)
         reason = " ".join(str(error).split())
         remedy = "make room for it" if isinstance(error, OSError) and error.errno == ENOSPC else "repair or remove it"
-        raise UserError(f"{images[0]}: cannot be preprocessed ({reason}); {remedy}") from error
+        named = ", ".join(str(image) for image in suspects)
+        raise UserError(f"{named}: cannot be preprocessed ({reason}); {remedy}") from error
 
 
 def _remove_case(output: str) -> None:

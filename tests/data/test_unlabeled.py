@@ -245,6 +245,10 @@ BAD_IMAGES = {
         lambda d: shutil.copy(d / "scan_00_0000.nii.gz", d / "case_02_0000.nii.gz"),
         "1 cases are both labeled and unlabeled, case_02 the first",
     ),
+    "cut short": (
+        lambda d: (d / "scan_02_0000.nii.gz").write_bytes((d / "scan_02_0000.nii.gz").read_bytes()[:5000]),
+        "scan_02_0000.nii.gz: cannot be preprocessed .Compressed file ended",
+    ),
     "garbage": (lambda d: (d / "scan_02_0000.nii.gz").write_bytes(b"no image"), "scan_02_0000.nii.gz: cannot be"),
 }
 
