@@ -48,7 +48,8 @@ def _parser() -> argparse.ArgumentParser:
         "preprocess_unlabeled",
         help="preprocess the images of imagesUn for training",
         description="Preprocess nnUNet_raw/DatasetXXX/imagesUn with nnU-Net's own preprocessor and the plans of the "
-        "labeled cases. Replaces what an earlier call made if the plans or the images have changed since.",
+        "labeled cases. Replaces what an earlier call made if the plans, or names or sizes of the image files, have "
+        "changed since.",
         epilog="example: nnunet_dycon preprocess_unlabeled -d 101 -c 3d_fullres",
     )
     preprocess.add_argument("-d", dest="dataset", required=True, metavar="ID", help="dataset ID or DatasetXXX_Name")

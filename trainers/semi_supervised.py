@@ -169,17 +169,17 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             self.method.before_first_step()  # pretrained weights have arrived since initialize
         if self.local_rank == 0:
             self._write_record()
-        self._tell_batch(len(labeled))
+        self._tell_batch()
 
-    def _tell_batch(self, labeled_cases: int) -> None:
+    def _tell_batch(self) -> None:
         batch, unlabeled = self.batch_size, self.unlabeled_batch_size
         planned = self.configuration_manager.batch_size  # for all GPUs together; a batch of ours is for each
         self.print_to_log_file(
-            f"{labeled_cases} labeled and {len(self.unlabeled_cases.identifiers())} unlabeled cases. Each of "
+            f"{len(self._cases['labeled'])} labeled and {len(self._cases['unlabeled'])} unlabeled cases. Each of the "
             f"{self.num_epochs * self.num_iterations_per_epoch} steps trains on {batch} labeled and {unlabeled} "
             f"unlabeled patches: about {(batch + unlabeled) / planned:.3g} times the memory the plans were made for. "
             "If that is too much: nnUNetv2_plan_experiment with -gpu_memory_target at half of what you have and a new "
-            "-overwrite_plans_name, or a subclass with unlabeled_batch_size=1.",
+            "-overwrite_plans_name, preprocess, and train with -p; or a subclass with unlabeled_batch_size=1.",
             also_print_to_console=True,
         )
 

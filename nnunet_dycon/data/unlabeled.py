@@ -154,8 +154,8 @@ class UnlabeledCases:
         both = sorted(labeled & unlabeled)
         if both:
             raise UserError(
-                f"{len(both)} cases are both labeled and unlabeled, {both[0]} the first; remove the files of one side, "
-                f"in {self.raw} or in {self.raw.with_name('imagesTr')} and labelsTr"
+                f"{len(both)} cases are both labeled and unlabeled, {both[0]} the first; take them out of {self.raw}, "
+                f"or out of imagesTr and labelsTr and run: nnUNetv2_plan_and_preprocess -d {self.dataset_id} --clean"
             )
 
     def fault(self) -> str | None:
@@ -197,6 +197,7 @@ class UnlabeledCases:
             elif (fault := self.fault()) is not None:
                 raise UserError(
                     f"{self.folder} is stale: {fault}; run: nnunet_dycon preprocess_unlabeled {self.arguments}"
+                    f" (and nnUNetv2_preprocess {self.arguments} if the plans were changed by hand)"
                 )
 
     def identifiers(self) -> list[str]:
@@ -282,7 +283,7 @@ def _preprocess_case(job: tuple[UnlabeledCases, list[Path], str]) -> None:
         )
     except Exception as error:
         _remove_case(output)
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split()) or "see above"
         remedy = "make room for it" if isinstance(error, OSError) and error.errno == ENOSPC else "repair or remove it"
         named = ", ".join(str(image) for image in suspects)
         raise UserError(f"{named}: cannot be preprocessed ({reason}); {remedy}") from error

@@ -167,6 +167,6 @@ def test_a_network_without_stages_is_refused_with_the_reason(tiny):
 
 def test_the_start_tells_batch_memory_steps_and_remedy(tiny, train):
     log = next(Path(train(epochs=1).output_folder).glob("training_log*")).read_text()
-    assert "5 labeled and 4 unlabeled cases. Each of 3 steps trains on 2 labeled and 2 unlabeled patches" in log
+    assert "5 labeled and 4 unlabeled cases. Each of the 3 steps trains on 2 labeled and 2 unlabeled patches" in log
     assert "-gpu_memory_target" in log
     assert "unlabeled_batch_size=1" in log
