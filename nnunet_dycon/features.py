@@ -87,7 +87,7 @@ def pool_to_patches(volume: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
         raise ValueError(f"a grid of {tuple(grid)} cells does not divide a volume of {tuple(spatial)} voxels")
     # (B, X, Y, Z) to (B, cells of X, voxels a cell, cells of Y, ...). By hand, since MPS has no 3D average pooling.
     split = [number for size, cells in zip(spatial, grid) for number in (cells, size // cells)]
-    return volume.reshape(len(volume), *split).mean(tuple(range(2, 2 * len(split) // 2 + 1, 2))).flatten(1)
+    return volume.reshape(len(volume), *split).mean(tuple(range(2, len(split) + 1, 2))).flatten(1)
 
 
 def patch_labels(

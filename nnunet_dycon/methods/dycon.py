@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from nnunet_dycon.batches import LabeledBatch, StudentOutput, Targets, UnlabeledBatch
-from nnunet_dycon.features import FeatureStage, ProjectionHead, patch_labels, pool_to_patches
+from nnunet_dycon.features import IGNORED_PATCH, FeatureStage, ProjectionHead, patch_labels, pool_to_patches
 from nnunet_dycon.losses import fecl_loss, fecl_released_loss, softmax_entropy, uncl_loss
 from nnunet_dycon.schedules import exponential_decay, sigmoid_rampup
 from nnunet_dycon.teacher import EMATeacher
@@ -140,6 +140,7 @@ class DyCON(nn.Module):
             temperature=self.settings.temperature,
             gamma=self.settings.gamma,
             top_k=self.settings.top_k,
+            ignore_label=IGNORED_PATCH,
         )
 
     def _released_contrast(
