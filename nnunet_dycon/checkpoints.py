@@ -9,15 +9,21 @@ from pathlib import Path
 
 import torch
 
-from nnunet_dycon.errors import UserError
+from nnunet_dycon.errors import UserError, explained, first_line
 from nnunet_dycon.files import replacing
 
 KEY = "nnunet_dycon"
 
 
 def save_extended(filename: Path | str, save: Callable[[str], None], state: dict) -> None:
-    """Have ``save`` write nnU-Net's checkpoint, add our state to it, and only then give it its name."""
-    with replacing(filename) as partial:
+    """Have ``save`` write nnU-Net's checkpoint, add our state to it, and only then give it its name.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    problem = f"{filename} cannot be written; what was there before stays as it is. Make room, and go on with --c"
+    # torch.save tells of a full disk by a RuntimeError.
+    with explained((OSError, RuntimeError), problem), replacing(filename) as partial:
         save(str(partial))
         checkpoint = torch.load(partial, map_location="cpu", weights_only=False)
         checkpoint[KEY] = state
@@ -33,12 +39,12 @@ def load_state(filename: Path | str, trainer_name: str) -> dict:
     try:
         checkpoint = torch.load(filename, map_location="cpu", weights_only=False)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        reason = str(error).split("\n")[0]
         remedy = "go on from another checkpoint, put in its place"
-        raise UserError(f"{filename} cannot be loaded ({reason}); {remedy}") from None
-    if KEY not in checkpoint or checkpoint["trainer_name"] != trainer_name:
+        raise UserError(f"{filename} cannot be loaded ({first_line(error)}); {remedy}") from None
+    writer = checkpoint.get("trainer_name", "something else") if isinstance(checkpoint, dict) else "something else"
+    if writer != trainer_name or KEY not in checkpoint:
         raise UserError(
-            f"{filename} was written by {checkpoint['trainer_name']} and has no state for {trainer_name} to go on "
+            f"{filename} was written by {writer} and has no state for {trainer_name} to go on "
             "from; start from its weights with -pretrained_weights instead"
         )
     return checkpoint[KEY]

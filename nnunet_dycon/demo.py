@@ -17,15 +17,12 @@ from typing import TextIO
 import numpy as np
 import SimpleITK as sitk
 import torch
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import ListedColormap
-from matplotlib.figure import Figure
 from scipy.special import entr
 
 import nnunet_dycon
 from nnunet_dycon.errors import UsageError, UserError
 from nnunet_dycon.phantom import write_dataset
+from nnunet_dycon.pictures import new_figure, outline, overlay
 from nnunet_dycon.trainers.nnUNetTrainerDyCON import nnUNetTrainerDyCON_demo
 
 DATASET = "Dataset900_Phantom"
@@ -131,8 +128,7 @@ def read_examples(raw: Path, predictions: Path, limit: int = 4) -> list[Example]
 
 def draw(examples: Sequence[Example], file: Path) -> None:
     """Write a picture: a row per case, in the slice with most lesion; image, reference, prediction and entropy."""
-    figure = Figure(figsize=(10.6, 0.4 + 2.05 * len(examples)), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)  # draws without a display
+    figure = new_figure(10.6, 0.4 + 2.05 * len(examples), dpi=150)
     rows = figure.subplots(len(examples), 4, squeeze=False)
     titles = {"image": "black", "reference": _REFERENCE, "prediction": _PREDICTION, "uncertainty": "black"}
     for axes, (title, color) in zip(rows[0], titles.items()):
@@ -143,26 +139,16 @@ def draw(examples: Sequence[Example], file: Path) -> None:
         darkest, brightest = np.percentile(example.image, (0.5, 99.8))
         for axes in row[:3]:
             axes.imshow(example.image[z], cmap="gray", vmin=darkest, vmax=brightest)
-        _overlay(row[1], reference, _REFERENCE)
-        _overlay(row[2], prediction, _PREDICTION)
+        overlay(row[1], reference, _REFERENCE)
+        overlay(row[2], prediction, _PREDICTION)
         heat = row[3].imshow(example.entropy[z], cmap="magma", vmin=0, vmax=np.log(2))
         for axes in row[2:]:
-            _outline(axes, reference, _REFERENCE)
+            outline(axes, reference, _REFERENCE)
         row[0].set_ylabel(f"{example.name}\nDice {example.dice:.2f}, slice {z}", fontsize=10)
         for axes in row:
             axes.set(xticks=[], yticks=[])
     figure.colorbar(heat, ax=rows[:, 3], label="entropy of the prediction [nats], at most ln 2", shrink=0.8)
     figure.savefig(file)
-
-
-def _overlay(axes: Axes, mask: np.ndarray, color: str) -> None:
-    axes.imshow(np.where(mask, 1.0, np.nan), cmap=ListedColormap([color]), alpha=0.4)
-    _outline(axes, mask, color)
-
-
-def _outline(axes: Axes, mask: np.ndarray, color: str) -> None:
-    if mask.any() and not mask.all():  # else matplotlib warns
-        axes.contour(mask, [0.5], colors=color, linewidths=1.1)
 
 
 def _make_empty(folder: Path) -> None:

@@ -1,7 +1,7 @@
 """Errors that a user can mend: the command line and the trainers print them as one line, without a traceback."""
 
-from collections.abc import Callable
-from functools import wraps
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class UserError(Exception):
@@ -25,14 +25,23 @@ class NotSupported(NotImplementedError, SystemExit):
         self.code = f"nnunet_dycon: error: {reason}"
 
 
-def ends_in_one_line(hook: Callable) -> Callable:
-    """Let a trainer's hook end the program with the message alone if a user can mend what is wrong."""
+@contextmanager
+def ends_in_one_line() -> Iterator[None]:
+    """End the program with the message alone if a user can mend what is wrong: for a block, or decorating a hook."""
+    try:
+        yield
+    except UserError as error:
+        raise SystemExit(f"nnunet_dycon: error: {error}") from None
 
-    @wraps(hook)
-    def wrapped(*arguments, **options):
-        try:
-            return hook(*arguments, **options)
-        except UserError as error:
-            raise SystemExit(f"nnunet_dycon: error: {error}") from None
 
-    return wrapped
+@contextmanager
+def explained(cause: type[Exception] | tuple[type[Exception], ...], text: str) -> Iterator[None]:
+    """Turn an error that says little to a user into one that tells what to do, with its own words behind."""
+    try:
+        yield
+    except cause as error:
+        raise UserError(f"{text} ({first_line(error)})") from error
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -5,6 +5,9 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
+
+from nnunet_dycon.errors import UserError
 
 
 @contextmanager
@@ -20,11 +23,24 @@ def replacing(file: Path | str) -> Iterator[Path]:
 
 
 def require_whole(file: Path) -> None:
-    """Raise EOFError, OSError or zlib.error if a gzip file is cut short or damaged; others are not looked into.
+    """Raise EOFError, OSError or zlib.error if a file is empty, or a gzip file cut short or damaged.
 
     SimpleITK does not mind: it makes up the rest of such an image.
     """
+    if file.stat().st_size == 0:
+        raise EOFError("the file is empty")
     if file.suffix == ".gz":
         with gzip.open(file) as content:
             while content.read(2**24):
                 pass
+
+
+def require_writable(folder: Path) -> None:
+    """Raise UserError if no file can be made in a folder, by making one."""
+    try:
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be written to ({error.strerror}); change its owner or permissions, or name another folder"
+        ) from None

@@ -25,12 +25,17 @@ from nnunet_dycon.data.loader import TwoStreamLoader, UnlabeledDataset, Unlabele
 from nnunet_dycon.data.unlabeled import UnlabeledCases
 from nnunet_dycon.data.views import TwoViews
 from nnunet_dycon.environment import require_nnunet
-from nnunet_dycon.errors import NotSupported, ends_in_one_line
+from nnunet_dycon.errors import NotSupported, UserError, ends_in_one_line, explained
 from nnunet_dycon.features import FeatureStage, FeatureTap, nearest_stage
+from nnunet_dycon.files import require_writable
+from nnunet_dycon.monitoring import SECONDS, StepTimer, append_epoch, mean_of_finite, terms_of_loss
+from nnunet_dycon.pictures import draw_progress
 from nnunet_dycon.run_record import record_file, write_record
 from nnunet_dycon.teacher import unwrap
+from nnunet_dycon.trainers.pseudo_label_page import draw_page
 
 _GRADIENT_NORM = 12  # nnU-Net's
+_LOST_STEPS_LIMIT = 10
 
 
 @dataclass(frozen=True)
@@ -67,19 +72,23 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         dataset_json: dict,
         device: torch.device = torch.device("cuda"),  # noqa: B008 (nnU-Net compares this signature with its own)
     ):
-        ends_in_one_line(require_nnunet)()
-        self._refuse_unsupported(plans, configuration, dataset_json)
-        super().__init__(plans, configuration, fold, dataset_json, device)
+        with ends_in_one_line():
+            require_nnunet()
+            self._refuse_unsupported(plans, configuration, dataset_json)
+            with explained(OSError, "nnU-Net cannot make the folder of this training; check nnUNet_results"):
+                super().__init__(plans, configuration, fold, dataset_json, device)
         self.num_epochs = self.training_settings.num_epochs
         self.num_iterations_per_epoch = self.training_settings.num_iterations_per_epoch
         self.num_val_iterations_per_epoch = self.training_settings.num_val_iterations_per_epoch
         self.unlabeled_cases = UnlabeledCases(self.plans_manager, configuration, dataset_json)
         self.method: nn.Module | None = None  # -> initialize
-        self.curves: dict[str, list[float]] = {}  # the mean of each term of the loss, epoch by epoch
+        self.curves: dict[str, list[float]] = {}  # means over the steps of each epoch, see nnunet_dycon.monitoring
+        self._timer: StepTimer | None = None  # -> on_train_epoch_start
         self._cases: dict[str, list[str]] = {}  # -> get_dataloaders
         self._tap: FeatureTap | None = None
         self._step_in_epoch = 0
-        self._resumed = False
+        self._lost_in_a_row = 0  # steps
+        self._resumed_settings: dict[str, dict] | None = None
 
     @classmethod
     def _refuse_unsupported(cls, plans: dict, configuration: str, dataset_json: dict) -> None:
@@ -139,8 +148,10 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         return self.loss(logits if self.enable_deep_supervision else logits[0], targets)
 
     def _student(self, images: torch.Tensor) -> StudentOutput:
+        self._timer.mark("teacher")  # which a method asks before the student
         # Through the wrapper: DDP synchronises gradients only there.
         logits = self.network(images)
+        self._timer.mark("student")
         features = None if self._tap is None else self._tap.take()
         return StudentOutput(list(logits) if isinstance(logits, (list, tuple)) else [logits], features)
 
@@ -155,21 +166,48 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         """Unlabeled patches a step and GPU."""
         return self.training_settings.unlabeled_batch_size or self.batch_size
 
-    @ends_in_one_line
+    @property
+    def settings(self) -> dict[str, dict]:
+        """All that is set for this training, as plain numbers."""
+        return {"training_settings": asdict(self.training_settings), "method_settings": asdict(self.method_settings)}
+
+    @ends_in_one_line()
     def on_train_start(self) -> None:
         """Before nnU-Net's: check what a user may have got wrong, so that no time is lost on it."""
+        require_writable(Path(self.output_folder))
+        self._check_settings()
         folder = Path(self.preprocessed_dataset_folder)
         labeled = labeled_identifiers(folder, self.unlabeled_cases.arguments)
-        check_split(folder, len(labeled), self.fold)
+        check_split(folder, labeled, self.fold)
         check_fingerprint(folder.parent, folder.name, self.unlabeled_cases.dataset_id)
         self.unlabeled_cases.require(default_num_processes)
         self.unlabeled_cases.check_not_labeled(labeled, set(self.unlabeled_cases.identifiers()))
         super().on_train_start()
-        if not self._resumed:
+        if self._resumed_settings is None:
             self.method.before_first_step()  # pretrained weights have arrived since initialize
-        if self.local_rank == 0:
-            self._write_record()
+        # A resumed run leaves the record as it is.
+        folder = Path(self.output_folder)
+        if self.local_rank == 0 and not (self._resumed_settings is not None and record_file(folder).is_file()):
+            write_record(folder, type(self).__name__, self.settings, self._cases)
+        self.logger.update_config(self.settings)
         self._tell_batch()
+
+    def _check_settings(self) -> None:
+        """Raise UserError if the checkpoint that is gone on from was trained with other settings of the method."""
+        if self._resumed_settings is None:
+            return
+        for kind, now in self.settings.items():
+            before = self._resumed_settings[kind]
+            changed = [name for name, value in now.items() if before.get(name) != value]
+            if not changed:
+                continue
+            told = ", ".join(f"{name} {before.get(name)} (now {now[name]})" for name in changed)
+            if kind == "method_settings":
+                raise UserError(
+                    f"the checkpoint in {self.output_folder} was trained with other settings: {told}; go on with "
+                    "those, or start a subclass with a name of its own from its weights, with -pretrained_weights"
+                )
+            self.print_to_log_file(f"WARNING: the training that is gone on with had other settings: {told}")
 
     def _tell_batch(self) -> None:
         batch, unlabeled = self.batch_size, self.unlabeled_batch_size
@@ -182,15 +220,6 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             "-overwrite_plans_name, preprocess, and train with -p; or a subclass with unlabeled_batch_size=1.",
             also_print_to_console=True,
         )
-
-    def _write_record(self) -> None:
-        """Write down what is trained with; a resumed run leaves what stands there."""
-        folder = Path(self.output_folder)
-        if self._resumed and record_file(folder).is_file():
-            return
-        settings = {"training_settings": self.training_settings, "method_settings": self.method_settings}
-        settings = {name: asdict(values) for name, values in settings.items()}
-        write_record(folder, type(self).__name__, settings, self._cases)
 
     def get_dataloaders(self):
         """As nnU-Net's, with the two-stream loader for training."""
@@ -261,14 +290,18 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()
         self._step_in_epoch = 0
+        self._timer = StepTimer(self.device)
 
+    @ends_in_one_line()
     def train_step(self, batch: dict) -> dict:
         """One step of the method, optimised as nnU-Net does; gradients of network and heads are clipped together."""
+        self._timer.mark("data")
         labeled, unlabeled = to_batches(batch, self.device)
         self.optimizer.zero_grad(set_to_none=True)
         # nnU-Net, too, autocasts on CUDA only.
         with torch.autocast("cuda") if self.device.type == "cuda" else nullcontext():
             terms = self.method(self._student, labeled, unlabeled, self.progress)
+        self._timer.mark("losses")
         if self.grad_scaler is None:
             terms["loss"].backward()
         else:
@@ -277,77 +310,138 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         optimised = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         norm = nn.utils.clip_grad_norm_(optimised, _GRADIENT_NORM)
         # One transfer for all: it is the only place where the host waits for the device.
-        values = torch.stack([norm, *terms.values()]).detach().float().cpu().numpy()
+        tensors = {name: value for name, value in terms.items() if isinstance(value, torch.Tensor)}
+        norm, *values = torch.stack([norm, *tensors.values()]).detach().float().cpu().numpy()
+        terms |= dict(zip(tensors, values))
+        self._timer.mark("backward")
         # The norm of the gradients is the same on all ranks, so that all take the same branch.
-        if np.isfinite(values[0]):
+        if np.isfinite(norm):
             self._optimizer_step()
             self.method.after_optimizer_step()
+            self._lost_in_a_row = 0
         else:
-            self._report_non_finite(float(values[1]), labeled.keys + unlabeled.keys)
-        if self.grad_scaler is not None:
-            self.grad_scaler.update()
+            self._lose_step(terms["loss"], labeled.keys + unlabeled.keys)
+        self._timer.mark("update")
         self._step_in_epoch += 1
-        return dict(zip(terms, values[1:]))
+        return terms
 
     def _optimizer_step(self) -> None:
         if self.grad_scaler is None:
             self.optimizer.step()
         else:
             self.grad_scaler.step(self.optimizer)
+            self.grad_scaler.update()
 
-    def _report_non_finite(self, loss: float, keys: tuple[str, ...]) -> None:
-        # With a finite loss it is the gradient scaler that overflowed, as it does now and then, and will lower its
-        # scale by itself; or it is another rank that has the bad case, and tells.
-        if np.isfinite(loss) and (self.grad_scaler is not None or self.is_ddp):
-            return
-        warning = (
-            f"WARNING: loss {loss} with a non-finite gradient in epoch {self.current_epoch}; neither student nor "
-            f"teacher was changed by this step. Its cases: {', '.join(keys)}"
-        )
-        # Only rank 0 has a log.
-        self.print_to_log_file(warning) if self.local_rank == 0 else print(f"rank {self.local_rank}: {warning}")
+    def _lose_step(self, loss: float, keys: tuple[str, ...]) -> None:
+        """After a step with a non-finite gradient: move nothing, tell why, and give up after too many in a row."""
+        has_cause = not np.isfinite(loss)
+        cause_is_known = has_cause
+        if self.is_ddp:  # it may lie with another rank, which then tells
+            flag = torch.tensor(float(has_cause), device=self.device)
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+            cause_is_known = bool(flag)
+        if self.grad_scaler is not None:
+            scale = self.grad_scaler.get_scale()
+            if not cause_is_known and scale > 1:
+                self.grad_scaler.update()  # it overflowed, as it does now and then, and lowers its scale
+                return
+            # No fault of the scale: lowered for each bad case, it would end where gradients vanish.
+            self.grad_scaler.update(scale)
+        self._lost_in_a_row += 1
+        if has_cause or not cause_is_known:
+            warning = (
+                f"WARNING: loss {loss} with a non-finite gradient in epoch {self.current_epoch}; neither student nor "
+                f"teacher was changed by this step. Its cases: {', '.join(keys)}"
+            )
+            # Only rank 0 has a log.
+            self.print_to_log_file(warning) if self.local_rank == 0 else print(f"rank {self.local_rank}: {warning}")
+        if self._lost_in_a_row == _LOST_STEPS_LIMIT:
+            raise UserError(
+                f"{_LOST_STEPS_LIMIT} steps in a row had a non-finite loss or gradient; {self.log_file} names their "
+                "cases. Repair a case that is in all of them; if there is none, training has diverged: go on from the "
+                "last checkpoint with --c, or train again with a lower initial_lr"
+            )
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
-        """After nnU-Net's: log and keep the mean of each term. Steps without a finite loss count nowhere."""
+        """After nnU-Net's: log and keep the mean of each value. Steps without a finite loss count nowhere."""
         finite = [output for output in train_outputs if np.isfinite(output["loss"])]
-        if finite:
-            means = {name: np.mean(values) for name, values in collate_outputs(finite).items()}
-            # As many as there were steps: nnU-Net wants the same number from all ranks.
-            train_outputs = [output if np.isfinite(output["loss"]) else means for output in train_outputs]
-        super().on_train_epoch_end(train_outputs)
-        ranks = [{name: float(np.mean(values)) for name, values in collate_outputs(train_outputs).items()}]
+        means = {name: mean_of_finite(values) for name, values in collate_outputs(finite or train_outputs).items()}
+        # As many as there were steps: nnU-Net wants the same number from all ranks.
+        super().on_train_epoch_end([output if np.isfinite(output["loss"]) else means for output in train_outputs])
         if self.is_ddp:
-            own, ranks = ranks[0], [None] * dist.get_world_size()
-            dist.all_gather_object(ranks, own)
-        for name in ranks[0]:
-            self.curves.setdefault(name, []).append(float(np.mean([rank[name] for rank in ranks])))
-        self.print_to_log_file(*(f"{name} {curve[-1]:.4f}" for name, curve in self.curves.items() if name != "loss"))
+            ranks = [None] * dist.get_world_size()
+            dist.all_gather_object(ranks, means)
+            means = {name: mean_of_finite(rank[name] for rank in ranks) for name in means}
+        seconds = {part: total / len(train_outputs) for part, total in self._timer.totals().items()}
+        values = means | {SECONDS + part: mean for part, mean in seconds.items()}
+        append_epoch(self.curves, self.current_epoch, values)
+        for name, value in values.items():
+            for logger in self.logger.loggers:  # those beside nnU-Net's own, which knows no curves but its own
+                logger.log(f"semi_supervised/{name}", value, self.current_epoch)
+        terms = terms_of_loss(means)
+        monitors = [name for name in means if name != "loss" and name not in terms]
+        for names in (terms, monitors):
+            self.print_to_log_file(*(f"{name} {means[name]:.4f}" for name in names))
+        self.print_to_log_file("seconds a step:", *(f"{part} {mean:.3f}" for part, mean in seconds.items()))
 
+    def on_epoch_end(self) -> None:
+        """After nnU-Net's, with its progress.png: draw the curves of what this package adds."""
+        super().on_epoch_end()
+        if self.local_rank == 0:
+            draw_progress(self.curves, Path(self.output_folder) / "ssl_progress.png")
+
+    @ends_in_one_line()
     def save_checkpoint(self, filename: str) -> None:
-        """nnU-Net's checkpoint with the method's state in it, written whole or not at all."""
+        """nnU-Net's checkpoint with the method's state in it, written whole or not at all.
+
+        With each latest and with the final one, a page of pseudo-labels is drawn.
+
+        Raises:
+            SystemExit: it cannot be written; the one before stays.
+        """
         if self.local_rank != 0 or self.disable_checkpointing:
             super().save_checkpoint(filename)
             return
         state = {
             "version": __version__,
+            "settings": self.settings,
             "method": {name: unwrap(child).state_dict() for name, child in self.method.named_children()},
             "curves": self.curves,
         }
         checkpoints.save_extended(filename, super().save_checkpoint, state)
+        if Path(filename).name in ("checkpoint_latest.pth", "checkpoint_final.pth"):
+            self._draw_pseudo_labels()
 
-    @ends_in_one_line
+    def _draw_pseudo_labels(self) -> None:
+        teacher, identifiers = getattr(self.method, "teacher", None), self._cases.get("unlabeled")
+        if teacher is None or not identifiers:
+            return
+        cases = UnlabeledDataset(self.unlabeled_cases.folder, identifiers)
+        file = Path(self.output_folder) / f"pseudo_labels_epoch_{self.current_epoch:04d}.png"
+        try:
+            draw_page(self, teacher, cases, file)
+        except (RuntimeError, MemoryError, OSError) as error:  # a picture is not worth a training
+            self.print_to_log_file(f"WARNING: no {file.name}: {' '.join(str(error).split())}")
+
+    @ends_in_one_line()
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
         """nnU-Net's, and the method's state.
 
         Raises:
-            SystemExit: the file was not written by this trainer.
+            SystemExit: the file was not written by this trainer, lacks a part of its state, or fits other plans.
         """
         own = checkpoints.load_state(filename_or_checkpoint, type(self).__name__)
-        super().load_checkpoint(filename_or_checkpoint)
-        for name, state in own["method"].items():
-            unwrap(self.method.get_submodule(name)).load_state_dict(state)
+        if not self.was_initialized:
+            self.initialize()
+        remedy = "start from its weights with -pretrained_weights instead"
+        with explained(RuntimeError, f"{filename_or_checkpoint} was trained with other plans; {remedy}"):
+            super().load_checkpoint(filename_or_checkpoint)
+            for name, child in self.method.named_children():
+                if name not in own["method"]:
+                    raise UserError(f"{filename_or_checkpoint} has no state of the {name} to go on from; {remedy}")
+                unwrap(child).load_state_dict(own["method"][name])
         self.curves = own["curves"]
-        self._resumed = True
+        self._resumed_settings = own["settings"]
 
     def on_train_end(self) -> None:
         """After nnU-Net's: write the teacher's weights as a model of its own, for nnUNetv2_predict -chk."""

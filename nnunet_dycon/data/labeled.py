@@ -11,29 +11,56 @@ from nnunet_dycon.errors import UserError
 
 
 def labeled_identifiers(folder: Path, arguments: str) -> set[str]:
-    """The cases of a preprocessed folder; UserError if it does not exist.
+    """The cases of a preprocessed folder; UserError if there are none.
 
     Args:
         folder: nnUNet_preprocessed/DatasetXXX/<data_identifier>.
         arguments: how nnU-Net's preprocessing commands are told what to preprocess.
     """
+    remedy = f"run: nnUNetv2_preprocess {arguments}"
     if not folder.is_dir():
-        raise UserError(f"{folder} does not exist; run: nnUNetv2_preprocess {arguments}")
-    return set(infer_dataset_class(str(folder)).get_identifiers(str(folder)))
+        raise UserError(f"{folder} does not exist; {remedy}")
+    try:
+        dataset_class = infer_dataset_class(str(folder))
+    except (AssertionError, KeyError):
+        raise UserError(f"{folder} has no cases, or files of several kinds; {remedy}") from None
+    return set(dataset_class.get_identifiers(str(folder)))
 
 
-def check_split(folder: Path, labeled: int, fold: int | str) -> None:
-    """Raise UserError if nnU-Net cannot split so few cases into folds and there is no split for this fold."""
-    if fold == "all" or labeled >= 5:
+def check_split(folder: Path, labeled: set[str], fold: int | str) -> None:
+    """Raise UserError if nnU-Net could not train this fold: too few cases to split, or a split of other cases.
+
+    Args:
+        folder: nnUNet_preprocessed/DatasetXXX/<data_identifier>.
+        labeled: the cases in it.
+        fold: its number, or "all".
+    """
+    if fold == "all":
         return
     file = folder.parent / "splits_final.json"
-    folds = len(json.loads(file.read_text())) if file.is_file() else 0
-    if fold >= folds:
-        there = f"{file} has {folds} of them" if folds else f"there is no {file}"
+    remedy = "mend it, or remove it and nnU-Net makes one with at least 5 labeled cases; or train on fold 'all'"
+    try:
+        splits = json.loads(file.read_text()) if file.is_file() else []
+        splits = [(list(split["train"]), list(split["val"])) for split in splits]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is no list of splits, each with train and val ({error!r}); {remedy}") from None
+    if fold >= len(splits):
+        if len(labeled) >= 5:
+            return  # nnU-Net splits by itself
+        there = f"{file} has {len(splits)} of them" if splits else f"there is no {file}"
         raise UserError(
-            f"{labeled} labeled cases are too few for nnU-Net's split into 5 folds, and {there}: fold {fold} does not "
-            "exist; train on all cases with fold 'all', or write a split"
+            f"{len(labeled)} labeled cases are too few for nnU-Net's split into 5 folds, and {there}: fold {fold} does "
+            "not exist; train on all cases with fold 'all', or write a split"
         )
+    train, val = splits[fold]
+    absent = sorted({*train, *val} - labeled)
+    if absent:
+        raise UserError(
+            f"{file} names {len(absent)} cases in fold {fold} that are not among the labeled, preprocessed ones, "
+            f"{absent[0]} the first (cases of imagesUn do not belong there, they are always trained on); {remedy}"
+        )
+    if not (train and val):
+        raise UserError(f"{file} has no cases to {'validate' if train else 'train'} on in fold {fold}; {remedy}")
 
 
 def check_fingerprint(base: Path, data_identifier: str, dataset_id: int) -> None:

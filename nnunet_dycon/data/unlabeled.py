@@ -14,11 +14,12 @@ from errno import ENOSPC
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 from filelock import FileLock
+from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id, maybe_convert_to_dataset_name
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
+from nnunet_dycon.data.images import check_image
 from nnunet_dycon.data.labeled import check_fingerprint
 from nnunet_dycon.environment import nnunet_folder
 from nnunet_dycon.errors import UsageError, UserError
@@ -26,6 +27,7 @@ from nnunet_dycon.files import replacing, require_whole
 from nnunet_dycon.processes import map_cases
 
 _MANIFEST_FORMAT = 1  # to be raised whenever cases come out differently
+_FAULTS_TOLD = 10
 _CASE_FILES = (".b2nd", "_seg.b2nd", ".pkl")  # nnU-Net writes the last one last
 
 
@@ -63,12 +65,9 @@ class UnlabeledCases:
     def of_dataset(cls, dataset: str, configuration: str, plans_name: str) -> "UnlabeledCases":
         """Look the plans up in nnUNet_preprocessed."""
         preprocessed = nnunet_folder("nnUNet_preprocessed")
-        try:
-            name = maybe_convert_to_dataset_name(int(dataset) if dataset.isdigit() else dataset)
-        except (RuntimeError, ValueError) as error:
-            raise UsageError(f"there is no data set {dataset}: {' '.join(str(error).split())}") from None
+        name = dataset_name(dataset)
         plans_file = preprocessed / name / f"{plans_name}.json"
-        plans, dataset_json = (_read_json(file, dataset) for file in (plans_file, preprocessed / name / "dataset.json"))
+        plans, dataset_json = (_read_json(file, name) for file in (plans_file, preprocessed / name / "dataset.json"))
         plans = PlansManager(plans)
         if configuration not in plans.available_configurations:
             raise UsageError(
@@ -117,11 +116,11 @@ class UnlabeledCases:
         read = {key: configuration[key] for key in (*keys, "resampling_fn_data_kwargs")}
         for key in ("image_reader_writer", "transpose_forward", "foreground_intensity_properties_per_channel"):
             read[key] = self.plans.plans[key]
-        read["channels"] = self._channels
+        read["channels"] = self.channels
         return hashlib.sha256(json.dumps(read, sort_keys=True).encode()).hexdigest()
 
     @property
-    def _channels(self) -> int:
+    def channels(self) -> int:
         return len(self.dataset_json.get("channel_names", self.dataset_json.get("modality", {})))
 
     def raw_cases(self) -> dict[str, list[Path]]:
@@ -131,23 +130,10 @@ class UnlabeledCases:
             UserError: there are none, a file has no channel number, or a case has not one file per channel.
         """
         ending = self.dataset_json["file_ending"]
-        files = sorted(self.raw.glob(f"*{ending}")) if self.raw.is_dir() else []
-        if not files:
+        cases = image_files(self.raw, ending, self.channels, "unlabeled")
+        if not cases:
             raise UserError(f"no unlabeled cases: {self.raw} has no file *{ending}; put the unlabeled images there")
-        found: dict[str, set[str]] = {}
-        for file in files:
-            case, separator, channel = file.name[: -len(ending)].rpartition("_")
-            if not (separator and case and len(channel) == 4 and channel.isdigit()):
-                raise UserError(f"{file} is not named as nnU-Net wants it: CASE_XXXX{ending}, XXXX being the channel")
-            found.setdefault(case, set()).add(channel)
-        wanted = [f"{channel:04d}" for channel in range(self._channels)]
-        for case, channels in found.items():
-            if channels != set(wanted):
-                raise UserError(
-                    f"unlabeled case {case} in {self.raw} has the channels {', '.join(sorted(channels))}, but "
-                    f"dataset.json names {self._channels}: {', '.join(wanted)}; add or remove files"
-                )
-        return {case: [self.raw / f"{case}_{channel}{ending}" for channel in wanted] for case in found}
+        return cases
 
     def check_not_labeled(self, labeled: set[str], unlabeled: set[str]) -> None:
         """Raise UserError if a case is on both sides: its label would vouch for itself."""
@@ -223,8 +209,14 @@ class UnlabeledCases:
         partial.mkdir(exist_ok=True)
         missing = [case for case in cases if not (partial / f"{case}{_CASE_FILES[-1]}").is_file()]
         jobs = [(self, cases[case], str(partial / case)) for case in missing]
-        for _ in map_cases(_preprocess_case, jobs, num_processes, f"preprocessing imagesUn, {self.configuration_name}"):
-            pass
+        title = f"preprocessing imagesUn, {self.configuration_name}"
+        faults = [fault for fault in map_cases(_preprocess_case, jobs, num_processes, title) if fault is not None]
+        if faults:
+            # All at once, since each attempt may take hours. What went well is kept for the next one.
+            told = "; ".join(faults[:_FAULTS_TOLD]) + ("; ..." if len(faults) > _FAULTS_TOLD else "")
+            raise UserError(
+                f"{len(faults)} of {len(cases)} unlabeled cases cannot be used; repair or remove them: {told}"
+            )
 
         self.manifest_file.unlink(missing_ok=True)
         if self.folder.exists():
@@ -234,8 +226,48 @@ class UnlabeledCases:
             file.write_text(json.dumps(manifest, indent=2))
 
 
-def _read_json(file: Path, dataset: str) -> dict:
-    remedy = f"run: nnUNetv2_plan_and_preprocess -d {dataset}"
+def dataset_name(dataset: str) -> str:
+    """The full name of a data set, of which the ID may be given. UsageError if there is none."""
+    try:
+        name = str(maybe_convert_to_dataset_name(int(dataset) if dataset.isdigit() else dataset))
+        convert_dataset_name_to_id(name)  # ValueError if it has none
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).split(". ")[0]
+        remedy = "correct it, or nnUNet_raw and nnUNet_preprocessed"
+        raise UsageError(f"there is no data set {dataset} that nnU-Net could take ({reason}); {remedy}") from None
+    return name
+
+
+def image_files(folder: Path, ending: str, channels: int, role: str) -> dict[str, list[Path]]:
+    """The image files of each case in a raw folder, one per channel, checked by name.
+
+    Args:
+        folder: such as imagesUn; it need not exist.
+        ending: of the file names.
+        channels: how many files a case must have.
+        role: what the cases are, such as "unlabeled".
+
+    Raises:
+        UserError: a file has no channel number, or a case has not one file per channel.
+    """
+    found: dict[str, set[str]] = {}
+    for file in sorted(folder.glob(f"*{ending}")):
+        case, separator, channel = file.name[: -len(ending)].rpartition("_")
+        if not (separator and case and len(channel) == 4 and channel.isdigit()):
+            raise UserError(f"{file} is not named as nnU-Net wants it: CASE_XXXX{ending}, XXXX being the channel")
+        found.setdefault(case, set()).add(channel)
+    wanted = [f"{channel:04d}" for channel in range(channels)]
+    for case, its_channels in found.items():
+        if its_channels != set(wanted):
+            raise UserError(
+                f"{role} case {case} in {folder} has the channels {', '.join(sorted(its_channels))}, but "
+                f"dataset.json names {channels}: {', '.join(wanted)}; add or remove files"
+            )
+    return {case: [folder / f"{case}_{channel}{ending}" for channel in wanted] for case in found}
+
+
+def _read_json(file: Path, name: str) -> dict:
+    remedy = f"run: nnUNetv2_plan_and_preprocess -d {convert_dataset_name_to_id(name)}"
     if not file.is_file():
         raise UsageError(f"{file} does not exist; {remedy}")
     try:
@@ -252,26 +284,17 @@ def _names_and_sizes(cases: dict[str, list[Path]]) -> dict[str, list[list]]:
     return {case: [[file.name, file.stat().st_size] for file in files] for case, files in sorted(cases.items())}
 
 
-def _preprocess_case(job: tuple[UnlabeledCases, list[Path], str]) -> None:
-    """Preprocess one case without a segmentation. The pickle file, written last, tells that the case is complete."""
+def _preprocess_case(job: tuple[UnlabeledCases, list[Path], str]) -> str | None:
+    """Preprocess one case without a segmentation; return what is wrong with its images, or None if all is well.
+
+    The pickle file, written last, tells that the case is complete.
+    """
     unlabeled, images, output = job
     preprocessor = unlabeled.configuration.preprocessor_class(verbose=False)
-    run_case = preprocessor.run_case
-
-    def run_checked_case(*arguments):
-        data, segmentation, properties = run_case(*arguments)
-        if not np.isfinite(data).all():
-            raise ValueError("it has NaN or infinite voxels")
-        # This segmentation is made from the image alone: -1 outside of the region where it is not 0. Where nnU-Net
-        # normalises within that region, it is made exactly 0 outside again, which resampling has blurred.
-        for channel, masked in zip(data, unlabeled.configuration.use_mask_for_norm):
-            if masked:
-                channel[segmentation[0] < 0] = 0
-        return data, segmentation, properties
-
-    preprocessor.run_case = run_checked_case
+    _check_what_it_reads(preprocessor, unlabeled)
     # blosc2 refuses to write over what an interrupted run has left.
     _remove_case(output)
+    suspects = images
     try:
         for image in images:
             suspects = [image]
@@ -283,10 +306,29 @@ def _preprocess_case(job: tuple[UnlabeledCases, list[Path], str]) -> None:
         )
     except Exception as error:
         _remove_case(output)
-        reason = " ".join(str(error).split()) or "see above"
-        remedy = "make room for it" if isinstance(error, OSError) and error.errno == ENOSPC else "repair or remove it"
-        named = ", ".join(str(image) for image in suspects)
-        raise UserError(f"{named}: cannot be preprocessed ({reason}); {remedy}") from error
+        named, reason = ", ".join(map(str, suspects)), " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, OSError) and error.errno == ENOSPC:
+            raise UserError(f"{named}: cannot be preprocessed ({reason}); make room in {Path(output).parent}") from None
+        return f"{named} ({reason})"
+    return None
+
+
+def _check_what_it_reads(preprocessor: DefaultPreprocessor, unlabeled: UnlabeledCases) -> None:
+    """Have a preprocessor raise ValueError for an image that nothing can be learned from, before it is resampled."""
+    run_case_npy = preprocessor.run_case_npy
+
+    def run_checked_case(image, segmentation, properties, *arguments):
+        labeled_spacing = unlabeled.plans.plans["original_median_spacing_after_transp"]
+        check_image(image, properties["spacing"], unlabeled.channels, labeled_spacing)
+        image, segmentation, properties = run_case_npy(image, segmentation, properties, *arguments)
+        # This segmentation is made from the image alone: -1 outside of the region where it is not 0. Where nnU-Net
+        # normalises within that region, it is made exactly 0 outside again, which resampling has blurred.
+        for channel, masked in zip(image, unlabeled.configuration.use_mask_for_norm):
+            if masked:
+                channel[segmentation[0] < 0] = 0
+        return image, segmentation, properties
+
+    preprocessor.run_case_npy = run_checked_case
 
 
 def _remove_case(output: str) -> None:

@@ -2,7 +2,8 @@
 
 A method is an nn.Module that owns what training needs beyond the student network: teachers, heads, second networks.
 
-- ``method(student, labeled, unlabeled, progress)`` returns the loss under "loss", and its unweighted terms by name.
+- ``method(student, labeled, unlabeled, progress)`` returns the loss under "loss", its unweighted terms by name, and
+  what is worth watching under the names in `nnunet_dycon.monitoring`: scalar tensors, or numbers.
   ``student(images)`` gives a `StudentOutput`; a method calls it exactly once a step, after its teachers, with whatever
   batch it needs.
 - ``method.before_first_step()`` is called once when a new training starts, ``method.after_optimizer_step()`` after each

@@ -9,6 +9,7 @@ from torch import nn
 from nnunet_dycon.batches import LabeledBatch, StudentOutput, Targets, UnlabeledBatch
 from nnunet_dycon.features import IGNORED_PATCH, FeatureStage, ProjectionHead, patch_labels, pool_to_patches
 from nnunet_dycon.losses import fecl_loss, fecl_released_loss, softmax_entropy, uncl_loss
+from nnunet_dycon.monitoring import pseudo_label_monitors
 from nnunet_dycon.schedules import exponential_decay, sigmoid_rampup
 from nnunet_dycon.teacher import EMATeacher
 
@@ -114,27 +115,30 @@ class DyCON(nn.Module):
         output = student(torch.cat([labeled.strong, unlabeled.strong]))
 
         supervised = self._supervised_loss[0](output[: len(labeled)].logits, labeled.targets)
-        terms = {"supervised": supervised}
+        terms, monitors = {"supervised": supervised}, {}
         weighted = []
         if settings.uncl_weight != 0:
-            beta = exponential_decay(progress, settings.beta_start, settings.beta_end)
+            beta = monitors["beta"] = exponential_decay(progress, settings.beta_start, settings.beta_end)
             terms["uncl"] = uncl_loss(output.logits[0], teacher.logits[0], beta)
             weighted.append(settings.uncl_weight * terms["uncl"])
         if self.uses_features:
-            contrast = self._contrast if settings.fecl_form == "paper" else self._released_contrast
-            terms["fecl"] = contrast(output, teacher, labeled, progress)
+            patches = self._patch_labels(labeled, teacher, output)
+            if settings.fecl_form == "paper":
+                terms["fecl"] = self._contrast(output, teacher, patches)
+            else:
+                patches, *halves = (whole[len(labeled) :] for whole in (patches, output, teacher))
+                terms["fecl"] = self._released_contrast(*halves, patches, progress)
             weighted.append(settings.fecl_weight * terms["fecl"])
-        ramp = sigmoid_rampup(progress, end=settings.rampup)
-        return {"loss": supervised + ramp * sum(weighted), **terms}
+            monitors["ignored_patches"] = (patches == IGNORED_PATCH).float().mean()
+        ramp = monitors["ramp"] = sigmoid_rampup(progress, end=settings.rampup)
+        monitors |= pseudo_label_monitors(output.logits[0][len(labeled) :], teacher.logits[0][len(labeled) :])
+        return {"loss": supervised + ramp * sum(weighted), **terms, **monitors}
 
-    def _contrast(
-        self, output: StudentOutput, teacher: StudentOutput, labeled: LabeledBatch, progress: float
-    ) -> torch.Tensor:
-        pseudo_labels = teacher.logits[0][len(labeled) :].argmax(1)
+    def _contrast(self, output: StudentOutput, teacher: StudentOutput, patches: torch.Tensor) -> torch.Tensor:
         grid = output.features.shape[2:]
         return fecl_loss(
             self.head(output.features),
-            self._patch_labels(torch.cat([labeled.target.long(), pseudo_labels]), output),
+            patches,
             teacher_embedding=self.teacher.embed(teacher.features),
             anchor_entropy=pool_to_patches(softmax_entropy(output.logits[0].detach()), grid),
             temperature=self.settings.temperature,
@@ -144,21 +148,22 @@ class DyCON(nn.Module):
         )
 
     def _released_contrast(
-        self, output: StudentOutput, teacher: StudentOutput, labeled: LabeledBatch, progress: float
+        self, output: StudentOutput, teacher: StudentOutput, patches: torch.Tensor, progress: float
     ) -> torch.Tensor:
-        output, teacher = output[len(labeled) :], teacher[len(labeled) :]
         return fecl_released_loss(
             self.head(output.features),
-            self._patch_labels(teacher.logits[0].argmax(1), output),
+            patches,
             teacher_embedding=self.teacher.embed(teacher.features),
             temperature=self.settings.temperature,
             gamma=self.settings.gamma,
             cross_threshold=0.3 + 0.2 * sigmoid_rampup(progress),  # the release's, over all of its training
         )
 
-    def _patch_labels(self, label_map: torch.Tensor, output: StudentOutput) -> torch.Tensor:
+    def _patch_labels(self, labeled: LabeledBatch, teacher: StudentOutput, output: StudentOutput) -> torch.Tensor:
+        """The class of each patch, (B, N): ground truth in the labeled half, the teacher's in the unlabeled one."""
+        pseudo_labels = teacher.logits[0][len(labeled) :].argmax(1)
         return patch_labels(
-            label_map,
+            torch.cat([labeled.target.long(), pseudo_labels]),
             output.features.shape[2:],
             output.logits[0].shape[1],
             foreground_share=self.settings.foreground_share,

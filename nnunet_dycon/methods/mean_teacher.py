@@ -8,6 +8,7 @@ from torch import nn
 
 from nnunet_dycon.batches import LabeledBatch, StudentOutput, Targets, UnlabeledBatch
 from nnunet_dycon.losses import softmax_mse_loss
+from nnunet_dycon.monitoring import pseudo_label_monitors
 from nnunet_dycon.schedules import sigmoid_rampup
 from nnunet_dycon.teacher import EMATeacher
 
@@ -64,8 +65,14 @@ class MeanTeacher(nn.Module):
 
         supervised = self._supervised_loss[0](labeled_part.logits, labeled.targets)
         consistency = softmax_mse_loss(unlabeled_part.logits[0], teacher.logits[0])
-        weight = sigmoid_rampup(progress, end=self.settings.rampup) * self.settings.consistency_weight
-        return {"loss": supervised + weight * consistency, "supervised": supervised, "consistency": consistency}
+        ramp = sigmoid_rampup(progress, end=self.settings.rampup)
+        return {
+            "loss": supervised + ramp * self.settings.consistency_weight * consistency,
+            "supervised": supervised,
+            "consistency": consistency,
+            "ramp": ramp,
+            **pseudo_label_monitors(unlabeled_part.logits[0], teacher.logits[0]),
+        }
 
     def before_first_step(self) -> None:
         self.teacher.synchronize()

@@ -159,7 +159,7 @@ def test_an_interrupted_build_goes_on_where_it_was(cases, monkeypatch):
         preprocess_unlabeled("901", "3d_fullres")
     assert not cases.folder.exists()
     again = []
-    monkeypatch.setattr(module, "_preprocess_case", lambda job: (again.append(Path(job[2]).name), preprocess(job)))
+    monkeypatch.setattr(module, "_preprocess_case", lambda job: (again.append(Path(job[2]).name), preprocess(job))[1])
     preprocess_unlabeled("901", "3d_fullres")
     assert sorted(done + again) == UNLABELED
     assert cases.fault() is None
@@ -216,7 +216,7 @@ def test_two_trainings_at_once_build_it_once(cases, monkeypatch):
     shutil.rmtree(cases.folder)
     preprocessed = []
     preprocess = module._preprocess_case
-    monkeypatch.setattr(module, "_preprocess_case", lambda job: (preprocessed.append(job[2]), preprocess(job)))
+    monkeypatch.setattr(module, "_preprocess_case", lambda job: (preprocessed.append(job[2]), preprocess(job))[1])
     threads = [threading.Thread(target=cases.require, args=(1,)) for _ in range(2)]
     for thread in threads:
         thread.start()
@@ -247,9 +247,36 @@ BAD_IMAGES = {
     ),
     "cut short": (
         lambda d: (d / "scan_02_0000.nii.gz").write_bytes((d / "scan_02_0000.nii.gz").read_bytes()[:5000]),
-        "scan_02_0000.nii.gz: cannot be preprocessed .Compressed file ended",
+        r"1 of 4 unlabeled cases cannot be used; repair or remove them: .*scan_02_0000.nii.gz \(Compressed file ended",
     ),
-    "garbage": (lambda d: (d / "scan_02_0000.nii.gz").write_bytes(b"no image"), "scan_02_0000.nii.gz: cannot be"),
+    "garbage": (
+        lambda d: (d / "scan_02_0000.nii.gz").write_bytes(b"no image"),
+        r"scan_02_0000.nii.gz \(Not a gzipped file",
+    ),
+    "zero size": (
+        lambda d: (d / "scan_02_0000.nii.gz").write_bytes(b""),
+        r"scan_02_0000.nii.gz \(the file is empty\)",
+    ),
+    "constant": (
+        lambda d: write_volume(np.full((24, 32, 40), 7, np.float32), d / "scan_02_0000.nii.gz"),
+        r"scan_02_0000.nii.gz \(it is constant\)",
+    ),
+    "metres for millimetres": (
+        lambda d: write_volume(tiny_volume(1)[0], d / "scan_02_0000.nii.gz", spacing=(0.001, 0.001, 0.001)),
+        r"scan_02_0000.nii.gz \(its voxels of 0.001 x 0.001 x 0.001 mm are 0.001 times as long as",
+    ),
+    "micrometres for millimetres": (
+        lambda d: write_volume(tiny_volume(1)[0], d / "scan_02_0000.nii.gz", spacing=(1e3, 1e3, 1e3)),
+        r"scan_02_0000.nii.gz \(its voxels of 1000 x 1000 x 1000 mm are 1e\+03 times as long as",
+    ),
+    "four dimensions": (
+        lambda d: write_volume(np.stack([tiny_volume(1)[0]] * 3), d / "scan_02_0000.nii.gz", spacing=(1, 1, 1, 1)),
+        r"scan_02_0000.nii.gz \(3 channels or time points, but dataset.json names 1 channels\)",
+    ),
+    "several": (
+        lambda d: [(d / f"scan_0{i}_0000.nii.gz").write_bytes(b"") for i in (1, 3)],
+        r"2 of 4 unlabeled .*scan_01_0000.nii.gz \(the file is empty\); .*scan_03_0000.nii.gz \(the file is empty\)$",
+    ),
 }
 
 
@@ -290,7 +317,7 @@ def test_an_image_with_nan_is_named(base, images):
     image, _ = tiny_volume(2)
     image[3, 3, 3] = np.nan
     write_volume(image, images / "bad_0000.nrrd")
-    with pytest.raises(UserError, match=r"bad_0000.nrrd: cannot be preprocessed .it has NaN or infinite voxels"):
+    with pytest.raises(UserError, match=r"bad_0000.nrrd .it has NaN or infinite voxels"):
         preprocess_unlabeled("901", "3d_fullres")
 
 

@@ -75,6 +75,25 @@ def not_preprocessed(base: Path, raw: Path) -> None:
     shutil.rmtree(base / "nnUNetPlans_3d_fullres")
 
 
+def write_split(*folds: dict):
+    return lambda base, raw: (base / "splits_final.json").write_text(json.dumps(folds))
+
+
+def damage_split(base: Path, raw: Path) -> None:
+    (base / "splits_final.json").write_text('[{"train": ["case_00"')
+
+
+def damage_manifest(base: Path, raw: Path) -> None:
+    (base / "nnUNetPlans_3d_fullres_unlabeled.json").write_text("{")
+
+
+def bad_image(base: Path, raw: Path) -> None:
+    """As it is met by a training that preprocesses the unlabeled images itself."""
+    shutil.rmtree(base / "nnUNetPlans_3d_fullres_unlabeled")
+    image = raw / "imagesUn" / "scan_01_0000.nii.gz"
+    image.write_bytes(image.read_bytes()[:3000])
+
+
 FAULTS = {
     "no unlabeled cases": (remove_unlabeled, "no unlabeled cases: .*imagesUn"),
     "labeled and unlabeled": (rename_labeled_to_unlabeled, "1 cases are both labeled and unlabeled, scan_00 the first"),
@@ -84,6 +103,27 @@ FAULTS = {
     "stale": (
         other_plans,
         "is stale: the plans have changed; run: nnunet_dycon preprocess_unlabeled -d 901 -c 3d_full",
+    ),
+    "split of absent cases": (
+        write_split({"train": ["case_00", "gone"], "val": ["case_01"]}),
+        r"splits_final.json names 1 cases in fold 0 that are not among the labeled, preprocessed ones, gone the first",
+    ),
+    "split of unlabeled cases": (
+        write_split({"train": ["case_00"], "val": ["scan_00"]}),
+        r"names 1 cases in fold 0 .*, scan_00 the first \(cases of imagesUn do not belong there.*; mend it, or remove",
+    ),
+    "split without validation": (
+        write_split({"train": ["case_00"], "val": []}),
+        "splits_final.json has no cases to validate on in fold 0; mend it",
+    ),
+    "damaged split": (damage_split, "splits_final.json is no list of splits, .*; mend it, or remove it"),
+    "damaged manifest": (
+        damage_manifest,
+        "is stale: nnUNetPlans_3d_fullres_unlabeled.json is damaged; run: nnunet_dycon preprocess_unlabeled -d 901",
+    ),
+    "damaged unlabeled image": (
+        bad_image,
+        r"1 of 4 unlabeled cases cannot be used; repair or remove them: .*imagesUn/scan_01_0000.nii.gz \(Compressed",
     ),
     "not preprocessed": (not_preprocessed, "does not exist; run: nnUNetv2_preprocess -d 901"),
 }
@@ -98,6 +138,23 @@ def test_faults_end_the_training_in_one_line(base, raw, break_it, message):
     assert "\n" not in str(stopped.value)
     assert trainer.network is None  # nothing was begun
     assert not list(Path(trainer.output_folder).glob("*.pth"))
+    assert not (break_it is bad_image and (base / "nnUNetPlans_3d_fullres_unlabeled").exists())
+
+
+def test_a_results_folder_that_cannot_be_written_to(tiny):
+    trainer = make_trainer(deterministic(nnUNetTrainerDyCON))
+    trainer.output_folder = "/proc"  # where not even root can make a file
+    with pytest.raises(SystemExit, match=r"error: /proc cannot be written to \(.*\); change its owner or permissions"):
+        trainer.on_train_start()
+    assert trainer.network is None
+
+
+def test_a_results_folder_that_cannot_be_made(tiny, monkeypatch):
+    monkeypatch.setenv("nnUNet_results", "/proc/results")
+    with pytest.raises(
+        SystemExit, match=r"cannot make the folder of this training; check nnUNet_results .*/proc/results"
+    ):
+        make_trainer(deterministic(nnUNetTrainerDyCON))
 
 
 def test_few_labeled_cases_with_a_split_or_fold_all_do_train(base, raw, train):

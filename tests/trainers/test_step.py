@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+import blosc2
 import numpy as np
 import pytest
 import torch
 
 from nnunet_dycon.trainers.nnUNetTrainerDyCON import nnUNetTrainerDyCON
+from tests.tiny import UNLABELED
 from tests.trainers.training import deterministic, make_trainer, seed_everything, weights
 
 
@@ -30,6 +32,66 @@ def test_a_non_finite_step_changes_neither_student_nor_teacher_and_names_its_cas
     assert trainer.method.teacher.updates == updates + 1
     trainer.on_train_epoch_end(outputs)
     assert trainer.curves["loss"] == [outputs[1]["loss"]]  # the mean is over the finite steps
+
+
+def plant_nan(base: Path, *cases: str) -> None:
+    """Make preprocessed unlabeled cases NaN, as if they had been damaged after preprocessing."""
+    folder = base / "nnUNet_preprocessed" / "Dataset901_Tiny" / "nnUNetPlans_3d_fullres_unlabeled"
+    for case in cases:
+        file = folder / f"{case}.b2nd"
+        image = blosc2.open(str(file))[:]
+        file.unlink()
+        blosc2.asarray(np.full_like(image, np.nan), urlpath=str(file))
+
+
+def test_a_training_with_a_bad_case_goes_on_and_names_it(tiny, train):
+    plant_nan(tiny, UNLABELED[1])
+    trainer = train(epochs=4)
+    log = next(Path(trainer.output_folder).glob("training_log*")).read_text()
+    warnings = [line for line in log.splitlines() if "WARNING: loss nan" in line]
+    assert len(warnings) == 4 * 3 - trainer.method.teacher.updates > 0
+    assert all(UNLABELED[1] in line for line in warnings)
+    assert trainer.method.teacher.updates > 0
+    assert all(tensor.isfinite().all() for tensor in weights(trainer).values())
+    assert np.isfinite(trainer.curves["loss"]).all()
+
+
+def test_ten_lost_steps_in_a_row_end_the_training_with_advice(tiny):
+    plant_nan(tiny, *UNLABELED)
+    trainer = make_trainer(deterministic(nnUNetTrainerDyCON, epochs=5))
+    with pytest.raises(SystemExit, match=r"10 steps in a row had .*training_log.* names their cases. Repair") as end:
+        trainer.run_training()
+    assert "\n" not in str(end.value)
+    log = next(Path(trainer.output_folder).glob("training_log*")).read_text()
+    assert log.count("WARNING: loss nan") == 10
+
+
+def test_lost_steps_are_counted_in_a_row_only(tiny):
+    trainer = make_trainer(deterministic(nnUNetTrainerDyCON))
+    trainer.on_train_start()
+    trainer.on_train_epoch_start()
+    for lost in (9, 9):
+        batches = [next(trainer.dataloader_train) for _ in range(lost + 1)]
+        for batch in batches[:-1]:
+            batch["unlabeled_data"][0, 0, 5] = torch.nan
+        for batch in batches:
+            trainer.train_step(batch)
+    assert trainer.method.teacher.updates == 2
+
+
+def test_a_bad_case_does_not_lower_the_scale_of_a_gradient_scaler(tiny):
+    """Halved at each, it would soon let all gradients vanish."""
+    trainer = make_trainer(deterministic(nnUNetTrainerDyCON))
+    trainer.on_train_start()
+    trainer.on_train_epoch_start()
+    trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for bad in (True, True, False):
+        batch = next(trainer.dataloader_train)
+        if bad:
+            batch["data"][0, 0, 5] = torch.nan
+        trainer.train_step(batch)
+    assert trainer.grad_scaler.get_scale() == 1024.0
+    assert trainer.method.teacher.updates == 1
 
 
 def test_a_gradient_scaler_is_obeyed(tiny):

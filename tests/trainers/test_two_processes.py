@@ -57,8 +57,9 @@ def test_student_teacher_and_head_stay_equal_even_after_a_bad_case(tiny, tmp_pat
     assert any(name.startswith("method.head") for name in first["weights"])
     torch.testing.assert_close(first["weights"], second["weights"], rtol=0, atol=0)
     assert first["updates"] == second["updates"] == 2 * 3 - 2  # the bad step of each epoch moved nobody
-    assert first["curves"] == second["curves"]
     assert all(np.isfinite(curve).all() and len(curve) == 2 for curve in first["curves"].values())
+    for name in first["curves"]:
+        assert name.startswith("seconds_") or first["curves"][name] == second["curves"][name]
     assert "rank 1: WARNING: loss nan" in capfd.readouterr().out  # told by the one that has the case
     (results,) = (tiny / "nnUNet_results" / "Dataset901_Tiny").iterdir()
     own = torch.load(results / "fold_all" / "checkpoint_final.pth", weights_only=False)["nnunet_dycon"]["method"]

@@ -1,0 +1,37 @@
+"""What an image must be so that something can be learned from it."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+# Between cm and mm lies 10. Scans of the same organ differ by less in the mean over the axes, thick slices or not.
+_SPACING_SCALE = 8.0
+
+
+def check_image(image: np.ndarray, spacing: Sequence[float], channels: int, usual_spacing: Sequence[float]) -> None:
+    """Raise ValueError, with the reason, if nothing can be learned from an image.
+
+    Args:
+        image: (C, X, Y, Z), as nnU-Net's reader gives it.
+        spacing: of its voxels, in what the header claims to be mm.
+        channels: the number of channels that it must have.
+        usual_spacing: the median spacing of the labeled cases, axes in any order.
+    """
+    if len(image) != channels:
+        raise ValueError(f"{len(image)} channels or time points, but dataset.json names {channels} channels")
+    if not np.isfinite(image).all():
+        raise ValueError("it has NaN or infinite voxels")
+    if image.min() == image.max():
+        raise ValueError("it is constant")
+    check_unit(spacing, usual_spacing)
+
+
+def check_unit(spacing: Sequence[float], usual_spacing: Sequence[float]) -> None:
+    """Raise ValueError if a spacing is so far from the usual one that it must be in another unit."""
+    scale = np.exp(np.log(spacing).mean() - np.log(usual_spacing).mean())
+    if not 1 / _SPACING_SCALE < scale < _SPACING_SCALE:
+        told = " x ".join(f"{length:g}" for length in spacing)
+        raise ValueError(
+            f"its voxels of {told} mm are {scale:.2g} times as long as those of the labeled cases, as if the header "
+            "were in another unit"
+        )

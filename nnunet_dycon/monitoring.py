@@ -1,0 +1,87 @@
+"""What a training tells of itself beside its loss: curves, one value an epoch, and how they are measured."""
+
+import math
+from collections.abc import Iterable
+from time import perf_counter
+
+import torch
+
+# The names of curves that are no terms of a loss. Pictures and log lines group the curves by them.
+SCHEDULES = ("ramp", "beta")
+SHARES = ("pseudo_foreground", "ignored_patches")
+AGREEMENT = "student_teacher_dice"
+SECONDS = "seconds_"  # followed by a part of the step
+
+
+@torch.no_grad()
+def pseudo_label_monitors(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> dict[str, torch.Tensor]:
+    """How much foreground the teacher labels, and how far the student agrees.
+
+    Args:
+        student_logits: (B, K, *spatial) of unlabeled images.
+        teacher_logits: (B, K, *spatial), voxel by voxel beside them.
+
+    Returns:
+        "pseudo_foreground", the share of voxels that the teacher labels as foreground, and "student_teacher_dice", the
+        Dice of both label maps pooled over foreground classes and batch; NaN if both are empty.
+    """
+    student, teacher = student_logits.argmax(1), teacher_logits.argmax(1)
+    is_foreground = teacher > 0
+    agreed = ((student == teacher) & is_foreground).sum()
+    foreground = is_foreground.sum()
+    return {
+        "pseudo_foreground": foreground / teacher.numel(),
+        AGREEMENT: 2 * agreed / (foreground + (student > 0).sum()),
+    }
+
+
+def mean_of_finite(values: Iterable[float]) -> float:
+    """The mean of those values that are neither NaN nor infinite; NaN if there are none."""
+    finite = [float(value) for value in values if math.isfinite(value)]
+    return sum(finite) / len(finite) if finite else math.nan
+
+
+def terms_of_loss(names: Iterable[str]) -> list[str]:
+    """Those names of curves that are terms of the loss."""
+    others = {"loss", *SCHEDULES, *SHARES, AGREEMENT}
+    return [name for name in names if name not in others and not name.startswith(SECONDS)]
+
+
+def append_epoch(curves: dict[str, list[float]], epoch: int, values: dict[str, float]) -> None:
+    """Add an epoch's values to the curves; a curve that begins or pauses later than others is NaN until then."""
+    for name, value in values.items():
+        curve = curves.setdefault(name, [])
+        curve.extend([math.nan] * (epoch - len(curve)))
+        curve.append(value)
+
+
+class StepTimer:
+    """Times the parts of training steps, on a GPU without making the host wait for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        """The first part begins at this moment."""
+        self._device = device
+        self._marks = [("", self._now())]
+
+    def mark(self, part: str) -> None:
+        """The part that began with the last mark ends at this moment."""
+        self._marks.append((part, self._now()))
+
+    def totals(self) -> dict[str, float]:
+        """Seconds spent in each part, over all steps. Waits for the GPU."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        totals: dict[str, float] = {}
+        for (_, begin), (part, end) in zip(self._marks, self._marks[1:]):
+            totals[part] = totals.get(part, 0.0) + self._between(begin, end)
+        return totals
+
+    def _now(self) -> object:
+        if self._device.type != "cuda":
+            return perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _between(self, begin, end) -> float:
+        return begin.elapsed_time(end) / 1000 if self._device.type == "cuda" else end - begin

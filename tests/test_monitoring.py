@@ -1,0 +1,79 @@
+"""Curves and how they are measured."""
+
+import math
+import time
+
+import pytest
+import torch
+
+from nnunet_dycon.monitoring import StepTimer, append_epoch, mean_of_finite, pseudo_label_monitors, terms_of_loss
+from nnunet_dycon.pictures import draw_progress
+
+
+def logits_of(*labels: int, classes: int = 3) -> torch.Tensor:
+    """(1, K, voxels, 1, 1) whose argmax is the labels."""
+    return torch.nn.functional.one_hot(torch.tensor(labels), classes).T.reshape(1, classes, -1, 1, 1).float()
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "foreground", "dice"),
+    [
+        ((0, 1, 2, 2), (0, 1, 2, 2), 0.75, 1.0),
+        ((0, 1, 2, 1), (0, 1, 2, 2), 0.75, 4 / 6),  # another foreground class is no agreement
+        ((0, 0, 0, 0), (0, 0, 1, 1), 0.5, 0.0),
+        ((1, 1, 0, 0), (0, 0, 0, 0), 0.0, 0.0),
+        ((0, 0, 0, 0), (0, 0, 0, 0), 0.0, math.nan),
+    ],
+)
+def test_pseudo_label_monitors(student, teacher, foreground, dice):
+    monitors = pseudo_label_monitors(logits_of(*student), logits_of(*teacher))
+    assert monitors["pseudo_foreground"].item() == pytest.approx(foreground)
+    assert monitors["student_teacher_dice"].item() == pytest.approx(dice, nan_ok=True)
+
+
+def test_monitors_have_no_gradient():
+    student = logits_of(0, 1, 1).requires_grad_()
+    assert not any(value.requires_grad for value in pseudo_label_monitors(student, logits_of(0, 1, 0)).values())
+
+
+def test_mean_of_finite():
+    assert mean_of_finite([1.0, math.nan, 3.0, math.inf]) == 2.0
+    assert math.isnan(mean_of_finite([math.nan]))
+
+
+def test_curves_that_begin_later_are_nan_until_then():
+    curves = {}
+    append_epoch(curves, 0, {"loss": 1.0})
+    append_epoch(curves, 1, {"loss": 2.0, "beta": 3.0})
+    assert curves["loss"] == [1.0, 2.0]
+    assert math.isnan(curves["beta"][0])
+    assert curves["beta"][1] == 3.0
+
+
+def test_terms_are_what_is_left():
+    assert terms_of_loss(["loss", "supervised", "ramp", "x", "seconds_data", "ignored_patches"]) == ["supervised", "x"]
+
+
+def test_the_timer_sums_up_each_part():
+    timer = StepTimer(torch.device("cpu"))
+    for _ in range(2):
+        time.sleep(0.02)
+        timer.mark("slow")
+        timer.mark("quick")
+    totals = timer.totals()
+    assert 0.04 <= totals["slow"] < 0.5
+    assert totals["quick"] < 0.02
+
+
+@pytest.mark.parametrize(
+    "curves",
+    [
+        {"loss": [1.0]},
+        {"loss": [math.nan, 1.0], "supervised": [1.0, 0.5], "student_teacher_dice": [math.nan, math.nan]},
+        {"loss": [1.0] * 50, "ramp": [0.5] * 50, "beta": [2.0] * 50, "seconds_data": [math.nan] + [0.1] * 49},
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_any_set_of_curves_can_be_drawn(tmp_path, curves):
+    draw_progress(curves, tmp_path / "ssl_progress.png")
+    assert [file.name for file in tmp_path.iterdir()] == ["ssl_progress.png"]

@@ -1,0 +1,134 @@
+"""What a training shows of itself: curves, pictures, other loggers."""
+
+import math
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+
+from nnunet_dycon.checkpoints import KEY
+from nnunet_dycon.trainers import pseudo_label_page
+from nnunet_dycon.trainers.nnUNetTrainerDyCON import nnUNetTrainerDyCON, nnUNetTrainerDyCON_released
+from nnunet_dycon.trainers.nnUNetTrainerMeanTeacher import nnUNetTrainerMeanTeacher
+from tests.tiny import UNLABELED
+from tests.trainers.training import deterministic, make_trainer
+
+SECONDS = {f"seconds_{part}" for part in ("data", "teacher", "student", "losses", "backward", "update")}
+PSEUDO_LABELS = {"pseudo_foreground", "student_teacher_dice"}
+CURVES = {
+    nnUNetTrainerDyCON: {"supervised", "uncl", "fecl", "beta", "ramp", "ignored_patches", *PSEUDO_LABELS},
+    nnUNetTrainerDyCON_released: {"supervised", "uncl", "fecl", "beta", "ramp", "ignored_patches", *PSEUDO_LABELS},
+    nnUNetTrainerMeanTeacher: {"supervised", "consistency", "ramp", *PSEUDO_LABELS},
+}
+
+
+@pytest.mark.parametrize("base", CURVES, ids=lambda base: base.__name__)
+def test_each_epoch_adds_to_every_curve_and_to_the_picture(tiny, train, base):
+    trainer = train(base, epochs=2)
+    assert trainer.curves.keys() == {"loss", *CURVES[base], *SECONDS}
+    assert all(len(curve) == 2 for curve in trainer.curves.values())
+    assert all(type(value) is float for curve in trainer.curves.values() for value in curve)
+    assert all(0 <= value <= 1 for name in PSEUDO_LABELS for value in trainer.curves[name])
+    folder = Path(trainer.output_folder)
+    picture = matplotlib.image.imread(folder / "ssl_progress.png")
+    assert picture.shape[0] > 400
+    log = next(folder.glob("training_log*")).read_text()
+    for name in CURVES[base]:
+        assert f"{name} {trainer.curves[name][-1]:.4f}" in log
+    assert f"seconds a step: data {trainer.curves['seconds_data'][-1]:.3f}" in log
+
+
+def test_schedules_are_logged_as_they_were_used(tiny, train):
+    trainer = train(epochs=2)
+    first = np.mean([5 * 0.1 ** (step / 6) for step in range(3)])
+    assert trainer.curves["beta"][0] == pytest.approx(first)
+    assert trainer.curves["ramp"][0] < trainer.curves["ramp"][1]
+
+
+def test_seconds_add_up_to_the_epoch(tiny, train):
+    trainer = train(epochs=2)
+    parts = sum(trainer.curves[name][1] for name in SECONDS)
+    stamps = trainer.logger.get_checkpoint()
+    epoch = stamps["epoch_end_timestamps"][1] - stamps["epoch_start_timestamps"][1]
+    assert 0.2 * epoch < 3 * parts < epoch  # validation and pictures are the rest
+
+
+def test_a_page_of_pseudo_labels_comes_with_each_latest_checkpoint_and_at_the_end(tiny):
+    trainer = make_trainer(deterministic(nnUNetTrainerDyCON, 3))
+    trainer.save_every = 2
+    trainer.run_training()
+    pages = sorted(file.name for file in Path(trainer.output_folder).glob("pseudo_labels_*"))
+    assert pages == ["pseudo_labels_epoch_0001.png", "pseudo_labels_epoch_0002.png"]
+    assert trainer.method.teacher._tap.take() is None  # no feature is kept
+
+
+def test_the_page_shows_what_the_teacher_says(tiny, train, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(
+        pseudo_label_page, "draw_pseudo_labels", lambda cases, names, **options: drawn.update(cases=cases, names=names)
+    )
+    trainer = train(epochs=1)
+    assert drawn["names"] == ["background", "large", "small"]
+    assert [case.case for case in drawn["cases"]] == [UNLABELED[0], UNLABELED[2], UNLABELED[3]]
+    case = drawn["cases"][0]
+    dataset = pseudo_label_page.UnlabeledDataset(trainer.unlabeled_cases.folder, UNLABELED)
+    image = torch.from_numpy(dataset.load_image(UNLABELED[0])[:])
+    with torch.no_grad():
+        probabilities = trainer.method.teacher(image[None]).logits[0][0].softmax(0)  # one patch covers this case
+    torch.testing.assert_close(torch.from_numpy(case.image), image[0, case.index])
+    assert (case.label == probabilities.argmax(0)[case.index].numpy()).mean() > 0.99  # nnU-Net sums in half precision
+    entropy = torch.special.entr(probabilities[:, case.index]).sum(0).numpy()
+    np.testing.assert_allclose(case.entropy, entropy, atol=0.02)
+    assert case.foreground == pytest.approx((probabilities.argmax(0) > 0).float().mean().item(), abs=0.01)
+
+
+def test_a_page_that_cannot_be_drawn_does_not_end_the_training(tiny, train, monkeypatch):
+    def out_of_memory(*arguments):
+        raise torch.OutOfMemoryError("no memory left")
+
+    monkeypatch.setattr("nnunet_dycon.trainers.semi_supervised.draw_page", out_of_memory)
+    trainer = train(epochs=1)
+    folder = Path(trainer.output_folder)
+    assert (folder / "checkpoint_final_teacher.pth").is_file()
+    log = next(folder.glob("training_log*")).read_text()
+    assert "WARNING: no pseudo_labels_epoch_0000.png: no memory left" in log
+
+
+def test_other_loggers_of_nnunet_get_every_curve_and_the_settings(tiny):
+    class Recorder:
+        def __init__(self):
+            self.logged, self.config = {}, {}
+
+        def log(self, key, value, step):
+            self.logged.setdefault(key, []).append((step, value))
+
+        def update_config(self, config):
+            self.config |= config
+
+        def log_summary(self, key, value):
+            pass
+
+    trainer = make_trainer(deterministic(nnUNetTrainerDyCON, 2))
+    recorder = Recorder()
+    trainer.logger.loggers.append(recorder)
+    trainer.run_training()
+    for name, curve in trainer.curves.items():
+        assert recorder.logged[f"semi_supervised/{name}"] == list(enumerate(curve))
+    assert recorder.config["method_settings"]["uncl_weight"] == 0.5
+
+
+def test_curves_of_an_older_checkpoint_are_filled_up(tiny):
+    first = make_trainer(deterministic(nnUNetTrainerDyCON, 1))
+    first.run_training()
+    file = Path(first.output_folder) / "checkpoint_final.pth"
+    checkpoint = torch.load(file, weights_only=False)
+    del checkpoint[KEY]["curves"]["beta"]
+    torch.save(checkpoint, file)
+    second = make_trainer(deterministic(nnUNetTrainerDyCON, 2))
+    second.load_checkpoint(str(file))
+    second.run_training()
+    assert len(second.curves["beta"]) == 2
+    assert math.isnan(second.curves["beta"][0])
+    assert (Path(second.output_folder) / "ssl_progress.png").is_file()

@@ -1,0 +1,77 @@
+"""A page with what the teacher says of some unlabeled cases: the quickest way to see whether training goes astray."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from torch import nn
+
+from nnunet_dycon.data.loader import UnlabeledDataset
+from nnunet_dycon.losses import softmax_entropy
+from nnunet_dycon.pictures import PseudoLabel, draw_pseudo_labels
+from nnunet_dycon.teacher import EMATeacher
+
+_CASES = 3
+
+
+def draw_page(trainer: nnUNetTrainer, teacher: EMATeacher, cases: UnlabeledDataset, file: Path) -> None:
+    """Predict a few unlabeled cases whole, the same ones each time, and draw them."""
+    predictor = nnUNetPredictor(
+        tile_step_size=1.0,  # without overlap: a look is worth no more time
+        use_mirroring=False,
+        device=trainer.device,
+        allow_tqdm=False,
+    )
+    predictor.manual_initialization(
+        _HighestLogits(teacher),
+        trainer.plans_manager,
+        trainer.configuration_manager,
+        None,
+        trainer.dataset_json,
+        type(trainer).__name__,
+        None,
+    )
+    height, width = trainer.configuration_manager.spacing[-2:]
+    names = sorted(trainer.dataset_json["labels"], key=trainer.dataset_json["labels"].get)
+    draw_pseudo_labels(
+        [_predict(predictor, cases, case) for case in _spread(cases.identifiers)],
+        [name for name in names if name != "ignore"],
+        aspect=height / width,
+        title=f"{type(trainer).__name__}, epoch {trainer.current_epoch}",
+        file=file,
+    )
+
+
+class _HighestLogits(nn.Module):
+    """A teacher as nnU-Net's predictor wants a network. Not a child, so that moving this does not move its counter."""
+
+    def __init__(self, teacher: EMATeacher) -> None:
+        super().__init__()
+        self._teacher = (teacher,)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self._teacher[0](images).logits[0]
+
+
+@torch.inference_mode()
+def _predict(predictor: nnUNetPredictor, cases: UnlabeledDataset, case: str) -> PseudoLabel:
+    """The slice with most foreground, or the middle one if there is none."""
+    image = torch.from_numpy(cases.load_image(case)[:])
+    logits = predictor.predict_sliding_window_return_logits(image)
+    label = logits.argmax(0)
+    foreground = (label > 0).sum((1, 2))
+    index = int(foreground.argmax()) if foreground.any() else len(foreground) // 2
+    # Of one slice only: in float32 and for many classes, that of a whole CT might not fit.
+    entropy = softmax_entropy(logits[None, :, index].float())[0]
+    share = float(foreground.sum()) / label.numel()
+    slices = (image[0, index], label[index], entropy)
+    return PseudoLabel(case, index, share, *(tensor.cpu().numpy() for tensor in slices))
+
+
+def _spread(identifiers: Sequence[str]) -> list[str]:
+    """A few of them, from the first to the last."""
+    chosen = np.linspace(0, len(identifiers) - 1, min(_CASES, len(identifiers))).round().astype(int)
+    return [identifiers[index] for index in chosen]
