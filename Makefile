@@ -1,14 +1,25 @@
-# `make test` and `make demo` need a Linux machine with Python >= 3.10 (venv) and make; everything else they install.
+# All need a Linux machine with Python >= 3.10 (venv) and make; everything else they install.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: test demo clean
+.PHONY: test lint lint-ruff lint-format lint-mypy demo clean
 .DEFAULT_GOAL := test
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+lint: lint-ruff lint-format lint-mypy
+
+lint-ruff: $(INSTALLED)
+	$(BIN)/ruff check .
+
+lint-format: $(INSTALLED)
+	$(BIN)/ruff format --check .
+
+lint-mypy: $(INSTALLED)
+	$(BIN)/mypy
 
 demo: $(INSTALLED)
 	$(BIN)/nnunet_dycon demo -o demo
@@ -20,7 +31,7 @@ $(INSTALLED): pyproject.toml
 	  { echo "error: $(PYTHON) lacks the venv module; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	@echo "installing nnU-Net, PyTorch and nnunet-dycon into $(VENV) (about 6 GB, a few minutes)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,lint]'
 	@touch $@
 
 clean:

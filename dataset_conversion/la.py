@@ -14,6 +14,7 @@ Two layouts are read; the source is the folder that holds the folder of cases, o
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -54,11 +55,10 @@ class Download:
         return self.training + self.test + self.unlisted
 
     def without(self, identifier: str) -> "Download":
-        kept = {
-            name: tuple(case for case in getattr(self, name) if case.identifier != identifier)
-            for name in ("training", "test", "unlisted")
-        }
-        return replace(self, **kept)
+        def kept(cases: Iterable[Case]) -> tuple[Case, ...]:
+            return tuple(case for case in cases if case.identifier != identifier)
+
+        return replace(self, training=kept(self.training), test=kept(self.test), unlisted=kept(self.unlisted))
 
 
 def plan(source: Path) -> Download:
@@ -69,7 +69,7 @@ def plan(source: Path) -> Download:
     if not folders and not (source / TEST_FOLDER).is_dir():
         folders = [source]
     found: dict[str, Case] = {}
-    warnings = []
+    warnings: list[str] = []
     for folder in folders:
         _add_cases(folder, found, warnings)
     challenge_test: dict[str, Case] = {}

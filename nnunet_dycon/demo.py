@@ -121,8 +121,8 @@ def read_examples(raw: Path, predictions: Path, limit: int = 4) -> list[Example]
         with np.load(predictions / f"{name}.npz") as archive:
             entropy = entr(archive["probabilities"].astype(float)).sum(0)  # nnU-Net saves (K, Z, Y, X)
         image = read(raw / "imagesTs" / f"{name}_0000.nii.gz")
-        masks = (read(folder / f"{name}.nii.gz") for folder in (raw / "labelsTs", predictions))
-        examples.append(Example(name, row["dice"], image, *masks, entropy))
+        reference, prediction = (read(folder / f"{name}.nii.gz") for folder in (raw / "labelsTs", predictions))
+        examples.append(Example(name, row["dice"], image, reference, prediction, entropy))
     return examples
 
 
@@ -240,10 +240,12 @@ def _find(name: str) -> str:
 
 def _stream(command: list[str], environment: dict[str, str], log: TextIO, report: Callable[[str], None] | None) -> int:
     """Run a command and hand on its lines as they come; return its exit code."""
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8", "errors": "replace"}
-    with subprocess.Popen(command, env=environment, **options) as process:
+    pipe, both = subprocess.PIPE, subprocess.STDOUT
+    with subprocess.Popen(
+        command, env=environment, stdout=pipe, stderr=both, encoding="utf-8", errors="replace"
+    ) as process:
         try:
-            for line in process.stdout:
+            for line in process.stdout or ():
                 log.write(line)
                 if report is not None:
                     report(line.rstrip())

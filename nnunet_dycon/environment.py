@@ -16,7 +16,7 @@ def require_nnunet() -> None:
         version = metadata.version("nnunetv2")
     except metadata.PackageNotFoundError:
         raise UsageError("nnU-Net is not installed; run: pip install 'nnunetv2>=2.8.0,<2.9'") from None
-    if tuple(int(number) for number in re.match(r"(\d+)(?:\.(\d+))?", version).groups("0")) < OLDEST_NNUNET:
+    if tuple(int(number) for number in re.findall(r"\d+", version)[:2]) < OLDEST_NNUNET:
         raise UsageError(
             f"nnU-Net {version} is too old: it ignores nnUNet_extTrainer and cannot find these trainers; "
             "run: pip install 'nnunetv2>=2.8.0,<2.9'"

@@ -7,7 +7,8 @@ import math
 import sys
 import warnings
 import zlib
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -83,7 +84,7 @@ def score(reference: np.ndarray, prediction: np.ndarray, spacing_mm: Sequence[fl
     else:
         # Only for speed: MONAI converts the whole of what it is given, and outside of this box there is no surface.
         box = tuple(slice(max(s.start - 1, 0), s.stop + 1) for s in find_objects(union.view(np.uint8))[0])
-        given = {"y_pred": prediction[box][None, None], "y": reference[box][None, None]}
+        given: dict[str, Any] = {"y_pred": prediction[box][None, None], "y": reference[box][None, None]}
         given |= {"include_background": True, "spacing": [float(s) for s in spacing_mm]}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*always_return_as_numpy", FutureWarning)  # MONAI 1.5 and 1.6, of itself
@@ -189,7 +190,7 @@ def _read_task(reference: Path, prediction: Path, chosen: Sequence[int] | None) 
     if chosen is not None:
         if any(value <= 0 or value == ignore for value in chosen):
             raise UsageError("-l takes values above 0, and not the ignore label: the background is not scored")
-        regions = {str(value): (value,) for value in chosen}
+        regions: dict[str, tuple[int, ...]] = {str(value): (value,) for value in chosen}
     else:
         regions = {name: v for name, v in declared.items() if name not in ("background", "ignore") and any(v)}
     if not regions:
@@ -220,7 +221,7 @@ def _match(reference: Path, prediction: Path, file_ending: str) -> list[tuple[st
 
 def _same_placement(reference: Path, prediction: Path) -> bool:
     """Compare the headers: False if origin or direction differ, an error if the grids cannot be compared at all."""
-    first, second = (_open(file, header_only=True) for file in (reference, prediction))
+    first, second = (_open(file) for file in (reference, prediction))
     files = f"{prediction} and its reference {reference}"
     if first.GetSize() != second.GetSize():
         raise UserError(f"{files} differ in size: {second.GetSize()} and {first.GetSize()} voxels (X, Y, Z)")
@@ -234,7 +235,7 @@ def _same_placement(reference: Path, prediction: Path) -> bool:
 def _score_case(pair: tuple[str, Path, Path], task: _Task) -> tuple[list[dict[str, Any]], list[str]]:
     """The rows of one case, and remarks on its files."""
     case, *files = pair
-    images = [_open(file) for file in files]
+    images = [_read(file) for file in files]
     reference, prediction = arrays = [sitk.GetArrayFromImage(image) for image in images]
     spacing_mm = images[0].GetSpacing()[::-1]  # SimpleITK's order is X, Y, Z
     remarks = []
@@ -244,23 +245,33 @@ def _score_case(pair: tuple[str, Path, Path], task: _Task) -> tuple[list[dict[st
     valid = True if task.ignore is None else reference != task.ignore
     rows = []
     for label, values in task.regions.items():
-        masks = (np.isin(array, values) & valid for array in (reference, prediction))
-        rows.append({"case": case, "label": label, **score(*masks, spacing_mm)})
+        first, second = (np.isin(array, values) & valid for array in (reference, prediction))
+        rows.append({"case": case, "label": label, **score(first, second, spacing_mm)})
     return rows, remarks
 
 
-def _open(file: Path, *, header_only: bool = False) -> sitk.Image | sitk.ImageFileReader:
-    """The image; or what answers the same questions about its grid, without having read the voxels."""
+def _open(file: Path) -> sitk.ImageFileReader:
+    """A reader that knows the grid of an image, without having read the voxels."""
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(file))
-    try:
+    with _told_as_unreadable(file):
         reader.ReadImageInformation()
-        if reader.GetDimension() not in (2, 3) or reader.GetNumberOfComponents() != 1:
-            raise UserError(f"{file}: not a label map of two or three dimensions")
-        if header_only:
-            return reader
+    if reader.GetDimension() not in (2, 3) or reader.GetNumberOfComponents() != 1:
+        raise UserError(f"{file}: not a label map of two or three dimensions")
+    return reader
+
+
+def _read(file: Path) -> sitk.Image:
+    reader = _open(file)
+    with _told_as_unreadable(file):
         require_whole(file)
         return reader.Execute()
+
+
+@contextmanager
+def _told_as_unreadable(file: Path) -> Iterator[None]:
+    try:
+        yield
     except (RuntimeError, EOFError, OSError, zlib.error) as error:
         raise UserError(f"{file}: cannot be read: {str(error).strip().splitlines()[-1]}") from error
 

@@ -82,7 +82,8 @@ def _write(array: np.ndarray, file: Path) -> None:
 def _lesions(rng: np.random.Generator, organ: np.ndarray) -> np.ndarray:
     """1 to 5 lesions, apart from each other. Sizes are drawn on a logarithmic scale: small ones are as frequent."""
     lesions = np.zeros_like(organ)
-    radii = np.exp(rng.uniform(*np.log(LESION_RADII), size=rng.integers(1, 6)))
+    smallest, largest = np.log(LESION_RADII)
+    radii = np.exp(rng.uniform(smallest, largest, size=rng.integers(1, 6)))
     for radius in sorted(radii, reverse=True):  # large ones first, while there is room
         free = distance_transform_edt(organ & ~lesions)
         candidates = np.argwhere(free > radius + 2)

@@ -1,5 +1,6 @@
 """What this package offers, as data: feeds discovery, the command line and the README. Imports nothing heavy."""
 
+import re
 from dataclasses import dataclass
 
 DYCON = "Assefa et al., DyCON, CVPR 2025, arXiv:2504.04566"
@@ -71,3 +72,12 @@ CONVERTERS: dict[str, Converter] = {
         ),
     ),
 }
+
+
+def as_markdown() -> str:
+    """The trainers as the table that stands in the README."""
+    rows = ["| `-tr` | what it is | method of |", "|---|---|---|"]
+    for name, trainer in TRAINERS.items():
+        paper = re.sub(r"arXiv:(\S+)", r"[arXiv:\1](https://arxiv.org/abs/\1)", trainer.paper)
+        rows.append(f"| `{name}` | {trainer.summary} | {paper} |")
+    return "\n".join(rows)

@@ -1,5 +1,7 @@
 """The EMA teacher: the exponential moving average of a student's weights."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -7,14 +9,16 @@ from torch.optim.swa_utils import AveragedModel
 from nnunet_dycon.batches import StudentOutput
 from nnunet_dycon.features import FeatureStage, FeatureTap, ProjectionHead
 
+Tensors = list[torch.Tensor] | tuple[torch.Tensor, ...]
+
 
 def unwrap(module: nn.Module) -> nn.Module:
     """The module inside the wrappers of DistributedDataParallel and torch.compile."""
     while True:
         if isinstance(module, nn.parallel.DistributedDataParallel):
             module = module.module
-        elif hasattr(module, "_orig_mod"):
-            module = module._orig_mod
+        elif (compiled := module._modules.get("_orig_mod")) is not None:
+            module = compiled
         else:
             return module
 
@@ -51,9 +55,9 @@ class EMATeacher(nn.Module):
         # In a tuple, so that the student does not become a part of the teacher.
         self._students = (network,) if head is None else (network, head)
         self._decay = decay
-        self._average = AveragedModel(self._student(), multi_avg_fn=self._lerp_with_warmup, use_buffers=False)
+        self._average: Any = AveragedModel(self._student(), multi_avg_fn=self._lerp_with_warmup, use_buffers=False)
         self._average.requires_grad_(False)
-        self._tap = None if head is None else FeatureTap(self.network, stage, always=True)
+        self._tap = None if head is None or stage is None else FeatureTap(self.network, stage, always=True)
         self.eval()
 
     @property
@@ -85,9 +89,7 @@ class EMATeacher(nn.Module):
         """The averaged head's embedding of features."""
         return self._average.module[1](features)
 
-    def _lerp_with_warmup(
-        self, averages: list[torch.Tensor], students: list[torch.Tensor], updates: torch.Tensor
-    ) -> None:
+    def _lerp_with_warmup(self, averages: Tensors, students: Tensors, updates: torch.Tensor | int) -> None:
         # AveragedModel passes its counter moved to the device; reading it there would wait for the device.
         weight = 1 - min(1 - 1 / (self.updates + 1), self._decay)
         torch._foreach_lerp_(averages, students, weight)

@@ -2,8 +2,6 @@
 
 from dataclasses import replace
 
-from torch import nn
-
 from nnunet_dycon.methods import DyCON, DyCONSettings
 from nnunet_dycon.trainers.semi_supervised import SemiSupervisedTrainer, TrainingSettings
 
@@ -13,7 +11,7 @@ class nnUNetTrainerDyCON(SemiSupervisedTrainer):
 
     method_settings = DyCONSettings()
 
-    def build_method(self, network, supervised_loss) -> nn.Module:
+    def build_method(self, network, supervised_loss) -> DyCON:
         stage = self.feature_stage() if self.method_settings.fecl_weight != 0 else None
         ignore_label = self.label_manager.ignore_label
         return DyCON(network, supervised_loss, self.method_settings, stage, ignore_label)

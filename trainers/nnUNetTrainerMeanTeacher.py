@@ -1,7 +1,5 @@
 """The Mean Teacher baseline."""
 
-from torch import nn
-
 from nnunet_dycon.methods import MeanTeacher, MeanTeacherSettings
 from nnunet_dycon.trainers.semi_supervised import SemiSupervisedTrainer
 
@@ -11,5 +9,5 @@ class nnUNetTrainerMeanTeacher(SemiSupervisedTrainer):
 
     method_settings = MeanTeacherSettings()
 
-    def build_method(self, network, supervised_loss) -> nn.Module:
+    def build_method(self, network, supervised_loss) -> MeanTeacher:
         return MeanTeacher(network, supervised_loss, self.method_settings)

@@ -1,9 +1,9 @@
 """What the semi-supervised trainers share: nnU-Net's trainer with a second stream of data and a method's step."""
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from nnunet_dycon.environment import require_nnunet
 from nnunet_dycon.errors import NotSupported, UserError, ends_in_one_line, explained
 from nnunet_dycon.features import FeatureStage, FeatureTap, nearest_stage
 from nnunet_dycon.files import require_writable
+from nnunet_dycon.methods import Method, SupervisedLoss
 from nnunet_dycon.monitoring import SECONDS, StepTimer, append_epoch, mean_of_finite, terms_of_loss
 from nnunet_dycon.pictures import draw_progress
 from nnunet_dycon.run_record import record_file, write_record
@@ -62,7 +63,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     """
 
     training_settings = TrainingSettings()
-    method_settings: object
+    method_settings: Any  # a frozen dataclass
 
     def __init__(
         self,
@@ -81,9 +82,9 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self.num_iterations_per_epoch = self.training_settings.num_iterations_per_epoch
         self.num_val_iterations_per_epoch = self.training_settings.num_val_iterations_per_epoch
         self.unlabeled_cases = UnlabeledCases(self.plans_manager, configuration, dataset_json)
-        self.method: nn.Module | None = None  # -> initialize
+        self.method: Method | None = None  # -> initialize
         self.curves: dict[str, list[float]] = {}  # means over the steps of each epoch, see nnunet_dycon.monitoring
-        self._timer: StepTimer | None = None  # -> on_train_epoch_start
+        self._timer: StepTimer  # -> on_train_epoch_start
         self._cases: dict[str, list[str]] = {}  # -> get_dataloaders
         self._tap: FeatureTap | None = None
         self._step_in_epoch = 0
@@ -104,7 +105,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
                 "Give each voxel one label in dataset.json instead."
             )
 
-    def build_method(self, network: nn.Module, supervised_loss: Callable[[list, Targets], torch.Tensor]) -> nn.Module:
+    def build_method(self, network: nn.Module, supervised_loss: SupervisedLoss) -> Method:
         """The method that computes this trainer's step (nnunet_dycon.methods)."""
         raise NotImplementedError(f"{type(self).__name__} builds no method: use one of its subclasses")
 
@@ -223,7 +224,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
     def get_dataloaders(self):
         """As nnU-Net's, with the two-stream loader for training."""
-        if self.dataset_class is None:
+        if self.dataset_class is None:  # type: ignore[has-type]
             self.dataset_class = infer_dataset_class(self.preprocessed_dataset_folder)
         patch_size = self.configuration_manager.patch_size
         scales = self._get_deep_supervision_scales()
@@ -369,7 +370,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         # As many as there were steps: nnU-Net wants the same number from all ranks.
         super().on_train_epoch_end([output if np.isfinite(output["loss"]) else means for output in train_outputs])
         if self.is_ddp:
-            ranks = [None] * dist.get_world_size()
+            ranks: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(ranks, means)
             means = {name: mean_of_finite(rank[name] for rank in ranks) for name in means}
         seconds = {part: total / len(train_outputs) for part, total in self._timer.totals().items()}
@@ -413,7 +414,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             self._draw_pseudo_labels()
 
     def _draw_pseudo_labels(self) -> None:
-        teacher, identifiers = getattr(self.method, "teacher", None), self._cases.get("unlabeled")
+        teacher, identifiers = self.method.teacher, self._cases.get("unlabeled")
         if teacher is None or not identifiers:
             return
         cases = UnlabeledDataset(self.unlabeled_cases.folder, identifiers)
@@ -446,7 +447,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     def on_train_end(self) -> None:
         """After nnU-Net's: write the teacher's weights as a model of its own, for nnUNetv2_predict -chk."""
         super().on_train_end()
-        teacher = getattr(self.method, "teacher", None)
+        teacher = self.method.teacher
         if teacher is not None and self.local_rank == 0 and not self.disable_checkpointing:
             final = Path(self.output_folder) / "checkpoint_final.pth"
             checkpoints.save_for_prediction(

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Literal
 
 from batchgenerators.utilities.file_and_folder_operations import load_pickle
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
@@ -27,7 +28,7 @@ def labeled_identifiers(folder: Path, arguments: str) -> set[str]:
     return set(dataset_class.get_identifiers(str(folder)))
 
 
-def check_split(folder: Path, labeled: set[str], fold: int | str) -> None:
+def check_split(folder: Path, labeled: set[str], fold: int | Literal["all"]) -> None:
     """Raise UserError if nnU-Net could not train this fold: too few cases to split, or a split of other cases.
 
     Args:

@@ -254,7 +254,7 @@ def image_files(folder: Path, ending: str, channels: int, role: str) -> dict[str
     for file in sorted(folder.glob(f"*{ending}")):
         case, separator, channel = file.name[: -len(ending)].rpartition("_")
         if not (separator and case and len(channel) == 4 and channel.isdigit()):
-            raise UserError(f"{file} is not named as nnU-Net wants it: CASE_XXXX{ending}, XXXX being the channel")
+            raise UserError(f"{file} is not named as nnU-Net wants it: CASE_XXXX{ending}; rename it")
         found.setdefault(case, set()).add(channel)
     wanted = [f"{channel:04d}" for channel in range(channels)]
     for case, its_channels in found.items():

@@ -1,6 +1,6 @@
 """The methods, one file each: what one training step computes. They know nothing of nnU-Net.
 
-A method is an nn.Module that owns what training needs beyond the student network: teachers, heads, second networks.
+A `Method` is an nn.Module that owns what training needs beyond the student network: teachers, heads, second networks.
 
 - ``method(student, labeled, unlabeled, progress)`` returns the loss under "loss", its unweighted terms by name, and
   what is worth watching under the names in `nnunet_dycon.monitoring`: scalar tensors, or numbers.
@@ -15,5 +15,6 @@ A method is an nn.Module that owns what training needs beyond the student networ
 
 from nnunet_dycon.methods.dycon import DyCON, DyCONSettings
 from nnunet_dycon.methods.mean_teacher import MeanTeacher, MeanTeacherSettings
+from nnunet_dycon.methods.method import Method, SupervisedLoss
 
-__all__ = ["DyCON", "DyCONSettings", "MeanTeacher", "MeanTeacherSettings"]
+__all__ = ["DyCON", "DyCONSettings", "MeanTeacher", "MeanTeacherSettings", "Method", "SupervisedLoss"]

@@ -1,14 +1,14 @@
 """DyCON: uncertainty-aware consistency and focal entropy-aware contrast with an EMA teacher."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from nnunet_dycon.batches import LabeledBatch, StudentOutput, Targets, UnlabeledBatch
+from nnunet_dycon.batches import LabeledBatch, StudentOutput, UnlabeledBatch
 from nnunet_dycon.features import IGNORED_PATCH, FeatureStage, ProjectionHead, patch_labels, pool_to_patches
 from nnunet_dycon.losses import fecl_loss, fecl_released_loss, softmax_entropy, uncl_loss
+from nnunet_dycon.methods.method import Method, Student, SupervisedLoss, Terms
 from nnunet_dycon.monitoring import pseudo_label_monitors
 from nnunet_dycon.schedules import exponential_decay, sigmoid_rampup
 from nnunet_dycon.teacher import EMATeacher
@@ -56,7 +56,7 @@ class DyCONSettings:
             raise ValueError("the released FeCL needs equal shares of foreground and background: it ignores no patch")
 
 
-class DyCON(nn.Module):
+class DyCON(Method):
     r"""The method of "DyCON: Dynamic Uncertainty-aware Consistency and Contrastive Learning", arXiv:2504.04566.
 
     .. math::
@@ -84,39 +84,43 @@ class DyCON(nn.Module):
         ignore_label: nnU-Net's ignore label, if the data set has one.
     """
 
+    teacher: EMATeacher
+    head: ProjectionHead | None
+
     def __init__(
         self,
         network: nn.Module,
-        supervised_loss: Callable[[list[torch.Tensor], Targets], torch.Tensor],
+        supervised_loss: SupervisedLoss,
         settings: DyCONSettings,
         stage: FeatureStage | None = None,
         ignore_label: int | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(supervised_loss)
         self.settings = settings
-        self.uses_features = settings.fecl_weight != 0
         self.ignore_label = ignore_label
-        self._supervised_loss = (supervised_loss,)  # in a tuple: a loss module would be saved and moved with the method
         self.head = None
-        if self.uses_features:
+        if settings.fecl_weight != 0:
+            if stage is None:
+                raise ValueError("FeCL needs a stage of the encoder to look at")
+            self.uses_features = True
             device = next(network.parameters()).device
             self.head = ProjectionHead(stage.channels, settings.embedding_width).to(device)
         self.teacher = EMATeacher(network, self.head, stage, settings.ema_decay)
 
     def forward(
         self,
-        student: Callable[[torch.Tensor], StudentOutput],
+        student: Student,
         labeled: LabeledBatch,
         unlabeled: UnlabeledBatch,
         progress: float,
-    ) -> dict[str, torch.Tensor]:
+    ) -> Terms:
         settings = self.settings
         teacher = self.teacher(torch.cat([labeled.weak, unlabeled.weak]))
         output = student(torch.cat([labeled.strong, unlabeled.strong]))
 
-        supervised = self._supervised_loss[0](output[: len(labeled)].logits, labeled.targets)
-        terms, monitors = {"supervised": supervised}, {}
-        weighted = []
+        supervised = self.supervised(output, labeled)
+        terms, weighted = {"supervised": supervised}, []
+        monitors: Terms = {}
         if settings.uncl_weight != 0:
             beta = monitors["beta"] = exponential_decay(progress, settings.beta_start, settings.beta_end)
             terms["uncl"] = uncl_loss(output.logits[0], teacher.logits[0], beta)
@@ -126,8 +130,9 @@ class DyCON(nn.Module):
             if settings.fecl_form == "paper":
                 terms["fecl"] = self._contrast(output, teacher, patches)
             else:
-                patches, *halves = (whole[len(labeled) :] for whole in (patches, output, teacher))
-                terms["fecl"] = self._released_contrast(*halves, patches, progress)
+                half = slice(len(labeled), None)
+                patches = patches[half]
+                terms["fecl"] = self._released_contrast(output[half], teacher[half], patches, progress)
             weighted.append(settings.fecl_weight * terms["fecl"])
             monitors["ignored_patches"] = (patches == IGNORED_PATCH).float().mean()
         ramp = monitors["ramp"] = sigmoid_rampup(progress, end=settings.rampup)
@@ -170,9 +175,3 @@ class DyCON(nn.Module):
             background_share=self.settings.background_share,
             ignore_label=self.ignore_label,
         )
-
-    def before_first_step(self) -> None:
-        self.teacher.synchronize()
-
-    def after_optimizer_step(self) -> None:
-        self.teacher.update()

@@ -1,13 +1,13 @@
 """Mean Teacher: consistency with an EMA of oneself."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from nnunet_dycon.batches import LabeledBatch, StudentOutput, Targets, UnlabeledBatch
+from nnunet_dycon.batches import LabeledBatch, UnlabeledBatch
 from nnunet_dycon.losses import softmax_mse_loss
+from nnunet_dycon.methods.method import Method, Student, SupervisedLoss, Terms
 from nnunet_dycon.monitoring import pseudo_label_monitors
 from nnunet_dycon.schedules import sigmoid_rampup
 from nnunet_dycon.teacher import EMATeacher
@@ -28,7 +28,7 @@ class MeanTeacherSettings:
     ema_decay: float = 0.99
 
 
-class MeanTeacher(nn.Module):
+class MeanTeacher(Method):
     r"""The baseline that every other method has to beat.
 
     .. math:: L = L_{sup}(\text{labeled}) + r(t)\, w\, L_{MSE}(p^s, p^t)(\text{unlabeled})
@@ -39,43 +39,30 @@ class MeanTeacher(nn.Module):
     spatial augmentation, so that their voxels correspond.
     """
 
-    uses_features = False
+    teacher: EMATeacher
 
-    def __init__(
-        self,
-        network: nn.Module,
-        supervised_loss: Callable[[list[torch.Tensor], Targets], torch.Tensor],
-        settings: MeanTeacherSettings,
-    ) -> None:
-        super().__init__()
+    def __init__(self, network: nn.Module, supervised_loss: SupervisedLoss, settings: MeanTeacherSettings) -> None:
+        super().__init__(supervised_loss)
         self.settings = settings
-        self._supervised_loss = (supervised_loss,)  # in a tuple: a loss module would be saved and moved with the method
         self.teacher = EMATeacher(network, decay=settings.ema_decay)
 
     def forward(
         self,
-        student: Callable[[torch.Tensor], StudentOutput],
+        student: Student,
         labeled: LabeledBatch,
         unlabeled: UnlabeledBatch,
         progress: float,
-    ) -> dict[str, torch.Tensor]:
+    ) -> Terms:
         teacher = self.teacher(unlabeled.weak)
         output = student(torch.cat([labeled.strong, unlabeled.strong]))
-        labeled_part, unlabeled_part = output[: len(labeled)], output[len(labeled) :]
-
-        supervised = self._supervised_loss[0](labeled_part.logits, labeled.targets)
-        consistency = softmax_mse_loss(unlabeled_part.logits[0], teacher.logits[0])
+        supervised = self.supervised(output, labeled)
+        unlabeled_logits = output.logits[0][len(labeled) :]
+        consistency = softmax_mse_loss(unlabeled_logits, teacher.logits[0])
         ramp = sigmoid_rampup(progress, end=self.settings.rampup)
         return {
             "loss": supervised + ramp * self.settings.consistency_weight * consistency,
             "supervised": supervised,
             "consistency": consistency,
             "ramp": ramp,
-            **pseudo_label_monitors(unlabeled_part.logits[0], teacher.logits[0]),
+            **pseudo_label_monitors(unlabeled_logits, teacher.logits[0]),
         }
-
-    def before_first_step(self) -> None:
-        self.teacher.synchronize()
-
-    def after_optimizer_step(self) -> None:
-        self.teacher.update()
