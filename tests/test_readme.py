@@ -1,17 +1,55 @@
-"""The README names what there is."""
+"""README and documentation name what there is, and their links lead somewhere."""
 
+import re
+import shlex
 from pathlib import Path
 
 import pytest
 
-from nnunet_dycon.registry import CONVERTERS, TRAINERS
+from nnunet_dycon.cli import _parser
+from nnunet_dycon.registry import CONVERTERS, TRAINERS, as_markdown
+from tests.test_cli import COMMANDS
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(
+    (ROOT / "docs").glob("*.md")
+)
 
 
-@pytest.mark.parametrize("name", [f"`{trainer}`" for trainer in TRAINERS] + [f"convert {name}" for name in CONVERTERS])
-def test_every_trainer_and_converter_is_in_the_readme(name):
-    assert name in README
+def test_the_table_of_trainers_is_the_registrys():
+    assert as_markdown() in README, f"put this table into README.md:\n{as_markdown()}"
+
+
+def test_every_trainer_is_in_the_methods_page():
+    text = (ROOT / "docs" / "methods.md").read_text()
+    for name in TRAINERS:
+        assert name in text or f"`{name.removeprefix('nnUNetTrainerDyCON')}`" in text, name
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, *(f"convert {name}" for name in CONVERTERS)])
+def test_every_command_is_in_the_readme(command):
+    assert f"nnunet_dycon {command}" in README
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files_and_headings_that_exist(page):
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text()):
+        name, _, anchor = target.partition("#")
+        file = page.parent / name if name else page
+        assert file.is_file(), target
+        headings = [re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-")
+                    for line in file.read_text().splitlines() if line.startswith("#")]  # fmt: skip
+        assert not anchor or anchor in headings, target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_are_written_as_the_parser_wants_them(page):
+    for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL):
+        for line in block.splitlines():
+            words = shlex.split(line, comments=True)
+            if words[:1] == ["nnunet_dycon"]:
+                _parser().parse_args(words[1:])
 
 
 def test_the_two_commands_are_on_the_first_screen():
