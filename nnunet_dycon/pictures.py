@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap
@@ -26,6 +27,11 @@ def new_figure(width: float, height: float, dpi: int = 100) -> Figure:
     return figure
 
 
+# nnU-Net's own plot leaves huge fonts behind in matplotlib's settings.
+_in_default_style = style.context("default")
+
+
+@_in_default_style
 def draw_progress(curves: dict[str, list[float]], file: Path) -> None:
     """Write a picture of all curves over the epochs, grouped by what they tell; see `nnunet_dycon.monitoring`."""
     seconds = {name.removeprefix(SECONDS): curve for name, curve in curves.items() if name.startswith(SECONDS)}
@@ -99,6 +105,7 @@ class PseudoLabel:
     entropy: np.ndarray
 
 
+@_in_default_style
 def draw_pseudo_labels(
     cases: Sequence[PseudoLabel], names: Sequence[str], aspect: float, title: str, file: Path
 ) -> None:

@@ -3,7 +3,11 @@
 import math
 import time
 
+import matplotlib
+import matplotlib.image
+import numpy as np
 import pytest
+import seaborn
 import torch
 
 from nnunet_dycon.monitoring import StepTimer, append_epoch, mean_of_finite, pseudo_label_monitors, terms_of_loss
@@ -63,6 +67,17 @@ def test_the_timer_sums_up_each_part():
     totals = timer.totals()
     assert 0.04 <= totals["slow"] < 0.5
     assert totals["quick"] < 0.02
+
+
+def test_pictures_do_not_inherit_the_style_of_nnunets_plot(tmp_path):
+    curves = {"loss": [1.0, 0.5], "supervised": [1.0, 0.4]}
+    draw_progress(curves, tmp_path / "before.png")
+    with matplotlib.rc_context():
+        seaborn.set_theme(font_scale=2.5)
+        draw_progress(curves, tmp_path / "after.png")
+        assert matplotlib.rcParams["font.size"] > 20  # left to nnU-Net as it was
+    before, after = (matplotlib.image.imread(tmp_path / name) for name in ("before.png", "after.png"))
+    np.testing.assert_array_equal(before, after)
 
 
 @pytest.mark.parametrize(

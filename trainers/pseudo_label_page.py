@@ -22,6 +22,7 @@ def draw_page(trainer: nnUNetTrainer, teacher: EMATeacher, cases: UnlabeledDatas
     predictor = nnUNetPredictor(
         tile_step_size=1.0,  # without overlap: a look is worth no more time
         use_mirroring=False,
+        perform_everything_on_device=trainer.device.type == "cuda",
         device=trainer.device,
         allow_tqdm=False,
     )
