@@ -21,7 +21,7 @@ from monai.metrics import compute_average_surface_distance, compute_hausdorff_di
 from scipy.ndimage import find_objects
 
 from nnunet_dycon.errors import UsageError, UserError
-from nnunet_dycon.files import replacing, require_whole
+from nnunet_dycon.files import VOLUME_ENDINGS, replacing, require_whole
 from nnunet_dycon.processes import map_cases
 
 DEFINITIONS = {
@@ -39,7 +39,6 @@ DEFINITIONS = {
 }
 METRICS = ("dice", "jaccard", "hd95_mm_max_directed", "asd_mm_symmetric")
 _VOXELS = ("reference_voxels", "prediction_voxels")
-_FORMATS = (".nii.gz", ".nii", ".nrrd", ".mha", ".gipl")  # SimpleITK reads them, and they hold a spacing in mm
 _FEW_CASES = 4  # up to here, starting workers (each imports torch and MONAI) takes longer than the scoring
 
 
@@ -184,8 +183,8 @@ def _read_task(reference: Path, prediction: Path, chosen: Sequence[int] | None) 
             file_ending = content.get("file_ending", file_ending)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(f'{file}: cannot read "labels" ({type(error).__name__}: {error})') from error
-    if file_ending not in _FORMATS:
-        raise UserError(f"{file}: files {file_ending} hold no spacing; can score {', '.join(_FORMATS)}")
+    if file_ending not in VOLUME_ENDINGS:
+        raise UserError(f"{file}: files {file_ending} hold no spacing; can score {', '.join(VOLUME_ENDINGS)}")
     ignore = declared.get("ignore", (None,))[0]
     if chosen is not None:
         if any(value <= 0 or value == ignore for value in chosen):

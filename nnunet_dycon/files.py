@@ -9,6 +9,8 @@ from tempfile import TemporaryFile
 
 from nnunet_dycon.errors import UserError
 
+VOLUME_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".gipl")  # SimpleITK reads them, and they hold a spacing in mm
+
 
 @contextmanager
 def replacing(file: Path | str) -> Iterator[Path]:

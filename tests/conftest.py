@@ -1,5 +1,6 @@
 """Options of the suite, and what several test modules share."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -9,7 +10,9 @@ import pytest
 import torch
 
 from nnunet_dycon.data.unlabeled import preprocess_unlabeled
+from nnunet_dycon.trainers.nnUNetTrainerDyCON import nnUNetTrainerDyCON_smoke
 from tests.tiny import plan_and_preprocess, set_environment, write_raw_dataset
+from tests.trainers.training import make_trainer
 
 
 def pytest_addoption(parser):
@@ -50,6 +53,34 @@ def tiny(tiny_root, tmp_path, monkeypatch) -> Path:
     shutil.copytree(tiny_root, root)
     set_environment(monkeypatch, root)
     return root
+
+
+@pytest.fixture(scope="session")
+def trained_tiny(tiny_root, tmp_path_factory) -> Path:
+    """The tiny data set with nnUNetTrainerDyCON_smoke trained and validated on fold 0. Do not change it."""
+    root = tmp_path_factory.mktemp("trained") / "tiny"
+    shutil.copytree(tiny_root, root)
+    with pytest.MonkeyPatch.context() as patch:
+        set_environment(patch, root)
+        trainer = make_trainer(nnUNetTrainerDyCON_smoke, fold=0)
+        trainer.run_training()
+        trainer.perform_actual_validation()
+    return root
+
+
+@pytest.fixture(scope="session")
+def tiny_predictions(trained_tiny) -> dict[str, Path]:
+    """What nnUNetv2_predict makes of the test cases with student and teacher, probabilities and all. As above."""
+    images = trained_tiny / "nnUNet_raw" / "Dataset901_Tiny" / "imagesTs"
+    folders = {name: trained_tiny / name for name in ("student", "teacher")}
+    predict = [Path(sys.executable).with_name("nnUNetv2_predict"), "-d", "901", "-c", "3d_fullres", "-f", "0"]
+    predict += ["-tr", "nnUNetTrainerDyCON_smoke", "-i", images, "--save_probabilities", "-device", "cpu"]
+    with pytest.MonkeyPatch.context() as patch:
+        set_environment(patch, trained_tiny)
+        for name, checkpoint in (("student", "checkpoint_final.pth"), ("teacher", "checkpoint_final_teacher.pth")):
+            call = [*predict, "-chk", checkpoint, "-o", folders[name], "-npp", "1", "-nps", "1"]
+            subprocess.run(list(map(str, call)), check=True, capture_output=True, env=os.environ)
+    return folders
 
 
 @pytest.fixture(scope="session")
