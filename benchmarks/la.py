@@ -1,0 +1,257 @@
+"""The left-atrium development protocol: floor, ceiling and trainers, with nnU-Net's own commands, into one CSV.
+
+    python benchmarks/la.py --data <la_125mm> --work <folder> --methods floor nnUNetTrainerDyCON --seeds 0 1 2
+
+- floor is nnUNetTrainer on the labeled cases, ceiling the same on all 55 training cases with their labels, with the
+  plans of the labeled ones; any other method is a trainer of the registry, on labeled and unlabeled cases. A setting
+  can be changed behind a colon: nnUNetTrainerDyCON:uncl_weight=0.1,rampup=0.8
+- Cases: benchmarks/protocols. Settings are chosen on val; test is scored only when asked for, with everything frozen.
+- Every run has the same budget of iterations, over which the learning rate decays to 0; the final checkpoint is scored,
+  student and teacher, with nnU-Net's test-time mirroring and without post-processing.
+- What is in the CSV is not run again, so that an interrupted benchmark goes on where it was.
+- The volumes of this data set are cropped around the reference: numbers are for comparing methods, not for comparing
+  with other data.
+"""
+
+import argparse
+import csv
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+
+from nnunet_dycon.evaluation import evaluate_folder
+from nnunet_dycon.registry import TRAINERS
+
+HERE = Path(__file__).parent
+COLUMNS = ("method", "labels", "seed", "weights", "set", "case", "dice", "hd95_mm", "plans", "iterations", "commit")
+FOLDERS = {"val": ("imagesVal", "labelsVal"), "test": ("imagesTs", "labelsTs")}
+CEILING = 55  # labels
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: the method as it was asked for, the number of labels that it may see, and its seed."""
+
+    method: str
+    labels: int
+    seed: int
+
+    @property
+    def trainer(self) -> str:
+        name = self.method.partition(":")[0]
+        return "nnUNetTrainer" if name in ("floor", "ceiling") else name
+
+    @property
+    def settings(self) -> dict[str, object]:
+        pairs = self.method.partition(":")[2].split(",") if ":" in self.method else ()
+        return {name: json.loads(value) for name, value in (pair.split("=") for pair in pairs)}
+
+    @property
+    def dataset(self) -> int:
+        return 100 + (CEILING if self.method == "ceiling" else self.labels)
+
+    @property
+    def weights(self) -> dict[str, str]:
+        """The sets of weights to be scored, and their checkpoints."""
+        student = {"student": "checkpoint_final.pth"}
+        return student if self.trainer == "nnUNetTrainer" else student | {"teacher": "checkpoint_final_teacher.pth"}
+
+
+class Benchmark:
+    """A working folder with data sets, plans and results, and the CSV."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.work: Path = arguments.work.resolve()
+        self.data: Path = arguments.data
+        self.table: Path = arguments.table
+        self.spacing: float = arguments.spacing
+        self.features: list[int] | None = arguments.features
+        self.iterations: int = arguments.iterations
+        self.device: str = arguments.device
+        self.sets: list[str] = arguments.sets
+        width = "" if self.features is None else f"_{self.features[0]}f"
+        self.plans = f"nnUNetPlans_{self.spacing:g}mm{width}".replace(".", "p")
+        self.commit = _commit()
+        self._writing = Lock()
+
+    def prepare(self, labels: Iterable[int]) -> None:
+        """Convert, plan and preprocess what is not there yet."""
+        for count in sorted(set(labels)):
+            dataset = str(100 + count)
+            raw = self.work / "nnUNet_raw" / f"Dataset{dataset}_LA2018"
+            plans = self.work / "nnUNet_preprocessed" / raw.name / f"{self.plans}.json"
+            if not raw.is_dir():
+                protocol = HERE / "protocols" / f"la_{count}.json"
+                arguments = ["-i", str(self.data), "-d", dataset, "--spacing", "1.25", "--split", str(protocol)]
+                self._command("nnunet_dycon.cli:main", "convert", "la", *arguments)
+            if not plans.is_file():
+                self._command("nnunetv2.experiment_planning.plan_and_preprocess_entrypoints:extract_fingerprint_entry",
+                              "-d", dataset, "-np", "2")  # fmt: skip
+                if count == CEILING:
+                    self._command("nnunetv2.experiment_planning.plans_for_pretraining.move_plans_between_datasets:"
+                                  "entry_point_move_plans_between_datasets",
+                                  "-s", "108", "-t", dataset, "-sp", self.plans, "-tp", self.plans)  # fmt: skip
+                else:
+                    self._command("nnunetv2.experiment_planning.plan_and_preprocess_entrypoints:plan_experiment_entry",
+                                  "-d", dataset, "-overwrite_target_spacing", *[f"{self.spacing:g}"] * 3,
+                                  "-overwrite_plans_name", self.plans)  # fmt: skip
+                    self._narrow(plans)
+            which = ["-d", dataset, "-plans_name", self.plans, "-c", "3d_fullres", "-np", "2"]
+            identifier = json.loads(plans.read_text())["configurations"]["3d_fullres"]["data_identifier"]
+            if not (plans.parent / identifier).is_dir():
+                entry = "nnunetv2.experiment_planning.plan_and_preprocess_entrypoints:preprocess_entry"
+                self._command(entry, *which)
+            if count != CEILING:
+                self._command("nnunet_dycon.cli:main", "preprocess_unlabeled", *which)
+
+    def _narrow(self, file: Path) -> None:
+        if self.features is None:
+            return
+        plans = json.loads(file.read_text())
+        architecture = plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
+        widest = self.features[-1]
+        stages = architecture["n_stages"]
+        architecture["features_per_stage"] = (self.features + [widest] * stages)[:stages]
+        file.write_text(json.dumps(plans, indent=4))
+
+    def name(self, run: Run) -> str:
+        method = "".join(letter if letter.isalnum() else "_" for letter in run.method).replace("__", "_")
+        return f"Benchmark_{method}_i{self.iterations}_s{run.seed}"
+
+    def declare(self, runs: Iterable[Run]) -> None:
+        """Write down what the names of trainers stand for."""
+        file = self.work / "runs.json"
+        known = json.loads(file.read_text()) if file.is_file() else {}
+        for run in runs:
+            fields = {"trainer": run.trainer, "settings": run.settings, "seed": run.seed}
+            known[self.name(run)] = fields | {"iterations": self.iterations}
+        file.write_text(json.dumps(known, indent=1))
+
+    def perform(self, run: Run) -> None:
+        """Train unless the final checkpoint is there, predict, score, and add the rows of this run to the CSV."""
+        name, dataset = self.name(run), str(run.dataset)
+        raw = self.work / "nnUNet_raw" / f"Dataset{dataset}_LA2018"
+        model = self.work / "nnUNet_results" / raw.name / f"{name}__{self.plans}__3d_fullres"
+        start = time.monotonic()
+        if not (model / "fold_all" / "checkpoint_final.pth").is_file():
+            self._command("nnunetv2.run.run_training:run_training_entry", dataset, "3d_fullres", "all", "-tr", name,
+                          "-p", self.plans, "-device", self.device, "--c", log=f"{name}_{dataset}.log")  # fmt: skip
+        rows = []
+        for weights, checkpoint in run.weights.items():
+            for which in self.sets:
+                images, references = (raw / folder for folder in FOLDERS[which])
+                output = model / "fold_all" / f"{which}_{weights}"
+                self._command(
+                    "nnunetv2.inference.predict_from_raw_data:predict_entry_point", "-d", dataset, "-c", "3d_fullres",
+                    "-f", "all", "-tr", name, "-p", self.plans, "-chk", checkpoint, "-i", str(images),
+                    "-o", str(output), "-device", self.device, "-npp", "0", "-nps", "0", log=f"{name}_{dataset}.log",
+                )  # fmt: skip
+                scored = evaluate_folder(references, output, num_processes=1).as_json()["cases"]
+                rows += [self._row(run, weights, which, case) for case in scored]
+        self._append(rows)
+        print(f"{run}: {time.monotonic() - start:.0f} s", flush=True)
+
+    def _row(self, run: Run, weights: str, which: str, case: dict) -> dict:
+        labels = CEILING if run.method == "ceiling" else run.labels
+        scores = {"dice": round(case["dice"], 5), "hd95_mm": round(case["hd95_mm_max_directed"], 3)}
+        key = {"method": run.method, "labels": labels, "seed": run.seed, "weights": weights, "set": which}
+        made = {"plans": self.plans, "iterations": self.iterations, "commit": self.commit}
+        return key | {"case": case["case"]} | scores | made
+
+    def is_done(self, run: Run) -> bool:
+        labels = CEILING if run.method == "ceiling" else run.labels
+        wanted = {(run.method, str(labels), str(run.seed), w, s, self.plans, str(self.iterations))
+                  for w in run.weights for s in self.sets}  # fmt: skip
+        if not self.table.is_file():
+            return False
+        key = ("method", "labels", "seed", "weights", "set", "plans", "iterations")
+        with self.table.open() as file:
+            return wanted <= {tuple(row[name] for name in key) for row in csv.DictReader(file)}
+
+    def _append(self, rows: list[dict]) -> None:
+        with self._writing, self.table.open("a", newline="") as file:
+            new = file.tell() == 0
+            writer = csv.DictWriter(file, COLUMNS)
+            if new:
+                writer.writeheader()
+            writer.writerows(rows)
+
+    def _command(self, entry_point: str, *arguments: str, log: str = "prepare.log") -> None:
+        """Run one of nnU-Net's commands, or ours, in one thread on a CPU; nnU-Net would take all cores."""
+        module, _, function = entry_point.partition(":")
+        code = f"import sys; from {module} import {function} as main; sys.exit(main())"
+        if self.device == "cpu":
+            code = f"import multiprocessing; multiprocessing.cpu_count = lambda: 1; {code}"
+        environment = {
+            **os.environ,
+            **{name: str(self.work / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")},
+            "nnUNet_extTrainer": str(HERE / "trainers"),
+            "NNUNET_DYCON_BENCHMARK_RUNS": str(self.work / "runs.json"),
+        }
+        if self.device == "cpu":
+            training = "run_training" in entry_point
+            environment |= {
+                "OMP_NUM_THREADS": "1",
+                "nnUNet_def_n_proc": "1",
+                "nnUNet_n_proc_DA": "0" if training else "1",
+            }
+        logs = self.work / "logs"
+        logs.mkdir(parents=True, exist_ok=True)
+        with (logs / log).open("a") as file:
+            result = subprocess.run(
+                [sys.executable, "-c", code, *arguments], env=environment, stdout=file, stderr=subprocess.STDOUT
+            )
+        if result.returncode != 0:
+            raise SystemExit(f"{entry_point} {' '.join(arguments)} failed; see {logs / log}")
+
+
+def _commit() -> str:
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(HERE), *arguments], capture_output=True, text=True).stdout.strip()
+
+    return git("rev-parse", "--short", "HEAD") + (
+        "-dirty" if git("status", "--porcelain", "--untracked-files=no") else ""
+    )
+
+
+def main() -> None:
+    """Run what is asked for and not done yet."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder of the data set, as `convert la` takes it")
+    parser.add_argument("--work", type=Path, required=True, help="folder for data sets, models and logs")
+    parser.add_argument("--table", type=Path, default=HERE / "results" / "la.csv", help="default: %(default)s")
+    parser.add_argument("--methods", nargs="+", required=True, help="floor, ceiling, and trainers")
+    parser.add_argument("--labels", type=int, nargs="+", choices=(4, 8), default=[8])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--sets", nargs="+", choices=tuple(FOLDERS), default=["val"], help="default: val")
+    parser.add_argument("--iterations", type=int, default=2000)
+    parser.add_argument("--spacing", type=float, default=2.5, help="mm, isotropic (default: 2.5)")
+    parser.add_argument("--features", type=int, nargs="*", default=[16, 32, 64, 128], help="of each stage of the "
+                        "network, the last one repeated; none for nnU-Net's own (default: 16 32 64 128)")  # fmt: skip
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; on a CPU each takes one core")
+    arguments = parser.parse_args()
+    arguments.features = arguments.features or None
+    runs = [Run(method, labels, seed) for seed in arguments.seeds for labels in arguments.labels
+            for method in arguments.methods]  # fmt: skip
+    unknown = {run.trainer for run in runs} - {"nnUNetTrainer", *TRAINERS}
+    if unknown:
+        parser.error(f"unknown methods: {', '.join(sorted(unknown))}")
+    benchmark = Benchmark(arguments)
+    runs = [run for run in runs if not benchmark.is_done(run)]
+    benchmark.prepare({run.dataset - 100 for run in runs} | {8} if runs else ())
+    benchmark.declare(runs)
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        for future in [pool.submit(benchmark.perform, run) for run in runs]:
+            future.result()
+
+
+if __name__ == "__main__":
+    main()

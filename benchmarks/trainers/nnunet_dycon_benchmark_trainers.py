@@ -1,0 +1,62 @@
+"""Trainers with a fixed budget and a seed, for the benchmarks. nnUNet_extTrainer must name this folder.
+
+A name such as Benchmark_run3 stands for an entry of the JSON file that the variable NNUNET_DYCON_BENCHMARK_RUNS names:
+{"trainer": ..., "settings": {...}, "iterations": ..., "seed": ...}.
+"""
+
+import json
+import os
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+from nnunet_dycon.discovery import nnunet_dycon_trainers
+
+PREFIX = "Benchmark_"
+_ITERATIONS_PER_EPOCH = 100
+_FILE = os.environ.get("NNUNET_DYCON_BENCHMARK_RUNS")
+_RUNS = json.loads(Path(_FILE).read_text()) if _FILE else {}
+
+
+def __getattr__(name: str) -> type:
+    if name not in _RUNS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    run = _RUNS[name]
+    base = nnUNetTrainer if run["trainer"] == "nnUNetTrainer" else getattr(nnunet_dycon_trainers, run["trainer"])
+    return _with_budget(name, base, run)
+
+
+def _with_budget(name: str, base: type[nnUNetTrainer], run: dict) -> type[nnUNetTrainer]:
+    class Benchmark(base):
+        if run["settings"]:
+            method_settings = replace(base.method_settings, **run["settings"])
+
+        def __init__(
+            self,
+            plans: dict,
+            configuration: str,
+            fold: int,
+            dataset_json: dict,
+            device: torch.device = torch.device("cuda"),  # noqa: B008 (nnU-Net's signature)
+        ):
+            super().__init__(plans, configuration, fold, dataset_json, device)
+            # The learning rate decays by epochs, to 0 at the end of the budget.
+            self.num_iterations_per_epoch = _ITERATIONS_PER_EPOCH
+            self.num_epochs = run["iterations"] // _ITERATIONS_PER_EPOCH
+            self.num_val_iterations_per_epoch = 1
+
+        def on_train_start(self):
+            random.seed(run["seed"])
+            np.random.seed(run["seed"])  # noqa: NPY002 (what nnU-Net's loaders draw from)
+            torch.manual_seed(run["seed"])
+            super().on_train_start()
+
+        def perform_actual_validation(self, save_probabilities: bool = False):
+            """Fold all has only training cases to validate on."""
+
+    Benchmark.__name__ = Benchmark.__qualname__ = name
+    return Benchmark
