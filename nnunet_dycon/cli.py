@@ -93,6 +93,80 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", action="store_true", help="print evaluation.json instead of the table")
     evaluate.set_defaults(run=_evaluate)
 
+    export = commands.add_parser(
+        "export_vanilla",
+        help="turn a trained model into one that stock nnU-Net predicts with, without this package",
+        description="Turn a trained model into one that stock nnU-Net predicts with where this package is not "
+        "installed, voxel for voxel the same. -o becomes a model folder for nnUNetv2_predict_from_modelfolder; put it "
+        "in place as nnUNet_results/DatasetXXX_Name/nnUNetTrainer__PLANS__CONFIGURATION for nnUNetv2_predict and "
+        "nnUNetv2_export_model_to_zip. Each fold's checkpoint is named checkpoint_final.pth, whichever it was; "
+        "nnunet_dycon.json beside it tells. Validation scores and postprocessing, which are the student's, are left "
+        "out with --teacher and -chk, so that nnUNetv2_export_model_to_zip packs only students.",
+        epilog="example: nnunet_dycon export_vanilla -o vanilla "
+        "-m $nnUNet_results/Dataset101_LA2018/nnUNetTrainerDyCON__nnUNetPlans__3d_fullres",
+    )
+    export.add_argument(
+        "-m", dest="model", type=Path, required=True, metavar="FOLDER",
+        help="trained model: nnUNet_results/DatasetXXX_Name/TRAINER__PLANS__CONFIGURATION",
+    )  # fmt: skip
+    export.add_argument("-o", dest="output", type=Path, required=True, metavar="FOLDER", help="new or empty folder")
+    export.add_argument(
+        "-f", dest="folds", nargs="+", default=None, metavar="FOLD", help="folds, or all (default: each one there is)"
+    )
+    chosen = export.add_mutually_exclusive_group()
+    chosen.add_argument("--teacher", action="store_true", help="take the teacher: -chk checkpoint_final_teacher.pth")
+    chosen.add_argument(
+        "-chk", dest="checkpoint", default=None, metavar="NAME", help="checkpoint (default: checkpoint_final.pth)"
+    )
+    export.set_defaults(run=_export_vanilla)
+
+    uncertainty = commands.add_parser(
+        "predict_uncertainty",
+        help="rank predicted cases by how unsure the model is, and write entropy maps: which scan to annotate next",
+        description="Rank what nnUNetv2_predict --save_probabilities has predicted, worst first, by the Dice to expect "
+        "if the probabilities are right: unlike a mean entropy, it does not depend on the field of view, and it tells "
+        "a small error in a small organ from the same in a large one. A case in which nothing was found ranks before "
+        "all others. The probabilities are the model's own opinion: compare cases of one model, not models. Writes "
+        "uncertainty.csv and uncertainty.json, which define every number, and a map CASE_entropy in nats per case. "
+        "Several folders (student and teacher, or folds) are averaged; then the maps CASE_mutual_information tell "
+        "where they disagree.",
+        epilog="example: nnunet_dycon predict_uncertainty -i student teacher -o uncertainty",
+    )
+    uncertainty.add_argument(
+        "-i", dest="predictions", type=Path, nargs="+", required=True, metavar="FOLDER",
+        help="output of nnUNetv2_predict --save_probabilities; of several folders, with the same cases",
+    )  # fmt: skip
+    uncertainty.add_argument(
+        "-o", dest="output", type=Path, default=None, metavar="FOLDER",
+        help="default: uncertainty in the first folder of -i",
+    )  # fmt: skip
+    uncertainty.add_argument("-np", dest="num_processes", type=_positive, default=None, help=_PROCESSES)
+    uncertainty.add_argument("--json", action="store_true", help="print uncertainty.json instead of the table")
+    uncertainty.set_defaults(run=_predict_uncertainty)
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="would a training work? look at packages, variables, folders and data, and name remedies",
+        description="Look at all that a training needs, before hours are spent on it: packages, device, nnU-Net's "
+        "variables, whether nnU-Net finds the trainer, and, with -d, the data set: names and headers of its files, "
+        "images that are there twice, what is preprocessed, folds, room on the disk and the GPU. Changes nothing. "
+        "Exit code 1 if training would fail.",
+        epilog="example: nnunet_dycon doctor -d 101 -f all",
+    )
+    doctor.add_argument("-d", dest="dataset", default=None, metavar="ID", help="dataset ID or DatasetXXX_Name")
+    doctor.add_argument(
+        "-c", dest="configuration", default="3d_fullres", metavar="CONFIGURATION", help="default: 3d_fullres"
+    )
+    doctor.add_argument("-p", dest="plans_name", default="nnUNetPlans", metavar="PLANS", help="default: nnUNetPlans")
+    doctor.add_argument(
+        "-tr", dest="trainer", default="nnUNetTrainerDyCON", metavar="TRAINER", help="default: nnUNetTrainerDyCON"
+    )
+    doctor.add_argument(
+        "-f", dest="fold", type=_fold, default=None, metavar="FOLD", help="a number, or all (default: look at each)"
+    )
+    doctor.add_argument("--json", action="store_true", help="machine-readable")
+    doctor.set_defaults(run=_doctor)
+
     demo = commands.add_parser(
         "demo",
         help="train nnUNetTrainerDyCON on a small phantom data set and score it: a few minutes on two CPU cores",
@@ -114,6 +188,12 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
+
+
+def _fold(text: str) -> int | str:
+    if text != "all" and not text.isdigit():
+        raise argparse.ArgumentTypeError(f"must be a number or all, got {text}")
+    return text if text == "all" else int(text)
 
 
 def _num_processes(arguments: argparse.Namespace) -> int:
@@ -201,6 +281,35 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     )
     print(json.dumps(result.as_json(), indent=2) if arguments.json else result.as_table())
     result.write(output)
+
+
+def _export_vanilla(arguments: argparse.Namespace) -> None:
+    require_nnunet()
+    from nnunet_dycon.export import STUDENT, TEACHER, export_vanilla
+
+    checkpoint = arguments.checkpoint or (TEACHER if arguments.teacher else STUDENT)
+    folds = export_vanilla(arguments.model, arguments.output, folds=arguments.folds, checkpoint=checkpoint)
+    print(f"wrote {arguments.output}; predict with:")
+    command = f"nnUNetv2_predict_from_modelfolder -m {arguments.output} -f {' '.join(folds)}"
+    print(f"  {command} -i IMAGES -o PREDICTIONS")
+
+
+def _predict_uncertainty(arguments: argparse.Namespace) -> None:
+    from nnunet_dycon.uncertainty import rank_predictions
+
+    output = arguments.output or arguments.predictions[0] / "uncertainty"
+    ranking = rank_predictions(arguments.predictions, output, num_processes=_num_processes(arguments))
+    print(json.dumps(ranking.as_json(), indent=2) if arguments.json else ranking.as_table())
+    ranking.write(output)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from nnunet_dycon.doctor import Question, run_doctor
+
+    question = Question(
+        arguments.trainer, arguments.dataset, arguments.configuration, arguments.plans_name, arguments.fold
+    )
+    return run_doctor(question, arguments.json)
 
 
 def _demo(arguments: argparse.Namespace) -> None:

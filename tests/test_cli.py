@@ -13,7 +13,18 @@ from nnunet_dycon import __version__
 from nnunet_dycon.cli import main
 from nnunet_dycon.registry import CONVERTERS, TRAINERS
 
-COMMANDS = ["convert", "convert la", "preprocess_unlabeled", "trainers_path", "list", "evaluate", "demo"]
+COMMANDS = [
+    "convert",
+    "convert la",
+    "preprocess_unlabeled",
+    "trainers_path",
+    "list",
+    "evaluate",
+    "export_vanilla",
+    "predict_uncertainty",
+    "doctor",
+    "demo",
+]
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
@@ -78,6 +89,7 @@ def test_a_recent_nnunet_is_accepted(monkeypatch, version):
         "convert unknown",
         "preprocess_unlabeled",
         "evaluate -ref a",
+        "export_vanilla -m a -o b --teacher -chk c",
         "convert la -i a -d 0",
         "convert la -i a -d 1 --labeled 2 --split b",
     ],

@@ -1,0 +1,97 @@
+"""`nnunet_dycon doctor`: would a training work, and what to do if not."""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from nnunet_dycon import __version__
+from nnunet_dycon.doctor import environment
+from nnunet_dycon.doctor.findings import FAIL, NOTE, STATUSES, WARNING, Finding, as_finding, count, examine, named
+from nnunet_dycon.environment import nnunet_folder
+from nnunet_dycon.errors import UserError
+
+
+@dataclass(frozen=True)
+class Question:
+    """The arguments that nnUNetv2_train would get; of the data set nothing is looked at if it is None."""
+
+    trainer: str
+    dataset: str | None = None
+    configuration: str = "3d_fullres"
+    plans_name: str = "nnUNetPlans"
+    fold: int | Literal["all"] | None = None
+
+    @property
+    def command(self) -> str:
+        plans = "" if self.plans_name == "nnUNetPlans" else f" -p {self.plans_name}"
+        fold = "FOLD" if self.fold is None else self.fold
+        return f"nnUNetv2_train {self.dataset or 'ID'} {self.configuration} {fold} -tr {self.trainer}{plans}"
+
+
+def run_doctor(question: Question, as_json: bool = False) -> int:
+    """Print what is found; return 1 if training would fail, else 0."""
+    findings = []
+    for finding in _each_once(diagnose(question)):
+        findings.append(finding)
+        if not as_json:
+            print(finding.as_text(), flush=True)
+    counts = count(findings)
+    on_cpu = any(finding.check == "device" and finding.status in (NOTE, WARNING) for finding in findings)
+    command = question.command + (" -device cpu" if on_cpu else "")
+    if as_json:
+        summary = {"command": command, "would_train": not counts[FAIL], **counts}
+        result = {"version": __version__, "findings": [asdict(finding) for finding in findings], "summary": summary}
+        print(json.dumps(result, indent=2))
+    else:
+        verdict = "this would fail" if counts[FAIL] else "nothing stands against"
+        print(f"\n{', '.join(f'{counts[status]} {status}' for status in STATUSES)}; {verdict}: {command}")
+        if question.dataset is None:
+            print("With -d ID the data set is looked at, too.")
+    return 1 if counts[FAIL] else 0
+
+
+def _each_once(findings: Iterator[Finding]) -> Iterator[Finding]:
+    """Without what several checks stumble over."""
+    seen = set()
+    for finding in findings:
+        if finding.message not in seen:
+            seen.add(finding.message)
+            yield finding
+
+
+def diagnose(question: Question) -> Iterator[Finding]:
+    """Look at everything; never raises."""
+    yield from examine("versions", environment.check_versions)
+    yield from examine("device", environment.check_device)
+    yield from examine("settings", environment.check_settings)
+    yield from examine("folders", environment.check_folders)
+    yield from examine("nnUNet_extTrainer", environment.check_ext_trainer)
+    yield from examine("trainer", environment.check_look_up, question.trainer)
+    if question.dataset is None:
+        return
+    try:
+        yield from _diagnose_dataset(question, question.dataset)
+    except UserError as error:
+        yield as_finding("data set", error)
+    except Exception as error:  # packages that cannot be imported, plans that nnU-Net could not use
+        yield Finding("data set", FAIL, f"cannot be looked at ({named(error)})", "mend what is told above")
+
+
+def _diagnose_dataset(question: Question, name_or_id: str) -> Iterator[Finding]:
+    from nnunet_dycon.data.unlabeled import UnlabeledCases, dataset_name
+    from nnunet_dycon.doctor import dataset, training
+
+    name = dataset_name(name_or_id)
+    planned: training.Training | Finding
+    try:
+        cases = UnlabeledCases.of_dataset(name, question.configuration, question.plans_name)
+        trainer = training.find_trainer(question.trainer)
+        planned = training.Training(trainer, question.trainer, cases, question.fold)
+    except UserError as error:
+        planned = as_finding("plans", error)
+    if os.environ.get("nnUNet_raw"):
+        roles = frozenset() if isinstance(planned, Finding) else training.preprocessed_roles(planned)
+        yield from dataset.examine_raw(nnunet_folder("nnUNet_raw") / name, roles)
+    yield from [planned] if isinstance(planned, Finding) else training.examine_training(planned)

@@ -1,0 +1,231 @@
+"""The raw data set: names and headers of its files, and images that are there twice."""
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import combinations
+from pathlib import Path
+from statistics import geometric_mean, median
+
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+
+from nnunet_dycon.data.images import check_unit
+from nnunet_dycon.data.unlabeled import image_files
+from nnunet_dycon.dataset_conversion.writer import FOLDERS
+from nnunet_dycon.doctor.findings import FAIL, NOTE, OK, WARNING, Finding, as_finding, examine, some
+from nnunet_dycon.doctor.images import Header, hash_voxels, read_header
+from nnunet_dycon.errors import UserError
+from nnunet_dycon.processes import map_cases
+
+_FORMAT = "https://github.com/MIC-DKFZ/nnUNet/blob/master/documentation/dataset_format.md"
+_HELD_OUT = ("val", "test")
+_FEW_IMAGES = 20  # up to here, starting processes takes longer than the work
+# Of images that are in two roles. Between the held-out ones it does no harm.
+_REMEDIES = {
+    ("labeled", "unlabeled"): "take them out of imagesUn, since they are learned from with their labels",
+    **{("labeled", role): "take them out of one, or no score on them counts" for role in _HELD_OUT},
+    **{
+        ("unlabeled", role): "take them out of imagesUn, or say beside the scores that these images were trained on"
+        for role in _HELD_OUT
+    },
+}
+
+
+@dataclass(frozen=True)
+class RawDataset:
+    """A folder nnUNet_raw/DatasetXXX_Name.
+
+    Attributes:
+        folder: where it is.
+        dataset_json: what is in its file of this name.
+        cases: the image files of each case, one per channel, by role ("labeled", ...).
+        preprocessed: the roles that training needs no more of from here.
+        misnamed: what is wrong with the names of a role's files; it then has no cases here.
+    """
+
+    folder: Path
+    dataset_json: dict
+    preprocessed: frozenset[str]
+    cases: dict[str, dict[str, list[Path]]] = field(default_factory=dict)
+    misnamed: dict[str, UserError] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, folder: Path, preprocessed: frozenset[str]) -> "RawDataset":
+        """List the files. UserError if dataset.json is missing, is damaged or lacks something."""
+        raw = cls(folder, _read_dataset_json(folder / "dataset.json"), preprocessed)
+        channels = len(raw.dataset_json["channel_names"])
+        for role, (images, _) in FOLDERS.items():
+            try:
+                raw.cases[role] = image_files(folder / images, raw.ending, channels, role)
+            except UserError as error:
+                raw.cases[role], raw.misnamed[role] = {}, error
+        return raw
+
+    @property
+    def ending(self) -> str:
+        return self.dataset_json["file_ending"]
+
+    @cached_property
+    def headers(self) -> dict[Path, Header | None]:
+        """The header of each image, None where it cannot be read."""
+        files = [file for cases in self.cases.values() for case in cases.values() for file in case]
+        return dict(zip(files, map_cases(read_header, files, 1, "reading headers")))
+
+    def severity(self, role: str) -> str:
+        """How bad it is if an image of a role cannot be used."""
+        return WARNING if role in _HELD_OUT or role in self.preprocessed else FAIL
+
+
+def _read_dataset_json(file: Path) -> dict:
+    remedy = f"write it as {_FORMAT} says"
+    try:
+        content = json.loads(file.read_text())
+        content.setdefault("channel_names", content.get("modality"))
+        absent = [key for key in ("channel_names", "labels", "file_ending", "numTraining") if not content.get(key)]
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{file} cannot be read ({error}); {remedy}") from None
+    if absent:
+        raise UserError(f"{file} has no {', '.join(absent)}; {remedy}")
+    return content
+
+
+def examine_raw(folder: Path, preprocessed: frozenset[str]) -> Iterator[Finding]:
+    """All checks of a raw data set."""
+    if not folder.is_dir():
+        message = f"there is no folder {folder}"
+        if preprocessed >= {"labeled", "unlabeled"}:
+            yield Finding("raw data", NOTE, f"{message}; all is preprocessed, so training does without")
+        else:
+            yield Finding("raw data", FAIL, message, "put the data there, or correct nnUNet_raw")
+        return
+    try:
+        raw = RawDataset.read(folder, preprocessed)
+    except UserError as error:
+        yield as_finding("raw data", error)
+        return
+    yield from examine("raw data", check_files, raw)
+    yield from examine("case names", check_names, raw)
+    if raw.ending.lower() in SimpleITKIO.supported_file_endings:
+        yield from examine("headers", check_headers, raw)
+        yield from examine("duplicates", check_duplicates, raw)
+    else:
+        yield Finding("headers", NOTE, f"images in {raw.ending} are not looked into")
+
+
+def check_files(raw: RawDataset) -> Iterator[Finding]:
+    """How many cases there are, that each file has its counterparts, and that dataset.json counts them right."""
+    counts = ", ".join(f"{len(cases)} {role}" for role, cases in raw.cases.items() if cases or role not in _HELD_OUT)
+    channels = len(raw.dataset_json["channel_names"])
+    yield Finding("raw data", OK, f"{raw.folder}: {counts}; {channels} channel{'s' * (channels > 1)}")
+    for role, error in raw.misnamed.items():
+        yield as_finding("raw data", error, raw.severity(role))
+    if "dataset" in raw.dataset_json:
+        yield Finding("raw data", NOTE, "dataset.json lists the labeled files itself; these are not looked at here")
+        return
+    for role in ("labeled", "unlabeled"):
+        if not raw.cases[role] and role not in raw.misnamed:
+            message = f"no {role} cases: {raw.folder / FOLDERS[role][0]} has no file *{raw.ending}"
+            yield Finding("raw data", raw.severity(role), message, f"put the {role} images there")
+    images, labels = set(raw.cases["labeled"]), label_names(raw.folder, raw.ending)
+    if bare := sorted(images - labels):
+        message = f"{len(bare)} cases of imagesTr have no label in labelsTr: {some(bare)}"
+        yield Finding("raw data", raw.severity("labeled"), message, "add the labels, or move the images to imagesUn")
+    if orphans := sorted(labels - images):
+        if "labeled" not in raw.misnamed:
+            message = f"{len(orphans)} labels of labelsTr have no image in imagesTr: {some(orphans)}"
+            yield Finding("raw data", WARNING, message, "take these labels away, or add the images")
+    elif raw.dataset_json["numTraining"] != len(images):
+        told = raw.dataset_json["numTraining"]
+        message = f"dataset.json says numTraining {told}, but imagesTr has {len(images)} cases"
+        yield Finding("raw data", WARNING, message, "correct dataset.json before you plan")
+
+
+def label_names(folder: Path, ending: str) -> set[str]:
+    """The cases in labelsTr."""
+    return {file.name[: -len(ending)] for file in (folder / "labelsTr").glob(f"*{ending}")}
+
+
+def check_names(raw: RawDataset) -> Iterator[Finding]:
+    """No case has two roles."""
+    found = False
+    for one, other in combinations(FOLDERS, 2):
+        both = sorted(raw.cases[one].keys() & raw.cases[other].keys())
+        if both:
+            found = True
+            status = FAIL if (one, other) == ("labeled", "unlabeled") else WARNING
+            folders = " and ".join(FOLDERS[role][0] for role in (one, other))
+            message = f"{len(both)} cases are in {folders}: {some(both)}"
+            yield Finding("case names", status, message, "take each out of one of them")
+    if not found:
+        yield Finding("case names", OK, "each case has one role")
+
+
+def check_headers(raw: RawDataset) -> Iterator[Finding]:
+    """The headers can be read, and tell of volumes in the unit of the labeled ones. Voxels are not looked at."""
+    readable = {file: header for file, header in raw.headers.items() if header is not None}
+    # One number per case, since axes come in any order.
+    labeled = [readable[files[0]] for files in raw.cases["labeled"].values() if files[0] in readable]
+    usual = [median(geometric_mean(header.spacing) for header in labeled)] if labeled else None
+    found = False
+    for role, cases in raw.cases.items():
+        faults = defaultdict(list)
+        for files in cases.values():
+            for file in files:
+                if fault := _fault(readable.get(file), readable.get(files[0]), usual):
+                    faults[fault].append(file.name)
+        for fault, names in faults.items():
+            found = True
+            message = f"{raw.folder / FOLDERS[role][0]}: {some(names)}: {fault}"
+            yield Finding("headers", raw.severity(role), message, "repair or remove these images")
+    if not found:
+        yield Finding("headers", OK, f"{len(readable)} images can be read, and are in one unit of length")
+
+
+def _fault(header: Header | None, first: Header | None, usual_spacing: list[float] | None) -> str | None:
+    if header is None:
+        return "cannot be read"
+    if len(header.size) > 3:
+        return f"{len(header.size)} dimensions instead of 3"
+    if header.components > 1:
+        return f"{header.components} values per voxel, as in a color image"
+    if min(header.size) == 0:
+        return "no voxels"
+    if first is not None and header.size != first.size:
+        return "other size than the first channel of the case"
+    if usual_spacing is not None:
+        try:
+            check_unit(header.spacing, usual_spacing)
+        except ValueError as error:
+            return str(error)
+    return None
+
+
+def check_duplicates(raw: RawDataset) -> Iterator[Finding]:
+    """No image is there twice, in two roles. Only images of the same size need to be read."""
+    by_size = defaultdict(list)
+    for role, cases in raw.cases.items():
+        for case, files in cases.items():
+            if (header := raw.headers[files[0]]) is not None:
+                by_size[header.size].append((role, case, files[0]))
+    alike = [entry for entries in by_size.values() if len({role for role, *_ in entries}) > 1 for entry in entries]
+    processes = 1 if len(alike) <= _FEW_IMAGES else min(8, os.cpu_count() or 1)
+    hashes = map_cases(hash_voxels, [file for *_, file in alike], processes, "comparing images")
+    same = defaultdict(list)
+    for (role, case, _), voxels in zip(alike, hashes):
+        if voxels is not None:
+            same[voxels].append((role, case))
+    pairs = defaultdict(list)
+    for entries in same.values():
+        for (role, case), (other, its_case) in combinations(entries, 2):
+            if (role, other) in _REMEDIES and case != its_case:  # cases of one name are told elsewhere
+                pairs[role, other].append(f"{case} = {its_case}")
+    for roles, names in pairs.items():
+        folders = " and ".join(FOLDERS[role][0] for role in roles)
+        message = f"{len(names)} images are the same in {folders}: {some(names)}"
+        yield Finding("duplicates", WARNING, message, _REMEDIES[roles])
+    if not pairs:
+        message = f"no image is in two folders under two names ({len(alike)} of equal size were compared)"
+        yield Finding("duplicates", OK, message)

@@ -1,0 +1,307 @@
+"""What is preprocessed, split, written and needed in memory by one training."""
+
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import redirect_stdout, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import import_module
+from math import prod
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from filelock import Timeout
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+
+from nnunet_dycon.data.labeled import check_fingerprint, check_split, labeled_identifiers
+from nnunet_dycon.data.unlabeled import UnlabeledCases
+from nnunet_dycon.doctor.dataset import label_names
+from nnunet_dycon.doctor.environment import GIB, existing_part
+from nnunet_dycon.doctor.findings import FAIL, NOTE, OK, WARNING, Finding, examine, some
+from nnunet_dycon.doctor.images import read_header
+from nnunet_dycon.environment import nnunet_folder
+from nnunet_dycon.errors import UserError
+from nnunet_dycon.files import require_writable
+from nnunet_dycon.registry import TRAINERS
+from nnunet_dycon.trainers.semi_supervised import SemiSupervisedTrainer
+
+# The value of compute_conv_feature_map_size for which nnU-Net's planners expect 8 GB, in 2D and 3D, and the number of
+# patches that they expect it for.
+_PLANNED_GB = 8
+_PLANNED_FEATURE_MAPS = {
+    "PlainConvUNet": {2: 85_000_000, 3: 560_000_000},
+    "ResidualEncoderUNet": {2: 135_000_000, 3: 680_000_000},
+}
+_PLANNED_PATCHES = {2: 12, 3: 2}
+_FLOAT = 4  # bytes
+
+
+@dataclass(frozen=True)
+class Training:
+    """A call of nnUNetv2_train, of which the plans exist.
+
+    Attributes:
+        trainer: None if it is none of nnunet_dycon's or cannot be found.
+        trainer_name: as -tr names it.
+        unlabeled: knows data set, plans and configuration.
+        fold: None if it is not named.
+    """
+
+    trainer: type[SemiSupervisedTrainer] | None
+    trainer_name: str
+    unlabeled: UnlabeledCases
+    fold: int | Literal["all"] | None
+
+    @property
+    def labeled_folder(self) -> Path:
+        base = nnunet_folder("nnUNet_preprocessed") / self.unlabeled.plans.dataset_name
+        return base / self.unlabeled.configuration.data_identifier
+
+    @cached_property
+    def labeled(self) -> set[str]:
+        """The labeled, preprocessed cases; UserError if there are none."""
+        return labeled_identifiers(self.labeled_folder, self.unlabeled.arguments)
+
+    @property
+    def output_folder(self) -> Path:
+        """Of all folds."""
+        plans = self.unlabeled.plans
+        name = f"{self.trainer_name}__{plans.plans_name}__{self.unlabeled.configuration_name}"
+        return nnunet_folder("nnUNet_results") / plans.dataset_name / name
+
+
+def find_trainer(name: str) -> type[SemiSupervisedTrainer] | None:
+    """The class that nnU-Net would train with; None if it is not semi-supervised, or cannot be found."""
+    if name in TRAINERS:
+        return getattr(import_module(f"nnunet_dycon.trainers.{TRAINERS[name].module}"), name)
+    try:
+        with redirect_stdout(io.StringIO()):
+            found = recursive_find_trainer_class_by_name(name)
+    except Exception:  # of whatever lies in nnUNet_extTrainer; environment.check_look_up tells it
+        return None
+    return found if issubclass(found, SemiSupervisedTrainer) else None
+
+
+def build_network(trainer: type[SemiSupervisedTrainer], unlabeled: UnlabeledCases) -> Any:
+    """The student, without memory for its parameters; its class has no types."""
+    plans, configuration = unlabeled.plans, unlabeled.configuration
+    channels = determine_num_input_channels(plans, configuration, unlabeled.dataset_json)
+    heads = plans.get_label_manager(unlabeled.dataset_json).num_segmentation_heads
+    with torch.device("meta"):
+        return trainer.build_network_architecture(plans, configuration, channels, heads, True)
+
+
+def preprocessed_roles(training: Training) -> frozenset[str]:
+    """Which of "labeled" and "unlabeled" need no raw data any more."""
+    roles = set()
+    with suppress(UserError):
+        if training.labeled:
+            roles.add("labeled")
+    with suppress(UserError):
+        if training.unlabeled.fault() is None:
+            roles.add("unlabeled")
+    return frozenset(roles)
+
+
+def examine_training(training: Training) -> Iterator[Finding]:
+    """All checks that need plans."""
+    trainer = training.trainer
+    if trainer is not None:
+        yield from examine("trainer", check_supported, trainer, training.unlabeled)
+    yield from examine("labeled", check_labeled, training)
+    yield from examine("unlabeled", check_unlabeled, training)
+    yield from examine("split", check_folds, training)
+    yield from examine("results", check_results, training)
+    if trainer is not None:
+        yield from examine("disk", check_disk, trainer, training.unlabeled)
+        yield from examine("GPU memory", check_memory, trainer, training.unlabeled)
+
+
+def check_supported(trainer: type[SemiSupervisedTrainer], unlabeled: UnlabeledCases) -> Iterator[Finding]:
+    """The trainer does not refuse the configuration or the labels."""
+    trainer._refuse_unsupported(unlabeled.plans.plans, unlabeled.configuration_name, unlabeled.dataset_json)
+    yield Finding("trainer", OK, f"{trainer.__name__} trains {unlabeled.configuration_name}")
+
+
+def check_labeled(training: Training) -> Iterator[Finding]:
+    """The labeled cases, all and no others, are planned on and preprocessed, with what the final validation needs."""
+    unlabeled, folder, labeled = training.unlabeled, training.labeled_folder, training.labeled
+    again = f"run: nnUNetv2_preprocess {unlabeled.arguments}"
+    clean = f"run: nnUNetv2_plan_and_preprocess -d {unlabeled.dataset_id} --clean"
+    found = False
+    if not (folder.parent / "dataset_fingerprint.json").is_file():
+        found = True
+        yield Finding("labeled", FAIL, f"{folder.parent} has no dataset_fingerprint.json", clean)
+    incomplete = [case for case in sorted(labeled) if not _is_complete(folder, case)]
+    if incomplete:
+        found = True
+        yield Finding("labeled", FAIL, f"{folder}: files are missing of {some(incomplete)}", again)
+    ending = unlabeled.dataset_json["file_ending"]
+    references = folder.parent / "gt_segmentations"
+    unscored = [case for case in sorted(labeled) if not (references / f"{case}{ending}").is_file()]
+    if unscored:
+        found = True
+        message = f"{references} has no {some(unscored)}, so that the validation at the end of training would fail"
+        yield Finding("labeled", FAIL, message, again)
+    raw = label_names(unlabeled.raw.parent, ending) if os.environ.get("nnUNet_raw") else set()
+    if raw and raw != labeled:
+        found = True
+        differing = sorted(raw ^ labeled)
+        message = f"{len(labeled)} cases are preprocessed, but labelsTr has {len(raw)}; differing: {some(differing)}"
+        yield Finding("labeled", WARNING, message, clean)
+    check_fingerprint(folder.parent, folder.name, unlabeled.dataset_id)
+    if not found:
+        yield Finding("labeled", OK, f"{len(labeled)} cases in {folder}")
+
+
+def _is_complete(folder: Path, case: str) -> bool:
+    arrays = any((folder / f"{case}{ending}").is_file() for ending in ("_seg.b2nd", ".npz"))
+    return arrays and (folder / f"{case}.pkl").is_file()
+
+
+def check_unlabeled(training: Training) -> Iterator[Finding]:
+    """The unlabeled cases are preprocessed and up to date, or can be made so."""
+    unlabeled = training.unlabeled
+    command = f"run: nnunet_dycon preprocess_unlabeled {unlabeled.arguments}"
+    if not unlabeled.folder.is_dir():
+        cases = unlabeled.raw_cases()
+        unlabeled.check_not_labeled(training.labeled, set(cases))
+        message = f"{len(cases)} cases are not preprocessed yet; training does that when it starts"
+        yield Finding("unlabeled", NOTE, message, f"to do it now, {command}")
+    elif (fault := unlabeled.fault()) is not None:
+        yield Finding("unlabeled", FAIL, f"{unlabeled.folder} is stale: {fault}", command)
+    else:
+        identifiers = unlabeled.identifiers()
+        unlabeled.check_not_labeled(training.labeled, set(identifiers))
+        yield Finding("unlabeled", OK, f"{len(identifiers)} cases in {unlabeled.folder}")
+    yield from _check_leftovers(unlabeled)
+
+
+def _check_leftovers(unlabeled: UnlabeledCases) -> Iterator[Finding]:
+    lock = unlabeled.lock()
+    if Path(lock.lock_file).is_file():
+        try:
+            with lock.acquire(timeout=0):
+                pass
+        except Timeout:
+            yield Finding("unlabeled", NOTE, "another process is preprocessing them now, which training waits for")
+            return
+    for folder in sorted(unlabeled.folder.parent.glob(f"{unlabeled.folder.name}.*.partial")):
+        message = f"{folder} is left of an interrupted preprocessing, which the next one goes on with"
+        yield Finding("unlabeled", NOTE, message)
+
+
+def check_folds(training: Training) -> Iterator[Finding]:
+    """The folds, or the one that is to be trained, fit the labeled cases."""
+    folder, labeled = training.labeled_folder, training.labeled
+    file = folder.parent / "splits_final.json"
+    if training.fold == "all":
+        yield Finding("split", OK, f"fold all trains on all {len(labeled)} cases, and validates on them, too")
+        return
+    if not file.is_file():
+        if training.fold is None and len(labeled) < 5:
+            message = f"{len(labeled)} labeled cases are too few for nnU-Net's split into 5 folds"
+            yield Finding("split", NOTE, message, f"train on fold 'all', or write {file}")
+            return
+        check_split(folder, labeled, training.fold or 0)
+        yield Finding("split", OK, f"nnU-Net will split the {len(labeled)} cases into 5 folds")
+        return
+    check_split(folder, labeled, training.fold or 0)  # that the file is a list of splits, too
+    splits = json.loads(file.read_text())
+    for fold in range(max(1, len(splits))) if training.fold is None else [training.fold]:
+        check_split(folder, labeled, fold)
+        if fold >= len(splits):
+            message = f"{file} has no fold {fold}; nnU-Net would draw 80 % of the cases to train on"
+            yield Finding("split", WARNING, message, "choose another, or add it to the file")
+            return
+        train, val = (set(splits[fold][part]) for part in ("train", "val"))
+        if both := sorted(train & val):
+            message = f"fold {fold} trains and validates on {some(both)}"
+            yield Finding("split", WARNING, message, f"take them out of one of the two in {file}, if that is not meant")
+        elif absent := sorted(labeled - train - val):
+            yield Finding("split", NOTE, f"fold {fold} leaves {len(absent)} labeled cases out: {some(absent)}")
+    yield Finding("split", OK, f"{len(splits)} folds in {file}")
+
+
+def check_results(training: Training) -> Iterator[Finding]:
+    """The folder that training writes to, and what is in it."""
+    output = training.output_folder
+    require_writable(existing_part(output))
+    if training.fold is None:
+        return
+    folder = output / f"fold_{training.fold}"
+    for name, state in (("final", "a finished training"), ("latest", "a training"), ("best", "a training")):
+        if (folder / f"checkpoint_{name}.pth").is_file():
+            message = f"{folder} holds {state}, which a new one overwrites"
+            yield Finding("results", NOTE, message, "to go on with it, add --c to nnUNetv2_train")
+            return
+    yield Finding("results", OK, str(folder))
+
+
+def check_disk(trainer: type[SemiSupervisedTrainer], unlabeled: UnlabeledCases) -> Iterator[Finding]:
+    """There is room for what training writes: checkpoints, and unlabeled cases that are not preprocessed yet."""
+    parameters = sum(parameter.numel() for parameter in build_network(trainer, unlabeled).parameters())
+    # The best one, the latest and one being written, each of network, momentum and teacher.
+    checkpoints = 3 * 3 * parameters * _FLOAT
+    yield _compare_disk(nnunet_folder("nnUNet_results"), checkpoints, "checkpoints", FAIL)
+    if not unlabeled.folder.is_dir():
+        with suppress(UserError):  # told elsewhere
+            # An upper bound: nnU-Net crops and compresses.
+            needed = _unlabeled_bytes(unlabeled)
+            yield _compare_disk(unlabeled.folder.parent, needed, "unlabeled cases, at most", WARNING)
+
+
+def _compare_disk(folder: Path, needed: float, what: str, status: str) -> Finding:
+    free = shutil.disk_usage(existing_part(folder)).free
+    message = f"{max(needed / 1e9, 0.1):.1f} GB for {what}; {free / 1e9:.1f} GB are free in {folder}"
+    if needed < free:
+        return Finding("disk", OK, message)
+    return Finding("disk", status, message, "make room, or name another folder")
+
+
+def _unlabeled_bytes(unlabeled: UnlabeledCases) -> float:
+    """What the unlabeled cases take when they are resampled."""
+    target = unlabeled.configuration.spacing  # in 2D of the last two axes, and the first is left as it is
+    total = 0.0
+    for files in unlabeled.raw_cases().values():
+        if (header := read_header(files[0])) is not None:
+            z_y_x = (*header.spacing, 1.0)[2::-1]
+            spacing = [z_y_x[axis] for axis in unlabeled.plans.transpose_forward]
+            voxels = prod(header.size) * prod(spacing[-len(target) :]) / prod(target)
+            total += voxels * len(files) * _FLOAT
+    return total
+
+
+def check_memory(trainer: type[SemiSupervisedTrainer], cases: UnlabeledCases) -> Iterator[Finding]:
+    """The batch with its unlabeled half fits the GPU, by the estimate that nnU-Net plans with."""
+    configuration, network = cases.configuration, build_network(trainer, cases)
+    labeled = configuration.batch_size
+    unlabeled = trainer.training_settings.unlabeled_batch_size or labeled
+    patches = f"{labeled} labeled and {unlabeled} unlabeled patches"
+    dimensions = len(configuration.patch_size)
+    planned = _PLANNED_FEATURE_MAPS.get(type(network).__name__, {}).get(dimensions)
+    if planned is None:
+        factor = (labeled + unlabeled) / labeled
+        yield Finding("GPU memory", NOTE, f"{patches}: about {factor:.3g} times what the plans were made for")
+        return
+    each = network.compute_conv_feature_map_size(configuration.patch_size) / planned
+    needed = _PLANNED_GB * each * (labeled + unlabeled) / _PLANNED_PATCHES[dimensions]
+    message = f"about {needed:.2g} GB for {patches}, estimated as nnU-Net does"
+    if not torch.cuda.is_available():
+        yield Finding("GPU memory", NOTE, message)
+        return
+    total = torch.cuda.get_device_properties(0).total_memory / GIB
+    if needed < total:
+        yield Finding("GPU memory", OK, f"{message}; the GPU has {total:.0f}")
+        return
+    half = f"-gpu_memory_target {total * labeled / (labeled + unlabeled):.0f}"
+    yield Finding(
+        "GPU memory", WARNING, f"{message}; the GPU has {total:.0f}",
+        f"run: nnUNetv2_plan_experiment -d {cases.dataset_id} {half} -overwrite_plans_name NAME, "
+        "preprocess, and train with -p NAME; or train a subclass with unlabeled_batch_size=1",
+    )  # fmt: skip

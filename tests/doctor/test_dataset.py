@@ -1,0 +1,192 @@
+"""The raw data set, broken one at a time. All of it is preprocessed, so that training could do without most."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import SimpleITK as sitk
+
+from nnunet_dycon.doctor.findings import FAIL, NOTE, OK, WARNING
+from tests.tiny import tiny_volume, write_volume
+
+
+def rewrite(file: Path, **entries: object) -> None:
+    """Change entries of a JSON file; None removes one."""
+    content = json.loads(file.read_text()) | entries
+    file.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+def no_json(raw: Path) -> None:
+    (raw / "dataset.json").unlink()
+
+
+def damaged_json(raw: Path) -> None:
+    (raw / "dataset.json").write_text("{")
+
+
+def incomplete_json(raw: Path) -> None:
+    rewrite(raw / "dataset.json", file_ending=None)
+
+
+def other_number(raw: Path) -> None:
+    rewrite(raw / "dataset.json", numTraining=7)
+
+
+def misnamed(raw: Path) -> None:
+    (raw / "imagesUn" / "scan_00_0000.nii.gz").rename(raw / "imagesUn" / "scan_00.nii.gz")
+
+
+def misnamed_test(raw: Path) -> None:
+    (raw / "imagesTs" / "test_00_0000.nii.gz").rename(raw / "imagesTs" / "test_00_0001.nii.gz")
+
+
+def no_label(raw: Path) -> None:
+    (raw / "labelsTr" / "case_01.nii.gz").unlink()
+
+
+def no_image(raw: Path) -> None:
+    (raw / "imagesTr" / "case_01_0000.nii.gz").unlink()
+
+
+def no_unlabeled(raw: Path) -> None:
+    shutil.rmtree(raw / "imagesUn")
+    shutil.rmtree(raw.parents[1] / "nnUNet_preprocessed" / raw.name / "nnUNetPlans_3d_fullres_unlabeled")
+
+
+def in_two_folders(raw: Path) -> None:
+    shutil.copy(raw / "imagesTr" / "case_02_0000.nii.gz", raw / "imagesUn")
+
+
+def held_out_and_unlabeled(raw: Path) -> None:
+    shutil.copy(raw / "imagesUn" / "scan_02_0000.nii.gz", raw / "imagesTs")
+
+
+def in_meters(raw: Path) -> None:
+    for case in ("scan_00", "scan_01"):
+        write_volume(tiny_volume(5)[0], raw / "imagesUn" / f"{case}_0000.nii.gz", spacing=(1e-3, 1e-3, 1e-3))
+
+
+def held_out_in_cm(raw: Path) -> None:
+    write_volume(tiny_volume(99)[0], raw / "imagesTs" / "test_00_0000.nii.gz", spacing=(0.1, 0.1, 0.1))
+
+
+def four_dimensional(raw: Path) -> None:
+    volume = sitk.JoinSeries([sitk.GetImageFromArray(tiny_volume(5)[0])] * 2)
+    sitk.WriteImage(volume, str(raw / "imagesUn" / "scan_00_0000.nii.gz"))
+
+
+def colored(raw: Path) -> None:
+    volume = sitk.GetImageFromArray(tiny_volume(5)[0])
+    sitk.WriteImage(sitk.Compose([volume] * 3), str(raw / "imagesUn" / "scan_00_0000.nii.gz"))
+
+
+def not_an_image(raw: Path) -> None:
+    (raw / "imagesTr" / "case_00_0000.nii.gz").write_text("no image")
+
+
+def copied(raw: Path, source: str, target: str) -> None:
+    """The same voxels under another name, as another type, with another header and without compression."""
+    image = sitk.Cast(sitk.ReadImage(str(raw / source)), sitk.sitkFloat64)
+    image.SetOrigin((1.0, 2.0, 3.0))
+    sitk.WriteImage(image, str(raw / target), False)
+
+
+def held_out_copy_of_labeled(raw: Path) -> None:
+    copied(raw, "imagesTr/case_03_0000.nii.gz", "imagesTs/new_0000.nii.gz")
+
+
+def held_out_copy_of_unlabeled(raw: Path) -> None:
+    (raw / "imagesVal").mkdir()
+    copied(raw, "imagesUn/scan_03_0000.nii.gz", "imagesVal/new_0000.nii.gz")
+
+
+def unlabeled_copy_of_labeled(raw: Path) -> None:
+    copied(raw, "imagesTr/case_03_0000.nii.gz", "imagesUn/new_0000.nii.gz")
+
+
+# name: how to break it, then check, status, message and remedy of the finding
+FAULTS = {
+    "no dataset.json": (no_json, "raw data", FAIL, "dataset.json cannot be read ([Errno 2]", "dataset_format.md"),
+    "damaged dataset.json": (damaged_json, "raw data", FAIL, "dataset.json cannot be read (", "dataset_format.md"),
+    "incomplete dataset.json": (incomplete_json, "raw data", FAIL, "has no file_ending", "dataset_format.md"),
+    "numTraining": (other_number, "raw data", WARNING, "says numTraining 7, but imagesTr has 5 cases", "correct"),
+    "misnamed": (misnamed, "raw data", FAIL, "scan_00.nii.gz is not named as nnU-Net wants", "rename it"),
+    "misnamed test": (misnamed_test, "raw data", WARNING, "test case test_00 in", "add or remove files"),
+    "no label": (no_label, "raw data", WARNING, "1 cases of imagesTr have no label in labelsTr: case_01", "imagesUn"),
+    "no image": (no_image, "raw data", WARNING, "1 labels of labelsTr have no image in imagesTr: case_01", "take"),
+    "no unlabeled cases": (no_unlabeled, "raw data", FAIL, "no unlabeled cases", "put the unlabeled images there"),
+    "two roles": (in_two_folders, "case names", FAIL, "1 cases are in imagesTr and imagesUn: case_02", "out of one"),
+    "two roles, held out": (held_out_and_unlabeled, "case names", WARNING, "imagesUn and imagesTs: scan_02", "out of"),
+    "m": (in_meters, "headers", FAIL, "scan_00_0000.nii.gz, scan_01_0000.nii.gz: its voxels of 0.001", "repair"),
+    "cm, held out": (held_out_in_cm, "headers", WARNING, "imagesTs: test_00_0000.nii.gz: its voxels of 0.1", "repair"),
+    "4D": (four_dimensional, "headers", FAIL, "scan_00_0000.nii.gz: 4 dimensions instead of 3", "repair or remove"),
+    "color": (colored, "headers", FAIL, "scan_00_0000.nii.gz: 3 values per voxel", "repair or remove"),
+    "not an image": (not_an_image, "headers", WARNING, "case_00_0000.nii.gz: cannot be read", "repair or remove"),
+    "test = labeled": (
+        held_out_copy_of_labeled, "duplicates", WARNING,
+        "1 images are the same in imagesTr and imagesTs: case_03 = new", "no score on them counts",
+    ),
+    "val = unlabeled": (
+        held_out_copy_of_unlabeled, "duplicates", WARNING,
+        "1 images are the same in imagesUn and imagesVal: scan_03 = new", "say beside the scores",
+    ),
+    "unlabeled = labeled": (
+        unlabeled_copy_of_labeled, "duplicates", WARNING,
+        "1 images are the same in imagesTr and imagesUn: case_03 = new", "take them out of imagesUn",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("break_it", "check", "status", "message", "remedy"), FAULTS.values(), ids=FAULTS.keys())
+def test_faults(raw, doctor, find, break_it, check, status, message, remedy):
+    break_it(raw)
+    code, findings = doctor("-d 901 -f 0")
+    find(findings, check, status, message, remedy)
+    assert not [finding for finding in findings if "could not be checked" in finding.message]
+    # A new image in imagesUn makes what is preprocessed stale.
+    assert code == (status == FAIL or break_it is unlabeled_copy_of_labeled)
+
+
+def test_an_image_in_two_folders_under_one_name_is_told_once(raw, doctor, find):
+    in_two_folders(raw)
+    find(doctor("-d 901")[1], "duplicates", OK, "no image is in two folders under two names")
+
+
+def test_raw_faults_of_labeled_cases_are_grave_before_they_are_preprocessed(base, raw, doctor, find):
+    shutil.rmtree(base)
+    no_label(raw)
+    not_an_image(raw)
+    findings = doctor("-d 901")[1]
+    find(findings, "raw data", FAIL, "1 cases of imagesTr have no label in labelsTr: case_01")
+    find(findings, "headers", FAIL, "case_00_0000.nii.gz: cannot be read")
+
+
+def test_preprocessed_data_do_without_raw_data(raw, doctor, find, monkeypatch):
+    shutil.rmtree(raw)
+    code, findings = doctor("-d 901 -f 0")
+    find(findings, "raw data", NOTE, f"there is no folder {raw}; all is preprocessed")
+    assert code == 0
+    monkeypatch.delenv("nnUNet_raw")
+    code, findings = doctor("-d Dataset901_Tiny -f 0")
+    assert code == 0
+    assert {"labeled", "unlabeled"} <= {finding.check for finding in findings if finding.status == OK}
+
+
+def test_only_images_of_equal_size_are_read(raw, doctor, find):
+    write_volume(tiny_volume(0, (20, 20, 20))[0], raw / "imagesTs" / "new_0000.nii.gz")
+    find(doctor("-d 901")[1], "duplicates", OK, "(11 of equal size were compared)")
+
+
+def test_cases_are_named_up_to_three(raw, doctor, find):
+    for number in range(5):
+        (raw / "labelsTr" / f"case_{number:02d}.nii.gz").unlink()
+    told = "5 cases of imagesTr have no label in labelsTr: case_00, case_01, case_02 and 2 more"
+    find(doctor("-d 901")[1], "raw data", WARNING, told)
+
+
+def test_an_unknown_data_set(tiny, doctor, find):
+    code, findings = doctor("-d 902")
+    find(findings, "data set", FAIL, "there is no data set 902 that nnU-Net could take", "correct it")
+    assert code == 1
+    find(doctor("-d Dataset_Tiny")[1], "data set", FAIL, "there is no data set Dataset_Tiny")
