@@ -8,19 +8,21 @@ from nnunet_dycon.losses.precision import at_least_float32
 
 
 @at_least_float32
-def uncl_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, beta: float) -> torch.Tensor:
+def uncl_loss(
+    student_logits: torch.Tensor, teacher_logits: torch.Tensor, beta: float, *, entropy_weight: float = 1.0
+) -> torch.Tensor:
     r"""Consistency that weighs uncertain voxels less, and entropy minimisation that keeps them from staying so.
 
     .. math::
         L_{UnCL} = \frac{1}{N} \sum_{i=1}^{N} \left[
             \frac{\lVert p^s_i - p^t_i \rVert^2}{e^{\beta H(p^s_i)} + e^{\beta H(p^t_i)}}
-            + \beta \left( H(p^s_i) + H(p^t_i) \right) \right],
+            + \eta \beta \left( H(p^s_i) + H(p^t_i) \right) \right],
         \qquad H(p) = -\sum_c p_c \ln p_c
 
     with the N voxels i of the batch, and the softmax outputs p of student (s) and teacher (t).
 
-    DyCON, Eq. 1 (arXiv:2504.04566). Gradients reach the student through both terms and the denominator; the teacher
-    gets none, so that its entropy adds a constant.
+    DyCON, Eq. 1 (arXiv:2504.04566), where η is 1. Gradients reach the student through both terms and the denominator;
+    the teacher gets none, so that its entropy adds a constant.
 
     Deviations from the released code (commit 69c1384): entropies come from log_softmax instead of log(p + 1e-6); the
     entropies are added voxel by voxel instead of broadcast over pairs of images, which has the same mean.
@@ -29,12 +31,13 @@ def uncl_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, beta: 
         student_logits: (B, C, *spatial), before the softmax.
         teacher_logits: (B, C, *spatial).
         beta: β ≥ 0, how much the entropies count.
+        entropy_weight: η ≥ 0 of the second term; 0 leaves the weighted consistency.
 
     Returns:
         The loss, a scalar of at least float32.
 
     Raises:
-        ValueError: the shapes differ, there is no class axis of at least two, or β is negative.
+        ValueError: the shapes differ, there is no class axis of at least two, or β or η is negative.
 
     >>> student = torch.tensor([[[0.0, 2.0], [0.0, 0.0]]])  # one image, two classes, two voxels
     >>> teacher = torch.tensor([[[1.0, 1.0], [0.0, 0.0]]])
@@ -50,11 +53,13 @@ def uncl_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, beta: 
         raise ValueError(f"logits must be (B, C, *spatial) with at least two classes, got {student_logits.shape}")
     if not beta >= 0:
         raise ValueError(f"beta must not be negative, got {beta}")
+    if not entropy_weight >= 0:
+        raise ValueError(f"entropy_weight must not be negative, got {entropy_weight}")
     student, student_entropy = softmax_and_entropy(student_logits)
     teacher, teacher_entropy = softmax_and_entropy(teacher_logits.detach())
     distance = (student - teacher).square().sum(1)
     certainty = 1.0 / (torch.exp(beta * student_entropy) + torch.exp(beta * teacher_entropy))
-    return (distance * certainty + beta * (student_entropy + teacher_entropy)).mean()
+    return (distance * certainty + entropy_weight * beta * (student_entropy + teacher_entropy)).mean()
 
 
 class UnCLLoss(nn.Module):

@@ -23,6 +23,7 @@ class DyCONSettings:
         fecl_weight: of the contrastive loss; 0 leaves it and its projection head out.
         beta_start: UnCL's β at the start of training.
         beta_end: UnCL's β at its end.
+        entropy_weight: UnCL's η; 0 leaves its entropy term out.
         rampup: the share of training over which both are turned on.
         ema_decay: of the teacher.
         embedding_width: of the projection head's output.
@@ -39,6 +40,7 @@ class DyCONSettings:
     fecl_weight: float = 0.5
     beta_start: float = 5.0
     beta_end: float = 0.5
+    entropy_weight: float = 1.0
     rampup: float = 0.4
     ema_decay: float = 0.99
     embedding_width: int = 256
@@ -123,7 +125,7 @@ class DyCON(Method):
         monitors: Terms = {}
         if settings.uncl_weight != 0:
             beta = monitors["beta"] = exponential_decay(progress, settings.beta_start, settings.beta_end)
-            terms["uncl"] = uncl_loss(output.logits[0], teacher.logits[0], beta)
+            terms["uncl"] = uncl_loss(output.logits[0], teacher.logits[0], beta, entropy_weight=settings.entropy_weight)
             weighted.append(settings.uncl_weight * terms["uncl"])
         if self.uses_features:
             patches = self._patch_labels(labeled, teacher, output)

@@ -14,7 +14,7 @@ from nnunet_dycon.losses import UnCLLoss, uncl_loss
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "dycon_released_69c1384.json").read_text())
 
 
-def uncl_by_voxels(student: torch.Tensor, teacher: torch.Tensor, beta: float) -> float:
+def uncl_by_voxels(student: torch.Tensor, teacher: torch.Tensor, beta: float, entropy_weight: float = 1.0) -> float:
     """Eq. 1, one voxel after another."""
 
     def softmax(values):
@@ -32,7 +32,7 @@ def uncl_by_voxels(student: torch.Tensor, teacher: torch.Tensor, beta: float) ->
             p, q = softmax(s), softmax(t)
             distance = sum((x - y) ** 2 for x, y in zip(p, q))
             hs, ht = entropy(p), entropy(q)
-            total += distance / (math.exp(beta * hs) + math.exp(beta * ht)) + beta * (hs + ht)
+            total += distance / (math.exp(beta * hs) + math.exp(beta * ht)) + entropy_weight * beta * (hs + ht)
             voxels += 1
     return total / voxels
 
@@ -57,6 +57,9 @@ def test_value_worked_out_by_hand():
 def test_equals_the_equation(shape, beta):
     student, teacher = logits(*shape), logits(*shape, seed=1)
     assert uncl_loss(student, teacher, beta).item() == pytest.approx(uncl_by_voxels(student, teacher, beta), rel=1e-9)
+    for weight in (0.0, 0.3):
+        ours = uncl_loss(student, teacher, beta, entropy_weight=weight).item()
+        assert ours == pytest.approx(uncl_by_voxels(student, teacher, beta, weight), rel=1e-9)
 
 
 @pytest.mark.parametrize("entry", GOLDEN["uncl"], ids=lambda entry: f"beta={entry['beta']}")
@@ -130,3 +133,8 @@ def test_module_calls_the_function():
 def test_wrong_arguments_are_named(shapes, beta, message):
     with pytest.raises(ValueError, match=message):
         uncl_loss(torch.zeros(shapes[0]), torch.zeros(shapes[1]), beta)
+
+
+def test_a_negative_entropy_weight_is_refused():
+    with pytest.raises(ValueError, match="entropy_weight must not be negative, got -1"):
+        uncl_loss(logits(1, 2, 3), logits(1, 2, 3), 1.0, entropy_weight=-1.0)
