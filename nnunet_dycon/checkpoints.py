@@ -4,7 +4,8 @@ Only tensors and plain dicts, lists and numbers go in, so that nnUNetv2_predict 
 """
 
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -21,9 +22,7 @@ def save_extended(filename: Path | str, save: Callable[[str], None], state: dict
     Raises:
         UserError: it cannot be written.
     """
-    problem = f"{filename} cannot be written; what was there before stays as it is. Make room, and go on with --c"
-    # torch.save tells of a full disk by a RuntimeError.
-    with explained((OSError, RuntimeError), problem), replacing(filename) as partial:
+    with _written_whole(filename) as partial:
         save(str(partial))
         checkpoint = torch.load(partial, map_location="cpu", weights_only=False)
         checkpoint[KEY] = state
@@ -51,10 +50,22 @@ def load_state(filename: Path | str, trainer_name: str) -> dict:
 
 
 def save_for_prediction(filename: Path, source: Path, network_weights: dict[str, torch.Tensor]) -> None:
-    """Write a checkpoint like ``source`` with other weights, and without what only training needs."""
+    """Write a checkpoint like ``source`` with other weights, and without what only training needs.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     checkpoint = torch.load(source, map_location="cpu", weights_only=False)
     checkpoint["network_weights"] = network_weights
     for key in (KEY, "optimizer_state"):
         del checkpoint[key]
-    with replacing(filename) as partial:
+    with _written_whole(filename) as partial:
         torch.save(checkpoint, partial)
+
+
+@contextmanager
+def _written_whole(filename: Path | str) -> Iterator[Path]:
+    problem = f"{filename} cannot be written; what was there before stays as it is. Make room, and go on with --c"
+    # torch.save tells of a full disk by a RuntimeError.
+    with explained((OSError, RuntimeError), problem), replacing(filename) as partial:
+        yield partial

@@ -444,6 +444,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self.curves = own["curves"]
         self._resumed_settings = own["settings"]
 
+    @ends_in_one_line()
     def on_train_end(self) -> None:
         """After nnU-Net's: write the teacher's weights as a model of its own, for nnUNetv2_predict -chk."""
         super().on_train_end()

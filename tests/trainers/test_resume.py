@@ -202,6 +202,20 @@ def test_a_full_disk_keeps_the_previous_checkpoint(tiny, train):
     assert not list(file.parent.glob(".*partial"))
 
 
+def test_a_full_disk_at_the_end_leaves_a_training_that_can_be_gone_on_with(tiny):
+    """The student is there by then; --c writes the teacher, too."""
+    trainer_class = deterministic(nnUNetTrainerDyCON, 1)
+    first = make_trainer(trainer_class)
+    teacher = Path(first.output_folder) / "checkpoint_final_teacher.pth"
+    teacher.with_name(f".{teacher.name}.partial").symlink_to("/dev/full")
+    with pytest.raises(SystemExit, match=r"checkpoint_final_teacher.pth cannot be written; .*go on with --c"):
+        first.run_training()
+    second = make_trainer(trainer_class)
+    maybe_load_checkpoint(second, continue_training=True, validation_only=False)
+    second.run_training()
+    assert teacher.is_file()
+
+
 def test_checkpoints_hold_plain_things_only(tiny, train):
     """Anything else would need this package when nnUNetv2_predict loads the file."""
     folder = Path(train(epochs=1).output_folder)
