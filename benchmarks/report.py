@@ -40,24 +40,24 @@ def read(table: Path, which: str, plans: str | None, iterations: int | None) -> 
     rows = [row for row in rows if plans in (None, row["plans"]) and iterations in (None, int(row["iterations"]))]
     if len(settings := {(row["plans"], row["iterations"]) for row in rows}) != 1:
         raise ValueError(f"choose by --plans and --iterations one of: {sorted(settings)}")
-    runs = defaultdict(dict)
+    runs: dict[tuple[int, str, str, int], dict[str, dict]] = defaultdict(dict)
     for row in rows:
         runs[int(row["labels"]), row["method"], row["weights"], int(row["seed"])][row["case"]] = row
     cases = sorted(next(iter(runs.values())))
-    seeds = defaultdict(list)
-    for (*key, _), run in sorted(runs.items()):
+    groups: dict[tuple[int, str, str], list[dict[str, dict]]] = defaultdict(list)
+    for (labels, method, weights, seed), run in sorted(runs.items()):
         if sorted(run) != cases:
-            raise ValueError(f"{key}: other cases than in the other runs")
-        seeds[tuple(key)].append(run)
+            raise ValueError(f"{method} with {labels} labels, seed {seed}: other cases than in the other runs")
+        groups[labels, method, weights].append(run)
+
+    def column(group: list[dict[str, dict]], metric: str) -> np.ndarray:
+        return np.array([[float(run[case][metric]) for case in cases] for run in group])
+
     return {
         key: Scores(
-            *(
-                np.array([[float(run[case][metric]) for case in cases] for run in group])
-                for metric in ("dice", "hd95_mm")
-            ),
-            tuple(sorted({run[cases[0]]["commit"] for run in group})),
+            column(group, "dice"), column(group, "hd95_mm"), tuple(sorted({run[cases[0]]["commit"] for run in group}))
         )
-        for key, group in seeds.items()
+        for key, group in groups.items()
     }
 
 
