@@ -14,10 +14,16 @@ from nnunet_dycon.errors import UserError, explained, first_line
 from nnunet_dycon.files import replacing
 
 KEY = "nnunet_dycon"
+_PARTS = {"version", "settings", "method", "curves"}
 
 
 def save_extended(filename: Path | str, save: Callable[[str], None], state: dict) -> None:
     """Have ``save`` write nnU-Net's checkpoint, add our state to it, and only then give it its name.
+
+    Args:
+        filename: of the checkpoint.
+        save: of nnU-Net's trainer.
+        state: with the keys version, settings, method, curves.
 
     Raises:
         UserError: it cannot be written.
@@ -46,7 +52,13 @@ def load_state(filename: Path | str, trainer_name: str) -> dict:
             f"{filename} was written by {writer} and has no state for {trainer_name} to go on "
             "from; start from its weights with -pretrained_weights instead"
         )
-    return checkpoint[KEY]
+    state = checkpoint[KEY]
+    if not (isinstance(state, dict) and state.keys() >= _PARTS):
+        raise UserError(
+            f"{filename} was written by another version of nnunet-dycon; start from its weights with "
+            "-pretrained_weights instead"
+        )
+    return state
 
 
 def save_for_prediction(filename: Path, source: Path, network_weights: dict[str, torch.Tensor]) -> None:

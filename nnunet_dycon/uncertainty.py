@@ -64,12 +64,15 @@ def rank_predictions(folders: Sequence[Path], output: Path, *, num_processes: in
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"{folder}: there is no such folder")
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise UsageError("-i names a folder twice; name each once, they are compared with each other")
     if output.exists() and any(output.samefile(folder) for folder in folders):
         raise UsageError(f"-o {output}: nnU-Net would take the maps for predictions there; choose another folder")
     cases = _cases(folders)
     task = _Task.of(folders[0])
     with explained(OSError, f"{output} cannot be made; choose another -o"):
         output.mkdir(parents=True, exist_ok=True)
+        _remove_earlier_maps(output, task.file_ending)
     work = partial(_rank_case, folders=folders, output=output, task=task)
     results = list(map_cases(work, cases, num_processes, "uncertainty"))
     for remark in (remark for _, remarks in results for remark in remarks):
@@ -213,13 +216,15 @@ class _Task:
     @classmethod
     def of(cls, folder: Path) -> "_Task":
         dataset, plans = (_read_json(folder / name) for name in ("dataset.json", "plans.json"))
-        declared = {name: value for name, value in dataset.get("labels", {}).items() if name != "ignore"}
+        malformed = f"{folder / 'dataset.json'} does not name labels as nnU-Net does; predict again"
+        with explained((AttributeError, TypeError, ValueError), malformed):
+            declared = {name: value for name, value in dataset.get("labels", {}).items() if name != "ignore"}
+            names = tuple(sorted(declared, key=lambda name: int(np.ravel(declared[name])[0]))) or None
         if any(isinstance(value, list) and len(value) > 1 for value in declared.values()):
             raise UserError(f"{folder / 'dataset.json'} has regions, which overlap; this ranks exclusive labels only")
         ending = dataset.get("file_ending", ".nii.gz")
         if ending not in VOLUME_ENDINGS:
             raise UserError(f"{folder}: files {ending} hold no spacing; can rank {', '.join(VOLUME_ENDINGS)}")
-        names = tuple(sorted(declared, key=lambda name: int(np.ravel(declared[name])[0]))) or None
         return cls(names, ending, plans.get("image_reader_writer", "").endswith("WithReorient"))
 
     def as_predicted(self, image: sitk.Image) -> sitk.Image:
@@ -241,6 +246,13 @@ def _read_json(file: Path) -> dict:
     """What nnUNetv2_predict puts beside its predictions, but training not beside those of its validation."""
     with explained(ValueError, f"{file} is damaged; predict again"):
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def _remove_earlier_maps(output: Path, ending: str) -> None:
+    """Those of an earlier ranking in this folder, which may have been of other cases or folders."""
+    for case in (row["case"] for row in _read_json(output / "uncertainty.json").get("cases", [])):
+        for name in ("entropy", "mutual_information"):
+            (output / f"{case}_{name}{ending}").unlink(missing_ok=True)
 
 
 def _cases(folders: Sequence[Path]) -> list[str]:

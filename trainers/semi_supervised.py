@@ -1,7 +1,9 @@
 """What the semi-supervised trainers share: nnU-Net's trainer with a second stream of data and a method's step."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -183,13 +185,14 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         check_fingerprint(folder.parent, folder.name, self.unlabeled_cases.dataset_id)
         self.unlabeled_cases.require(default_num_processes)
         self.unlabeled_cases.check_not_labeled(labeled, set(self.unlabeled_cases.identifiers()))
-        super().on_train_start()
+        with explained(OSError, f"training cannot begin in {self.output_folder}; make room, or mend what is named"):
+            super().on_train_start()
+            # A resumed run leaves the record as it is.
+            folder = Path(self.output_folder)
+            if self.local_rank == 0 and not (self._resumed_settings is not None and record_file(folder).is_file()):
+                write_record(folder, type(self).__name__, self.settings, self._cases)
         if self._resumed_settings is None:
             self.method.before_first_step()  # pretrained weights have arrived since initialize
-        # A resumed run leaves the record as it is.
-        folder = Path(self.output_folder)
-        if self.local_rank == 0 and not (self._resumed_settings is not None and record_file(folder).is_file()):
-            write_record(folder, type(self).__name__, self.settings, self._cases)
         self.logger.update_config(self.settings)
         self._tell_batch()
 
@@ -198,7 +201,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         if self._resumed_settings is None:
             return
         for kind, now in self.settings.items():
-            before = self._resumed_settings[kind]
+            before = self._resumed_settings.get(kind, {})
             changed = [name for name, value in now.items() if before.get(name) != value]
             if not changed:
                 continue
@@ -343,11 +346,11 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             cause_is_known = bool(flag)
         if self.grad_scaler is not None:
             scale = self.grad_scaler.get_scale()
+            # It overflows now and then, and is lowered then; by hand, because the scaler does not notice if only the
+            # norm overflows. For each bad case it stays: lowered, it would end where gradients vanish.
+            self.grad_scaler.update(scale if cause_is_known else scale * self.grad_scaler.get_backoff_factor())
             if not cause_is_known and scale > 1:
-                self.grad_scaler.update()  # it overflowed, as it does now and then, and lowers its scale
                 return
-            # No fault of the scale: lowered for each bad case, it would end where gradients vanish.
-            self.grad_scaler.update(scale)
         self._lost_in_a_row += 1
         if has_cause or not cause_is_known:
             warning = (
@@ -389,7 +392,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         """After nnU-Net's, with its progress.png: draw the curves of what this package adds."""
         super().on_epoch_end()
         if self.local_rank == 0:
-            draw_progress(self.curves, Path(self.output_folder) / "ssl_progress.png")
+            self._try_to_draw("ssl_progress.png", partial(draw_progress, self.curves))
 
     @ends_in_one_line()
     def save_checkpoint(self, filename: str) -> None:
@@ -418,11 +421,14 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         if teacher is None or not identifiers:
             return
         cases = UnlabeledDataset(self.unlabeled_cases.folder, identifiers)
-        file = Path(self.output_folder) / f"pseudo_labels_epoch_{self.current_epoch:04d}.png"
+        name = f"pseudo_labels_epoch_{self.current_epoch:04d}.png"
+        self._try_to_draw(name, partial(draw_page, self, teacher, cases))
+
+    def _try_to_draw(self, name: str, draw: Callable[[Path], None]) -> None:
         try:
-            draw_page(self, teacher, cases, file)
+            draw(Path(self.output_folder) / name)
         except (RuntimeError, MemoryError, OSError) as error:  # a picture is not worth a training
-            self.print_to_log_file(f"WARNING: no {file.name}: {' '.join(str(error).split())}")
+            self.print_to_log_file(f"WARNING: no {name}: {' '.join(str(error).split())}")
 
     @ends_in_one_line()
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
@@ -435,7 +441,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         if not self.was_initialized:
             self.initialize()
         remedy = "start from its weights with -pretrained_weights instead"
-        with explained(RuntimeError, f"{filename_or_checkpoint} was trained with other plans; {remedy}"):
+        unfit = (RuntimeError, KeyError, ValueError, TypeError)
+        with explained(unfit, f"{filename_or_checkpoint} does not fit, as if plans had changed; {remedy}"):
             super().load_checkpoint(filename_or_checkpoint)
             for name, child in self.method.named_children():
                 if name not in own["method"]:

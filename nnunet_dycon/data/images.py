@@ -1,11 +1,34 @@
 """What an image must be so that something can be learned from it."""
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
+import nibabel
 import numpy as np
+from nibabel.filebasedimages import ImageFileError
+
+from nnunet_dycon.files import require_whole
 
 # Between cm and mm lies 10. Scans of the same organ differ by less in the mean over the axes, thick slices or not.
 _SPACING_SCALE = 8.0
+
+
+def check_file(file: Path) -> None:
+    """Raise an exception with the reason if a file is empty, cut short or damaged, or a NIfTI file not finite.
+
+    SimpleITK would make up the rest of what is cut short, and read 0 for NaN in NIfTI files.
+    """
+    require_whole(file)
+    if not file.name.endswith((".nii", ".nii.gz")):
+        return
+    try:
+        image: Any = nibabel.load(file)
+    except ImageFileError:
+        return  # whoever reads it tells why it cannot
+    voxels = np.asanyarray(image.dataobj.get_unscaled())
+    if voxels.dtype.kind == "f" and not np.isfinite(voxels).all():
+        raise ValueError("it has NaN or infinite voxels")
 
 
 def check_image(image: np.ndarray, spacing: Sequence[float], channels: int, usual_spacing: Sequence[float]) -> None:

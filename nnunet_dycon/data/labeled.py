@@ -3,12 +3,13 @@
 import json
 from collections import Counter
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Literal
 
 from batchgenerators.utilities.file_and_folder_operations import load_pickle
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 
-from nnunet_dycon.errors import UserError
+from nnunet_dycon.errors import UserError, explained
 
 
 def labeled_identifiers(folder: Path, arguments: str) -> set[str]:
@@ -42,7 +43,7 @@ def check_split(folder: Path, labeled: set[str], fold: int | Literal["all"]) -> 
     remedy = "mend it, or remove it and nnU-Net makes one with at least 5 labeled cases; or train on fold 'all'"
     try:
         splits = json.loads(file.read_text()) if file.is_file() else []
-        splits = [(list(split["train"]), list(split["val"])) for split in splits]
+        splits = [(set(split["train"]), set(split["val"])) for split in splits]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is no list of splits, each with train and val ({error!r}); {remedy}") from None
     if fold >= len(splits):
@@ -54,7 +55,7 @@ def check_split(folder: Path, labeled: set[str], fold: int | Literal["all"]) -> 
             "not exist; train on all cases with fold 'all', or write a split"
         )
     train, val = splits[fold]
-    absent = sorted({*train, *val} - labeled)
+    absent = sorted((train | val) - labeled, key=str)
     if absent:
         raise UserError(
             f"{file} names {len(absent)} cases in fold {fold} that are not among the labeled, preprocessed ones, "
@@ -79,9 +80,13 @@ def check_fingerprint(base: Path, data_identifier: str, dataset_id: int) -> None
     if not (file.is_file() and folder.is_dir()):
         return
     # Sorted, because preprocessing may have transposed the axes.
-    planned = Counter(tuple(sorted(shape)) for shape in json.loads(file.read_text())["shapes_after_crop"])
-    properties = [load_pickle(str(pickle_file)) for pickle_file in sorted(folder.glob("*.pkl"))]
-    labeled = Counter(tuple(sorted(p["shape_after_cropping_and_before_resampling"])) for p in properties)
+    damage = (ValueError, KeyError, TypeError, EOFError, UnpicklingError)
+    with explained(damage, f"{file} is damaged; run: nnUNetv2_plan_and_preprocess -d {dataset_id} --clean"):
+        planned = Counter(tuple(sorted(shape)) for shape in json.loads(file.read_text())["shapes_after_crop"])
+    labeled: Counter[tuple[int, ...]] = Counter()
+    for case in sorted(folder.glob("*.pkl")):
+        with explained(damage, f"{case} is damaged; run: nnUNetv2_preprocess -d {dataset_id}"):
+            labeled[tuple(sorted(load_pickle(str(case))["shape_after_cropping_and_before_resampling"]))] += 1
     if planned != labeled:
         raise UserError(
             f"{file} was made from {planned.total()} cases, which are not the {labeled.total()} that are labeled now; "

@@ -10,25 +10,25 @@ import json
 import os
 import shutil
 from dataclasses import dataclass
-from errno import ENOSPC
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 from filelock import FileLock
-from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id, maybe_convert_to_dataset_name
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
-from nnunet_dycon.data.images import check_image
+from nnunet_dycon.data.images import check_file, check_image
 from nnunet_dycon.data.labeled import check_fingerprint
 from nnunet_dycon.environment import nnunet_folder
 from nnunet_dycon.errors import UsageError, UserError
-from nnunet_dycon.files import replacing, require_whole
+from nnunet_dycon.files import replacing, require_writable
 from nnunet_dycon.processes import map_cases
 
 _MANIFEST_FORMAT = 1  # to be raised whenever cases come out differently
 _FAULTS_TOLD = 10
-_CASE_FILES = (".b2nd", "_seg.b2nd", ".pkl")  # nnU-Net writes the last one last
+_CASE_FILES = (".b2nd", "_seg.b2nd", ".pkl")
+_RECORD = ".json"  # beside the files of a case, as long as its folder is being built: what it was made from
 
 
 def preprocess_unlabeled(
@@ -47,6 +47,8 @@ def preprocess_unlabeled(
         UsageError: the data set, its plans or the configuration do not exist.
     """
     unlabeled = UnlabeledCases.of_dataset(dataset, configuration, plans_name)
+    if unlabeled.fault() is None:
+        return unlabeled.folder  # also where nothing can be written, a lock neither
     with unlabeled.lock():
         if unlabeled.fault() is not None:
             unlabeled.build(num_processes)
@@ -70,9 +72,9 @@ class UnlabeledCases:
         plans, dataset_json = (_read_json(file, name) for file in (plans_file, preprocessed / name / "dataset.json"))
         plans = PlansManager(plans)
         if configuration not in plans.available_configurations:
-            raise UsageError(
-                f"{plans_file} has no configuration {configuration}, only {plans.available_configurations}"
-            )
+            there = ", ".join(plans.available_configurations)
+            remedy = f"choose from: {there}" if there else "plan again"
+            raise UsageError(f"{plans_file} has no configuration {configuration}; {remedy}")
         return cls(plans, configuration, dataset_json)
 
     @cached_property
@@ -105,8 +107,12 @@ class UnlabeledCases:
         return f"-d {self.dataset_id} -c {self.configuration_name}{plans}"
 
     def lock(self) -> FileLock:
-        """Held while the folder is made: a second training waits. It is freed when its process dies."""
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        """Held while the folder is made: a second training waits. It is freed when its process dies.
+
+        Raises:
+            UserError: no file can be made beside the folder.
+        """
+        require_writable(self.folder.parent)
         return FileLock(f"{self.folder}.lock")
 
     def digest(self) -> str:
@@ -159,10 +165,18 @@ class UnlabeledCases:
             return "another version of nnunet-dycon made it"
         if digest != self.digest():
             return "the plans have changed"
-        if self._raw_is_there() and files != _names_and_sizes(self.raw_cases()):
+        if not isinstance(files, dict):
+            return f"{self.manifest_file.name} is damaged"
+        if self._raw_is_there() and files != self._raw_files():
             return f"the images in {self.raw} have changed"
-        lost = [name for case in files for name in _case_files(case) if not (self.folder / name).is_file()]
-        return f"{lost[0]} is missing" if lost else None
+        for name in (name for case in files for name in _case_files(case)):
+            file = self.folder / name
+            if not (file.is_file() and file.stat().st_size):
+                return f"{name} is missing or empty"
+        return None
+
+    def _raw_files(self) -> dict[str, list[list]]:
+        return {case: _names_and_sizes(files) for case, files in sorted(self.raw_cases().items())}
 
     def _raw_is_there(self) -> bool:
         return bool(os.environ.get("nnUNet_raw")) and self.raw.is_dir() and any(self.raw.iterdir())
@@ -193,21 +207,25 @@ class UnlabeledCases:
     def build(self, num_processes: int) -> None:
         """Preprocess all cases into a temporary sibling, which then becomes the folder. Call it under the lock.
 
-        An interrupted build goes on where it was: the sibling's name bears a hash of what it is made from.
+        An interrupted build goes on where it was, also when images have been repaired or removed since: the sibling's
+        name bears the digest of the plans, and each case in it a record of its images.
         """
         cases = self.raw_cases()
         labels = self.raw.with_name("labelsTr")
         ending = self.dataset_json["file_ending"]
         check_fingerprint(self.folder.parent, self.configuration.data_identifier, self.dataset_id)
         self.check_not_labeled({file.name[: -len(ending)] for file in labels.glob(f"*{ending}")}, set(cases))
-        manifest = {"format": _MANIFEST_FORMAT, "digest": self.digest(), "files": _names_and_sizes(cases)}
-        made_from = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:12]
-        partial = self.folder.with_name(f"{self.folder.name}.{made_from}.partial")
+        manifest = {"format": _MANIFEST_FORMAT, "digest": self.digest(), "files": self._raw_files()}
+        partial = self.folder.with_name(f"{self.folder.name}.{_MANIFEST_FORMAT}_{self.digest()[:12]}.partial")
         for outdated in self.folder.parent.glob(f"{self.folder.name}.*.partial"):
             if outdated != partial:
                 shutil.rmtree(outdated)
         partial.mkdir(exist_ok=True)
-        missing = [case for case in cases if not (partial / f"{case}{_CASE_FILES[-1]}").is_file()]
+        wanted = {name for case in cases for name in (*_case_files(case), case + _RECORD)}
+        for file in partial.iterdir():
+            if file.name not in wanted:
+                file.unlink()  # of a case that has been taken away since
+        missing = [case for case in cases if not _is_complete(case, cases[case], partial)]
         jobs = [(self, cases[case], str(partial / case)) for case in missing]
         title = f"preprocessing imagesUn, {self.configuration_name}"
         faults = [fault for fault in map_cases(_preprocess_case, jobs, num_processes, title) if fault is not None]
@@ -218,6 +236,8 @@ class UnlabeledCases:
                 f"{len(faults)} of {len(cases)} unlabeled cases cannot be used; repair or remove them: {told}"
             )
 
+        for case in cases:
+            (partial / (case + _RECORD)).unlink()
         self.manifest_file.unlink(missing_ok=True)
         if self.folder.exists():
             shutil.rmtree(self.folder)
@@ -268,6 +288,8 @@ def image_files(folder: Path, ending: str, channels: int, role: str) -> dict[str
 
 def _read_json(file: Path, name: str) -> dict:
     remedy = f"run: nnUNetv2_plan_and_preprocess -d {convert_dataset_name_to_id(name)}"
+    if file.name not in ("nnUNetPlans.json", "dataset.json"):
+        remedy = "name plans that there are, or make these with nnUNetv2_plan_experiment -overwrite_plans_name"
     if not file.is_file():
         raise UsageError(f"{file} does not exist; {remedy}")
     try:
@@ -280,47 +302,41 @@ def _case_files(case: str) -> list[str]:
     return [case + suffix for suffix in _CASE_FILES]
 
 
-def _names_and_sizes(cases: dict[str, list[Path]]) -> dict[str, list[list]]:
-    return {case: [[file.name, file.stat().st_size] for file in files] for case, files in sorted(cases.items())}
+def _names_and_sizes(files: list[Path]) -> list[list]:
+    return [[file.name, file.stat().st_size] for file in files]
+
+
+def _is_complete(case: str, images: list[Path], folder: Path) -> bool:
+    """Whether a case in the folder of an interrupted build was made from these images."""
+    record = folder / (case + _RECORD)
+    try:
+        return json.loads(record.read_text()) == _names_and_sizes(images)
+    except (OSError, ValueError):
+        return False
 
 
 def _preprocess_case(job: tuple[UnlabeledCases, list[Path], str]) -> str | None:
     """Preprocess one case without a segmentation; return what is wrong with its images, or None if all is well.
 
-    The pickle file, written last, tells that the case is complete.
+    The record, written last, tells that the case is complete, and what it was made from.
+
+    Raises:
+        UserError: the images are sound, but this machine could not do it.
     """
     unlabeled, images, output = job
     preprocessor = unlabeled.configuration.preprocessor_class(verbose=False)
-    _check_what_it_reads(preprocessor, unlabeled)
-    # blosc2 refuses to write over what an interrupted run has left.
-    _remove_case(output)
-    suspects = images
-    try:
-        for image in images:
-            suspects = [image]
-            require_whole(image)
-        suspects = images
-        files = [str(image) for image in images]
-        preprocessor.run_case_save(
-            output, files, None, unlabeled.plans, unlabeled.configuration, unlabeled.dataset_json
-        )
-    except Exception as error:
-        _remove_case(output)
-        named, reason = ", ".join(map(str, suspects)), " ".join(str(error).split()) or type(error).__name__
-        if isinstance(error, OSError) and error.errno == ENOSPC:
-            raise UserError(f"{named}: cannot be preprocessed ({reason}); make room in {Path(output).parent}") from None
-        return f"{named} ({reason})"
-    return None
-
-
-def _check_what_it_reads(preprocessor: DefaultPreprocessor, unlabeled: UnlabeledCases) -> None:
-    """Have a preprocessor raise ValueError for an image that nothing can be learned from, before it is resampled."""
     run_case_npy = preprocessor.run_case_npy
+    suspects, are_sound = images, False
 
     def run_checked_case(image, segmentation, properties, *arguments):
-        labeled_spacing = unlabeled.plans.plans["original_median_spacing_after_transp"]
-        check_image(image, properties["spacing"], unlabeled.channels, labeled_spacing)
+        nonlocal are_sound
+        usual_spacing = unlabeled.plans.plans["original_median_spacing_after_transp"]
+        check_image(image, properties["spacing"], unlabeled.channels, usual_spacing)
+        are_sound = True  # what fails from here on is not their fault
         image, segmentation, properties = run_case_npy(image, segmentation, properties, *arguments)
+        if not np.isfinite(image).all() or image.min() == image.max():
+            are_sound = False
+            raise ValueError("its values are so large that nothing is left of them when they are normalised")
         # This segmentation is made from the image alone: -1 outside of the region where it is not 0. Where nnU-Net
         # normalises within that region, it is made exactly 0 outside again, which resampling has blurred.
         for channel, masked in zip(image, unlabeled.configuration.use_mask_for_norm):
@@ -329,8 +345,30 @@ def _check_what_it_reads(preprocessor: DefaultPreprocessor, unlabeled: Unlabeled
         return image, segmentation, properties
 
     preprocessor.run_case_npy = run_checked_case
+    # blosc2 refuses to write over what an interrupted run has left.
+    _remove_case(output)
+    try:
+        for image in images:
+            suspects = [image]
+            check_file(image)
+        suspects = images
+        files = [str(image) for image in images]
+        preprocessor.run_case_save(
+            output, files, None, unlabeled.plans, unlabeled.configuration, unlabeled.dataset_json
+        )
+        Path(output + _RECORD).write_text(json.dumps(_names_and_sizes(images)))
+    except Exception as error:
+        _remove_case(output)
+        named, reason = ", ".join(map(str, suspects)), " ".join(str(error).split()) or type(error).__name__
+        if are_sound or isinstance(error, MemoryError):
+            raise UserError(
+                f"{named}: cannot be preprocessed ({reason}); make room in {Path(output).parent.parent}, or memory "
+                "by fewer processes, -np 1, and run again: what is done is kept"
+            ) from None
+        return f"{named} ({reason})"
+    return None
 
 
 def _remove_case(output: str) -> None:
-    for suffix in _CASE_FILES:
+    for suffix in (*_CASE_FILES, _RECORD):
         Path(output + suffix).unlink(missing_ok=True)

@@ -160,8 +160,11 @@ def check_labeled(training: Training) -> Iterator[Finding]:
 
 
 def _is_complete(folder: Path, case: str) -> bool:
-    arrays = any((folder / f"{case}{ending}").is_file() for ending in ("_seg.b2nd", ".npz"))
-    return arrays and (folder / f"{case}.pkl").is_file()
+    def holds(name: str) -> bool:
+        return (folder / name).is_file() and (folder / name).stat().st_size > 0
+
+    arrays = (holds(f"{case}.b2nd") and holds(f"{case}_seg.b2nd")) or holds(f"{case}.npz")
+    return arrays and holds(f"{case}.pkl")
 
 
 def check_unlabeled(training: Training) -> Iterator[Finding]:
@@ -171,6 +174,7 @@ def check_unlabeled(training: Training) -> Iterator[Finding]:
     if not unlabeled.folder.is_dir():
         cases = unlabeled.raw_cases()
         unlabeled.check_not_labeled(training.labeled, set(cases))
+        require_writable(unlabeled.folder.parent)
         message = f"{len(cases)} cases are not preprocessed yet; training does that when it starts"
         yield Finding("unlabeled", NOTE, message, f"to do it now, {command}")
     elif (fault := unlabeled.fault()) is not None:
@@ -183,10 +187,9 @@ def check_unlabeled(training: Training) -> Iterator[Finding]:
 
 
 def _check_leftovers(unlabeled: UnlabeledCases) -> Iterator[Finding]:
-    lock = unlabeled.lock()
-    if Path(lock.lock_file).is_file():
+    if Path(f"{unlabeled.folder}.lock").is_file():
         try:
-            with lock.acquire(timeout=0):
+            with suppress(UserError), unlabeled.lock().acquire(timeout=0):  # a UserError of what cannot be written
                 pass
         except Timeout:
             yield Finding("unlabeled", NOTE, "another process is preprocessing them now, which training waits for")
@@ -258,10 +261,14 @@ def check_disk(trainer: type[SemiSupervisedTrainer], unlabeled: UnlabeledCases) 
 
 def _compare_disk(folder: Path, needed: float, what: str, status: str) -> Finding:
     free = shutil.disk_usage(existing_part(folder)).free
-    message = f"{max(needed / 1e9, 0.1):.1f} GB for {what}; {free / 1e9:.1f} GB are free in {folder}"
+    message = f"{_bytes(needed)} for {what}; {_bytes(free)} are free in {folder}"
     if needed < free:
         return Finding("disk", OK, message)
     return Finding("disk", status, message, "make room, or name another folder")
+
+
+def _bytes(number: float) -> str:
+    return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.0f} MB"
 
 
 def _unlabeled_bytes(unlabeled: UnlabeledCases) -> float:

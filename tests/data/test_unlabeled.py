@@ -1,5 +1,6 @@
 """Preprocessing of unlabeled cases: as nnU-Net does it, whole or not at all, and never stale."""
 
+import gzip
 import json
 import pickle
 import shutil
@@ -125,7 +126,7 @@ def test_without_the_raw_images_a_matching_folder_is_used(cases, images, monkeyp
             lambda c: c.manifest_file.write_text('{"files": {}, "digest": "", "format": 0}'),
             "another version of nnunet-dycon made it",
         ),
-        (lambda c: (c.folder / "scan_01.b2nd").unlink(), "scan_01.b2nd is missing"),
+        (lambda c: (c.folder / "scan_01.b2nd").unlink(), "scan_01.b2nd is missing or empty"),
     ],
 )
 def test_damage_is_named_and_mended_by_the_command(cases, damage, fault):
@@ -257,6 +258,18 @@ BAD_IMAGES = {
         lambda d: (d / "scan_02_0000.nii.gz").write_bytes(b""),
         r"scan_02_0000.nii.gz \(the file is empty\)",
     ),
+    "NaN": (
+        lambda d: write_volume(with_nan(tiny_volume(1)[0]), d / "scan_02_0000.nii.gz"),
+        r"scan_02_0000.nii.gz \(it has NaN or infinite voxels\)",
+    ),
+    "half of the voxels, well compressed": (
+        lambda d: cut_inside(d / "scan_02_0000.nii.gz"),
+        r"scan_02_0000.nii.gz \(Expected .* bytes, got",
+    ),
+    "values out of range": (
+        lambda d: write_volume(tiny_volume(1)[0] * np.float32(1e30), d / "scan_02_0000.nii.gz"),
+        r"scan_02_0000.nii.gz \(its values are so large that nothing is left",
+    ),
     "constant": (
         lambda d: write_volume(np.full((24, 32, 40), 7, np.float32), d / "scan_02_0000.nii.gz"),
         r"scan_02_0000.nii.gz \(it is constant\)",
@@ -280,6 +293,71 @@ BAD_IMAGES = {
 }
 
 
+def with_nan(image: np.ndarray) -> np.ndarray:
+    image[3, 4, 5] = np.nan
+    return image
+
+
+def cut_inside(file: Path) -> None:
+    content = gzip.decompress(file.read_bytes())
+    file.write_bytes(gzip.compress(content[: len(content) // 2]))
+
+
+def test_repairing_or_removing_a_bad_image_keeps_what_is_done(cases, images, monkeypatch):
+    change_plans(cases.folder.parent, spacing=[2.0, 1.0, 1.0])
+    for name in ("scan_01", "scan_02"):
+        (images / f"{name}_0000.nii.gz").write_bytes(b"")
+    with pytest.raises(UserError, match="2 of 4 unlabeled cases cannot be used"):
+        preprocess_unlabeled("901", "3d_fullres")
+    (images / "scan_01_0000.nii.gz").unlink()
+    write_volume(tiny_volume(7)[0], images / "scan_02_0000.nii.gz")
+    (images / "scan_03_0000.nii.gz").rename(images / "scan_04_0000.nii.gz")  # an image of another case
+    again = []
+    preprocess = module._preprocess_case
+    monkeypatch.setattr(module, "_preprocess_case", lambda job: (again.append(Path(job[2]).name), preprocess(job))[1])
+    folder = preprocess_unlabeled("901", "3d_fullres")
+    assert again == ["scan_02", "scan_04"]
+    assert sorted(file.name for file in folder.iterdir()) == sorted(
+        case + suffix for case in ("scan_00", "scan_02", "scan_04") for suffix in (".b2nd", "_seg.b2nd", ".pkl")
+    )
+
+
+def test_a_machine_that_fails_blames_no_image(cases, images, monkeypatch):
+    """blosc2 tells of a full disk by a RuntimeError."""
+    change_plans(cases.folder.parent, spacing=[2.0, 1.0, 1.0])
+
+    def full(*arguments, **options):
+        raise RuntimeError("Error while creating the NDArray")
+
+    monkeypatch.setattr("nnunetv2.training.dataloading.nnunet_dataset.blosc2.asarray", full)
+    message = r"scan_00_0000.nii.gz: cannot be preprocessed \(Error while .*\); make room in .*run again"
+    with pytest.raises(UserError, match=message) as told:
+        preprocess_unlabeled("901", "3d_fullres")
+    assert "remove" not in str(told.value)
+
+
+def test_builds_of_other_plans_are_cleaned_up(cases):
+    outdated = cases.folder.with_name(f"{cases.folder.name}.1_0123456789ab.partial")
+    outdated.mkdir()
+    (outdated / "scan_00.b2nd").write_bytes(b"x")
+    change_plans(cases.folder.parent, spacing=[2.0, 1.0, 1.0])
+    preprocess_unlabeled("901", "3d_fullres")
+    assert not outdated.exists()
+
+
+def test_what_is_up_to_date_needs_no_lock(cases, monkeypatch):
+    """As where nnUNet_preprocessed cannot be written to."""
+
+    def read_only(folder):
+        raise UserError("cannot be written to")
+
+    monkeypatch.setattr(module, "require_writable", read_only)
+    assert preprocess_unlabeled("901", "3d_fullres") == cases.folder
+    shutil.rmtree(cases.folder)
+    with pytest.raises(UserError, match="cannot be written to"):
+        preprocess_unlabeled("901", "3d_fullres")
+
+
 @pytest.mark.parametrize(("damage", "message"), BAD_IMAGES.values(), ids=BAD_IMAGES.keys())
 def test_bad_images_are_named_in_one_line_and_nothing_is_lost(cases, images, capsys, damage, message):
     before = {file.name: file.read_bytes() for file in cases.folder.iterdir()}
@@ -300,7 +378,7 @@ def test_bad_images_are_named_in_one_line_and_nothing_is_lost(cases, images, cap
         (("902", "3d_fullres", "nnUNetPlans"), "there is no data set 902"),
         (
             ("901", "3d_fullres", "OtherPlans"),
-            "OtherPlans.json does not exist; run: nnUNetv2_plan_and_preprocess -d 901",
+            "OtherPlans.json does not exist; name plans that there are, or make these with nnUNetv2_plan_experiment",
         ),
         (("901", "3d_ultrares", "nnUNetPlans"), "has no configuration 3d_ultrares"),
     ],
@@ -311,7 +389,7 @@ def test_wrong_arguments_are_named(tiny, arguments, message):
 
 
 def test_an_image_with_nan_is_named(base, images):
-    """One such voxel would make the whole normalised image NaN. (SimpleITK reads 0 for it from .nii.gz.)"""
+    """One such voxel would make the whole normalised image NaN."""
     dataset = json.loads((base / "dataset.json").read_text())
     (base / "dataset.json").write_text(json.dumps(dataset | {"file_ending": ".nrrd"}))
     image, _ = tiny_volume(2)

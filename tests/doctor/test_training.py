@@ -111,7 +111,7 @@ THREE, TWO = ["case_00", "case_01", "case_02"], ["case_03", "case_04"]
 # name: how to break it, then check, status, message and remedy of the finding
 FAULTS = {
     "no plans": (no_plans, "plans", FAIL, "nnUNetPlans.json does not exist", "nnUNetv2_plan_and_preprocess -d 901"),
-    "useless plans": (useless_plans, "plans", FAIL, "has no configuration 3d_fullres, only []", None),
+    "useless plans": (useless_plans, "plans", FAIL, "has no configuration 3d_fullres", "plan again"),
     "not preprocessed": (not_preprocessed, "labeled", FAIL, "does not exist", "nnUNetv2_preprocess -d 901 -c 3d_full"),
     "nothing preprocessed": (nothing_preprocessed, "labeled", FAIL, "has no cases", "nnUNetv2_preprocess -d 901"),
     "half": (half_preprocessed, "labeled", FAIL, "files are missing of case_01", "nnUNetv2_preprocess -d 901"),
@@ -221,8 +221,8 @@ def test_a_full_disk(base, doctor, find, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=2**40, free=10**5))
     unlabeled_not_preprocessed(base)
     code, findings = doctor("-d 901 -f 0")
-    find(findings, "disk", FAIL, "GB for checkpoints; 0.0 GB are free", "make room")
-    find(findings, "disk", WARNING, "GB for unlabeled cases, at most; 0.0 GB are free", "make room")
+    find(findings, "disk", FAIL, "MB for checkpoints; 0 MB are free", "make room")
+    find(findings, "disk", WARNING, "MB for unlabeled cases, at most; 0 MB are free", "make room")
     assert code == 1
 
 

@@ -116,6 +116,28 @@ FAULTS = {
         write_split({"train": ["case_00"], "val": []}),
         "splits_final.json has no cases to validate on in fold 0; mend it",
     ),
+    "malformed split": (
+        write_split({"train": ["case_00"], "val": [["case_01"]]}),
+        "splits_final.json is no list of splits, .*; mend it, or remove it",
+    ),
+    "damaged fingerprint": (
+        lambda base, raw: (base / "dataset_fingerprint.json").write_text("{"),
+        "dataset_fingerprint.json is damaged; run: nnUNetv2_plan_and_preprocess -d 901 --clean",
+    ),
+    "damaged labeled case": (
+        lambda base, raw: (base / "nnUNetPlans_3d_fullres" / "case_00.pkl").write_bytes(b""),
+        "case_00.pkl is damaged; run: nnUNetv2_preprocess -d 901",
+    ),
+    "empty unlabeled case": (
+        lambda base, raw: (base / "nnUNetPlans_3d_fullres_unlabeled" / "scan_01.b2nd").write_bytes(b""),
+        "is stale: scan_01.b2nd is missing or empty; run: nnunet_dycon preprocess_unlabeled -d 901",
+    ),
+    "manifest without files": (
+        lambda base, raw: (base / "nnUNetPlans_3d_fullres_unlabeled.json").write_text(
+            json.dumps(json.loads((base / "nnUNetPlans_3d_fullres_unlabeled.json").read_text()) | {"files": None})
+        ),
+        "is stale: nnUNetPlans_3d_fullres_unlabeled.json is damaged; run: nnunet_dycon preprocess_unlabeled -d 901",
+    ),
     "damaged split": (damage_split, "splits_final.json is no list of splits, .*; mend it, or remove it"),
     "damaged manifest": (
         damage_manifest,

@@ -136,7 +136,15 @@ CHECKPOINTS = {
     ),
     "no teacher": (forget_teacher, "latest.pth has no state of the teacher to go on from; start from its weights with"),
     "no head": (forget_head, "latest.pth has no state of the head to go on from; start from its weights with"),
-    "other plans": (narrow_network, "latest.pth was trained with other plans; start from its weights with"),
+    "other plans": (narrow_network, "latest.pth does not fit, as if plans had changed; start from its weights with"),
+    "another version": (
+        lambda checkpoint: checkpoint[KEY].pop("settings"),
+        "latest.pth was written by another version of nnunet-dycon; start from its weights with",
+    ),
+    "no state of the optimizer": (
+        lambda checkpoint: checkpoint.pop("optimizer_state"),
+        "latest.pth does not fit, as if plans had changed; start from its weights with",
+    ),
 }
 
 

@@ -32,6 +32,7 @@ def test_a_non_finite_step_changes_neither_student_nor_teacher_and_names_its_cas
     assert trainer.method.teacher.updates == updates + 1
     trainer.on_train_epoch_end(outputs)
     assert trainer.curves["loss"] == [outputs[1]["loss"]]  # the mean is over the finite steps
+    assert trainer.logger.get_value("train_losses", -1) == pytest.approx(outputs[1]["loss"])  # in nnU-Net's, too
 
 
 def plant_nan(base: Path, *cases: str) -> None:
@@ -92,6 +93,28 @@ def test_a_bad_case_does_not_lower_the_scale_of_a_gradient_scaler(tiny):
         trainer.train_step(batch)
     assert trainer.grad_scaler.get_scale() == 1024.0
     assert trainer.method.teacher.updates == 1
+
+
+def test_gradients_that_overflow_for_ever_end_the_training(tiny):
+    """Of a finite loss: the scale is lowered as long as that may help; then the steps count as lost."""
+    trainer = make_trainer(deterministic(nnUNetTrainerDyCON))
+    trainer.on_train_start()
+    trainer.on_train_epoch_start()
+    trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    next(trainer.network.parameters()).register_hook(lambda gradient: gradient * torch.inf)
+    batch = next(trainer.dataloader_train)
+    scales = []
+
+    def train():
+        for _ in range(20):
+            scales.append(trainer.grad_scaler.get_scale())
+            trainer.train_step(batch)
+
+    with pytest.raises(SystemExit, match="10 steps in a row"):
+        train()
+    assert scales[:4] == [4.0, 2.0, 1.0, 0.5]
+    assert len(scales) == 2 + 10
+    assert "WARNING: loss" in next(Path(trainer.output_folder).glob("training_log*")).read_text()
 
 
 def test_a_gradient_scaler_is_obeyed(tiny):
