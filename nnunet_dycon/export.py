@@ -109,7 +109,7 @@ def _export_fold(source: Path, target: Path, name: str) -> None:
     if record_file(source).is_file():
         damaged = f"{record_file(source)} is damaged; move it away"
         with explained((ValueError, TypeError), damaged):
-            record = dict(json.loads(record_file(source).read_text()))
+            record = {**json.loads(record_file(source).read_text())}
     digest = hashlib.sha256((source / name).read_bytes()).hexdigest()
     record["exported"] = {"trainer": trainer, "checkpoint": name, "sha256": digest, "nnunet-dycon": __version__}
     record_file(target).write_text(json.dumps(record, indent=2))

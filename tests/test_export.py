@@ -208,3 +208,11 @@ def test_wrong_folders_are_told(model, tmp_path, capsys):
     assert "not an empty folder" in refusal(capsys, "-m", model, "-o", model)
     (tmp_path / "empty").mkdir()
     assert export("-m", model, "-o", tmp_path / "empty") == 0
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "3"])
+def test_a_damaged_record_is_named_and_nothing_is_left(model, tmp_path, capsys, content):
+    record = model / "fold_0" / "nnunet_dycon.json"
+    record.write_text(content)
+    assert f"{record} is damaged; move it away" in refusal(capsys, "-m", model, "-o", tmp_path / "vanilla")
+    assert not (tmp_path / "vanilla").exists()

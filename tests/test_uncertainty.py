@@ -217,6 +217,20 @@ def test_two_folders_give_a_second_map_and_the_entropy_of_the_mean(tmp_path):
         np.testing.assert_array_equal(read(tmp_path / "out" / f"case_{name}.nii.gz"), maps[name])
 
 
+def test_maps_of_an_earlier_ranking_do_not_stay(tmp_path):
+    student, teacher, out = tmp_path / "student", tmp_path / "teacher", tmp_path / "out"
+    for folder in (student, teacher):
+        save(folder, "gone", softmax(0))
+        save(folder, "kept", softmax(1))
+    assert rank("-i", student, teacher, "-o", out) == 0
+    (out / "mine_entropy.nii.gz").write_bytes(b"a user's own")
+    for file in student.glob("gone*"):
+        file.unlink()
+    assert rank("-i", student, "-o", out) == 0
+    maps = {file.name for file in out.glob("*.nii.gz")}
+    assert maps == {"kept_entropy.nii.gz", "mine_entropy.nii.gz"}
+
+
 @pytest.mark.parametrize("reader", ["SimpleITKIO", "SimpleITKIOWithReorient", "NibabelIO", "NibabelIOWithReorient"])
 @pytest.mark.parametrize("axes", ["LPS", "RAS", "SLA", "PIR"])
 def test_maps_lie_where_the_image_lies_whatever_reads_it(tmp_path, reader, axes):
@@ -261,6 +275,12 @@ def test_folders_that_are_not_right_are_told(tmp_path, capsys):
     assert "--save_probabilities" in refusal(capsys, "-i", a)
     save(a, "case", softmax(0))
     assert "nnU-Net would take the maps for predictions" in refusal(capsys, "-i", a, "-o", a)
+    assert "names a folder twice" in refusal(capsys, "-i", a, a)
+    (a / "dataset.json").write_text('{"labels": {"organ": "x"}}')
+    assert "dataset.json does not name labels as nnU-Net does" in refusal(capsys, "-i", a)
+    (a / "dataset.json").write_text("[]")
+    assert "dataset.json does not name labels as nnU-Net does" in refusal(capsys, "-i", a)
+    (a / "dataset.json").unlink()
     save(b, "other", softmax(0))
     assert "case the first" in refusal(capsys, "-i", a, b)
     save(b, "case", softmax(0, shape=(3, 5, 6)))
