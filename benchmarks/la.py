@@ -17,6 +17,7 @@ import argparse
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -98,6 +99,7 @@ class Benchmark:
                     self._command("nnunetv2.experiment_planning.plans_for_pretraining.move_plans_between_datasets:"
                                   "entry_point_move_plans_between_datasets",
                                   "-s", "108", "-t", dataset, "-sp", self.plans, "-tp", self.plans)  # fmt: skip
+                    shutil.copy(raw / "dataset.json", plans.parent)  # which planning would have done
                 else:
                     self._command("nnunetv2.experiment_planning.plan_and_preprocess_entrypoints:plan_experiment_entry",
                                   "-d", dataset, "-overwrite_target_spacing", *[f"{self.spacing:g}"] * 3,
