@@ -144,7 +144,7 @@ class Benchmark:
         start = time.monotonic()
         if not (model / "fold_all" / "checkpoint_final.pth").is_file():
             self._command("nnunetv2.run.run_training:run_training_entry", dataset, "3d_fullres", "all", "-tr", name,
-                          "-p", self.plans, "-device", self.device, "--c", log=f"{name}_{dataset}.log")  # fmt: skip
+                          "-p", self.plans, "-device", self.device, log=f"{name}_{dataset}.log")  # fmt: skip
         rows = []
         for weights, checkpoint in run.weights.items():
             for which in self.sets:
