@@ -27,12 +27,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
+from nnunet_dycon.checkpoints import STUDENT, TEACHER
+from nnunet_dycon.dataset_conversion.writer import FOLDERS
 from nnunet_dycon.evaluation import evaluate_folder
 from nnunet_dycon.registry import TRAINERS
 
 HERE = Path(__file__).parent
 COLUMNS = ("method", "labels", "seed", "weights", "set", "case", "dice", "hd95_mm", "plans", "iterations", "commit")
-FOLDERS = {"val": ("imagesVal", "labelsVal"), "test": ("imagesTs", "labelsTs")}
+SETS = ("val", "test")
 CEILING = 55  # labels
 
 
@@ -55,14 +57,18 @@ class Run:
         return {name: json.loads(value) for name, value in (pair.split("=") for pair in pairs)}
 
     @property
+    def seen_labels(self) -> int:
+        return CEILING if self.method == "ceiling" else self.labels
+
+    @property
     def dataset(self) -> int:
-        return 100 + (CEILING if self.method == "ceiling" else self.labels)
+        return 100 + self.seen_labels
 
     @property
     def weights(self) -> dict[str, str]:
         """The sets of weights to be scored, and their checkpoints."""
-        student = {"student": "checkpoint_final.pth"}
-        return student if self.trainer == "nnUNetTrainer" else student | {"teacher": "checkpoint_final_teacher.pth"}
+        student = {"student": STUDENT}
+        return student if self.trainer == "nnUNetTrainer" else student | {"teacher": TEACHER}
 
 
 class Benchmark:
@@ -142,7 +148,7 @@ class Benchmark:
         raw = self.work / "nnUNet_raw" / f"Dataset{dataset}_LA2018"
         model = self.work / "nnUNet_results" / raw.name / f"{name}__{self.plans}__3d_fullres"
         start = time.monotonic()
-        if not (model / "fold_all" / "checkpoint_final.pth").is_file():
+        if not (model / "fold_all" / STUDENT).is_file():
             self._command("nnunetv2.run.run_training:run_training_entry", dataset, "3d_fullres", "all", "-tr", name,
                           "-p", self.plans, "-device", self.device, log=f"{name}_{dataset}.log")  # fmt: skip
         rows = []
@@ -161,15 +167,13 @@ class Benchmark:
         print(f"{run}: {time.monotonic() - start:.0f} s", flush=True)
 
     def _row(self, run: Run, weights: str, which: str, case: dict) -> dict:
-        labels = CEILING if run.method == "ceiling" else run.labels
         scores = {"dice": round(case["dice"], 5), "hd95_mm": round(case["hd95_mm_max_directed"], 3)}
-        key = {"method": run.method, "labels": labels, "seed": run.seed, "weights": weights, "set": which}
+        key = {"method": run.method, "labels": run.seen_labels, "seed": run.seed, "weights": weights, "set": which}
         made = {"plans": self.plans, "iterations": self.iterations, "commit": self.commit}
         return key | {"case": case["case"]} | scores | made
 
     def is_done(self, run: Run) -> bool:
-        labels = CEILING if run.method == "ceiling" else run.labels
-        wanted = {(run.method, str(labels), str(run.seed), w, s, self.plans, str(self.iterations))
+        wanted = {(run.method, str(run.seen_labels), str(run.seed), w, s, self.plans, str(self.iterations))
                   for w in run.weights for s in self.sets}  # fmt: skip
         if not self.table.is_file():
             return False
@@ -232,7 +236,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", required=True, help="floor, ceiling, and trainers")
     parser.add_argument("--labels", type=int, nargs="+", choices=(4, 8), default=[8])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--sets", nargs="+", choices=tuple(FOLDERS), default=["val"], help="default: val")
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=["val"], help="default: val")
     parser.add_argument("--iterations", type=int, default=2000)
     parser.add_argument("--spacing", type=float, default=2.5, help="mm, isotropic (default: 2.5)")
     parser.add_argument("--features", type=int, nargs="*", default=[16, 32, 64, 128], help="of each stage of the "
@@ -248,7 +252,7 @@ def main() -> None:
         parser.error(f"unknown methods: {', '.join(sorted(unknown))}")
     benchmark = Benchmark(arguments)
     runs = [run for run in runs if not benchmark.is_done(run)]
-    benchmark.prepare({run.dataset - 100 for run in runs} | {8} if runs else ())
+    benchmark.prepare({run.seen_labels for run in runs} | {8} if runs else ())
     benchmark.declare(runs)
     with ThreadPoolExecutor(arguments.jobs) as pool:
         for future in [pool.submit(benchmark.perform, run) for run in runs]:

@@ -14,6 +14,7 @@ from nnunet_dycon.errors import UserError, explained, first_line
 from nnunet_dycon.files import replacing
 
 KEY = "nnunet_dycon"
+STUDENT, TEACHER = "checkpoint_final.pth", "checkpoint_final_teacher.pth"  # of a finished training
 _PARTS = {"version", "settings", "method", "curves"}
 
 

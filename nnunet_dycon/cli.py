@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 
 from nnunet_dycon import __version__
-from nnunet_dycon.environment import require_nnunet
+from nnunet_dycon.environment import DISCOVERY, require_nnunet
 from nnunet_dycon.errors import UsageError, UserError
 from nnunet_dycon.registry import CONVERTERS, TRAINERS
 
@@ -256,7 +256,7 @@ def _preprocess_unlabeled(arguments: argparse.Namespace) -> None:
 
 def _trainers_path(arguments: argparse.Namespace) -> None:
     require_nnunet()
-    print(Path(__file__).parent / "discovery")
+    print(DISCOVERY)
 
 
 def _list(arguments: argparse.Namespace) -> None:
@@ -285,7 +285,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 def _export_vanilla(arguments: argparse.Namespace) -> None:
     require_nnunet()
-    from nnunet_dycon.export import STUDENT, TEACHER, export_vanilla
+    from nnunet_dycon.checkpoints import STUDENT, TEACHER
+    from nnunet_dycon.export import export_vanilla
 
     checkpoint = arguments.checkpoint or (TEACHER if arguments.teacher else STUDENT)
     folds = export_vanilla(arguments.model, arguments.output, folds=arguments.folds, checkpoint=checkpoint)

@@ -19,7 +19,7 @@ import SimpleITK as sitk
 import torch
 from scipy.special import entr
 
-import nnunet_dycon
+from nnunet_dycon.environment import DISCOVERY
 from nnunet_dycon.errors import UsageError, UserError
 from nnunet_dycon.phantom import write_dataset
 from nnunet_dycon.pictures import new_figure, outline, overlay
@@ -165,7 +165,7 @@ def _variables(output: Path, device: str) -> dict[str, str]:
     workers = 1 if device == "cpu" else min(8, os.cpu_count() or 1)  # on a CPU the network is what takes time
     return {
         **{name: str(output / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")},
-        "nnUNet_extTrainer": str(Path(nnunet_dycon.__file__).parent / "discovery"),
+        "nnUNet_extTrainer": str(DISCOVERY),
         "nnUNet_n_proc_DA": str(workers),
         "nnUNet_def_n_proc": "2",
         "nnUNet_compile": "f",  # takes longer than it saves here, and needs a C compiler

@@ -8,6 +8,7 @@ from pathlib import Path
 from nnunet_dycon.errors import UsageError
 
 OLDEST_NNUNET = (2, 8)
+DISCOVERY = Path(__file__).parent / "discovery"  # what nnUNet_extTrainer must name
 
 
 def require_nnunet() -> None:

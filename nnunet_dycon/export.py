@@ -19,11 +19,11 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
 from nnunet_dycon import __version__
+from nnunet_dycon.checkpoints import STUDENT, TEACHER
 from nnunet_dycon.discovery import nnunet_dycon_trainers
 from nnunet_dycon.errors import UsageError, UserError, explained
 from nnunet_dycon.run_record import record_file
 
-STUDENT, TEACHER = "checkpoint_final.pth", "checkpoint_final_teacher.pth"
 _OF_MODEL = ("plans.json", "dataset.json", "dataset_fingerprint.json")
 _OF_FOLD = ("progress.png", "network_architecture.pdf")
 # Found with the predictions of STUDENT, and true for no other checkpoint.

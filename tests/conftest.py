@@ -55,6 +55,16 @@ def tiny(tiny_root, tmp_path, monkeypatch) -> Path:
     return root
 
 
+@pytest.fixture
+def base(tiny) -> Path:
+    return tiny / "nnUNet_preprocessed" / "Dataset901_Tiny"
+
+
+@pytest.fixture
+def raw(tiny) -> Path:
+    return tiny / "nnUNet_raw" / "Dataset901_Tiny"
+
+
 @pytest.fixture(scope="session")
 def trained_tiny(tiny_root, tmp_path_factory) -> Path:
     """The tiny data set with nnUNetTrainerDyCON_smoke trained and validated on fold 0. Do not change it."""

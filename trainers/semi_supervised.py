@@ -413,7 +413,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             "curves": self.curves,
         }
         checkpoints.save_extended(filename, super().save_checkpoint, state)
-        if Path(filename).name in ("checkpoint_latest.pth", "checkpoint_final.pth"):
+        if Path(filename).name in ("checkpoint_latest.pth", checkpoints.STUDENT):
             self._draw_pseudo_labels()
 
     def _draw_pseudo_labels(self) -> None:
@@ -457,7 +457,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         super().on_train_end()
         teacher = self.method.teacher
         if teacher is not None and self.local_rank == 0 and not self.disable_checkpointing:
-            final = Path(self.output_folder) / "checkpoint_final.pth"
+            folder = Path(self.output_folder)
             checkpoints.save_for_prediction(
-                final.with_name("checkpoint_final_teacher.pth"), final, teacher.network.state_dict()
+                folder / checkpoints.TEACHER, folder / checkpoints.STUDENT, teacher.network.state_dict()
             )

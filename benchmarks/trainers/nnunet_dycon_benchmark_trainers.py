@@ -16,7 +16,6 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_dycon.discovery import nnunet_dycon_trainers
 
-PREFIX = "Benchmark_"
 _ITERATIONS_PER_EPOCH = 100
 _FILE = os.environ.get("NNUNET_DYCON_BENCHMARK_RUNS")
 _RUNS = json.loads(Path(_FILE).read_text()) if _FILE else {}

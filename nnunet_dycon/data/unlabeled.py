@@ -167,16 +167,13 @@ class UnlabeledCases:
             return "the plans have changed"
         if not isinstance(files, dict):
             return f"{self.manifest_file.name} is damaged"
-        if self._raw_is_there() and files != self._raw_files():
+        if self._raw_is_there() and files != _names_and_sizes(self.raw_cases()):
             return f"the images in {self.raw} have changed"
         for name in (name for case in files for name in _case_files(case)):
             file = self.folder / name
             if not (file.is_file() and file.stat().st_size):
                 return f"{name} is missing or empty"
         return None
-
-    def _raw_files(self) -> dict[str, list[list]]:
-        return {case: _names_and_sizes(files) for case, files in sorted(self.raw_cases().items())}
 
     def _raw_is_there(self) -> bool:
         return bool(os.environ.get("nnUNet_raw")) and self.raw.is_dir() and any(self.raw.iterdir())
@@ -215,8 +212,8 @@ class UnlabeledCases:
         ending = self.dataset_json["file_ending"]
         check_fingerprint(self.folder.parent, self.configuration.data_identifier, self.dataset_id)
         self.check_not_labeled({file.name[: -len(ending)] for file in labels.glob(f"*{ending}")}, set(cases))
-        manifest = {"format": _MANIFEST_FORMAT, "digest": self.digest(), "files": self._raw_files()}
-        partial = self.folder.with_name(f"{self.folder.name}.{_MANIFEST_FORMAT}_{self.digest()[:12]}.partial")
+        files, digest = _names_and_sizes(cases), self.digest()
+        partial = self.folder.with_name(f"{self.folder.name}.{_MANIFEST_FORMAT}_{digest[:12]}.partial")
         for outdated in self.folder.parent.glob(f"{self.folder.name}.*.partial"):
             if outdated != partial:
                 shutil.rmtree(outdated)
@@ -225,8 +222,8 @@ class UnlabeledCases:
         for file in partial.iterdir():
             if file.name not in wanted:
                 file.unlink()  # of a case that has been taken away since
-        missing = [case for case in cases if not _is_complete(case, cases[case], partial)]
-        jobs = [(self, cases[case], str(partial / case)) for case in missing]
+        missing = [case for case in cases if not _is_complete(partial / (case + _RECORD), files[case])]
+        jobs = [(self, cases[case], files[case], str(partial / case)) for case in missing]
         title = f"preprocessing imagesUn, {self.configuration_name}"
         faults = [fault for fault in map_cases(_preprocess_case, jobs, num_processes, title) if fault is not None]
         if faults:
@@ -243,7 +240,7 @@ class UnlabeledCases:
             shutil.rmtree(self.folder)
         os.replace(partial, self.folder)
         with replacing(self.manifest_file) as file:
-            file.write_text(json.dumps(manifest, indent=2))
+            file.write_text(json.dumps({"format": _MANIFEST_FORMAT, "digest": digest, "files": files}, indent=2))
 
 
 def dataset_name(dataset: str) -> str:
@@ -302,20 +299,19 @@ def _case_files(case: str) -> list[str]:
     return [case + suffix for suffix in _CASE_FILES]
 
 
-def _names_and_sizes(files: list[Path]) -> list[list]:
-    return [[file.name, file.stat().st_size] for file in files]
+def _names_and_sizes(cases: dict[str, list[Path]]) -> dict[str, list[list]]:
+    return {case: [[file.name, file.stat().st_size] for file in files] for case, files in sorted(cases.items())}
 
 
-def _is_complete(case: str, images: list[Path], folder: Path) -> bool:
-    """Whether a case in the folder of an interrupted build was made from these images."""
-    record = folder / (case + _RECORD)
+def _is_complete(record: Path, made_from: list[list]) -> bool:
+    """Whether a case in the folder of an interrupted build was made from the images that there are now."""
     try:
-        return json.loads(record.read_text()) == _names_and_sizes(images)
+        return json.loads(record.read_text()) == made_from
     except (OSError, ValueError):
         return False
 
 
-def _preprocess_case(job: tuple[UnlabeledCases, list[Path], str]) -> str | None:
+def _preprocess_case(job: tuple[UnlabeledCases, list[Path], list[list], str]) -> str | None:
     """Preprocess one case without a segmentation; return what is wrong with its images, or None if all is well.
 
     The record, written last, tells that the case is complete, and what it was made from.
@@ -323,7 +319,7 @@ def _preprocess_case(job: tuple[UnlabeledCases, list[Path], str]) -> str | None:
     Raises:
         UserError: the images are sound, but this machine could not do it.
     """
-    unlabeled, images, output = job
+    unlabeled, images, made_from, output = job
     preprocessor = unlabeled.configuration.preprocessor_class(verbose=False)
     run_case_npy = preprocessor.run_case_npy
     suspects, are_sound = images, False
@@ -356,7 +352,7 @@ def _preprocess_case(job: tuple[UnlabeledCases, list[Path], str]) -> str | None:
         preprocessor.run_case_save(
             output, files, None, unlabeled.plans, unlabeled.configuration, unlabeled.dataset_json
         )
-        Path(output + _RECORD).write_text(json.dumps(_names_and_sizes(images)))
+        Path(output + _RECORD).write_text(json.dumps(made_from))
     except Exception as error:
         _remove_case(output)
         named, reason = ", ".join(map(str, suspects)), " ".join(str(error).split()) or type(error).__name__

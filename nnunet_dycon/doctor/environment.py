@@ -15,13 +15,14 @@ from importlib import metadata
 from pathlib import Path
 
 import nnunet_dycon.trainers
+from nnunet_dycon import environment
 from nnunet_dycon.doctor.findings import FAIL, NOTE, OK, WARNING, Finding, as_finding
 from nnunet_dycon.errors import UserError, first_line
 from nnunet_dycon.files import require_writable
 from nnunet_dycon.registry import TRAINERS
 
 GIB = 2**30
-DISCOVERY = Path(nnunet_dycon.__file__).resolve().parent / "discovery"
+DISCOVERY = environment.DISCOVERY.resolve()
 _EXPORT = 'run: export nnUNet_extTrainer="$(nnunet_dycon trainers_path)${nnUNet_extTrainer:+:$nnUNet_extTrainer}"'
 _TRUE = ("true", "1", "t")  # what nnU-Net takes for yes in nnUNet_compile; all else is no to it
 _FALSE = ("false", "0", "f", "no", "n", "off", "")

@@ -19,11 +19,6 @@ from tests.tiny import UNLABELED, tiny_volume, write_volume
 
 
 @pytest.fixture
-def base(tiny) -> Path:
-    return tiny / "nnUNet_preprocessed" / "Dataset901_Tiny"
-
-
-@pytest.fixture
 def images(tiny) -> Path:
     return tiny / "nnUNet_raw" / "Dataset901_Tiny" / "imagesUn"
 
@@ -152,7 +147,7 @@ def test_an_interrupted_build_goes_on_where_it_was(cases, monkeypatch):
     def interrupted(job):
         if len(done) == 2:
             raise KeyboardInterrupt
-        done.append(Path(job[2]).name)
+        done.append(Path(job[-1]).name)
         preprocess(job)
 
     monkeypatch.setattr(module, "_preprocess_case", interrupted)
@@ -160,7 +155,7 @@ def test_an_interrupted_build_goes_on_where_it_was(cases, monkeypatch):
         preprocess_unlabeled("901", "3d_fullres")
     assert not cases.folder.exists()
     again = []
-    monkeypatch.setattr(module, "_preprocess_case", lambda job: (again.append(Path(job[2]).name), preprocess(job))[1])
+    monkeypatch.setattr(module, "_preprocess_case", lambda job: (again.append(Path(job[-1]).name), preprocess(job))[1])
     preprocess_unlabeled("901", "3d_fullres")
     assert sorted(done + again) == UNLABELED
     assert cases.fault() is None
@@ -217,7 +212,7 @@ def test_two_trainings_at_once_build_it_once(cases, monkeypatch):
     shutil.rmtree(cases.folder)
     preprocessed = []
     preprocess = module._preprocess_case
-    monkeypatch.setattr(module, "_preprocess_case", lambda job: (preprocessed.append(job[2]), preprocess(job))[1])
+    monkeypatch.setattr(module, "_preprocess_case", lambda job: (preprocessed.append(job[-1]), preprocess(job))[1])
     threads = [threading.Thread(target=cases.require, args=(1,)) for _ in range(2)]
     for thread in threads:
         thread.start()
@@ -314,7 +309,7 @@ def test_repairing_or_removing_a_bad_image_keeps_what_is_done(cases, images, mon
     (images / "scan_03_0000.nii.gz").rename(images / "scan_04_0000.nii.gz")  # an image of another case
     again = []
     preprocess = module._preprocess_case
-    monkeypatch.setattr(module, "_preprocess_case", lambda job: (again.append(Path(job[2]).name), preprocess(job))[1])
+    monkeypatch.setattr(module, "_preprocess_case", lambda job: (again.append(Path(job[-1]).name), preprocess(job))[1])
     folder = preprocess_unlabeled("901", "3d_fullres")
     assert again == ["scan_02", "scan_04"]
     assert sorted(file.name for file in folder.iterdir()) == sorted(

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,16 +10,6 @@ import torch
 from nnunet_dycon.cli import main
 from nnunet_dycon.doctor import environment
 from nnunet_dycon.doctor.findings import Finding
-
-
-@pytest.fixture
-def base(tiny) -> Path:
-    return tiny / "nnUNet_preprocessed" / "Dataset901_Tiny"
-
-
-@pytest.fixture
-def raw(tiny) -> Path:
-    return tiny / "nnUNet_raw" / "Dataset901_Tiny"
 
 
 @pytest.fixture(autouse=True)

@@ -16,16 +16,6 @@ from tests.trainers.test_contract import trainer_class
 from tests.trainers.training import deterministic, make_trainer
 
 
-@pytest.fixture
-def base(tiny) -> Path:
-    return tiny / "nnUNet_preprocessed" / "Dataset901_Tiny"
-
-
-@pytest.fixture
-def raw(tiny) -> Path:
-    return tiny / "nnUNet_raw" / "Dataset901_Tiny"
-
-
 def remove_unlabeled(base: Path, raw: Path) -> None:
     shutil.rmtree(base / "nnUNetPlans_3d_fullres_unlabeled")
     shutil.rmtree(raw / "imagesUn")

@@ -8,14 +8,21 @@ import pytest
 import torch
 
 from nnunet_dycon.trainers.nnUNetTrainerDyCON import nnUNetTrainerDyCON
+from nnunet_dycon.trainers.semi_supervised import SemiSupervisedTrainer
 from tests.tiny import UNLABELED
 from tests.trainers.training import deterministic, make_trainer, seed_everything, weights
 
 
-def test_a_non_finite_step_changes_neither_student_nor_teacher_and_names_its_cases(tiny):
+def start_trainer() -> SemiSupervisedTrainer:
+    """Ready for the first step of the first epoch."""
     trainer = make_trainer(deterministic(nnUNetTrainerDyCON))
     trainer.on_train_start()
     trainer.on_train_epoch_start()
+    return trainer
+
+
+def test_a_non_finite_step_changes_neither_student_nor_teacher_and_names_its_cases(tiny):
+    trainer = start_trainer()
     trainer.train_step(next(trainer.dataloader_train))
     before = {name: tensor.clone() for name, tensor in weights(trainer).items()}
     updates = trainer.method.teacher.updates
@@ -68,9 +75,7 @@ def test_ten_lost_steps_in_a_row_end_the_training_with_advice(tiny):
 
 
 def test_lost_steps_are_counted_in_a_row_only(tiny):
-    trainer = make_trainer(deterministic(nnUNetTrainerDyCON))
-    trainer.on_train_start()
-    trainer.on_train_epoch_start()
+    trainer = start_trainer()
     for lost in (9, 9):
         batches = [next(trainer.dataloader_train) for _ in range(lost + 1)]
         for batch in batches[:-1]:
@@ -82,9 +87,7 @@ def test_lost_steps_are_counted_in_a_row_only(tiny):
 
 def test_a_bad_case_does_not_lower_the_scale_of_a_gradient_scaler(tiny):
     """Halved at each, it would soon let all gradients vanish."""
-    trainer = make_trainer(deterministic(nnUNetTrainerDyCON))
-    trainer.on_train_start()
-    trainer.on_train_epoch_start()
+    trainer = start_trainer()
     trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     for bad in (True, True, False):
         batch = next(trainer.dataloader_train)
@@ -97,9 +100,7 @@ def test_a_bad_case_does_not_lower_the_scale_of_a_gradient_scaler(tiny):
 
 def test_gradients_that_overflow_for_ever_end_the_training(tiny):
     """Of a finite loss: the scale is lowered as long as that may help; then the steps count as lost."""
-    trainer = make_trainer(deterministic(nnUNetTrainerDyCON))
-    trainer.on_train_start()
-    trainer.on_train_epoch_start()
+    trainer = start_trainer()
     trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     next(trainer.network.parameters()).register_hook(lambda gradient: gradient * torch.inf)
     batch = next(trainer.dataloader_train)
@@ -119,9 +120,7 @@ def test_gradients_that_overflow_for_ever_end_the_training(tiny):
 
 def test_a_gradient_scaler_is_obeyed(tiny):
     """As with half precision on a GPU: gradients are unscaled before they are clipped, an overflow is skipped."""
-    trainer = make_trainer(deterministic(nnUNetTrainerDyCON))
-    trainer.on_train_start()
-    trainer.on_train_epoch_start()
+    trainer = start_trainer()
     batch = next(trainer.dataloader_train)
     for group in trainer.optimizer.param_groups:
         group["lr"] = 0.0
@@ -173,9 +172,7 @@ def test_a_compiled_network_trains_alike(tiny):
 
 
 def test_the_head_is_trained_and_clipped_with_the_network(tiny):
-    trainer = make_trainer(deterministic(nnUNetTrainerDyCON))
-    trainer.on_train_start()
-    trainer.on_train_epoch_start()
+    trainer = start_trainer()
     optimised = {id(parameter) for group in trainer.optimizer.param_groups for parameter in group["params"]}
     head = list(trainer.method.head.parameters())
     assert optimised == {id(parameter) for parameter in [*trainer.network.parameters(), *head]}
@@ -189,9 +186,7 @@ def test_the_head_is_trained_and_clipped_with_the_network(tiny):
 
 def test_no_feature_outlives_the_step(tiny):
     """It would keep the whole graph alive."""
-    trainer = make_trainer(deterministic(nnUNetTrainerDyCON))
-    trainer.on_train_start()
-    trainer.on_train_epoch_start()
+    trainer = start_trainer()
     trainer.train_step(next(trainer.dataloader_train))
     assert trainer._tap.take() is None
     assert trainer.method.teacher._tap.take() is None
