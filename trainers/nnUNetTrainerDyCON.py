@@ -17,6 +17,14 @@ class nnUNetTrainerDyCON(SemiSupervisedTrainer):
         return DyCON(network, supervised_loss, self.method_settings, stage, ignore_label)
 
 
+class nnUNetTrainerDyCON_paper(nnUNetTrainerDyCON):
+    """The paper's weights: both terms at 0.5, UnCL with its entropy term."""
+
+    method_settings = replace(
+        nnUNetTrainerDyCON.method_settings, uncl_weight=0.5, fecl_weight=0.5, entropy_weight=1.0, rampup=0.4
+    )
+
+
 class nnUNetTrainerDyCON_noUnCL(nnUNetTrainerDyCON):
     """Without the uncertainty-aware consistency."""
 
@@ -29,7 +37,7 @@ class nnUNetTrainerDyCON_noFeCL(nnUNetTrainerDyCON):
     method_settings = replace(nnUNetTrainerDyCON.method_settings, fecl_weight=0.0)
 
 
-class nnUNetTrainerDyCON_released(nnUNetTrainerDyCON):
+class nnUNetTrainerDyCON_released(nnUNetTrainerDyCON_paper):
     """The losses of the released code (commit 69c1384) without its leak.
 
     UnCL on all and the released FeCL on the unlabeled half, both from the first step. The classes of patches come from
@@ -38,7 +46,11 @@ class nnUNetTrainerDyCON_released(nnUNetTrainerDyCON):
     """
 
     method_settings = replace(
-        nnUNetTrainerDyCON.method_settings, fecl_form="released", rampup=0.0, foreground_share=0.5, background_share=0.5
+        nnUNetTrainerDyCON_paper.method_settings,
+        fecl_form="released",
+        rampup=0.0,
+        foreground_share=0.5,
+        background_share=0.5,
     )
 
 
