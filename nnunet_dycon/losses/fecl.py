@@ -43,6 +43,10 @@ def fecl_loss(
 
     DyCON, Eqs. 3-6 (arXiv:2504.04566). Gradients flow to the student's embeddings through S, F and h, and nowhere else.
 
+    The focal weights reward a collapse: where all embeddings of an image are equal, F⁺ is 0 and with it the loss,
+    whatever the classes, and a projection head gets there within tens of steps. With ``gamma=0`` the weights are 1 and
+    the loss tells classes apart.
+
     Deviations: ``top_k`` and the clamp are our reading, since the paper gives neither in the form at hand. The released
     code (commit 69c1384) has one positive at a time in the denominator, no weights F on the negatives, and a threshold
     term in place of h.

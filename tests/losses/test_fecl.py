@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nnunet_dycon.features import ProjectionHead
 from nnunet_dycon.losses import FeCLLoss, fecl, fecl_loss
 
 
@@ -138,6 +139,25 @@ def test_order_of_patches_and_names_of_classes_do_not_matter(seed, order, names)
     )
     expected = fecl_loss(embedding, labels, teacher_embedding=teacher, anchor_entropy=entropy)
     torch.testing.assert_close(changed, expected)
+
+
+@pytest.mark.parametrize(("gamma", "collapses"), [(2.0, True), (0.0, False)])
+def test_focal_weights_let_a_head_collapse(gamma, collapses):
+    generator = torch.Generator().manual_seed(0)
+    labels = (torch.arange(32) % 4 == 0).long().repeat(2, 1)
+    centres = torch.randn(2, 16, generator=generator)
+    features = (centres[labels] + torch.randn(2, 32, 16, generator=generator)).relu()
+    torch.manual_seed(0)
+    head = ProjectionHead(16, 32)
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.01, momentum=0.99, nesterov=True)
+    for _ in range(60):
+        embedding = head(features.transpose(1, 2))
+        optimizer.zero_grad()
+        fecl_loss(embedding, labels, teacher_embedding=embedding, gamma=gamma).backward()
+        optimizer.step()
+    unit = torch.nn.functional.normalize(embedding.detach()[0], dim=-1)
+    across = (unit[labels[0] == 0] @ unit[labels[0] == 1].T).mean().item()
+    assert across > 0.95 if collapses else across < 0
 
 
 def test_length_of_embeddings_does_not_matter():
