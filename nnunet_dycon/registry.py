@@ -55,6 +55,9 @@ TRAINERS: dict[str, Trainer] = {
     "nnUNetTrainerMeanTeacher": Trainer(
         "nnUNetTrainerMeanTeacher", "Mean Teacher: the baseline that every other method has to beat", MEAN_TEACHER
     ),
+    "nnUNetTrainerPseudoLabel": Trainer("nnUNetTrainerPseudoLabel", "self-training", "x"),
+    "nnUNetTrainerFixMatch": Trainer("nnUNetTrainerPseudoLabel", "weak to strong", "x"),
+    "nnUNetTrainerBCP": Trainer("nnUNetTrainerPseudoLabel", "bidirectional copy-paste", "x"),
 }
 
 CONVERTERS: dict[str, Converter] = {

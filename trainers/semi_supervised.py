@@ -150,6 +150,11 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     def _supervised_loss(self, logits: list[torch.Tensor], targets: Targets) -> torch.Tensor:
         return self.loss(logits if self.enable_deep_supervision else logits[0], targets)
 
+    @property
+    def level_weights(self) -> tuple[float, ...]:
+        """How much each of the network's outputs counts in the loss, highest resolution first."""
+        return tuple(self.loss.weight_factors) if self.enable_deep_supervision else (1.0,)
+
     def _student(self, images: torch.Tensor) -> StudentOutput:
         self._timer.mark("teacher")  # which a method asks before the student
         # Through the wrapper: DDP synchronises gradients only there.

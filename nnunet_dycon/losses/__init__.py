@@ -1,6 +1,7 @@
 """The losses: pure functions of tensors, and small modules that hold their constants."""
 
 from nnunet_dycon.losses.consistency import softmax_mse_loss
+from nnunet_dycon.losses.dice_ce import weighted_dice_ce_loss
 from nnunet_dycon.losses.entropy import softmax_entropy
 from nnunet_dycon.losses.fecl import FeCLLoss, fecl_loss
 from nnunet_dycon.losses.fecl_released import FeCLReleasedLoss, fecl_released_loss
@@ -15,4 +16,5 @@ __all__ = [
     "softmax_entropy",
     "softmax_mse_loss",
     "uncl_loss",
+    "weighted_dice_ce_loss",
 ]

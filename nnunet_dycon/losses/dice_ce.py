@@ -1,0 +1,59 @@
+"""nnU-Net's loss, Dice and cross-entropy, with a weight for each voxel."""
+
+import torch
+
+from nnunet_dycon.losses.precision import at_least_float32
+
+_SMOOTH = 1e-5  # nnU-Net's
+
+
+@at_least_float32
+def weighted_dice_ce_loss(
+    logits: torch.Tensor, target: torch.Tensor, weight: torch.Tensor, *, batch_dice: bool = False
+) -> torch.Tensor:
+    r"""Cross-entropy minus soft Dice, in both of which a voxel counts as much as its weight says.
+
+    .. math::
+        L = \frac{\sum_i w_i \left(-\ln p_{i y_i}\right)}{\sum_i w_i}
+            - \operatorname*{mean}_{b,\,c > 0}
+              \frac{2 \sum_{i \in b} w_i p_{ic} [y_i = c] + \epsilon}
+                   {\sum_{i \in b} w_i p_{ic} + \sum_{i \in b} w_i [y_i = c] + \epsilon}
+
+    with the voxels i of images b, the softmax output p, and ε = 1e-5. With all weights 1 it is nnU-Net's loss, with
+    weights of 0 and 1 nnU-Net's loss with the ignore label where the weight is 0.
+
+    Args:
+        logits: (B, C, *spatial), before the softmax.
+        target: (B, *spatial), integers in [0, C).
+        weight: (B, *spatial), not negative.
+        batch_dice: take the sums of the Dice over the batch, not over each image.
+
+    Returns:
+        The loss, a scalar of at least float32; a differentiable 0 where all weights are 0.
+
+    Raises:
+        ValueError: a shape does not fit.
+
+    >>> logits = torch.tensor([[[0.0, 0.0], [0.0, 100.0]]])  # one image, two classes, two voxels
+    >>> round(weighted_dice_ce_loss(logits, torch.tensor([[0, 1]]), torch.tensor([[0.0, 1.0]])).item(), 4)
+    -1.0
+    """
+    if logits.ndim < 3 or target.shape != (logits.shape[0], *logits.shape[2:]) or weight.shape != target.shape:
+        raise ValueError(
+            "logits must be (B, C, *spatial), target and weight (B, *spatial), got "
+            f"{tuple(logits.shape)}, {tuple(target.shape)} and {tuple(weight.shape)}"
+        )
+    weight = weight.detach()
+    total = weight.sum()
+    log_probabilities = torch.log_softmax(logits, 1)
+    target = target.long()[:, None]
+    cross_entropy = -(weight * log_probabilities.gather(1, target)[:, 0]).sum() / total.clamp(min=1e-8)
+
+    axes = (0, *range(2, logits.ndim)) if batch_dice else tuple(range(2, logits.ndim))
+    weighted = weight[:, None] * log_probabilities.exp()
+    is_class = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, target, True)
+    overlap = torch.where(is_class, weighted, 0).sum(axes)[..., 1:]
+    predicted = weighted.sum(axes)[..., 1:]
+    labeled = (weight[:, None] * is_class).sum(axes)[..., 1:]
+    dice = (2 * overlap + _SMOOTH) / (predicted + labeled + _SMOOTH)
+    return (cross_entropy - dice.mean()) * (total > 0)
