@@ -32,6 +32,12 @@ class LabeledBatch:
         highest = self.targets[0] if isinstance(self.targets, list) else self.targets
         return highest[:, 0]
 
+    def known(self, ignore_label: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The label map with background in place of the ignore label, and where it was not: (B, *spatial) each."""
+        target = self.target.long()
+        known = torch.ones_like(target, dtype=torch.bool) if ignore_label is None else target != ignore_label
+        return torch.where(known, target, 0), known
+
 
 @dataclass(frozen=True)
 class UnlabeledBatch:

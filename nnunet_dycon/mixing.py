@@ -1,38 +1,113 @@
-"""Mixing images: where one shows and where the other."""
+"""What the student sees: labeled and unlabeled images side by side, or mixed with each other.
+
+A mixture is drawn once a step and then put over images, labels and whatever else lies voxel by voxel beside them.
+"""
 
 from collections.abc import Sequence
+from copy import copy
 
 import torch
+from torch.nn.functional import interpolate
+
+MIXTURES = ("none", "cutmix", "copy_paste")
+
+
+class Mixture:
+    """Labeled images, then unlabeled ones, as they are.
+
+    Attributes:
+        truth: (B', *spatial) of the B' images that the student sees, True where they show a labeled image.
+    """
+
+    def __init__(self, labeled: int, unlabeled: int, spatial: Sequence[int], device: torch.device) -> None:
+        self.truth = torch.zeros((labeled + unlabeled, *spatial), dtype=torch.bool, device=device)
+        self.truth[:labeled] = True
+
+    def __call__(self, of_labeled: torch.Tensor, of_unlabeled: torch.Tensor) -> torch.Tensor:
+        """(L, [C,] *spatial) and (U, [C,] *spatial) to (B', [C,] *spatial)."""
+        return torch.cat([of_labeled, of_unlabeled])
+
+
+    def on_grid(self, grid: Sequence[int]) -> "Mixture":
+        """The same mixture over a coarser grid of cells, each as its centre is."""
+        scaled = copy(self)
+        for name, value in vars(self).items():
+            if value.dtype == torch.bool:
+                setattr(scaled, name, interpolate(value[:, None].float(), grid, mode="nearest-exact")[:, 0].bool())
+        return scaled
+
+
+class CutMix(Mixture):
+    """Labeled images as they are, then each unlabeled one with a box of another (arXiv:1905.04899)."""
+
+    def __init__(
+        self, labeled: int, unlabeled: int, spatial: Sequence[int], device: torch.device, box: float
+    ) -> None:
+        super().__init__(labeled, unlabeled, spatial, device)
+        self._inside = random_boxes(unlabeled, spatial, box, device)
+
+    def __call__(self, of_labeled: torch.Tensor, of_unlabeled: torch.Tensor) -> torch.Tensor:
+        return torch.cat([of_labeled, _paste(of_unlabeled.roll(1, 0), of_unlabeled, self._inside)])
+
+
+class CopyPaste(Mixture):
+    """Labeled images with a box of an unlabeled one, then unlabeled images with the same box of the labeled one.
+
+    Bidirectional copy-paste (BCP, arXiv:2305.00673). Of unequal numbers, the fewer are used again.
+    """
+
+    def __init__(
+        self, labeled: int, unlabeled: int, spatial: Sequence[int], device: torch.device, box: float
+    ) -> None:
+        pairs = torch.arange(max(labeled, unlabeled), device=device)
+        self._of_labeled, self._of_unlabeled = pairs % labeled, pairs % unlabeled
+        self._inside = random_boxes(len(pairs), spatial, box, device)
+        self.truth = torch.cat([~self._inside, self._inside])
+
+    def __call__(self, of_labeled: torch.Tensor, of_unlabeled: torch.Tensor) -> torch.Tensor:
+        labeled, unlabeled = of_labeled[self._of_labeled], of_unlabeled[self._of_unlabeled]
+        return torch.cat([_paste(unlabeled, labeled, self._inside), _paste(labeled, unlabeled, self._inside)])
+
+
+def mixture(
+    kind: str, labeled: int, unlabeled: int, spatial: Sequence[int], device: torch.device, box: float = 2 / 3
+) -> Mixture:
+    """Draw one.
+
+    Args:
+        kind: "none", "cutmix" or "copy_paste".
+        labeled: the number of labeled images.
+        unlabeled: the number of unlabeled images.
+        spatial: the shape of an image.
+        device: where it will be used.
+        box: the share of each axis that a box takes, in [0, 1].
+
+    Raises:
+        ValueError: there is no such kind, or the share lies outside [0, 1].
+    """
+    if kind == "none":
+        return Mixture(labeled, unlabeled, spatial, device)
+    if kind == "cutmix":
+        return CutMix(labeled, unlabeled, spatial, device, box)
+    if kind == "copy_paste":
+        return CopyPaste(labeled, unlabeled, spatial, device, box)
+    raise ValueError(f"a mixture is one of {', '.join(MIXTURES)}, got {kind!r}")
 
 
 def random_boxes(number: int, spatial: Sequence[int], side: float, device: torch.device) -> torch.Tensor:
-    """One box an image, at a random place inside it.
-
-    Args:
-        number: of images.
-        spatial: the shape of an image, in voxels.
-        side: the share of each axis that a box takes, in [0, 1].
-        device: of the result.
-
-    Returns:
-        (number, *spatial), True inside the box.
-
-    Raises:
-        ValueError: the share lies outside [0, 1].
-    """
+    """(number, *spatial), True inside a box at a random place, which takes the share ``side`` of each axis."""
     if not 0 <= side <= 1:
-        raise ValueError(f"side must lie in [0, 1], got {side}")
+        raise ValueError(f"the share of an axis must lie in [0, 1], got {side}")
     inside = torch.ones((number, *spatial), dtype=torch.bool, device=device)
     for axis, size in enumerate(spatial):
         length = round(side * size)
-        # Drawn on the CPU: what seeds it is then the same on every device.
-        starts = torch.randint(size - length + 1, (number,)).to(device)
+        # Drawn on the CPU, so that a seed means the same on every device.
+        starts = torch.randint(size - length + 1, (number, 1)).to(device)
         position = torch.arange(size, device=device)
-        on_axis = (position >= starts[:, None]) & (position < starts[:, None] + length)
+        on_axis = (position >= starts) & (position < starts + length)
         inside &= on_axis.view(number, *(size if other == axis else 1 for other in range(len(spatial))))
     return inside
 
 
-def paste(pasted: torch.Tensor, onto: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
-    """``pasted`` where ``where``, (B, *spatial), is True, and ``onto`` elsewhere; both (B, [C,] *spatial)."""
-    return torch.where(where if pasted.ndim == where.ndim else where[:, None], pasted, onto)
+def _paste(pasted: torch.Tensor, onto: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
+    return torch.where(inside if pasted.ndim == inside.ndim else inside[:, None], pasted, onto)

@@ -14,25 +14,27 @@ SECONDS = "seconds_"  # followed by a part of the step
 
 
 @torch.no_grad()
-def pseudo_label_monitors(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> dict[str, torch.Tensor]:
+def pseudo_label_monitors(
+    student: torch.Tensor, teacher: torch.Tensor, where: torch.Tensor | None = None
+) -> dict[str, torch.Tensor]:
     """How much foreground the teacher labels, and how far the student agrees.
 
     Args:
-        student_logits: (B, K, *spatial) of unlabeled images.
-        teacher_logits: (B, K, *spatial), voxel by voxel beside them.
+        student: (B, *spatial), the student's label maps of unlabeled images.
+        teacher: (B, *spatial), the teacher's.
+        where: (B, *spatial), True where both show an unlabeled image; None for everywhere.
 
     Returns:
         "pseudo_foreground", the share of voxels that the teacher labels as foreground, and "student_teacher_dice", the
         Dice of both label maps pooled over foreground classes and batch; NaN if both are empty.
     """
-    student, teacher = student_logits.argmax(1), teacher_logits.argmax(1)
+    voxels = teacher.numel()
+    if where is not None:
+        student, teacher, voxels = student * where, teacher * where, where.sum()
     is_foreground = teacher > 0
     agreed = ((student == teacher) & is_foreground).sum()
     foreground = is_foreground.sum()
-    return {
-        "pseudo_foreground": foreground / teacher.numel(),
-        AGREEMENT: 2 * agreed / (foreground + (student > 0).sum()),
-    }
+    return {"pseudo_foreground": foreground / voxels, AGREEMENT: 2 * agreed / (foreground + (student > 0).sum())}
 
 
 def mean_of_finite(values: Iterable[float]) -> float:

@@ -14,7 +14,7 @@ class nnUNetTrainerDyCON(SemiSupervisedTrainer):
     def build_method(self, network, supervised_loss) -> DyCON:
         stage = self.feature_stage() if self.method_settings.fecl_weight != 0 else None
         ignore_label = self.label_manager.ignore_label
-        return DyCON(network, supervised_loss, self.method_settings, stage, ignore_label)
+        return DyCON(network, supervised_loss, self.method_settings, stage, ignore_label, self.weighted_loss)
 
 
 class nnUNetTrainerDyCON_paper(nnUNetTrainerDyCON):

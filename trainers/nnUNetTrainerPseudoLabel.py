@@ -10,14 +10,8 @@ class nnUNetTrainerPseudoLabel(SemiSupervisedTrainer):
     method_settings = PseudoLabelSettings(ema_decay=0.0)
 
     def build_method(self, network, supervised_loss) -> PseudoLabels:
-        return PseudoLabels(
-            network,
-            supervised_loss,
-            self.method_settings,
-            self.level_weights,
-            self.configuration_manager.batch_dice,
-            self.label_manager.ignore_label,
-        )
+        ignore_label = self.label_manager.ignore_label
+        return PseudoLabels(network, supervised_loss, self.weighted_loss, self.method_settings, ignore_label)
 
 
 class nnUNetTrainerFixMatch(nnUNetTrainerPseudoLabel):

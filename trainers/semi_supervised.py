@@ -30,6 +30,7 @@ from nnunet_dycon.environment import require_nnunet
 from nnunet_dycon.errors import NotSupported, UserError, ends_in_one_line, explained
 from nnunet_dycon.features import FeatureStage, FeatureTap, nearest_stage
 from nnunet_dycon.files import require_writable
+from nnunet_dycon.losses import WeightedDiceCELoss
 from nnunet_dycon.methods import Method, SupervisedLoss
 from nnunet_dycon.monitoring import SECONDS, StepTimer, append_epoch, mean_of_finite, terms_of_loss
 from nnunet_dycon.pictures import draw_progress
@@ -151,9 +152,10 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         return self.loss(logits if self.enable_deep_supervision else logits[0], targets)
 
     @property
-    def level_weights(self) -> tuple[float, ...]:
-        """How much each of the network's outputs counts in the loss, highest resolution first."""
-        return tuple(self.loss.weight_factors) if self.enable_deep_supervision else (1.0,)
+    def weighted_loss(self) -> WeightedDiceCELoss:
+        """nnU-Net's loss with a weight for each voxel, for labels that are not all equally good."""
+        level_weights = tuple(self.loss.weight_factors) if self.enable_deep_supervision else (1.0,)
+        return WeightedDiceCELoss(level_weights, self.configuration_manager.batch_dice)
 
     def _student(self, images: torch.Tensor) -> StudentOutput:
         self._timer.mark("teacher")  # which a method asks before the student

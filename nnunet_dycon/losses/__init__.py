@@ -1,7 +1,7 @@
 """The losses: pure functions of tensors, and small modules that hold their constants."""
 
 from nnunet_dycon.losses.consistency import softmax_mse_loss
-from nnunet_dycon.losses.dice_ce import weighted_dice_ce_loss
+from nnunet_dycon.losses.dice_ce import WeightedDiceCELoss, weighted_dice_ce_loss
 from nnunet_dycon.losses.entropy import softmax_entropy
 from nnunet_dycon.losses.fecl import FeCLLoss, fecl_loss
 from nnunet_dycon.losses.fecl_released import FeCLReleasedLoss, fecl_released_loss
@@ -11,6 +11,7 @@ __all__ = [
     "FeCLLoss",
     "FeCLReleasedLoss",
     "UnCLLoss",
+    "WeightedDiceCELoss",
     "fecl_loss",
     "fecl_released_loss",
     "softmax_entropy",

@@ -1,6 +1,10 @@
 """nnU-Net's loss, Dice and cross-entropy, with a weight for each voxel."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
+from torch.nn.functional import interpolate
 
 from nnunet_dycon.losses.precision import at_least_float32
 
@@ -57,3 +61,35 @@ def weighted_dice_ce_loss(
     labeled = (weight[:, None] * is_class).sum(axes)[..., 1:]
     dice = (2 * overlap + _SMOOTH) / (predicted + labeled + _SMOOTH)
     return (cross_entropy - dice.mean()) * (total > 0)
+
+
+@dataclass(frozen=True)
+class WeightedDiceCELoss:
+    """`weighted_dice_ce_loss` at all levels of a network with deep supervision.
+
+    Attributes:
+        level_weights: how much each level counts, highest resolution first.
+        batch_dice: as in the plans.
+    """
+
+    level_weights: tuple[float, ...] = (1.0,)
+    batch_dice: bool = False
+
+    def __call__(self, logits: Sequence[torch.Tensor], target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Of (B, C, *spatial) each, and target and weight (B, *spatial) at the highest resolution.
+
+        They are scaled as nnU-Net scales targets: the nearest voxel.
+        """
+        losses = []
+        for level, level_weight in zip(logits, self.level_weights, strict=True):
+            if level_weight == 0:
+                continue
+            scaled = (_scaled(volume, level.shape[2:]) for volume in (target, weight))
+            losses.append(level_weight * weighted_dice_ce_loss(level, *scaled, batch_dice=self.batch_dice))
+        return torch.stack(losses).sum()
+
+
+def _scaled(volume: torch.Tensor, spatial: torch.Size) -> torch.Tensor:
+    if volume.shape[1:] == spatial:
+        return volume
+    return interpolate(volume[:, None].float(), spatial, mode="nearest-exact")[:, 0]

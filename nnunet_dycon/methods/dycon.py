@@ -7,8 +7,9 @@ from torch import nn
 
 from nnunet_dycon.batches import LabeledBatch, StudentOutput, UnlabeledBatch
 from nnunet_dycon.features import IGNORED_PATCH, FeatureStage, ProjectionHead, patch_labels, pool_to_patches
-from nnunet_dycon.losses import fecl_loss, fecl_released_loss, softmax_entropy, uncl_loss
+from nnunet_dycon.losses import WeightedDiceCELoss, fecl_loss, fecl_released_loss, softmax_entropy, uncl_loss
 from nnunet_dycon.methods.method import Method, Student, SupervisedLoss, Terms
+from nnunet_dycon.mixing import mixture
 from nnunet_dycon.monitoring import pseudo_label_monitors
 from nnunet_dycon.schedules import exponential_decay, sigmoid_rampup
 from nnunet_dycon.teacher import EMATeacher
@@ -50,6 +51,8 @@ class DyCONSettings:
     foreground_share: float = 0.25
     background_share: float = 0.05
     fecl_form: str = "paper"
+    mixing: str = "none"
+    box: float = 2 / 3
 
     def __post_init__(self) -> None:
         if self.fecl_form not in ("paper", "released"):
@@ -96,10 +99,12 @@ class DyCON(Method):
         settings: DyCONSettings,
         stage: FeatureStage | None = None,
         ignore_label: int | None = None,
+        weighted_loss: WeightedDiceCELoss | None = None,
     ) -> None:
         super().__init__(supervised_loss)
         self.settings = settings
         self.ignore_label = ignore_label
+        self.weighted_loss = weighted_loss
         self.head = None
         if settings.fecl_weight != 0:
             if stage is None:
@@ -117,36 +122,56 @@ class DyCON(Method):
         progress: float,
     ) -> Terms:
         settings = self.settings
+        half = len(labeled)
         teacher = self.teacher(torch.cat([labeled.weak, unlabeled.weak]))
-        output = student(torch.cat([labeled.strong, unlabeled.strong]))
+        strong = unlabeled.strong
+        mix = mixture(settings.mixing, half, len(strong), strong.shape[2:], strong.device, settings.box)
+        output = student(mix(labeled.strong, strong))
+        teacher_logits = mix(teacher.logits[0][:half], teacher.logits[0][half:])
+        teacher_labels = teacher_logits.argmax(1)
 
-        supervised = self.supervised(output, labeled)
+        if settings.mixing == "copy_paste":
+            truth, known = labeled.known(self.ignore_label)
+            nothing = torch.zeros_like(strong[:, 0])
+            supervised = self.weighted_loss(output.logits, mix(truth, nothing), mix(known.float(), nothing))
+        else:
+            supervised = self.supervised(output, labeled)
         terms, weighted = {"supervised": supervised}, []
         monitors: Terms = {}
         if settings.uncl_weight != 0:
             beta = monitors["beta"] = exponential_decay(progress, settings.beta_start, settings.beta_end)
-            terms["uncl"] = uncl_loss(output.logits[0], teacher.logits[0], beta, entropy_weight=settings.entropy_weight)
+            terms["uncl"] = uncl_loss(output.logits[0], teacher_logits, beta, entropy_weight=settings.entropy_weight)
             weighted.append(settings.uncl_weight * terms["uncl"])
         if self.uses_features:
-            patches = self._patch_labels(labeled, teacher, output)
+            grid = output.features.shape[2:]
+            on_grid = mix.on_grid(grid)
+            teacher_features = on_grid(teacher.features[:half], teacher.features[half:])
+            truth = labeled.target.long()
+            patches = patch_labels(
+                mix(truth, teacher.logits[0][half:].argmax(1)),
+                grid,
+                output.logits[0].shape[1],
+                foreground_share=settings.foreground_share,
+                background_share=settings.background_share,
+                ignore_label=self.ignore_label,
+            )
             if settings.fecl_form == "paper":
-                terms["fecl"] = self._contrast(output, teacher, patches)
+                terms["fecl"] = self._contrast(output, teacher_features, patches)
             else:
-                half = slice(len(labeled), None)
-                patches = patches[half]
-                terms["fecl"] = self._released_contrast(output[half], teacher[half], patches, progress)
+                patches = patches[half:]
+                terms["fecl"] = self._released_contrast(output[slice(half, None)], teacher_features[half:], patches, progress)
             weighted.append(settings.fecl_weight * terms["fecl"])
             monitors["ignored_patches"] = (patches == IGNORED_PATCH).float().mean()
         ramp = monitors["ramp"] = sigmoid_rampup(progress, end=settings.rampup)
-        monitors |= pseudo_label_monitors(output.logits[0][len(labeled) :], teacher.logits[0][len(labeled) :])
+        monitors |= pseudo_label_monitors(output.logits[0].argmax(1), teacher_labels, ~mix.truth)
         return {"loss": supervised + ramp * sum(weighted), **terms, **monitors}
 
-    def _contrast(self, output: StudentOutput, teacher: StudentOutput, patches: torch.Tensor) -> torch.Tensor:
+    def _contrast(self, output: StudentOutput, teacher_features: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
         grid = output.features.shape[2:]
         return fecl_loss(
             self.head(output.features),
             patches,
-            teacher_embedding=self.teacher.embed(teacher.features),
+            teacher_embedding=self.teacher.embed(teacher_features),
             anchor_entropy=pool_to_patches(softmax_entropy(output.logits[0].detach()), grid),
             temperature=self.settings.temperature,
             gamma=self.settings.gamma,
@@ -155,25 +180,13 @@ class DyCON(Method):
         )
 
     def _released_contrast(
-        self, output: StudentOutput, teacher: StudentOutput, patches: torch.Tensor, progress: float
+        self, output: StudentOutput, teacher_features: torch.Tensor, patches: torch.Tensor, progress: float
     ) -> torch.Tensor:
         return fecl_released_loss(
             self.head(output.features),
             patches,
-            teacher_embedding=self.teacher.embed(teacher.features),
+            teacher_embedding=self.teacher.embed(teacher_features),
             temperature=self.settings.temperature,
             gamma=self.settings.gamma,
             cross_threshold=0.3 + 0.2 * sigmoid_rampup(progress),  # the release's, over all of its training
-        )
-
-    def _patch_labels(self, labeled: LabeledBatch, teacher: StudentOutput, output: StudentOutput) -> torch.Tensor:
-        """The class of each patch, (B, N): ground truth in the labeled half, the teacher's in the unlabeled one."""
-        pseudo_labels = teacher.logits[0][len(labeled) :].argmax(1)
-        return patch_labels(
-            torch.cat([labeled.target.long(), pseudo_labels]),
-            output.features.shape[2:],
-            output.logits[0].shape[1],
-            foreground_share=self.settings.foreground_share,
-            background_share=self.settings.background_share,
-            ignore_label=self.ignore_label,
         )

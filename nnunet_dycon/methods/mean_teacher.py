@@ -64,5 +64,5 @@ class MeanTeacher(Method):
             "supervised": supervised,
             "consistency": consistency,
             "ramp": ramp,
-            **pseudo_label_monitors(unlabeled_logits, teacher.logits[0]),
+            **pseudo_label_monitors(unlabeled_logits.argmax(1), teacher.logits[0].argmax(1)),
         }
