@@ -19,7 +19,10 @@ class Mixture:
         truth: (B', *spatial) of the B' images that the student sees, True where they show a labeled image.
     """
 
+    cuts_labeled = False  # whether labeled images are cut, too
+
     def __init__(self, labeled: int, unlabeled: int, spatial: Sequence[int], device: torch.device) -> None:
+        self._numbers = (labeled, unlabeled)
         self.truth = torch.zeros((labeled + unlabeled, *spatial), dtype=torch.bool, device=device)
         self.truth[:labeled] = True
 
@@ -27,12 +30,19 @@ class Mixture:
         """(L, [C,] *spatial) and (U, [C,] *spatial) to (B', [C,] *spatial)."""
         return torch.cat([of_labeled, of_unlabeled])
 
+    def only_labeled(self, of_labeled: torch.Tensor) -> torch.Tensor:
+        """The same, with 0 where an unlabeled image is shown."""
+        return self(of_labeled, of_labeled.new_zeros((self._numbers[1], *of_labeled.shape[1:])))
+
+    def only_unlabeled(self, of_unlabeled: torch.Tensor) -> torch.Tensor:
+        """The same, with 0 where a labeled image is shown."""
+        return self(of_unlabeled.new_zeros((self._numbers[0], *of_unlabeled.shape[1:])), of_unlabeled)
 
     def on_grid(self, grid: Sequence[int]) -> "Mixture":
         """The same mixture over a coarser grid of cells, each as its centre is."""
         scaled = copy(self)
         for name, value in vars(self).items():
-            if value.dtype == torch.bool:
+            if isinstance(value, torch.Tensor) and value.dtype == torch.bool:
                 setattr(scaled, name, interpolate(value[:, None].float(), grid, mode="nearest-exact")[:, 0].bool())
         return scaled
 
@@ -40,9 +50,7 @@ class Mixture:
 class CutMix(Mixture):
     """Labeled images as they are, then each unlabeled one with a box of another (arXiv:1905.04899)."""
 
-    def __init__(
-        self, labeled: int, unlabeled: int, spatial: Sequence[int], device: torch.device, box: float
-    ) -> None:
+    def __init__(self, labeled: int, unlabeled: int, spatial: Sequence[int], device: torch.device, box: float) -> None:
         super().__init__(labeled, unlabeled, spatial, device)
         self._inside = random_boxes(unlabeled, spatial, box, device)
 
@@ -56,9 +64,10 @@ class CopyPaste(Mixture):
     Bidirectional copy-paste (BCP, arXiv:2305.00673). Of unequal numbers, the fewer are used again.
     """
 
-    def __init__(
-        self, labeled: int, unlabeled: int, spatial: Sequence[int], device: torch.device, box: float
-    ) -> None:
+    cuts_labeled = True
+
+    def __init__(self, labeled: int, unlabeled: int, spatial: Sequence[int], device: torch.device, box: float) -> None:
+        self._numbers = (labeled, unlabeled)
         pairs = torch.arange(max(labeled, unlabeled), device=device)
         self._of_labeled, self._of_unlabeled = pairs % labeled, pairs % unlabeled
         self._inside = random_boxes(len(pairs), spatial, box, device)
@@ -83,21 +92,26 @@ def mixture(
         box: the share of each axis that a box takes, in [0, 1].
 
     Raises:
-        ValueError: there is no such kind, or the share lies outside [0, 1].
+        ValueError: see `check_mixture`.
     """
+    check_mixture(kind, box)
     if kind == "none":
         return Mixture(labeled, unlabeled, spatial, device)
     if kind == "cutmix":
         return CutMix(labeled, unlabeled, spatial, device, box)
-    if kind == "copy_paste":
-        return CopyPaste(labeled, unlabeled, spatial, device, box)
-    raise ValueError(f"a mixture is one of {', '.join(MIXTURES)}, got {kind!r}")
+    return CopyPaste(labeled, unlabeled, spatial, device, box)
+
+
+def check_mixture(kind: str, box: float) -> None:
+    """Raise ValueError if there is no such kind of mixture, or a box cannot take that share of an axis."""
+    if kind not in MIXTURES:
+        raise ValueError(f"a mixture is one of {', '.join(MIXTURES)}, got {kind!r}")
+    if not 0 <= box <= 1:
+        raise ValueError(f"the share of an axis that a box takes must lie in [0, 1], got {box}")
 
 
 def random_boxes(number: int, spatial: Sequence[int], side: float, device: torch.device) -> torch.Tensor:
     """(number, *spatial), True inside a box at a random place, which takes the share ``side`` of each axis."""
-    if not 0 <= side <= 1:
-        raise ValueError(f"the share of an axis must lie in [0, 1], got {side}")
     inside = torch.ones((number, *spatial), dtype=torch.bool, device=device)
     for axis, size in enumerate(spatial):
         length = round(side * size)

@@ -10,8 +10,24 @@ from torch.nn.functional import cross_entropy
 
 from nnunet_dycon.batches import LabeledBatch, StudentOutput, UnlabeledBatch
 from nnunet_dycon.features import FeatureStage, FeatureTap, patch_labels, pool_to_patches
-from nnunet_dycon.losses import fecl_loss, fecl_released_loss, softmax_entropy, softmax_mse_loss, uncl_loss
-from nnunet_dycon.methods import DyCON, DyCONSettings, MeanTeacher, MeanTeacherSettings
+from nnunet_dycon.losses import (
+    WeightedDiceCELoss,
+    fecl_loss,
+    fecl_released_loss,
+    softmax_entropy,
+    softmax_mse_loss,
+    uncl_loss,
+)
+from nnunet_dycon.methods import (
+    DyCON,
+    DyCONSettings,
+    MeanTeacher,
+    MeanTeacherSettings,
+    PseudoLabels,
+    PseudoLabelSettings,
+    Supervision,
+)
+from nnunet_dycon.mixing import mixture
 from nnunet_dycon.monitoring import terms_of_loss
 
 STAGE = FeatureStage("encoder.stages.1", 6)
@@ -72,14 +88,15 @@ def build(method, settings):
     torch.manual_seed(0)
     network = TinyUNet()
     network.deep_supervision = False  # as the trainer does, so that the teacher has none
+    supervision = Supervision(supervised_loss, WeightedDiceCELoss((0.7, 0.3)), ignore_label=2)
     if method is DyCON:
         stage = STAGE if settings.fecl_weight else None
-        built = DyCON(network, supervised_loss, settings, stage)
+        built = DyCON(network, supervision, settings, stage)
         # A teacher equal to the student would have a similarity of exactly 1 with it.
         for parameter in built.teacher.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     else:
-        built = MeanTeacher(network, supervised_loss, settings)
+        built = method(network, supervision, settings)
     network.deep_supervision = True
     return built, Student(network, built.uses_features)
 
@@ -118,6 +135,98 @@ def test_mean_teacher_is_the_sum_of_its_terms(labeled, unlabeled):
     expected = softmax_mse_loss(logits[0][2:], method.teacher(unlabeled.weak).logits[0])
     torch.testing.assert_close(terms["consistency"], expected)
     torch.testing.assert_close(terms["loss"], terms["supervised"] + 3.0 * expected)
+
+
+def show(method, student, labeled, unlabeled, progress=1.0, seed=0):
+    """The terms of a step, what the student said, and how images were mixed."""
+    torch.manual_seed(seed)
+    terms = method(student, labeled, unlabeled, progress)
+    torch.manual_seed(seed)
+    settings = method.settings
+    mix = mixture(settings.mixing, len(labeled), len(unlabeled), (8, 8, 8), torch.device("cpu"), settings.box)
+    torch.testing.assert_close(student.images[-1], mix(labeled.strong, unlabeled.strong), rtol=0, atol=0)
+    return terms, student.network(student.images[-1]), mix
+
+
+@pytest.mark.parametrize("mixing", ["none", "cutmix"])
+def test_pseudo_labels_are_learned_where_the_teacher_is_confident(mixing, labeled, unlabeled):
+    method, student = build(PseudoLabels, PseudoLabelSettings(weight=2.0, confidence=0.6, mixing=mixing))
+    terms, logits, mix = show(method, student, labeled, unlabeled, progress=0.2)
+    confidence, labels = method.teacher(unlabeled.weak).logits[0].softmax(1).max(1)
+    trust = (confidence >= 0.6).float()
+    assert 0.1 < trust.mean() < 0.9
+    labels, trust = mix(labels[:2], labels)[2:], mix(trust[:2], trust)[2:]
+    loss = WeightedDiceCELoss((0.7, 0.3))([level[2:] for level in logits], labels, trust)
+    torch.testing.assert_close(terms["supervised"], supervised_loss([x[:2] for x in logits], labeled.targets))
+    torch.testing.assert_close(terms["pseudo"], trust.mean() * loss)
+    ramp = torch.tensor(-5 * (1 - 0.2 / 0.4) ** 2).exp()
+    torch.testing.assert_close(terms["loss"], terms["supervised"] + ramp * 2.0 * terms["pseudo"])
+
+
+def test_uncertain_pseudo_labels_count_less(labeled, unlabeled):
+    method, student = build(PseudoLabels, PseudoLabelSettings(beta_start=4.0, beta_end=1.0))
+    terms, logits, _ = show(method, student, labeled, unlabeled, progress=0.5)
+    teacher = method.teacher(unlabeled.weak).logits[0]
+    trust = torch.exp(-2.0 * softmax_entropy(teacher))  # β has gone half the way from 4 to 1
+    loss = WeightedDiceCELoss((0.7, 0.3))([level[2:] for level in logits], teacher.argmax(1), trust)
+    torch.testing.assert_close(terms["pseudo"], trust.mean() * loss)
+    assert terms["beta"] == pytest.approx(2.0)
+
+
+def test_copy_paste_learns_each_voxel_from_its_own_label(labeled, unlabeled):
+    """The loss of a mixed image is put together here from its two parts, each with nnU-Net's ignore label."""
+    labeled.targets[0][0, 0, :2] = 2  # which is ignored
+    method, student = build(PseudoLabels, PseudoLabelSettings(weight=0.5, mixing="copy_paste"))
+    terms, logits, mix = show(method, student, labeled, unlabeled)
+    assert len(student.images[-1]) == 6
+    teacher_labels = method.teacher(unlabeled.weak).logits[0].argmax(1)
+    everything = mix(labeled.target, teacher_labels)
+    parts = {"supervised": mix.truth & (everything != 2), "pseudo": ~mix.truth}
+    for name, part in parts.items():
+        loss = WeightedDiceCELoss((0.7, 0.3))(logits, torch.where(part, everything, 0), part.float())
+        torch.testing.assert_close(terms[name], loss)
+    torch.testing.assert_close(terms["loss"], terms["supervised"] + 0.5 * terms["pseudo"])
+    student_labels = logits[0].argmax(1)
+    agreed = ((student_labels == 1) & (everything == 1) & ~mix.truth).sum()
+    both = ((student_labels == 1) & ~mix.truth).sum() + ((everything == 1) & ~mix.truth).sum()
+    torch.testing.assert_close(terms["student_teacher_dice"], 2 * agreed / both)
+
+
+def test_a_teacher_without_memory_is_the_student(labeled, unlabeled):
+    method, student = build(PseudoLabels, PseudoLabelSettings(ema_decay=0.0))
+    method.before_first_step()
+    optimizer = torch.optim.SGD(student.network.parameters(), 0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        method(student, labeled, unlabeled, progress=1.0)["loss"].backward()
+        optimizer.step()
+        method.after_optimizer_step()
+        torch.testing.assert_close(method.teacher.network.state_dict(), student.network.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("mixing", ["cutmix", "copy_paste"])
+def test_dycon_of_mixed_images_compares_with_the_mixed_teacher(mixing, labeled, unlabeled):
+    method, student = build(DyCON, replace(SETTINGS, mixing=mixing))
+    terms, logits, mix = show(method, student, labeled, unlabeled)
+    features = student.tap.take()
+    teacher = method.teacher(torch.cat([labeled.weak, unlabeled.weak]))
+    teacher_logits = mix(teacher.logits[0][:2], teacher.logits[0][2:])
+    torch.testing.assert_close(terms["uncl"], uncl_loss(logits[0], teacher_logits, 0.5))
+    label_map = mix(labeled.target, teacher.logits[0][2:].argmax(1))
+    teacher_features = mix.on_grid((4, 4, 4))(teacher.features[:2], teacher.features[2:])
+    expected = fecl_loss(
+        method.head(features),
+        patch_labels(label_map, (4, 4, 4), 2),
+        teacher_embedding=method.teacher.embed(teacher_features),
+        anchor_entropy=pool_to_patches(softmax_entropy(logits[0]), (4, 4, 4)),
+    )
+    torch.testing.assert_close(terms["fecl"], expected)
+    if mixing == "cutmix":
+        torch.testing.assert_close(terms["supervised"], supervised_loss([x[:2] for x in logits], labeled.targets))
+    else:
+        truth = torch.where(mix.truth, label_map, 0)
+        loss = WeightedDiceCELoss((0.7, 0.3))(logits, truth, mix.truth.float())
+        torch.testing.assert_close(terms["supervised"], loss)
 
 
 @pytest.mark.parametrize(("method", "settings"), [(DyCON, SETTINGS), (MeanTeacher, MeanTeacherSettings())])
@@ -195,7 +304,15 @@ def test_the_released_form_contrasts_the_unlabeled_half_alone_by_the_teachers_la
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"fecl_form": "published"}, "fecl_form must be"), ({"fecl_form": "released"}, "needs equal shares")],
+    [
+        ({"fecl_form": "published"}, "fecl_form must be"),
+        ({"fecl_form": "released"}, "needs equal shares"),
+        (
+            {"fecl_form": "released", "foreground_share": 0.5, "background_share": 0.5, "mixing": "cutmix"},
+            "knows no mixed images",
+        ),
+        ({"mixing": "mixup"}, "a mixture is one of"),
+    ],
 )
 def test_settings_that_do_not_fit_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):

@@ -11,10 +11,9 @@ class nnUNetTrainerDyCON(SemiSupervisedTrainer):
 
     method_settings = DyCONSettings()
 
-    def build_method(self, network, supervised_loss) -> DyCON:
+    def build_method(self, network, supervision) -> DyCON:
         stage = self.feature_stage() if self.method_settings.fecl_weight != 0 else None
-        ignore_label = self.label_manager.ignore_label
-        return DyCON(network, supervised_loss, self.method_settings, stage, ignore_label, self.weighted_loss)
+        return DyCON(network, supervision, self.method_settings, stage)
 
 
 class nnUNetTrainerDyCON_paper(nnUNetTrainerDyCON):

@@ -9,5 +9,5 @@ class nnUNetTrainerMeanTeacher(SemiSupervisedTrainer):
 
     method_settings = MeanTeacherSettings()
 
-    def build_method(self, network, supervised_loss) -> MeanTeacher:
-        return MeanTeacher(network, supervised_loss, self.method_settings)
+    def build_method(self, network, supervision) -> MeanTeacher:
+        return MeanTeacher(network, supervision, self.method_settings)

@@ -9,9 +9,8 @@ class nnUNetTrainerPseudoLabel(SemiSupervisedTrainer):
 
     method_settings = PseudoLabelSettings(ema_decay=0.0)
 
-    def build_method(self, network, supervised_loss) -> PseudoLabels:
-        ignore_label = self.label_manager.ignore_label
-        return PseudoLabels(network, supervised_loss, self.weighted_loss, self.method_settings, ignore_label)
+    def build_method(self, network, supervision) -> PseudoLabels:
+        return PseudoLabels(network, supervision, self.method_settings)
 
 
 class nnUNetTrainerFixMatch(nnUNetTrainerPseudoLabel):

@@ -31,7 +31,7 @@ from nnunet_dycon.errors import NotSupported, UserError, ends_in_one_line, expla
 from nnunet_dycon.features import FeatureStage, FeatureTap, nearest_stage
 from nnunet_dycon.files import require_writable
 from nnunet_dycon.losses import WeightedDiceCELoss
-from nnunet_dycon.methods import Method, SupervisedLoss
+from nnunet_dycon.methods import Method, Supervision
 from nnunet_dycon.monitoring import SECONDS, StepTimer, append_epoch, mean_of_finite, terms_of_loss
 from nnunet_dycon.pictures import draw_progress
 from nnunet_dycon.run_record import record_file, write_record
@@ -108,7 +108,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
                 "Give each voxel one label in dataset.json instead."
             )
 
-    def build_method(self, network: nn.Module, supervised_loss: SupervisedLoss) -> Method:
+    def build_method(self, network: nn.Module, supervision: Supervision) -> Method:
         """The method that computes this trainer's step (nnunet_dycon.methods)."""
         raise NotImplementedError(f"{type(self).__name__} builds no method: use one of its subclasses")
 
@@ -133,7 +133,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         # A teacher needs the highest resolution only. It is a copy of the network, made by the method.
         if self.enable_deep_supervision:
             self.set_deep_supervision_enabled(False)
-        self.method = self.build_method(self.network, self._supervised_loss)
+        self.method = self.build_method(self.network, self._supervision)
         if self.enable_deep_supervision:
             self.set_deep_supervision_enabled(True)
         for name, child in self.method.named_children():
@@ -148,14 +148,14 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         if self.method.uses_features:
             self._tap = FeatureTap(unwrap(self.network), self.feature_stage())
 
+    @property
+    def _supervision(self) -> Supervision:
+        level_weights = tuple(self.loss.weight_factors) if self.enable_deep_supervision else (1.0,)
+        weighted_loss = WeightedDiceCELoss(level_weights, self.configuration_manager.batch_dice)
+        return Supervision(self._supervised_loss, weighted_loss, self.label_manager.ignore_label)
+
     def _supervised_loss(self, logits: list[torch.Tensor], targets: Targets) -> torch.Tensor:
         return self.loss(logits if self.enable_deep_supervision else logits[0], targets)
-
-    @property
-    def weighted_loss(self) -> WeightedDiceCELoss:
-        """nnU-Net's loss with a weight for each voxel, for labels that are not all equally good."""
-        level_weights = tuple(self.loss.weight_factors) if self.enable_deep_supervision else (1.0,)
-        return WeightedDiceCELoss(level_weights, self.configuration_manager.batch_dice)
 
     def _student(self, images: torch.Tensor) -> StudentOutput:
         self._timer.mark("teacher")  # which a method asks before the student

@@ -23,8 +23,9 @@ def weighted_dice_ce_loss(
               \frac{2 \sum_{i \in b} w_i p_{ic} [y_i = c] + \epsilon}
                    {\sum_{i \in b} w_i p_{ic} + \sum_{i \in b} w_i [y_i = c] + \epsilon}
 
-    with the voxels i of images b, the softmax output p, and ε = 1e-5. With all weights 1 it is nnU-Net's loss, with
-    weights of 0 and 1 nnU-Net's loss with the ignore label where the weight is 0.
+    with the voxels i of those images b in which any has a weight, the softmax output p, and ε = 1e-5. With all weights 1 it is nnU-Net's loss, with
+    weights of 0 and 1 nnU-Net's loss with the ignore label where the weight is 0 (which counts an image that is ignored
+    altogether as a Dice of 1).
 
     Args:
         logits: (B, C, *spatial), before the softmax.
@@ -60,7 +61,10 @@ def weighted_dice_ce_loss(
     predicted = weighted.sum(axes)[..., 1:]
     labeled = (weight[:, None] * is_class).sum(axes)[..., 1:]
     dice = (2 * overlap + _SMOOTH) / (predicted + labeled + _SMOOTH)
-    return (cross_entropy - dice.mean()) * (total > 0)
+    # An image without any weight has a Dice of 1, and nothing to say.
+    counts = (total > 0) if batch_dice else (weight.flatten(1).sum(1) > 0)
+    dice = (dice.mean(-1) * counts).sum() / counts.sum().clamp(min=1)
+    return cross_entropy - dice
 
 
 @dataclass(frozen=True)

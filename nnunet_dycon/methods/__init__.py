@@ -15,8 +15,16 @@ A `Method` is an nn.Module that owns what training needs beyond the student netw
 
 from nnunet_dycon.methods.dycon import DyCON, DyCONSettings
 from nnunet_dycon.methods.mean_teacher import MeanTeacher, MeanTeacherSettings
-from nnunet_dycon.methods.method import Method, SupervisedLoss
+from nnunet_dycon.methods.method import Method, Supervision
 from nnunet_dycon.methods.pseudo_labels import PseudoLabels, PseudoLabelSettings
 
-__all__ = ["DyCON", "DyCONSettings", "MeanTeacher", "MeanTeacherSettings", "Method", "PseudoLabelSettings", "PseudoLabels",
-           "SupervisedLoss"]
+__all__ = [
+    "DyCON",
+    "DyCONSettings",
+    "MeanTeacher",
+    "MeanTeacherSettings",
+    "Method",
+    "PseudoLabelSettings",
+    "PseudoLabels",
+    "Supervision",
+]

@@ -7,9 +7,9 @@ from torch import nn
 
 from nnunet_dycon.batches import LabeledBatch, StudentOutput, UnlabeledBatch
 from nnunet_dycon.features import IGNORED_PATCH, FeatureStage, ProjectionHead, patch_labels, pool_to_patches
-from nnunet_dycon.losses import WeightedDiceCELoss, fecl_loss, fecl_released_loss, softmax_entropy, uncl_loss
-from nnunet_dycon.methods.method import Method, Student, SupervisedLoss, Terms
-from nnunet_dycon.mixing import mixture
+from nnunet_dycon.losses import fecl_loss, fecl_released_loss, softmax_entropy, uncl_loss
+from nnunet_dycon.methods.method import Method, Student, Supervision, Terms
+from nnunet_dycon.mixing import check_mixture, mixture
 from nnunet_dycon.monitoring import pseudo_label_monitors
 from nnunet_dycon.schedules import exponential_decay, sigmoid_rampup
 from nnunet_dycon.teacher import EMATeacher
@@ -35,6 +35,8 @@ class DyCONSettings:
         background_share: up to which share it is background; between the two it is ignored.
         fecl_form: "paper", over both halves, or "released", which is what the released code computes, over the
             unlabeled half. The released form knows no ignored patches: give it equal shares.
+        mixing: what the student sees, see `nnunet_dycon.mixing.mixture`.
+        box: the share of each axis that a box takes.
     """
 
     uncl_weight: float = 0.5
@@ -55,10 +57,13 @@ class DyCONSettings:
     box: float = 2 / 3
 
     def __post_init__(self) -> None:
+        check_mixture(self.mixing, self.box)
         if self.fecl_form not in ("paper", "released"):
             raise ValueError(f'fecl_form must be "paper" or "released", got {self.fecl_form!r}')
         if self.fecl_form == "released" and self.foreground_share != self.background_share:
             raise ValueError("the released FeCL needs equal shares of foreground and background: it ignores no patch")
+        if self.fecl_form == "released" and self.mixing != "none":
+            raise ValueError("the released FeCL knows no mixed images")
 
 
 class DyCON(Method):
@@ -83,10 +88,9 @@ class DyCON(Method):
 
     Args:
         network: the student's network.
-        supervised_loss: of logits (highest resolution first) and targets.
+        supervision: how to learn from labels.
         settings: the constants.
         stage: the encoder stage that FeCL looks at; not needed without FeCL.
-        ignore_label: nnU-Net's ignore label, if the data set has one.
     """
 
     teacher: EMATeacher
@@ -95,16 +99,12 @@ class DyCON(Method):
     def __init__(
         self,
         network: nn.Module,
-        supervised_loss: SupervisedLoss,
+        supervision: Supervision,
         settings: DyCONSettings,
         stage: FeatureStage | None = None,
-        ignore_label: int | None = None,
-        weighted_loss: WeightedDiceCELoss | None = None,
     ) -> None:
-        super().__init__(supervised_loss)
+        super().__init__(supervision)
         self.settings = settings
-        self.ignore_label = ignore_label
-        self.weighted_loss = weighted_loss
         self.head = None
         if settings.fecl_weight != 0:
             if stage is None:
@@ -122,20 +122,14 @@ class DyCON(Method):
         progress: float,
     ) -> Terms:
         settings = self.settings
-        half = len(labeled)
+        half, strong = len(labeled), unlabeled.strong
         teacher = self.teacher(torch.cat([labeled.weak, unlabeled.weak]))
-        strong = unlabeled.strong
         mix = mixture(settings.mixing, half, len(strong), strong.shape[2:], strong.device, settings.box)
         output = student(mix(labeled.strong, strong))
         teacher_logits = mix(teacher.logits[0][:half], teacher.logits[0][half:])
         teacher_labels = teacher_logits.argmax(1)
 
-        if settings.mixing == "copy_paste":
-            truth, known = labeled.known(self.ignore_label)
-            nothing = torch.zeros_like(strong[:, 0])
-            supervised = self.weighted_loss(output.logits, mix(truth, nothing), mix(known.float(), nothing))
-        else:
-            supervised = self.supervised(output, labeled)
+        supervised = self.supervised(output, labeled, mix)
         terms, weighted = {"supervised": supervised}, []
         monitors: Terms = {}
         if settings.uncl_weight != 0:
@@ -143,50 +137,48 @@ class DyCON(Method):
             terms["uncl"] = uncl_loss(output.logits[0], teacher_logits, beta, entropy_weight=settings.entropy_weight)
             weighted.append(settings.uncl_weight * terms["uncl"])
         if self.uses_features:
-            grid = output.features.shape[2:]
-            on_grid = mix.on_grid(grid)
+            label_map = torch.where(mix.truth, mix.only_labeled(labeled.target.long()), teacher_labels)
+            patches = self._patch_labels(label_map, output)
+            on_grid = mix.on_grid(output.features.shape[2:])
             teacher_features = on_grid(teacher.features[:half], teacher.features[half:])
-            truth = labeled.target.long()
-            patches = patch_labels(
-                mix(truth, teacher.logits[0][half:].argmax(1)),
-                grid,
-                output.logits[0].shape[1],
-                foreground_share=settings.foreground_share,
-                background_share=settings.background_share,
-                ignore_label=self.ignore_label,
-            )
-            if settings.fecl_form == "paper":
-                terms["fecl"] = self._contrast(output, teacher_features, patches)
-            else:
-                patches = patches[half:]
-                terms["fecl"] = self._released_contrast(output[slice(half, None)], teacher_features[half:], patches, progress)
+            terms["fecl"] = self._contrast(output, teacher_features, patches, half, progress)
             weighted.append(settings.fecl_weight * terms["fecl"])
             monitors["ignored_patches"] = (patches == IGNORED_PATCH).float().mean()
         ramp = monitors["ramp"] = sigmoid_rampup(progress, end=settings.rampup)
         monitors |= pseudo_label_monitors(output.logits[0].argmax(1), teacher_labels, ~mix.truth)
         return {"loss": supervised + ramp * sum(weighted), **terms, **monitors}
 
-    def _contrast(self, output: StudentOutput, teacher_features: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
-        grid = output.features.shape[2:]
-        return fecl_loss(
-            self.head(output.features),
-            patches,
-            teacher_embedding=self.teacher.embed(teacher_features),
-            anchor_entropy=pool_to_patches(softmax_entropy(output.logits[0].detach()), grid),
-            temperature=self.settings.temperature,
-            gamma=self.settings.gamma,
-            top_k=self.settings.top_k,
-            ignore_label=IGNORED_PATCH,
+    def _patch_labels(self, label_map: torch.Tensor, output: StudentOutput) -> torch.Tensor:
+        return patch_labels(
+            label_map,
+            output.features.shape[2:],
+            output.logits[0].shape[1],
+            foreground_share=self.settings.foreground_share,
+            background_share=self.settings.background_share,
+            ignore_label=self.supervision.ignore_label,
         )
 
-    def _released_contrast(
-        self, output: StudentOutput, teacher_features: torch.Tensor, patches: torch.Tensor, progress: float
+    def _contrast(
+        self, output: StudentOutput, teacher_features: torch.Tensor, patches: torch.Tensor, half: int, progress: float
     ) -> torch.Tensor:
-        return fecl_released_loss(
-            self.head(output.features),
+        settings = self.settings
+        embedding, teacher_embedding = self.head(output.features), self.teacher.embed(teacher_features)
+        if settings.fecl_form == "released":  # the labeled half takes no part in it
+            return fecl_released_loss(
+                embedding[half:],
+                patches[half:],
+                teacher_embedding=teacher_embedding[half:],
+                temperature=settings.temperature,
+                gamma=settings.gamma,
+                cross_threshold=0.3 + 0.2 * sigmoid_rampup(progress),  # the release's, over all of its training
+            )
+        return fecl_loss(
+            embedding,
             patches,
-            teacher_embedding=self.teacher.embed(teacher_features),
-            temperature=self.settings.temperature,
-            gamma=self.settings.gamma,
-            cross_threshold=0.3 + 0.2 * sigmoid_rampup(progress),  # the release's, over all of its training
+            teacher_embedding=teacher_embedding,
+            anchor_entropy=pool_to_patches(softmax_entropy(output.logits[0].detach()), output.features.shape[2:]),
+            temperature=settings.temperature,
+            gamma=settings.gamma,
+            top_k=settings.top_k,
+            ignore_label=IGNORED_PATCH,
         )

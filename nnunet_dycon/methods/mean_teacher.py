@@ -7,7 +7,7 @@ from torch import nn
 
 from nnunet_dycon.batches import LabeledBatch, UnlabeledBatch
 from nnunet_dycon.losses import softmax_mse_loss
-from nnunet_dycon.methods.method import Method, Student, SupervisedLoss, Terms
+from nnunet_dycon.methods.method import Method, Student, Supervision, Terms
 from nnunet_dycon.monitoring import pseudo_label_monitors
 from nnunet_dycon.schedules import sigmoid_rampup
 from nnunet_dycon.teacher import EMATeacher
@@ -41,8 +41,8 @@ class MeanTeacher(Method):
 
     teacher: EMATeacher
 
-    def __init__(self, network: nn.Module, supervised_loss: SupervisedLoss, settings: MeanTeacherSettings) -> None:
-        super().__init__(supervised_loss)
+    def __init__(self, network: nn.Module, supervision: Supervision, settings: MeanTeacherSettings) -> None:
+        super().__init__(supervision)
         self.settings = settings
         self.teacher = EMATeacher(network, decay=settings.ema_decay)
 

@@ -1,23 +1,40 @@
 """What all methods have in common."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from nnunet_dycon.batches import LabeledBatch, StudentOutput, Targets, UnlabeledBatch
+from nnunet_dycon.losses import WeightedDiceCELoss
+from nnunet_dycon.mixing import Mixture
 from nnunet_dycon.teacher import EMATeacher
 
 Student = Callable[[torch.Tensor], StudentOutput]
-SupervisedLoss = Callable[[list[torch.Tensor], Targets], torch.Tensor]
 Terms = dict[str, torch.Tensor | float]
+
+
+@dataclass(frozen=True)
+class Supervision:
+    """How to learn from labels.
+
+    Attributes:
+        loss: nnU-Net's, of logits (highest resolution first) and targets.
+        weighted_loss: the same for labels that are not equally good, with a weight for each voxel.
+        ignore_label: nnU-Net's ignore label, if the data set has one.
+    """
+
+    loss: Callable[[list[torch.Tensor], Targets], torch.Tensor]
+    weighted_loss: WeightedDiceCELoss = WeightedDiceCELoss()
+    ignore_label: int | None = None
 
 
 class Method(nn.Module):
     """What a training step computes, and all that it needs beyond the student; see `nnunet_dycon.methods`.
 
     Args:
-        supervised_loss: of logits (highest resolution first) and targets.
+        supervision: how to learn from labels.
 
     Attributes:
         teacher: None in methods without one.
@@ -27,17 +44,20 @@ class Method(nn.Module):
     teacher: EMATeacher | None
     uses_features = False
 
-    def __init__(self, supervised_loss: SupervisedLoss) -> None:
+    def __init__(self, supervision: Supervision) -> None:
         super().__init__()
         self.teacher = None
-        self._supervised_loss = (supervised_loss,)  # in a tuple: a loss module would be saved and moved with the method
+        self.supervision = supervision
 
     def forward(self, student: Student, labeled: LabeledBatch, unlabeled: UnlabeledBatch, progress: float) -> Terms:
         raise NotImplementedError
 
-    def supervised(self, output: StudentOutput, labeled: LabeledBatch) -> torch.Tensor:
-        """The supervised loss of the labeled half, which comes first in the batch."""
-        return self._supervised_loss[0](output[: len(labeled)].logits, labeled.targets)
+    def supervised(self, output: StudentOutput, labeled: LabeledBatch, mix: Mixture | None = None) -> torch.Tensor:
+        """The loss on ground truth: on the labeled half, which comes first in the batch, or wherever ``mix`` shows it."""
+        if mix is None or not mix.cuts_labeled:
+            return self.supervision.loss(output[: len(labeled)].logits, labeled.targets)
+        target, known = labeled.known(self.supervision.ignore_label)
+        return self.supervision.weighted_loss(output.logits, mix.only_labeled(target), mix.only_labeled(known.float()))
 
     def before_first_step(self) -> None:
         """Called once when a new training starts, after pretrained weights have arrived."""

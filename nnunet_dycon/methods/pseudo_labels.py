@@ -6,10 +6,9 @@ import torch
 from torch import nn
 
 from nnunet_dycon.batches import LabeledBatch, UnlabeledBatch
-from nnunet_dycon.losses import WeightedDiceCELoss
 from nnunet_dycon.losses.entropy import softmax_and_entropy
-from nnunet_dycon.methods.method import Method, Student, SupervisedLoss, Terms
-from nnunet_dycon.mixing import mixture
+from nnunet_dycon.methods.method import Method, Student, Supervision, Terms
+from nnunet_dycon.mixing import check_mixture, mixture
 from nnunet_dycon.monitoring import pseudo_label_monitors
 from nnunet_dycon.schedules import exponential_decay, sigmoid_rampup
 from nnunet_dycon.teacher import EMATeacher
@@ -39,6 +38,9 @@ class PseudoLabelSettings:
     mixing: str = "none"
     box: float = 2 / 3
 
+    def __post_init__(self) -> None:
+        check_mixture(self.mixing, self.box)
+
 
 class PseudoLabels(Method):
     r"""Trains on the labels that a teacher gives to unlabeled images.
@@ -50,26 +52,15 @@ class PseudoLabels(Method):
 
     Args:
         network: the student's network.
-        supervised_loss: of logits (highest resolution first) and targets.
-        weighted_loss: the same with weights.
+        supervision: how to learn from labels.
         settings: the constants.
-        ignore_label: nnU-Net's ignore label, if the data set has one.
     """
 
     teacher: EMATeacher
 
-    def __init__(
-        self,
-        network: nn.Module,
-        supervised_loss: SupervisedLoss,
-        weighted_loss: WeightedDiceCELoss,
-        settings: PseudoLabelSettings,
-        ignore_label: int | None = None,
-    ) -> None:
-        super().__init__(supervised_loss)
+    def __init__(self, network: nn.Module, supervision: Supervision, settings: PseudoLabelSettings) -> None:
+        super().__init__(supervision)
         self.settings = settings
-        self.weighted_loss = weighted_loss
-        self.ignore_label = ignore_label
         self.teacher = EMATeacher(network, decay=settings.ema_decay)
 
     def forward(self, student: Student, labeled: LabeledBatch, unlabeled: UnlabeledBatch, progress: float) -> Terms:
@@ -86,15 +77,11 @@ class PseudoLabels(Method):
         strong = unlabeled.strong
         mix = mixture(settings.mixing, len(labeled), len(strong), strong.shape[2:], strong.device, settings.box)
         output = student(mix(labeled.strong, strong))
-        truth, known = labeled.known(self.ignore_label)
-        target = mix(truth, labels)
-        if settings.mixing == "copy_paste":
-            supervised = self.weighted_loss(output.logits, target, mix(known.float(), torch.zeros_like(trust)))
-        else:
-            supervised = self.supervised(output, labeled)
-        trust = mix(torch.zeros_like(truth, dtype=trust.dtype), trust)
-        pseudo = trust.sum() / (~mix.truth).sum() * self.weighted_loss(output.logits, target, trust)
+        supervised = self.supervised(output, labeled, mix)
+        labels, trust = mix.only_unlabeled(labels), mix.only_unlabeled(trust)
+        share = trust.sum() / (~mix.truth).sum()
+        pseudo = share * self.supervision.weighted_loss(output.logits, labels, trust)
         ramp = monitors["ramp"] = sigmoid_rampup(progress, end=settings.rampup)
         loss = supervised + ramp * settings.weight * pseudo
-        monitors |= pseudo_label_monitors(output.logits[0].argmax(1), target, ~mix.truth)
+        monitors |= pseudo_label_monitors(output.logits[0].argmax(1), labels, ~mix.truth)
         return {"loss": loss, "supervised": supervised, "pseudo": pseudo, **monitors}

@@ -1,0 +1,129 @@
+"""The weighted loss equals nnU-Net's where nnU-Net has one, and its equation elsewhere."""
+
+import math
+
+import pytest
+import torch
+from batchgeneratorsv2.transforms.utils.deep_supervision_downsampling import DownsampleSegForDSTransform
+from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
+from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
+from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
+
+from nnunet_dycon.losses import WeightedDiceCELoss, weighted_dice_ce_loss
+
+SHAPE = (2, 6, 8, 4)
+
+
+def nnunets_loss(batch_dice=False, ignore_label=None):
+    dice = {"batch_dice": batch_dice, "smooth": 1e-5, "do_bg": False, "ddp": False}
+    return DC_and_CE_loss(dice, {}, ignore_label=ignore_label, dice_class=MemoryEfficientSoftDiceLoss)
+
+
+@pytest.fixture
+def case():
+    torch.manual_seed(0)
+    logits = torch.randn(2, 3, *SHAPE[1:], dtype=torch.float64)
+    return logits, torch.randint(0, 3, SHAPE), torch.rand(SHAPE, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("batch_dice", [False, True])
+def test_without_weights_it_is_nnunets(case, batch_dice):
+    logits, target, _ = case
+    loss = weighted_dice_ce_loss(logits, target, torch.ones(SHAPE), batch_dice=batch_dice)
+    torch.testing.assert_close(loss, nnunets_loss(batch_dice)(logits, target[:, None]), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("batch_dice", [False, True])
+def test_a_weight_of_nothing_is_nnunets_ignore_label(case, batch_dice):
+    logits, target, weight = case
+    ignored = weight < 0.4
+    expected = nnunets_loss(batch_dice, ignore_label=3)(logits, target.masked_fill(ignored, 3)[:, None])
+    loss = weighted_dice_ce_loss(logits, target, (~ignored).double(), batch_dice=batch_dice)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+
+
+def test_equals_the_equation(case):
+    logits, target, weight = case
+    probabilities = logits.softmax(1)
+    entropies, total, dices = 0.0, 0.0, []
+    for b in range(2):
+        overlap, predicted, labeled = [0.0] * 3, [0.0] * 3, [0.0] * 3
+        for place in torch.ones(SHAPE[1:]).nonzero().tolist():
+            w, y = weight[b][tuple(place)].item(), target[b][tuple(place)].item()
+            p = [probabilities[b, c][tuple(place)].item() for c in range(3)]
+            entropies -= w * math.log(p[y])
+            total += w
+            overlap[y] += w * p[y]
+            labeled[y] += w
+            predicted = [a + w * q for a, q in zip(predicted, p)]
+        dices += [(2 * overlap[c] + 1e-5) / (predicted[c] + labeled[c] + 1e-5) for c in (1, 2)]
+    loss = weighted_dice_ce_loss(logits, target, weight)
+    assert loss.item() == pytest.approx(entropies / total - sum(dices) / 4, rel=1e-12)
+
+
+def test_only_the_proportions_of_weights_count(case):
+    logits, target, weight = case
+    torch.testing.assert_close(
+        weighted_dice_ce_loss(logits, target, 0.5 * weight), weighted_dice_ce_loss(logits, target, weight),
+        rtol=1e-6, atol=0,
+    )  # fmt: skip
+
+
+def test_an_image_without_weight_might_as_well_not_be_there(case):
+    logits, target, weight = case
+    weight[0] = 0
+    loss = weighted_dice_ce_loss(logits, target, weight)
+    torch.testing.assert_close(loss, weighted_dice_ce_loss(logits[1:], target[1:], weight[1:]))
+
+
+def test_voxels_without_weight_get_no_gradient(case):
+    logits, target, weight = case
+    weight[0] = 0
+    weighted_dice_ce_loss(logits.requires_grad_(), target, weight).backward()
+    assert logits.grad[0].abs().max() == 0
+    assert logits.grad[1].abs().min() > 0
+
+
+def test_no_weight_at_all_is_a_differentiable_zero(case):
+    logits, target, weight = case
+    loss = weighted_dice_ce_loss(logits.requires_grad_(), target, 0 * weight)
+    loss.backward()
+    assert loss.item() == 0
+    assert logits.grad.abs().max() == 0
+
+
+def test_gradient_is_that_of_the_value_and_the_weight_has_none():
+    torch.manual_seed(0)
+    logits = torch.randn(1, 2, 2, 3, 2, dtype=torch.float64, requires_grad=True)
+    target, weight = torch.randint(0, 2, (1, 2, 3, 2)), torch.rand(1, 2, 3, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: weighted_dice_ce_loss(x, target, weight), logits)
+    weighted_dice_ce_loss(logits, target, weight).backward()
+    assert weight.grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_gives_a_finite_float32(dtype):
+    logits = torch.tensor([[[200.0, -200.0], [-200.0, 200.0]]], dtype=dtype)
+    loss = weighted_dice_ce_loss(logits, torch.tensor([[1, 1]]), torch.ones(1, 2))
+    assert loss.dtype == torch.float32
+    assert loss.isfinite()
+
+
+def test_levels_are_nnunets_deep_supervision(case):
+    logits, target, _ = case
+    scales = [[1, 1, 1], [0.5, 0.5, 1], [0.25, 0.25, 0.5]]
+    factors = (0.6, 0.4, 0.0)
+    levels = [logits, torch.randn(2, 3, 3, 4, 4, dtype=torch.float64), torch.randn(2, 3, 2, 2, 2, dtype=torch.float64)]
+    downsample = DownsampleSegForDSTransform(scales)
+    targets = [torch.stack(level) for level in zip(*(downsample._apply_to_segmentation(t[None]) for t in target))]
+    expected = DeepSupervisionWrapper(nnunets_loss(), factors)(levels, targets)
+    loss = WeightedDiceCELoss(factors)(levels, target, torch.ones(SHAPE))
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+
+
+def test_shapes_that_do_not_fit_are_named(case):
+    logits, target, weight = case
+    with pytest.raises(ValueError, match=r"got \(2, 3, 6, 8, 4\), \(2, 1, 6, 8, 4\) and \(2, 6, 8, 4\)"):
+        weighted_dice_ce_loss(logits, target[:, None], weight)
+    with pytest.raises(ValueError, match="zip"):
+        WeightedDiceCELoss((0.5, 0.5))([logits], target, weight)
