@@ -23,9 +23,9 @@ def weighted_dice_ce_loss(
               \frac{2 \sum_{i \in b} w_i p_{ic} [y_i = c] + \epsilon}
                    {\sum_{i \in b} w_i p_{ic} + \sum_{i \in b} w_i [y_i = c] + \epsilon}
 
-    with the voxels i of those images b in which any has a weight, the softmax output p, and ε = 1e-5. With all weights 1 it is nnU-Net's loss, with
-    weights of 0 and 1 nnU-Net's loss with the ignore label where the weight is 0 (which counts an image that is ignored
-    altogether as a Dice of 1).
+    with the voxels i of those images b in which any has a weight, the softmax output p, and ε = 1e-5. With all weights
+    1 it is nnU-Net's loss, with weights of 0 and 1 nnU-Net's loss with the ignore label where the weight is 0 (which
+    counts an image that is ignored altogether as a Dice of 1).
 
     Args:
         logits: (B, C, *spatial), before the softmax.

@@ -26,7 +26,7 @@ class Supervision:
     """
 
     loss: Callable[[list[torch.Tensor], Targets], torch.Tensor]
-    weighted_loss: WeightedDiceCELoss = WeightedDiceCELoss()
+    weighted_loss: WeightedDiceCELoss
     ignore_label: int | None = None
 
 
@@ -53,7 +53,7 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def supervised(self, output: StudentOutput, labeled: LabeledBatch, mix: Mixture | None = None) -> torch.Tensor:
-        """The loss on ground truth: on the labeled half, which comes first in the batch, or wherever ``mix`` shows it."""
+        """The loss on ground truth: of the labeled half, the first in the batch, or wherever ``mix`` shows it."""
         if mix is None or not mix.cuts_labeled:
             return self.supervision.loss(output[: len(labeled)].logits, labeled.targets)
         target, known = labeled.known(self.supervision.ignore_label)
