@@ -28,7 +28,7 @@ def pseudo_label_monitors(
         "pseudo_foreground", the share of voxels that the teacher labels as foreground, and "student_teacher_dice", the
         Dice of both label maps pooled over foreground classes and batch; NaN if both are empty.
     """
-    voxels = teacher.numel()
+    voxels: int | torch.Tensor = teacher.numel()
     if where is not None:
         student, teacher, voxels = student * where, teacher * where, where.sum()
     is_foreground = teacher > 0
