@@ -4,11 +4,14 @@
 
 Each row is a method at one number of labels: Dice and HD95 as mean over cases, then mean ± standard deviation over
 seeds; the difference of Dice to the floor, paired by case, with a 95 % interval from a bootstrap over cases and, of
-each method, over seeds; and the share of the gap between floor and ceiling that is closed.
+each method, over seeds; the share of the gap between floor and ceiling that is closed; and the commits and their dates
+with which the runs were scored. Trials, whose settings were changed behind a colon, are shown with --trials only.
 """
 
 import argparse
 import csv
+import math
+import subprocess
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -89,9 +92,21 @@ def as_markdown(scores: dict[tuple[int, str, str], Scores]) -> str:
             compared = f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]"
             if ceiling is not None:
                 closed = f"{mean / (ceiling.dice.mean() - floor.dice.mean()):.0%}"
-        told = (_over_seeds(its.dice, 4), _over_seeds(its.hd95_mm, 2), compared, closed, ", ".join(its.commits))
+        told = (
+            _over_seeds(its.dice, 4),
+            _over_seeds(its.hd95_mm, 2),
+            compared,
+            closed,
+            ", ".join(map(_dated, its.commits)),
+        )
         lines.append(f"| {labels} | {method} | {weights} | {len(its.dice)} | " + " | ".join(told) + " |")
     return "\n".join(lines)
+
+
+def _dated(commit: str) -> str:
+    command = ["git", "-C", str(HERE), "show", "-s", "--format=%cs", commit.removesuffix("-dirty")]
+    date = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    return f"{commit} ({date})" if date else commit
 
 
 def _over_seeds(values: np.ndarray, digits: int) -> str:
@@ -104,15 +119,21 @@ def draw(scores: dict[tuple[int, str, str], Scores], labels: int, file: Path) ->
     """Write a picture: Dice of each case, averaged over seeds, against that of the floor."""
     floor = scores[labels, FLOOR, "student"].dice.mean(0)
     others: Sequence = [(key, its) for key, its in scores.items() if key[0] in (labels, 55) and key[1] != FLOOR]
-    figure = new_figure(2.6 * len(others) + 0.4, 3.1)
-    panels = figure.subplots(1, len(others), squeeze=False, sharex=True, sharey=True)[0]
+    columns = min(5, len(others))
+    rows = math.ceil(len(others) / columns)
+    figure = new_figure(2.6 * columns + 0.4, 2.9 * rows + 0.2)
+    panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    for unused in panels.flat[len(others) :]:
+        unused.set_axis_off()
     lowest = min(floor.min(), *(its.dice.mean(0).min() for _, its in others)) - 0.02
-    for axes, ((_, method, weights), its) in zip(panels, others):
+    for axes, ((_, method, weights), its) in zip(panels.flat, others):
         axes.plot([lowest, 1], [lowest, 1], color="gray", linewidth=0.8)
         axes.scatter(floor, its.dice.mean(0), s=14)
-        axes.set_title(f"{method}\n{weights}, {len(its.dice)} seeds", fontsize=8)
+        name = method.replace(":", "\n").replace(",", "\n")
+        axes.set_title(f"{name}\n{weights}, {len(its.dice)} seeds", fontsize=8)
         axes.set(xlim=(lowest, 1), ylim=(lowest, 1), xlabel="Dice of the floor", aspect="equal")
-    panels[0].set_ylabel("Dice")
+    for axes in panels[:, 0]:
+        axes.set_ylabel("Dice")
     figure.savefig(file)
 
 
@@ -123,6 +144,7 @@ def main() -> None:
     parser.add_argument("--set", choices=("val", "test"), default="val")
     parser.add_argument("--plans", default=None, help="where the table has runs with several")
     parser.add_argument("--iterations", type=int, default=None, help="where the table has runs with several")
+    parser.add_argument("--trials", action="store_true", help="show trials, too")
     parser.add_argument(
         "-o", dest="output", type=Path, default=None, help="folder for pictures (default: of the table)"
     )
@@ -131,6 +153,8 @@ def main() -> None:
         scores = read(arguments.table, arguments.set, arguments.plans, arguments.iterations)
     except (OSError, ValueError) as error:
         raise SystemExit(f"{arguments.table}: {error}") from None
+    if not arguments.trials:
+        scores = {key: its for key, its in scores.items() if ":" not in key[1]}
     print(as_markdown(scores))
     for labels in sorted({labels for labels, method, _ in scores if method == FLOOR}):
         if any(key[0] in (labels, 55) and key[1] != FLOOR for key in scores):
