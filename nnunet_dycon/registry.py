@@ -5,6 +5,9 @@ from dataclasses import dataclass
 
 DYCON = "Assefa et al., DyCON, CVPR 2025, arXiv:2504.04566"
 MEAN_TEACHER = "Tarvainen and Valpola, Mean teachers, NeurIPS 2017, arXiv:1703.01780"
+PSEUDO_LABEL = "Lee, Pseudo-Label, ICML workshop 2013"
+FIXMATCH = "Sohn et al., FixMatch, NeurIPS 2020, arXiv:2001.07685"
+BCP = "Bai et al., Bidirectional Copy-Paste, CVPR 2023, arXiv:2305.00673"
 
 
 @dataclass(frozen=True)
@@ -55,9 +58,15 @@ TRAINERS: dict[str, Trainer] = {
     "nnUNetTrainerMeanTeacher": Trainer(
         "nnUNetTrainerMeanTeacher", "Mean Teacher: the baseline that every other method has to beat", MEAN_TEACHER
     ),
-    "nnUNetTrainerPseudoLabel": Trainer("nnUNetTrainerPseudoLabel", "self-training", "x"),
-    "nnUNetTrainerFixMatch": Trainer("nnUNetTrainerPseudoLabel", "weak to strong", "x"),
-    "nnUNetTrainerBCP": Trainer("nnUNetTrainerPseudoLabel", "bidirectional copy-paste", "x"),
+    "nnUNetTrainerPseudoLabel": Trainer(
+        "nnUNetTrainerPseudoLabel", "self-training: the student's own labels of unlabeled cases", PSEUDO_LABEL
+    ),
+    "nnUNetTrainerFixMatch": Trainer(
+        "nnUNetTrainerPseudoLabel", "a teacher's confident labels, for strong views mixed by CutMix", FIXMATCH
+    ),
+    "nnUNetTrainerBCP": Trainer(
+        "nnUNetTrainerPseudoLabel", "a teacher's labels, for labeled and unlabeled images pasted into each other", BCP
+    ),
 }
 
 CONVERTERS: dict[str, Converter] = {
