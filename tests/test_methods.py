@@ -31,7 +31,7 @@ from nnunet_dycon.mixing import mixture
 from nnunet_dycon.monitoring import terms_of_loss
 
 STAGE = FeatureStage("encoder.stages.1", 6)
-SETTINGS = DyCONSettings(embedding_width=8)
+SETTINGS = DyCONSettings(uncl_weight=0.5, entropy_weight=1.0, gamma=2.0, embedding_width=8)
 
 
 class TinyUNet(nn.Module):

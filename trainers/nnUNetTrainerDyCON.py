@@ -17,10 +17,10 @@ class nnUNetTrainerDyCON(SemiSupervisedTrainer):
 
 
 class nnUNetTrainerDyCON_paper(nnUNetTrainerDyCON):
-    """The paper's weights: both terms at 0.5, UnCL with its entropy term."""
+    """The paper's weights: both terms at 0.5, UnCL with its entropy term, FeCL with its focal weights."""
 
     method_settings = replace(
-        nnUNetTrainerDyCON.method_settings, uncl_weight=0.5, fecl_weight=0.5, entropy_weight=1.0, rampup=0.4
+        nnUNetTrainerDyCON.method_settings, uncl_weight=0.5, fecl_weight=0.5, entropy_weight=1.0, gamma=2.0
     )
 
 

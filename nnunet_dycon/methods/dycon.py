@@ -17,7 +17,10 @@ from nnunet_dycon.teacher import EMATeacher
 
 @dataclass(frozen=True)
 class DyCONSettings:
-    """Constants of DyCON. The paper's, but for the ramp-up, and for top_k and the shares, which it does not give.
+    """Constants of DyCON.
+
+    uncl_weight, entropy_weight and gamma are not the paper's 0.5, 1 and 2, with which nothing was gained over nnU-Net
+    without unlabeled cases (docs/methods.md). The ramp-up is ours; top_k and the shares the paper does not give.
 
     Attributes:
         uncl_weight: of the uncertainty-aware consistency; 0 leaves it out.
@@ -29,7 +32,7 @@ class DyCONSettings:
         ema_decay: of the teacher.
         embedding_width: of the projection head's output.
         temperature: FeCL's τ.
-        gamma: FeCL's γ.
+        gamma: FeCL's γ; 0 leaves its focal weights out.
         top_k: the number of FeCL's hard negatives.
         foreground_share: from which share of foreground on a patch is foreground.
         background_share: up to which share it is background; between the two it is ignored.
@@ -39,16 +42,16 @@ class DyCONSettings:
         box: the share of each axis that a box takes.
     """
 
-    uncl_weight: float = 0.5
+    uncl_weight: float = 4.0
     fecl_weight: float = 0.5
     beta_start: float = 5.0
     beta_end: float = 0.5
-    entropy_weight: float = 1.0
+    entropy_weight: float = 0.0
     rampup: float = 0.4
     ema_decay: float = 0.99
     embedding_width: int = 256
     temperature: float = 0.6
-    gamma: float = 2.0
+    gamma: float = 0.0
     top_k: int = 5
     foreground_share: float = 0.25
     background_share: float = 0.05
