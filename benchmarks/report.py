@@ -130,7 +130,8 @@ def draw(scores: dict[tuple[int, str, str], Scores], labels: int, file: Path) ->
         axes.plot([lowest, 1], [lowest, 1], color="gray", linewidth=0.8)
         axes.scatter(floor, its.dice.mean(0), s=14)
         name = method.replace(":", "\n").replace(",", "\n")
-        axes.set_title(f"{name}\n{weights}, {len(its.dice)} seeds", fontsize=8)
+        seeds = f"{len(its.dice)} seed" + "s" * (len(its.dice) > 1)
+        axes.set_title(f"{name}\n{weights}, {seeds}", fontsize=8)
         axes.set(xlim=(lowest, 1), ylim=(lowest, 1), xlabel="Dice of the floor", aspect="equal")
     for axes in panels[:, 0]:
         axes.set_ylabel("Dice")

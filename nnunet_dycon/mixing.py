@@ -48,7 +48,10 @@ class Mixture:
 
 
 class CutMix(Mixture):
-    """Labeled images as they are, then each unlabeled one with a box of another (arXiv:1905.04899)."""
+    """Labeled images as they are, then each unlabeled one with a box of the one before it (arXiv:1905.04899).
+
+    A single unlabeled image stays as it is.
+    """
 
     def __init__(self, labeled: int, unlabeled: int, spatial: Sequence[int], device: torch.device, box: float) -> None:
         super().__init__(labeled, unlabeled, spatial, device)
