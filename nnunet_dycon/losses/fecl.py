@@ -1,16 +1,18 @@
 """Focal entropy-aware contrastive loss between the patches of an image."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import normalize
-from torch.utils.checkpoint import checkpoint
 
 from nnunet_dycon.losses.precision import at_least_float32
 
 # exp(-2/τ), the smallest factor that occurs, is 1e-29 at 0.03: still a normal float32.
 _LOWEST_TEMPERATURE = 0.03
-# Similarities of a block of anchors with all N patches: 2^22 entries are 16 MiB a matrix in float32.
-_BLOCK_ENTRIES = 2**22
+# Similarities of a block of anchors with all N patches: 2^20 entries are 4 MiB a matrix in float32.
+_BLOCK_ENTRIES = {"cpu": 2**20, "cuda": 2**22}
 
 
 @at_least_float32
@@ -51,7 +53,8 @@ def fecl_loss(
     code (commit 69c1384) has one positive at a time in the denominator, no weights F on the negatives, and a threshold
     term in place of h.
 
-    Matrices of N × N never exist: anchors are taken in blocks, and the backward pass computes each block again.
+    Matrices of N × N never exist: anchors are taken in blocks, each of which adds its part of the gradient at once, so
+    that between forward and backward pass only that gradient is kept, (B, N, D).
 
     Args:
         embedding: (B, N, D), the student's embeddings of N patches; L2-normalised inside.
@@ -82,68 +85,123 @@ def fecl_loss(
     entropy_weight = anchor_entropy.detach().to(student.dtype).exp()
     participates = patch_labels != ignore_label
 
-    total = student.new_zeros(())
-    anchors = student.new_zeros(())
-    # The block follows from N alone. It is a whole multiple of 16 rows for the sake of matrix units.
-    rows = max(16, _BLOCK_ENTRIES // (batch * patches) // 16 * 16)
+    constants = (temperature, gamma, top_k)
+    return _FeCL.apply(student, teacher, patch_labels, participates, entropy_weight, constants)
+
+
+def blocks_of_anchors(embedding: torch.Tensor) -> Iterator[slice]:
+    """Which anchors of each image of (B, N, D) are taken at a time; it follows from B and N alone."""
+    batch, patches, _ = embedding.shape
+    entries = _BLOCK_ENTRIES.get(embedding.device.type, 2**20)
+    rows = max(16, entries // (batch * patches) // 16 * 16)  # a multiple of 16 for the sake of matrix units
     for first in range(0, patches, rows):
-        block = slice(first, min(first + rows, patches))
-        constants = (student, teacher, patch_labels, participates, entropy_weight, temperature, gamma, top_k)
-        block_total, block_anchors = checkpoint(_anchor_block, block, *constants, use_reentrant=False)
-        total = total + block_total
-        anchors = anchors + block_anchors
-    return total / anchors.clamp(min=1)
+        yield slice(first, min(first + rows, patches))
 
 
-def _anchor_block(
-    block: slice,
-    student: torch.Tensor,
-    teacher: torch.Tensor | None,
-    patch_labels: torch.Tensor,
-    participates: torch.Tensor,
-    entropy_weight: torch.Tensor,
-    temperature: float,
-    gamma: float,
-    top_k: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss summed over the anchors of a block, and their number. Rows r are anchors, columns n all patches."""
-    both = participates[:, block, None] & participates[:, None, :]
-    same = patch_labels[:, block, None] == patch_labels[:, None, :]
-    columns = torch.arange(student.shape[1], device=student.device)
-    itself = columns[block, None] == columns[None, :]
-    positive = both & same & ~itself
-    negative = both & ~same
-    positives = positive.sum(-1)
-    negatives = negative.sum(-1)
-    valid = (positives > 0) & (negatives > 0)
+class _FeCL(torch.autograd.Function):
+    """The loss of normalised embeddings, whose gradient is written down instead of recorded."""
 
-    cosine = torch.einsum("brd,bnd->brn", student[:, block], student)
-    # |S| ≤ 1/τ, so 1/τ is a shift that serves every row: no maximum has to be found, and nothing overflows.
-    exponential = torch.exp((cosine - 1.0) / temperature)
-    clamped = cosine.clamp(0.0, 1.0)
-    positive_weight = _power(1.0 - clamped, gamma) * entropy_weight[:, block, None]
-    negative_term = exponential
-    if teacher is not None:
-        negative_term = negative_term + _hard_negatives(student[:, block], teacher, negative, temperature, top_k)
-    denominator = torch.where(positive, exponential, 0.0).sum(-1)
-    denominator = denominator + torch.where(negative, _power(clamped, gamma) * negative_term, 0.0).sum(-1)
-    # Anchors that do not take part have no denominator: give them one that has a logarithm.
-    log_denominator = torch.where(valid, denominator, 1.0).log()
+    @staticmethod
+    def forward(ctx, student, teacher, patch_labels, participates, entropy_weight, constants):
+        gradient = torch.zeros_like(student) if ctx.needs_input_grad[0] else None
+        total, anchors = student.new_zeros(()), student.new_zeros(())
+        for rows in blocks_of_anchors(student):
+            block = _Block(rows, student, teacher, patch_labels, participates, entropy_weight, *constants)
+            total += block.loss()
+            anchors += block.valid.sum()
+            if gradient is not None:
+                block.add_gradient(gradient)
+        anchors = anchors.clamp(min=1)
+        if gradient is not None:
+            ctx.save_for_backward(gradient.div_(anchors))
+        return total / anchors
 
-    log_ratio = (cosine - 1.0) / temperature - log_denominator[..., None]
-    per_anchor = torch.where(positive, -positive_weight * log_ratio, 0.0).sum(-1) / positives.clamp(min=1)
-    return torch.where(valid, per_anchor, 0.0).sum(), valid.sum().to(student.dtype)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        (of_student,) = ctx.saved_tensors
+        return gradient * of_student, None, None, None, None, None
 
 
-def _hard_negatives(
-    anchors: torch.Tensor, teacher: torch.Tensor, negative: torch.Tensor, temperature: float, top_k: int
-) -> torch.Tensor:
-    """h with the shift of 1/τ: (B, R, 1), for anchors (B, R, D), teacher (B, N, D) and negative (B, R, N)."""
-    similarity = torch.einsum("brd,bnd->brn", anchors, teacher)
-    hardest = similarity.masked_fill(~negative, -torch.inf).topk(min(top_k, teacher.shape[1]), dim=-1).indices
-    counts = negative.gather(-1, hardest)
-    values = torch.exp((similarity.gather(-1, hardest) - 1.0) / temperature)
-    return torch.where(counts, values, 0.0).sum(-1, keepdim=True) / counts.sum(-1, keepdim=True).clamp(min=1)
+class _Block:
+    """Some anchors of each image, the rows r, against all its patches, the columns n."""
+
+    def __init__(self, block, student, teacher, patch_labels, participates, entropy_weight, temperature, gamma, top_k):
+        self.block, self.student, self.teacher = block, student, teacher
+        self.temperature, self.gamma = temperature, gamma
+        both = participates[:, block, None] & participates[:, None, :]
+        same = patch_labels[:, block, None] == patch_labels[:, None, :]
+        self.negative = both & ~same
+        self.positive = both & same
+        columns = torch.arange(student.shape[1], device=student.device)
+        self.positive &= columns[block, None] != columns  # an anchor is not its own positive
+        positives = self.positive.sum(-1, keepdim=True)
+        self.valid = (positives > 0) & self.negative.any(-1, keepdim=True)
+        self.share = self.valid.to(student.dtype) / positives.clamp(min=1)  # of a positive in its anchor's mean
+
+        self.cosine = student[:, block] @ student.transpose(1, 2)
+        # |S| ≤ 1/τ, so 1/τ is a shift that serves every row: no maximum has to be found, and nothing overflows.
+        self.similarity = (self.cosine - 1.0) / temperature
+        self.exponential = self.similarity.exp()
+        clamped = self.cosine.clamp(0.0, 1.0)
+        self.entropy_weight = entropy_weight[:, block, None]
+        self.positive_weight = _power(1.0 - clamped, gamma) * self.entropy_weight
+        self.negative_weight = torch.where(self.negative, _power(clamped, gamma), 0.0)
+        self.hard = 0.0
+        if teacher is not None:
+            self._find_hard_negatives(top_k)
+        denominator = torch.where(self.positive, self.exponential, 0.0).sum(-1, keepdim=True)
+        denominator += (self.negative_weight * (self.exponential + self.hard)).sum(-1, keepdim=True)
+        # Anchors that do not take part have no denominator: give them one that has a logarithm.
+        self.denominator = torch.where(self.valid, denominator, 1.0)
+        self.log_ratio = self.similarity - self.denominator.log()
+
+    def _find_hard_negatives(self, top_k: int) -> None:
+        """h with the shift of 1/τ, (B, R, 1), and what its gradient needs."""
+        similar = self.student[:, self.block] @ self.teacher.transpose(1, 2)
+        similar.masked_fill_(~self.negative, -torch.inf)
+        cosines, self.hardest = similar.topk(min(top_k, similar.shape[-1]), dim=-1)
+        # Of fewer negatives the rest are -inf, which counts nothing.
+        number = cosines.isfinite().sum(-1, keepdim=True).clamp(min=1)
+        self.hard_parts = ((cosines - 1.0) / self.temperature).exp() / number
+        self.hard = self.hard_parts.sum(-1, keepdim=True)
+
+    def loss(self) -> torch.Tensor:
+        """Summed over the anchors."""
+        per_pair = torch.where(self.positive, self.positive_weight * self.log_ratio, 0.0)
+        return -(self.share * per_pair.sum(-1, keepdim=True)).sum()
+
+    def add_gradient(self, gradient: torch.Tensor) -> None:
+        r"""Add that of `loss` to the gradient (B, N, D) of all embeddings.
+
+        With :math:`a_i = \frac{1}{|P(i)|\, d_i} \sum_{k \in P(i)} F^+_{ik}` and d the denominator, it is, by cosines,
+
+        .. math::
+            \frac{\partial L}{\partial c_{ik}} &= -\frac{1}{|P(i)|} \left(\frac{F^+_{ik}}{\tau}
+                + \dot F^+_{ik} \log\frac{e^{S_{ik}}}{d_i}\right) + a_i \frac{e^{S_{ik}}}{\tau}, \quad k \in P(i) \\
+            \frac{\partial L}{\partial c_{iq}} &= a_i \left(\dot F^-_{iq} (e^{S_{iq}} + h_i)
+                + F^-_{iq} \frac{e^{S_{iq}}}{\tau}\right), \quad q \in N(i)
+        """
+        tau, student = self.temperature, self.student
+        summed = torch.where(self.positive, self.positive_weight, 0.0).sum(-1, keepdim=True)
+        pull = self.share * summed / self.denominator
+        positive = pull * self.exponential / tau - self.share * self.positive_weight / tau
+        negative = self.negative_weight * self.exponential / tau
+        if self.gamma != 0:
+            # 0 where the cosine is clamped.
+            inside = (self.cosine >= 0.0) & (self.cosine <= 1.0)
+            clamped = self.cosine.clamp(0.0, 1.0)
+            slope = torch.where(inside, self.gamma * _power(1.0 - clamped, self.gamma - 1.0), 0.0)
+            positive += self.share * self.entropy_weight * slope * self.log_ratio
+            slope = torch.where(inside, self.gamma * _power(clamped, self.gamma - 1.0), 0.0)
+            negative += slope * (self.exponential + self.hard)
+        by_cosine = torch.where(self.positive, positive, torch.where(self.negative, pull * negative, 0.0))
+        gradient += by_cosine.transpose(1, 2) @ student[:, self.block]
+        gradient[:, self.block] += by_cosine @ student
+        if self.teacher is not None:
+            by_hard = pull * self.negative_weight.sum(-1, keepdim=True) * self.hard_parts / tau
+            images = torch.arange(len(student), device=student.device)[:, None, None]
+            gradient[:, self.block] += (by_hard[..., None] * self.teacher[images, self.hardest]).sum(-2)
 
 
 def _power(base: torch.Tensor, gamma: float) -> torch.Tensor:

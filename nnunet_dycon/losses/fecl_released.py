@@ -2,8 +2,10 @@
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import normalize
 
+from nnunet_dycon.losses.fecl import blocks_of_anchors
 from nnunet_dycon.losses.precision import at_least_float32
 
 _SMALLEST_DISTANCE = 1e-6
@@ -38,6 +40,8 @@ def fecl_released_loss(
     Deviations from the released code: where it gives NaN, this does not. A patch that is alone in its class adds 0
     instead of 0/0, a batch without a hit has no second term, and 1 - c is at least 1e-6.
 
+    As in `fecl_loss`, matrices of N × N never exist.
+
     Args:
         embedding: (B, N, D), the student's; L2-normalised inside.
         patch_labels: (B, N), integers; every patch takes part.
@@ -67,25 +71,86 @@ def fecl_released_loss(
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
     student = normalize(embedding, dim=-1)
-    same = patch_labels[:, :, None] == patch_labels[:, None, :]
-    itself = torch.eye(embedding.shape[1], dtype=torch.bool, device=embedding.device)
-    # i = anchor, k = patch: (B, i, k)
-    similarity = torch.einsum("bid,bkd->bik", student, student).masked_fill(itself, 0.0) / temperature
-    exponential = torch.exp(similarity - similarity.detach().amax(1, keepdim=True))
-    negatives = torch.where(same, 0.0, exponential).sum(-1, keepdim=True)
-    share = exponential / (exponential + negatives)
-    per_pair = -share.log()
-    if use_focal:
-        per_pair = per_pair * (1.0 - share) ** gamma
-    positive = same & ~itself
-    loss = (torch.where(positive, per_pair, 0.0).sum(-1) / positive.sum(-1).clamp(min=1)).mean()
-    if teacher_embedding is None:
-        return loss
-    teacher = normalize(teacher_embedding.detach().to(student.dtype), dim=-1)
-    cosine = torch.einsum("bid,bkd->bik", student, teacher)
-    hit = ~same & (cosine > cross_threshold)
-    distance = torch.where(hit, 1.0 - cosine, 1.0).clamp(min=_SMALLEST_DISTANCE)
-    return loss + cross_weight * -distance.log().sum() / hit.sum().clamp(min=1)
+    teacher = None if teacher_embedding is None else normalize(teacher_embedding.detach().to(student.dtype), dim=-1)
+    constants = (temperature, gamma if use_focal else 0.0, cross_threshold, cross_weight)
+    return _FeCLReleased.apply(student, teacher, patch_labels, constants)
+
+
+class _FeCLReleased(torch.autograd.Function):
+    r"""The loss of normalised embeddings, whose gradient is written down instead of recorded.
+
+    With E the exponentials, n their sum over negatives, and ℓ the loss of a pair, the first term has, by similarities,
+
+    .. math::
+        \frac{\partial L}{\partial S_{ik}} = n_i s_{ik},\ k \in P(i), \qquad
+        \frac{\partial L}{\partial S_{iq}} = -E_{iq} \sum_{k \in P(i)} s_{ik},\ q \in N(i), \qquad
+        s_{ik} = \frac{\partial \ell_{ik}}{\partial d_{ik}} \frac{d_{ik}}{E_{ik} + n_i}.
+    """
+
+    @staticmethod
+    def forward(ctx, student, teacher, patch_labels, constants):
+        temperature, gamma, threshold, cross_weight = constants
+        gradient = torch.zeros_like(student) if ctx.needs_input_grad[0] else None
+        anchors = patch_labels.numel()
+        loss, cross, hits = (student.new_zeros(()) for _ in range(3))
+        cross_gradient = None if gradient is None or teacher is None else torch.zeros_like(student)
+        maximum = _column_maximum(student, temperature)
+        for rows in blocks_of_anchors(student):
+            same = patch_labels[:, rows, None] == patch_labels[:, None, :]
+            positive = same & ~_itself(student, rows)
+            shifted = _similarity(student, rows, temperature) - maximum[:, None, :]
+            exponential = shifted.exp()
+            negatives = torch.where(same, 0.0, exponential).sum(-1, keepdim=True)
+            total = exponential + negatives
+            share = exponential / total
+            log_share = shifted - total.log()
+            focal = (1.0 - share) ** gamma
+            weight = 1.0 / (positive.sum(-1, keepdim=True).clamp(min=1) * anchors).to(student.dtype)
+            loss -= (weight * torch.where(positive, focal * log_share, 0.0)).sum()
+            if gradient is not None:
+                slope = -focal
+                if gamma != 0:
+                    slope += gamma * (1.0 - share) ** (gamma - 1.0) * share * log_share
+                slope = torch.where(positive, weight * slope / total, 0.0)
+                by_similarity = torch.where(same, slope * negatives, -exponential * slope.sum(-1, keepdim=True))
+                by_cosine = by_similarity / temperature
+                gradient += by_cosine.transpose(1, 2) @ student[:, rows]
+                gradient[:, rows] += by_cosine @ student
+            if teacher is None:
+                continue
+            cosine = student[:, rows] @ teacher.transpose(1, 2)
+            hit = ~same & (cosine > threshold)
+            distance = torch.where(hit, 1.0 - cosine, 1.0).clamp(min=_SMALLEST_DISTANCE)
+            cross -= distance.log().sum()
+            hits += hit.sum()
+            if cross_gradient is not None:
+                moves = hit & (1.0 - cosine >= _SMALLEST_DISTANCE)
+                cross_gradient[:, rows] += torch.where(moves, 1.0 / distance, 0.0) @ teacher
+        per_hit = cross_weight / hits.clamp(min=1)
+        if gradient is not None:
+            ctx.save_for_backward(gradient if cross_gradient is None else gradient + per_hit * cross_gradient)
+        return loss + per_hit * cross
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        (of_student,) = ctx.saved_tensors
+        return gradient * of_student, None, None, None
+
+
+def _column_maximum(student: torch.Tensor, temperature: float) -> torch.Tensor:
+    # S is symmetric: it is the maximum of the row.
+    return torch.cat([_similarity(student, rows, temperature).amax(-1) for rows in blocks_of_anchors(student)], 1)
+
+
+def _similarity(student: torch.Tensor, rows: slice, temperature: float) -> torch.Tensor:
+    cosine = student[:, rows] @ student.transpose(1, 2)
+    return cosine.masked_fill_(_itself(student, rows), 0.0).div_(temperature)
+
+
+def _itself(student: torch.Tensor, rows: slice) -> torch.Tensor:
+    columns = torch.arange(student.shape[1], device=student.device)
+    return columns[rows, None] == columns
 
 
 class FeCLReleasedLoss(nn.Module):

@@ -22,12 +22,13 @@ def at_least_float32(function: Callable[..., Result]) -> Callable[..., Result]:
         device = next(a.device.type for a in (*arguments, *options.values()) if isinstance(a, torch.Tensor))
         # Some devices refuse to hear of autocast at all, so it is only switched off where it is on.
         with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
-            return function(*map(_widened, arguments), **{name: _widened(value) for name, value in options.items()})
+            return function(*map(widened, arguments), **{name: widened(value) for name, value in options.items()})
 
     return in_float32
 
 
-def _widened(value):
+def widened(value):
+    """A tensor of half precision as float32, anything else as it is."""
     if isinstance(value, torch.Tensor) and value.dtype in (torch.float16, torch.bfloat16):
         return value.float()
     return value

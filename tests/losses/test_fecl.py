@@ -99,8 +99,8 @@ def test_without_focal_weights_and_teacher_it_is_supcon():
 def test_blocks_change_neither_value_nor_gradient(monkeypatch, block_entries):
     embedding, labels, teacher, entropy = patches(number=50)
     results = []
-    for entries in (fecl._BLOCK_ENTRIES, block_entries):
-        monkeypatch.setattr(fecl, "_BLOCK_ENTRIES", entries)
+    for entries in (fecl._BLOCK_ENTRIES["cpu"], block_entries):
+        monkeypatch.setitem(fecl._BLOCK_ENTRIES, "cpu", entries)
         student = embedding.clone().requires_grad_()
         loss = fecl_loss(student, labels, teacher_embedding=teacher, anchor_entropy=entropy)
         loss.backward()
@@ -108,10 +108,13 @@ def test_blocks_change_neither_value_nor_gradient(monkeypatch, block_entries):
     torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-15)
 
 
-def test_gradient_is_that_of_the_value():
+@pytest.mark.parametrize("with_teacher", [False, True])
+@pytest.mark.parametrize(("tau", "gamma", "top_k"), [(0.6, 2.0, 5), (0.1, 1.0, 1), (1.0, 0.0, 100), (0.3, 3.5, 2)])
+def test_gradient_is_that_of_the_value(with_teacher, tau, gamma, top_k):
     embedding, labels, teacher, entropy = patches(number=7, width=4)
-    function = lambda e: fecl_loss(e, labels, teacher_embedding=teacher, anchor_entropy=entropy)  # noqa: E731
-    assert torch.autograd.gradcheck(function, embedding.requires_grad_())
+    constants = {"temperature": tau, "gamma": gamma, "top_k": top_k, "anchor_entropy": entropy}
+    constants["teacher_embedding"] = teacher if with_teacher else None
+    assert torch.autograd.gradcheck(lambda e: fecl_loss(e, labels, **constants), embedding.requires_grad_())
 
 
 def test_gradient_reaches_the_student_and_nothing_else():

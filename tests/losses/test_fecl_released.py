@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.functional import normalize
 
-from nnunet_dycon.losses import FeCLReleasedLoss, fecl_released_loss
+from nnunet_dycon.losses import FeCLReleasedLoss, fecl, fecl_released, fecl_released_loss
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "dycon_released_69c1384.json").read_text())
 LABELS = torch.tensor(GOLDEN["fecl_inputs"]["patch_label"]).long()
@@ -33,6 +34,37 @@ def test_value_and_gradient_are_those_of_the_released_code(entry):
     assert loss.item() == pytest.approx(entry["loss"], rel=1e-6)
     assert student.grad.norm().item() == pytest.approx(entry["grad_l2"], rel=1e-6)
     assert student.grad.flatten()[:6].tolist() == pytest.approx(entry["grad_flat_first6"], rel=1e-6)
+
+
+def random_patches(number=7):
+    generator = torch.Generator().manual_seed(0)
+    student, noise = torch.randn(2, 2, number, 4, generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, 3, (2, number), generator=generator)
+    return student, {"patch_labels": labels, "teacher_embedding": student + 0.5 * noise, "cross_threshold": 0.1}
+
+
+@pytest.mark.parametrize("changes", [{}, {"use_focal": False}, {"gamma": 1.0}, {"teacher_embedding": None},
+                                     {"temperature": 0.1, "cross_weight": 3.0}])  # fmt: skip
+def test_gradient_is_that_of_the_value_but_for_the_maximum(changes, monkeypatch):
+    """The maximum has no gradient: it is held fast here."""
+    student, arguments = random_patches()
+    arguments |= changes
+    maximum = fecl_released._column_maximum(normalize(student, dim=-1), arguments.get("temperature", 0.6))
+    monkeypatch.setattr(fecl_released, "_column_maximum", lambda *_: maximum)
+    assert torch.autograd.gradcheck(lambda e: fecl_released_loss(e, **arguments), student.requires_grad_())
+
+
+@pytest.mark.parametrize("entries", [1, 2 * 50 * 16])
+def test_blocks_change_neither_value_nor_gradient(monkeypatch, entries):
+    student, arguments = random_patches(number=50)
+    results = []
+    for block_entries in (fecl._BLOCK_ENTRIES["cpu"], entries):
+        monkeypatch.setitem(fecl._BLOCK_ENTRIES, "cpu", block_entries)
+        embedding = student.clone().requires_grad_()
+        loss = fecl_released_loss(embedding, **arguments)
+        loss.backward()
+        results.append((loss.detach(), embedding.grad))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-15)
 
 
 def test_value_worked_out_by_hand():

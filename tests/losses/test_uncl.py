@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nnunet_dycon.losses import UnCLLoss, uncl_loss
+from nnunet_dycon.losses import UnCLLoss, uncl, uncl_loss
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "dycon_released_69c1384.json").read_text())
 
@@ -70,9 +70,44 @@ def test_agrees_with_the_released_code(entry):
     assert uncl_loss(student, teacher, entry["beta"]).item() == pytest.approx(entry["loss"], rel=1e-4)
 
 
-def test_gradient_is_that_of_the_value():
+@pytest.mark.parametrize("entropy_weight", [0.0, 0.3, 1.0])
+def test_gradient_is_that_of_the_value(entropy_weight):
     student, teacher = logits(2, 3, 2, 2).requires_grad_(), logits(2, 3, 2, 2, seed=1)
-    assert torch.autograd.gradcheck(lambda s: uncl_loss(s, teacher, 2.0), student)
+    assert torch.autograd.gradcheck(lambda s: uncl_loss(s, teacher, 2.0, entropy_weight=entropy_weight), student)
+
+
+def value_and_gradient(student, teacher):
+    student = student.detach().requires_grad_()
+    loss = uncl_loss(student, teacher, 1.5, entropy_weight=0.5)
+    loss.backward()
+    return loss.detach(), student.grad
+
+
+@pytest.mark.parametrize("entries", [1, 50])
+def test_blocks_change_neither_value_nor_gradient(monkeypatch, entries):
+    student, teacher = logits(2, 3, 5, 7), logits(2, 3, 5, 7, seed=1)
+    whole = value_and_gradient(student, teacher)
+    monkeypatch.setitem(uncl._BLOCK_ENTRIES, "cpu", entries)
+    torch.testing.assert_close(value_and_gradient(student, teacher), whole, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 3, 2), (1, 0, 2, 3), (3, 2, 1, 0)])
+def test_the_layout_in_memory_does_not_matter(order):
+    student, teacher = logits(3, 3, 3, 3).permute(order), logits(3, 3, 3, 3, seed=1).permute(order)
+    expected = value_and_gradient(student.contiguous(), teacher.contiguous())
+    torch.testing.assert_close(value_and_gradient(student, teacher), expected)
+
+
+def test_half_precision_has_the_gradient_of_float32_under_a_loss_scale():
+    """Scaled as nnU-Net's GradScaler does; unscaled, a gradient of 1e-8 would be 0 in float16."""
+    student, teacher = logits(1, 2, 64, 64, dtype=torch.float32), logits(1, 2, 64, 64, seed=1, dtype=torch.float32)
+    half, half_teacher = student.half(), teacher.half()
+    gradients = []
+    for s, t in ((half, half_teacher), (half.float(), half_teacher.float())):
+        s = s.detach().requires_grad_()
+        (2.0**16 * uncl_loss(s, t, 1.0)).backward()
+        gradients.append(s.grad.float())
+    torch.testing.assert_close(*gradients, rtol=2e-3, atol=1e-3)
 
 
 def test_gradient_reaches_the_student_and_never_the_teacher():

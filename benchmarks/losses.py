@@ -1,0 +1,175 @@
+"""Time and memory of the losses, against the same equations written with whole matrices.
+
+    python benchmarks/losses.py [--device cuda] [--json FILE]
+
+- Each number comes from a process of its own: forward and backward pass, in float32, repeated; time is the median.
+- Memory is what the passes need at most beyond their inputs: on a CPU the growth of the process's peak resident memory,
+  on a GPU that of PyTorch's allocated memory.
+- The dense forms are the equations of the docstrings with N × N matrices, and UnCL as the released code has it, with
+  entropies broadcast over pairs of images.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.nn.functional import normalize
+
+from nnunet_dycon.losses import fecl_loss, fecl_released_loss, uncl_loss
+
+TEMPERATURE, GAMMA, TOP_K, BETA = 0.6, 2.0, 5, 2.0
+
+
+def dense_fecl(embedding, patch_labels, *, teacher_embedding, anchor_entropy, gamma=GAMMA):
+    z, teacher = normalize(embedding, dim=-1), normalize(teacher_embedding, dim=-1)
+    itself = torch.eye(z.shape[1], dtype=torch.bool, device=z.device)
+    known = patch_labels >= 0
+    both = known[:, :, None] & known[:, None, :]
+    same = patch_labels[:, :, None] == patch_labels[:, None, :]
+    positive, negative = both & same & ~itself, both & ~same
+    cosine = z @ z.transpose(1, 2)
+    clamped = cosine.clamp(0, 1)
+    exponential = torch.exp(cosine / TEMPERATURE)
+    weight = (1 - clamped) ** gamma * anchor_entropy.exp()[:, :, None]
+    similar = (z @ teacher.transpose(1, 2)).masked_fill(~negative, -torch.inf)
+    hardest = similar.topk(TOP_K, -1).values
+    hard = torch.exp(hardest / TEMPERATURE).sum(-1, keepdim=True) / hardest.isfinite().sum(-1, keepdim=True).clamp(
+        min=1
+    )
+    denominator = (positive * exponential + negative * clamped**gamma * (exponential + hard)).sum(-1, keepdim=True)
+    valid = positive.any(-1) & negative.any(-1)
+    per_pair = torch.where(positive & valid[:, :, None], -weight * (exponential / denominator).log(), 0.0)
+    per_anchor = per_pair.sum(-1) / positive.sum(-1).clamp(min=1)
+    return per_anchor.sum() / valid.sum()
+
+
+def released_uncl(student_logits, teacher_logits):
+    student, teacher = student_logits.softmax(1), teacher_logits.softmax(1)
+    own = -(student * torch.log(student + 1e-6)).sum(1, keepdim=True)
+    others = -(teacher * torch.log(teacher + 1e-6)).sum(1)  # without its class axis: broadcast to (B, B, ...)
+    loss = (student - teacher) ** 2 / (torch.exp(BETA * own) + torch.exp(BETA * others))
+    return loss.mean() + BETA * (own + others).mean()
+
+
+def patches(batch: int, number: int, width: int, device: str) -> dict[str, torch.Tensor]:
+    """Embeddings, labels (some ignored), teacher embeddings and entropies."""
+    generator = torch.Generator().manual_seed(0)
+    embedding = torch.randn(batch, number, width, generator=generator)
+    tensors = {
+        "embedding": embedding,
+        "patch_labels": torch.randint(-1, 3, (batch, number), generator=generator),
+        "teacher_embedding": embedding + 0.5 * torch.randn(embedding.shape, generator=generator),
+        "anchor_entropy": torch.rand(batch, number, generator=generator),
+    }
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+
+def logits(batch: int, side: int, device: str) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    names = ("student_logits", "teacher_logits")
+    return {name: 2 * torch.randn(batch, 2, side, side, side, generator=generator).to(device) for name in names}
+
+
+def _ours_uncl(student_logits, teacher_logits):
+    return uncl_loss(student_logits, teacher_logits, BETA)
+
+
+def _ours_fecl(gamma: float) -> Callable:
+    return lambda **tensors: fecl_loss(**tensors, temperature=TEMPERATURE, gamma=gamma, top_k=TOP_K)
+
+
+def _released_fecl(embedding, patch_labels, teacher_embedding, anchor_entropy):
+    return fecl_released_loss(embedding, patch_labels, teacher_embedding=teacher_embedding)
+
+
+# What is measured: (name, input, loss). A name's first part groups what is compared.
+CASES: dict[str, tuple[Callable[[str], dict], Callable]] = {
+    "FeCL, B=4, N=4096, D=256: dense": (lambda device: patches(4, 4096, 256, device), dense_fecl),
+    "FeCL, B=4, N=4096, D=256: ours": (lambda device: patches(4, 4096, 256, device), _ours_fecl(GAMMA)),
+    "FeCL, B=4, N=4096, D=256: ours, gamma=0": (lambda device: patches(4, 4096, 256, device), _ours_fecl(0.0)),
+    "FeCL, B=4, N=4096, D=256: released form, ours": (lambda device: patches(4, 4096, 256, device), _released_fecl),
+    "FeCL, B=2, N=32768, D=256: ours": (lambda device: patches(2, 32768, 256, device), _ours_fecl(GAMMA)),
+    "UnCL, B=4, 2x96x96x96: released": (lambda device: logits(4, 96, device), released_uncl),
+    "UnCL, B=4, 2x96x96x96: ours": (lambda device: logits(4, 96, device), _ours_uncl),
+}
+
+
+def measure(name: str, device: str, repeats: int) -> dict[str, float]:
+    """Seconds of each repeat, and bytes at most beyond the inputs."""
+    make, loss = CASES[name]
+    tensors = make(device)
+    student = next(iter(tensors))
+    tensors[student].requires_grad_()
+    seconds = []
+    before = _memory_now(device)
+    for _ in range(repeats):
+        tensors[student].grad = None
+        _synchronize(device)
+        start = time.perf_counter()
+        value = loss(**tensors)
+        value.backward()
+        _synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    warm = seconds[1:] or seconds
+    return {"seconds": statistics.median(warm), "repeats": len(warm), "bytes": _peak(device) - before}
+
+
+def _synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _memory_now(device: str) -> int:
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+def _peak(device: str) -> int:
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def main() -> None:
+    """Measure each case in a process of its own, and print a Markdown table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--repeats", type=int, default=6, help="the first one warms up (default: %(default)s)")
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES, metavar="CASE")
+    parser.add_argument("--json", type=Path, help="where to write the numbers, too")
+    parser.add_argument("--one", choices=CASES, metavar="CASE", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        print(json.dumps(measure(arguments.one, arguments.device, arguments.repeats)))
+        return
+    results: dict[str, dict] = {}
+    for name in arguments.cases:
+        command = [sys.executable, __file__, "--one", name, "--device", arguments.device]
+        command += ["--repeats", str(arguments.repeats)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        results[name] = json.loads(done.stdout) if done.returncode == 0 else {"error": done.stderr[-200:] or "killed"}
+        print(f"{name}: {results[name]}", file=sys.stderr)
+    processor = torch.cuda.get_device_name() if arguments.device == "cuda" else f"{os.cpu_count()} CPU cores"
+    machine = {"device": processor, "torch": torch.__version__, "python": platform.python_version()}
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"machine": machine, "results": results}, indent=1, ensure_ascii=False))
+    print("| loss | seconds | MB |\n|---|---|---|")
+    for name, result in results.items():
+        told = result.get("error") or f"{result['seconds']:.3f} | {result['bytes'] / 1e6:.0f}"
+        print(f"| {name} | {told} |")
+
+
+if __name__ == "__main__":
+    main()
