@@ -1,6 +1,6 @@
 """The left-atrium development protocol: floor, ceiling and trainers, with nnU-Net's own commands, into one CSV.
 
-    python benchmarks/la.py --data <la_125mm> --work <folder> --methods floor nnUNetTrainerDyCON --seeds 0 1 2
+    python -m benchmarks.la --data <la_125mm> --work <folder> --methods floor nnUNetTrainerDyCON --seeds 0 1 2
 
 - floor is nnUNetTrainer on the labeled cases, ceiling the same on all 55 training cases with their labels, with the
   plans of the labeled ones; any other method is a trainer of the registry, on labeled and unlabeled cases. A setting
@@ -16,10 +16,7 @@
 import argparse
 import csv
 import json
-import os
-import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -27,15 +24,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
+from benchmarks.preparation import CEILING, HERE, Preparation, add_arguments
 from nnunet_dycon.checkpoints import STUDENT, TEACHER
 from nnunet_dycon.dataset_conversion.writer import FOLDERS
 from nnunet_dycon.evaluation import evaluate_folder
 from nnunet_dycon.registry import TRAINERS
 
-HERE = Path(__file__).parent
 COLUMNS = ("method", "labels", "seed", "weights", "set", "case", "dice", "hd95_mm", "plans", "iterations", "commit")
 SETS = ("val", "test")
-CEILING = 55  # labels
 
 
 @dataclass(frozen=True)
@@ -71,63 +67,16 @@ class Run:
         return student if self.trainer == "nnUNetTrainer" else student | {"teacher": TEACHER}
 
 
-class Benchmark:
+class Benchmark(Preparation):
     """A working folder with data sets, plans and results, and the CSV."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        self.work: Path = arguments.work.resolve()
-        self.data: Path = arguments.data
+        super().__init__(arguments)
         self.table: Path = arguments.table
-        self.spacing: float = arguments.spacing
-        self.features: list[int] | None = arguments.features
         self.iterations: int = arguments.iterations
-        self.device: str = arguments.device
         self.sets: list[str] = arguments.sets
-        width = "" if self.features is None else f"_{self.features[0]}f"
-        self.plans = f"nnUNetPlans_{self.spacing:g}mm{width}".replace(".", "p")
         self.commit = _commit()
         self._writing = Lock()
-
-    def prepare(self, labels: Iterable[int]) -> None:
-        """Convert, plan and preprocess what is not there yet."""
-        for count in sorted(set(labels)):
-            dataset = str(100 + count)
-            raw = self.work / "nnUNet_raw" / f"Dataset{dataset}_LA2018"
-            plans = self.work / "nnUNet_preprocessed" / raw.name / f"{self.plans}.json"
-            if not raw.is_dir():
-                protocol = HERE / "protocols" / f"la_{count}.json"
-                arguments = ["-i", str(self.data), "-d", dataset, "--spacing", "1.25", "--split", str(protocol)]
-                self._command("nnunet_dycon.cli:main", "convert", "la", *arguments)
-            if not plans.is_file():
-                self._command("nnunetv2.experiment_planning.plan_and_preprocess_entrypoints:extract_fingerprint_entry",
-                              "-d", dataset, "-np", "2")  # fmt: skip
-                if count == CEILING:
-                    self._command("nnunetv2.experiment_planning.plans_for_pretraining.move_plans_between_datasets:"
-                                  "entry_point_move_plans_between_datasets",
-                                  "-s", "108", "-t", dataset, "-sp", self.plans, "-tp", self.plans)  # fmt: skip
-                    shutil.copy(raw / "dataset.json", plans.parent)  # which planning would have done
-                else:
-                    self._command("nnunetv2.experiment_planning.plan_and_preprocess_entrypoints:plan_experiment_entry",
-                                  "-d", dataset, "-overwrite_target_spacing", *[f"{self.spacing:g}"] * 3,
-                                  "-overwrite_plans_name", self.plans)  # fmt: skip
-                    self._narrow(plans)
-            which = ["-d", dataset, "-plans_name", self.plans, "-c", "3d_fullres", "-np", "2"]
-            identifier = json.loads(plans.read_text())["configurations"]["3d_fullres"]["data_identifier"]
-            if not (plans.parent / identifier).is_dir():
-                entry = "nnunetv2.experiment_planning.plan_and_preprocess_entrypoints:preprocess_entry"
-                self._command(entry, *which)
-            if count != CEILING:
-                self._command("nnunet_dycon.cli:main", "preprocess_unlabeled", *which)
-
-    def _narrow(self, file: Path) -> None:
-        if self.features is None:
-            return
-        plans = json.loads(file.read_text())
-        architecture = plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
-        widest = self.features[-1]
-        stages = architecture["n_stages"]
-        architecture["features_per_stage"] = (self.features + [widest] * stages)[:stages]
-        file.write_text(json.dumps(plans, indent=4))
 
     def name(self, run: Run) -> str:
         method = "".join(letter if letter.isalnum() else "_" for letter in run.method).replace("__", "_")
@@ -145,18 +94,18 @@ class Benchmark:
     def perform(self, run: Run) -> None:
         """Train unless the final checkpoint is there, predict, score, and add the rows of this run to the CSV."""
         name, dataset = self.name(run), str(run.dataset)
-        raw = self.work / "nnUNet_raw" / f"Dataset{dataset}_LA2018"
+        raw = self.work / "nnUNet_raw" / self.dataset(run.seen_labels)
         model = self.work / "nnUNet_results" / raw.name / f"{name}__{self.plans}__3d_fullres"
         start = time.monotonic()
         if not (model / "fold_all" / STUDENT).is_file():
-            self._command("nnunetv2.run.run_training:run_training_entry", dataset, "3d_fullres", "all", "-tr", name,
+            self.command("nnunetv2.run.run_training:run_training_entry", dataset, "3d_fullres", "all", "-tr", name,
                           "-p", self.plans, "-device", self.device, log=f"{name}_{dataset}.log")  # fmt: skip
         rows = []
         for weights, checkpoint in run.weights.items():
             for which in self.sets:
                 images, references = (raw / folder for folder in FOLDERS[which])
                 output = model / "fold_all" / f"{which}_{weights}"
-                self._command(
+                self.command(
                     "nnunetv2.inference.predict_from_raw_data:predict_entry_point", "-d", dataset, "-c", "3d_fullres",
                     "-f", "all", "-tr", name, "-p", self.plans, "-chk", checkpoint, "-i", str(images),
                     "-o", str(output), "-device", self.device, "-npp", "0", "-nps", "0", log=f"{name}_{dataset}.log",
@@ -189,34 +138,6 @@ class Benchmark:
                 writer.writeheader()
             writer.writerows(rows)
 
-    def _command(self, entry_point: str, *arguments: str, log: str = "prepare.log") -> None:
-        """Run one of nnU-Net's commands, or ours, in one thread on a CPU; nnU-Net would take all cores."""
-        module, _, function = entry_point.partition(":")
-        code = f"import sys; from {module} import {function} as main; sys.exit(main())"
-        if self.device == "cpu":
-            code = f"import multiprocessing; multiprocessing.cpu_count = lambda: 1; {code}"
-        environment = {
-            **os.environ,
-            **{name: str(self.work / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")},
-            "nnUNet_extTrainer": str(HERE / "trainers"),
-            "NNUNET_DYCON_BENCHMARK_RUNS": str(self.work / "runs.json"),
-        }
-        if self.device == "cpu":
-            training = "run_training" in entry_point
-            environment |= {
-                "OMP_NUM_THREADS": "1",
-                "nnUNet_def_n_proc": "1",
-                "nnUNet_n_proc_DA": "0" if training else "1",
-            }
-        logs = self.work / "logs"
-        logs.mkdir(parents=True, exist_ok=True)
-        with (logs / log).open("a") as file:
-            result = subprocess.run(
-                [sys.executable, "-c", code, *arguments], env=environment, stdout=file, stderr=subprocess.STDOUT
-            )
-        if result.returncode != 0:
-            raise SystemExit(f"{entry_point} {' '.join(arguments)} failed; see {logs / log}")
-
 
 def _commit() -> str:
     def git(*arguments: str) -> str:
@@ -230,21 +151,15 @@ def _commit() -> str:
 def main() -> None:
     """Run what is asked for and not done yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder of the data set, as `convert la` takes it")
-    parser.add_argument("--work", type=Path, required=True, help="folder for data sets, models and logs")
+    add_arguments(parser, spacing=2.5, features=[16, 32, 64, 128])
     parser.add_argument("--table", type=Path, default=HERE / "results" / "la.csv", help="default: %(default)s")
     parser.add_argument("--methods", nargs="+", required=True, help="floor, ceiling, and trainers")
     parser.add_argument("--labels", type=int, nargs="+", choices=(4, 8), default=[8])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--sets", nargs="+", choices=SETS, default=["val"], help="default: val")
     parser.add_argument("--iterations", type=int, default=2000)
-    parser.add_argument("--spacing", type=float, default=2.5, help="mm, isotropic (default: 2.5)")
-    parser.add_argument("--features", type=int, nargs="*", default=[16, 32, 64, 128], help="of each stage of the "
-                        "network, the last one repeated; none for nnU-Net's own (default: 16 32 64 128)")  # fmt: skip
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; on a CPU each takes one core")
     arguments = parser.parse_args()
-    arguments.features = arguments.features or None
     runs = [Run(method, labels, seed) for seed in arguments.seeds for labels in arguments.labels
             for method in arguments.methods]  # fmt: skip
     unknown = {run.trainer for run in runs} - {"nnUNetTrainer", *TRAINERS}

@@ -1,12 +1,12 @@
 """Time and memory of the losses, against the same equations written with whole matrices.
 
-    python benchmarks/losses.py [--device cuda] [--json FILE]
+    python -m benchmarks.losses [--device cuda] [--json FILE]
 
 - Each number comes from a process of its own: forward and backward pass, in float32, repeated; time is the median.
 - Memory is what the passes need at most beyond their inputs: on a CPU the growth of the process's peak resident memory,
   on a GPU that of PyTorch's allocated memory.
 - The dense forms are the equations of the docstrings with N × N matrices, and UnCL as the released code has it, with
-  entropies broadcast over pairs of images.
+  entropies added to every image of the batch.
 """
 
 import argparse
@@ -55,9 +55,9 @@ def dense_fecl(embedding, patch_labels, *, teacher_embedding, anchor_entropy, ga
 def released_uncl(student_logits, teacher_logits):
     student, teacher = student_logits.softmax(1), teacher_logits.softmax(1)
     own = -(student * torch.log(student + 1e-6)).sum(1, keepdim=True)
-    others = -(teacher * torch.log(teacher + 1e-6)).sum(1)  # without its class axis: broadcast to (B, B, ...)
-    loss = (student - teacher) ** 2 / (torch.exp(BETA * own) + torch.exp(BETA * others))
-    return loss.mean() + BETA * (own + others).mean()
+    others = -(teacher * torch.log(teacher + 1e-6)).sum(1, keepdim=True)
+    distance = (student - teacher) ** 2 / (torch.exp(BETA * own) + torch.exp(BETA * others))
+    return (distance.sum(1) + BETA * (own + others)).mean()  # (B, ...) + (B, 1, ...) is (B, B, ...)
 
 
 def patches(batch: int, number: int, width: int, device: str) -> dict[str, torch.Tensor]:

@@ -1,6 +1,6 @@
 """Turns benchmarks/results/la.csv into a Markdown table and a picture.
 
-    python benchmarks/report.py --set test
+    python -m benchmarks.report --set test
 
 Each row is a method at one number of labels: Dice and HD95 as mean over cases, then mean ± standard deviation over
 seeds; the difference of Dice to the floor, paired by case, with a 95 % interval from a bootstrap over cases and, of

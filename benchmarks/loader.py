@@ -1,0 +1,55 @@
+"""Time that a batch takes to load, against nnU-Net's own loader for as many samples.
+
+    python -m benchmarks.loader --data <la_125mm> --work <folder> [--json FILE]
+
+nnU-Net's loader gives 4 labeled samples, the two-stream loader 2 labeled and 2 unlabeled ones in two views each, with the
+same plans and nnU-Net's whole augmentation. Both run in this process, in one thread, in turn; time is the median.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks.preparation import Preparation, add_arguments
+from benchmarks.train_step import FLOOR, LABELS, build
+
+OURS = "nnUNetTrainerMeanTeacher"  # all semi-supervised trainers load alike
+
+
+def main() -> None:
+    """Prepare the data, measure, and print a Markdown table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser, spacing=1.25, features=[])
+    parser.add_argument("--repeats", type=int, default=60)
+    parser.add_argument("--json", type=Path, help="where to write the numbers, too")
+    arguments = parser.parse_args()
+    preparation = Preparation(arguments)
+    preparation.prepare([LABELS])
+    os.environ |= preparation.folders | {"nnUNet_n_proc_DA": "0"}
+    torch.set_num_threads(1)
+    folder = preparation.work / "nnUNet_preprocessed" / preparation.dataset(LABELS)
+    loaders = {name: build(name, folder, preparation.plans, "cpu").dataloader_train for name in (FLOOR, OURS)}
+    seconds: dict[str, list[float]] = {name: [] for name in loaders}
+    for _ in range(arguments.repeats):
+        for name, loader in loaders.items():
+            start = time.perf_counter()
+            next(loader)
+            seconds[name].append(time.perf_counter() - start)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    machine = {"device": f"{os.cpu_count()} CPU cores, one used", "torch": torch.__version__,
+               "python": platform.python_version(), "plans": preparation.plans}  # fmt: skip
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"machine": machine, "seconds": medians}, indent=1))
+    print("| loader | seconds a batch of 4 samples | over nnU-Net's |\n|---|---|---|")
+    for name, told in ((FLOOR, "nnU-Net's"), (OURS, "two streams")):
+        print(f"| {told} | {medians[name]:.3f} | {medians[name] / medians[FLOOR]:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
