@@ -2,8 +2,8 @@
 
     python -m benchmarks.loader --data <la_125mm> --work <folder> [--json FILE]
 
-nnU-Net's loader gives 4 labeled samples, the two-stream loader 2 labeled and 2 unlabeled ones in two views each, with the
-same plans and nnU-Net's whole augmentation. Both run in this process, in one thread, in turn; time is the median.
+nnU-Net's loader gives 4 labeled samples, the two-stream loader 2 labeled and 2 unlabeled ones in two views each, with
+the same plans and nnU-Net's whole augmentation. Both run in this process, in one thread, in turn; time is the median.
 """
 
 import argparse
