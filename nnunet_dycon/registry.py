@@ -18,13 +18,14 @@ class Trainer:
 
 @dataclass(frozen=True)
 class Option:
-    """A command line option that only one converter has."""
+    """A command line option that only one converter has: of type bool a switch, of type list one to give repeatedly."""
 
     flag: str
     type: type
     default: object
-    metavar: str
+    metavar: str | None
     help: str
+    choices: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Converter:
     summary: str
     reference: str
     options: tuple[Option, ...] = ()
+    protocols: tuple[str, ...] = ()  # published splits, in nnunet_dycon.dataset_conversion
 
 
 def _dycon(summary: str) -> Trainer:
@@ -71,6 +73,7 @@ CONVERTERS: dict[str, Converter] = {
                 "isotropic voxel spacing in mm (default: 0.625; the files' own headers say 1.0, which is wrong)",
             ),
         ),
+        ("uamt",),
     ),
 }
 

@@ -1,0 +1,126 @@
+"""Reading the sources: whole files only, one grid for all of a case, and an error that names the file."""
+
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import h5py
+import numpy as np
+import SimpleITK as sitk
+
+from nnunet_dycon.errors import UserError
+from nnunet_dycon.files import require_whole
+
+GEOMETRY_TOLERANCE = 1e-3  # mm, and cosines: headers store float32
+_Z_TOLERANCE = 0.01  # of the step between DICOM slices
+_POSITION, _ORIENTATION = "0020|0032", "0020|0037"
+
+
+def read_volume(path: Path) -> sitk.Image:
+    """A 3D image with one value per voxel, from a file or from the folder of one DICOM series."""
+    with told_as_unreadable(path):
+        image = _read_series(path) if path.is_dir() else _read_file(path)
+    if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
+        raise UserError(f"{path}: expected a 3D volume with one value per voxel; convert it or leave the case out")
+    return image
+
+
+def read_h5(path: Path, key: str, spacing: tuple[float, float, float]) -> sitk.Image:
+    """An image (x, y, z) from the dataset `key` of an h5 file with these axes; the other datasets are not read."""
+    with told_as_unreadable(path), h5py.File(path, "r") as file:
+        image = sitk.GetImageFromArray(file[key][()].T)  # (x, y, z) -> (z, y, x), SimpleITK's order
+    if image.GetDimension() != 3:
+        raise UserError(f"{path}: expected a 3D volume in {key!r}; download it again or leave the case out")
+    image.SetSpacing(spacing)
+    return image
+
+
+def difference(first: sitk.Image, second: sitk.Image) -> str | None:
+    """In what the grids of two images differ, with both values; None if they are the same."""
+    for what in ("Size", "Spacing", "Origin", "Direction"):
+        values, others = (getattr(each, f"Get{what}")() for each in (first, second))
+        if len(values) != len(others) or not np.allclose(values, others, rtol=0, atol=GEOMETRY_TOLERANCE):
+            return f"{what.lower()}: {_told(values)} and {_told(others)}"
+    return None
+
+
+def reoriented(image: sitk.Image, reference: sitk.Image) -> sitk.Image:
+    """The image on the grid of the reference if it differs from that only by the order or direction of its axes, so
+    that no voxel is interpolated or lost; else the image as it is."""
+    if difference(image, reference) is None or sorted(image.GetSize()) != sorted(reference.GetSize()):
+        return image
+    corners = np.array([(0, 0, 0), np.array(reference.GetSize()) - 1]).tolist()
+    places = [
+        image.TransformPhysicalPointToContinuousIndex(reference.TransformIndexToPhysicalPoint(corner))
+        for corner in corners
+    ]
+    # Axes of the reference in voxels of the image: a permutation of the axes, with signs, and nothing else.
+    directions = [np.reshape(each.GetDirection(), (3, 3)) * each.GetSpacing() for each in (image, reference)]
+    axes = np.linalg.solve(*directions)
+    lowest, highest = np.sort(np.array(places), axis=0)
+    same_voxels = (
+        np.allclose(abs(axes), np.rint(abs(axes)), rtol=0, atol=GEOMETRY_TOLERANCE)
+        and np.allclose(abs(axes).sum(0), 1, rtol=0, atol=GEOMETRY_TOLERANCE)
+        and np.allclose(lowest, 0, rtol=0, atol=0.01)
+        and np.allclose(highest, np.array(image.GetSize()) - 1, rtol=0, atol=0.01)
+    )
+    return sitk.Resample(image, reference, sitk.Transform(), sitk.sitkNearestNeighbor) if same_voxels else image
+
+
+@contextmanager
+def told_as_unreadable(path: Path) -> Iterator[None]:
+    """Turn what the file system, SimpleITK, nibabel and h5py raise into one line."""
+    try:
+        yield
+    except (OSError, EOFError, zlib.error, RuntimeError, KeyError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]  # SimpleITK begins with a trace
+        raise UserError(f"cannot read {path}: {reason}; download it again or leave the case out") from None
+
+
+def _read_file(path: Path) -> sitk.Image:
+    require_whole(path)
+    if path.suffix == ".nii":
+        from nnunet_dycon.data.images import check_file  # here: brings torch along
+
+        check_file(path)  # SimpleITK makes up the rest of one cut short, and reads 0 for NaN
+    return sitk.ReadImage(str(path))
+
+
+def _read_series(folder: Path) -> sitk.Image:
+    """A DICOM series, whose slices must lie at equal distances; in the direction in which they were acquired."""
+    series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
+    if len(series) != 1:
+        raise UserError(f"{folder}: expected one DICOM series, found {len(series)}; leave one of them there")
+    files = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series[0])
+    if unread := sorted({str(file) for file in folder.glob("*.dcm")} - set(files)):
+        raise UserError(f"{unread[0]}: cannot be read as a slice of its series; download it again")
+    _require_equal_steps(files)
+    reader = sitk.ImageSeriesReader()
+    reader.SetFileNames(files)
+    return reader.Execute()
+
+
+def _require_equal_steps(files: Sequence[str]) -> None:
+    """Raise UserError, naming two files, if slices lie at the same place or one is missing between them."""
+    reader = sitk.ImageFileReader()
+    positions = []
+    for file in files:
+        reader.SetFileName(file)
+        reader.ReadImageInformation()
+        position, orientation = (
+            np.array([float(number) for number in reader.GetMetaData(tag).split("\\")])
+            for tag in (_POSITION, _ORIENTATION)
+        )
+        positions.append(np.cross(orientation[:3], orientation[3:]) @ position)
+    steps = np.diff(positions)
+    for index in np.flatnonzero(abs(steps - np.median(steps)) > _Z_TOLERANCE * abs(np.median(steps))).tolist():
+        what = "lie at the same place; delete one" if abs(steps[index]) < GEOMETRY_TOLERANCE else (
+            f"are {abs(steps[index]):g} mm apart, the others {abs(np.median(steps)):g} mm: a slice is missing or "
+            "displaced; download the series again"
+        )  # fmt: skip
+        raise UserError(f"{files[index]} and {Path(files[index + 1]).name} {what}")
+
+
+def _told(values: Sequence[float]) -> str:
+    return "(" + ", ".join(f"{value:.6g}" for value in values) + ")"
