@@ -75,6 +75,38 @@ CONVERTERS: dict[str, Converter] = {
         ),
         ("uamt",),
     ),
+    "folder": Converter(
+        "folder",
+        "Your own scans with and without labels: any folder, any format of SimpleITK's, found by patterns",
+        "your own",
+        (
+            Option("--name", str, "Own", "NAME", "of the data set: DatasetXXX_NAME (default: Own)"),
+            Option(
+                "--channel",
+                list,
+                None,
+                "NAME=PATTERN",
+                "a channel, such as CT='images/{case}.nrrd'; give it once per channel, in their order. In a pattern "
+                "{case} stands for the name of the case, * for anything but a slash, **/ for any folders; one that "
+                "ends in a slash finds folders with a DICOM series each. nnU-Net normalizes a channel called CT as CT",
+            ),
+            Option(
+                "--masks",
+                str,
+                None,
+                "PATTERN",
+                "the labels, such as 'masks/{case}_seg.nrrd'; a case without one is unlabeled",
+            ),
+            Option(
+                "--foreground",
+                list,
+                None,
+                "NAME=VALUES",
+                "a label and its values in the files, such as tumor=2,4; give it once per label: they become 1, 2, "
+                "... in this order (default: lesion=1). background=255 adds to the background",
+            ),
+        ),
+    ),
 }
 
 
