@@ -12,12 +12,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import SimpleITK as sitk
-
 from nnunet_dycon.dataset_conversion.conversion import Plan
 from nnunet_dycon.dataset_conversion.protocols import Protocol
-from nnunet_dycon.dataset_conversion.reading import read_volume
-from nnunet_dycon.dataset_conversion.report import CaseReport
+from nnunet_dycon.dataset_conversion.reading import read_channels, read_mask
 from nnunet_dycon.dataset_conversion.roles import Case, some
 from nnunet_dycon.dataset_conversion.writer import DataSet
 from nnunet_dycon.errors import UsageError, UserError
@@ -67,8 +64,8 @@ def plan(
         label_values=values,
         reference="",
         license="",
-        read_images=_read_images,
-        read_label=_read_label,
+        read_images=read_channels,
+        read_label=read_mask,
         settings={"channel": patterns, "masks": masks, "foreground": list(foreground or ("lesion=1",))},
     )
     training = tuple(Case(key, images, labels.get(key)) for key, images in sorted(cases.items()))
@@ -140,11 +137,3 @@ def _label_values(foreground: Sequence[str]) -> tuple[dict[str, int | tuple[int,
     if "ignore" in names and list(names)[-1] != "ignore":
         raise UsageError("--foreground: name ignore last, since nnU-Net wants its value to be the highest")
     return names, values
-
-
-def _read_images(paths: tuple[Path, ...], report: CaseReport) -> list[sitk.Image]:
-    return [read_volume(path) for path in paths]
-
-
-def _read_label(path: Path, images: Sequence[sitk.Image], report: CaseReport) -> sitk.Image:
-    return read_volume(path)

@@ -9,6 +9,7 @@ import h5py
 import numpy as np
 import SimpleITK as sitk
 
+from nnunet_dycon.dataset_conversion.report import CaseReport
 from nnunet_dycon.errors import UserError
 from nnunet_dycon.files import require_whole
 
@@ -24,6 +25,16 @@ def read_volume(path: Path) -> sitk.Image:
     if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
         raise UserError(f"{path}: expected a 3D volume with one value per voxel; convert it or leave the case out")
     return image
+
+
+def read_channels(paths: Sequence[Path], report: CaseReport) -> list[sitk.Image]:
+    """A DataSet's `read_images` where nothing is special."""
+    return [read_volume(path) for path in paths]
+
+
+def read_mask(path: Path, images: Sequence[sitk.Image], report: CaseReport) -> sitk.Image:
+    """A DataSet's `read_label` where nothing is special."""
+    return read_volume(path)
 
 
 def read_h5(path: Path, key: str, spacing: tuple[float, float, float]) -> sitk.Image:

@@ -155,6 +155,14 @@ def cross_validation(labeled: Iterable[str]) -> list[dict[str, list[str]]]:
     return generate_crossval_split(identifiers, n_splits=min(5, len(identifiers)))
 
 
+def listed(text: str, allowed: Iterable[str], flag: str) -> list[str]:
+    """The entries of a text with commas, each of which must be allowed, and be there once."""
+    entries = [entry.strip().lower() for entry in text.split(",")]
+    if not set(entries) <= set(allowed) or len(set(entries)) < len(entries):
+        raise UsageError(f"{flag} {text}: choose of {', '.join(allowed)}, each once")
+    return entries
+
+
 def some(names: Sequence[object]) -> str:
     """The first three names, and whether there are more."""
     return ", ".join(map(str, names[:3])) + (", ..." if len(names) > 3 else "")

@@ -75,6 +75,29 @@ CONVERTERS: dict[str, Converter] = {
         ),
         ("uamt",),
     ),
+    "brats19": Converter(
+        "brats19",
+        "Brain tumors: 335 MRI with four modalities of BraTS 2019; .nii.gz, or .nii as re-uploaded",
+        "https://www.med.upenn.edu/cbica/brats2019/data.html",
+        (
+            Option(
+                "--modalities",
+                str,
+                None,
+                "LIST",
+                "of t1,t1ce,t2,flair (default: all four; with --protocol flair alone, as in the papers)",
+            ),
+            Option(
+                "--target",
+                str,
+                "wt",
+                None,
+                "wt: the whole tumor, as in the papers (default); regions: whole tumor, tumor core, enhancing tumor",
+                ("wt", "regions"),
+            ),
+        ),
+        ("ssl4mis",),
+    ),
     "folder": Converter(
         "folder",
         "Your own scans with and without labels: any folder, any format of SimpleITK's, found by patterns",
