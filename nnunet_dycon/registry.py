@@ -75,6 +75,24 @@ CONVERTERS: dict[str, Converter] = {
         ),
         ("uamt",),
     ),
+    "isles22": Converter(
+        "isles22",
+        "Stroke lesions: 250 MRI (DWI, ADC, FLAIR) of ISLES 2022, as released or as in the challenge",
+        "https://doi.org/10.5281/zenodo.7153326",
+        (
+            Option(
+                "--modalities",
+                str,
+                None,
+                "LIST",
+                "dwi, and of adc,flair (default: dwi,adc; with --protocol dwi alone, as in the papers); flair is "
+                "resampled to the grid of dwi",
+            ),
+            Option("--harmonize_adc", bool, False, None, "bring ADC, which comes in three units, to 1e-6 mm²/s"),
+            Option("--keep_empty", bool, False, None, "keep cases with an empty mask among val and test of a protocol"),
+        ),
+        ("dycon", "dycon_fold1", "dycon_fold2"),
+    ),
     "brats19": Converter(
         "brats19",
         "Brain tumors: 335 MRI with four modalities of BraTS 2019; .nii.gz, or .nii as re-uploaded",

@@ -16,6 +16,7 @@ from nnunet_dycon.registry import CONVERTERS, TRAINERS
 COMMANDS = [
     "convert",
     "convert la",
+    "convert isles22",
     "convert brats19",
     "convert folder",
     "preprocess_unlabeled",
