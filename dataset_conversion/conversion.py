@@ -97,7 +97,7 @@ def convert(
     folder = new_dataset_folder(dataset_id, plan.data_set.name)
     warnings = list(plan.warnings)
     if split is not None:
-        assignment = assign_by_file(plan.cases, split)
+        assignment = assign_by_file(plan.cases, split, plan.left_out)
         warnings += _check_copies_in_file(plan, assignment, split)
     elif chosen is not None:
         assignment = assign_by_protocol(plan.cases, chosen, labeled, plan.not_scored)

@@ -85,8 +85,9 @@ def _matches(source: Path, pattern: str, flag: str) -> dict[str, Path]:
         raise UsageError(f"{flag}: the pattern {pattern} has no {{case}}, which stands for the name of the case")
     first, *others = pattern.rstrip("/").split("{case}")
     expression = re.compile(_regex(first) + r"(?P<case>[^/]+?)" + "(?P=case)".join(map(_regex, others)))
+    fits = _holds_files if pattern.endswith("/") else Path.is_file
     # macOS leaves files that begin with a dot beside others.
-    entries = (e for e in source.rglob("*") if e.is_dir() == pattern.endswith("/") and not e.name.startswith("."))
+    entries = (entry for entry in source.rglob("*") if not entry.name.startswith(".") and fits(entry))
     found: dict[str, Path] = {}
     for entry in sorted(entries):
         if match := expression.fullmatch(entry.relative_to(source).as_posix()):
@@ -98,6 +99,10 @@ def _matches(source: Path, pattern: str, flag: str) -> dict[str, Path]:
         kind = "folder" if pattern.endswith("/") else "file"
         raise UserError(f"{flag}: no {kind} in {source} fits {pattern}; correct the pattern or -i")
     return found
+
+
+def _holds_files(folder: Path) -> bool:
+    return folder.is_dir() and any(entry.is_file() for entry in folder.iterdir())
 
 
 def _regex(text: str) -> str:

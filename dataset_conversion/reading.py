@@ -3,6 +3,7 @@
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import h5py
@@ -101,21 +102,22 @@ def _read_file(path: Path) -> sitk.Image:
 def _read_series(folder: Path) -> sitk.Image:
     """A DICOM series, whose slices must lie at equal distances; in the direction in which they were acquired."""
     series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
-    if len(series) != 1:
+    if not series:
+        raise UserError(f"{folder} holds no DICOM series that can be read; download it again or leave the case out")
+    if len(series) > 1:
         raise UserError(f"{folder}: expected one DICOM series, found {len(series)}; leave one of them there")
     files = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series[0])
     if unread := sorted({str(file) for file in folder.glob("*.dcm")} - set(files)):
         raise UserError(f"{unread[0]}: cannot be read as a slice of its series; download it again")
-    _require_equal_steps(files)
     reader = sitk.ImageSeriesReader()
-    reader.SetFileNames(files)
+    reader.SetFileNames(_in_equal_steps(files))
     return reader.Execute()
 
 
-def _require_equal_steps(files: Sequence[str]) -> None:
-    """Raise UserError, naming two files, if slices lie at the same place or one is missing between them."""
+def _in_equal_steps(files: Sequence[str]) -> list[str]:
+    """The slices by their place. UserError, naming two, if they lie at one place or one between them is missing."""
     reader = sitk.ImageFileReader()
-    positions = []
+    places = {}
     for file in files:
         reader.SetFileName(file)
         reader.ReadImageInformation()
@@ -123,14 +125,20 @@ def _require_equal_steps(files: Sequence[str]) -> None:
             np.array([float(number) for number in reader.GetMetaData(tag).split("\\")])
             for tag in (_POSITION, _ORIENTATION)
         )
-        positions.append(np.cross(orientation[:3], orientation[3:]) @ position)
-    steps = np.diff(positions)
-    for index in np.flatnonzero(abs(steps - np.median(steps)) > _Z_TOLERANCE * abs(np.median(steps))).tolist():
-        what = "lie at the same place; delete one" if abs(steps[index]) < GEOMETRY_TOLERANCE else (
-            f"are {abs(steps[index]):g} mm apart, the others {abs(np.median(steps)):g} mm: a slice is missing or "
-            "displaced; download the series again"
-        )  # fmt: skip
-        raise UserError(f"{files[index]} and {Path(files[index + 1]).name} {what}")
+        places[file] = float(np.cross(orientation[:3], orientation[3:]) @ position)
+    files = sorted(files, key=lambda file: places[file])
+    steps = np.diff([places[file] for file in files])
+    usual = np.median(steps)
+    for (first, second), step in zip(pairwise(files), steps):
+        names = f"{first} and {Path(second).name}"
+        if step < GEOMETRY_TOLERANCE:
+            raise UserError(f"{names} lie at the same place; delete one")
+        if abs(step - usual) > _Z_TOLERANCE * usual:
+            raise UserError(
+                f"{names} are {step:g} mm apart, others {usual:g} mm: a slice is missing or displaced; download the "
+                "series again"
+            )
+    return files
 
 
 def _told(values: Sequence[float]) -> str:

@@ -83,8 +83,11 @@ def assign_by_count(
     return Assignment(cases, rule, seed=seed if drawn else None)
 
 
-def assign_by_file(cases: Sequence[Case], split: Path) -> Assignment:
-    """Give each case the role that a JSON file with the lists labeled, unlabeled, val and test names for it."""
+def assign_by_file(cases: Sequence[Case], split: Path, left_out: Mapping[str, str] | None = None) -> Assignment:
+    """Give each case the role that a JSON file with the lists labeled, unlabeled, val and test names for it.
+
+    `left_out` (identifier -> reason) tells why a case is not among those that there are.
+    """
     known = {case.identifier: case for case in cases}
     roles: dict[str, str] = {}
     for role, identifiers in _read_split(split).items():
@@ -92,6 +95,8 @@ def assign_by_file(cases: Sequence[Case], split: Path) -> Assignment:
             if identifier in roles:
                 places = role if roles[identifier] == role else f"{roles[identifier]} and {role}"
                 raise UserError(f"{split}: case {identifier} is listed twice (in {places}); list it once")
+            if identifier in (left_out or {}):
+                raise UserError(f"{split}: case {identifier} ({role}) is left out: {(left_out or {})[identifier]}")
             if identifier not in known:
                 raise UserError(f"{split}: case {identifier} ({role}) is not in the source; remove it from the list")
             if role != "unlabeled" and known[identifier].label is None:

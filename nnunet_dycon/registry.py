@@ -116,6 +116,21 @@ CONVERTERS: dict[str, Converter] = {
         ),
         ("ssl4mis",),
     ),
+    "pancreas_ct": Converter(
+        "pancreas_ct",
+        "Pancreas: 80 CT of the NIH (TCIA Pancreas-CT), as DICOM or NIfTI, or as the community's h5",
+        "https://doi.org/10.7937/K9/TCIA.2016.tNB1kqBU",
+        (
+            Option(
+                "--keep_duplicates",
+                bool,
+                False,
+                None,
+                "keep PANCREAS_0025 and PANCREAS_0070, which are the scan of PANCREAS_0002",
+            ),
+        ),
+        ("dycon", "dycon_fold1", "dycon_fold2", "dycon_fold3", "mcnet"),
+    ),
     "folder": Converter(
         "folder",
         "Your own scans with and without labels: any folder, any format of SimpleITK's, found by patterns",

@@ -18,6 +18,7 @@ COMMANDS = [
     "convert la",
     "convert isles22",
     "convert brats19",
+    "convert pancreas_ct",
     "convert folder",
     "preprocess_unlabeled",
     "trainers_path",

@@ -73,3 +73,28 @@ def the_one_error(capsys):
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("nnunet_dycon: error:")]
     assert len(errors) == 1
     return errors[0]
+
+
+def write_dicom(folder, volume, names="1-{:03d}.dcm", series="1.2.3"):
+    """One file per slice of an int16 image, from instance 1 on, with the position and orientation of its header."""
+    folder.mkdir(parents=True, exist_ok=True)
+    writer = sitk.ImageFileWriter()
+    writer.KeepOriginalImageUIDOn()
+    direction = volume.GetDirection()
+    for index in range(volume.GetSize()[2]):
+        piece = volume[:, :, index]
+        position = volume.TransformIndexToPhysicalPoint((0, 0, index))
+        tags = {
+            "0008|0016": "1.2.840.10008.5.1.4.1.1.2",
+            "0008|0018": f"{series}.{index + 1}",
+            "0008|0060": "CT",
+            "0020|000d": "1.2",
+            "0020|000e": series,
+            "0020|0013": str(index + 1),
+            "0020|0032": "\\".join(f"{value:g}" for value in position),
+            "0020|0037": "\\".join(f"{direction[i]:g}" for i in (0, 3, 6, 1, 4, 7)),
+        }
+        for tag, value in tags.items():
+            piece.SetMetaData(tag, value)
+        writer.SetFileName(str(folder / names.format(index + 1)))
+        writer.Execute(piece)
