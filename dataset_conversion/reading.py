@@ -91,11 +91,12 @@ def told_as_unreadable(path: Path) -> Iterator[None]:
 
 
 def _read_file(path: Path) -> sitk.Image:
-    require_whole(path)
     if path.name.endswith((".nii", ".nii.gz")):
         from nnunet_dycon.data.images import check_file  # here: brings torch along
 
         check_file(path)  # SimpleITK makes up the rest of one cut short, and reads 0 for NaN
+    else:
+        require_whole(path)
     return sitk.ReadImage(str(path))
 
 

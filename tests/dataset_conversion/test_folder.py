@@ -191,7 +191,7 @@ def cut(path):
     path.write_bytes(content[: len(content) // 2])
 
 
-@pytest.mark.parametrize("ending", [".nii", ".nii.gz", ".nrrd", ".mha"])
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz", ".nrrd", ".mha", ".gipl.gz"])
 def test_truncated_file_is_named(tmp_path, raw, capsys, ending):
     """SimpleITK alone would fill a NIfTI file up with zeros."""
     for folder, volume in (("i", image()), ("m", label())):
@@ -214,9 +214,15 @@ def test_nan_is_named(source, raw, capsys, ending):
     assert "NaN" in error
 
 
+def turned(volume):
+    volume.SetDirection((-1, 0, 0, 0, -1, 0, 0, 0, 1))
+    return volume
+
+
 @pytest.mark.parametrize(
     ("other", "message"),
     [
+        (turned(label()), "differ in direction: (1, 0, 0, 0, 1, 0, 0, 0, 1) and (-1, 0, 0, 0, -1, 0, 0, 0, 1)"),
         (label(origin=(1, 2, 3.5)), "differ in origin"),
         (label(spacing=(1, 1, 1)), "differ in spacing"),
         (label(shape=(6, 7, 9)), "differ in size"),

@@ -374,11 +374,15 @@ def two_cases(paths, report):
 
 @pytest.fixture
 def write_two(raw, tmp_path, monkeypatch):
-    """Write cases a and b, whose files hold the value of their voxels, or stop. Which were read lies in reads.log."""
+    """Write cases a and b, whose files hold the value of their voxels, or stop. Which were read lies in reads.log.
+
+    The label of b does not exist, which nobody may notice while b is unlabeled.
+    """
     monkeypatch.chdir(tmp_path)
     Path("a").write_text("1")
     Path("b").write_text("stop")
-    cases = tuple(Case(name, (Path(name),), Path(name)) for name in "ab")
+    Path("label_a").touch()
+    cases = tuple(Case(name, (Path(name),), Path(f"label_{name}")) for name in "ab")
 
     def call(labeled=1, **others):
         roles = {"labeled": cases[:labeled], "unlabeled": cases[labeled:], "val": (), "test": ()}
@@ -421,6 +425,7 @@ def test_case_that_changed_since_the_interruption_is_read_again(write_two):
 @pytest.mark.parametrize("other", [{"labeled": 2}, {"settings": {"spacing": 3}}])
 def test_other_roles_or_settings_begin_anew(write_two, other):
     """Else a label that is held back now would lie in the folder still."""
+    Path("label_b").touch()
     write_two(**other)
     assert reads() == "aab"
 
