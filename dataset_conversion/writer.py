@@ -1,44 +1,37 @@
-"""What all converters share: which case gets which role, and nnU-Net's raw format with unlabeled cases beside it.
+"""What all converters share: nnU-Net's raw format with unlabeled cases beside it, a report and a picture.
 
-A converter lists its source as `Case`s, lets `assign_by_count` or `assign_by_file` give each a role, and hands both to
-`write_dataset`. The labels of unlabeled cases are neither written nor opened.
+The labels of unlabeled cases are neither written nor opened. All is written into a hidden folder beside the final one,
+which takes its name at the end; an interrupted conversion goes on there.
 """
 
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
+from filelock import FileLock, Timeout
 
+from nnunet_dycon import __version__
+from nnunet_dycon.dataset_conversion.reading import difference
+from nnunet_dycon.dataset_conversion.report import CaseReport, draw_overlays, report_on_all
+from nnunet_dycon.dataset_conversion.roles import FOLDERS, Assignment, Case, cross_validation, some, split_record
 from nnunet_dycon.environment import nnunet_folder
-from nnunet_dycon.errors import UsageError, UserError
+from nnunet_dycon.errors import UsageError, UserError, first_line
+from nnunet_dycon.files import replacing, require_whole
 from nnunet_dycon.processes import map_cases
 
 FILE_ENDING = ".nii.gz"
-GEOMETRY_TOLERANCE = 1e-3  # mm, and cosines: headers store float32
-# Role -> folders of images and labels. A role without a label folder cannot reach a label.
-FOLDERS: dict[str, tuple[str, str | None]] = {
-    "labeled": ("imagesTr", "labelsTr"),
-    "unlabeled": ("imagesUn", None),
-    "val": ("imagesVal", "labelsVal"),
-    "test": ("imagesTs", "labelsTs"),
-}
-
-
-@dataclass(frozen=True)
-class Case:
-    """One scan of the source: a path per channel, and that of the label where there is one."""
-
-    identifier: str
-    images: tuple[Path, ...]
-    label: Path | None = None
+_KEPT_TYPES = (sitk.sitkUInt8, sitk.sitkInt8, sitk.sitkUInt16, sitk.sitkInt16, sitk.sitkFloat32)
+_FAULTS_TOLD, _WARNINGS_TOLD = 5, 20
+_RECORDS, _LOCK, _SETTINGS = ".records", ".lock", ".settings"  # in the hidden folder only
 
 
 @dataclass(frozen=True)
@@ -47,68 +40,14 @@ class DataSet:
 
     name: str
     channel_names: tuple[str, ...]
-    labels: Mapping[str, int]
+    labels: Mapping[str, int | tuple[int, ...]]  # several values: a region
     label_values: Mapping[int, int]  # value in the source -> value in nnU-Net; any other value is an error
     reference: str
     license: str
-    read_images: Callable[[tuple[Path, ...]], list[sitk.Image]]  # all channels at once: one may define the grid
-    read_label: Callable[[Path], sitk.Image]
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """The cases of each role (all keys of FOLDERS), how they were chosen, and the identifiers in no role."""
-
-    cases: Mapping[str, tuple[Case, ...]]
-    rule: str
-    left_out: tuple[str, ...] = ()
-    seed: int | None = None  # None where nothing was drawn
-
-    def identifiers(self, role: str) -> list[str]:
-        return [case.identifier for case in self.cases[role]]
-
-    def role_of(self, identifier: str) -> str | None:
-        return next((role for role in self.cases if identifier in self.identifiers(role)), None)
-
-
-def assign_by_count(
-    training: Sequence[Case], labeled: int | None, *, ordered: bool, seed: int, test: Sequence[Case] = ()
-) -> Assignment:
-    """Keep `labeled` labels (None: all) of the training cases: the first ones if they come in the published order
-    (`ordered`), else a draw, in which the cases of a smaller number are among those of a larger one."""
-    candidates = [case for case in training if case.label]
-    available, drawn = len(candidates), labeled is not None and not ordered
-    if not candidates:
-        raise UserError("no training case with a label was found in the source; at least one is needed")
-    if labeled is not None and labeled > available:
-        raise UsageError(f"--labeled {labeled}, but only {available} training cases have a label; choose fewer")
-    if drawn:
-        candidates.sort(key=lambda case: case.identifier)
-        candidates = [candidates[index] for index in np.random.default_rng(seed).permutation(available)]
-    chosen = tuple(candidates[:labeled])
-    how = f"drawn with seed {seed}" if drawn else "the first in the published order"
-    rule = "all labels kept" if labeled is None else f"labels of {labeled} of {available} training cases kept, {how}"
-    unlabeled = tuple(case for case in training if case not in chosen)
-    cases = {"labeled": chosen, "unlabeled": unlabeled, "val": (), "test": tuple(test)}
-    return Assignment(cases, rule, seed=seed if drawn else None)
-
-
-def assign_by_file(cases: Sequence[Case], split: Path) -> Assignment:
-    """Give each case the role that a JSON file with the lists labeled, unlabeled, val and test names for it."""
-    known = {case.identifier: case for case in cases}
-    roles: dict[str, str] = {}
-    for role, identifiers in _read_split(split).items():
-        for identifier in identifiers:
-            if identifier in roles:
-                places = role if roles[identifier] == role else f"{roles[identifier]} and {role}"
-                raise UserError(f"{split}: case {identifier} is listed twice (in {places}); list it once")
-            if identifier not in known:
-                raise UserError(f"{split}: case {identifier} ({role}) is not in the source; remove it from the list")
-            if role != "unlabeled" and known[identifier].label is None:
-                raise UserError(f"{split}: case {identifier} is in {role}, but the source has no label for it")
-            roles[identifier] = role
-    members = {role: tuple(known[key] for key, its_role in roles.items() if its_role == role) for role in FOLDERS}
-    return Assignment(members, f"the lists of {split.name}", tuple(key for key in known if key not in roles))
+    read_images: Callable[[tuple[Path, ...], CaseReport], Sequence[sitk.Image]]  # the first one defines the grid
+    read_label: Callable[[Path, Sequence[sitk.Image], CaseReport], sitk.Image]  # is given the images of the case
+    regions_class_order: tuple[int, ...] | None = None
+    settings: Mapping[str, object] = field(default_factory=dict)  # what the user chose, for the report
 
 
 def new_dataset_folder(dataset_id: int, name: str) -> Path:
@@ -130,107 +69,168 @@ def new_dataset_folder(dataset_id: int, name: str) -> Path:
 
 
 def write_dataset(
-    data_set: DataSet, assignment: Assignment, folder: Path, *, num_processes: int, notes: Sequence[str] = ()
+    data_set: DataSet,
+    assignment: Assignment,
+    folder: Path,
+    *,
+    source: Path,
+    num_processes: int,
+    warnings: Sequence[str] = (),
+    notes: Sequence[str] = (),
 ) -> Path:
-    """Write all cases in nnU-Net's raw format, print a summary with the notes, and return the folder.
+    """Write all cases in nnU-Net's raw format, print a summary with warnings and notes, and return the folder.
 
-    All is written beside `folder` and renamed at the end, so that a data set under its final name is complete.
+    Raises:
+        UserError: cases that cannot be converted are named, all at once; the others are kept for the next call.
     """
     partial_folder = folder.with_name(f".{folder.name}.partial")  # nnU-Net only looks at names that begin with Dataset
-    with _failing_in_one_line("cannot write into nnUNet_raw", "if this folder is left of another run, delete it"):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial_folder.mkdir()
+    with _failing_in_one_line("cannot write into nnUNet_raw", "change its permissions or make room"):
+        partial_folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(partial_folder / _LOCK)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(f"another conversion writes into {partial_folder}; wait, or take another ID") from None
     try:
-        _write_cases(data_set, assignment, partial_folder, num_processes)
-        _write_dataset_json(data_set, len(assignment.cases["labeled"]), partial_folder)
+        _start_or_go_on(partial_folder, data_set, assignment, source)
+        reports = _write_cases(data_set, assignment, partial_folder, num_processes)
         folds = cross_validation(assignment.identifiers("labeled"))
-        for name, content in (("splits_final.json", folds), ("ssl_split.json", split_record(assignment))):
-            (partial_folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        partial_folder.rename(folder)
-    except BaseException:  # an interruption, too
-        shutil.rmtree(partial_folder, ignore_errors=True)
-        raise
-    _print_summary(data_set, assignment, folder, len(folds), notes)
+        report = report_on_all(data_set, assignment, source, reports, warnings)
+        with _failing_in_one_line(f"cannot write into {partial_folder}", "is the disk full?"):
+            _write_dataset_json(data_set, len(assignment.cases["labeled"]), partial_folder)
+            files = {"splits_final": folds, "ssl_split": split_record(assignment), "conversion_report": report}
+            for name, content in files.items():
+                _write_json(content, partial_folder / f"{name}.json")
+            draw_overlays(partial_folder, assignment.cases["labeled"], data_set.labels)
+            shutil.rmtree(partial_folder / _RECORDS)
+            for name in (_SETTINGS, _LOCK):
+                (partial_folder / name).unlink()
+            partial_folder.rename(folder)
+    finally:
+        if partial_folder.is_dir() and not any((partial_folder / _RECORDS).glob("*")):
+            shutil.rmtree(partial_folder, ignore_errors=True)  # nothing to go on with
+        lock.release()
+    _print_summary(data_set, assignment, folder, len(folds), report["warnings"], notes)
     return folder
 
 
-def cross_validation(labeled: Iterable[str]) -> list[dict[str, list[str]]]:
-    """nnU-Net's own folds over the labeled cases, or fewer where there are fewer cases than 5. A single case is both
-    trained on and validated on, because nnU-Net needs one for each."""
-    from nnunetv2.utilities.crossval_split import generate_crossval_split  # here: workers need no scikit-learn
-
-    identifiers = sorted(labeled)
-    if len(identifiers) == 1:
-        return [{"train": identifiers, "val": identifiers}]
-    return generate_crossval_split(identifiers, n_splits=min(5, len(identifiers)))
-
-
-def split_record(assignment: Assignment) -> dict[str, object]:
-    """Who has which role and why, with a hash by which two data sets can be compared (the order does not count)."""
-    lists = {role: assignment.identifiers(role) for role in FOLDERS}
-    canonical = json.dumps({role: sorted(lists[role]) for role in sorted(lists)}, separators=(",", ":"))
-    origin = {"left_out": list(assignment.left_out), "source": assignment.rule, "seed": assignment.seed}
-    return {**lists, **origin, "sha256": hashlib.sha256(canonical.encode()).hexdigest()}
-
-
-def _read_split(split: Path) -> dict[str, list[str]]:
-    with _failing_in_one_line(f"cannot read the split file {split}", "name a JSON file"):
-        content = json.loads(split.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise UserError(f"{split}: expected a JSON object with the lists {', '.join(FOLDERS)}")
-    lists = {role: content.get(role, []) for role in FOLDERS}
-    for role, identifiers in lists.items():
-        if not isinstance(identifiers, list) or not all(isinstance(entry, str) for entry in identifiers):
-            raise UserError(f'{split}: "{role}" must be a list of case identifiers (strings)')
-    if not lists["labeled"]:
-        raise UserError(f'{split}: the list "labeled" is missing or empty; name at least one case')
-    return lists
+def _start_or_go_on(partial_folder: Path, data_set: DataSet, assignment: Assignment, source: Path) -> None:
+    """Empty the folder unless it was begun with the same source, settings and roles."""
+    settings = {
+        "source": str(source.resolve()),
+        "data_set": [data_set.name, data_set.channel_names, dict(data_set.labels), dict(data_set.settings)],
+        "split": split_record(assignment),
+        "version": __version__,
+    }
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    file = partial_folder / _SETTINGS
+    if not (file.is_file() and file.read_text() == digest):
+        for entry in partial_folder.iterdir():
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            elif entry.name != _LOCK:
+                entry.unlink()
+        (partial_folder / _RECORDS).mkdir()
+        file.write_text(digest)
 
 
-def _write_cases(data_set: DataSet, assignment: Assignment, folder: Path, num_processes: int) -> None:
+def _write_cases(
+    data_set: DataSet, assignment: Assignment, folder: Path, num_processes: int
+) -> dict[str, dict[str, Any]]:
+    """Write what an interrupted conversion has not written; return the report of each case."""
     jobs = [(role, case) for role in FOLDERS for case in assignment.cases[role]]
-    for _ in map_cases(partial(_write_case, data_set, folder), jobs, num_processes, f"converting {data_set.name}"):
-        pass
+    missing = [job for job in jobs if _recorded(folder, *job) is None]
+    if len(missing) < len(jobs):
+        print(f"{len(jobs) - len(missing)} of {len(jobs)} cases are kept of an interrupted conversion, which goes on")
+    write_case = partial(_write_case, data_set, folder)
+    faults = list(filter(None, map_cases(write_case, missing, num_processes, f"converting {data_set.name}")))
+    if len(faults) == 1:
+        raise UserError(faults[0])
+    if faults:
+        told = "; ".join(faults[:_FAULTS_TOLD]) + ("; ..." if len(faults) > _FAULTS_TOLD else "")
+        raise UserError(f"{len(faults)} of {len(jobs)} cases cannot be converted, the others are kept: {told}")
+    return {case.identifier: _recorded(folder, role, case) or {} for role, case in jobs}
 
 
-def _write_case(data_set: DataSet, folder: Path, job: tuple[str, Case]) -> None:
+def _recorded(folder: Path, role: str, case: Case) -> dict[str, Any] | None:
+    """The report of a case that was written from the files that there are now, else None."""
+    try:
+        record = json.loads((folder / _RECORDS / f"{case.identifier}.json").read_text())
+        return record["report"] if record["made_from"] == _stamps(role, case) else None
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _stamps(role: str, case: Case) -> list[list[object]]:
+    """Path, size and time of all files that a case is made from."""
+    label = (case.label,) if case.label is not None and FOLDERS[role][1] is not None else ()
+    files = [file for path in (*case.images, *label) for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
+    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
+def _write_case(data_set: DataSet, folder: Path, job: tuple[str, Case]) -> str | None:
+    """Write one case, and last a record that it is complete. Return what is wrong with its files, or None.
+
+    Raises:
+        UserError: the files are sound, but cannot be written.
+    """
     role, case = job
     image_folder, label_folder = FOLDERS[role]
-    with _failing_in_one_line(
-        f"cannot read {', '.join(map(str, case.images))}", "download it again or leave the case out"
-    ):
-        images = data_set.read_images(case.images)
-    for source, image in zip(case.images, images, strict=True):
-        if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
-            raise UserError(f"{source}: expected a 3D volume with one value per voxel")
-        array = sitk.GetArrayViewFromImage(image)
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
-            raise UserError(f"{source}: the image has NaN or infinite voxels; repair it or leave the case out")
-        _require_same_grid(case.images[0], images[0], source, image)
+    report = CaseReport(facts=dict(case.facts))
+    try:
+        stamps = _stamps(role, case)
+        images = _read_images(data_set, case, report)
+        label = None
+        if label_folder is not None and case.label is not None:
+            label = _read_label(data_set, case, case.label, images, report)
+    except UserError as error:
+        return str(error)
+    except OSError as error:
+        return f"case {case.identifier} cannot be read: {error}; has the source changed meanwhile?"
     for channel, image in enumerate(images):
         _write_image(image, folder / image_folder / f"{case.identifier}_{channel:04d}{FILE_ENDING}")
-    if label_folder is not None and case.label is not None:
-        with _failing_in_one_line(f"cannot read {case.label}", "download it again or leave the case out"):
-            label = data_set.read_label(case.label)
-        _require_same_grid(case.images[0], images[0], case.label, label)
-        label = _mapped(label, data_set.label_values, case.label)
-        label.CopyInformation(images[0])  # to the last digit
-        _write_image(label, folder / label_folder / f"{case.identifier}{FILE_ENDING}")
+    if label is not None:
+        _write_image(label, folder / f"{label_folder}" / f"{case.identifier}{FILE_ENDING}")
+    record = {"made_from": stamps, "report": report.of_case(role, case, images, label)}
+    with _failing_in_one_line(f"cannot write into {folder}", "is the disk full?"):
+        _write_json(record, folder / _RECORDS / f"{case.identifier}.json")
+    return None
+
+
+def _read_images(data_set: DataSet, case: Case, report: CaseReport) -> list[sitk.Image]:
+    images: list[sitk.Image] = []
+    for path, image in zip(case.images, data_set.read_images(case.images, report), strict=True):
+        array = sitk.GetArrayViewFromImage(image)
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise UserError(f"{path}: the image has NaN or infinite voxels; repair it or leave the case out")
+        if images:
+            _require_same_grid(case.images[0], images[0], path, image)
+            image.CopyInformation(images[0])  # to the last digit
+        images.append(image if image.GetPixelID() in _KEPT_TYPES else sitk.Cast(image, sitk.sitkFloat32))
+    return images
+
+
+def _read_label(
+    data_set: DataSet, case: Case, path: Path, images: Sequence[sitk.Image], report: CaseReport
+) -> sitk.Image:
+    label = data_set.read_label(path, images, report)
+    _require_same_grid(case.images[0], images[0], path, label)
+    label = _mapped(label, data_set.label_values, path)
+    label.CopyInformation(images[0])
+    return label
 
 
 def _write_image(image: sitk.Image, path: Path) -> None:
-    path.parent.mkdir(exist_ok=True)
     with _failing_in_one_line(f"cannot write {path}", "is the disk full?"):
+        path.parent.mkdir(exist_ok=True)
         sitk.WriteImage(image, str(path), useCompression=True)
+        require_whole(path)  # SimpleITK does not notice a full disk
 
 
 def _require_same_grid(first_file: Path, first: sitk.Image, file: Path, image: sitk.Image) -> None:
     """nnU-Net works on arrays and would not notice a label that is shifted or flipped against its image."""
-    for what in ("Size", "Spacing", "Origin", "Direction"):
-        values, others = (getattr(each, f"Get{what}")() for each in (first, image))
-        if len(values) != len(others) or not np.allclose(values, others, rtol=0, atol=GEOMETRY_TOLERANCE):
-            found = f"{values} and {others}"
-            raise UserError(f"{first_file} and {file} differ in {what.lower()}: {found}; repair or leave out the case")
+    if found := difference(first, image):
+        raise UserError(f"{first_file} and {file} differ in {found}; repair or leave out the case")
 
 
 def _mapped(label: sitk.Image, label_values: Mapping[int, int], file: Path) -> sitk.Image:
@@ -249,26 +249,42 @@ def _write_dataset_json(data_set: DataSet, num_training: int, folder: Path) -> N
     from nnunetv2.dataset_conversion.generate_dataset_json import generate_dataset_json
 
     channels = {str(channel): name for channel, name in enumerate(data_set.channel_names)}
-    about = {"dataset_name": data_set.name, "reference": data_set.reference, "license": data_set.license}
-    about["converted_by"] = "nnunet_dycon convert"
+    about: dict[str, object] = {"dataset_name": data_set.name, "reference": data_set.reference}
+    about |= {"license": data_set.license, "converted_by": "nnunet_dycon convert"}
+    about |= {"regions_class_order": data_set.regions_class_order}
     generate_dataset_json(str(folder), channels, dict(data_set.labels), num_training, FILE_ENDING, **about)
 
 
-def _print_summary(data_set: DataSet, assignment: Assignment, folder: Path, folds: int, notes: Sequence[str]) -> None:
+def _write_json(content: object, path: Path) -> None:
+    with replacing(path) as file:
+        file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _print_summary(
+    data_set: DataSet,
+    assignment: Assignment,
+    folder: Path,
+    folds: int,
+    warnings: Sequence[str],
+    notes: Sequence[str],
+) -> None:
     labeled, dataset_id = assignment.identifiers("labeled"), int(folder.name.removeprefix("Dataset")[:3])
     print(f"{data_set.name}: {assignment.rule}")
     for role, folders in FOLDERS.items():
         if assignment.cases[role]:
             print(f"  {role:9} {len(assignment.cases[role]):4}  {', '.join(filter(None, folders))}")
     if assignment.left_out:
-        names = ", ".join(assignment.left_out[:3]) + (", ..." if len(assignment.left_out) > 3 else "")
-        print(f"  left out  {len(assignment.left_out):4}  {names}")
+        print(f"  left out  {len(assignment.left_out):4}  {some(list(assignment.left_out))}")
     print(f"  folds     {folds:4}  of the labeled cases, in splits_final.json")
     if len(labeled) == 1:
         print(f"  note: {labeled[0]} is the only labeled case: fold 0 trains on it and validates on it, too")
     for note in notes:
         print(f"  {note}")
-    print(f"written to {folder}\nnext:")
+    for warning in warnings[:_WARNINGS_TOLD]:
+        print(f"warning: {warning}")
+    if len(warnings) > _WARNINGS_TOLD:
+        print(f"warning: {len(warnings) - _WARNINGS_TOLD} more in conversion_report.json")
+    print(f"written to {folder}, with conversion_report.json and conversion_overlay.png; next:")
     print(f"  nnUNetv2_plan_and_preprocess -d {dataset_id} -c 3d_fullres --verify_dataset_integrity")
     if assignment.cases["unlabeled"]:
         print(f"  nnunet_dycon preprocess_unlabeled -d {dataset_id} -c 3d_fullres")
@@ -276,9 +292,8 @@ def _print_summary(data_set: DataSet, assignment: Assignment, folder: Path, fold
 
 @contextmanager
 def _failing_in_one_line(what: str, remedy: str) -> Iterator[None]:
-    """Turn what the file system, json, SimpleITK and h5py raise into one line."""
+    """Turn what the file system and SimpleITK raise into one line."""
     try:
         yield
-    except (OSError, RuntimeError, KeyError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]  # SimpleITK begins with a trace
-        raise UserError(f"{what}: {reason}; {remedy}") from None
+    except (OSError, RuntimeError, EOFError) as error:
+        raise UserError(f"{what}: {first_line(error)}; {remedy}") from None

@@ -4,7 +4,6 @@ import argparse
 import json
 import os
 import sys
-from importlib import import_module
 from pathlib import Path
 
 from nnunet_dycon import __version__
@@ -210,33 +209,50 @@ def _add_converter(parser: argparse.ArgumentParser, name: str) -> None:
     parser.add_argument("-d", dest="dataset_id", type=_positive, required=True, metavar="ID", help="new dataset ID")
     chosen = parser.add_mutually_exclusive_group()
     chosen.add_argument(
-        "--labeled", type=_positive, default=None, metavar="N",
-        help="keep the labels of N training cases: the first N of the data set's published order, or N drawn with "
-        "--seed where there is none; the others become unlabeled (default: every label is kept)",
+        "--labeled", type=_count_or_share, default=None, metavar="N",
+        help="keep the labels of N, or N%%, of the training cases: the first ones of the published order, which comes "
+        "with --protocol or lies beside the data, or a draw with --seed where there is none; the others become "
+        "unlabeled (default: every label is kept)",
     )  # fmt: skip
     chosen.add_argument(
         "--split", type=Path, default=None, metavar="FILE",
         help="JSON with the case lists labeled, unlabeled, val, test (each optional but labeled)",
     )  # fmt: skip
+    converter = CONVERTERS[name]
+    if converter.protocols:
+        parser.add_argument("--protocol", choices=converter.protocols, default=None, help="a published split")
     parser.add_argument("--seed", type=int, default=0, help="for --labeled without a published order (default: 0)")
     parser.add_argument("-np", dest="num_processes", type=_positive, default=None, help=_PROCESSES)
-    for option in CONVERTERS[name].options:
-        parser.add_argument(
-            option.flag, type=option.type, default=option.default, metavar=option.metavar, help=option.help
-        )
-    parser.set_defaults(run=_convert, converter=name)
+    for option in converter.options:
+        if option.type is bool:
+            parser.add_argument(option.flag, action="store_true", help=option.help)
+            continue
+        given: dict = {"action": "append"} if option.type is list else {"type": option.type, "choices": option.choices}
+        parser.add_argument(option.flag, default=option.default, metavar=option.metavar, help=option.help, **given)
+    parser.set_defaults(run=_convert, converter=name, protocol=None)
+
+
+def _count_or_share(text: str) -> int | float:
+    if not text.endswith("%"):
+        return _positive(text)
+    share = float(text[:-1]) / 100
+    if not 0 < share <= 1:
+        raise argparse.ArgumentTypeError(f"must lie above 0 % and not above 100 %, got {text}")
+    return share
 
 
 def _convert(arguments: argparse.Namespace) -> None:
     require_nnunet()
-    converter = CONVERTERS[arguments.converter]
-    names = [option.flag.lstrip("-").replace("-", "_") for option in converter.options]
-    module = import_module(f"nnunet_dycon.dataset_conversion.{converter.module}")
-    module.convert(
+    from nnunet_dycon.dataset_conversion.conversion import convert
+
+    names = [option.flag.lstrip("-").replace("-", "_") for option in CONVERTERS[arguments.converter].options]
+    convert(
+        arguments.converter,
         arguments.source,
         arguments.dataset_id,
         labeled=arguments.labeled,
         split=arguments.split,
+        protocol=arguments.protocol,
         seed=arguments.seed,
         num_processes=_num_processes(arguments),
         **{name: getattr(arguments, name) for name in names},

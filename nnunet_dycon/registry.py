@@ -21,13 +21,14 @@ class Trainer:
 
 @dataclass(frozen=True)
 class Option:
-    """A command line option that only one converter has."""
+    """A command line option that only one converter has: of type bool a switch, of type list one to give repeatedly."""
 
     flag: str
     type: type
     default: object
-    metavar: str
+    metavar: str | None
     help: str
+    choices: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Converter:
     summary: str
     reference: str
     options: tuple[Option, ...] = ()
+    protocols: tuple[str, ...] = ()  # published splits, in nnunet_dycon.dataset_conversion
 
 
 def _dycon(summary: str) -> Trainer:
@@ -81,6 +83,95 @@ CONVERTERS: dict[str, Converter] = {
                 0.625,
                 "MM",
                 "isotropic voxel spacing in mm (default: 0.625; the files' own headers say 1.0, which is wrong)",
+            ),
+        ),
+        ("uamt",),
+    ),
+    "isles22": Converter(
+        "isles22",
+        "Stroke lesions: 250 MRI (DWI, ADC, FLAIR) of ISLES 2022, as released or as in the challenge",
+        "https://doi.org/10.5281/zenodo.7153326",
+        (
+            Option(
+                "--modalities",
+                str,
+                None,
+                "LIST",
+                "dwi, and of adc,flair (default: dwi,adc; with --protocol dwi alone, as in the papers); flair is "
+                "resampled to the grid of dwi",
+            ),
+            Option("--harmonize_adc", bool, False, None, "bring ADC, which comes in three units, to 1e-6 mm²/s"),
+            Option("--keep_empty", bool, False, None, "keep cases with an empty mask among val and test of a protocol"),
+        ),
+        ("dycon", "dycon_fold1", "dycon_fold2"),
+    ),
+    "brats19": Converter(
+        "brats19",
+        "Brain tumors: 335 MRI with four modalities of BraTS 2019; .nii.gz, or .nii as re-uploaded",
+        "https://www.med.upenn.edu/cbica/brats2019/data.html",
+        (
+            Option(
+                "--modalities",
+                str,
+                None,
+                "LIST",
+                "of t1,t1ce,t2,flair (default: all four; with --protocol flair alone, as in the papers)",
+            ),
+            Option(
+                "--target",
+                str,
+                "wt",
+                None,
+                "wt: the whole tumor, as in the papers (default); regions: whole tumor, tumor core, enhancing tumor",
+                ("wt", "regions"),
+            ),
+        ),
+        ("ssl4mis",),
+    ),
+    "pancreas_ct": Converter(
+        "pancreas_ct",
+        "Pancreas: 80 CT of the NIH (TCIA Pancreas-CT), as DICOM or NIfTI, or as the community's h5",
+        "https://doi.org/10.7937/K9/TCIA.2016.tNB1kqBU",
+        (
+            Option(
+                "--keep_duplicates",
+                bool,
+                False,
+                None,
+                "keep PANCREAS_0025 and PANCREAS_0070, which are the scan of PANCREAS_0002",
+            ),
+        ),
+        ("dycon", "dycon_fold1", "dycon_fold2", "dycon_fold3", "mcnet"),
+    ),
+    "folder": Converter(
+        "folder",
+        "Your own scans with and without labels: any folder, any format of SimpleITK's, found by patterns",
+        "your own",
+        (
+            Option("--name", str, "Own", "NAME", "of the data set: DatasetXXX_NAME (default: Own)"),
+            Option(
+                "--channel",
+                list,
+                None,
+                "NAME=PATTERN",
+                "a channel, such as CT='images/{case}.nrrd'; give it once per channel, in their order. In a pattern "
+                "{case} stands for the name of the case, * for anything but a slash, **/ for any folders; one that "
+                "ends in a slash finds folders with a DICOM series each. nnU-Net normalizes a channel called CT as CT",
+            ),
+            Option(
+                "--masks",
+                str,
+                None,
+                "PATTERN",
+                "the labels, such as 'masks/{case}_seg.nrrd'; a case without one is unlabeled",
+            ),
+            Option(
+                "--foreground",
+                list,
+                None,
+                "NAME=VALUES",
+                "a label and its values in the files, such as tumor=2,4; give it once per label: they become 1, 2, "
+                "... in this order (default: lesion=1). background=255 adds to the background",
             ),
         ),
     ),

@@ -16,6 +16,10 @@ from nnunet_dycon.registry import CONVERTERS, TRAINERS
 COMMANDS = [
     "convert",
     "convert la",
+    "convert isles22",
+    "convert brats19",
+    "convert pancreas_ct",
+    "convert folder",
     "preprocess_unlabeled",
     "trainers_path",
     "list",

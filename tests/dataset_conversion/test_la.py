@@ -11,7 +11,8 @@ import pytest
 import SimpleITK as sitk
 
 from nnunet_dycon.dataset_conversion.la import plan
-from nnunet_dycon.errors import UsageError, UserError
+from nnunet_dycon.dataset_conversion.protocols import published
+from nnunet_dycon.errors import UserError
 from tests.dataset_conversion.la_sources import SHAPE, convert, read, record, stems, volumes, write_nrrd
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
@@ -86,13 +87,28 @@ def test_plan_refuses_a_case_in_both_lists(tmp_path):
 
 
 def test_plan_of_nothing(tmp_path):
-    with pytest.raises(UsageError, match="does not exist"):
-        plan(tmp_path / "nowhere")
-    with pytest.raises(UsageError, match=r"expected 'Training Set/<id>/lgemri\.nrrd'"):
+    with pytest.raises(UserError, match=r"expected 'Training Set/<id>/lgemri\.nrrd'"):
         plan(tmp_path)
 
 
 # Conversion
+
+
+def test_published_protocol(h5_source, target, capsys):
+    protocol = published("la", "uamt")
+    assert convert(h5_source([*protocol.train, *protocol.test[:2], "X"]), "--protocol", "uamt", "--labeled", "10%") == 0
+    assert record(target)["labeled"] == list(protocol.train[:8])
+    assert record(target)["unlabeled"] == list(protocol.train[8:])
+    assert (record(target)["test"], record(target)["left_out"]) == (list(protocol.test[:2]), ["X"])
+    printed = capsys.readouterr().out
+    assert "0RZDK210BSMWAA6467LU (labeled from 4 labels on) and CMPXO4J23G58J53Q98SZ (unlabeled) are copies" in printed
+    assert "18 of the 100 cases of protocol uamt are absent" in printed
+
+
+@pytest.mark.parametrize(("share", "labels"), [("10%", 1), ("50%", 3), ("100%", 5), ("1%", 1)])
+def test_share_of_the_labels(nrrd_source, target, share, labels):
+    assert convert(nrrd_source("ABCDEF", without_label="C"), "--labeled", share) == 0
+    assert len(record(target)["labeled"]) == labels
 
 
 def test_nrrd_voxels_labels_and_spacing(nrrd_source, target):
@@ -195,7 +211,7 @@ def test_two_processes_write_the_same_bytes(nrrd_source, tmp_path, monkeypatch, 
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_failure_half_way_leaves_nothing(nrrd_source, raw, capsys, processes):
+def test_failure_half_way_leaves_nothing_under_the_final_name(nrrd_source, target, raw, capsys, processes):
     source = nrrd_source("ABC")
     (source / "Training Set" / "C" / "lgemri.nrrd").write_bytes(b"garbage")
     assert convert(source, processes=processes) == 1
@@ -203,7 +219,22 @@ def test_failure_half_way_leaves_nothing(nrrd_source, raw, capsys, processes):
     assert len(errors) == 1
     assert "cannot read" in errors[0]
     assert "C/lgemri.nrrd" in errors[0]
-    assert list(raw.iterdir()) == []
+    assert [path.name for path in raw.iterdir()] == [f".{target.name}.partial"]
+    write_nrrd(source / "Training Set" / "C" / "lgemri.nrrd", volumes(2)[0])
+    assert convert(source, processes=processes) == 0
+    assert "2 of 3 cases are kept of an interrupted conversion" in capsys.readouterr().out
+    assert stems(target / "imagesTr") == ["A", "B", "C"]
+
+
+def test_all_bad_cases_are_told_at_once(nrrd_source, raw, capsys):
+    source = nrrd_source("ABC")
+    for name in "AC":
+        (source / "Training Set" / name / "lgemri.nrrd").write_bytes(b"garbage")
+    assert convert(source) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "2 of 3 cases cannot be converted" in error
+    assert "A/lgemri.nrrd" in error
+    assert "C/lgemri.nrrd" in error
 
 
 def test_unknown_label_value_names_the_file(nrrd_source, raw, capsys):

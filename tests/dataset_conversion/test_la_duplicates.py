@@ -45,7 +45,7 @@ def test_split_file_with_duplicates_on_two_sides(nrrd_source, split_file, raw, c
     assert convert(nrrd_source(["A", FIRST, SECOND]), "--split", split) == 1
     error = capsys.readouterr().err
     assert f"{FIRST} (test) and {SECOND} (unlabeled) are copies" in error
-    assert f"remove {SECOND} from its list" in error
+    assert f"remove {SECOND} from the lists" in error
     assert not raw.exists()
 
 

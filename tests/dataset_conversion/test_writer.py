@@ -1,26 +1,29 @@
 """Roles of cases, split files, folds, and the promises of the writer: nothing overwritten, nothing left half-way,
-labels of unlabeled cases never opened."""
+labels of unlabeled cases never opened, and an
+interrupted conversion that goes on."""
 
 import json
+import resource
+import signal
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from filelock import FileLock
 
-from nnunet_dycon.dataset_conversion.writer import (
+from nnunet_dycon.dataset_conversion.report import slices_of
+from nnunet_dycon.dataset_conversion.roles import (
     FOLDERS,
     Assignment,
     Case,
-    DataSet,
     assign_by_count,
     assign_by_file,
     cross_validation,
-    new_dataset_folder,
     split_record,
-    write_dataset,
 )
+from nnunet_dycon.dataset_conversion.writer import DataSet, new_dataset_folder, write_dataset
 from nnunet_dycon.errors import UsageError, UserError
 
 
@@ -78,7 +81,7 @@ def test_split_file(split_file):
     split = split_file({"protocol": "p", "labeled": ["c"], "unlabeled": ["a", "x"], "test": ["b"], "left_out": {}})
     assignment = assign_by_file([*CASES, case("x", label=False)], split)
     assert identifiers(assignment) == {"labeled": "c", "unlabeled": "ax", "val": "", "test": "b"}
-    assert assignment.left_out == ("d", "e")
+    assert list(assignment.left_out) == ["d", "e"]
 
 
 @pytest.mark.parametrize(
@@ -127,7 +130,7 @@ def test_single_labeled_case_is_trained_on_and_validated_on():
 def test_record_hashes_the_lists_not_their_order():
     def record(*labeled):
         cases = {"labeled": tuple(map(case, labeled)), "unlabeled": (case("u"),), "val": (), "test": ()}
-        return split_record(Assignment(cases, "rule", ("z",)))
+        return split_record(Assignment(cases, "rule", {"z": "why"}))
 
     assert record("a", "b")["labeled"] == ["a", "b"]
     assert record("a", "b")["sha256"] == record("b", "a")["sha256"] != record("a")["sha256"]
@@ -186,30 +189,48 @@ def volume(value=1.0, size=(3, 4, 5), spacing=(1.0, 1.0, 2.0), origin=(1.0, 2.0,
     return image
 
 
-def two_channels(paths, second):
+def two_channels(paths, report, second):
+    report.facts["second"] = second[0, 0, 0]
     return [volume(), second]
 
 
-def data_set(second=None, label=None):
-    return DataSet(
-        name="Name",
-        channel_names=("T1", "T2"),
-        labels={"background": 0, "tumor": 1},
-        label_values={0: 0, 4: 1},
-        reference="https://example.org",
-        license="CC0",
-        read_images=partial(two_channels, second=second or volume(2.0)),
-        read_label=lambda path: label or volume(4, kind=sitk.sitkInt16),
-    )
+def label_of_four(path, images, report):
+    report.warnings.append("looks odd")
+    return volume(4, kind=sitk.sitkInt16)
 
 
-def one_case():
-    cases = {"labeled": (Case("a", (Path("one"), Path("two")), Path("label")),), "unlabeled": (), "val": (), "test": ()}
-    return Assignment(cases, "rule")
+def data_set(second=None, label=None, **others):
+    given = {
+        "name": "Name",
+        "channel_names": ("T1", "T2"),
+        "labels": {"background": 0, "tumor": 1},
+        "label_values": {0: 0, 4: 1},
+        "reference": "https://example.org",
+        "license": "CC0",
+        "read_images": partial(two_channels, second=second or volume(2.0)),
+        "read_label": (lambda path, images, report: label) if label else label_of_four,
+    }
+    return DataSet(**given | others)
 
 
-def test_channels_label_values_and_geometry(raw, capsys):
-    folder = write_dataset(data_set(), one_case(), raw / "Dataset007_Name", num_processes=1, notes=["a note"])
+@pytest.fixture
+def write(raw, tmp_path, monkeypatch):
+    """Write one labeled case of two channels whose files are called one, two and label."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("one", "two", "label"):
+        Path(name).touch()
+    one_case = (Case("a", (Path("one"), Path("two")), Path("label"), {"grade": "high"}),)
+    assignment = Assignment({"labeled": one_case, "unlabeled": (), "val": (), "test": ()}, "rule")
+
+    def call(data_set, **options):
+        target = raw / "Dataset007_Name"
+        return write_dataset(data_set, assignment, target, source=tmp_path, num_processes=1, **options)
+
+    return call
+
+
+def test_channels_label_values_and_geometry(write, capsys):
+    folder = write(data_set(), notes=["a note"], warnings=["a warning"])
     first, second, label = (
         sitk.ReadImage(str(folder / name))
         for name in ("imagesTr/a_0000.nii.gz", "imagesTr/a_0001.nii.gz", "labelsTr/a.nii.gz")
@@ -225,6 +246,8 @@ def test_channels_label_values_and_geometry(raw, capsys):
     printed = capsys.readouterr().out
     assert "a is the only labeled case: fold 0 trains on it and validates on it, too" in printed
     assert "a note" in printed
+    assert "warning: a warning" in printed
+    assert "warning: case a: looks odd" in printed
 
 
 NAN = volume()
@@ -237,37 +260,203 @@ NAN[0, 0, 0] = float("nan")
         ({"second": volume(size=(3, 4, 6))}, r"one and two differ in size: \(3, 4, 5\) and \(3, 4, 6\)"),
         ({"second": volume(spacing=(1, 1, 1))}, "one and two differ in spacing"),
         ({"second": NAN}, "two: the image has NaN"),
-        ({"second": sitk.Image((3, 4), sitk.sitkUInt8)}, "two: expected a 3D volume"),
         ({"label": volume(4, size=(4, 4, 5))}, "one and label differ in size"),
         ({"label": volume(4, origin=(1, 2, 4))}, "one and label differ in origin"),
         ({"label": volume(3.5)}, r"label: label values 3\.5, but only 0, 4 are known"),
     ],
 )
-def test_bad_volumes_are_named_and_nothing_is_left(raw, wrong, message):
+def test_bad_volumes_are_named_and_nothing_is_left(raw, write, wrong, message):
     with pytest.raises(UserError, match=message):
-        write_dataset(data_set(**wrong), one_case(), raw / "Dataset007_Name", num_processes=1)
+        write(data_set(**wrong))
     assert list(raw.iterdir()) == []
 
 
-def test_folder_of_another_run_is_left_alone(raw):
-    (raw / ".Dataset007_Name.partial").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"\.Dataset007_Name\.partial.*left of another run"):
-        write_dataset(data_set(), one_case(), raw / "Dataset007_Name", num_processes=1)
-    assert (raw / ".Dataset007_Name.partial").is_dir()
+def interrupt(paths, report):
+    raise KeyboardInterrupt
 
 
-def test_interruption_leaves_nothing(raw):
-    def interrupt(path):
-        raise KeyboardInterrupt
-
-    interrupted = DataSet("Name", ("T1",), {}, {}, "", "", lambda paths: [volume(), volume()], interrupt)
+def test_interruption_leaves_nothing_where_there_is_nothing_to_go_on_with(raw, write):
     with pytest.raises(KeyboardInterrupt):
-        write_dataset(interrupted, one_case(), raw / "Dataset007_Name", num_processes=1)
+        write(data_set(read_images=interrupt))
     assert list(raw.iterdir()) == []
 
 
-def test_labels_are_whole_numbers_of_any_type(raw):
-    folder = write_dataset(data_set(label=volume(4.0)), one_case(), raw / "Dataset007_Name", num_processes=1)
+def test_labels_are_whole_numbers_of_any_type(write):
+    folder = write(data_set(label=volume(4.0)))
     label = sitk.GetArrayFromImage(sitk.ReadImage(str(folder / "labelsTr" / "a.nii.gz")))
     assert label.dtype == np.uint8
     assert (label == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "kept"),
+    [("Float64", "Float32"), ("Int32", "Float32"), ("UInt16", "UInt16"), ("Int16", "Int16"), ("UInt8", "UInt8")],
+)
+def test_types_that_nnunet_has_no_use_for_become_float32(write, kind, kept):
+    folder = write(data_set(second=volume(2, kind=getattr(sitk, f"sitk{kind}"))))
+    written = sitk.ReadImage(str(folder / "imagesTr" / "a_0001.nii.gz"))
+    assert (written.GetPixelID(), written[0, 0, 0]) == (getattr(sitk, f"sitk{kept}"), 2)
+
+
+def test_second_channel_gets_the_grid_of_the_first_to_the_last_digit(write):
+    folder = write(data_set(second=volume(2.0, origin=(1.0004, 2.0, 3.0))))
+    assert sitk.ReadImage(str(folder / "imagesTr" / "a_0001.nii.gz")).GetOrigin() == (1, 2, 3)
+
+
+def test_regions(write):
+    labels = {"background": 0, "whole": (1, 2), "core": 2}
+    folder = write(data_set(labels=labels, label_values={0: 0, 4: 2}, regions_class_order=(1, 2)))
+    about = json.loads((folder / "dataset.json").read_text())
+    assert (about["labels"], about["regions_class_order"]) == ({"background": 0, "whole": [1, 2], "core": 2}, [1, 2])
+
+
+# Report, picture and bytes
+
+
+def test_report(write, tmp_path):
+    folder = write(data_set(settings={"spacing": 2}), warnings=["a warning"])
+    report = json.loads((folder / "conversion_report.json").read_text())
+    assert (report["data_set"], report["source"], report["settings"]) == ("Name", str(tmp_path), {"spacing": 2})
+    assert report["warnings"] == ["a warning", "case a: looks odd"]
+    assert set(report["versions"]) == {"nnunet-dycon", "python", "nnunetv2", "SimpleITK", "numpy"}
+    case = report["cases"]["a"]
+    assert (case["role"], case["images"], case["label"]) == ("labeled", ["one", "two"], "label")
+    assert (case["size"], case["spacing_mm"], case["origin_mm"]) == ([3, 4, 5], [1, 1, 2], [1, 2, 3])
+    assert case["label_voxels"] == {"1": 60}
+    assert case["intensity_under_label"] == [{"1": {"mean": 1, "std": 0}}, {"1": {"mean": 2, "std": 0}}]
+    assert (case["second"], case["grade"], case["warnings"]) == (2, "high", ["looks odd"])
+
+
+def test_empty_label_is_kept_and_listed(write):
+    report = json.loads((write(data_set(label=volume(0))) / "conversion_report.json").read_text())
+    assert report["empty_labels"] == ["a"]
+    assert report["cases"]["a"]["label_voxels"] == {"0": 60}
+    assert report["warnings"] == ["1 cases have an empty label and are kept: a"]
+
+
+def test_overlay_is_drawn_in_the_slice_with_most_foreground(write):
+    label = volume(0, kind=sitk.sitkUInt8)
+    label[1, 2, 3] = 4
+    folder = write(data_set(label=label))
+    assert (folder / "conversion_overlay.png").read_bytes().startswith(b"\x89PNG")
+    images, index, shown, aspect = slices_of(folder, "a")
+    assert (index, aspect, len(images)) == (3, 1, 2)
+    assert np.argwhere(shown).tolist() == [[2, 1]]
+
+
+def test_overlay_is_turned_as_radiologists_look_at_it(write):
+    """The first axis from the patient's right to the left, the second from anterior to posterior."""
+    flipped = volume(1.0)
+    flipped.SetDirection((-1, 0, 0, 0, -1, 0, 0, 0, 1))
+    label = sitk.Cast(flipped, sitk.sitkUInt8) * 0
+    label[0, 0, 0] = 4
+    folder = write(data_set(read_images=lambda paths, report: [flipped, flipped], label=label))
+    assert np.argwhere(slices_of(folder, "a")[2]).tolist() == [[3, 2]]
+
+
+def test_gzip_holds_no_time(write):
+    for file in write(data_set()).rglob("*.nii.gz"):
+        assert file.read_bytes()[4:8] == bytes(4), file
+
+
+# An interrupted conversion
+
+
+def two_cases(paths, report):
+    if paths[0].read_text() == "stop":
+        raise KeyboardInterrupt
+    if paths[0].read_text() == "noise":
+        return [sitk.GetImageFromArray(np.random.default_rng(0).normal(size=(40, 40, 40)))]
+    with Path("reads.log").open("a") as file:
+        file.write(paths[0].name)
+    return [volume(float(paths[0].read_text()))]
+
+
+@pytest.fixture
+def write_two(raw, tmp_path, monkeypatch):
+    """Write cases a and b, whose files hold the value of their voxels, or stop. Which were read lies in reads.log.
+
+    The label of b does not exist, which nobody may notice while b is unlabeled.
+    """
+    monkeypatch.chdir(tmp_path)
+    Path("a").write_text("1")
+    Path("b").write_text("stop")
+    Path("label_a").touch()
+    cases = tuple(Case(name, (Path(name),), Path(f"label_{name}")) for name in "ab")
+
+    def call(labeled=1, **others):
+        roles = {"labeled": cases[:labeled], "unlabeled": cases[labeled:], "val": (), "test": ()}
+        settings = {"channel_names": ("T1",), "read_images": two_cases, **others}
+        write_dataset(
+            data_set(**settings), Assignment(roles, "rule"), raw / "Dataset007_Name", source=tmp_path, num_processes=1
+        )
+        return raw / "Dataset007_Name"
+
+    with pytest.raises(KeyboardInterrupt):
+        call()
+    assert [path.name for path in raw.iterdir()] == [".Dataset007_Name.partial"]
+    Path("b").write_text("2")
+    return call
+
+
+def reads():
+    return Path("reads.log").read_text()
+
+
+def test_interrupted_conversion_goes_on(write_two, raw, capsys):
+    folder = write_two()
+    assert reads() == "ab"
+    assert "1 of 2 cases are kept of an interrupted conversion" in capsys.readouterr().out
+    assert sorted(json.loads((folder / "conversion_report.json").read_text())["cases"]) == ["a", "b"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "conversion_overlay.png", "conversion_report.json", "dataset.json", "imagesTr", "imagesUn", "labelsTr",
+        "splits_final.json", "ssl_split.json",
+    ]  # fmt: skip
+    assert list(raw.iterdir()) == [folder]
+
+
+def test_case_that_changed_since_the_interruption_is_read_again(write_two):
+    Path("a").write_text("3.5")
+    folder = write_two()
+    assert reads() == "aab"
+    assert sitk.ReadImage(str(folder / "imagesTr" / "a_0000.nii.gz"))[0, 0, 0] == 3.5
+
+
+@pytest.mark.parametrize("other", [{"labeled": 2}, {"settings": {"spacing": 3}}])
+def test_other_roles_or_settings_begin_anew(write_two, other):
+    """Else a label that is held back now would lie in the folder still."""
+    Path("label_b").touch()
+    write_two(**other)
+    assert reads() == "aab"
+
+
+def test_labels_of_an_interrupted_conversion_do_not_survive_another_split(write_two, raw):
+    assert list(raw.rglob("labelsTr/a.nii.gz"))
+    Path("a").rename("c")
+    with pytest.raises(UserError, match="case a cannot be read"):
+        write_two(labeled=2)
+    assert not list(raw.rglob("labelsTr/a.nii.gz"))
+
+
+def test_two_conversions_into_one_folder(write_two, raw):
+    with FileLock(raw / ".Dataset007_Name.partial" / ".lock"), pytest.raises(UserError, match="another conversion"):
+        write_two()
+    assert (raw / ".Dataset007_Name.partial" / "imagesTr" / "a_0000.nii.gz").is_file()
+
+
+def test_full_disk_is_told_and_what_was_written_is_kept(write_two, raw):
+    """Simulated by a limit on the size of files: SimpleITK itself does not notice either."""
+    Path("b").write_text("noise")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    try:
+        with pytest.raises(UserError, match=r"cannot write .*b_0000\.nii\.gz: .*; is the disk full\?"):
+            write_two()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, previous)
+    assert [path.name for path in raw.iterdir()] == [".Dataset007_Name.partial"]
+    Path("b").write_text("2")
+    write_two()
+    assert reads() == "ab"

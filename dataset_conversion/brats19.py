@@ -1,0 +1,92 @@
+"""Brain tumors: BraTS 2019 (335 training cases, 259 of high and 76 of low grade; 125 validation cases without masks).
+
+URL: https://www.med.upenn.edu/cbica/brats2019/data.html (registration; research use)
+License: the data use agreement of CBICA's image processing portal; do not redistribute
+
+The cases are found anywhere below the source: `HGG/<case>/<case>_{flair,t1,t1ce,t2,seg}.nii.gz`, or `.nii` in the
+re-upload that the semi-supervised literature points at, which may be nested once more. A case without a mask is
+unlabeled. All images of a case have one grid: 240 x 240 x 155 voxels of 1 mm. Masks: 1 necrosis and non-enhancing
+tumor, 2 edema, 4 enhancing tumor; not every case has all of them.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from nnunet_dycon.dataset_conversion.conversion import Plan
+from nnunet_dycon.dataset_conversion.protocols import Protocol
+from nnunet_dycon.dataset_conversion.reading import read_channels, read_mask
+from nnunet_dycon.dataset_conversion.roles import Case, listed, some
+from nnunet_dycon.dataset_conversion.writer import DataSet
+from nnunet_dycon.errors import UserError
+
+CHANNELS = {"t1": "T1", "t1ce": "T1ce", "t2": "T2", "flair": "FLAIR"}
+# As nnU-Net's own converter of BraTS numbers them, so that each region contains the next.
+REGIONS: dict[str, int | tuple[int, ...]] = {
+    "background": 0,
+    "whole_tumor": (1, 2, 3),
+    "tumor_core": (2, 3),
+    "enhancing_tumor": 3,
+}
+_FILE = re.compile(r"(?P<case>.+)_(?P<kind>flair|t1|t1ce|t2|seg)\.nii(\.gz)?", re.IGNORECASE)
+_ANY_MASK = re.compile(r"[^.].*seg.*\.nii(\.gz)?", re.IGNORECASE)
+
+
+def plan(source: Path, *, protocol: Protocol | None = None, modalities: str | None = None, target: str = "wt") -> Plan:
+    """List the cases below `source` without opening an image.
+
+    Args:
+        source: folder of the download, or one above or below it.
+        protocol: a published one; they all take FLAIR alone.
+        modalities: of t1, t1ce, t2 and flair, separated by commas. None: flair for a protocol, else all four.
+        target: "wt" for the whole tumor, or "regions" for the three nested ones.
+    """
+    chosen = listed(modalities or ("flair" if protocol else ",".join(CHANNELS)), CHANNELS, "--modalities")
+    folders: dict[str, dict[str, Path]] = {}
+    for file in sorted(source.rglob("*.nii*")):
+        match = _FILE.fullmatch(file.name)
+        if match is None or file.is_dir() or file.name.startswith("."):
+            continue
+        case, kind = file.parent.name, match["kind"].lower()
+        known = folders.setdefault(case, {})
+        if other := next((path for path in known.values() if path.parent != file.parent), None):
+            raise UserError(f"case {case} lies in {other.parent} and in {file.parent}; delete one")
+        if kind in known:
+            raise UserError(f"{known[kind]} and {file} are both {kind} of case {case}; delete one")
+        known[kind] = file
+    cases = tuple(_case(name, files, chosen) for name, files in sorted(folders.items()) if files.keys() - {"seg"})
+    if not cases:
+        raise UserError(f"no case found in {source}; expected 'HGG/<case>/<case>_flair.nii.gz' (or .nii) below")
+    notes = []
+    if target == "regions":
+        notes.append("the trainers of this package do not train on regions yet; nnU-Net's own do (--target wt)")
+    if protocol and (chosen != ["flair"] or target != "wt"):
+        notes.append("the papers take FLAIR alone and the whole tumor: leave --modalities and --target away")
+    data_set = DataSet(
+        name="BraTS2019",
+        channel_names=tuple(CHANNELS[key] for key in chosen),
+        labels=REGIONS if target == "regions" else {"background": 0, "whole_tumor": 1},
+        label_values={0: 0, 2: 1, 1: 2, 4: 3} if target == "regions" else {0: 0, 1: 1, 2: 1, 4: 1},
+        reference="https://www.med.upenn.edu/cbica/brats2019/data.html",
+        license="data use agreement of CBICA's image processing portal; do not redistribute",
+        read_images=read_channels,
+        read_label=read_mask,
+        regions_class_order=(1, 2, 3) if target == "regions" else None,
+        settings={"modalities": chosen, "target": target},
+    )
+    return Plan(data_set, cases, notes=tuple(notes))
+
+
+def _case(name: str, files: dict[str, Path], chosen: Sequence[str]) -> Case:
+    folder = next(iter(files.values())).parent
+    if missing := [key for key in chosen if key not in files]:
+        raise UserError(f"{folder}: there is no {name}_{missing[0]}.nii.gz or .nii; download the case again")
+    mask = files.get("seg")
+    if mask is None:
+        # The mask of one case of a later edition has another name.
+        others = sorted(file for file in folder.iterdir() if _ANY_MASK.fullmatch(file.name))
+        if len(others) > 1:
+            raise UserError(f"{folder}: {some([file.name for file in others])} may all be the mask; keep one")
+        mask = others[0] if others else None
+    grades = {part.upper() for part in folder.parts} & {"HGG", "LGG"}
+    return Case(name, tuple(files[key] for key in chosen), mask, {"grade": grades.pop()} if len(grades) == 1 else {})

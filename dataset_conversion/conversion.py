@@ -1,0 +1,168 @@
+"""A conversion from beginning to end: a converter's `plan` lists the source by names alone, every case gets a role, and
+the writer does the rest."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib import import_module
+from pathlib import Path
+
+from nnunet_dycon.dataset_conversion.protocols import Protocol, published
+from nnunet_dycon.dataset_conversion.roles import (
+    Assignment,
+    Case,
+    assign_by_count,
+    assign_by_file,
+    assign_by_protocol,
+)
+from nnunet_dycon.dataset_conversion.writer import DataSet, new_dataset_folder, write_dataset
+from nnunet_dycon.errors import UsageError, UserError
+from nnunet_dycon.registry import CONVERTERS
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What lies in a source and what will be done with it. No image has been opened for it.
+
+    Attributes:
+        data_set: how its cases are read and written.
+        training: in the published order (`ordered`), else sorted.
+        test: held out by whoever made the data set.
+        unlisted: in none of the lists that lie beside the data: only a split file or a protocol can use them.
+        ordered: whether `training` has the published order.
+        left_out: identifier -> reason, of cases that nothing may use.
+        not_scored: identifier -> reason, of cases that a protocol's val and test do without.
+        copies: identifiers that are one scan; on two sides of a split they would be a leak.
+        keep_copies: use them all the same.
+        warnings: to be told and reported.
+        notes: to be told.
+    """
+
+    data_set: DataSet
+    training: tuple[Case, ...]
+    test: tuple[Case, ...] = ()
+    unlisted: tuple[Case, ...] = ()
+    ordered: bool = False
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    not_scored: Mapping[str, str] = field(default_factory=dict)
+    copies: tuple[str, ...] = ()
+    keep_copies: bool = False
+    warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def cases(self) -> tuple[Case, ...]:
+        return self.training + self.test + self.unlisted
+
+    def without(self, identifiers: Sequence[str]) -> "Plan":
+        def kept(cases: tuple[Case, ...]) -> tuple[Case, ...]:
+            return tuple(case for case in cases if case.identifier not in identifiers)
+
+        return replace(self, training=kept(self.training), test=kept(self.test), unlisted=kept(self.unlisted))
+
+
+def convert(
+    converter: str,
+    source: Path,
+    dataset_id: int,
+    *,
+    labeled: int | float | None = None,
+    split: Path | None = None,
+    protocol: str | None = None,
+    seed: int = 0,
+    num_processes: int = 1,
+    **options: object,
+) -> Path:
+    """Write nnUNet_raw/DatasetXXX_Name and return that folder.
+
+    Args:
+        converter: its name in the registry.
+        source: folder of the download.
+        dataset_id: a new one.
+        labeled: how many training cases keep their label; a float is a share; None keeps all.
+        split: a JSON file with the lists labeled, unlabeled, val and test.
+        protocol: the name of a published split.
+        seed: of the draw for `labeled`, where there is no published order.
+        num_processes: that convert cases.
+        options: the converter's own.
+    """
+    if split is not None and (protocol is not None or labeled is not None):
+        raise UsageError("--split names every case's role; leave --labeled and --protocol away")
+    if not source.is_dir():
+        raise UsageError(f"the source folder {source} does not exist; name the download with -i")
+    chosen = None if protocol is None else published(converter, protocol)
+    plan_source: Callable[..., Plan] = import_module(
+        f"nnunet_dycon.dataset_conversion.{CONVERTERS[converter].module}"
+    ).plan
+    plan = plan_source(source, protocol=chosen, **options)
+    folder = new_dataset_folder(dataset_id, plan.data_set.name)
+    warnings = list(plan.warnings)
+    if split is not None:
+        assignment = assign_by_file(plan.cases, split, plan.left_out)
+        warnings += _check_copies_in_file(plan, assignment, split)
+    elif chosen is not None:
+        assignment = assign_by_protocol(plan.cases, chosen, labeled, plan.not_scored)
+        warnings += [f"protocol {chosen.name}: {fault}" for fault in chosen.faults]
+    else:
+        assignment = _assign_without_copies(plan, labeled, seed)
+    assignment = replace(assignment, left_out={**assignment.left_out, **plan.left_out})
+    return write_dataset(
+        plan.data_set,
+        assignment,
+        folder,
+        source=source,
+        num_processes=num_processes,
+        warnings=warnings,
+        notes=[*plan.notes, *_about_protocol(chosen, labeled)],
+    )
+
+
+def _assign_without_copies(plan: Plan, labeled: int | float | None, seed: int) -> Assignment:
+    """Leave all but the first of the copies out where they would be on different sides; if several are labeled, too,
+    because cross-validation would train on one and validate on the other."""
+
+    def assign(cases: Plan) -> Assignment:
+        return assign_by_count(cases.training, labeled, ordered=cases.ordered, seed=seed, test=cases.test)
+
+    left_out = {case.identifier: "in no list of the data set" for case in plan.unlisted}
+    assignment = assign(plan)
+    roles = _roles_of_copies(plan, assignment)
+    sides = set(roles.values())
+    if len(roles) > 1 and sides not in ({"unlabeled"}, {"test"}) and not plan.keep_copies:
+        first, *others = roles
+        assignment = assign(plan.without(others))
+        left_out |= {other: f"a copy of {first}, which is used" for other in others}
+        for other in others:
+            print(f"note: case {other} is left out: it is a copy of {first}, which is used")
+    return replace(assignment, left_out=left_out)
+
+
+def _check_copies_in_file(plan: Plan, assignment: Assignment, split: Path) -> list[str]:
+    """Warnings about copies. UserError if they are on two sides and were not asked for."""
+    roles = _roles_of_copies(plan, assignment)
+    told = " and ".join(f"{identifier} ({role})" for identifier, role in roles.items())
+    if len(set(roles.values())) > 1:
+        remedy = " and ".join(list(roles)[1:])
+        if not plan.keep_copies:
+            raise UserError(f"{split}: cases {told} are copies of one scan; remove {remedy} from the lists")
+        return [f"cases {told} are copies of one scan on two sides of the split"]
+    if len(roles) > 1 and set(roles.values()) == {"labeled"}:
+        return [
+            f"the labeled cases {' and '.join(roles)} are copies of one scan; a fold of the cross-validation may train "
+            "on one and validate on the other"
+        ]
+    return []
+
+
+def _roles_of_copies(plan: Plan, assignment: Assignment) -> dict[str, str]:
+    roles = {identifier: assignment.role_of(identifier) for identifier in plan.copies}
+    return {identifier: role for identifier, role in roles.items() if role is not None}
+
+
+def _about_protocol(protocol: Protocol | None, labeled: int | float | None) -> list[str]:
+    if protocol is None:
+        return []
+    told = [f"protocol {protocol.name}: {protocol.source}"]
+    if labeled is None:
+        counts = " or ".join(f"--labeled {count}" for count in protocol.published_labeled)
+        told.append(f"every training case keeps its label; published with {counts}")
+    return told

@@ -1,0 +1,144 @@
+"""Everybody's own scans: any folder, any format of SimpleITK's, found by patterns.
+
+URL: none, it is yours
+License: yours
+
+A pattern is a path below the source in which `{case}` stands for the name of the case, `*` for anything but a slash and
+`**/` for any folders. `{case}` may stand there twice: both are the same then. A pattern that ends in a slash finds
+folders, which hold a DICOM series each.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from nnunet_dycon.dataset_conversion.conversion import Plan
+from nnunet_dycon.dataset_conversion.protocols import Protocol
+from nnunet_dycon.dataset_conversion.reading import read_channels, read_mask
+from nnunet_dycon.dataset_conversion.roles import Case, some
+from nnunet_dycon.dataset_conversion.writer import DataSet
+from nnunet_dycon.errors import UsageError, UserError
+
+_WILDCARDS = {"**/": "(?:.*/)?", "*": "[^/]*"}
+
+
+def plan(
+    source: Path,
+    *,
+    protocol: Protocol | None = None,
+    name: str = "Own",
+    channel: Sequence[str] | None = None,
+    masks: str | None = None,
+    foreground: Sequence[str] | None = None,
+) -> Plan:
+    """List the cases that the patterns find, without opening an image.
+
+    Args:
+        source: folder that the patterns are below.
+        protocol: none is published.
+        name: of the data set.
+        channel: NAME=PATTERN for each channel, in their order.
+        masks: PATTERN of the labels; cases that it does not find are unlabeled.
+        foreground: NAME=VALUES for each label, in the order of their new values 1, 2, ...; VALUES are those in the
+            files, separated by commas. None: lesion=1.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise UsageError(f"--name {name!r}: take letters, digits, - and _ alone, since it becomes a folder's name")
+    patterns = dict(_named(entry, "--channel") for entry in channel or ())
+    if not patterns or len(patterns) < len(channel or ()):
+        raise UsageError("name each channel once: --channel CT='images/{case}.nii.gz'; --help says more")
+    found = {key: _matches(source, pattern, f"--channel {key}") for key, pattern in patterns.items()}
+    labels = {} if masks is None else _matches(source, masks, "--masks")
+    cases = _cases(found)
+    # As an image, a mask would be a label where none must be.
+    for mask in set(labels.values()) & {path for images in cases.values() for path in images}:
+        raise UserError(f"{mask} fits --masks and a --channel; write patterns that tell them apart")
+    warnings = []
+    if stray := sorted(labels.keys() - cases.keys()):
+        warnings.append(f"{len(stray)} labels have no image and are not used: {some(stray)}")
+    names, values = _label_values(foreground or ("lesion=1",))
+    data_set = DataSet(
+        name=name,
+        channel_names=tuple(patterns),
+        labels=names,
+        label_values=values,
+        reference="",
+        license="",
+        read_images=read_channels,
+        read_label=read_mask,
+        settings={"channel": patterns, "masks": masks, "foreground": list(foreground or ("lesion=1",))},
+    )
+    training = tuple(Case(key, images, labels.get(key)) for key, images in sorted(cases.items()))
+    return Plan(data_set, training, warnings=tuple(warnings))
+
+
+def _named(entry: str, flag: str) -> tuple[str, str]:
+    key, separator, value = entry.partition("=")
+    if not (key and separator and value):
+        raise UsageError(f"{flag} {entry}: expected NAME=...; --help has examples")
+    return key, value
+
+
+def _matches(source: Path, pattern: str, flag: str) -> dict[str, Path]:
+    """Case -> the file, or the folder if the pattern ends in a slash, that the pattern finds for it."""
+    if "{case}" not in pattern:
+        raise UsageError(f"{flag}: the pattern {pattern} has no {{case}}, which stands for the name of the case")
+    first, *others = pattern.rstrip("/").split("{case}")
+    expression = re.compile(_regex(first) + r"(?P<case>[^/]+?)" + "(?P=case)".join(map(_regex, others)))
+    fits = _holds_files if pattern.endswith("/") else Path.is_file
+    # macOS leaves files that begin with a dot beside others.
+    entries = (entry for entry in source.rglob("*") if not entry.name.startswith(".") and fits(entry))
+    found: dict[str, Path] = {}
+    for entry in sorted(entries):
+        if match := expression.fullmatch(entry.relative_to(source).as_posix()):
+            case = match["case"]
+            if case in found:
+                raise UserError(f"{flag}: {found[case]} and {entry} are both for case {case}; delete or rename one")
+            found[case] = entry
+    if not found:
+        kind = "folder" if pattern.endswith("/") else "file"
+        raise UserError(f"{flag}: no {kind} in {source} fits {pattern}; correct the pattern or -i")
+    return found
+
+
+def _holds_files(folder: Path) -> bool:
+    return folder.is_dir() and any(entry.is_file() for entry in folder.iterdir())
+
+
+def _regex(text: str) -> str:
+    return "".join(_WILDCARDS.get(part, re.escape(part)) for part in re.split(r"(\*\*/|\*)", text))
+
+
+def _cases(found: dict[str, dict[str, Path]]) -> dict[str, tuple[Path, ...]]:
+    """Case -> a path per channel. UserError names a case that lacks one."""
+    every = sorted(set().union(*found.values()))
+    for key, paths in found.items():
+        if missing := [case for case in every if case not in paths]:
+            there = next(paths[missing[0]] for paths in found.values() if missing[0] in paths)
+            raise UserError(
+                f"{len(missing)} of {len(every)} cases have no channel {key}: {some(missing)}; {there} is there: add "
+                "the channel, or take the case away"
+            )
+    return {case: tuple(paths[case] for paths in found.values()) for case in every}
+
+
+def _label_values(foreground: Sequence[str]) -> tuple[dict[str, int | tuple[int, ...]], dict[int, int]]:
+    """Names with their new values, and old value -> new value."""
+    names: dict[str, int | tuple[int, ...]] = {"background": 0}
+    values = {0: 0}
+    for entry in foreground:
+        name, listed = _named(entry, "--foreground")
+        new = 0 if name == "background" else len(names)
+        for text in listed.split(","):
+            if not re.fullmatch(r"-?\d+", text.strip()):
+                raise UsageError(f"--foreground {entry}: {text!r} is not a whole number; give the values in the files")
+            if values.get(int(text), new) != new:
+                raise UsageError(f"--foreground: value {int(text)} is named twice; name it once")
+            values[int(text)] = new
+        if names.setdefault(name, new) != new:
+            raise UsageError(f"--foreground: {name} is named twice; join its values: {name}=1,2")
+    if len(names) == 1:
+        raise UsageError("--foreground: name at least one label beside background")
+    if "ignore" in names and list(names)[-1] != "ignore":
+        raise UsageError("--foreground: name ignore last, since nnU-Net wants its value to be the highest")
+    return names, values

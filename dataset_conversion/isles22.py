@@ -1,0 +1,151 @@
+"""Ischemic stroke: ISLES 2022 (250 cases with DWI, ADC, FLAIR and a lesion mask; 150 more are hidden).
+
+URL: https://doi.org/10.5281/zenodo.7153326
+License: see LICENSE in the archive; CC BY-SA 4.0 according to the organizers' repository
+
+Two layouts are read, names in any case: the release (`ISLES-2022/<case>/ses-0001/anat/..._FLAIR.nii.gz` and
+`.../dwi/..._{dwi,adc}.nii.gz`) and that of the challenge (`rawdata/<case>/ses-0001/..._{dwi,adc,flair}.nii.gz`), both
+with `derivatives/<case>/ses-0001/..._msk.nii.gz`.
+
+- The mask lies in the space of DWI, with which ADC agrees in all cases and FLAIR in none. So DWI is the reference grid.
+- ADC comes in three units. Normalization of each image by itself hides it, a fixed window would not.
+- Three masks are empty.
+"""
+
+import re
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+
+from nnunet_dycon.dataset_conversion.conversion import Plan
+from nnunet_dycon.dataset_conversion.protocols import Protocol
+from nnunet_dycon.dataset_conversion.reading import difference, read_mask, read_volume
+from nnunet_dycon.dataset_conversion.report import CaseReport
+from nnunet_dycon.dataset_conversion.roles import Case, listed, some
+from nnunet_dycon.dataset_conversion.writer import DataSet
+from nnunet_dycon.errors import UsageError, UserError
+
+MODALITIES = ("dwi", "adc", "flair")
+EMPTY_MASKS = ("sub-strokecase0150", "sub-strokecase0151", "sub-strokecase0170")
+_FILE = re.compile(r"(?P<case>sub-strokecase\d{4})_ses-\d+_(?P<kind>dwi|adc|flair|msk)\.nii\.gz", re.IGNORECASE)
+# Largest value in the brain, all but one in a thousand voxels, below which ADC is in a unit; what leads to 1e-6 mm²/s.
+_ADC_UNITS = ((0.1, "mm²/s", 1e6), (100.0, "1e-3 mm²/s", 1e3), (np.inf, "1e-6 mm²/s", 1.0))
+_SMALLEST_OVERLAP = 0.8
+
+
+def plan(
+    source: Path,
+    *,
+    protocol: Protocol | None = None,
+    modalities: str | None = None,
+    harmonize_adc: bool = False,
+    keep_empty: bool = False,
+) -> Plan:
+    """List the cases below `source` without opening an image.
+
+    Args:
+        source: folder of the download, or one above it, or its rawdata.
+        protocol: a published one; they all take DWI alone.
+        modalities: dwi, and of adc and flair, separated by commas. None: dwi for a protocol, else dwi and adc.
+        harmonize_adc: bring ADC to 1e-6 mm²/s.
+        keep_empty: score cases with an empty mask where a protocol does.
+    """
+    chosen = listed(modalities or ("dwi" if protocol else "dwi,adc"), MODALITIES, "--modalities")
+    if chosen[0] != "dwi":
+        raise UsageError("--modalities must begin with dwi: it has the grid of the masks")
+    if harmonize_adc and "adc" not in chosen:
+        raise UsageError("--harmonize_adc needs adc among the --modalities")
+    files = _files(source)
+    if source.name.lower() == "rawdata" and (source.parent / "derivatives").is_dir():
+        files |= {key: file for key, file in _files(source.parent / "derivatives").items() if key[1] == "msk"}
+    names = sorted({case for case, kind in files if kind != "msk"})
+    if not names:
+        raise UserError(
+            f"no case found in {source}; expected 'sub-strokecase0001_ses-0001_dwi.nii.gz' and others like it below, "
+            "in ISLES-2022 (the release) or rawdata (the challenge)"
+        )
+    for name in names:
+        if missing := [kind for kind in chosen if (name, kind) not in files]:
+            there = next(file for (case, _), file in files.items() if case == name)
+            raise UserError(f"{there.parent}: {name} has no {missing[0]}; download it, or choose other --modalities")
+    warnings = []
+    if stray := sorted(case for case, kind in files if kind == "msk" and case not in names):
+        warnings.append(f"{len(stray)} masks have no images and are not used: {some(stray)}")
+    if without := [name for name in names if (name, "msk") not in files]:
+        warnings.append(f"{len(without)} cases have no mask and are unlabeled: {some(without)}")
+    cases = tuple(Case(name, tuple(files[name, kind] for kind in chosen), files.get((name, "msk"))) for name in names)
+    notes = []
+    if protocol and chosen != ["dwi"]:
+        notes.append("the papers take DWI alone: leave --modalities away")
+    data_set = DataSet(
+        name="ISLES2022",
+        channel_names=tuple(kind.upper() for kind in chosen),
+        labels={"background": 0, "lesion": 1},
+        label_values={0: 0, 1: 1},
+        reference="https://doi.org/10.5281/zenodo.7153326",
+        license="see LICENSE in the archive (CC BY-SA 4.0 according to the organizers' repository)",
+        read_images=partial(_read_images, modalities=chosen, harmonize_adc=harmonize_adc),
+        read_label=read_mask,
+        settings={"modalities": chosen, "harmonize_adc": harmonize_adc, "keep_empty": keep_empty},
+    )
+    empty = () if keep_empty else EMPTY_MASKS
+    reason = "its mask is empty, so that it has no Dice; --keep_empty keeps it"
+    return Plan(data_set, cases, not_scored=dict.fromkeys(empty, reason), warnings=tuple(warnings), notes=tuple(notes))
+
+
+def _files(folder: Path) -> dict[tuple[str, str], Path]:
+    """(case, kind) -> file, wherever it lies."""
+    found: dict[tuple[str, str], Path] = {}
+    for file in sorted(folder.rglob("*")):
+        if (match := _FILE.fullmatch(file.name)) and file.is_file():
+            key = match["case"].lower(), match["kind"].lower()
+            if key in found:
+                raise UserError(f"{found[key]} and {file} are both {key[1]} of {key[0]}; delete one")
+            found[key] = file
+    return found
+
+
+def _read_images(
+    paths: tuple[Path, ...], report: CaseReport, modalities: Sequence[str], harmonize_adc: bool
+) -> list[sitk.Image]:
+    dwi, *others = (sitk.Cast(read_volume(path), sitk.sitkFloat32) for path in paths)
+    images = [dwi]
+    for kind, image in zip(modalities[1:], others):
+        if found := difference(dwi, image):
+            image = sitk.Resample(image, dwi, sitk.Transform(), sitk.sitkLinear, 0.0, sitk.sitkFloat32)
+            report.facts[f"{kind}_resampled"] = f"{found}, by the headers alone: it is not registered"
+            _report_overlap(kind, dwi, image, report)
+            if kind == "adc":
+                report.warnings.append("adc was not on the grid of dwi, as it is in the release, and was resampled")
+        if kind == "adc":
+            image = _in_one_unit(image, dwi, report, harmonize_adc)
+        images.append(image)
+    return images
+
+
+def _brain(image: sitk.Image) -> np.ndarray:
+    """A rough mask (Z, Y, X): what Otsu's threshold takes for foreground."""
+    return sitk.GetArrayFromImage(sitk.OtsuThreshold(image, 0, 1)) > 0
+
+
+def _report_overlap(kind: str, dwi: sitk.Image, image: sitk.Image, report: CaseReport) -> None:
+    """How well a resampled image lies on DWI: the Dice of their foregrounds, and the share of the brain without it."""
+    brain, other = _brain(dwi), _brain(image)
+    dice = 2 * int((brain & other).sum()) / max(1, int(brain.sum()) + int(other.sum()))
+    outside = float((sitk.GetArrayViewFromImage(image)[brain] == 0).mean())
+    report.facts[f"{kind}_overlap"] = {"foreground_dice": round(dice, 4), "brain_without": round(outside, 4)}
+    if dice < _SMALLEST_OVERLAP:
+        report.warnings.append(f"{kind} lies badly on DWI (Dice of the foregrounds {dice:.2f}); look at the overlay")
+
+
+def _in_one_unit(adc: sitk.Image, dwi: sitk.Image, report: CaseReport, harmonize: bool) -> sitk.Image:
+    largest = float(np.percentile(sitk.GetArrayViewFromImage(adc)[_brain(dwi)], 99.9))
+    unit, factor = next((unit, factor) for limit, unit, factor in _ADC_UNITS if largest < limit)
+    report.facts["adc_unit"] = unit
+    if harmonize:
+        report.facts["adc_factor"] = factor
+        return adc * factor
+    return adc

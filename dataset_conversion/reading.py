@@ -1,0 +1,146 @@
+"""Reading the sources: whole files only, one grid for all of a case, and an error that names the file."""
+
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+
+import h5py
+import numpy as np
+import SimpleITK as sitk
+
+from nnunet_dycon.dataset_conversion.report import CaseReport
+from nnunet_dycon.errors import UserError
+from nnunet_dycon.files import require_whole
+
+GEOMETRY_TOLERANCE = 1e-3  # mm, and cosines: headers store float32
+_Z_TOLERANCE = 0.01  # of the step between DICOM slices
+_POSITION, _ORIENTATION = "0020|0032", "0020|0037"
+
+
+def read_volume(path: Path) -> sitk.Image:
+    """A 3D image with one value per voxel, from a file or from the folder of one DICOM series."""
+    with told_as_unreadable(path):
+        image = _read_series(path) if path.is_dir() else _read_file(path)
+    if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
+        raise UserError(f"{path}: expected a 3D volume with one value per voxel; convert it or leave the case out")
+    return image
+
+
+def read_channels(paths: Sequence[Path], report: CaseReport) -> list[sitk.Image]:
+    """A DataSet's `read_images` where nothing is special."""
+    return [read_volume(path) for path in paths]
+
+
+def read_mask(path: Path, images: Sequence[sitk.Image], report: CaseReport) -> sitk.Image:
+    """A DataSet's `read_label` where nothing is special."""
+    return read_volume(path)
+
+
+def read_h5(path: Path, key: str, spacing: tuple[float, float, float]) -> sitk.Image:
+    """An image (x, y, z) from the dataset `key` of an h5 file with these axes; the other datasets are not read."""
+    with told_as_unreadable(path), h5py.File(path, "r") as file:
+        image = sitk.GetImageFromArray(file[key][()].T)  # (x, y, z) -> (z, y, x), SimpleITK's order
+    if image.GetDimension() != 3:
+        raise UserError(f"{path}: expected a 3D volume in {key!r}; download it again or leave the case out")
+    image.SetSpacing(spacing)
+    return image
+
+
+def difference(first: sitk.Image, second: sitk.Image) -> str | None:
+    """In what the grids of two images differ, with both values; None if they are the same."""
+    for what in ("Size", "Spacing", "Origin", "Direction"):
+        values, others = (getattr(each, f"Get{what}")() for each in (first, second))
+        if len(values) != len(others) or not np.allclose(values, others, rtol=0, atol=GEOMETRY_TOLERANCE):
+            return f"{what.lower()}: {_told(values)} and {_told(others)}"
+    return None
+
+
+def reoriented(image: sitk.Image, reference: sitk.Image) -> sitk.Image:
+    """The image on the grid of the reference if it differs from that only by the order or direction of its axes, so
+    that no voxel is interpolated or lost; else the image as it is."""
+    if difference(image, reference) is None or sorted(image.GetSize()) != sorted(reference.GetSize()):
+        return image
+    corners = np.array([(0, 0, 0), np.array(reference.GetSize()) - 1]).tolist()
+    places = [
+        image.TransformPhysicalPointToContinuousIndex(reference.TransformIndexToPhysicalPoint(corner))
+        for corner in corners
+    ]
+    # Axes of the reference in voxels of the image: a permutation of the axes, with signs, and nothing else.
+    directions = [np.reshape(each.GetDirection(), (3, 3)) * each.GetSpacing() for each in (image, reference)]
+    axes = np.linalg.solve(*directions)
+    lowest, highest = np.sort(np.array(places), axis=0)
+    same_voxels = (
+        np.allclose(abs(axes), np.rint(abs(axes)), rtol=0, atol=GEOMETRY_TOLERANCE)
+        and np.allclose(abs(axes).sum(0), 1, rtol=0, atol=GEOMETRY_TOLERANCE)
+        and np.allclose(lowest, 0, rtol=0, atol=0.01)
+        and np.allclose(highest, np.array(image.GetSize()) - 1, rtol=0, atol=0.01)
+    )
+    return sitk.Resample(image, reference, sitk.Transform(), sitk.sitkNearestNeighbor) if same_voxels else image
+
+
+@contextmanager
+def told_as_unreadable(path: Path) -> Iterator[None]:
+    """Turn what the file system, SimpleITK, nibabel and h5py raise into one line."""
+    try:
+        yield
+    except (OSError, EOFError, zlib.error, RuntimeError, KeyError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]  # SimpleITK begins with a trace
+        raise UserError(f"cannot read {path}: {reason}; download it again or leave the case out") from None
+
+
+def _read_file(path: Path) -> sitk.Image:
+    if path.name.endswith((".nii", ".nii.gz")):
+        from nnunet_dycon.data.images import check_file  # here: brings torch along
+
+        check_file(path)  # SimpleITK makes up the rest of one cut short, and reads 0 for NaN
+    else:
+        require_whole(path)
+    return sitk.ReadImage(str(path))
+
+
+def _read_series(folder: Path) -> sitk.Image:
+    """A DICOM series, whose slices must lie at equal distances; in the direction in which they were acquired."""
+    series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
+    if not series:
+        raise UserError(f"{folder} holds no DICOM series that can be read; download it again or leave the case out")
+    if len(series) > 1:
+        raise UserError(f"{folder}: expected one DICOM series, found {len(series)}; leave one of them there")
+    files = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series[0])
+    if unread := sorted({str(file) for file in folder.glob("*.dcm")} - set(files)):
+        raise UserError(f"{unread[0]}: cannot be read as a slice of its series; download it again")
+    reader = sitk.ImageSeriesReader()
+    reader.SetFileNames(_in_equal_steps(files))
+    return reader.Execute()
+
+
+def _in_equal_steps(files: Sequence[str]) -> list[str]:
+    """The slices by their place. UserError, naming two, if they lie at one place or one between them is missing."""
+    reader = sitk.ImageFileReader()
+    places = {}
+    for file in files:
+        reader.SetFileName(file)
+        reader.ReadImageInformation()
+        position, orientation = (
+            np.array([float(number) for number in reader.GetMetaData(tag).split("\\")])
+            for tag in (_POSITION, _ORIENTATION)
+        )
+        places[file] = float(np.cross(orientation[:3], orientation[3:]) @ position)
+    files = sorted(files, key=lambda file: places[file])
+    steps = np.diff([places[file] for file in files])
+    usual = np.median(steps)
+    for (first, second), step in zip(pairwise(files), steps):
+        names = f"{first} and {Path(second).name}"
+        if step < GEOMETRY_TOLERANCE:
+            raise UserError(f"{names} lie at the same place; delete one")
+        if abs(step - usual) > _Z_TOLERANCE * usual:
+            raise UserError(
+                f"{names} are {step:g} mm apart, others {usual:g} mm: a slice is missing or displaced; download the "
+                "series again"
+            )
+    return files
+
+
+def _told(values: Sequence[float]) -> str:
+    return "(" + ", ".join(f"{value:.6g}" for value in values) + ")"

@@ -1,0 +1,132 @@
+"""What a conversion leaves behind beside the data: conversion_report.json and a picture of a few cases."""
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import SimpleITK as sitk
+
+from nnunet_dycon import __version__
+from nnunet_dycon.dataset_conversion.roles import FOLDERS, Assignment, Case, some
+
+if TYPE_CHECKING:
+    from nnunet_dycon.dataset_conversion.writer import DataSet
+
+_PICTURES = 4
+_COLORS = ("#e8590c", "#1c7ed6", "#1faa59", "#ae3ec9")
+_VERSIONS_OF = ("nnunetv2", "SimpleITK", "numpy")
+
+
+@dataclass
+class CaseReport:
+    """What a converter has to say of one case: facts, and warnings that the user is told."""
+
+    facts: dict[str, object] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    def of_case(self, role: str, case: Case, images: Sequence[sitk.Image], label: sitk.Image | None) -> dict:
+        """The entry of the case in conversion_report.json; `intensity_under_label` has one value per channel."""
+        entry: dict[str, object] = {"role": role, "images": [str(path) for path in case.images]}
+        if label is not None:
+            entry["label"] = str(case.label)
+        first = images[0]
+        entry |= {"size": first.GetSize(), "spacing_mm": first.GetSpacing(), "origin_mm": first.GetOrigin()}
+        entry |= {"direction": first.GetDirection(), "types": [each.GetPixelIDTypeAsString() for each in images]}
+        if label is not None:
+            array = sitk.GetArrayViewFromImage(label)
+            values, counts = np.unique(array, return_counts=True)
+            entry["label_voxels"] = dict(zip(map(str, values.tolist()), counts.tolist()))
+            entry["intensity_under_label"] = [
+                {
+                    str(value): {"mean": round(float(inside.mean()), 4), "std": round(float(inside.std()), 4)}
+                    for value in values.tolist()
+                    if value and (inside := sitk.GetArrayViewFromImage(image)[array == value]).size
+                }
+                for image in images
+            ]
+        return {**entry, **self.facts, "warnings": self.warnings}
+
+
+def report_on_all(
+    data_set: "DataSet",
+    assignment: Assignment,
+    source: Path,
+    cases: Mapping[str, dict[str, Any]],
+    warnings: Sequence[str],
+) -> dict:
+    """What conversion_report.json holds: `cases` as they are, and above them what concerns all."""
+    empty = [name for name, case in cases.items() if set(case.get("label_voxels", {"1": 1})) == {"0"}]
+    told = [*warnings, *assignment.warnings]
+    told += [f"case {name}: {warning}" for name, case in cases.items() for warning in case["warnings"]]
+    if scored := [name for name in empty if cases[name]["role"] in ("val", "test")]:
+        told.append(f"{len(scored)} cases of val or test have an empty label, so no Dice: {some(scored)}")
+    elif empty:
+        told.append(f"{len(empty)} cases have an empty label and are kept: {some(empty)}")
+    versions = {"nnunet-dycon": __version__, "python": platform.python_version()}
+    return {
+        "data_set": data_set.name,
+        "source": str(source.resolve()),
+        "settings": dict(data_set.settings),
+        "rule": assignment.rule,
+        "number_of_cases": {role: len(assignment.cases[role]) for role in FOLDERS},
+        "left_out": dict(assignment.left_out),
+        "empty_labels": empty,
+        "warnings": told,
+        "versions": versions | {name: version(name) for name in _VERSIONS_OF},
+        "cases": cases,
+    }
+
+
+def draw_overlays(folder: Path, cases: Sequence[Case], labels: Mapping[str, int | tuple[int, ...]]) -> None:
+    """Write conversion_overlay.png: a few labeled cases, each in the slice with most foreground, every channel."""
+    from matplotlib import style
+    from matplotlib.patches import Patch
+
+    from nnunet_dycon.files import replacing
+    from nnunet_dycon.pictures import new_figure, overlay
+
+    step = max(1, len(cases) // _PICTURES)
+    chosen = sorted(case.identifier for case in cases)[::step][:_PICTURES]
+    rows = [slices_of(folder, identifier) for identifier in chosen]
+    channels = len(rows[0][0])
+    values = sorted({int(value) for *_, label, _ in rows for value in np.unique(label) if value})
+    names = {value: name for name, value in labels.items() if isinstance(value, int)}
+    with style.context("default"):
+        heights = [2.6 * aspect * images[0].shape[0] / images[0].shape[1] for images, *_, aspect in rows]
+        figure = new_figure(max(2.6 * (channels + 1), 5.5), 0.8 + sum(heights) + 0.1 * len(rows))
+        grid = figure.subplots(len(rows), channels + 1, squeeze=False, height_ratios=heights)
+        for line, identifier, (images, index, label, aspect) in zip(grid, chosen, rows):
+            for axes, image in zip(line, (images[0], *images)):
+                darkest, brightest = np.percentile(image, (0.5, 99.5))
+                axes.imshow(image, cmap="gray", vmin=darkest, vmax=max(brightest, darkest + 1e-6), aspect=aspect)
+                axes.set(xticks=[], yticks=[])
+            for axes in line[1:]:
+                for value in values:
+                    overlay(axes, label == value, _COLORS[(value - 1) % len(_COLORS)])
+            line[0].set_ylabel(f"{identifier}\nslice {index}", fontsize=8)
+        handles = [
+            Patch(color=_COLORS[(value - 1) % len(_COLORS)], label=names.get(value, f"value {value}"))
+            for value in values
+        ]
+        if handles:
+            figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8)
+        with replacing(folder / "conversion_overlay.png") as file:
+            figure.savefig(file, format="png")
+
+
+def slices_of(folder: Path, identifier: str) -> tuple[list[np.ndarray], int, np.ndarray, float]:
+    """All channels (Y, X) in the slice with most foreground, its index, the label (Y, X), and the aspect of a voxel.
+
+    Turned so that rows go from anterior to posterior and columns from right to left, as radiologists look at slices.
+    """
+    label = sitk.DICOMOrient(sitk.ReadImage(str(folder / "labelsTr" / f"{identifier}.nii.gz")), "LPS")
+    files = sorted((folder / "imagesTr").glob(f"{identifier}_[0-9][0-9][0-9][0-9].nii.gz"))
+    images = [sitk.DICOMOrient(sitk.ReadImage(str(file)), "LPS") for file in files]
+    array = sitk.GetArrayFromImage(label)
+    index = int(np.argmax((array > 0).sum(axis=(1, 2)))) if array.any() else len(array) // 2
+    across, along = label.GetSpacing()[:2]
+    return [sitk.GetArrayFromImage(image)[index] for image in images], index, array[index], along / across

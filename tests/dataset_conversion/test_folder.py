@@ -1,0 +1,259 @@
+"""A user's own folder: patterns, formats, labels by value, and what can be wrong with files."""
+
+import gzip
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from nnunet_dycon.dataset_conversion.folder import plan
+from nnunet_dycon.errors import UserError
+from tests.dataset_conversion.sources import (
+    array,
+    convert,
+    image,
+    label,
+    read_json,
+    same_grid,
+    stems,
+    the_one_error,
+    write,
+)
+
+
+@pytest.fixture
+def target(raw):
+    return raw / "Dataset101_Own"
+
+
+@pytest.fixture
+def source(tmp_path):
+    """Cases a, b and c with two channels; a and b have a label."""
+    folder = tmp_path / "scans"
+    for number, case in enumerate("abc"):
+        write(folder / "images" / f"{case}_t1.nii.gz", image(number))
+        write(folder / "images" / f"{case}_t2.nii.gz", image(number, scale=10))
+        if case != "c":
+            write(folder / "masks" / f"{case}.nrrd", label())
+    return folder
+
+
+def touch(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+T1, T2 = "T1=images/{case}_t1.nii.gz", "T2=images/{case}_t2.nii.gz"
+BOTH = ("--channel", T1, "--channel", T2, "--masks", "masks/{case}.nrrd")
+
+
+def found(folder, pattern, masks=None):
+    cases = plan(folder, channel=[f"CT={pattern}"], masks=masks).training
+    return {case.identifier: case.images[0].relative_to(folder).as_posix() for case in cases}
+
+
+@pytest.mark.parametrize(
+    ("files", "pattern", "expected"),
+    [
+        (["a.nrrd", "b.nrrd", "c.mha", "d/e.nrrd"], "{case}.nrrd", {"a": "a.nrrd", "b": "b.nrrd"}),
+        (["p1/ct.mha", "p2/ct.mha"], "{case}/ct.mha", {"p1": "p1/ct.mha", "p2": "p2/ct.mha"}),
+        (["p1/p1_ct.mha", "p2/p3_ct.mha"], "{case}/{case}_ct.mha", {"p1": "p1/p1_ct.mha"}),
+        (["s/a_v1_x.nii", "s/b_v22_x.nii"], "s/{case}_v*_x.nii", {"a": "s/a_v1_x.nii", "b": "s/b_v22_x.nii"}),
+        (["a.mha", "x/y/b.mha"], "**/{case}.mha", {"a": "a.mha", "b": "x/y/b.mha"}),
+        (["a/CT/1.dcm", "b/CT/1.dcm"], "{case}/CT/", {"a": "a/CT", "b": "b/CT"}),
+        (["a.mha", "._a.mha"], "{case}.mha", {"a": "a.mha"}),
+        (["a+b (1).mha"], "{case} (1).mha", {"a+b": "a+b (1).mha"}),
+    ],
+)
+def test_patterns(tmp_path, files, pattern, expected):
+    touch(tmp_path, *files)
+    assert found(tmp_path, pattern) == expected
+
+
+def test_channels_labels_and_unlabeled_cases(source, target, capsys):
+    assert convert("folder", source, *BOTH, "--foreground", "tumor=1") == 0
+    assert (stems(target / "imagesTr"), stems(target / "labelsTr"), stems(target / "imagesUn")) == (
+        ["a", "b"], ["a", "b"], ["c"],
+    )  # fmt: skip
+    about = read_json(target, "dataset")
+    assert about["channel_names"] == {"0": "T1", "1": "T2"}
+    assert about["labels"] == {"background": 0, "tumor": 1}
+    for number, (case, folder) in enumerate([("a", "imagesTr"), ("b", "imagesTr"), ("c", "imagesUn")]):
+        np.testing.assert_array_equal(array(target / folder / f"{case}_0000.nii.gz"), array(image(number)))
+        np.testing.assert_array_equal(array(target / folder / f"{case}_0001.nii.gz"), array(image(number, scale=10)))
+        assert same_grid(target / folder / f"{case}_0000.nii.gz", image())
+    np.testing.assert_array_equal(array(target / "labelsTr" / "a.nii.gz"), array(label()))
+    assert "nnUNetv2_plan_and_preprocess -d 101" in capsys.readouterr().out
+
+
+def test_label_values_are_joined_and_renumbered(tmp_path, target):
+    write(tmp_path / "s" / "images" / "a.mha", image())
+    write(tmp_path / "s" / "a.mha", label((7, 2, 5, 255), np.int16))
+    options = ("--channel", "CT=images/{case}.mha", "--masks", "{case}.mha")
+    values = ("--foreground", "organ=5,2", "--foreground", "tumor=7", "--foreground", "background=255")
+    assert convert("folder", tmp_path / "s", *options, *values) == 0
+    written, native = array(target / "labelsTr" / "a.nii.gz"), array(label((7, 2, 5, 255), np.int16))
+    for old, new in ((0, 0), (2, 1), (5, 1), (7, 2), (255, 0)):
+        assert (written[native == old] == new).all()
+    assert read_json(target, "dataset")["labels"] == {"background": 0, "organ": 1, "tumor": 2}
+
+
+@pytest.mark.parametrize(
+    "ending", [".nii", ".nii.gz", ".nrrd", ".mha", ".mhd", ".nhdr", ".hdr", ".gipl", ".vtk", ".tif"]
+)
+def test_formats_of_simpleitk(tmp_path, target, ending):
+    """Some do not store the origin; the grid is what SimpleITK reads."""
+    for folder, volume in (("i", image()), ("m", label())):
+        write(tmp_path / "s" / folder / f"a{ending}", volume)
+    assert convert(
+        "folder", tmp_path / "s", "--channel", f"MR=i/{{case}}{ending}", "--masks", f"m/{{case}}{ending}"
+    ) == 0  # fmt: skip
+    np.testing.assert_array_equal(array(target / "imagesTr" / "a_0000.nii.gz"), array(image()))
+    np.testing.assert_array_equal(array(target / "labelsTr" / "a.nii.gz"), array(label()))
+
+
+def test_draw_of_labels_and_split_file(source, target, split_file):
+    assert convert("folder", source, *BOTH, "--labeled", "50%", "--seed", 3) == 0
+    split = read_json(target, "ssl_split")
+    assert (len(split["labeled"]), len(split["unlabeled"]), split["seed"]) == (1, 2, 3)
+    split = split_file({"labeled": ["b"], "test": ["a"]})
+    assert convert("folder", source, *BOTH, "--name", "Other", "-d", 102, "--split", split) == 0
+    other = target.with_name("Dataset102_Other")
+    assert (stems(other / "labelsTr"), stems(other / "labelsTs"), (other / "imagesUn").exists()) == (
+        ["b"],
+        ["a"],
+        False,
+    )
+
+
+def test_labels_without_image_are_told(source, target, capsys):
+    write(source / "masks" / "z.nrrd", label())
+    assert convert("folder", source, *BOTH) == 0
+    assert "1 labels have no image and are not used: z" in capsys.readouterr().out
+
+
+# What goes wrong
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "name each channel once"),
+        (["--channel", T1, "--channel", T1], "name each channel once"),
+        (["--channel", "images/{case}.nii.gz"], "expected NAME="),
+        (["--channel", "T1=images/a.nii.gz"], "has no {case}"),
+        (["--channel", T1, "--name", "my data"], "--name 'my data'"),
+        (["--channel", T1, "--foreground", "tumor"], "expected NAME="),
+        (["--channel", T1, "--foreground", "tumor=x"], "'x' is not a whole number"),
+        (["--channel", T1, "--foreground", "a=1", "--foreground", "b=1"], "value 1 is named twice"),
+        (["--channel", T1, "--foreground", "a=1", "--foreground", "a=2"], "a is named twice"),
+        (["--channel", T1, "--foreground", "background=1"], "at least one label"),
+        (["--channel", T1, "--foreground", "ignore=9", "--foreground", "a=1"], "name ignore last"),
+    ],
+)
+def test_wrong_options(source, raw, capsys, options, message):
+    assert convert("folder", source, *options) == 2
+    assert message in the_one_error(capsys)
+    assert not raw.exists()
+
+
+def test_wrong_root(source, raw, capsys):
+    assert convert("folder", source / "masks", *BOTH) == 1
+    assert "no file in" in the_one_error(capsys)
+    assert not raw.exists()
+
+
+def test_missing_channel_is_named_before_any_work(source, raw, capsys):
+    (source / "images" / "b_t2.nii.gz").unlink()
+    assert convert("folder", source, *BOTH) == 1
+    error = the_one_error(capsys)
+    assert "1 of 3 cases have no channel T2: b" in error
+    assert "b_t1.nii.gz is there" in error
+    assert not raw.exists()
+
+
+def test_two_files_that_match(tmp_path):
+    touch(tmp_path, "x/a.mha", "y/a.mha")
+    with pytest.raises(UserError, match=r"x/a\.mha and .*y/a\.mha are both for case a"):
+        found(tmp_path, "*/{case}.mha")
+
+
+def test_masks_that_are_images_too_are_refused(tmp_path):
+    """Else the mask of case a would be the image of an unlabeled case a_seg."""
+    touch(tmp_path, "a.mha", "a_seg.mha")
+    with pytest.raises(UserError, match=r"a_seg\.mha fits --masks and a --channel"):
+        found(tmp_path, "{case}.mha", masks="{case}_seg.mha")
+
+
+def cut(path):
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz", ".nrrd", ".mha", ".gipl.gz"])
+def test_truncated_file_is_named(tmp_path, raw, capsys, ending):
+    """SimpleITK alone would fill a NIfTI file up with zeros."""
+    for folder, volume in (("i", image()), ("m", label())):
+        write(tmp_path / "s" / folder / f"a{ending}", volume)
+    cut(tmp_path / "s" / "i" / f"a{ending}")
+    options = ("--channel", f"MR=i/{{case}}{ending}", "--masks", f"m/{{case}}{ending}")
+    assert convert("folder", tmp_path / "s", *options) == 1
+    assert f"i/a{ending}: " in the_one_error(capsys)
+    assert list(raw.iterdir()) == []
+
+
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz", ".mha"])
+def test_nan_is_named(source, raw, capsys, ending):
+    bad = image()
+    bad[1, 1, 1] = float("nan")
+    write(source / f"a{ending}", bad)
+    assert convert("folder", source, "--channel", f"T1={{case}}{ending}", *BOTH[4:]) == 1
+    error = the_one_error(capsys)
+    assert f"a{ending}" in error
+    assert "NaN" in error
+
+
+def turned(volume):
+    volume.SetDirection((-1, 0, 0, 0, -1, 0, 0, 0, 1))
+    return volume
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (turned(label()), "differ in direction: (1, 0, 0, 0, 1, 0, 0, 0, 1) and (-1, 0, 0, 0, -1, 0, 0, 0, 1)"),
+        (label(origin=(1, 2, 3.5)), "differ in origin"),
+        (label(spacing=(1, 1, 1)), "differ in spacing"),
+        (label(shape=(6, 7, 9)), "differ in size"),
+        (sitk.Flip(label(), [True, False, False]), "differ in"),
+        (label(3), "masks/a.nrrd: label values 0, 3, but only 0, 1 are known"),
+        (label(0.5, np.float32), "label values 0, 0.5, but only 0, 1 are known"),
+        (sitk.Compose(label(), label()), "a.nrrd: expected a 3D volume with one value per voxel"),
+        (label()[:, :, 3], "a.nrrd: expected a 3D volume with one value per voxel"),
+    ],
+)
+def test_bad_label(source, target, capsys, other, message):
+    write(source / "masks" / "a.nrrd", other)
+    assert convert("folder", source, *BOTH) == 1
+    assert message in the_one_error(capsys)
+    assert not target.exists()
+
+
+def test_channels_on_two_grids(source, target, capsys):
+    write(source / "images" / "b_t2.nii.gz", image(spacing=(1, 1.1, 2)))
+    assert convert("folder", source, *BOTH) == 1
+    error = the_one_error(capsys)
+    assert "b_t1.nii.gz and " in error
+    assert "b_t2.nii.gz differ in spacing: (1, 1, 2) and (1, 1.1, 2)" in error
+
+
+def test_gzip_with_garbage_behind_a_sound_beginning(source, target, capsys):
+    file = source / "images" / "a_t1.nii.gz"
+    content = bytearray(file.read_bytes())
+    content[-8] ^= 1  # the checksum
+    file.write_bytes(bytes(content))
+    with pytest.raises(gzip.BadGzipFile):
+        gzip.decompress(bytes(content))
+    assert convert("folder", source, *BOTH) == 1
+    assert "a_t1.nii.gz: CRC check failed" in the_one_error(capsys)
