@@ -1,5 +1,6 @@
 """Reading the sources: whole files only, one grid for all of a case, and an error that names the file."""
 
+import locale
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -90,6 +91,16 @@ def told_as_unreadable(path: Path) -> Iterator[None]:
         raise UserError(f"cannot read {path}: {reason}; download it again or leave the case out") from None
 
 
+@contextmanager
+def keeping_locale() -> Iterator[None]:
+    """ITK's reader and writer of .vtk files leave the process with the locale C, in which files are ASCII."""
+    before = locale.setlocale(locale.LC_ALL)
+    try:
+        yield
+    finally:
+        locale.setlocale(locale.LC_ALL, before)
+
+
 def _read_file(path: Path) -> sitk.Image:
     if path.name.endswith((".nii", ".nii.gz")):
         from nnunet_dycon.data.images import check_file  # here: brings torch along
@@ -97,7 +108,8 @@ def _read_file(path: Path) -> sitk.Image:
         check_file(path)  # SimpleITK makes up the rest of one cut short, and reads 0 for NaN
     else:
         require_whole(path)
-    return sitk.ReadImage(str(path))
+    with keeping_locale():
+        return sitk.ReadImage(str(path))
 
 
 def _read_series(folder: Path) -> sitk.Image:

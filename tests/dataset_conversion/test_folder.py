@@ -1,12 +1,14 @@
 """A user's own folder: patterns, formats, labels by value, and what can be wrong with files."""
 
 import gzip
+import locale
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
 
 from nnunet_dycon.dataset_conversion.folder import plan
+from nnunet_dycon.dataset_conversion.reading import keeping_locale
 from nnunet_dycon.errors import UserError
 from tests.dataset_conversion.sources import (
     array,
@@ -104,13 +106,16 @@ def test_label_values_are_joined_and_renumbered(tmp_path, target):
 )
 def test_formats_of_simpleitk(tmp_path, target, ending):
     """Some do not store the origin; the grid is what SimpleITK reads."""
-    for folder, volume in (("i", image()), ("m", label())):
-        write(tmp_path / "s" / folder / f"a{ending}", volume)
+    with keeping_locale():
+        for folder, volume in (("i", image()), ("m", label())):
+            write(tmp_path / "s" / folder / f"a{ending}", volume)
+    before = locale.setlocale(locale.LC_ALL)
     assert convert(
         "folder", tmp_path / "s", "--channel", f"MR=i/{{case}}{ending}", "--masks", f"m/{{case}}{ending}"
     ) == 0  # fmt: skip
     np.testing.assert_array_equal(array(target / "imagesTr" / "a_0000.nii.gz"), array(image()))
     np.testing.assert_array_equal(array(target / "labelsTr" / "a.nii.gz"), array(label()))
+    assert locale.setlocale(locale.LC_ALL) == before
 
 
 def test_draw_of_labels_and_split_file(source, target, split_file):
