@@ -102,4 +102,4 @@ def write_dicom(folder, volume, names="1-{:03d}.dcm", series="1.2.3"):
         writer.Execute(piece)
     locale.setlocale(
         locale.LC_ALL, before
-    )  # writing DICOM sets it to C, in which other tests could not read their files
+    )  # writing DICOM sets it to C: other tests could not read
