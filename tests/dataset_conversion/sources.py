@@ -100,6 +100,4 @@ def write_dicom(folder, volume, names="1-{:03d}.dcm", series="1.2.3"):
             piece.SetMetaData(tag, value)
         writer.SetFileName(str(folder / names.format(index + 1)))
         writer.Execute(piece)
-    locale.setlocale(
-        locale.LC_ALL, before
-    )  # writing DICOM sets it to C: other tests could not read
+    locale.setlocale(locale.LC_ALL, before)  # writing DICOM sets it to C: other tests could not read
