@@ -100,7 +100,7 @@ CONVERTERS: dict[str, Converter] = {
                 "dwi, and of adc,flair (default: dwi,adc; with --protocol dwi alone, as in the papers); flair is "
                 "resampled to the grid of dwi",
             ),
-            Option("--harmonize_adc", bool, False, None, "bring ADC, which comes in three units, to 1e-6 mm²/s"),
+            Option("--harmonize_adc", bool, False, None, "bring ADC, which comes in three units, to 1e-6 mm^2/s"),
             Option("--keep_empty", bool, False, None, "keep cases with an empty mask among val and test of a protocol"),
         ),
         ("dycon", "dycon_fold1", "dycon_fold2"),

@@ -101,9 +101,7 @@ def test_label_values_are_joined_and_renumbered(tmp_path, target):
     assert read_json(target, "dataset")["labels"] == {"background": 0, "organ": 1, "tumor": 2}
 
 
-@pytest.mark.parametrize(
-    "ending", [".nii", ".nii.gz", ".nrrd", ".mha", ".mhd", ".nhdr", ".hdr", ".gipl", ".vtk", ".tif"]
-)
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz", ".nrrd", ".mha", ".mhd", ".nhdr", ".hdr", ".gipl", ".tif"])
 def test_formats_of_simpleitk(tmp_path, target, ending):
     """Some do not store the origin; the grid is what SimpleITK reads."""
     with keeping_locale():
