@@ -22,7 +22,7 @@ _POSITION, _ORIENTATION = "0020|0032", "0020|0037"
 
 def read_volume(path: Path) -> sitk.Image:
     """A 3D image with one value per voxel, from a file or from the folder of one DICOM series."""
-    with told_as_unreadable(path):
+    with told_as_unreadable(path), _keeping_locale():
         image = _read_series(path) if path.is_dir() else _read_file(path)
     if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
         raise UserError(f"{path}: expected a 3D volume with one value per voxel; convert it or leave the case out")
@@ -92,8 +92,8 @@ def told_as_unreadable(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def keeping_locale() -> Iterator[None]:
-    """ITK's reader and writer of .vtk files leave the process with the locale C, in which files are ASCII."""
+def _keeping_locale() -> Iterator[None]:
+    """ITK leaves the process with the locale C, in which text files are ASCII, when it reads .vtk."""
     before = locale.setlocale(locale.LC_ALL)
     try:
         yield
@@ -108,8 +108,7 @@ def _read_file(path: Path) -> sitk.Image:
         check_file(path)  # SimpleITK makes up the rest of one cut short, and reads 0 for NaN
     else:
         require_whole(path)
-    with keeping_locale():
-        return sitk.ReadImage(str(path))
+    return sitk.ReadImage(str(path))
 
 
 def _read_series(folder: Path) -> sitk.Image:

@@ -1,6 +1,7 @@
 """Sources in both layouts of the left atrium data, and a raw folder to convert into."""
 
 import json
+import locale
 
 import h5py
 import numpy as np
@@ -64,3 +65,11 @@ def split_file(tmp_path):
         return path
 
     return write
+
+
+@pytest.fixture(autouse=True)
+def _same_locale():
+    """Writing DICOM and .vtk files, as tests do, sets it to C, in which text files are ASCII."""
+    before = locale.setlocale(locale.LC_ALL)
+    yield
+    locale.setlocale(locale.LC_ALL, before)

@@ -1,7 +1,6 @@
 """Small volumes for the native layouts of data sets, and short ways to convert them and to look at the result."""
 
 import json
-import locale
 from pathlib import Path
 
 import numpy as np
@@ -82,7 +81,6 @@ def write_dicom(folder, volume, names="1-{:03d}.dcm", series="1.2.3"):
     writer = sitk.ImageFileWriter()
     writer.KeepOriginalImageUIDOn()
     direction = volume.GetDirection()
-    before = locale.setlocale(locale.LC_ALL)
     for index in range(volume.GetSize()[2]):
         piece = volume[:, :, index]
         position = volume.TransformIndexToPhysicalPoint((0, 0, index))
@@ -100,4 +98,3 @@ def write_dicom(folder, volume, names="1-{:03d}.dcm", series="1.2.3"):
             piece.SetMetaData(tag, value)
         writer.SetFileName(str(folder / names.format(index + 1)))
         writer.Execute(piece)
-    locale.setlocale(locale.LC_ALL, before)  # writing DICOM sets it to C: other tests could not read

@@ -8,7 +8,6 @@ import pytest
 import SimpleITK as sitk
 
 from nnunet_dycon.dataset_conversion.folder import plan
-from nnunet_dycon.dataset_conversion.reading import keeping_locale
 from nnunet_dycon.errors import UserError
 from tests.dataset_conversion.sources import (
     array,
@@ -101,13 +100,15 @@ def test_label_values_are_joined_and_renumbered(tmp_path, target):
     assert read_json(target, "dataset")["labels"] == {"background": 0, "organ": 1, "tumor": 2}
 
 
-@pytest.mark.parametrize("ending", [".nii", ".nii.gz", ".nrrd", ".mha", ".mhd", ".nhdr", ".hdr", ".gipl", ".tif"])
+@pytest.mark.parametrize(
+    "ending", [".nii", ".nii.gz", ".nrrd", ".mha", ".mhd", ".nhdr", ".hdr", ".gipl", ".vtk", ".tif"]
+)
 def test_formats_of_simpleitk(tmp_path, target, ending):
     """Some do not store the origin; the grid is what SimpleITK reads."""
-    with keeping_locale():
-        for folder, volume in (("i", image()), ("m", label())):
-            write(tmp_path / "s" / folder / f"a{ending}", volume)
     before = locale.setlocale(locale.LC_ALL)
+    for folder, volume in (("i", image()), ("m", label())):
+        write(tmp_path / "s" / folder / f"a{ending}", volume)
+    locale.setlocale(locale.LC_ALL, before)
     assert convert(
         "folder", tmp_path / "s", "--channel", f"MR=i/{{case}}{ending}", "--masks", f"m/{{case}}{ending}"
     ) == 0  # fmt: skip
