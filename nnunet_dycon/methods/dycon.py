@@ -129,18 +129,18 @@ class DyCON(Method):
         teacher = self.teacher(torch.cat([labeled.weak, unlabeled.weak]))
         mix = mixture(settings.mixing, half, len(strong), strong.shape[2:], strong.device, settings.box)
         output = student(mix(labeled.strong, strong))
-        teacher_logits = mix(teacher.logits[0][:half], teacher.logits[0][half:])
-        teacher_labels = teacher_logits.argmax(1)
+        # The class of each voxel: ground truth where a labeled image shows, else the teacher's.
+        label_map = mix(labeled.target.long(), teacher.logits[0][half:].argmax(1))
 
         supervised = self.supervised(output, labeled, mix)
         terms, weighted = {"supervised": supervised}, []
         monitors: Terms = {}
         if settings.uncl_weight != 0:
             beta = monitors["beta"] = exponential_decay(progress, settings.beta_start, settings.beta_end)
+            teacher_logits = mix(teacher.logits[0][:half], teacher.logits[0][half:])
             terms["uncl"] = uncl_loss(output.logits[0], teacher_logits, beta, entropy_weight=settings.entropy_weight)
             weighted.append(settings.uncl_weight * terms["uncl"])
         if self.uses_features:
-            label_map = torch.where(mix.truth, mix.only_labeled(labeled.target.long()), teacher_labels)
             patches = self._patch_labels(label_map, output)
             on_grid = mix.on_grid(output.features.shape[2:])
             teacher_features = on_grid(teacher.features[:half], teacher.features[half:])
@@ -148,7 +148,7 @@ class DyCON(Method):
             weighted.append(settings.fecl_weight * terms["fecl"])
             monitors["ignored_patches"] = (patches == IGNORED_PATCH).float().mean()
         ramp = monitors["ramp"] = sigmoid_rampup(progress, end=settings.rampup)
-        monitors |= pseudo_label_monitors(output.logits[0].argmax(1), teacher_labels, ~mix.truth)
+        monitors |= pseudo_label_monitors(output.logits[0].argmax(1), label_map, ~mix.truth)
         return {"loss": supervised + ramp * sum(weighted), **terms, **monitors}
 
     def _patch_labels(self, label_map: torch.Tensor, output: StudentOutput) -> torch.Tensor:

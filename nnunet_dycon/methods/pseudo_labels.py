@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from nnunet_dycon.batches import LabeledBatch, UnlabeledBatch
-from nnunet_dycon.losses.entropy import softmax_and_entropy
+from nnunet_dycon.losses import softmax_entropy
 from nnunet_dycon.methods.method import Method, Student, Supervision, Terms
 from nnunet_dycon.mixing import check_mixture, mixture
 from nnunet_dycon.monitoring import pseudo_label_monitors
@@ -67,12 +67,11 @@ class PseudoLabels(Method):
         settings = self.settings
         monitors: Terms = {}
         teacher = self.teacher(unlabeled.weak).logits[0]
-        probabilities, entropy = softmax_and_entropy(teacher.float())
-        confidence, labels = probabilities.max(1)
+        confidence, labels = teacher.float().softmax(1).max(1)
         trust = (confidence >= settings.confidence).float()
         if settings.beta_start > 0:
             beta = monitors["beta"] = exponential_decay(progress, settings.beta_start, settings.beta_end)
-            trust = trust * torch.exp(-beta * entropy)
+            trust = trust * torch.exp(-beta * softmax_entropy(teacher))
 
         strong = unlabeled.strong
         mix = mixture(settings.mixing, len(labeled), len(strong), strong.shape[2:], strong.device, settings.box)
