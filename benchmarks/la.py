@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
-from benchmarks.preparation import CEILING, HERE, Preparation, add_arguments
+from benchmarks.preparation import CEILING, HERE, Preparation, add_arguments, dataset_id
 from nnunet_dycon.checkpoints import STUDENT, TEACHER
 from nnunet_dycon.dataset_conversion.writer import FOLDERS
 from nnunet_dycon.evaluation import evaluate_folder
@@ -58,7 +58,7 @@ class Run:
 
     @property
     def dataset(self) -> int:
-        return 100 + self.seen_labels
+        return dataset_id(self.seen_labels)
 
     @property
     def weights(self) -> dict[str, str]:

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.preparation import Preparation, add_arguments
-from benchmarks.train_step import FLOOR, LABELS, build
+from benchmarks.preparation import add_arguments
+from benchmarks.train_step import FLOOR, build, prepared
 
 OURS = "nnUNetTrainerMeanTeacher"  # all semi-supervised trainers load alike
 
@@ -29,12 +29,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=60)
     parser.add_argument("--json", type=Path, help="where to write the numbers, too")
     arguments = parser.parse_args()
-    preparation = Preparation(arguments)
-    preparation.prepare([LABELS])
-    os.environ |= preparation.folders | {"nnUNet_n_proc_DA": "0"}
+    folder, plans = prepared(arguments)
     torch.set_num_threads(1)
-    folder = preparation.work / "nnUNet_preprocessed" / preparation.dataset(LABELS)
-    loaders = {name: build(name, folder, preparation.plans, "cpu").dataloader_train for name in (FLOOR, OURS)}
+    loaders = {name: build(name, folder, plans, "cpu").dataloader_train for name in (FLOOR, OURS)}
     seconds: dict[str, list[float]] = {name: [] for name in loaders}
     for _ in range(arguments.repeats):
         for name, loader in loaders.items():
@@ -43,7 +40,7 @@ def main() -> None:
             seconds[name].append(time.perf_counter() - start)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     machine = {"device": f"{os.cpu_count()} CPU cores, one used", "torch": torch.__version__,
-               "python": platform.python_version(), "plans": preparation.plans}  # fmt: skip
+               "python": platform.python_version(), "plans": plans}  # fmt: skip
     if arguments.json:
         arguments.json.write_text(json.dumps({"machine": machine, "seconds": medians}, indent=1))
     print("| loader | seconds a batch of 4 samples | over nnU-Net's |\n|---|---|---|")

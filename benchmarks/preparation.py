@@ -26,6 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser, spacing: float, features: lis
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
 
 
+def dataset_id(labels: int) -> int:
+    """Of the data set with so many labels."""
+    return 100 + labels
+
+
 class Preparation:
     """A working folder with data sets, plans and preprocessed cases."""
 
@@ -45,12 +50,12 @@ class Preparation:
 
     def dataset(self, labels: int) -> str:
         """The name of the data set with so many labels."""
-        return f"Dataset{100 + labels}_LA2018"
+        return f"Dataset{dataset_id(labels)}_LA2018"
 
     def prepare(self, labels: Iterable[int]) -> None:
         """Convert, plan and preprocess what is not there yet."""
         for count in sorted(set(labels)):
-            dataset = str(100 + count)
+            dataset = str(dataset_id(count))
             raw = self.work / "nnUNet_raw" / self.dataset(count)
             plans = self.work / "nnUNet_preprocessed" / raw.name / f"{self.plans}.json"
             if not raw.is_dir():

@@ -15,6 +15,7 @@ import subprocess
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +104,7 @@ def as_markdown(scores: dict[tuple[int, str, str], Scores]) -> str:
     return "\n".join(lines)
 
 
+@cache
 def _dated(commit: str) -> str:
     command = ["git", "-C", str(HERE), "show", "-s", "--format=%cs", commit.removesuffix("-dirty")]
     date = subprocess.run(command, capture_output=True, text=True).stdout.strip()

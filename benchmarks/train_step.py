@@ -36,6 +36,14 @@ def trainer_class(name: str) -> type:
     return getattr(import_module(f"nnunet_dycon.trainers.{TRAINERS[name].module}"), name)
 
 
+def prepared(arguments: argparse.Namespace) -> tuple[Path, str]:
+    """The preprocessed folder, made if it is not there yet, and the plans' name. Sets nnU-Net's variables."""
+    preparation = Preparation(arguments)
+    preparation.prepare([LABELS])
+    os.environ |= preparation.folders | {"nnUNet_n_proc_DA": "0"}
+    return preparation.work / "nnUNet_preprocessed" / preparation.dataset(LABELS), preparation.plans
+
+
 def build(name: str, folder: Path, plans_name: str, device: str):
     """A trainer that is ready for its first step, with `SAMPLES` samples a step."""
     plans = json.loads((folder / f"{plans_name}.json").read_text()) | {"continue_training": False}
@@ -86,17 +94,14 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--json", type=Path, help="where to write the numbers, too")
     arguments = parser.parse_args()
-    preparation = Preparation(arguments)
-    preparation.prepare([LABELS])
-    os.environ |= preparation.folders | {"nnUNet_n_proc_DA": "0"}
-    folder = preparation.work / "nnUNet_preprocessed" / preparation.dataset(LABELS)
-    trainers = {name: build(name, folder, preparation.plans, arguments.device) for name in [FLOOR, *arguments.trainers]}
+    folder, plans = prepared(arguments)
+    trainers = {name: build(name, folder, plans, arguments.device) for name in [FLOOR, *arguments.trainers]}
     results = steps(trainers, arguments.repeats, arguments.warmup, arguments.device)
     if arguments.device == "cuda":
         machine = {"device": torch.cuda.get_device_name()}
     else:
         machine = {"device": f"{torch.get_num_threads()} CPU threads"}
-    machine |= {"torch": torch.__version__, "python": platform.python_version(), "plans": preparation.plans}
+    machine |= {"torch": torch.__version__, "python": platform.python_version(), "plans": plans}
     if arguments.json:
         arguments.json.write_text(json.dumps({"machine": machine, "results": results}, indent=1))
     floor = results[FLOOR]

@@ -98,7 +98,17 @@ def blocks_of_anchors(embedding: torch.Tensor) -> Iterator[slice]:
         yield slice(first, min(first + rows, patches))
 
 
-class _FeCL(torch.autograd.Function):
+class KeptGradient(torch.autograd.Function):
+    """A function whose forward pass computes the gradient of its first argument, too, and saves it if it is needed."""
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        (of_first,) = ctx.saved_tensors
+        return gradient * of_first, *(None for _ in ctx.needs_input_grad[1:])
+
+
+class _FeCL(KeptGradient):
     """The loss of normalised embeddings, whose gradient is written down instead of recorded."""
 
     @staticmethod
@@ -115,12 +125,6 @@ class _FeCL(torch.autograd.Function):
         if gradient is not None:
             ctx.save_for_backward(gradient.div_(anchors))
         return total / anchors
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient):
-        (of_student,) = ctx.saved_tensors
-        return gradient * of_student, None, None, None, None, None
 
 
 class _Block:

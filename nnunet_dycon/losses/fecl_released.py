@@ -2,10 +2,9 @@
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import normalize
 
-from nnunet_dycon.losses.fecl import blocks_of_anchors
+from nnunet_dycon.losses.fecl import KeptGradient, blocks_of_anchors
 from nnunet_dycon.losses.precision import at_least_float32
 
 _SMALLEST_DISTANCE = 1e-6
@@ -76,7 +75,7 @@ def fecl_released_loss(
     return _FeCLReleased.apply(student, teacher, patch_labels, constants)
 
 
-class _FeCLReleased(torch.autograd.Function):
+class _FeCLReleased(KeptGradient):
     r"""The loss of normalised embeddings, whose gradient is written down instead of recorded.
 
     With E the exponentials, n their sum over negatives, and ℓ the loss of a pair, the first term has, by similarities,
@@ -130,12 +129,6 @@ class _FeCLReleased(torch.autograd.Function):
         if gradient is not None:
             ctx.save_for_backward(gradient if cross_gradient is None else gradient + per_hit * cross_gradient)
         return loss + per_hit * cross
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient):
-        (of_student,) = ctx.saved_tensors
-        return gradient * of_student, None, None, None
 
 
 def _column_maximum(student: torch.Tensor, temperature: float) -> torch.Tensor:
