@@ -7,18 +7,24 @@ The cases are found anywhere below the source: `HGG/<case>/<case>_{flair,t1,t1ce
 re-upload that the semi-supervised literature points at, which may be nested once more. A case without a mask is
 unlabeled. All images of a case have one grid: 240 x 240 x 155 voxels of 1 mm. Masks: 1 necrosis and non-enhancing
 tumor, 2 edema, 4 enhancing tumor; not every case has all of them.
+
+Or the h5 files of that literature (SSL4MIS), `data/<case>.h5`, of axes (z, y, x): `image` is FLAIR, cropped to the
+brain and normalized, `label` the whole tumor.
 """
 
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import SimpleITK as sitk
+
 from nnunet_dycon.dataset_conversion.conversion import Plan
 from nnunet_dycon.dataset_conversion.protocols import Protocol
-from nnunet_dycon.dataset_conversion.reading import read_channels, read_mask
-from nnunet_dycon.dataset_conversion.roles import Case, listed, some
+from nnunet_dycon.dataset_conversion.reading import read_channels, read_h5, read_mask
+from nnunet_dycon.dataset_conversion.report import CaseReport
+from nnunet_dycon.dataset_conversion.roles import Case, listed
 from nnunet_dycon.dataset_conversion.writer import DataSet
-from nnunet_dycon.errors import UserError
+from nnunet_dycon.errors import UsageError, UserError, some
 
 CHANNELS = {"t1": "T1", "t1ce": "T1ce", "t2": "T2", "flair": "FLAIR"}
 # As nnU-Net's own converter of BraTS numbers them, so that each region contains the next.
@@ -29,6 +35,7 @@ REGIONS: dict[str, int | tuple[int, ...]] = {
     "enhancing_tumor": 3,
 }
 _FILE = re.compile(r"(?P<case>.+)_(?P<kind>flair|t1|t1ce|t2|seg)\.nii(\.gz)?", re.IGNORECASE)
+_H5_SPACING = (1.0, 1.0, 1.0)
 _ANY_MASK = re.compile(r"[^.].*seg.*\.nii(\.gz)?", re.IGNORECASE)
 
 
@@ -41,7 +48,40 @@ def plan(source: Path, *, protocol: Protocol | None = None, modalities: str | No
         modalities: of t1, t1ce, t2 and flair, separated by commas. None: flair for a protocol, else all four.
         target: "wt" for the whole tumor, or "regions" for the three nested ones.
     """
-    chosen = listed(modalities or ("flair" if protocol else ",".join(CHANNELS)), CHANNELS, "--modalities")
+    h5 = _h5(source)
+    chosen = listed(modalities or ("flair" if protocol or h5 else ",".join(CHANNELS)), CHANNELS, "--modalities")
+    cases = _native(source, chosen)
+    if cases and h5:
+        raise UserError(f"{source} has MRI ({cases[0].images[0]}) and normalized h5 files; take one of them")
+    if h5 and (chosen != ["flair"] or target != "wt"):
+        raise UsageError("the h5 files have FLAIR and the whole tumor alone; leave --modalities and --target away")
+    if not cases and not h5:
+        raise UserError(
+            f"no case found in {source}; expected 'HGG/<case>/<case>_flair.nii.gz' (or .nii), or data/<case>.h5, below"
+        )
+    notes = []
+    if h5:
+        notes.append("h5 files: FLAIR that others have cropped and normalized; predict on images made likewise alone")
+    if target == "regions":
+        notes.append("the trainers of this package do not train on regions yet; nnU-Net's own do (--target wt)")
+    if protocol and (chosen != ["flair"] or target != "wt"):
+        notes.append("the papers take FLAIR alone and the whole tumor: leave --modalities and --target away")
+    data_set = DataSet(
+        name="BraTS2019",
+        channel_names=tuple(CHANNELS[key] for key in chosen),
+        labels=REGIONS if target == "regions" else {"background": 0, "whole_tumor": 1},
+        label_values={0: 0, 2: 1, 1: 2, 4: 3} if target == "regions" else {0: 0, 1: 1, 2: 1, 4: 1},
+        reference="https://www.med.upenn.edu/cbica/brats2019/data.html",
+        license="data use agreement of CBICA's image processing portal; do not redistribute",
+        read_images=_read_h5_image if h5 else read_channels,
+        read_label=_read_h5_label if h5 else read_mask,
+        regions_class_order=(1, 2, 3) if target == "regions" else None,
+        settings={"modalities": chosen, "target": target},
+    )
+    return Plan(data_set, h5 or cases, notes=tuple(notes))
+
+
+def _native(source: Path, chosen: Sequence[str]) -> tuple[Case, ...]:
     folders: dict[str, dict[str, Path]] = {}
     for file in sorted(source.rglob("*.nii*")):
         match = _FILE.fullmatch(file.name)
@@ -54,27 +94,7 @@ def plan(source: Path, *, protocol: Protocol | None = None, modalities: str | No
         if kind in known:
             raise UserError(f"{known[kind]} and {file} are both {kind} of case {case}; delete one")
         known[kind] = file
-    cases = tuple(_case(name, files, chosen) for name, files in sorted(folders.items()) if files.keys() - {"seg"})
-    if not cases:
-        raise UserError(f"no case found in {source}; expected 'HGG/<case>/<case>_flair.nii.gz' (or .nii) below")
-    notes = []
-    if target == "regions":
-        notes.append("the trainers of this package do not train on regions yet; nnU-Net's own do (--target wt)")
-    if protocol and (chosen != ["flair"] or target != "wt"):
-        notes.append("the papers take FLAIR alone and the whole tumor: leave --modalities and --target away")
-    data_set = DataSet(
-        name="BraTS2019",
-        channel_names=tuple(CHANNELS[key] for key in chosen),
-        labels=REGIONS if target == "regions" else {"background": 0, "whole_tumor": 1},
-        label_values={0: 0, 2: 1, 1: 2, 4: 3} if target == "regions" else {0: 0, 1: 1, 2: 1, 4: 1},
-        reference="https://www.med.upenn.edu/cbica/brats2019/data.html",
-        license="data use agreement of CBICA's image processing portal; do not redistribute",
-        read_images=read_channels,
-        read_label=read_mask,
-        regions_class_order=(1, 2, 3) if target == "regions" else None,
-        settings={"modalities": chosen, "target": target},
-    )
-    return Plan(data_set, cases, notes=tuple(notes))
+    return tuple(_case(name, files, chosen) for name, files in sorted(folders.items()) if files.keys() - {"seg"})
 
 
 def _case(name: str, files: dict[str, Path], chosen: Sequence[str]) -> Case:
@@ -90,3 +110,20 @@ def _case(name: str, files: dict[str, Path], chosen: Sequence[str]) -> Case:
         mask = others[0] if others else None
     grades = {part.upper() for part in folder.parts} & {"HGG", "LGG"}
     return Case(name, tuple(files[key] for key in chosen), mask, {"grade": grades.pop()} if len(grades) == 1 else {})
+
+
+def _h5(source: Path) -> tuple[Case, ...]:
+    cases: dict[str, Case] = {}
+    for file in sorted(source.rglob("[!.]*.h5")):
+        if file.stem in cases:
+            raise UserError(f"{cases[file.stem].images[0]} and {file} are both case {file.stem}; delete one")
+        cases[file.stem] = Case(file.stem, (file,), file)
+    return tuple(cases.values())
+
+
+def _read_h5_image(paths: tuple[Path, ...], report: CaseReport) -> list[sitk.Image]:
+    return [read_h5(path, "image", _H5_SPACING, axes="zyx") for path in paths]
+
+
+def _read_h5_label(path: Path, images: Sequence[sitk.Image], report: CaseReport) -> sitk.Image:
+    return read_h5(path, "label", _H5_SPACING, axes="zyx")

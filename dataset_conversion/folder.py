@@ -15,9 +15,9 @@ from pathlib import Path
 from nnunet_dycon.dataset_conversion.conversion import Plan
 from nnunet_dycon.dataset_conversion.protocols import Protocol
 from nnunet_dycon.dataset_conversion.reading import read_channels, read_mask
-from nnunet_dycon.dataset_conversion.roles import Case, some
+from nnunet_dycon.dataset_conversion.roles import Case
 from nnunet_dycon.dataset_conversion.writer import DataSet
-from nnunet_dycon.errors import UsageError, UserError
+from nnunet_dycon.errors import UsageError, UserError, counted
 
 _WILDCARDS = {"**/": "(?:.*/)?", "*": "[^/]*"}
 
@@ -55,7 +55,7 @@ def plan(
         raise UserError(f"{mask} fits --masks and a --channel; write patterns that tell them apart")
     warnings = []
     if stray := sorted(labels.keys() - cases.keys()):
-        warnings.append(f"{len(stray)} labels have no image and are not used: {some(stray)}")
+        warnings.append(counted(stray, "label has no image and is not used", "labels have no image and are not used"))
     names, values = _label_values(foreground or ("lesion=1",))
     data_set = DataSet(
         name=name,
@@ -115,10 +115,9 @@ def _cases(found: dict[str, dict[str, Path]]) -> dict[str, tuple[Path, ...]]:
     for key, paths in found.items():
         if missing := [case for case in every if case not in paths]:
             there = next(paths[missing[0]] for paths in found.values() if missing[0] in paths)
-            raise UserError(
-                f"{len(missing)} of {len(every)} cases have no channel {key}: {some(missing)}; {there} is there: add "
-                "the channel, or take the case away"
-            )
+            one, many = (f"of {len(every)} cases {verb} no channel {key}" for verb in ("has", "have"))
+            remedy = f"{there} is there: add the channel, or take the case away"
+            raise UserError(f"{counted(missing, one, many)}; {remedy}")
     return {case: tuple(paths[case] for paths in found.values()) for case in every}
 
 

@@ -24,9 +24,9 @@ from nnunet_dycon.dataset_conversion.conversion import Plan
 from nnunet_dycon.dataset_conversion.protocols import Protocol
 from nnunet_dycon.dataset_conversion.reading import difference, read_mask, read_volume
 from nnunet_dycon.dataset_conversion.report import CaseReport
-from nnunet_dycon.dataset_conversion.roles import Case, listed, some
+from nnunet_dycon.dataset_conversion.roles import Case, listed
 from nnunet_dycon.dataset_conversion.writer import DataSet
-from nnunet_dycon.errors import UsageError, UserError
+from nnunet_dycon.errors import UsageError, UserError, counted
 
 MODALITIES = ("dwi", "adc", "flair")
 EMPTY_MASKS = ("sub-strokecase0150", "sub-strokecase0151", "sub-strokecase0170")
@@ -73,9 +73,9 @@ def plan(
             raise UserError(f"{there.parent}: {name} has no {missing[0]}; download it, or choose other --modalities")
     warnings = []
     if stray := sorted(case for case, kind in files if kind == "msk" and case not in names):
-        warnings.append(f"{len(stray)} masks have no images and are not used: {some(stray)}")
+        warnings.append(counted(stray, "mask has no images and is not used", "masks have no images and are not used"))
     if without := [name for name in names if (name, "msk") not in files]:
-        warnings.append(f"{len(without)} cases have no mask and are unlabeled: {some(without)}")
+        warnings.append(counted(without, "case has no mask and is unlabeled", "cases have no mask and are unlabeled"))
     cases = tuple(Case(name, tuple(files[name, kind] for kind in chosen), files.get((name, "msk"))) for name in names)
     notes = []
     if protocol and chosen != ["dwi"]:

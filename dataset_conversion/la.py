@@ -25,9 +25,9 @@ from nnunet_dycon.dataset_conversion.conversion import Plan
 from nnunet_dycon.dataset_conversion.protocols import Protocol
 from nnunet_dycon.dataset_conversion.reading import read_h5, read_volume
 from nnunet_dycon.dataset_conversion.report import CaseReport
-from nnunet_dycon.dataset_conversion.roles import Case, some
+from nnunet_dycon.dataset_conversion.roles import Case
 from nnunet_dycon.dataset_conversion.writer import DataSet
-from nnunet_dycon.errors import UsageError, UserError
+from nnunet_dycon.errors import UsageError, UserError, counted
 
 TRAINING_FOLDERS = ("Training Set", "2018LA_Seg_Training Set", "2018LA_Seg_TrainingSet", "LA_data")
 TEST_FOLDER = "Testing Set"
@@ -62,7 +62,8 @@ def plan(source: Path, *, protocol: Protocol | None = None, spacing: float = 0.6
         raise UserError(f"{source}: case {twice} is in train.list and in test.list; remove it from one")
     absent = [entry for entry in (train_list or []) + (test_list or []) if entry not in found]
     if absent:
-        warnings.append(f"{len(absent)} cases of train.list and test.list are absent and not used: {some(absent)}")
+        of = "of the cases of train.list and test.list"
+        warnings.append(counted(absent, f"{of} is absent and not used", f"{of} are absent and not used"))
     test = [found.pop(entry) for entry in test_list or () if entry in found]
     if train_list is None:
         training = [found.pop(identifier) for identifier in sorted(found)]
@@ -104,9 +105,8 @@ def _add_cases(folder: Path, cases: dict[str, Case], warnings: list[str]) -> Non
         else:
             without_image.append(entry.name)
     if without_image:
-        warnings.append(
-            f"{len(without_image)} folders in {folder} hold no image and are skipped: {some(without_image)}"
-        )
+        one, many = "holds no image and is skipped", "hold no image and are skipped"
+        warnings.append(counted(without_image, f"folder in {folder} {one}", f"folders in {folder} {many}"))
 
 
 def _read_list(name: str, places: tuple[Path, ...]) -> list[str] | None:

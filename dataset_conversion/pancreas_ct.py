@@ -26,9 +26,9 @@ from nnunet_dycon.dataset_conversion.conversion import Plan
 from nnunet_dycon.dataset_conversion.protocols import Protocol
 from nnunet_dycon.dataset_conversion.reading import difference, read_channels, read_h5, read_volume, reoriented
 from nnunet_dycon.dataset_conversion.report import CaseReport
-from nnunet_dycon.dataset_conversion.roles import Case, some
+from nnunet_dycon.dataset_conversion.roles import Case
 from nnunet_dycon.dataset_conversion.writer import DataSet
-from nnunet_dycon.errors import UserError
+from nnunet_dycon.errors import UserError, counted
 
 COPIES = ("PANCREAS_0002", "PANCREAS_0025", "PANCREAS_0070")
 FEWEST_SLICES = 10  # of a CT; fewer are scouts or remains of a download
@@ -77,7 +77,7 @@ def plan(source: Path, *, protocol: Protocol | None = None, keep_duplicates: boo
     images = native or h5
     left_out = {} if keep_duplicates else {name: f"a copy of {COPIES[0]}" for name in COPIES[1:] if name in images}
     if stray := sorted(labels.keys() - images.keys() - set(COPIES)):
-        warnings.append(f"{len(stray)} labels have no image and are not used: {some(stray)}")
+        warnings.append(counted(stray, "label has no image and is not used", "labels have no image and are not used"))
     cases = tuple(
         Case(name, (path,), path if h5 else labels.get(name))
         for name, path in sorted(images.items())

@@ -39,10 +39,11 @@ def read_mask(path: Path, images: Sequence[sitk.Image], report: CaseReport) -> s
     return read_volume(path)
 
 
-def read_h5(path: Path, key: str, spacing: tuple[float, float, float]) -> sitk.Image:
-    """An image (x, y, z) from the dataset `key` of an h5 file with these axes; the other datasets are not read."""
+def read_h5(path: Path, key: str, spacing: tuple[float, float, float], axes: str = "xyz") -> sitk.Image:
+    """An image from the dataset `key` of an h5 file with the axes "xyz" or "zyx"; the other datasets are not read."""
     with told_as_unreadable(path), h5py.File(path, "r") as file:
-        image = sitk.GetImageFromArray(file[key][()].T)  # (x, y, z) -> (z, y, x), SimpleITK's order
+        array = file[key][()]
+        image = sitk.GetImageFromArray(array.T if axes == "xyz" else array)  # SimpleITK's order is (z, y, x)
     if image.GetDimension() != 3:
         raise UserError(f"{path}: expected a 3D volume in {key!r}; download it again or leave the case out")
     image.SetSpacing(spacing)

@@ -11,7 +11,8 @@ import numpy as np
 import SimpleITK as sitk
 
 from nnunet_dycon import __version__
-from nnunet_dycon.dataset_conversion.roles import FOLDERS, Assignment, Case, some
+from nnunet_dycon.dataset_conversion.roles import FOLDERS, Assignment, Case
+from nnunet_dycon.errors import counted
 
 if TYPE_CHECKING:
     from nnunet_dycon.dataset_conversion.writer import DataSet
@@ -63,9 +64,10 @@ def report_on_all(
     told = [*warnings, *assignment.warnings]
     told += [f"case {name}: {warning}" for name, case in cases.items() for warning in case["warnings"]]
     if scored := [name for name in empty if cases[name]["role"] in ("val", "test")]:
-        told.append(f"{len(scored)} cases of val or test have an empty label, so no Dice: {some(scored)}")
+        one, many = "case of val or test has an empty label", "cases of val or test have an empty label"
+        told.append(counted(scored, f"{one}, so no Dice", f"{many}, so no Dice"))
     elif empty:
-        told.append(f"{len(empty)} cases have an empty label and are kept: {some(empty)}")
+        told.append(counted(empty, "case has an empty label and is kept", "cases have an empty label and are kept"))
     versions = {"nnunet-dycon": __version__, "python": platform.python_version()}
     return {
         "data_set": data_set.name,

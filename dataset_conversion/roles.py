@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from nnunet_dycon.dataset_conversion.protocols import Protocol
-from nnunet_dycon.errors import UsageError, UserError, first_line
+from nnunet_dycon.errors import UsageError, UserError, counted, first_line
 
 # Role -> folders of images and labels. A role without a label folder cannot reach a label.
 FOLDERS: dict[str, tuple[str, str | None]] = {
@@ -129,9 +129,11 @@ def assign_by_protocol(
     warnings = []
     if absent := [key for key in protocol.identifiers if key not in known]:
         total = len(protocol.identifiers)
-        warnings.append(f"{len(absent)} of the {total} cases of protocol {protocol.name} are absent: {some(absent)}")
+        of = f"of the {total} cases of protocol {protocol.name}"
+        warnings.append(counted(absent, f"{of} is absent", f"{of} are absent"))
     if without_label := [case.identifier for case in training if case.label is None]:
-        warnings.append(f"{len(without_label)} training cases have no label and are unlabeled: {some(without_label)}")
+        one, many = "training case has no label and is unlabeled", "training cases have no label and are unlabeled"
+        warnings.append(counted(without_label, one, many))
     return replace(
         assignment,
         cases={**assignment.cases, "val": scored["val"]},
@@ -166,11 +168,6 @@ def listed(text: str, allowed: Iterable[str], flag: str) -> list[str]:
     if not set(entries) <= set(allowed) or len(set(entries)) < len(entries):
         raise UsageError(f"{flag} {text}: choose of {', '.join(allowed)}, each once")
     return entries
-
-
-def some(names: Sequence[object]) -> str:
-    """The first three names, and whether there are more."""
-    return ", ".join(map(str, names[:3])) + (", ..." if len(names) > 3 else "")
 
 
 def _read_split(split: Path) -> dict[str, list[str]]:

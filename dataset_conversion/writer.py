@@ -22,9 +22,9 @@ from filelock import FileLock, Timeout
 from nnunet_dycon import __version__
 from nnunet_dycon.dataset_conversion.reading import difference
 from nnunet_dycon.dataset_conversion.report import CaseReport, draw_overlays, report_on_all
-from nnunet_dycon.dataset_conversion.roles import FOLDERS, Assignment, Case, cross_validation, some, split_record
+from nnunet_dycon.dataset_conversion.roles import FOLDERS, Assignment, Case, cross_validation, split_record
 from nnunet_dycon.environment import nnunet_folder
-from nnunet_dycon.errors import UsageError, UserError, first_line
+from nnunet_dycon.errors import UsageError, UserError, first_line, some
 from nnunet_dycon.files import replacing, require_whole
 from nnunet_dycon.processes import map_cases
 

@@ -1,6 +1,6 @@
 """Errors that a user can mend: the command line and the trainers print them as one line, without a traceback."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 
@@ -41,6 +41,17 @@ def explained(cause: type[Exception] | tuple[type[Exception], ...], text: str) -
         yield
     except cause as error:
         raise UserError(f"{text} ({first_line(error)})") from error
+
+
+def some(names: Sequence[object], limit: int = 3) -> str:
+    """The first few names, and how many more there are."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(map(str, names[:limit])) + more
+
+
+def counted(names: Sequence[object], one: str, many: str) -> str:
+    """How many there are of what, and some of their names: "1 case has no mask: a", "4 cases have no mask: ..."."""
+    return f"{len(names)} {one if len(names) == 1 else many}: {some(names)}"
 
 
 def first_line(error: Exception) -> str:

@@ -15,9 +15,9 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunet_dycon.data.images import check_unit
 from nnunet_dycon.data.unlabeled import image_files
 from nnunet_dycon.dataset_conversion.writer import FOLDERS
-from nnunet_dycon.doctor.findings import FAIL, NOTE, OK, WARNING, Finding, as_finding, examine, some
+from nnunet_dycon.doctor.findings import FAIL, NOTE, OK, WARNING, Finding, as_finding, examine
 from nnunet_dycon.doctor.images import Header, hash_voxels, read_header
-from nnunet_dycon.errors import UserError
+from nnunet_dycon.errors import UserError, counted, some
 from nnunet_dycon.processes import map_cases
 
 _FORMAT = "https://github.com/MIC-DKFZ/nnUNet/blob/master/documentation/dataset_format.md"
@@ -131,11 +131,13 @@ def check_files(raw: RawDataset) -> Iterator[Finding]:
             yield Finding("raw data", raw.severity(role), message, f"put the {role} images there")
     images, labels = set(raw.cases["labeled"]), label_names(raw.folder, raw.ending)
     if bare := sorted(images - labels):
-        message = f"{len(bare)} cases of imagesTr have no label in labelsTr: {some(bare)}"
+        one, many = (f"of imagesTr {verb} no label in labelsTr" for verb in ("has", "have"))
+        message = counted(bare, f"case {one}", f"cases {many}")
         yield Finding("raw data", raw.severity("labeled"), message, "add the labels, or move the images to imagesUn")
     if orphans := sorted(labels - images):
         if "labeled" not in raw.misnamed:
-            message = f"{len(orphans)} labels of labelsTr have no image in imagesTr: {some(orphans)}"
+            one, many = (f"of labelsTr {verb} no image in imagesTr" for verb in ("has", "have"))
+            message = counted(orphans, f"label {one}", f"labels {many}")
             yield Finding("raw data", WARNING, message, "take these labels away, or add the images")
     elif raw.dataset_json["numTraining"] != len(images):
         told = raw.dataset_json["numTraining"]
@@ -157,7 +159,7 @@ def check_names(raw: RawDataset) -> Iterator[Finding]:
             found = True
             status = FAIL if (one, other) == ("labeled", "unlabeled") else WARNING
             folders = " and ".join(FOLDERS[role][0] for role in (one, other))
-            message = f"{len(both)} cases are in {folders}: {some(both)}"
+            message = counted(both, f"case is in {folders}", f"cases are in {folders}")
             yield Finding("case names", status, message, "take each out of one of them")
     if not found:
         yield Finding("case names", OK, "each case has one role")
@@ -224,7 +226,7 @@ def check_duplicates(raw: RawDataset) -> Iterator[Finding]:
                 pairs[role, other].append(f"{case} = {its_case}")
     for roles, names in pairs.items():
         folders = " and ".join(FOLDERS[role][0] for role in roles)
-        message = f"{len(names)} images are the same in {folders}: {some(names)}"
+        message = counted(names, f"image is the same in {folders}", f"images are the same in {folders}")
         yield Finding("duplicates", WARNING, message, _REMEDIES[roles])
     if not pairs:
         message = f"no image is in two folders under two names ({len(alike)} of equal size were compared)"

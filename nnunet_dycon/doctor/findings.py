@@ -2,7 +2,7 @@
 
 import io
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 
@@ -64,9 +64,3 @@ def count(findings: Iterable[Finding]) -> dict[str, int]:
     """How many findings there are of each status."""
     counts = Counter(finding.status for finding in findings)
     return {status: counts[status] for status in STATUSES}
-
-
-def some(names: Sequence[str], limit: int = 3) -> str:
-    """The first few names, and how many more there are."""
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more

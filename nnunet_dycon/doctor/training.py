@@ -22,10 +22,10 @@ from nnunet_dycon.data.labeled import check_fingerprint, check_split, labeled_id
 from nnunet_dycon.data.unlabeled import UnlabeledCases
 from nnunet_dycon.doctor.dataset import label_names
 from nnunet_dycon.doctor.environment import GIB, existing_part
-from nnunet_dycon.doctor.findings import FAIL, NOTE, OK, WARNING, Finding, examine, some
+from nnunet_dycon.doctor.findings import FAIL, NOTE, OK, WARNING, Finding, examine
 from nnunet_dycon.doctor.images import read_header
 from nnunet_dycon.environment import nnunet_folder
-from nnunet_dycon.errors import UserError
+from nnunet_dycon.errors import UserError, some
 from nnunet_dycon.files import require_writable
 from nnunet_dycon.registry import TRAINERS
 from nnunet_dycon.trainers.semi_supervised import SemiSupervisedTrainer
@@ -227,7 +227,7 @@ def check_folds(training: Training) -> Iterator[Finding]:
             message = f"fold {fold} trains and validates on {some(both)}"
             yield Finding("split", WARNING, message, f"take them out of one of the two in {file}, if that is not meant")
         elif absent := sorted(labeled - train - val):
-            yield Finding("split", NOTE, f"fold {fold} leaves {len(absent)} labeled cases out: {some(absent)}")
+            yield Finding("split", NOTE, f"fold {fold} leaves out of the labeled cases: {some(absent)}")
     yield Finding("split", OK, f"{len(splits)} folds in {file}")
 
 

@@ -1,5 +1,6 @@
 """BraTS'19: both endings, nested once more, missing masks, values that not every case has, and regions."""
 
+import h5py
 import numpy as np
 import pytest
 
@@ -196,6 +197,49 @@ def test_masks_of_unlabeled_cases_are_never_opened(tmp_path, target):
     assert convert("brats19", tmp_path, "--labeled", 1, "--seed", seed) == 0
     assert (stems(target / "labelsTr"), stems(target / "imagesUn")) == (["A"], ["B"])
     assert "B_seg" not in (target / "conversion_report.json").read_text()
+
+
+# h5
+
+
+def put_h5(file, mask=(1,)):
+    """An h5 file of SSL4MIS's recipe; return its image (x, y, z)."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    values = np.random.default_rng(0).normal(size=array(label(mask)).shape).astype(np.float32)
+    with h5py.File(file, "w") as content:
+        content["image"], content["label"] = values.T, array(label(mask)).T
+    return values
+
+
+def test_h5_has_the_axes_of_simpleitk(tmp_path, target, capsys):
+    values = put_h5(tmp_path / "BraTS2019" / "data" / "A.h5")
+    put_h5(tmp_path / "BraTS2019" / "data" / "B.h5")
+    seed = next(s for s in range(20) if np.random.default_rng(s).permutation(2)[0] == 0)
+    assert convert("brats19", tmp_path, "--labeled", 1, "--seed", seed) == 0
+    written = target / "imagesTr" / "A_0000.nii.gz"
+    np.testing.assert_array_equal(array(written), values)
+    np.testing.assert_array_equal(array(target / "labelsTr" / "A.nii.gz"), array(label((1,))))
+    assert same_grid(written, image(spacing=(1, 1, 1), origin=(0, 0, 0)))
+    assert read_json(target, "dataset")["channel_names"] == {"0": "FLAIR"}
+    assert (stems(target / "labelsTr"), stems(target / "imagesUn")) == (["A"], ["B"])
+    assert "others have cropped and normalized" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("files", "options", "message"),
+    [
+        (["A.h5", "x/A.h5"], {}, r"A\.h5 and .*x/A\.h5 are both case A"),
+        (["A.h5", "HGG/B/B_flair.nii"], {"modalities": "flair"}, r"has MRI \(.*B_flair\.nii\) and normalized h5 files"),
+        (["A.h5"], {"modalities": "flair,t1"}, "FLAIR and the whole tumor alone"),
+        (["A.h5"], {"target": "regions"}, "FLAIR and the whole tumor alone"),
+    ],
+)
+def test_h5_refused(tmp_path, files, options, message):
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match=message):
+        plan(tmp_path, **options)
 
 
 @pytest.mark.skipif(not (DATA / "brats19_standin").is_dir(), reason="the data beside the repository are absent")

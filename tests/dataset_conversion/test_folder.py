@@ -134,7 +134,7 @@ def test_draw_of_labels_and_split_file(source, target, split_file):
 def test_labels_without_image_are_told(source, target, capsys):
     write(source / "masks" / "z.nrrd", label())
     assert convert("folder", source, *BOTH) == 0
-    assert "1 labels have no image and are not used: z" in capsys.readouterr().out
+    assert "1 label has no image and is not used: z" in capsys.readouterr().out
 
 
 # What goes wrong
@@ -172,7 +172,7 @@ def test_missing_channel_is_named_before_any_work(source, raw, capsys):
     (source / "images" / "b_t2.nii.gz").unlink()
     assert convert("folder", source, *BOTH) == 1
     error = the_one_error(capsys)
-    assert "1 of 3 cases have no channel T2: b" in error
+    assert "1 of 3 cases has no channel T2: b" in error
     assert "b_t1.nii.gz is there" in error
     assert not raw.exists()
 

@@ -91,7 +91,7 @@ def test_plan_finds_images_and_masks_from_each_root(tmp_path, layout, root):
     first, second, _ = found.training
     assert first.images == tuple(path(tmp_path, case(2), kind, layout) for kind in ("dwi", "adc"))
     assert (first.label, second.label) == (path(tmp_path, case(2), "msk", layout), None)
-    assert found.warnings == (f"1 cases have no mask and are unlabeled: {case(5)}",)
+    assert found.warnings == (f"1 case has no mask and is unlabeled: {case(5)}",)
 
 
 def test_plan_for_a_protocol_takes_dwi_alone(tmp_path):
@@ -115,7 +115,7 @@ def test_plan_refuses(tmp_path):
 def test_masks_without_images_are_told(tmp_path):
     touch_case(tmp_path, 1)
     touch_case(tmp_path, 2, kinds=("msk",))
-    assert plan(tmp_path).warnings == (f"1 masks have no images and are not used: {case(2)}",)
+    assert plan(tmp_path).warnings == (f"1 mask has no images and is not used: {case(2)}",)
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_empty_masks_are_kept_and_listed(tmp_path, target, capsys):
     assert convert("isles22", tmp_path) == 0
     assert stems(target / "labelsTr") == [case(9), case(150)]
     assert read_json(target, "conversion_report")["empty_labels"] == [case(150)]
-    assert f"1 cases have an empty label and are kept: {case(150)}" in capsys.readouterr().out
+    assert f"1 case has an empty label and is kept: {case(150)}" in capsys.readouterr().out
 
 
 def test_empty_masks_are_not_scored_unless_asked(tmp_path, target, capsys):
@@ -221,7 +221,7 @@ def test_empty_masks_are_not_scored_unless_asked(tmp_path, target, capsys):
     assert "its mask is empty" in read_json(target, "conversion_report")["left_out"][case(150)]
     assert convert("isles22", tmp_path, "--protocol", "dycon_fold1", "--keep_empty", "-d", 102) == 0
     assert case(150) in read_json(target.with_name("Dataset102_ISLES2022"), "ssl_split")["test"]
-    assert f"1 cases of val or test have an empty label, so no Dice: {case(150)}" in capsys.readouterr().out
+    assert f"1 case of val or test has an empty label, so no Dice: {case(150)}" in capsys.readouterr().out
 
 
 real = pytest.mark.skipif(not (DATA / "isles22").is_dir(), reason="the real data beside the repository are absent")

@@ -60,12 +60,12 @@ def test_plan_of_the_community_with_its_lists(tmp_path, folder, inside):
     found = plan(tmp_path / folder if inside else tmp_path)
     assert found.ordered
     assert (names(found.training), names(found.test), names(found.unlisted)) == (["C", "A"], ["E"], ["B", "D"])
-    assert found.warnings == ("2 cases of train.list and test.list are absent and not used: X, Y",)
+    assert found.warnings == ("2 of the cases of train.list and test.list are absent and not used: X, Y",)
 
 
 def test_plan_names_folders_without_image(tmp_path):
     touch(tmp_path / "Training Set" / "A" / "lgemri.nrrd", tmp_path / "Training Set" / "B" / "desktop.ini")
-    assert "1 folders" in plan(tmp_path).warnings[0]
+    assert "1 folder in" in plan(tmp_path).warnings[0]
     assert plan(tmp_path).warnings[0].endswith(": B")
 
 
@@ -278,7 +278,7 @@ def test_wrong_use_is_told_before_any_work(nrrd_source, raw, tmp_path, monkeypat
 @pytest.mark.skipif(not (DATA / "la_h5").is_dir(), reason="the real data beside the repository are absent")
 def test_real_h5(target, capsys):
     assert convert(DATA / "la_h5", "--labeled", 1) == 0
-    assert "78 cases of train.list and test.list are absent" in capsys.readouterr().out
+    assert "78 of the cases of train.list and test.list are absent" in capsys.readouterr().out
     (labeled,), (unlabeled,) = record(target)["labeled"], record(target)["unlabeled"]
     for identifier, folder in ((labeled, "imagesTr"), (unlabeled, "imagesUn")):
         with h5py.File(DATA / "la_h5" / "2018LA_Seg_Training Set" / identifier / "mri_norm2.h5") as file:

@@ -93,7 +93,7 @@ def test_plan_finds_dicom_in_all_forms(tmp_path, folder):
     assert cases["PANCREAS_0001"].images == (tmp_path / folder.format("PANCREAS_0001"),)
     assert cases["PANCREAS_0001"].label == tmp_path / "labels/label0001.nii.gz"
     assert cases["PANCREAS_0003"].label is None
-    assert plan(tmp_path).warnings == ("1 labels have no image and are not used: PANCREAS_0009",)
+    assert plan(tmp_path).warnings == ("1 label has no image and is not used: PANCREAS_0009",)
 
 
 def test_plan_finds_nifti(tmp_path):

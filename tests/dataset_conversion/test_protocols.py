@@ -83,5 +83,5 @@ def test_absent_cases_and_those_without_label_are_told_and_left_out():
     assert assignment.left_out == {"x": "in no list of protocol p", "e": "empty", "h": "test case without a label"}
     assert assignment.warnings == (
         "2 of the 9 cases of protocol p are absent: d, i",
-        "1 training cases have no label and are unlabeled: b",
+        "1 training case has no label and is unlabeled: b",
     )

@@ -331,7 +331,7 @@ def test_empty_label_is_kept_and_listed(write):
     report = json.loads((write(data_set(label=volume(0))) / "conversion_report.json").read_text())
     assert report["empty_labels"] == ["a"]
     assert report["cases"]["a"]["label_voxels"] == {"0": 60}
-    assert report["warnings"] == ["1 cases have an empty label and are kept: a"]
+    assert report["warnings"] == ["1 case has an empty label and is kept: a"]
 
 
 def test_overlay_is_drawn_in_the_slice_with_most_foreground(write):

@@ -113,10 +113,10 @@ FAULTS = {
     "numTraining": (other_number, "raw data", WARNING, "says numTraining 7, but imagesTr has 5 cases", "correct"),
     "misnamed": (misnamed, "raw data", FAIL, "scan_00.nii.gz is not named as nnU-Net wants", "rename it"),
     "misnamed test": (misnamed_test, "raw data", WARNING, "test case test_00 in", "add or remove files"),
-    "no label": (no_label, "raw data", WARNING, "1 cases of imagesTr have no label in labelsTr: case_01", "imagesUn"),
-    "no image": (no_image, "raw data", WARNING, "1 labels of labelsTr have no image in imagesTr: case_01", "take"),
+    "no label": (no_label, "raw data", WARNING, "1 case of imagesTr has no label in labelsTr: case_01", "imagesUn"),
+    "no image": (no_image, "raw data", WARNING, "1 label of labelsTr has no image in imagesTr: case_01", "take"),
     "no unlabeled cases": (no_unlabeled, "raw data", FAIL, "no unlabeled cases", "put the unlabeled images there"),
-    "two roles": (in_two_folders, "case names", FAIL, "1 cases are in imagesTr and imagesUn: case_02", "out of one"),
+    "two roles": (in_two_folders, "case names", FAIL, "1 case is in imagesTr and imagesUn: case_02", "out of one"),
     "two roles, held out": (held_out_and_unlabeled, "case names", WARNING, "imagesUn and imagesTs: scan_02", "out of"),
     "m": (in_meters, "headers", FAIL, "scan_00_0000.nii.gz, scan_01_0000.nii.gz: its voxels of 0.001", "repair"),
     "cm, held out": (held_out_in_cm, "headers", WARNING, "imagesTs: test_00_0000.nii.gz: its voxels of 0.1", "repair"),
@@ -125,15 +125,15 @@ FAULTS = {
     "not an image": (not_an_image, "headers", WARNING, "case_00_0000.nii.gz: cannot be read", "repair or remove"),
     "test = labeled": (
         held_out_copy_of_labeled, "duplicates", WARNING,
-        "1 images are the same in imagesTr and imagesTs: case_03 = new", "no score on them counts",
+        "1 image is the same in imagesTr and imagesTs: case_03 = new", "no score on them counts",
     ),
     "val = unlabeled": (
         held_out_copy_of_unlabeled, "duplicates", WARNING,
-        "1 images are the same in imagesUn and imagesVal: scan_03 = new", "say beside the scores",
+        "1 image is the same in imagesUn and imagesVal: scan_03 = new", "say beside the scores",
     ),
     "unlabeled = labeled": (
         unlabeled_copy_of_labeled, "duplicates", WARNING,
-        "1 images are the same in imagesTr and imagesUn: case_03 = new", "take them out of imagesUn",
+        "1 image is the same in imagesTr and imagesUn: case_03 = new", "take them out of imagesUn",
     ),
 }  # fmt: skip
 
@@ -158,7 +158,7 @@ def test_raw_faults_of_labeled_cases_are_grave_before_they_are_preprocessed(base
     no_label(raw)
     not_an_image(raw)
     findings = doctor("-d 901")[1]
-    find(findings, "raw data", FAIL, "1 cases of imagesTr have no label in labelsTr: case_01")
+    find(findings, "raw data", FAIL, "1 case of imagesTr has no label in labelsTr: case_01")
     find(findings, "headers", FAIL, "case_00_0000.nii.gz: cannot be read")
 
 
