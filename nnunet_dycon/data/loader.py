@@ -6,6 +6,7 @@ shut-down work as they are. It is defined in an importable module because worker
 
 import os
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import blosc2
@@ -15,7 +16,7 @@ from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
 from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController
 
 from nnunet_dycon.batches import LabeledBatch, UnlabeledBatch
 from nnunet_dycon.data.views import TwoViews, split_views
@@ -48,8 +49,13 @@ class UnlabeledLoader(nnUNetDataLoader):
     def generate_train_batch(self) -> dict:
         """{"data": (B, 2C, *spatial), "keys": B identifiers}."""
         keys = self.get_indices()
-        with torch.no_grad(), threadpool_limits(limits=1, user_api=None):
+        with torch.no_grad(), self._libraries.limit(limits=1):
             return {"data": torch.stack([self._patch(key) for key in keys]), "keys": keys}
+
+    @cached_property
+    def _libraries(self) -> ThreadpoolController:
+        # Looked for once in each process: nnU-Net's loader does so for each batch, which takes 7 ms.
+        return ThreadpoolController()
 
     def _patch(self, key: str) -> torch.Tensor:
         image = self._data.load_image(key)
