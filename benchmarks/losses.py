@@ -47,6 +47,7 @@ def dense_fecl(embedding, patch_labels, *, teacher_embedding, anchor_entropy, ga
     )
     denominator = (positive * exponential + negative * clamped**gamma * (exponential + hard)).sum(-1, keepdim=True)
     valid = positive.any(-1) & negative.any(-1)
+    denominator = torch.where(valid[..., None], denominator, 1.0)  # a 0 there would make its gradient NaN
     per_pair = torch.where(positive & valid[:, :, None], -weight * (exponential / denominator).log(), 0.0)
     per_anchor = per_pair.sum(-1) / positive.sum(-1).clamp(min=1)
     return per_anchor.sum() / valid.sum()

@@ -115,14 +115,12 @@ def check_mixture(kind: str, box: float) -> None:
 
 def random_boxes(number: int, spatial: Sequence[int], side: float, device: torch.device) -> torch.Tensor:
     """(number, *spatial), True inside a box at a random place, which takes the share ``side`` of each axis."""
-    inside = torch.ones((number, *spatial), dtype=torch.bool, device=device)
-    for axis, size in enumerate(spatial):
-        length = round(side * size)
-        # Drawn on the CPU, so that a seed means the same on every device.
-        starts = torch.randint(size - length + 1, (number, 1)).to(device)
-        position = torch.arange(size, device=device)
-        on_axis = (position >= starts) & (position < starts + length)
-        inside &= on_axis.view(number, *(size if other == axis else 1 for other in range(len(spatial))))
+    inside = torch.zeros((number, *spatial), dtype=torch.bool, device=device)
+    lengths = [round(side * size) for size in spatial]
+    # Drawn on the CPU: a seed then means the same on every device, and the host never waits for one.
+    starts = [torch.randint(size - length + 1, (number,)).tolist() for size, length in zip(spatial, lengths)]
+    for image, corner in zip(inside, zip(*starts)):
+        image[tuple(slice(start, start + length) for start, length in zip(corner, lengths))] = True
     return inside
 
 

@@ -116,6 +116,33 @@ def test_a_compiled_student_is_unwrapped():
     assert_same_state(teacher.network, student)
 
 
+def test_the_teacher_of_a_compiled_student_is_compiled(monkeypatch):
+    compiled = []
+
+    def compile_eagerly(network):
+        def backend(graph, inputs):
+            compiled.append(network)
+            return graph.forward
+
+        return torch._dynamo.optimize(backend)(network)
+
+    student, head = batch_norm_network(), ProjectionHead(4, width=8)
+    plain = EMATeacher(student, head, FeatureStage("0", 4))
+    in_wrapper = torch.compile(student, backend="eager")
+    monkeypatch.setattr(torch, "compile", compile_eagerly)
+    teacher = EMATeacher(in_wrapper, head, FeatureStage("0", 4))
+    assert teacher.state_dict().keys() == plain.state_dict().keys()
+    for step in range(2):  # the second one with other weights
+        output, expected = teacher(torch.ones(1, 1, 5, 5, 5)), plain(torch.ones(1, 1, 5, 5, 5))
+        assert len(compiled) == 1
+        assert compiled[0] is teacher.network
+        torch.testing.assert_close(output.logits[0], expected.logits[0])
+        torch.testing.assert_close(output.features, expected.features)
+        train_a_step(student, step)
+        teacher.update()
+        plain.update()
+
+
 def test_only_the_highest_resolution_is_given():
     class DeepSupervised(nn.Module):
         def __init__(self):

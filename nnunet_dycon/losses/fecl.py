@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import normalize
 
+from nnunet_dycon.losses.gradients import KeptGradient
 from nnunet_dycon.losses.precision import at_least_float32
 
 # exp(-2/τ), the smallest factor that occurs, is 1e-29 at 0.03: still a normal float32.
@@ -96,16 +96,6 @@ def blocks_of_anchors(embedding: torch.Tensor) -> Iterator[slice]:
     rows = max(16, entries // (batch * patches) // 16 * 16)  # a multiple of 16 for the sake of matrix units
     for first in range(0, patches, rows):
         yield slice(first, min(first + rows, patches))
-
-
-class KeptGradient(torch.autograd.Function):
-    """A function whose forward pass computes the gradient of its first argument, too, and saves it if it is needed."""
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient):
-        (of_first,) = ctx.saved_tensors
-        return gradient * of_first, *(None for _ in ctx.needs_input_grad[1:])
 
 
 class _FeCL(KeptGradient):
@@ -200,7 +190,7 @@ class _Block:
             slope = torch.where(inside, self.gamma * _power(clamped, self.gamma - 1.0), 0.0)
             negative += slope * (self.exponential + self.hard)
         by_cosine = torch.where(self.positive, positive, torch.where(self.negative, pull * negative, 0.0))
-        gradient += by_cosine.transpose(1, 2) @ student[:, self.block]
+        gradient.baddbmm_(by_cosine.transpose(1, 2), student[:, self.block])
         gradient[:, self.block] += by_cosine @ student
         if self.teacher is not None:
             by_hard = pull * self.negative_weight.sum(-1, keepdim=True) * self.hard_parts / tau

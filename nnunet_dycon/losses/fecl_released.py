@@ -4,7 +4,8 @@ import torch
 from torch import nn
 from torch.nn.functional import normalize
 
-from nnunet_dycon.losses.fecl import KeptGradient, blocks_of_anchors
+from nnunet_dycon.losses.fecl import blocks_of_anchors
+from nnunet_dycon.losses.gradients import KeptGradient
 from nnunet_dycon.losses.precision import at_least_float32
 
 _SMALLEST_DISTANCE = 1e-6
@@ -46,13 +47,13 @@ def fecl_released_loss(
         patch_labels: (B, N), integers; every patch takes part.
         teacher_embedding: (B, N, D), L2-normalised inside, detached; None leaves the second term out.
         temperature: τ, positive.
-        gamma: γ of the focal weight.
+        gamma: γ of the focal weight, 0 (none) or at least 1, so that the gradient is finite everywhere.
         use_focal: False leaves the weight (1 - d)^γ out.
         cross_threshold: t.
         cross_weight: λ.
 
     Raises:
-        ValueError: the shapes do not fit, or τ is not positive.
+        ValueError: a shape or a constant does not fit.
 
     >>> embedding = torch.tensor([[[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]]])
     >>> round(fecl_released_loss(embedding, torch.tensor([[0, 0, 1]])).item(), 4)
@@ -69,6 +70,8 @@ def fecl_released_loss(
         )
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
+    if not (gamma == 0 or gamma >= 1):
+        raise ValueError(f"gamma must be 0 or at least 1, got {gamma}")
     student = normalize(embedding, dim=-1)
     teacher = None if teacher_embedding is None else normalize(teacher_embedding.detach().to(student.dtype), dim=-1)
     constants = (temperature, gamma if use_focal else 0.0, cross_threshold, cross_weight)
@@ -113,7 +116,7 @@ class _FeCLReleased(KeptGradient):
                 slope = torch.where(positive, weight * slope / total, 0.0)
                 by_similarity = torch.where(same, slope * negatives, -exponential * slope.sum(-1, keepdim=True))
                 by_cosine = by_similarity / temperature
-                gradient += by_cosine.transpose(1, 2) @ student[:, rows]
+                gradient.baddbmm_(by_cosine.transpose(1, 2), student[:, rows])
                 gradient[:, rows] += by_cosine @ student
             if teacher is None:
                 continue

@@ -4,12 +4,12 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 from nnunet_dycon.losses.entropy import softmax_and_entropy
+from nnunet_dycon.losses.gradients import refuse_second_derivative
 from nnunet_dycon.losses.precision import widened
 
-# Entries of a block of logits: 2^20 are 4 MiB in float32, which a processor's cache holds; a GPU wants fewer blocks.
+# Entries of a block of logits: 2^18 are 1 MiB in float32, which a core's cache holds; a GPU wants fewer blocks.
 _BLOCK_ENTRIES = {"cpu": 2**18, "cuda": 2**23}
 
 
@@ -82,7 +82,6 @@ class _UnCL(torch.autograd.Function):
         return total / (student_logits.numel() // student_logits.shape[1])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, gradient):
         r"""With :math:`D = \lVert p - q \rVert^2` and :math:`E = e^{\beta H(p)} + e^{\beta H(q)}`, a voxel's loss has
 
@@ -90,6 +89,7 @@ class _UnCL(torch.autograd.Function):
             \frac{\partial L}{\partial z_c} = p_c \left(g_c - \sum_k p_k g_k\right), \qquad
             g_c = \frac{2 (p_c - q_c)}{E} - \beta \left(\eta - \frac{D e^{\beta H(p)}}{E^2}\right) \ln p_c
         """
+        refuse_second_derivative()
         student_logits, teacher_logits = ctx.saved_tensors
         beta, entropy_weight = ctx.constants
         result = torch.empty_like(student_logits, memory_format=torch.contiguous_format)
