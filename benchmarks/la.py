@@ -15,23 +15,30 @@
 
 import argparse
 import csv
+import hashlib
 import json
-import subprocess
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
-from benchmarks.preparation import CEILING, HERE, Preparation, add_arguments, dataset_id
+from filelock import FileLock
+
+from benchmarks.preparation import CEILING, FLOOR, HERE, Preparation, add_arguments, dataset_id, trainer_class
 from nnunet_dycon.checkpoints import STUDENT, TEACHER
 from nnunet_dycon.dataset_conversion.writer import FOLDERS
 from nnunet_dycon.evaluation import evaluate_folder
+from nnunet_dycon.files import replacing
 from nnunet_dycon.registry import TRAINERS
 
-COLUMNS = ("method", "labels", "seed", "weights", "set", "case", "dice", "hd95_mm", "plans", "iterations", "commit")
+COLUMNS = ("method", "labels", "seed", "weights", "set", "case", "dice", "hd95_mm", "plans", "iterations", "commit",
+           "scored")  # fmt: skip
 SETS = ("val", "test")
+ITERATIONS_PER_EPOCH = 100
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,7 @@ class Run:
     @property
     def trainer(self) -> str:
         name = self.method.partition(":")[0]
-        return "nnUNetTrainer" if name in ("floor", "ceiling") else name
+        return FLOOR if name in ("floor", "ceiling") else name
 
     @property
     def settings(self) -> dict[str, object]:
@@ -64,7 +71,7 @@ class Run:
     def weights(self) -> dict[str, str]:
         """The sets of weights to be scored, and their checkpoints."""
         student = {"student": STUDENT}
-        return student if self.trainer == "nnUNetTrainer" else student | {"teacher": TEACHER}
+        return student if self.trainer == FLOOR else student | {"teacher": TEACHER}
 
 
 class Benchmark(Preparation):
@@ -75,24 +82,30 @@ class Benchmark(Preparation):
         self.table: Path = arguments.table
         self.iterations: int = arguments.iterations
         self.sets: list[str] = arguments.sets
-        self.commit = _commit()
         self._writing = Lock()
 
     def name(self, run: Run) -> str:
-        method = "".join(letter if letter.isalnum() else "_" for letter in run.method).replace("__", "_")
-        return f"Benchmark_{method}_i{self.iterations}_s{run.seed}"
+        """Readable, and of this run alone."""
+        settings = "".join(f"_{key}" for key in run.settings)
+        number = hashlib.sha256(json.dumps(self.declaration(run), sort_keys=True).encode()).hexdigest()[:8]
+        return f"Benchmark_{run.method.partition(':')[0]}{settings}_i{self.iterations}_s{run.seed}_{number}"
+
+    def declaration(self, run: Run) -> dict[str, Any]:
+        """What the trainer of a run is told."""
+        budget = {"epochs": self.iterations // ITERATIONS_PER_EPOCH, "iterations_per_epoch": ITERATIONS_PER_EPOCH}
+        return {"trainer": run.trainer, "settings": run.settings, "seed": run.seed, **budget}
 
     def declare(self, runs: Iterable[Run]) -> None:
         """Write down what the names of trainers stand for."""
         file = self.work / "runs.json"
-        known = json.loads(file.read_text()) if file.is_file() else {}
-        for run in runs:
-            fields = {"trainer": run.trainer, "settings": run.settings, "seed": run.seed}
-            known[self.name(run)] = fields | {"iterations": self.iterations}
-        file.write_text(json.dumps(known, indent=1))
+        with FileLock(f"{file}.lock"):  # of several benchmarks in one folder
+            known = json.loads(file.read_text()) if file.is_file() else {}
+            known |= {self.name(run): self.declaration(run) for run in runs}
+            with replacing(file) as unfinished:
+                unfinished.write_text(json.dumps(known, indent=1))
 
     def perform(self, run: Run) -> None:
-        """Train unless the final checkpoint is there, predict, score, and add the rows of this run to the CSV."""
+        """Train unless the final checkpoint is there; predict, score and add to the CSV what it lacks of this run."""
         name, dataset = self.name(run), str(run.dataset)
         raw = self.work / "nnUNet_raw" / self.dataset(run.seen_labels)
         model = self.work / "nnUNet_results" / raw.name / f"{name}__{self.plans}__3d_fullres"
@@ -100,35 +113,48 @@ class Benchmark(Preparation):
         if not (model / "fold_all" / STUDENT).is_file():
             self.command("nnunetv2.run.run_training:run_training_entry", dataset, "3d_fullres", "all", "-tr", name,
                           "-p", self.plans, "-device", self.device, log=f"{name}_{dataset}.log")  # fmt: skip
+        commit = self.trained_by(run, model / "fold_all")
         rows = []
-        for weights, checkpoint in run.weights.items():
-            for which in self.sets:
-                images, references = (raw / folder for folder in FOLDERS[which])
-                output = model / "fold_all" / f"{which}_{weights}"
-                self.command(
-                    "nnunetv2.inference.predict_from_raw_data:predict_entry_point", "-d", dataset, "-c", "3d_fullres",
-                    "-f", "all", "-tr", name, "-p", self.plans, "-chk", checkpoint, "-i", str(images),
-                    "-o", str(output), "-device", self.device, "-npp", "0", "-nps", "0", log=f"{name}_{dataset}.log",
-                )  # fmt: skip
-                scored = evaluate_folder(references, output, num_processes=1).as_json()["cases"]
-                rows += [self._row(run, weights, which, case) for case in scored]
+        for which, weights in self.missing(run):
+            checkpoint = run.weights[weights]
+            images, references = (raw / folder for folder in FOLDERS[which])
+            output = model / "fold_all" / f"{which}_{weights}"
+            self.command(
+                "nnunetv2.inference.predict_from_raw_data:predict_entry_point", "-d", dataset, "-c", "3d_fullres",
+                "-f", "all", "-tr", name, "-p", self.plans, "-chk", checkpoint, "-i", str(images),
+                "-o", str(output), "-device", self.device, "-npp", "0", "-nps", "0", log=f"{name}_{dataset}.log",
+            )  # fmt: skip
+            scored = evaluate_folder(references, output, num_processes=1).as_json()["cases"]
+            rows += [self._row(run, weights, which, case, commit) for case in scored]
         self._append(rows)
         print(f"{run}: {time.monotonic() - start:.0f} s", flush=True)
 
-    def _row(self, run: Run, weights: str, which: str, case: dict) -> dict:
+    def trained_by(self, run: Run, folder: Path) -> str:
+        """The commit that trained a model. SystemExit if its settings are no longer those of its name."""
+        record = json.loads((folder / "benchmark.json").read_text())
+        if run.trainer in TRAINERS:
+            settings = asdict(trainer_class(run.trainer).method_settings) | run.settings
+            if record["method_settings"] != json.loads(json.dumps(settings)):
+                raise SystemExit(f"{folder} was trained with other settings of {run.trainer}; delete it and its rows")
+        return record["commit"]
+
+    def _row(self, run: Run, weights: str, which: str, case: dict, commit: str) -> dict:
         scores = {"dice": round(case["dice"], 5), "hd95_mm": round(case["hd95_mm_max_directed"], 3)}
         key = {"method": run.method, "labels": run.seen_labels, "seed": run.seed, "weights": weights, "set": which}
-        made = {"plans": self.plans, "iterations": self.iterations, "commit": self.commit}
-        return key | {"case": case["case"]} | scores | made
+        made = {"plans": self.plans, "iterations": self.iterations, "commit": commit}
+        return key | {"case": case["case"]} | scores | made | {"scored": date.today().isoformat()}
 
-    def is_done(self, run: Run) -> bool:
-        wanted = {(run.method, str(run.seen_labels), str(run.seed), w, s, self.plans, str(self.iterations))
-                  for w in run.weights for s in self.sets}  # fmt: skip
+    def missing(self, run: Run) -> list[tuple[str, str]]:
+        """The sets and weights of a run that the CSV does not have."""
+        wanted = [(which, weights) for weights in run.weights for which in self.sets]
         if not self.table.is_file():
-            return False
-        key = ("method", "labels", "seed", "weights", "set", "plans", "iterations")
+            return wanted
+        this = {"method": run.method, "labels": run.seen_labels, "seed": run.seed, "plans": self.plans,
+                "iterations": self.iterations}  # fmt: skip
         with self.table.open() as file:
-            return wanted <= {tuple(row[name] for name in key) for row in csv.DictReader(file)}
+            there = {(row["set"], row["weights"]) for row in csv.DictReader(file)
+                     if all(row[name] == str(value) for name, value in this.items())}  # fmt: skip
+        return [pair for pair in wanted if pair not in there]
 
     def _append(self, rows: list[dict]) -> None:
         with self._writing, self.table.open("a", newline="") as file:
@@ -137,15 +163,6 @@ class Benchmark(Preparation):
             if new:
                 writer.writeheader()
             writer.writerows(rows)
-
-
-def _commit() -> str:
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", "-C", str(HERE), *arguments], capture_output=True, text=True).stdout.strip()
-
-    return git("rev-parse", "--short", "HEAD") + (
-        "-dirty" if git("status", "--porcelain", "--untracked-files=no") else ""
-    )
 
 
 def main() -> None:
@@ -162,11 +179,13 @@ def main() -> None:
     arguments = parser.parse_args()
     runs = [Run(method, labels, seed) for seed in arguments.seeds for labels in arguments.labels
             for method in arguments.methods]  # fmt: skip
-    unknown = {run.trainer for run in runs} - {"nnUNetTrainer", *TRAINERS}
+    unknown = {run.trainer for run in runs} - {FLOOR, *TRAINERS}
     if unknown:
         parser.error(f"unknown methods: {', '.join(sorted(unknown))}")
+    if arguments.iterations < 1 or arguments.iterations % ITERATIONS_PER_EPOCH:
+        parser.error(f"--iterations must be a multiple of {ITERATIONS_PER_EPOCH}")
     benchmark = Benchmark(arguments)
-    runs = [run for run in runs if not benchmark.is_done(run)]
+    runs = [run for run in runs if benchmark.missing(run)]
     benchmark.prepare({run.seen_labels for run in runs} | {8} if runs else ())
     benchmark.declare(runs)
     with ThreadPoolExecutor(arguments.jobs) as pool:

@@ -3,21 +3,20 @@
     python -m benchmarks.loader --data <la_125mm> --work <folder> [--json FILE]
 
 nnU-Net's loader gives 4 labeled samples, the two-stream loader 2 labeled and 2 unlabeled ones in two views each, with
-the same plans and nnU-Net's whole augmentation. Both run in this process, in one thread, in turn; time is the median.
+the same plans and nnU-Net's whole augmentation. Both run in this process, in one thread, in turn; time is the median,
+with the quartiles in brackets. It varies from batch to batch, because most transforms are applied to some samples only.
 """
 
 import argparse
 import json
-import os
-import platform
-import statistics
 import time
 from pathlib import Path
 
 import torch
 
-from benchmarks.preparation import add_arguments
-from benchmarks.train_step import FLOOR, build, prepared
+from benchmarks.measuring import machine, summary, told
+from benchmarks.preparation import FLOOR, add_arguments
+from benchmarks.train_step import build, prepared
 
 OURS = "nnUNetTrainerMeanTeacher"  # all semi-supervised trainers load alike
 
@@ -26,7 +25,7 @@ def main() -> None:
     """Prepare the data, measure, and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, spacing=1.25, features=[])
-    parser.add_argument("--repeats", type=int, default=60)
+    parser.add_argument("--repeats", type=int, default=200)
     parser.add_argument("--json", type=Path, help="where to write the numbers, too")
     arguments = parser.parse_args()
     folder, plans = prepared(arguments)
@@ -38,14 +37,13 @@ def main() -> None:
             start = time.perf_counter()
             next(loader)
             seconds[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    machine = {"device": f"{os.cpu_count()} CPU cores, one used", "torch": torch.__version__,
-               "python": platform.python_version(), "plans": plans}  # fmt: skip
+    results = {name: summary(values) for name, values in seconds.items()}
     if arguments.json:
-        arguments.json.write_text(json.dumps({"machine": machine, "seconds": medians}, indent=1))
+        arguments.json.write_text(json.dumps({"machine": machine("cpu"), "plans": plans, "results": results}, indent=1))
     print("| loader | seconds a batch of 4 samples | over nnU-Net's |\n|---|---|---|")
-    for name, told in ((FLOOR, "nnU-Net's"), (OURS, "two streams")):
-        print(f"| {told} | {medians[name]:.3f} | {medians[name] / medians[FLOOR]:.2f} |")
+    for name, loader in ((FLOOR, "nnU-Net's"), (OURS, "two streams")):
+        times = results[name]["seconds"] / results[FLOOR]["seconds"]
+        print(f"| {loader} | {told(results[name])} | {times:.2f} |")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
     python -m benchmarks.losses [--device cuda] [--json FILE]
 
-- Each number comes from a process of its own: forward and backward pass, in float32, repeated; time is the median.
+- Each number comes from a process of its own: forward and backward pass, in float32, repeated; time is the median, with
+  the quartiles in brackets.
 - Memory is what the passes need at most beyond their inputs: on a CPU the growth of the process's peak resident memory,
   on a GPU that of PyTorch's allocated memory.
 - The dense forms are the equations of the docstrings with N × N matrices, and UnCL as the released code has it, with
@@ -11,10 +12,7 @@
 
 import argparse
 import json
-import os
-import platform
 import resource
-import statistics
 import subprocess
 import sys
 import time
@@ -24,6 +22,7 @@ from pathlib import Path
 import torch
 from torch.nn.functional import normalize
 
+from benchmarks.measuring import machine, summary, told
 from nnunet_dycon.losses import fecl_loss, fecl_released_loss, uncl_loss
 
 TEMPERATURE, GAMMA, TOP_K, BETA = 0.6, 2.0, 5, 2.0
@@ -120,8 +119,7 @@ def measure(name: str, device: str, repeats: int) -> dict[str, float]:
         value.backward()
         _synchronize(device)
         seconds.append(time.perf_counter() - start)
-    warm = seconds[1:] or seconds
-    return {"seconds": statistics.median(warm), "repeats": len(warm), "bytes": _peak(device) - before}
+    return summary(seconds[1:] or seconds) | {"bytes": _peak(device) - before, "machine": machine(device)}
 
 
 def _synchronize(device: str) -> None:
@@ -157,19 +155,16 @@ def main() -> None:
         return
     results: dict[str, dict] = {}
     for name in arguments.cases:
-        command = [sys.executable, __file__, "--one", name, "--device", arguments.device]
+        command = [sys.executable, "-m", "benchmarks.losses", "--one", name, "--device", arguments.device]
         command += ["--repeats", str(arguments.repeats)]
         done = subprocess.run(command, capture_output=True, text=True)
         results[name] = json.loads(done.stdout) if done.returncode == 0 else {"error": done.stderr[-200:] or "killed"}
         print(f"{name}: {results[name]}", file=sys.stderr)
-    processor = torch.cuda.get_device_name() if arguments.device == "cuda" else f"{os.cpu_count()} CPU cores"
-    machine = {"device": processor, "torch": torch.__version__, "python": platform.python_version()}
     if arguments.json:
-        arguments.json.write_text(json.dumps({"machine": machine, "results": results}, indent=1, ensure_ascii=False))
+        arguments.json.write_text(json.dumps(results, indent=1, ensure_ascii=False))
     print("| loss | seconds | MB |\n|---|---|---|")
     for name, result in results.items():
-        told = result.get("error") or f"{result['seconds']:.3f} | {result['bytes'] / 1e6:.0f}"
-        print(f"| {name} | {told} |")
+        print(f"| {name} | {result.get('error') or f'{told(result)} | {result["bytes"] / 1e6:.0f}'} |")
 
 
 if __name__ == "__main__":

@@ -10,10 +10,16 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
+from importlib import import_module
 from pathlib import Path
+from typing import Any
+
+from nnunet_dycon.files import replacing
+from nnunet_dycon.registry import TRAINERS
 
 HERE = Path(__file__).parent
 CEILING = 55  # labels
+FLOOR = "nnUNetTrainer"  # nnU-Net's own
 
 
 def add_arguments(parser: argparse.ArgumentParser, spacing: float, features: list[int]) -> None:
@@ -24,6 +30,13 @@ def add_arguments(parser: argparse.ArgumentParser, spacing: float, features: lis
     parser.add_argument("--features", type=int, nargs="*", default=features, help="of each stage of the network, the "
                         "last one repeated; none for nnU-Net's own (default: %(default)s)")  # fmt: skip
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+
+
+def trainer_class(name: str) -> Any:
+    """nnU-Net's own trainer, or one of the registry's. Where weights are trained, after the folders are set."""
+    if name == FLOOR:
+        return import_module("nnunetv2.training.nnUNetTrainer.nnUNetTrainer").nnUNetTrainer
+    return getattr(import_module(f"nnunet_dycon.trainers.{TRAINERS[name].module}"), name)
 
 
 def dataset_id(labels: int) -> int:
@@ -40,7 +53,7 @@ class Preparation:
         self.spacing: float = arguments.spacing
         self.features: list[int] = arguments.features
         self.device: str = arguments.device
-        width = f"_{self.features[0]}f" if self.features else ""
+        width = f"_{'_'.join(map(str, self.features))}f" if self.features else ""
         self.plans = f"nnUNetPlans_{self.spacing:g}mm{width}".replace(".", "p")
 
     @property
@@ -74,10 +87,12 @@ class Preparation:
                     self.command("nnunetv2.experiment_planning.plan_and_preprocess_entrypoints:plan_experiment_entry",
                                   "-d", dataset, "-overwrite_target_spacing", *[f"{self.spacing:g}"] * 3,
                                   "-overwrite_plans_name", self.plans)  # fmt: skip
-                    self._narrow(plans)
+            if count != CEILING:
+                self._narrow(plans)
             which = ["-d", dataset, "-plans_name", self.plans, "-c", "3d_fullres", "-np", "2"]
             identifier = json.loads(plans.read_text())["configurations"]["3d_fullres"]["data_identifier"]
-            if not (plans.parent / identifier).is_dir():
+            # One after the other: with as many as there are cases, nothing was interrupted.
+            if len(list((plans.parent / identifier).glob("*.pkl"))) < count:
                 entry = "nnunetv2.experiment_planning.plan_and_preprocess_entrypoints:preprocess_entry"
                 self.command(entry, *which)
             if count != CEILING:
@@ -88,10 +103,13 @@ class Preparation:
             return
         plans = json.loads(file.read_text())
         architecture = plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
-        widest = self.features[-1]
         stages = architecture["n_stages"]
-        architecture["features_per_stage"] = (self.features + [widest] * stages)[:stages]
-        file.write_text(json.dumps(plans, indent=4))
+        wanted = (self.features + self.features[-1:] * stages)[:stages]
+        if architecture["features_per_stage"] == wanted:
+            return
+        architecture["features_per_stage"] = wanted
+        with replacing(file) as unfinished:
+            unfinished.write_text(json.dumps(plans, indent=4))
 
     def command(self, entry_point: str, *arguments: str, log: str = "prepare.log") -> None:
         """Run one of nnU-Net's commands, or ours, in one thread on a CPU; nnU-Net would take all cores."""

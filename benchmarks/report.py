@@ -1,21 +1,26 @@
-"""Turns benchmarks/results/la.csv into a Markdown table and a picture.
+"""Turns benchmarks/results/la.csv into a Markdown table and pictures.
 
     python -m benchmarks.report --set test
 
-Each row is a method at one number of labels: Dice and HD95 as mean over cases, then mean ± standard deviation over
-seeds; the difference of Dice to the floor, paired by case, with a 95 % interval from a bootstrap over cases and, of
-each method, over seeds; the share of the gap between floor and ceiling that is closed; and the commits and their dates
-with which the runs were scored. Trials, whose settings were changed behind a colon, are shown with --trials only.
+For each number of labels, a row per method and set of weights, the ceiling last: Dice and HD95 as mean over cases, then
+mean ± standard deviation over seeds; the difference of Dice to the floor; the share that is closed of the gap between
+floor and ceiling, if that gap is surely above 0; when the runs were scored, and the commits that trained them. The
+student is what nnUNetv2_predict uses; the teacher is shown beside it.
+
+Intervals hold 95 % of draws in which cases are drawn anew, the same for all methods, and noise of seeds is added to
+each method: with the standard deviation pooled over the methods at that number of labels, because a method's own few
+seeds do not tell it, and with t instead of normal distribution, because those of all do not tell it well. Settings that
+were chosen on a set have intervals on it that are too good.
+
+Trials, whose settings were changed behind a colon, are shown with --trials only.
 """
 
 import argparse
 import csv
 import math
-import subprocess
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +29,7 @@ from nnunet_dycon.pictures import new_figure
 
 HERE = Path(__file__).parent
 CEILING = "ceiling"
-FLOOR = "floor"
+_FLOOR, _CEILING = ("floor", "student"), (CEILING, "student")
 _DRAWS = 10_000
 
 
@@ -35,6 +40,7 @@ class Scores:
     dice: np.ndarray
     hd95_mm: np.ndarray
     commits: tuple[str, ...]
+    scored: tuple[str, ...]
 
 
 def read(table: Path, which: str, plans: str | None, iterations: int | None) -> dict[tuple[int, str, str], Scores]:
@@ -42,73 +48,102 @@ def read(table: Path, which: str, plans: str | None, iterations: int | None) -> 
     with table.open() as file:
         rows = [row for row in csv.DictReader(file) if row["set"] == which]
     rows = [row for row in rows if plans in (None, row["plans"]) and iterations in (None, int(row["iterations"]))]
+    if not rows:
+        raise ValueError(f"there is no run scored on {which} with these --plans and --iterations")
     if len(settings := {(row["plans"], row["iterations"]) for row in rows}) != 1:
         raise ValueError(f"choose by --plans and --iterations one of: {sorted(settings)}")
     runs: dict[tuple[int, str, str, int], dict[str, dict]] = defaultdict(dict)
     for row in rows:
-        runs[int(row["labels"]), row["method"], row["weights"], int(row["seed"])][row["case"]] = row
+        run = int(row["labels"]), row["method"], row["weights"], int(row["seed"])
+        if row["case"] in runs[run]:
+            raise ValueError(f"{row['method']} with {run[0]} labels, seed {run[3]}: {row['case']} is there twice")
+        runs[run][row["case"]] = row
     cases = sorted(next(iter(runs.values())))
     groups: dict[tuple[int, str, str], list[dict[str, dict]]] = defaultdict(list)
-    for (labels, method, weights, seed), run in sorted(runs.items()):
-        if sorted(run) != cases:
+    for (labels, method, weights, seed), scored in sorted(runs.items()):
+        if sorted(scored) != cases:
             raise ValueError(f"{method} with {labels} labels, seed {seed}: other cases than in the other runs")
-        groups[labels, method, weights].append(run)
+        groups[labels, method, weights].append(scored)
 
     def column(group: list[dict[str, dict]], metric: str) -> np.ndarray:
         return np.array([[float(run[case][metric]) for case in cases] for run in group])
 
+    def each(group: list[dict[str, dict]], metric: str) -> tuple[str, ...]:
+        return tuple(sorted({row[metric] for run in group for row in run.values()}))
+
     return {
-        key: Scores(
-            column(group, "dice"), column(group, "hd95_mm"), tuple(sorted({run[cases[0]]["commit"] for run in group}))
-        )
+        key: Scores(column(group, "dice"), column(group, "hd95_mm"), each(group, "commit"), each(group, "scored"))
         for key, group in groups.items()
     }
 
 
-def difference(scores: Scores, floor: Scores, rng: np.random.Generator) -> tuple[float, float, float]:
-    """Mean paired difference of Dice, and the ends of its 95 % interval."""
-    draws = np.empty(_DRAWS)
-    for draw in range(_DRAWS):
-        cases = rng.integers(scores.dice.shape[1], size=scores.dice.shape[1])
-        means = []
-        for dice in (scores.dice, floor.dice):
-            means.append(dice[rng.integers(len(dice), size=len(dice))][:, cases].mean())
-        draws[draw] = means[0] - means[1]
-    low, high = np.percentile(draws, (2.5, 97.5))
-    return scores.dice.mean() - floor.dice.mean(), low, high
+Group = dict[tuple[str, str], Scores]  # of one number of labels, and the ceiling, by method and weights
+
+
+def groups(scores: dict[tuple[int, str, str], Scores]) -> dict[int, Group]:
+    """By number of labels: what is compared with each other, worst first, the ceiling last."""
+    ceiling = {(method, weights): its for (_, method, weights), its in scores.items() if method == CEILING}
+    found: dict[int, Group] = defaultdict(dict)
+    for (labels, method, weights), its in sorted(scores.items(), key=lambda item: item[1].dice.mean()):
+        if method != CEILING:
+            found[labels][method, weights] = its
+    return {labels: group | ceiling for labels, group in sorted(found.items())}
+
+
+def draws(group: Group, rng: np.random.Generator) -> dict[tuple[str, str], np.ndarray] | None:
+    """The mean Dice of each method in each draw; None if no method has two seeds."""
+    means = {key: its.dice.mean(1) for key, its in group.items()}  # of each seed
+    # Student and teacher of a run are nearly the same: they tell of the noise of seeds but once.
+    told = [of for (method, weights), of in means.items() if weights == "student" and method != CEILING]
+    freedom = sum(len(of) - 1 for of in told)
+    if freedom == 0:
+        return None
+    pooled = math.sqrt(sum(((of - of.mean()) ** 2).sum() for of in told) / freedom)
+    noise = pooled * np.sqrt(freedom / rng.chisquare(freedom, _DRAWS))
+    number = next(iter(group.values())).dice.shape[1]
+    cases = rng.integers(number, size=(_DRAWS, number))
+    return {
+        key: its.dice.mean(0)[cases].mean(1) + rng.standard_normal(_DRAWS) * noise / math.sqrt(len(its.dice))
+        for key, its in group.items()
+    }
 
 
 def as_markdown(scores: dict[tuple[int, str, str], Scores]) -> str:
     """A table with a row per labels, method and weights."""
-    lines = [
-        "| labels | method | weights | seeds | Dice | HD95 mm | difference to the floor | gap closed | commit |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    ceiling = next((s for (_, method, _), s in scores.items() if method == CEILING), None)
-    for (labels, method, weights), its in sorted(scores.items(), key=lambda item: (item[0][0], item[1].dice.mean())):
-        floor = scores.get((labels, FLOOR, "student"))
-        compared, closed = "", ""
-        if floor is not None and method != FLOOR:
-            mean, low, high = difference(its, floor, np.random.default_rng(0))
-            compared = f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]"
-            if ceiling is not None:
-                closed = f"{mean / (ceiling.dice.mean() - floor.dice.mean()):.0%}"
-        told = (
-            _over_seeds(its.dice, 4),
-            _over_seeds(its.hd95_mm, 2),
-            compared,
-            closed,
-            ", ".join(map(_dated, its.commits)),
-        )
-        lines.append(f"| {labels} | {method} | {weights} | {len(its.dice)} | " + " | ".join(told) + " |")
+    columns = ("labels", "method", "weights", "seeds", "Dice", "HD95 mm", "difference to the floor", "gap closed",
+               "scored", "commit")  # fmt: skip
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for labels, group in groups(scores).items():
+        drawn = draws(group, np.random.default_rng(0))
+        for key, its in group.items():
+            difference, closed = _compared(group, drawn, key)
+            told = (_over_seeds(its.dice, 4), _over_seeds(its.hd95_mm, 2), difference, closed,
+                    ", ".join(its.scored), ", ".join(its.commits))  # fmt: skip
+            lines.append(f"| {labels} | {key[0]} | {key[1]} | {len(its.dice)} | " + " | ".join(told) + " |")
     return "\n".join(lines)
 
 
-@cache
-def _dated(commit: str) -> str:
-    command = ["git", "-C", str(HERE), "show", "-s", "--format=%cs", commit.removesuffix("-dirty")]
-    date = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    return f"{commit} ({date})" if date else commit
+def _compared(group: Group, drawn: dict[tuple[str, str], np.ndarray] | None, key: tuple[str, str]) -> tuple[str, str]:
+    """A method's difference to the floor and the share of the gap that it closes, each with its interval."""
+    if _FLOOR not in group or key == _FLOOR:
+        return "", ""
+    mean = group[key].dice.mean() - group[_FLOOR].dice.mean()
+    if drawn is None:
+        return f"{mean:+.4f}", ""
+    difference = drawn[key] - drawn[_FLOOR]
+    told = f"{mean:+.4f} [{', '.join(f'{end:+.4f}' for end in _ends(difference))}]"
+    if _CEILING not in group or key == _CEILING:
+        return told, ""
+    gap = drawn[_CEILING] - drawn[_FLOOR]
+    if _ends(gap)[0] <= 0:
+        return told, "unsure"
+    share = mean / (group[_CEILING].dice.mean() - group[_FLOOR].dice.mean())
+    return told, f"{share:.0%} [{', '.join(f'{end:.0%}' for end in _ends(difference / gap))}]"
+
+
+def _ends(values: np.ndarray) -> tuple[float, float]:
+    low, high = np.percentile(values, (2.5, 97.5))
+    return low, high
 
 
 def _over_seeds(values: np.ndarray, digits: int) -> str:
@@ -117,10 +152,10 @@ def _over_seeds(values: np.ndarray, digits: int) -> str:
     return f"{means.mean():.{digits}f}{spread}"
 
 
-def draw(scores: dict[tuple[int, str, str], Scores], labels: int, file: Path) -> None:
+def draw(group: Group, file: Path) -> None:
     """Write a picture: Dice of each case, averaged over seeds, against that of the floor."""
-    floor = scores[labels, FLOOR, "student"].dice.mean(0)
-    others: Sequence = [(key, its) for key, its in scores.items() if key[0] in (labels, 55) and key[1] != FLOOR]
+    floor = group[_FLOOR].dice.mean(0)
+    others: Sequence = [(key, its) for key, its in group.items() if key != _FLOOR]
     columns = min(5, len(others))
     rows = math.ceil(len(others) / columns)
     figure = new_figure(2.6 * columns + 0.4, 2.9 * rows + 0.2)
@@ -128,7 +163,7 @@ def draw(scores: dict[tuple[int, str, str], Scores], labels: int, file: Path) ->
     for unused in panels.flat[len(others) :]:
         unused.set_axis_off()
     lowest = min(floor.min(), *(its.dice.mean(0).min() for _, its in others)) - 0.02
-    for axes, ((_, method, weights), its) in zip(panels.flat, others):
+    for axes, ((method, weights), its) in zip(panels.flat, others):
         axes.plot([lowest, 1], [lowest, 1], color="gray", linewidth=0.8)
         axes.scatter(floor, its.dice.mean(0), s=14)
         name = method.replace(":", "\n").replace(",", "\n")
@@ -159,9 +194,9 @@ def main() -> None:
     if not arguments.trials:
         scores = {key: its for key, its in scores.items() if ":" not in key[1]}
     print(as_markdown(scores))
-    for labels in sorted({labels for labels, method, _ in scores if method == FLOOR}):
-        if any(key[0] in (labels, 55) and key[1] != FLOOR for key in scores):
-            draw(scores, labels, (arguments.output or arguments.table.parent) / f"la_{labels}_{arguments.set}.png")
+    for labels, group in groups(scores).items():
+        if _FLOOR in group and len(group) > 1:
+            draw(group, (arguments.output or arguments.table.parent) / f"la_{labels}_{arguments.set}.png")
 
 
 if __name__ == "__main__":

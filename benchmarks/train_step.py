@@ -3,37 +3,28 @@
     python -m benchmarks.train_step --data <la_125mm> --work <folder> [--device cuda] [--json FILE]
 
 - nnUNetTrainer has a batch of 4, the semi-supervised trainers 2 labeled and 2 unlabeled samples, with the same plans.
-- All trainers are built in one process and take their steps in turn, on batches that were loaded before: what is timed
-  is `train_step`. Time is the median; the first steps warm up.
-- Peak memory of a GPU is that of one trainer's steps, with all other trainers' weights resident and subtracted.
-- Bytes are those of checkpoint_latest.pth after the steps.
+- For time, all trainers are built in one process and take their steps in turn, on batches that were loaded before: what
+  is timed is `train_step`. Time is the median, with the quartiles in brackets; the first steps warm up.
+- Memory of a GPU is what PyTorch has allocated at most in the same steps, with this trainer alone on it.
+- The size of the checkpoint is that of checkpoint_latest.pth after the steps.
 """
 
 import argparse
 import contextlib
+import gc
 import io
 import json
 import os
-import platform
-import statistics
 import time
-from importlib import import_module
 from pathlib import Path
 
 import torch
 
-from benchmarks.preparation import Preparation, add_arguments
+from benchmarks.measuring import machine, summary, told
+from benchmarks.preparation import FLOOR, Preparation, add_arguments, trainer_class
 from nnunet_dycon.registry import TRAINERS
 
-FLOOR = "nnUNetTrainer"
 LABELS, SAMPLES = 8, 4
-
-
-def trainer_class(name: str) -> type:
-    """One of nnU-Net's or of the registry's. After the folders are in the environment."""
-    if name == FLOOR:
-        return import_module("nnunetv2.training.nnUNetTrainer.nnUNetTrainer").nnUNetTrainer
-    return getattr(import_module(f"nnunet_dycon.trainers.{TRAINERS[name].module}"), name)
 
 
 def prepared(arguments: argparse.Namespace) -> tuple[Path, str]:
@@ -56,32 +47,38 @@ def build(name: str, folder: Path, plans_name: str, device: str):
     return trainer
 
 
-def steps(trainers: dict, repeats: int, warmup: int, device: str) -> dict[str, dict[str, float]]:
-    """Seconds of a step, bytes at most on a GPU, and bytes of a checkpoint."""
+def take_steps(trainers: dict, repeats: int, warmup: int, device: str) -> dict[str, dict]:
+    """How long a step of each takes, in turn."""
     batches = {name: [next(trainer.dataloader_train) for _ in range(4)] for name, trainer in trainers.items()}
     seconds: dict[str, list[float]] = {name: [] for name in trainers}
-    memory = dict.fromkeys(trainers, 0)
     for repeat in range(warmup + repeats):
+        if device == "cuda" and repeat == warmup:
+            torch.cuda.reset_peak_memory_stats()
         for name, trainer in trainers.items():
-            if device == "cuda":
-                torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
-                before = torch.cuda.memory_allocated()
             start = time.perf_counter()
             trainer.train_step(batches[name][repeat % 4])
             if device == "cuda":
                 torch.cuda.synchronize()
-                memory[name] = max(memory[name], torch.cuda.max_memory_allocated() - before)
             if repeat >= warmup:
                 seconds[name].append(time.perf_counter() - start)
-    results = {}
-    for name, trainer in trainers.items():
-        file = Path(trainer.output_folder) / "checkpoint_size.pth"
-        trainer.save_checkpoint(str(file))
-        results[name] = {"seconds": statistics.median(seconds[name]), "bytes": memory[name],
-                         "checkpoint_bytes": file.stat().st_size}  # fmt: skip
-        file.unlink()
-    return results
+    return {name: summary(values) for name, values in seconds.items()}
+
+
+def checkpoint_bytes(trainer) -> int:
+    file = Path(trainer.output_folder) / "checkpoint_size.pth"
+    trainer.save_checkpoint(str(file))
+    size = file.stat().st_size
+    file.unlink()
+    return size
+
+
+def peak_bytes(name: str, folder: Path, plans: str, repeats: int, warmup: int) -> int:
+    """On a GPU, of a trainer that has it for itself."""
+    take_steps({name: build(name, folder, plans, "cuda")}, repeats, warmup, "cuda")
+    peak = torch.cuda.max_memory_allocated()
+    gc.collect()
+    torch.cuda.empty_cache()
+    return peak
 
 
 def main() -> None:
@@ -95,20 +92,24 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to write the numbers, too")
     arguments = parser.parse_args()
     folder, plans = prepared(arguments)
-    trainers = {name: build(name, folder, plans, arguments.device) for name in [FLOOR, *arguments.trainers]}
-    results = steps(trainers, arguments.repeats, arguments.warmup, arguments.device)
+    names = [FLOOR, *arguments.trainers]
+    how_often = arguments.repeats, arguments.warmup
+    memory: dict[str, int | None] = dict.fromkeys(names)
     if arguments.device == "cuda":
-        machine = {"device": torch.cuda.get_device_name()}
-    else:
-        machine = {"device": f"{torch.get_num_threads()} CPU threads"}
-    machine |= {"torch": torch.__version__, "python": platform.python_version(), "plans": plans}
+        memory = {name: peak_bytes(name, folder, plans, *how_often) for name in names}
+    trainers = {name: build(name, folder, plans, arguments.device) for name in names}
+    results = take_steps(trainers, *how_often, arguments.device)
+    for name, trainer in trainers.items():
+        results[name] |= {"checkpoint_bytes": checkpoint_bytes(trainer), "gpu_bytes": memory[name]}
     if arguments.json:
-        arguments.json.write_text(json.dumps({"machine": machine, "results": results}, indent=1))
+        about = {"machine": machine(arguments.device), "plans": plans}
+        arguments.json.write_text(json.dumps({**about, "results": results}, indent=1))
     floor = results[FLOOR]
     print("| trainer | seconds a step | over nnU-Net's | GPU MB | checkpoint over nnU-Net's |\n|---|---|---|---|---|")
     for name, its in results.items():
         times, size = its["seconds"] / floor["seconds"], its["checkpoint_bytes"] / floor["checkpoint_bytes"]
-        print(f"| {name} | {its['seconds']:.3f} | {times:.2f} | {its['bytes'] / 1e6:.0f} | {size:.2f} |")
+        gpu = f"{its['gpu_bytes'] / 1e6:.0f}" if its["gpu_bytes"] else ""
+        print(f"| {name} | {told(its)} | {times:.2f} | {gpu} | {size:.2f} |")
 
 
 if __name__ == "__main__":

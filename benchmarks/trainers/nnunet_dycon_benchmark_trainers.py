@@ -1,22 +1,24 @@
 """Trainers with a fixed budget and a seed, for the benchmarks. nnUNet_extTrainer must name this folder.
 
 A name such as Benchmark_run3 stands for an entry of the JSON file that the variable NNUNET_DYCON_BENCHMARK_RUNS names:
-{"trainer": ..., "settings": {...}, "iterations": ..., "seed": ...}.
+{"trainer": ..., "settings": {...}, "epochs": ..., "iterations_per_epoch": ..., "seed": ...}. What was really trained is
+written to the model's folder when training starts, as benchmark.json.
 """
 
 import json
 import os
 import random
-from dataclasses import replace
+import subprocess
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
+import nnunet_dycon
 from nnunet_dycon.discovery import nnunet_dycon_trainers
 
-_ITERATIONS_PER_EPOCH = 100
 _FILE = os.environ.get("NNUNET_DYCON_BENCHMARK_RUNS")
 _RUNS = json.loads(Path(_FILE).read_text()) if _FILE else {}
 
@@ -44,8 +46,8 @@ def _with_budget(name: str, base: type[nnUNetTrainer], run: dict) -> type[nnUNet
         ):
             super().__init__(plans, configuration, fold, dataset_json, device)
             # The learning rate decays by epochs, to 0 at the end of the budget.
-            self.num_iterations_per_epoch = _ITERATIONS_PER_EPOCH
-            self.num_epochs = run["iterations"] // _ITERATIONS_PER_EPOCH
+            self.num_iterations_per_epoch = run["iterations_per_epoch"]
+            self.num_epochs = run["epochs"]
             self.num_val_iterations_per_epoch = 1
 
         def on_train_start(self):
@@ -53,9 +55,23 @@ def _with_budget(name: str, base: type[nnUNetTrainer], run: dict) -> type[nnUNet
             np.random.seed(run["seed"])  # noqa: NPY002 (what nnU-Net's loaders draw from)
             torch.manual_seed(run["seed"])
             super().on_train_start()
+            settings = asdict(self.method_settings) if hasattr(self, "method_settings") else {}
+            record = {"run": run, "method_settings": settings, "commit": _commit()}
+            (Path(self.output_folder) / "benchmark.json").write_text(json.dumps(record, indent=1))
 
         def perform_actual_validation(self, save_probabilities: bool = False):
             """Fold all has only training cases to validate on."""
 
     Benchmark.__name__ = Benchmark.__qualname__ = name
     return Benchmark
+
+
+def _commit() -> str:
+    """Of the package that trains."""
+    folder = Path(nnunet_dycon.__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")

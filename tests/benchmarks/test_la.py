@@ -6,11 +6,13 @@ import os
 import subprocess
 import sys
 from argparse import Namespace
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from benchmarks.la import CEILING, COLUMNS, Benchmark, Run
+from benchmarks.preparation import Preparation, trainer_class
 from nnunet_dycon.registry import TRAINERS
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -48,32 +50,64 @@ def test_protocols_share_held_out_cases_and_never_mix_roles():
 
 def write_rows(benchmark: Benchmark, run: Run, weights: list[str]) -> None:
     scores = {"case": "a", "dice": 0.9, "hd95_mm_max_directed": 3.0}
-    benchmark._append([benchmark._row(run, name, "val", scores) for name in weights])
+    benchmark._append([benchmark._row(run, name, "val", scores, "abc") for name in weights])
 
 
 def test_what_is_in_the_table_is_not_run_again(benchmark):
     floor, semi = Run("floor", 8, 0), Run("nnUNetTrainerMeanTeacher", 8, 0)
-    assert not benchmark.is_done(floor)
+    assert benchmark.missing(floor) == [("val", "student")]
     write_rows(benchmark, floor, ["student"])
     write_rows(benchmark, semi, ["student"])
-    assert benchmark.is_done(floor)
-    assert not benchmark.is_done(semi)  # the teacher is not scored yet
-    assert not benchmark.is_done(Run("floor", 8, 1))
-    assert not benchmark.is_done(Run("floor", 4, 0))
+    assert not benchmark.missing(floor)
+    assert benchmark.missing(semi) == [("val", "teacher")]
+    assert benchmark.missing(Run("floor", 8, 1))
+    assert benchmark.missing(Run("floor", 4, 0))
     with benchmark.table.open() as file:
         rows = list(csv.DictReader(file))
     assert tuple(rows[0]) == COLUMNS
     assert [row["weights"] for row in rows] == ["student", "student"]
+    benchmark.sets = ["val", "test"]  # what is scored is not scored again
+    assert benchmark.missing(floor) == [("test", "student")]
     benchmark.iterations = 400  # another budget is another row
-    assert not benchmark.is_done(floor)
+    assert ("val", "student") in benchmark.missing(floor)
 
 
 def test_the_ceiling_is_one_row_whatever_the_labels(benchmark):
     write_rows(benchmark, Run("ceiling", 8, 0), ["student"])
-    assert benchmark.is_done(Run("ceiling", 4, 0))
+    assert not benchmark.missing(Run("ceiling", 4, 0))
 
 
-@pytest.mark.parametrize("method", ["floor", "nnUNetTrainerDyCON:entropy_weight=0.0"])
+def test_a_name_belongs_to_one_run_alone(benchmark):
+    methods = ("floor", "nnUNetTrainerDyCON", "nnUNetTrainerDyCON:gamma=-1", "nnUNetTrainerDyCON:gamma=1",
+               'nnUNetTrainerDyCON:fecl_form="paper"')  # fmt: skip
+    runs = [Run(method, 8, seed) for method in methods for seed in (0, 1)]
+    names = [benchmark.name(run) for run in runs]
+    assert len(set(names)) == len(runs)
+    assert all(name.isidentifier() and "__" not in name for name in names)
+    benchmark.work.mkdir()
+    for run in runs:  # one does not forget the others
+        benchmark.declare([run])
+    assert list(json.loads((benchmark.work / "runs.json").read_text())) == names
+
+
+def test_plans_of_other_networks_have_other_names(benchmark, tmp_path):
+    settings = {"work": tmp_path, "data": tmp_path, "spacing": 2.5, "device": "cpu"}
+    names = [Preparation(Namespace(features=features, **settings)).plans for features in ([16, 32], [16, 32, 64], [])]
+    assert names == ["nnUNetPlans_2p5mm_16_32f", "nnUNetPlans_2p5mm_16_32_64f", "nnUNetPlans_2p5mm"]
+
+
+def test_a_model_of_other_settings_is_not_scored(benchmark, tmp_path):
+    run = Run("nnUNetTrainerDyCON:gamma=1.0", 8, 0)
+    settings = asdict(trainer_class("nnUNetTrainerDyCON").method_settings) | {"gamma": 1.0}
+    (tmp_path / "benchmark.json").write_text(json.dumps({"commit": "abc", "method_settings": settings}))
+    assert benchmark.trained_by(run, tmp_path) == "abc"
+    changed = settings | {"uncl_weight": 0.125}
+    (tmp_path / "benchmark.json").write_text(json.dumps({"commit": "abc", "method_settings": changed}))
+    with pytest.raises(SystemExit, match="was trained with other settings of nnUNetTrainerDyCON; delete it"):
+        benchmark.trained_by(run, tmp_path)
+
+
+@pytest.mark.parametrize("method", ["floor", "nnUNetTrainerDyCON:entropy_weight=0.25"])
 def test_nnunet_finds_the_trainers_with_their_budget_and_settings(tiny, benchmark, method):
     assert "nnUNetTrainerDyCON" in TRAINERS
     run = Run(method, 8, 3)
@@ -84,7 +118,7 @@ from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from tests.trainers.training import make_trainer
 trainer = make_trainer(recursive_find_trainer_class_by_name({benchmark.name(run)!r}))
 print(type(trainer).__name__, trainer.num_epochs * trainer.num_iterations_per_epoch, trainer.output_folder)
-print(getattr(trainer, "method_settings", None))
+trainer.on_train_start()
 """
     environment = os.environ | {
         "nnUNet_extTrainer": str(BENCHMARKS / "trainers"),
@@ -94,7 +128,10 @@ print(getattr(trainer, "method_settings", None))
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=BENCHMARKS.parent
     )
     assert result.returncode == 0, result.stderr[-2000:]
-    *_, first, second = result.stdout.splitlines()
-    assert first.startswith(f"{benchmark.name(run)} 200 ")
-    assert f"{benchmark.name(run)}__nnUNetPlans__3d_fullres" in first
-    assert ("entropy_weight=0.0" in second) == (method != "floor")
+    (told,) = [line for line in result.stdout.splitlines() if line.startswith(f"{benchmark.name(run)} 200 ")]
+    folder = Path(told.split()[-1])
+    assert f"{benchmark.name(run)}__nnUNetPlans__3d_fullres" in str(folder)
+    record = json.loads((folder / "benchmark.json").read_text())
+    assert record["run"] == benchmark.declaration(run)
+    assert record["method_settings"].get("entropy_weight") == (None if method == "floor" else 0.25)
+    assert record["commit"]

@@ -7,14 +7,21 @@ import numpy as np
 import pytest
 
 from benchmarks.la import COLUMNS
-from benchmarks.report import as_markdown, difference, draw, read
+from benchmarks.report import Scores, as_markdown, draw, draws, groups, read
 
 CASES = [f"case_{i}" for i in range(6)]
 
 
 def write(file: Path, runs: dict[tuple[str, int, str, int], list[float]], **changes) -> None:
     """runs: Dice of each case by method, labels, weights and seed."""
-    constant = {"set": "val", "hd95_mm": 3.0, "plans": "p", "iterations": 100, "commit": "abc"} | changes
+    constant = {
+        "set": "val",
+        "hd95_mm": 3.0,
+        "plans": "p",
+        "iterations": 100,
+        "commit": "abc",
+        "scored": "2026-01-02",
+    } | changes
     with file.open("a", newline="") as content:
         writer = csv.DictWriter(content, COLUMNS)
         if content.tell() == 0:
@@ -38,21 +45,56 @@ def table(tmp_path) -> Path:
 
 
 def test_means_spreads_differences_and_the_share_of_the_gap(table):
-    text = as_markdown(read(table, "val", None, None))
-    assert "| 8 | floor | student | 2 | 0.7350 ± 0.0141 | 3.00 ± 0.00 |  |  | abc |" in text
-    (better,) = [line for line in text.splitlines() if "better" in line]
-    assert "| 0.7950 ± 0.0141 |" in better
-    assert "+0.0600 [" in better
-    assert "| 60% |" in better
+    floor, better, ceiling = as_markdown(read(table, "val", None, None)).splitlines()[2:]
+    assert floor == "| 8 | floor | student | 2 | 0.7350 ± 0.0141 | 3.00 ± 0.00 |  |  | 2026-01-02 | abc |"
+    assert "| 0.7950 ± 0.0141 | 3.00 ± 0.00 | +0.0600 [" in better
+    assert "| 8 | ceiling | student | 1 | 0.8350 | 3.00 | +0.1000 [" in ceiling
+    write(table, {("floor", 8, "student", seed): np.linspace(0.6, 0.85, 6) + 0.01 for seed in range(2, 12)})
+    floor, better, ceiling = as_markdown(read(table, "val", None, None)).splitlines()[2:]
+    assert "| 60% [" in better  # with so many seeds the gap is sure
 
 
-def test_the_interval_is_of_paired_cases_and_of_seeds(table):
-    scores = read(table, "val", None, None)
-    better, floor = scores[8, "better", "teacher"], scores[8, "floor", "student"]
-    mean, low, high = difference(better, floor, np.random.default_rng(0))
-    # Every case differs by 0.06: what is left is the seeds' spread, not that of the cases, which is far larger.
-    assert low == pytest.approx(mean - 0.02, abs=0.002)
-    assert high == pytest.approx(mean + 0.02, abs=0.002)
+def test_intervals_are_of_paired_cases_and_of_seeds():
+    def interval(floor, other):
+        group = {
+            key: Scores(np.array(dice), np.array(dice), (), ())
+            for key, dice in ((("floor", "student"), floor), (("other", "student"), other))
+        }
+        drawn = draws(group, np.random.default_rng(0))
+        return drawn and np.percentile(drawn["other", "student"] - drawn["floor", "student"], (2.5, 97.5))
+
+    base = np.linspace(0.3, 0.9, 6)
+    # Neither seeds nor paired cases differ, so that the difference is sure, however much the cases differ.
+    assert interval([base] * 2, [base + 0.1] * 2) == pytest.approx([0.1, 0.1])
+    # Seeds of 0.7071 mm standard deviation alone: t with 2 degrees of freedom, of the difference of two means of two.
+    ends = interval([base, base + 0.01], [base, base + 0.01])
+    assert ends == pytest.approx(np.array([-1, 1]) * 4.303 * 0.01 / np.sqrt(2), rel=0.05)
+    # One seed has the noise of the others.
+    assert interval([base, base + 0.01], [base + 0.005])[0] < -0.05
+    assert interval([base], [base + 0.1]) is None
+    # Cases alone.
+    gain = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.6])
+    assert interval([base] * 2, [base + gain] * 2) == pytest.approx([0.0, 0.3], abs=0.03)
+
+
+def test_intervals_hold_what_they_promise_with_few_seeds():
+    rng, inside = np.random.default_rng(0), 0
+    for _ in range(200):
+        cases = 0.1 * rng.standard_normal(16)
+        group = {}
+        for method, seeds in (("floor", 2), ("one", 1), ("two", 2), ("three", 3)):
+            dice = cases + 0.007 * rng.standard_normal((seeds, 1)) + 0.01 * rng.standard_normal((seeds, 16))
+            group[method, "student"] = Scores(dice, dice, (), ())
+        drawn = draws(group, rng)
+        low, high = np.percentile(drawn["one", "student"] - drawn["floor", "student"], (2.5, 97.5))
+        inside += low <= 0 <= high
+    assert inside >= 185
+
+
+def test_no_share_of_a_gap_that_may_not_be_there(table):
+    write(table, {("floor", 8, "student", 2): np.linspace(0.6, 0.85, 6) + 0.2})
+    (better,) = [line for line in as_markdown(read(table, "val", None, None)).splitlines() if "better" in line]
+    assert "| unsure |" in better
 
 
 def test_runs_of_several_budgets_are_not_mixed(table):
@@ -69,6 +111,17 @@ def test_a_run_of_other_cases_is_refused(table):
         read(table, "val", None, None)
 
 
+def test_a_run_that_is_there_twice_is_refused(table):
+    write(table, {("floor", 8, "student", 0): [0.5] * 6})
+    with pytest.raises(ValueError, match=r"floor with 8 labels, seed 0: case_0 is there twice"):
+        read(table, "val", None, None)
+
+
+def test_nothing_scored_is_told(table):
+    with pytest.raises(ValueError, match="no run scored on test"):
+        read(table, "test", None, None)
+
+
 def test_sets_are_apart(table):
     write(table, {("floor", 8, "student", 0): [0.1] * 6}, set="test")
     assert read(table, "val", None, None)[8, "floor", "student"].dice.min() >= 0.6
@@ -76,5 +129,5 @@ def test_sets_are_apart(table):
 
 
 def test_the_picture_is_drawn(table, tmp_path):
-    draw(read(table, "val", None, None), 8, tmp_path / "la.png")
+    draw(groups(read(table, "val", None, None))[8], tmp_path / "la.png")
     assert (tmp_path / "la.png").stat().st_size > 5000

@@ -1,0 +1,35 @@
+"""What the benchmarks of time say alike: on which machine, and how times spread."""
+
+import platform
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+
+def machine(device: str) -> dict[str, str | int]:
+    """What a figure depends on."""
+    named = {"torch": torch.__version__, "python": platform.python_version()}
+    if device == "cuda":
+        return {"device": torch.cuda.get_device_name(), **named}
+    return {"device": _processor(), "threads": torch.get_num_threads(), **named}
+
+
+def _processor() -> str:
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text().splitlines() if information.is_file() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{len(models)} x {models[0]}" if models else platform.processor()
+
+
+def summary(seconds: Sequence[float]) -> dict[str, float | int]:
+    """Median and quartiles."""
+    low, median, high = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else 3 * [seconds[0]]
+    return {"seconds": median, "quartiles": [low, high], "repeats": len(seconds)}
+
+
+def told(result: dict) -> str:
+    """The median, with the quartiles in brackets."""
+    low, high = result["quartiles"]
+    return f"{result['seconds']:.3f} [{low:.3f}, {high:.3f}]"
