@@ -103,7 +103,7 @@ CASES: dict[str, tuple[Callable[[str], dict], Callable]] = {
 }
 
 
-def measure(name: str, device: str, repeats: int) -> dict[str, float]:
+def measure(name: str, device: str, repeats: int) -> dict:
     """Seconds of each repeat, and bytes at most beyond the inputs."""
     make, loss = CASES[name]
     tensors = make(device)
@@ -164,7 +164,8 @@ def main() -> None:
         arguments.json.write_text(json.dumps(results, indent=1, ensure_ascii=False))
     print("| loss | seconds | MB |\n|---|---|---|")
     for name, result in results.items():
-        print(f"| {name} | {result.get('error') or f'{told(result)} | {result["bytes"] / 1e6:.0f}'} |")
+        figures = result.get("error") or f"{told(result)} | {result['bytes'] / 1e6:.0f}"
+        print(f"| {name} | {figures} |")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ def _processor() -> str:
     return f"{len(models)} x {models[0]}" if models else platform.processor()
 
 
-def summary(seconds: Sequence[float]) -> dict[str, float | int]:
+def summary(seconds: Sequence[float]) -> dict:
     """Median and quartiles."""
     low, median, high = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else 3 * [seconds[0]]
     return {"seconds": median, "quartiles": [low, high], "repeats": len(seconds)}
