@@ -131,6 +131,13 @@ def test_draw_of_labels_and_split_file(source, target, split_file):
     )
 
 
+def test_names_of_cases_may_have_brackets(tmp_path, target):
+    write(tmp_path / "s" / "a [1].mha", image())
+    write(tmp_path / "s" / "m" / "a [1].mha", label())
+    assert convert("folder", tmp_path / "s", "--channel", "CT={case}.mha", "--masks", "m/{case}.mha") == 0
+    assert stems(target / "labelsTr") == ["a [1]"]
+
+
 def test_labels_without_image_are_told(source, target, capsys):
     write(source / "masks" / "z.nrrd", label())
     assert convert("folder", source, *BOTH) == 0

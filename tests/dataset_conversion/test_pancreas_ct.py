@@ -1,5 +1,7 @@
 """Pancreas-CT: DICOM in both forms, NIfTI, labels by their headers, one scan under three names, and the h5 families."""
 
+import re
+
 import h5py
 import numpy as np
 import pytest
@@ -194,7 +196,7 @@ def test_label_that_is_flipped_without_its_header_is_told(tmp_path, target, caps
 
 
 def test_label_of_air_is_told(tmp_path, target, capsys):
-    write(tmp_path / "s" / "PANCREAS_0001.nii.gz", volume(np.full(SHAPE, -900), np.int16))
+    write(tmp_path / "s" / "PANCREAS_0001.nii.gz", volume(np.where(organ(), -900, -1000), np.int16))
     write(tmp_path / "s" / "label0001.nii.gz", label())
     assert convert("pancreas_ct", tmp_path / "s") == 0
     assert "only 0% of the label lies in -100 to 250 HU" in capsys.readouterr().out
@@ -313,7 +315,8 @@ def test_protocol_without_the_copies(tmp_path, target, capsys):
     assert split["left_out"] == ["PANCREAS_0025", "PANCREAS_0070"]
     printed = capsys.readouterr().out
     assert "scores test1.list, all of whose 20 cases are training cases" in printed
-    assert "0002 and 0025 are training cases, 0070 is a test case" in printed
+    assert "in the published lists 0002 and 0025 are training cases, 0070 is a test case" in printed
+    assert "77 of the 82 cases of protocol dycon are absent" in printed
     assert read_json(target, "conversion_report")["left_out"]["PANCREAS_0070"] == "a copy of PANCREAS_0002"
 
 
@@ -337,11 +340,20 @@ def test_split_file_with_copies(tmp_path, split_file, target, capsys):
     assert "PANCREAS_0002 (labeled) and PANCREAS_0025 (test) are copies of one scan" in capsys.readouterr().out
 
 
-def test_draw_without_copies_of_copies(tmp_path, target):
+@pytest.mark.parametrize(
+    ("labeled", "told"),
+    [
+        ("50%", r"cases PANCREAS_0002 \(\w+\) and .* are copies of one scan on two sides of the split"),
+        ("100%", "the labeled cases PANCREAS_0002 and PANCREAS_0025 and PANCREAS_0070 are copies of one scan; a fold"),
+    ],
+)
+def test_draw_among_copies_that_were_asked_for_warns(tmp_path, target, labeled, told):
     put_nifti(tmp_path / "s", 1, 2, 3, 25, 70)
-    assert convert("pancreas_ct", tmp_path / "s", "--labeled", "50%", "--keep_duplicates") == 0
+    assert convert("pancreas_ct", tmp_path / "s", "--labeled", labeled, "--keep_duplicates") == 0
     split = read_json(target, "ssl_split")
     assert len(split["labeled"] + split["unlabeled"]) == 5
+    (warning,) = read_json(target, "conversion_report")["warnings"]
+    assert re.match(told, warning)
 
 
 # h5
