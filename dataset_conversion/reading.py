@@ -12,10 +12,11 @@ import numpy as np
 import SimpleITK as sitk
 
 from nnunet_dycon.dataset_conversion.report import CaseReport
-from nnunet_dycon.errors import UserError
+from nnunet_dycon.errors import UserError, first_line
 from nnunet_dycon.files import require_whole
 
 GEOMETRY_TOLERANCE = 1e-3  # mm, and cosines: headers store float32
+_NOTICED_ENDINGS = (".nrrd", ".nhdr", ".mha", ".mhd")  # SimpleITK itself notices that such a file is cut short
 _Z_TOLERANCE = 0.01  # of the step between DICOM slices
 _POSITION, _ORIENTATION = "0020|0032", "0020|0037"
 
@@ -42,12 +43,22 @@ def read_mask(path: Path, images: Sequence[sitk.Image], report: CaseReport) -> s
 def read_h5(path: Path, key: str, spacing: tuple[float, float, float], axes: str = "xyz") -> sitk.Image:
     """An image from the dataset `key` of an h5 file with the axes "xyz" or "zyx"; the other datasets are not read."""
     with told_as_unreadable(path), h5py.File(path, "r") as file:
-        array = file[key][()]
-        image = sitk.GetImageFromArray(array.T if axes == "xyz" else array)  # SimpleITK's order is (z, y, x)
-    if image.GetDimension() != 3:
-        raise UserError(f"{path}: expected a 3D volume in {key!r}; download it again or leave the case out")
+        data = file[key]
+        if not (isinstance(data, h5py.Dataset) and data.ndim == 3 and data.size and data.dtype.kind in "biuf"):
+            raise UserError(f"{path}: expected a 3D volume in {key!r}; download it again or leave the case out")
+        array = data[()].astype(_type_of_simpleitk(data.dtype), copy=False)
+    image = sitk.GetImageFromArray(array.T if axes == "xyz" else array)  # SimpleITK's order is (z, y, x)
     image.SetSpacing(spacing)
     return image
+
+
+def _type_of_simpleitk(kind: np.dtype) -> np.dtype:
+    """The type itself, in the byte order of this machine, or the next one that SimpleITK knows."""
+    if kind.kind == "b":
+        return np.dtype(np.uint8)
+    if kind.kind == "f":
+        return np.dtype(np.float32 if kind.itemsize <= 4 else np.float64)
+    return kind.newbyteorder("=")
 
 
 def difference(first: sitk.Image, second: sitk.Image) -> str | None:
@@ -88,7 +99,8 @@ def told_as_unreadable(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, EOFError, zlib.error, RuntimeError, KeyError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]  # SimpleITK begins with a trace
+        lines = str(error).strip().splitlines()
+        reason = lines[-1] if lines and isinstance(error, RuntimeError) else first_line(error)  # SimpleITK: a trace
         raise UserError(f"cannot read {path}: {reason}; download it again or leave the case out") from None
 
 
@@ -103,12 +115,14 @@ def _keeping_locale() -> Iterator[None]:
 
 
 def _read_file(path: Path) -> sitk.Image:
-    if path.name.endswith((".nii", ".nii.gz")):
+    if path.suffix.lower() in (".tif", ".tiff"):
+        raise ValueError("TIFF holds no spacing in mm, and its end cannot be told; convert it to NRRD or NIfTI")
+    if path.suffix.lower() in _NOTICED_ENDINGS:
+        require_whole(path)
+    else:
         from nnunet_dycon.data.images import check_file  # here: brings torch along
 
         check_file(path)  # SimpleITK makes up the rest of one cut short, and reads 0 for NaN
-    else:
-        require_whole(path)
     return sitk.ReadImage(str(path))
 
 

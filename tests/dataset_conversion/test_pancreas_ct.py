@@ -49,10 +49,14 @@ def organ():
     return mask
 
 
-def scan(number=0):
-    """Tissue of -50 HU and noise around an organ of 100 HU: int16."""
+def scan_values(number=0):
+    """Tissue of -50 HU and noise around an organ of 100 HU."""
     noise = np.random.default_rng(number).normal(scale=60, size=SHAPE)
-    return volume(np.where(organ(), 100, noise - 50), np.int16)
+    return np.where(organ(), 100, noise - 50)
+
+
+def scan(number=0):
+    return volume(scan_values(number), np.int16)
 
 
 def label(mask=None, kind=np.uint8):
@@ -381,6 +385,41 @@ def test_h5_families(tmp_path, target, capsys, name, told):
     assert sitk.ReadImage(str(image)).GetSpacing() == (1, 1, 1)
     assert read_json(target, "dataset")["channel_names"] == {"0": "normalized_CT"}
     assert told in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("kind", "written"),
+    [
+        ("float16", np.float32),
+        (">f4", np.float32),
+        (">i2", np.int16),
+        ("float64", np.float32),
+        ("longdouble", np.float32),
+    ],
+)
+def test_h5_of_types_that_simpleitk_does_not_know(tmp_path, target, kind, written):
+    values = scan_values().astype(kind)
+    with h5py.File(tmp_path / "0001.h5", "w") as content:
+        content["image"], content["label"] = values, organ()
+    assert convert("pancreas_ct", tmp_path) == 0
+    image = array(target / "imagesTr" / "PANCREAS_0001_0000.nii.gz")
+    assert image.dtype == written
+    np.testing.assert_array_equal(image, values.astype(written))
+    np.testing.assert_array_equal(array(target / "labelsTr" / "PANCREAS_0001.nii.gz"), organ())
+
+
+@pytest.mark.parametrize(
+    "image", [None, np.zeros((3, 4)), np.zeros((3, 0, 4)), np.full((3, 4, 5), b"a"), np.ones((3, 4, 5), complex), 7]
+)
+def test_h5_without_a_volume_is_named(tmp_path, raw, capsys, image):
+    with h5py.File(tmp_path / "0001.h5", "w") as content:
+        content["label"] = organ()
+        if image is None:
+            content.create_group("image")
+        else:
+            content["image"] = image
+    assert convert("pancreas_ct", tmp_path) == 1
+    assert "0001.h5: expected a 3D volume in 'image'" in the_one_error(capsys)
 
 
 # Real data
