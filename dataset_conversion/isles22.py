@@ -22,7 +22,7 @@ import SimpleITK as sitk
 
 from nnunet_dycon.dataset_conversion.conversion import Plan
 from nnunet_dycon.dataset_conversion.protocols import Protocol
-from nnunet_dycon.dataset_conversion.reading import difference, read_mask, read_volume
+from nnunet_dycon.dataset_conversion.reading import difference, entries_below, read_mask, read_volume
 from nnunet_dycon.dataset_conversion.report import CaseReport
 from nnunet_dycon.dataset_conversion.roles import Case, listed
 from nnunet_dycon.dataset_conversion.writer import DataSet
@@ -97,7 +97,7 @@ def plan(
 def _files(folder: Path) -> dict[tuple[str, str], Path]:
     """(case, kind) -> file, wherever it lies."""
     found: dict[tuple[str, str], Path] = {}
-    for file in sorted(folder.rglob("*")):
+    for file in entries_below(folder):
         if (match := _FILE.fullmatch(file.name)) and file.is_file():
             key = match["case"].lower(), match["kind"].lower()
             if key in found:

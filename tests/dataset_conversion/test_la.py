@@ -270,6 +270,22 @@ def test_wrong_spacing(nrrd_source, raw, capsys, spacing):
     assert "--spacing must be a positive number of mm" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("labeled", "message"),
+    [
+        ("x", "must be a whole number and at least 1, got x"),
+        ("0", "must be a whole number and at least 1, got 0"),
+        ("x%", "must be a share above 0% and up to 100%, or a number of cases, got x%"),
+        ("nan%", "must be a share above 0%"),
+        ("101%", "must be a share above 0%"),
+    ],
+)
+def test_wrong_count(tmp_path, capsys, labeled, message):
+    with pytest.raises(SystemExit, match="2"):
+        convert(tmp_path, "--labeled", labeled)
+    assert f"argument --labeled: {message}" in capsys.readouterr().err
+
+
 def test_wrong_use_is_told_before_any_work(nrrd_source, raw, tmp_path, monkeypatch, capsys):
     assert convert(tmp_path / "nowhere") == 1
     source = nrrd_source("AB")

@@ -281,6 +281,22 @@ def test_damaged_dicom_is_refused_by_name(tmp_path, target, capsys, damage, mess
     assert not target.exists()
 
 
+@pytest.mark.parametrize(
+    ("missing", "told"),
+    [
+        ("1-001.dcm", ["11 DICOM slices are numbered 2 to 12: is one missing at an end of the scan?"]),
+        ("1-012.dcm", []),  # cannot be told
+    ],
+)
+def test_missing_slice_at_an_end_of_an_unlabeled_scan(tmp_path, target, missing, told):
+    put_case(tmp_path / "source", 1)
+    put_case(tmp_path / "source", 3, labeled=False)
+    (tmp_path / "source" / DICOM.format("PANCREAS_0003") / missing).unlink()
+    assert convert("pancreas_ct", tmp_path / "source") == 0
+    cases = read_json(target, "conversion_report")["cases"]
+    assert [cases[f"PANCREAS_{number:04d}"]["warnings"] for number in (1, 3)] == [[], told]
+
+
 def test_slices_are_ordered_by_position_not_by_name(tmp_path, target):
     put_case(tmp_path / "source", 1)
     folder = tmp_path / "source" / DICOM.format("PANCREAS_0001")
