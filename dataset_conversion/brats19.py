@@ -20,7 +20,7 @@ import SimpleITK as sitk
 
 from nnunet_dycon.dataset_conversion.conversion import Plan
 from nnunet_dycon.dataset_conversion.protocols import Protocol
-from nnunet_dycon.dataset_conversion.reading import read_channels, read_h5, read_mask
+from nnunet_dycon.dataset_conversion.reading import entries_below, read_channels, read_h5, read_mask
 from nnunet_dycon.dataset_conversion.report import CaseReport
 from nnunet_dycon.dataset_conversion.roles import Case, listed
 from nnunet_dycon.dataset_conversion.writer import DataSet
@@ -35,6 +35,8 @@ REGIONS: dict[str, int | tuple[int, ...]] = {
     "enhancing_tumor": 3,
 }
 _FILE = re.compile(r"(?P<case>.+)_(?P<kind>flair|t1|t1ce|t2|seg)\.nii(\.gz)?", re.IGNORECASE)
+_H5 = re.compile(r"BraTS\d*_.*\.h5", re.IGNORECASE)
+_LAYOUT = "'HGG/<case>/<case>_flair.nii.gz' (or .nii), a folder per case"
 _H5_SPACING = (1.0, 1.0, 1.0)
 _ANY_MASK = re.compile(r"[^.].*seg.*\.nii(\.gz)?", re.IGNORECASE)
 
@@ -48,17 +50,16 @@ def plan(source: Path, *, protocol: Protocol | None = None, modalities: str | No
         modalities: of t1, t1ce, t2 and flair, separated by commas. None: flair for a protocol, else all four.
         target: "wt" for the whole tumor, or "regions" for the three nested ones.
     """
-    h5 = _h5(source)
+    entries = entries_below(source)
+    h5 = _h5(entries)
     chosen = listed(modalities or ("flair" if protocol or h5 else ",".join(CHANNELS)), CHANNELS, "--modalities")
-    cases = _native(source, chosen)
+    cases = _native(entries, chosen)
     if cases and h5:
         raise UserError(f"{source} has MRI ({cases[0].images[0]}) and normalized h5 files; take one of them")
     if h5 and (chosen != ["flair"] or target != "wt"):
         raise UsageError("the h5 files have FLAIR and the whole tumor alone; leave --modalities and --target away")
     if not cases and not h5:
-        raise UserError(
-            f"no case found in {source}; expected 'HGG/<case>/<case>_flair.nii.gz' (or .nii), or data/<case>.h5, below"
-        )
+        raise UserError(f"no case found in {source}; expected {_LAYOUT}, or data/BraTS19_<case>.h5 below")
     notes = []
     if h5:
         notes.append("h5 files: FLAIR that others have cropped and normalized; predict on images made likewise alone")
@@ -81,18 +82,18 @@ def plan(source: Path, *, protocol: Protocol | None = None, modalities: str | No
     return Plan(data_set, h5 or cases, notes=tuple(notes))
 
 
-def _native(source: Path, chosen: Sequence[str]) -> tuple[Case, ...]:
+def _native(entries: Sequence[Path], chosen: Sequence[str]) -> tuple[Case, ...]:
     folders: dict[str, dict[str, Path]] = {}
-    for file in sorted(source.rglob("*.nii*")):
+    for file in entries:
         match = _FILE.fullmatch(file.name)
         if match is None or file.is_dir() or file.name.startswith("."):
             continue
         case, kind = file.parent.name, match["kind"].lower()
         known = folders.setdefault(case, {})
         if other := next((path for path in known.values() if path.parent != file.parent), None):
-            raise UserError(f"case {case} lies in {other.parent} and in {file.parent}; delete one")
+            raise UserError(f"case {case} lies in {other.parent} and in {file.parent}; name a folder with one by -i")
         if kind in known:
-            raise UserError(f"{known[kind]} and {file} are both {kind} of case {case}; delete one")
+            raise UserError(f"{known[kind]} and {file} are both {kind} of case {case}; keep one; expected {_LAYOUT}")
         known[kind] = file
     return tuple(_case(name, files, chosen) for name, files in sorted(folders.items()) if files.keys() - {"seg"})
 
@@ -100,7 +101,10 @@ def _native(source: Path, chosen: Sequence[str]) -> tuple[Case, ...]:
 def _case(name: str, files: dict[str, Path], chosen: Sequence[str]) -> Case:
     folder = next(iter(files.values())).parent
     if missing := [key for key in chosen if key not in files]:
-        raise UserError(f"{folder}: there is no {name}_{missing[0]}.nii.gz or .nii; download the case again")
+        raise UserError(
+            f"{folder}: there is no {name}_{missing[0]}.nii.gz or .nii; complete the case, choose other --modalities "
+            f"or correct -i: expected {_LAYOUT}"
+        )
     mask = files.get("seg")
     if mask is None:
         # The mask of one case of a later edition has another name.
@@ -112,11 +116,14 @@ def _case(name: str, files: dict[str, Path], chosen: Sequence[str]) -> Case:
     return Case(name, tuple(files[key] for key in chosen), mask, {"grade": grades.pop()} if len(grades) == 1 else {})
 
 
-def _h5(source: Path) -> tuple[Case, ...]:
+def _h5(entries: Sequence[Path]) -> tuple[Case, ...]:
     cases: dict[str, Case] = {}
-    for file in sorted(source.rglob("[!.]*.h5")):
+    for file in entries:
+        if not _H5.fullmatch(file.name):
+            continue
         if file.stem in cases:
-            raise UserError(f"{cases[file.stem].images[0]} and {file} are both case {file.stem}; delete one")
+            first = cases[file.stem].images[0]
+            raise UserError(f"{first} and {file} are both case {file.stem}; name a folder with one by -i")
         cases[file.stem] = Case(file.stem, (file,), file)
     return tuple(cases.values())
 

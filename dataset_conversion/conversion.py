@@ -88,7 +88,7 @@ def convert(
     if split is not None and (protocol is not None or labeled is not None):
         raise UsageError("--split names every case's role; leave --labeled and --protocol away")
     if not source.is_dir():
-        raise UsageError(f"the source folder {source} does not exist; name the download with -i")
+        raise UserError(f"the source folder {source} does not exist; name the download with -i")
     chosen = None if protocol is None else published(converter, protocol)
     plan_source: Callable[..., Plan] = import_module(
         f"nnunet_dycon.dataset_conversion.{CONVERTERS[converter].module}"
@@ -98,12 +98,14 @@ def convert(
     warnings = list(plan.warnings)
     if split is not None:
         assignment = assign_by_file(plan.cases, split, plan.left_out)
-        warnings += _check_copies_in_file(plan, assignment, split)
+        _check_copies_in_file(plan, assignment, split)
+        warnings += _about_copies(plan, assignment)
     elif chosen is not None:
-        assignment = assign_by_protocol(plan.cases, chosen, labeled, plan.not_scored)
+        assignment = assign_by_protocol(plan.cases, chosen, labeled, plan.not_scored, plan.left_out)
         warnings += [f"protocol {chosen.name}: {fault}" for fault in chosen.faults]
     else:
         assignment = _assign_without_copies(plan, labeled, seed)
+        warnings += _about_copies(plan, assignment)
     assignment = replace(assignment, left_out={**assignment.left_out, **plan.left_out})
     return write_dataset(
         plan.data_set,
@@ -136,15 +138,19 @@ def _assign_without_copies(plan: Plan, labeled: int | float | None, seed: int) -
     return replace(assignment, left_out=left_out)
 
 
-def _check_copies_in_file(plan: Plan, assignment: Assignment, split: Path) -> list[str]:
-    """Warnings about copies. UserError if they are on two sides and were not asked for."""
+def _check_copies_in_file(plan: Plan, assignment: Assignment, split: Path) -> None:
+    """Raise UserError if copies are on two sides of a split and were not asked for."""
     roles = _roles_of_copies(plan, assignment)
-    told = " and ".join(f"{identifier} ({role})" for identifier, role in roles.items())
-    if len(set(roles.values())) > 1:
+    if len(set(roles.values())) > 1 and not plan.keep_copies:
         remedy = " and ".join(list(roles)[1:])
-        if not plan.keep_copies:
-            raise UserError(f"{split}: cases {told} are copies of one scan; remove {remedy} from the lists")
-        return [f"cases {told} are copies of one scan on two sides of the split"]
+        raise UserError(f"{split}: cases {_told(roles)} are copies of one scan; remove {remedy} from the lists")
+
+
+def _about_copies(plan: Plan, assignment: Assignment) -> list[str]:
+    """Warnings about copies that are on two sides of a split, or all labeled."""
+    roles = _roles_of_copies(plan, assignment)
+    if len(set(roles.values())) > 1:
+        return [f"cases {_told(roles)} are copies of one scan on two sides of the split"]
     if len(roles) > 1 and set(roles.values()) == {"labeled"}:
         return [
             f"the labeled cases {' and '.join(roles)} are copies of one scan; a fold of the cross-validation may train "
@@ -156,6 +162,10 @@ def _check_copies_in_file(plan: Plan, assignment: Assignment, split: Path) -> li
 def _roles_of_copies(plan: Plan, assignment: Assignment) -> dict[str, str]:
     roles = {identifier: assignment.role_of(identifier) for identifier in plan.copies}
     return {identifier: role for identifier, role in roles.items() if role is not None}
+
+
+def _told(roles: Mapping[str, str]) -> str:
+    return " and ".join(f"{identifier} ({role})" for identifier, role in roles.items())
 
 
 def _about_protocol(protocol: Protocol | None, labeled: int | float | None) -> list[str]:

@@ -1,4 +1,4 @@
-"""Everybody's own scans: any folder, any format of SimpleITK's, found by patterns.
+"""Everybody's own scans: any folder, NIfTI, NRRD, DICOM and other formats, found by patterns.
 
 URL: none, it is yours
 License: yours
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from nnunet_dycon.dataset_conversion.conversion import Plan
 from nnunet_dycon.dataset_conversion.protocols import Protocol
-from nnunet_dycon.dataset_conversion.reading import read_channels, read_mask
+from nnunet_dycon.dataset_conversion.reading import entries_below, read_channels, read_mask
 from nnunet_dycon.dataset_conversion.roles import Case
 from nnunet_dycon.dataset_conversion.writer import DataSet
 from nnunet_dycon.errors import UsageError, UserError, counted
@@ -87,9 +87,9 @@ def _matches(source: Path, pattern: str, flag: str) -> dict[str, Path]:
     expression = re.compile(_regex(first) + r"(?P<case>[^/]+?)" + "(?P=case)".join(map(_regex, others)))
     fits = _holds_files if pattern.endswith("/") else Path.is_file
     # macOS leaves files that begin with a dot beside others.
-    entries = (entry for entry in source.rglob("*") if not entry.name.startswith(".") and fits(entry))
+    entries = (entry for entry in entries_below(source) if not entry.name.startswith(".") and fits(entry))
     found: dict[str, Path] = {}
-    for entry in sorted(entries):
+    for entry in entries:
         if match := expression.fullmatch(entry.relative_to(source).as_posix()):
             case = match["case"]
             if case in found:

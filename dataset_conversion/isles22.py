@@ -22,7 +22,7 @@ import SimpleITK as sitk
 
 from nnunet_dycon.dataset_conversion.conversion import Plan
 from nnunet_dycon.dataset_conversion.protocols import Protocol
-from nnunet_dycon.dataset_conversion.reading import difference, read_mask, read_volume
+from nnunet_dycon.dataset_conversion.reading import difference, entries_below, read_mask, read_volume
 from nnunet_dycon.dataset_conversion.report import CaseReport
 from nnunet_dycon.dataset_conversion.roles import Case, listed
 from nnunet_dycon.dataset_conversion.writer import DataSet
@@ -69,13 +69,11 @@ def plan(
         )
     for name in names:
         if missing := [kind for kind in chosen if (name, kind) not in files]:
-            there = next(file for (case, _), file in files.items() if case == name)
+            there = next(file for (case, kind), file in files.items() if case == name and kind != "msk")
             raise UserError(f"{there.parent}: {name} has no {missing[0]}; download it, or choose other --modalities")
     warnings = []
     if stray := sorted(case for case, kind in files if kind == "msk" and case not in names):
         warnings.append(counted(stray, "mask has no images and is not used", "masks have no images and are not used"))
-    if without := [name for name in names if (name, "msk") not in files]:
-        warnings.append(counted(without, "case has no mask and is unlabeled", "cases have no mask and are unlabeled"))
     cases = tuple(Case(name, tuple(files[name, kind] for kind in chosen), files.get((name, "msk"))) for name in names)
     notes = []
     if protocol and chosen != ["dwi"]:
@@ -99,7 +97,7 @@ def plan(
 def _files(folder: Path) -> dict[tuple[str, str], Path]:
     """(case, kind) -> file, wherever it lies."""
     found: dict[tuple[str, str], Path] = {}
-    for file in sorted(folder.rglob("*")):
+    for file in entries_below(folder):
         if (match := _FILE.fullmatch(file.name)) and file.is_file():
             key = match["case"].lower(), match["kind"].lower()
             if key in found:
@@ -142,7 +140,8 @@ def _report_overlap(kind: str, dwi: sitk.Image, image: sitk.Image, report: CaseR
 
 
 def _in_one_unit(adc: sitk.Image, dwi: sitk.Image, report: CaseReport, harmonize: bool) -> sitk.Image:
-    largest = float(np.percentile(sitk.GetArrayViewFromImage(adc)[_brain(dwi)], 99.9))
+    inside = sitk.GetArrayViewFromImage(adc)[_brain(dwi)]
+    largest = float(np.percentile(inside, 99.9)) if inside.size else 0.0  # a constant DWI: it is refused by name later
     unit, factor = next((unit, factor) for limit, unit, factor in _ADC_UNITS if largest < limit)
     report.facts["adc_unit"] = unit
     if harmonize:

@@ -24,7 +24,14 @@ import SimpleITK as sitk
 
 from nnunet_dycon.dataset_conversion.conversion import Plan
 from nnunet_dycon.dataset_conversion.protocols import Protocol
-from nnunet_dycon.dataset_conversion.reading import difference, read_channels, read_h5, read_volume, reoriented
+from nnunet_dycon.dataset_conversion.reading import (
+    difference,
+    entries_below,
+    read_channels,
+    read_h5,
+    read_volume,
+    reoriented,
+)
 from nnunet_dycon.dataset_conversion.report import CaseReport
 from nnunet_dycon.dataset_conversion.roles import Case
 from nnunet_dycon.dataset_conversion.writer import DataSet
@@ -63,8 +70,9 @@ _FAMILIES = (
 
 def plan(source: Path, *, protocol: Protocol | None = None, keep_duplicates: bool = False) -> Plan:
     """List the cases below `source` without opening an image; with `keep_duplicates` 0025 and 0070, too."""
-    native, labels, warnings = _native(source)
-    h5, recipe = _h5(source)
+    entries = entries_below(source)
+    native, labels, warnings = _native(entries)
+    h5, recipe = _h5(entries)
     if native and h5:
         raise UserError(f"{source} has CT ({next(iter(native.values()))}) and normalized h5 files; take one of them")
     if not native and not h5:
@@ -106,12 +114,12 @@ def plan(source: Path, *, protocol: Protocol | None = None, keep_duplicates: boo
     )
 
 
-def _native(source: Path) -> tuple[dict[str, Path], dict[str, Path], list[str]]:
+def _native(entries: Sequence[Path]) -> tuple[dict[str, Path], dict[str, Path], list[str]]:
     """Case -> NIfTI file or folder of a DICOM series; case -> label; warnings."""
     images: dict[str, Path] = {}
     labels: dict[str, Path] = {}
     slices: dict[Path, int] = {}
-    for file in sorted(source.rglob("*")):
+    for file in entries:
         name = file.name.strip("'\"")  # some re-uploads have quotes in their names
         if name.startswith("."):
             continue
@@ -133,10 +141,10 @@ def _native(source: Path) -> tuple[dict[str, Path], dict[str, Path], list[str]]:
     return images, labels, warnings
 
 
-def _h5(source: Path) -> tuple[dict[str, Path], str]:
+def _h5(entries: Sequence[Path]) -> tuple[dict[str, Path], str]:
     """Case -> h5 file, and by which recipe they were made."""
     families: dict[str, dict[str, Path]] = {}
-    for file in sorted(source.rglob("*.h5")):
+    for file in entries:
         for family in _FAMILIES:
             if match := re.fullmatch(family.pattern, file.name):
                 number = next(filter(None, match.groups()))

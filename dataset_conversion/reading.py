@@ -1,6 +1,7 @@
 """Reading the sources: whole files only, one grid for all of a case, and an error that names the file."""
 
 import locale
+import os
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,18 +13,37 @@ import numpy as np
 import SimpleITK as sitk
 
 from nnunet_dycon.dataset_conversion.report import CaseReport
-from nnunet_dycon.errors import UserError
+from nnunet_dycon.errors import UserError, first_line
 from nnunet_dycon.files import require_whole
 
 GEOMETRY_TOLERANCE = 1e-3  # mm, and cosines: headers store float32
+_NOTICED_ENDINGS = (".nrrd", ".nhdr", ".mha", ".mhd")  # SimpleITK itself notices that such a file is cut short
 _Z_TOLERANCE = 0.01  # of the step between DICOM slices
-_POSITION, _ORIENTATION = "0020|0032", "0020|0037"
+_NUMBER, _POSITION, _ORIENTATION = "0020|0013", "0020|0032", "0020|0037"
 
 
-def read_volume(path: Path) -> sitk.Image:
+def entries_below(folder: Path) -> list[Path]:
+    """All files and folders below a folder, sorted. Links to folders are followed, but no folder is entered twice, nor
+    one that the folder itself lies in."""
+    entries: list[Path] = []
+    entered = set(folder.resolve().parents)
+    waiting = [folder]
+    while waiting:
+        for root, folders, files in os.walk(waiting.pop(0)):
+            place = Path(root)
+            if place.resolve() in entered:
+                folders.clear()
+                continue
+            entered.add(place.resolve())
+            entries += [place / name for name in folders + files]
+            waiting += [place / name for name in folders if (place / name).is_symlink()]
+    return sorted(entries)
+
+
+def read_volume(path: Path, report: CaseReport | None = None) -> sitk.Image:
     """A 3D image with one value per voxel, from a file or from the folder of one DICOM series."""
     with told_as_unreadable(path), _keeping_locale():
-        image = _read_series(path) if path.is_dir() else _read_file(path)
+        image = _read_series(path, report or CaseReport()) if path.is_dir() else _read_file(path)
     if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
         raise UserError(f"{path}: expected a 3D volume with one value per voxel; convert it or leave the case out")
     return image
@@ -31,7 +51,7 @@ def read_volume(path: Path) -> sitk.Image:
 
 def read_channels(paths: Sequence[Path], report: CaseReport) -> list[sitk.Image]:
     """A DataSet's `read_images` where nothing is special."""
-    return [read_volume(path) for path in paths]
+    return [read_volume(path, report) for path in paths]
 
 
 def read_mask(path: Path, images: Sequence[sitk.Image], report: CaseReport) -> sitk.Image:
@@ -42,12 +62,22 @@ def read_mask(path: Path, images: Sequence[sitk.Image], report: CaseReport) -> s
 def read_h5(path: Path, key: str, spacing: tuple[float, float, float], axes: str = "xyz") -> sitk.Image:
     """An image from the dataset `key` of an h5 file with the axes "xyz" or "zyx"; the other datasets are not read."""
     with told_as_unreadable(path), h5py.File(path, "r") as file:
-        array = file[key][()]
-        image = sitk.GetImageFromArray(array.T if axes == "xyz" else array)  # SimpleITK's order is (z, y, x)
-    if image.GetDimension() != 3:
-        raise UserError(f"{path}: expected a 3D volume in {key!r}; download it again or leave the case out")
+        data = file[key]
+        if not (isinstance(data, h5py.Dataset) and data.ndim == 3 and data.size and data.dtype.kind in "biuf"):
+            raise UserError(f"{path}: expected a 3D volume in {key!r}; download it again or leave the case out")
+        array = data[()].astype(_type_of_simpleitk(data.dtype), copy=False)
+    image = sitk.GetImageFromArray(array.T if axes == "xyz" else array)  # SimpleITK's order is (z, y, x)
     image.SetSpacing(spacing)
     return image
+
+
+def _type_of_simpleitk(kind: np.dtype) -> np.dtype:
+    """The type itself, in the byte order of this machine, or the next one that SimpleITK knows."""
+    if kind.kind == "b":
+        return np.dtype(np.uint8)
+    if kind.kind == "f":
+        return np.dtype(np.float32 if kind.itemsize <= 4 else np.float64)
+    return kind.newbyteorder("=")
 
 
 def difference(first: sitk.Image, second: sitk.Image) -> str | None:
@@ -88,7 +118,8 @@ def told_as_unreadable(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, EOFError, zlib.error, RuntimeError, KeyError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]  # SimpleITK begins with a trace
+        lines = str(error).strip().splitlines()
+        reason = lines[-1] if lines and isinstance(error, RuntimeError) else first_line(error)  # SimpleITK: a trace
         raise UserError(f"cannot read {path}: {reason}; download it again or leave the case out") from None
 
 
@@ -103,16 +134,18 @@ def _keeping_locale() -> Iterator[None]:
 
 
 def _read_file(path: Path) -> sitk.Image:
-    if path.name.endswith((".nii", ".nii.gz")):
+    if path.suffix.lower() in (".tif", ".tiff"):
+        raise ValueError("TIFF holds no spacing in mm, and its end cannot be told; convert it to NRRD or NIfTI")
+    if path.suffix.lower() in _NOTICED_ENDINGS:
+        require_whole(path)
+    else:
         from nnunet_dycon.data.images import check_file  # here: brings torch along
 
         check_file(path)  # SimpleITK makes up the rest of one cut short, and reads 0 for NaN
-    else:
-        require_whole(path)
     return sitk.ReadImage(str(path))
 
 
-def _read_series(folder: Path) -> sitk.Image:
+def _read_series(folder: Path, report: CaseReport) -> sitk.Image:
     """A DICOM series, whose slices must lie at equal distances; in the direction in which they were acquired."""
     series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
     if not series:
@@ -124,7 +157,10 @@ def _read_series(folder: Path) -> sitk.Image:
         raise UserError(f"{unread[0]}: cannot be read as a slice of its series; download it again")
     reader = sitk.ImageSeriesReader()
     reader.SetFileNames(_in_equal_steps(files))
-    return reader.Execute()
+    reader.MetaDataDictionaryArrayUpdateOn()
+    image = reader.Execute()
+    _check_numbers(reader, len(files), report)
+    return image
 
 
 def _in_equal_steps(files: Sequence[str]) -> list[str]:
@@ -152,6 +188,20 @@ def _in_equal_steps(files: Sequence[str]) -> list[str]:
                 "series again"
             )
     return files
+
+
+def _check_numbers(reader: sitk.ImageSeriesReader, slices: int, report: CaseReport) -> None:
+    """Warn if the numbers of the slices, where they all have one, do not begin with 0 or 1, or leave one out."""
+    tags = [
+        reader.GetMetaData(index, _NUMBER).strip() for index in range(slices) if reader.HasMetaDataKey(index, _NUMBER)
+    ]
+    if len(tags) < slices or not all(map(str.isdecimal, tags)):
+        return
+    numbers = sorted(map(int, tags))
+    if numbers[0] > 1 or numbers != list(range(numbers[0], numbers[0] + slices)):
+        report.warnings.append(
+            f"{slices} DICOM slices are numbered {numbers[0]} to {numbers[-1]}: is one missing at an end of the scan?"
+        )
 
 
 def _told(values: Sequence[float]) -> str:

@@ -3,6 +3,7 @@
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from glob import escape
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,7 +84,7 @@ def report_on_all(
     }
 
 
-def draw_overlays(folder: Path, cases: Sequence[Case], labels: Mapping[str, int | tuple[int, ...]]) -> None:
+def draw_overlays(folder: Path, cases: Sequence[Case], data_set: "DataSet") -> None:
     """Write conversion_overlay.png: a few labeled cases, each in the slice with most foreground, every channel."""
     from matplotlib import style
     from matplotlib.patches import Patch
@@ -96,11 +97,14 @@ def draw_overlays(folder: Path, cases: Sequence[Case], labels: Mapping[str, int 
     rows = [slices_of(folder, identifier) for identifier in chosen]
     channels = len(rows[0][0])
     values = sorted({int(value) for *_, label, _ in rows for value in np.unique(label) if value})
-    names = {value: name for name, value in labels.items() if isinstance(value, int)}
+    # Of the regions that a value belongs to, the last one is the innermost.
+    names = {value: name for name, region in data_set.labels.items() for value in np.atleast_1d(region).tolist()}
     with style.context("default"):
         heights = [2.6 * aspect * images[0].shape[0] / images[0].shape[1] for images, *_, aspect in rows]
         figure = new_figure(max(2.6 * (channels + 1), 5.5), 0.8 + sum(heights) + 0.1 * len(rows))
         grid = figure.subplots(len(rows), channels + 1, squeeze=False, height_ratios=heights)
+        for axes, title in zip(grid[0], (data_set.channel_names[0], *data_set.channel_names)):
+            axes.set_title(title, fontsize=9)
         for line, identifier, (images, index, label, aspect) in zip(grid, chosen, rows):
             for axes, image in zip(line, (images[0], *images)):
                 darkest, brightest = np.percentile(image, (0.5, 99.5))
@@ -126,7 +130,7 @@ def slices_of(folder: Path, identifier: str) -> tuple[list[np.ndarray], int, np.
     Turned so that rows go from anterior to posterior and columns from right to left, as radiologists look at slices.
     """
     label = sitk.DICOMOrient(sitk.ReadImage(str(folder / "labelsTr" / f"{identifier}.nii.gz")), "LPS")
-    files = sorted((folder / "imagesTr").glob(f"{identifier}_[0-9][0-9][0-9][0-9].nii.gz"))
+    files = sorted((folder / "imagesTr").glob(f"{escape(identifier)}_[0-9][0-9][0-9][0-9].nii.gz"))
     images = [sitk.DICOMOrient(sitk.ReadImage(str(file)), "LPS") for file in files]
     array = sitk.GetArrayFromImage(label)
     index = int(np.argmax((array > 0).sum(axis=(1, 2)))) if array.any() else len(array) // 2

@@ -20,6 +20,7 @@ FOLDERS: dict[str, tuple[str, str | None]] = {
     "test": ("imagesTs", "labelsTs"),
 }
 _NOT_LISTED = "in no list"
+_ORIGIN = ("left_out", "source", "seed", "sha256")  # what split_record adds to the lists
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,12 @@ def assign_by_count(
     how = f"drawn with seed {seed}" if drawn else "the first in the published order"
     rule = "all labels kept" if count is None else f"labels of {count} of {available} training cases kept, {how}"
     unlabeled = tuple(case for case in training if case not in chosen)
+    warnings = []
+    if without_label := [case.identifier for case in training if case.label is None]:
+        one, many = "training case has no label and is unlabeled", "training cases have no label and are unlabeled"
+        warnings.append(counted(without_label, one, many))
     cases = {"labeled": chosen, "unlabeled": unlabeled, "val": (), "test": tuple(test)}
-    return Assignment(cases, rule, seed=seed if drawn else None)
+    return Assignment(cases, rule, seed=seed if drawn else None, warnings=tuple(warnings))
 
 
 def assign_by_file(cases: Sequence[Case], split: Path, left_out: Mapping[str, str] | None = None) -> Assignment:
@@ -107,12 +112,17 @@ def assign_by_file(cases: Sequence[Case], split: Path, left_out: Mapping[str, st
 
 
 def assign_by_protocol(
-    cases: Sequence[Case], protocol: Protocol, labeled: int | float | None, not_scored: Mapping[str, str]
+    cases: Sequence[Case],
+    protocol: Protocol,
+    labeled: int | float | None,
+    not_scored: Mapping[str, str],
+    left_out_before: Mapping[str, str],
 ) -> Assignment:
     """Give each case its published role; of the training cases, the first `labeled` keep their label.
 
     Cases that the source does not have, or not with the label that val and test need, are left out and told, as are
-    those of `not_scored` (identifier -> reason) where they would be val or test.
+    those of `not_scored` (identifier -> reason) where they would be val or test. Those of `left_out_before` are not
+    among the cases, but not absent from the source either.
     """
     known = {case.identifier: case for case in cases}
     left_out = {key: f"{_NOT_LISTED} of protocol {protocol.name}" for key in known}
@@ -127,19 +137,16 @@ def assign_by_protocol(
     training = [known[key] for key in protocol.train if key in known]
     assignment = assign_by_count(training, labeled, ordered=True, seed=0, test=scored["test"])
     warnings = []
-    if absent := [key for key in protocol.identifiers if key not in known]:
+    if absent := [key for key in protocol.identifiers if key not in known and key not in left_out_before]:
         total = len(protocol.identifiers)
         of = f"of the {total} cases of protocol {protocol.name}"
         warnings.append(counted(absent, f"{of} is absent", f"{of} are absent"))
-    if without_label := [case.identifier for case in training if case.label is None]:
-        one, many = "training case has no label and is unlabeled", "training cases have no label and are unlabeled"
-        warnings.append(counted(without_label, one, many))
     return replace(
         assignment,
         cases={**assignment.cases, "val": scored["val"]},
         rule=f"protocol {protocol.name}: {assignment.rule}",
         left_out=left_out,
-        warnings=tuple(warnings),
+        warnings=(*warnings, *assignment.warnings),
     )
 
 
@@ -147,8 +154,9 @@ def split_record(assignment: Assignment) -> dict[str, object]:
     """Who has which role and why, with a hash by which two data sets can be compared (the order does not count)."""
     lists = {role: assignment.identifiers(role) for role in FOLDERS}
     canonical = json.dumps({role: sorted(lists[role]) for role in sorted(lists)}, separators=(",", ":"))
-    origin = {"left_out": list(assignment.left_out), "source": assignment.rule, "seed": assignment.seed}
-    return {**lists, **origin, "sha256": hashlib.sha256(canonical.encode()).hexdigest()}
+    digest = hashlib.sha256(canonical.encode()).hexdigest()
+    origin = (list(assignment.left_out), assignment.rule, assignment.seed, digest)
+    return {**lists, **dict(zip(_ORIGIN, origin))}
 
 
 def cross_validation(labeled: Iterable[str]) -> list[dict[str, list[str]]]:
@@ -177,6 +185,8 @@ def _read_split(split: Path) -> dict[str, list[str]]:
         raise UserError(f"cannot read the split file {split}: {first_line(error)}; name a JSON file") from None
     if not isinstance(content, dict):
         raise UserError(f"{split}: expected a JSON object with the lists {', '.join(FOLDERS)}")
+    if unknown := sorted(content.keys() - {*FOLDERS, *_ORIGIN}):
+        raise UserError(f"{split}: unknown lists {', '.join(unknown)}; expected {', '.join(FOLDERS)}")
     lists = {role: content.get(role, []) for role in FOLDERS}
     for role, identifiers in lists.items():
         if not isinstance(identifiers, list) or not all(isinstance(entry, str) for entry in identifiers):

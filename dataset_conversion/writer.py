@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -92,7 +92,8 @@ def write_dataset(
         except Timeout:
             raise UserError(f"another conversion writes into {partial_folder}; wait, or take another ID") from None
     try:
-        _start_or_go_on(partial_folder, data_set, assignment, source)
+        with _failing_in_one_line(f"cannot write into {partial_folder}", "is the disk full?"):
+            _start_or_go_on(partial_folder, data_set, assignment, source)
         reports = _write_cases(data_set, assignment, partial_folder, num_processes)
         folds = cross_validation(assignment.identifiers("labeled"))
         report = report_on_all(data_set, assignment, source, reports, warnings)
@@ -101,11 +102,13 @@ def write_dataset(
             files = {"splits_final": folds, "ssl_split": split_record(assignment), "conversion_report": report}
             for name, content in files.items():
                 _write_json(content, partial_folder / f"{name}.json")
-            draw_overlays(partial_folder, assignment.cases["labeled"], data_set.labels)
-            shutil.rmtree(partial_folder / _RECORDS)
-            for name in (_SETTINGS, _LOCK):
-                (partial_folder / name).unlink()
+            draw_overlays(partial_folder, assignment.cases["labeled"], data_set)
             partial_folder.rename(folder)
+        # Not before: without them the work could not be gone on with, and under the final name they do no harm.
+        shutil.rmtree(folder / _RECORDS, ignore_errors=True)
+        for name in (_SETTINGS, _LOCK):
+            with suppress(OSError):
+                (folder / name).unlink()
     finally:
         if partial_folder.is_dir() and not any((partial_folder / _RECORDS).glob("*")):
             shutil.rmtree(partial_folder, ignore_errors=True)  # nothing to go on with
@@ -130,8 +133,9 @@ def _start_or_go_on(partial_folder: Path, data_set: DataSet, assignment: Assignm
                 shutil.rmtree(entry)
             elif entry.name != _LOCK:
                 entry.unlink()
-        (partial_folder / _RECORDS).mkdir()
-        file.write_text(digest)
+        with replacing(file) as new:
+            new.write_text(digest)
+    (partial_folder / _RECORDS).mkdir(exist_ok=True)
 
 
 def _write_cases(
@@ -143,11 +147,14 @@ def _write_cases(
     if len(missing) < len(jobs):
         print(f"{len(jobs) - len(missing)} of {len(jobs)} cases are kept of an interrupted conversion, which goes on")
     write_case = partial(_write_case, data_set, folder)
-    faults = list(filter(None, map_cases(write_case, missing, num_processes, f"converting {data_set.name}")))
+    results = map_cases(write_case, missing, num_processes, f"converting {data_set.name}")
+    faults = {case.identifier: fault for fault, (_, case) in zip(results, missing) if fault}
     if len(faults) == 1:
-        raise UserError(faults[0])
+        raise UserError(*faults.values())
     if faults:
-        told = "; ".join(faults[:_FAULTS_TOLD]) + ("; ..." if len(faults) > _FAULTS_TOLD else "")
+        told = "; ".join(list(faults.values())[:_FAULTS_TOLD])
+        if others := list(faults)[_FAULTS_TOLD:]:
+            told += f"; likewise {', '.join(others)}"
         raise UserError(f"{len(faults)} of {len(jobs)} cases cannot be converted, the others are kept: {told}")
     return {case.identifier: _recorded(folder, role, case) or {} for role, case in jobs}
 
@@ -203,6 +210,8 @@ def _read_images(data_set: DataSet, case: Case, report: CaseReport) -> list[sitk
         array = sitk.GetArrayViewFromImage(image)
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise UserError(f"{path}: the image has NaN or infinite voxels; repair it or leave the case out")
+        if array.min() == array.max():
+            raise UserError(f"{path}: the image is constant on the grid of the case; repair it or leave the case out")
         if images:
             _require_same_grid(case.images[0], images[0], path, image)
             image.CopyInformation(images[0])  # to the last digit

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -183,10 +184,9 @@ _PROCESSES = "processes (default: nnU-Net's nnUNet_def_n_proc, or 8, but not mor
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number and at least 1, got {text}")
+    return int(text)
 
 
 def _fold(text: str) -> int | str:
@@ -235,9 +235,12 @@ def _add_converter(parser: argparse.ArgumentParser, name: str) -> None:
 def _count_or_share(text: str) -> int | float:
     if not text.endswith("%"):
         return _positive(text)
-    share = float(text[:-1]) / 100
+    try:
+        share = float(text[:-1]) / 100
+    except ValueError:
+        share = math.nan
     if not 0 < share <= 1:
-        raise argparse.ArgumentTypeError(f"must lie above 0 % and not above 100 %, got {text}")
+        raise argparse.ArgumentTypeError(f"must be a share above 0% and up to 100%, or a number of cases, got {text}")
     return share
 
 

@@ -145,7 +145,7 @@ CONVERTERS: dict[str, Converter] = {
     ),
     "folder": Converter(
         "folder",
-        "Your own scans with and without labels: any folder, any format of SimpleITK's, found by patterns",
+        "Your own scans with and without labels: any folder, NIfTI, NRRD, DICOM and other formats, found by patterns",
         "your own",
         (
             Option("--name", str, "Own", "NAME", "of the data set: DatasetXXX_NAME (default: Own)"),

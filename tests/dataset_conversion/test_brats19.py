@@ -88,6 +88,8 @@ def test_plan_of_validation_cases_and_names_in_capitals(tmp_path):
         ),
         (["HGG/A/A_t1.nii", "LGG/A/A_t1.nii"], r"case A lies in .*HGG/A and in .*LGG/A"),
         (["HGG/A/A_t1.nii", "HGG/A/A_t1ce.nii", "HGG/A/A_flair.nii"], r"HGG/A: there is no A_t2\.nii\.gz or \.nii"),
+        (["A_flair.nii", "B_flair.nii"], "are both flair of case .*; keep one; expected .* a folder per case"),
+        (["x/pain_t1.nii"], "complete the case, choose other --modalities or correct -i: expected 'HGG/<case>/"),
         (["HGG/A/A_seg.nii"], r"no case found in .*; expected 'HGG/<case>/<case>_flair\.nii\.gz'"),
         ([], "no case found"),
     ],
@@ -212,26 +214,32 @@ def put_h5(file, mask=(1,)):
 
 
 def test_h5_has_the_axes_of_simpleitk(tmp_path, target, capsys):
-    values = put_h5(tmp_path / "BraTS2019" / "data" / "A.h5")
-    put_h5(tmp_path / "BraTS2019" / "data" / "B.h5")
+    values = put_h5(tmp_path / "BraTS2019" / "data" / "BraTS19_A.h5")
+    put_h5(tmp_path / "BraTS2019" / "data" / "brats_B.h5")
+    (tmp_path / "BraTS2019" / "mri_norm2.h5").touch()
     seed = next(s for s in range(20) if np.random.default_rng(s).permutation(2)[0] == 0)
     assert convert("brats19", tmp_path, "--labeled", 1, "--seed", seed) == 0
-    written = target / "imagesTr" / "A_0000.nii.gz"
+    written = target / "imagesTr" / "BraTS19_A_0000.nii.gz"
     np.testing.assert_array_equal(array(written), values)
-    np.testing.assert_array_equal(array(target / "labelsTr" / "A.nii.gz"), array(label((1,))))
+    np.testing.assert_array_equal(array(target / "labelsTr" / "BraTS19_A.nii.gz"), array(label((1,))))
     assert same_grid(written, image(spacing=(1, 1, 1), origin=(0, 0, 0)))
     assert read_json(target, "dataset")["channel_names"] == {"0": "FLAIR"}
-    assert (stems(target / "labelsTr"), stems(target / "imagesUn")) == (["A"], ["B"])
+    assert (stems(target / "labelsTr"), stems(target / "imagesUn")) == (["BraTS19_A"], ["brats_B"])
     assert "others have cropped and normalized" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("files", "options", "message"),
     [
-        (["A.h5", "x/A.h5"], {}, r"A\.h5 and .*x/A\.h5 are both case A"),
-        (["A.h5", "HGG/B/B_flair.nii"], {"modalities": "flair"}, r"has MRI \(.*B_flair\.nii\) and normalized h5 files"),
-        (["A.h5"], {"modalities": "flair,t1"}, "FLAIR and the whole tumor alone"),
-        (["A.h5"], {"target": "regions"}, "FLAIR and the whole tumor alone"),
+        (["BraTS_A.h5", "x/BraTS_A.h5"], {}, r"A\.h5 and .*x/BraTS_A\.h5 are both case BraTS_A; name a folder"),
+        (["A.h5", "training/C_1.h5"], {}, "no case found"),
+        (
+            ["BraTS_A.h5", "HGG/B/B_flair.nii"],
+            {"modalities": "flair"},
+            r"has MRI \(.*B_flair\.nii\) and normalized h5 files",
+        ),
+        (["BraTS_A.h5"], {"modalities": "flair,t1"}, "FLAIR and the whole tumor alone"),
+        (["BraTS_A.h5"], {"target": "regions"}, "FLAIR and the whole tumor alone"),
     ],
 )
 def test_h5_refused(tmp_path, files, options, message):

@@ -45,6 +45,7 @@ def touch(folder, *names):
         (folder / name).touch()
 
 
+ENDINGS = (".nii", ".nii.gz", ".hdr", ".img", ".nrrd", ".nhdr", ".mha", ".mhd", ".gipl", ".gipl.gz", ".vtk")
 T1, T2 = "T1=images/{case}_t1.nii.gz", "T2=images/{case}_t2.nii.gz"
 BOTH = ("--channel", T1, "--channel", T2, "--masks", "masks/{case}.nrrd")
 
@@ -100,9 +101,7 @@ def test_label_values_are_joined_and_renumbered(tmp_path, target):
     assert read_json(target, "dataset")["labels"] == {"background": 0, "organ": 1, "tumor": 2}
 
 
-@pytest.mark.parametrize(
-    "ending", [".nii", ".nii.gz", ".nrrd", ".mha", ".mhd", ".nhdr", ".hdr", ".gipl", ".vtk", ".tif"]
-)
+@pytest.mark.parametrize("ending", ENDINGS)
 def test_formats_of_simpleitk(tmp_path, target, ending):
     """Some do not store the origin; the grid is what SimpleITK reads."""
     before = locale.setlocale(locale.LC_ALL)
@@ -129,6 +128,13 @@ def test_draw_of_labels_and_split_file(source, target, split_file):
         ["a"],
         False,
     )
+
+
+def test_names_of_cases_may_have_brackets(tmp_path, target):
+    write(tmp_path / "s" / "a [1].mha", image())
+    write(tmp_path / "s" / "m" / "a [1].mha", label())
+    assert convert("folder", tmp_path / "s", "--channel", "CT={case}.mha", "--masks", "m/{case}.mha") == 0
+    assert stems(target / "labelsTr") == ["a [1]"]
 
 
 def test_labels_without_image_are_told(source, target, capsys):
@@ -190,17 +196,23 @@ def test_masks_that_are_images_too_are_refused(tmp_path):
         found(tmp_path, "{case}.mha", masks="{case}_seg.mha")
 
 
-def cut(path):
+def cut(path, by):
+    """Take away the last so many bytes: of a compressed file's content, or of the file with the voxels."""
+    path = path.with_suffix({".hdr": ".img", ".mhd": ".raw", ".nhdr": ".raw"}.get(path.suffix, path.suffix))
+    if by and path.suffix == ".gz":
+        path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes())[:-by]))
+        return
     content = path.read_bytes()
-    path.write_bytes(content[: len(content) // 2])
+    path.write_bytes(content[: -by or len(content) // 2])
 
 
-@pytest.mark.parametrize("ending", [".nii", ".nii.gz", ".nrrd", ".mha", ".gipl.gz"])
-def test_truncated_file_is_named(tmp_path, raw, capsys, ending):
-    """SimpleITK alone would fill a NIfTI file up with zeros."""
+@pytest.mark.parametrize("by", [0, 1])  # 0: half
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_truncated_file_is_named(tmp_path, raw, capsys, ending, by):
+    """SimpleITK alone would fill some up with zeros, or with what lies in the memory."""
     for folder, volume in (("i", image()), ("m", label())):
         write(tmp_path / "s" / folder / f"a{ending}", volume)
-    cut(tmp_path / "s" / "i" / f"a{ending}")
+    cut(tmp_path / "s" / "i" / f"a{ending}", by)
     options = ("--channel", f"MR=i/{{case}}{ending}", "--masks", f"m/{{case}}{ending}")
     assert convert("folder", tmp_path / "s", *options) == 1
     assert f"i/a{ending}: " in the_one_error(capsys)
@@ -216,6 +228,19 @@ def test_nan_is_named(source, raw, capsys, ending):
     error = the_one_error(capsys)
     assert f"a{ending}" in error
     assert "NaN" in error
+
+
+@pytest.mark.parametrize(
+    ("ending", "message"), [(".tif", "TIFF holds no spacing in mm"), (".vtk", "it holds text, of which SimpleITK")]
+)
+def test_formats_whose_end_cannot_be_told(tmp_path, raw, capsys, ending, message):
+    file = tmp_path / "i" / f"a{ending}"
+    write(file, image())
+    write(tmp_path / "m" / "a.mha", label())
+    if ending == ".vtk":
+        file.write_bytes(file.read_bytes().replace(b"BINARY", b"ASCII"))
+    assert convert("folder", tmp_path, "--channel", f"CT=i/{{case}}{ending}", "--masks", "m/{case}.mha") == 1
+    assert message in the_one_error(capsys)
 
 
 def turned(volume):

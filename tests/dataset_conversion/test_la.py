@@ -237,6 +237,17 @@ def test_all_bad_cases_are_told_at_once(nrrd_source, raw, capsys):
     assert "C/lgemri.nrrd" in error
 
 
+def test_every_bad_case_is_named(nrrd_source, raw, capsys):
+    source = nrrd_source("ABCDEFGH")
+    for name in "BCDEFGH":
+        (source / "Training Set" / name / "lgemri.nrrd").write_bytes(b"garbage")
+    assert convert(source) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "7 of 8 cases cannot be converted" in error
+    assert error.count("cannot read") == 5
+    assert error.endswith("; likewise G, H")
+
+
 def test_unknown_label_value_names_the_file(nrrd_source, raw, capsys):
     source = nrrd_source("A")
     write_nrrd(source / "Training Set" / "A" / "laendo.nrrd", volumes(0)[1] * 7)
@@ -259,8 +270,24 @@ def test_wrong_spacing(nrrd_source, raw, capsys, spacing):
     assert "--spacing must be a positive number of mm" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("labeled", "message"),
+    [
+        ("x", "must be a whole number and at least 1, got x"),
+        ("0", "must be a whole number and at least 1, got 0"),
+        ("x%", "must be a share above 0% and up to 100%, or a number of cases, got x%"),
+        ("nan%", "must be a share above 0%"),
+        ("101%", "must be a share above 0%"),
+    ],
+)
+def test_wrong_count(tmp_path, capsys, labeled, message):
+    with pytest.raises(SystemExit, match="2"):
+        convert(tmp_path, "--labeled", labeled)
+    assert f"argument --labeled: {message}" in capsys.readouterr().err
+
+
 def test_wrong_use_is_told_before_any_work(nrrd_source, raw, tmp_path, monkeypatch, capsys):
-    assert convert(tmp_path / "nowhere") == 2
+    assert convert(tmp_path / "nowhere") == 1
     source = nrrd_source("AB")
     assert convert(source, "--labeled", 3) == 2
     assert "--labeled 3, but only 2 training cases have a label" in capsys.readouterr().err

@@ -1,5 +1,7 @@
 """Pancreas-CT: DICOM in both forms, NIfTI, labels by their headers, one scan under three names, and the h5 families."""
 
+import re
+
 import h5py
 import numpy as np
 import pytest
@@ -47,10 +49,14 @@ def organ():
     return mask
 
 
-def scan(number=0):
-    """Tissue of -50 HU and noise around an organ of 100 HU: int16."""
+def scan_values(number=0):
+    """Tissue of -50 HU and noise around an organ of 100 HU."""
     noise = np.random.default_rng(number).normal(scale=60, size=SHAPE)
-    return volume(np.where(organ(), 100, noise - 50), np.int16)
+    return np.where(organ(), 100, noise - 50)
+
+
+def scan(number=0):
+    return volume(scan_values(number), np.int16)
 
 
 def label(mask=None, kind=np.uint8):
@@ -194,7 +200,7 @@ def test_label_that_is_flipped_without_its_header_is_told(tmp_path, target, caps
 
 
 def test_label_of_air_is_told(tmp_path, target, capsys):
-    write(tmp_path / "s" / "PANCREAS_0001.nii.gz", volume(np.full(SHAPE, -900), np.int16))
+    write(tmp_path / "s" / "PANCREAS_0001.nii.gz", volume(np.where(organ(), -900, -1000), np.int16))
     write(tmp_path / "s" / "label0001.nii.gz", label())
     assert convert("pancreas_ct", tmp_path / "s") == 0
     assert "only 0% of the label lies in -100 to 250 HU" in capsys.readouterr().out
@@ -275,6 +281,22 @@ def test_damaged_dicom_is_refused_by_name(tmp_path, target, capsys, damage, mess
     assert not target.exists()
 
 
+@pytest.mark.parametrize(
+    ("missing", "told"),
+    [
+        ("1-001.dcm", ["11 DICOM slices are numbered 2 to 12: is one missing at an end of the scan?"]),
+        ("1-012.dcm", []),  # cannot be told
+    ],
+)
+def test_missing_slice_at_an_end_of_an_unlabeled_scan(tmp_path, target, missing, told):
+    put_case(tmp_path / "source", 1)
+    put_case(tmp_path / "source", 3, labeled=False)
+    (tmp_path / "source" / DICOM.format("PANCREAS_0003") / missing).unlink()
+    assert convert("pancreas_ct", tmp_path / "source") == 0
+    cases = read_json(target, "conversion_report")["cases"]
+    assert [cases[f"PANCREAS_{number:04d}"]["warnings"] for number in (1, 3)] == [[], told]
+
+
 def test_slices_are_ordered_by_position_not_by_name(tmp_path, target):
     put_case(tmp_path / "source", 1)
     folder = tmp_path / "source" / DICOM.format("PANCREAS_0001")
@@ -313,7 +335,8 @@ def test_protocol_without_the_copies(tmp_path, target, capsys):
     assert split["left_out"] == ["PANCREAS_0025", "PANCREAS_0070"]
     printed = capsys.readouterr().out
     assert "scores test1.list, all of whose 20 cases are training cases" in printed
-    assert "0002 and 0025 are training cases, 0070 is a test case" in printed
+    assert "in the published lists 0002 and 0025 are training cases, 0070 is a test case" in printed
+    assert "77 of the 82 cases of protocol dycon are absent" in printed
     assert read_json(target, "conversion_report")["left_out"]["PANCREAS_0070"] == "a copy of PANCREAS_0002"
 
 
@@ -337,11 +360,20 @@ def test_split_file_with_copies(tmp_path, split_file, target, capsys):
     assert "PANCREAS_0002 (labeled) and PANCREAS_0025 (test) are copies of one scan" in capsys.readouterr().out
 
 
-def test_draw_without_copies_of_copies(tmp_path, target):
+@pytest.mark.parametrize(
+    ("labeled", "told"),
+    [
+        ("50%", r"cases PANCREAS_0002 \(\w+\) and .* are copies of one scan on two sides of the split"),
+        ("100%", "the labeled cases PANCREAS_0002 and PANCREAS_0025 and PANCREAS_0070 are copies of one scan; a fold"),
+    ],
+)
+def test_draw_among_copies_that_were_asked_for_warns(tmp_path, target, labeled, told):
     put_nifti(tmp_path / "s", 1, 2, 3, 25, 70)
-    assert convert("pancreas_ct", tmp_path / "s", "--labeled", "50%", "--keep_duplicates") == 0
+    assert convert("pancreas_ct", tmp_path / "s", "--labeled", labeled, "--keep_duplicates") == 0
     split = read_json(target, "ssl_split")
     assert len(split["labeled"] + split["unlabeled"]) == 5
+    (warning,) = read_json(target, "conversion_report")["warnings"]
+    assert re.match(told, warning)
 
 
 # h5
@@ -369,6 +401,41 @@ def test_h5_families(tmp_path, target, capsys, name, told):
     assert sitk.ReadImage(str(image)).GetSpacing() == (1, 1, 1)
     assert read_json(target, "dataset")["channel_names"] == {"0": "normalized_CT"}
     assert told in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("kind", "written"),
+    [
+        ("float16", np.float32),
+        (">f4", np.float32),
+        (">i2", np.int16),
+        ("float64", np.float32),
+        ("longdouble", np.float32),
+    ],
+)
+def test_h5_of_types_that_simpleitk_does_not_know(tmp_path, target, kind, written):
+    values = scan_values().astype(kind)
+    with h5py.File(tmp_path / "0001.h5", "w") as content:
+        content["image"], content["label"] = values, organ()
+    assert convert("pancreas_ct", tmp_path) == 0
+    image = array(target / "imagesTr" / "PANCREAS_0001_0000.nii.gz")
+    assert image.dtype == written
+    np.testing.assert_array_equal(image, values.astype(written))
+    np.testing.assert_array_equal(array(target / "labelsTr" / "PANCREAS_0001.nii.gz"), organ())
+
+
+@pytest.mark.parametrize(
+    "image", [None, np.zeros((3, 4)), np.zeros((3, 0, 4)), np.full((3, 4, 5), b"a"), np.ones((3, 4, 5), complex), 7]
+)
+def test_h5_without_a_volume_is_named(tmp_path, raw, capsys, image):
+    with h5py.File(tmp_path / "0001.h5", "w") as content:
+        content["label"] = organ()
+        if image is None:
+            content.create_group("image")
+        else:
+            content["image"] = image
+    assert convert("pancreas_ct", tmp_path) == 1
+    assert "0001.h5: expected a 3D volume in 'image'" in the_one_error(capsys)
 
 
 # Real data

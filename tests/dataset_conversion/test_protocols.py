@@ -77,11 +77,11 @@ def test_the_lists_are_in_the_wheel(wheel):
 def test_absent_cases_and_those_without_label_are_told_and_left_out():
     protocol = Protocol("p", "us", (2,), (), train=tuple("abcd"), val=("e", "f"), test=("g", "h", "i"))
     cases = [Case(name, (Path(name),), None if name in "bh" else Path(name)) for name in "xcbagfeh"]
-    assignment = assign_by_protocol(cases, protocol, 2, {"e": "empty", "a": "empty"})
+    assignment = assign_by_protocol(cases, protocol, 2, {"e": "empty", "a": "empty"}, {"i": "a copy"})
     roles = {role: "".join(assignment.identifiers(role)) for role in assignment.cases}
     assert roles == {"labeled": "ac", "unlabeled": "b", "val": "f", "test": "g"}
     assert assignment.left_out == {"x": "in no list of protocol p", "e": "empty", "h": "test case without a label"}
     assert assignment.warnings == (
-        "2 of the 9 cases of protocol p are absent: d, i",
+        "1 of the 9 cases of protocol p is absent: d",
         "1 training case has no label and is unlabeled: b",
     )

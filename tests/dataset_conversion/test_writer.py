@@ -5,6 +5,7 @@ interrupted conversion that goes on."""
 import json
 import resource
 import signal
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 import SimpleITK as sitk
 from filelock import FileLock
 
+from nnunet_dycon import pictures
 from nnunet_dycon.dataset_conversion.report import slices_of
 from nnunet_dycon.dataset_conversion.roles import (
     FOLDERS,
@@ -25,6 +27,7 @@ from nnunet_dycon.dataset_conversion.roles import (
 )
 from nnunet_dycon.dataset_conversion.writer import DataSet, new_dataset_folder, write_dataset
 from nnunet_dycon.errors import UsageError, UserError
+from nnunet_dycon.pictures import new_figure
 
 
 def case(identifier, label=True):
@@ -78,7 +81,8 @@ def test_no_label_at_all():
 
 
 def test_split_file(split_file):
-    split = split_file({"protocol": "p", "labeled": ["c"], "unlabeled": ["a", "x"], "test": ["b"], "left_out": {}})
+    origin = split_record(Assignment(dict.fromkeys(FOLDERS, ()), "rule"))
+    split = split_file({**origin, "labeled": ["c"], "unlabeled": ["a", "x"], "test": ["b"]})
     assignment = assign_by_file([*CASES, case("x", label=False)], split)
     assert identifiers(assignment) == {"labeled": "c", "unlabeled": "ax", "val": "", "test": "b"}
     assert list(assignment.left_out) == ["d", "e"]
@@ -91,6 +95,7 @@ def test_split_file(split_file):
         ("[]", "expected a JSON object"),
         ({"unlabeled": ["a"]}, '"labeled" is missing or empty'),
         ({"labeled": []}, '"labeled" is missing or empty'),
+        ({"labeled": ["a"], "tests": ["b"], "Val": []}, r"split\.json: unknown lists Val, tests; expected labeled"),
         ({"labeled": "a"}, '"labeled" must be a list'),
         ({"labeled": ["a"], "val": [1]}, '"val" must be a list'),
         ({"labeled": ["a"], "test": ["zz"]}, r"split\.json: case zz \(test\) is not in the source"),
@@ -183,7 +188,9 @@ def test_id_of_other_data_sets_is_free(raw):
 
 
 def volume(value=1.0, size=(3, 4, 5), spacing=(1.0, 1.0, 2.0), origin=(1.0, 2.0, 3.0), kind=sitk.sitkFloat32):
+    """One value, but 0 in the last voxel."""
     image = sitk.Image(size, kind) + value
+    image[size[0] - 1, size[1] - 1, size[2] - 1] = 0
     image.SetSpacing(spacing)
     image.SetOrigin(origin)
     return image
@@ -262,7 +269,8 @@ NAN[0, 0, 0] = float("nan")
         ({"second": NAN}, "two: the image has NaN"),
         ({"label": volume(4, size=(4, 4, 5))}, "one and label differ in size"),
         ({"label": volume(4, origin=(1, 2, 4))}, "one and label differ in origin"),
-        ({"label": volume(3.5)}, r"label: label values 3\.5, but only 0, 4 are known"),
+        ({"second": volume(0)}, "two: the image is constant"),
+        ({"label": volume(3.5)}, r"label: label values 0, 3\.5, but only 0, 4 are known"),
     ],
 )
 def test_bad_volumes_are_named_and_nothing_is_left(raw, write, wrong, message):
@@ -285,7 +293,7 @@ def test_labels_are_whole_numbers_of_any_type(write):
     folder = write(data_set(label=volume(4.0)))
     label = sitk.GetArrayFromImage(sitk.ReadImage(str(folder / "labelsTr" / "a.nii.gz")))
     assert label.dtype == np.uint8
-    assert (label == 1).all()
+    assert (label == 1).sum() == label.size - 1
 
 
 @pytest.mark.parametrize(
@@ -322,7 +330,7 @@ def test_report(write, tmp_path):
     case = report["cases"]["a"]
     assert (case["role"], case["images"], case["label"]) == ("labeled", ["one", "two"], "label")
     assert (case["size"], case["spacing_mm"], case["origin_mm"]) == ([3, 4, 5], [1, 1, 2], [1, 2, 3])
-    assert case["label_voxels"] == {"1": 60}
+    assert case["label_voxels"] == {"0": 1, "1": 59}
     assert case["intensity_under_label"] == [{"1": {"mean": 1, "std": 0}}, {"1": {"mean": 2, "std": 0}}]
     assert (case["second"], case["grade"], case["warnings"]) == (2, "high", ["looks odd"])
 
@@ -342,6 +350,24 @@ def test_overlay_is_drawn_in_the_slice_with_most_foreground(write):
     images, index, shown, aspect = slices_of(folder, "a")
     assert (index, aspect, len(images)) == (3, 1, 2)
     assert np.argwhere(shown).tolist() == [[2, 1]]
+
+
+@pytest.mark.parametrize(
+    ("labels", "legend"),
+    [
+        ({"background": 0, "tumor": 1, "cyst": 2}, ["tumor", "cyst"]),
+        ({"background": 0, "whole": (1, 2), "core": 2}, ["whole", "core"]),
+        ({"background": 0, "tumor": 1}, ["tumor", "value 2"]),
+    ],
+)
+def test_overlay_names_channels_and_labels(write, monkeypatch, labels, legend):
+    figures = []
+    monkeypatch.setattr(pictures, "new_figure", lambda *size: figures.append(new_figure(*size)) or figures[0])
+    label = volume(4)
+    label[0, 0, 0] = 5
+    write(data_set(label=label, labels=labels, label_values={0: 0, 4: 1, 5: 2}, regions_class_order=(1, 2)))
+    assert [axes.get_title() for axes in figures[0].axes] == ["T1", "T1", "T2"]
+    assert [text.get_text() for text in figures[0].legends[0].get_texts()] == legend
 
 
 def test_overlay_is_turned_as_radiologists_look_at_it(write):
@@ -399,6 +425,22 @@ def write_two(raw, tmp_path, monkeypatch):
     return call
 
 
+@pytest.mark.parametrize(
+    ("reason", "expected"), [(OSError("busy"), UserError), (KeyboardInterrupt(), KeyboardInterrupt)]
+)
+def test_data_set_that_does_not_get_its_name_is_kept(write_two, raw, monkeypatch, reason, expected):
+    def fail(*arguments):
+        raise reason
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", fail)
+        with pytest.raises(expected):
+            write_two()
+    write_two()
+    assert reads() == "ab"
+    assert [path.name for path in raw.iterdir()] == ["Dataset007_Name"]
+
+
 def reads():
     return Path("reads.log").read_text()
 
@@ -444,18 +486,31 @@ def test_two_conversions_into_one_folder(write_two, raw):
     assert (raw / ".Dataset007_Name.partial" / "imagesTr" / "a_0000.nii.gz").is_file()
 
 
-def test_full_disk_is_told_and_what_was_written_is_kept(write_two, raw):
-    """Simulated by a limit on the size of files: SimpleITK itself does not notice either."""
-    Path("b").write_text("noise")
+@contextmanager
+def files_of_at_most(size):
+    """Like a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
-        with pytest.raises(UserError, match=r"cannot write .*b_0000\.nii\.gz: .*; is the disk full\?"):
-            write_two()
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, previous)
+
+
+def test_full_disk_at_the_very_start(raw, write):
+    with files_of_at_most(10), pytest.raises(UserError, match=r"cannot write into .*partial: .*; is the disk full\?"):
+        write(data_set())
+    assert list(raw.iterdir()) == []
+
+
+def test_full_disk_is_told_and_what_was_written_is_kept(write_two, raw):
+    """SimpleITK itself does not notice."""
+    Path("b").write_text("noise")
+    told = r"cannot write .*b_0000\.nii\.gz: .*; is the disk full\?"
+    with files_of_at_most(50_000), pytest.raises(UserError, match=told):
+        write_two()
     assert [path.name for path in raw.iterdir()] == [".Dataset007_Name.partial"]
     Path("b").write_text("2")
     write_two()
