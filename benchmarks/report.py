@@ -158,7 +158,7 @@ def draw(group: Group, file: Path) -> None:
     others: Sequence = [(key, its) for key, its in group.items() if key != _FLOOR]
     columns = min(5, len(others))
     rows = math.ceil(len(others) / columns)
-    figure = new_figure(2.6 * columns + 0.4, 2.9 * rows + 0.2)
+    figure = new_figure(2.6 * columns + 0.4, 3.2 * rows + 0.2)
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     for unused in panels.flat[len(others) :]:
         unused.set_axis_off()
@@ -169,9 +169,10 @@ def draw(group: Group, file: Path) -> None:
         name = method.replace(":", "\n").replace(",", "\n")
         seeds = f"{len(its.dice)} seed" + "s" * (len(its.dice) > 1)
         axes.set_title(f"{name}\n{weights}, {seeds}", fontsize=8)
-        axes.set(xlim=(lowest, 1), ylim=(lowest, 1), xlabel="Dice of the floor", aspect="equal")
+        axes.set(xlim=(lowest, 1), ylim=(lowest, 1), aspect="equal")
     for axes in panels[:, 0]:
         axes.set_ylabel("Dice")
+    figure.supxlabel("Dice of the floor", fontsize="medium")
     figure.savefig(file)
 
 
