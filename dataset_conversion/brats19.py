@@ -14,14 +14,19 @@ brain and normalized, `label` the whole tumor.
 
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-
-import SimpleITK as sitk
+from typing import Any
 
 from nnunet_dycon.dataset_conversion.conversion import Plan
 from nnunet_dycon.dataset_conversion.protocols import Protocol
-from nnunet_dycon.dataset_conversion.reading import entries_below, read_channels, read_h5, read_mask
-from nnunet_dycon.dataset_conversion.report import CaseReport
+from nnunet_dycon.dataset_conversion.reading import (
+    entries_below,
+    read_channels,
+    read_h5_channels,
+    read_h5_mask,
+    read_mask,
+)
 from nnunet_dycon.dataset_conversion.roles import Case, listed
 from nnunet_dycon.dataset_conversion.writer import DataSet
 from nnunet_dycon.errors import UsageError, UserError, some
@@ -37,7 +42,7 @@ REGIONS: dict[str, int | tuple[int, ...]] = {
 _FILE = re.compile(r"(?P<case>.+)_(?P<kind>flair|t1|t1ce|t2|seg)\.nii(\.gz)?", re.IGNORECASE)
 _H5 = re.compile(r"BraTS\d*_.*\.h5", re.IGNORECASE)
 _LAYOUT = "'HGG/<case>/<case>_flair.nii.gz' (or .nii), a folder per case"
-_H5_SPACING = (1.0, 1.0, 1.0)
+_H5_GRID: dict[str, Any] = {"spacing": (1.0, 1.0, 1.0), "axes": "zyx"}
 _ANY_MASK = re.compile(r"[^.].*seg.*\.nii(\.gz)?", re.IGNORECASE)
 
 
@@ -74,8 +79,8 @@ def plan(source: Path, *, protocol: Protocol | None = None, modalities: str | No
         label_values={0: 0, 2: 1, 1: 2, 4: 3} if target == "regions" else {0: 0, 1: 1, 2: 1, 4: 1},
         reference="https://www.med.upenn.edu/cbica/brats2019/data.html",
         license="data use agreement of CBICA's image processing portal; do not redistribute",
-        read_images=_read_h5_image if h5 else read_channels,
-        read_label=_read_h5_label if h5 else read_mask,
+        read_images=partial(read_h5_channels, **_H5_GRID) if h5 else read_channels,
+        read_label=partial(read_h5_mask, **_H5_GRID) if h5 else read_mask,
         regions_class_order=(1, 2, 3) if target == "regions" else None,
         settings={"modalities": chosen, "target": target},
     )
@@ -126,11 +131,3 @@ def _h5(entries: Sequence[Path]) -> tuple[Case, ...]:
             raise UserError(f"{first} and {file} are both case {file.stem}; name a folder with one by -i")
         cases[file.stem] = Case(file.stem, (file,), file)
     return tuple(cases.values())
-
-
-def _read_h5_image(paths: tuple[Path, ...], report: CaseReport) -> list[sitk.Image]:
-    return [read_h5(path, "image", _H5_SPACING, axes="zyx") for path in paths]
-
-
-def _read_h5_label(path: Path, images: Sequence[sitk.Image], report: CaseReport) -> sitk.Image:
-    return read_h5(path, "label", _H5_SPACING, axes="zyx")

@@ -47,8 +47,10 @@ def plan(
     patterns = dict(_named(entry, "--channel") for entry in channel or ())
     if not patterns or len(patterns) < len(channel or ()):
         raise UsageError("name each channel once: --channel CT='images/{case}.nii.gz'; --help says more")
-    found = {key: _matches(source, pattern, f"--channel {key}") for key, pattern in patterns.items()}
-    labels = {} if masks is None else _matches(source, masks, "--masks")
+    # macOS leaves files that begin with a dot beside others.
+    entries = [entry for entry in entries_below(source) if not entry.name.startswith(".")]
+    found = {key: _matches(source, entries, pattern, f"--channel {key}") for key, pattern in patterns.items()}
+    labels = {} if masks is None else _matches(source, entries, masks, "--masks")
     cases = _cases(found)
     # As an image, a mask would be a label where none must be.
     for mask in set(labels.values()) & {path for images in cases.values() for path in images}:
@@ -79,18 +81,16 @@ def _named(entry: str, flag: str) -> tuple[str, str]:
     return key, value
 
 
-def _matches(source: Path, pattern: str, flag: str) -> dict[str, Path]:
+def _matches(source: Path, entries: Sequence[Path], pattern: str, flag: str) -> dict[str, Path]:
     """Case -> the file, or the folder if the pattern ends in a slash, that the pattern finds for it."""
     if "{case}" not in pattern:
         raise UsageError(f"{flag}: the pattern {pattern} has no {{case}}, which stands for the name of the case")
     first, *others = pattern.rstrip("/").split("{case}")
     expression = re.compile(_regex(first) + r"(?P<case>[^/]+?)" + "(?P=case)".join(map(_regex, others)))
     fits = _holds_files if pattern.endswith("/") else Path.is_file
-    # macOS leaves files that begin with a dot beside others.
-    entries = (entry for entry in entries_below(source) if not entry.name.startswith(".") and fits(entry))
     found: dict[str, Path] = {}
     for entry in entries:
-        if match := expression.fullmatch(entry.relative_to(source).as_posix()):
+        if (match := expression.fullmatch(entry.relative_to(source).as_posix())) and fits(entry):
             case = match["case"]
             if case in found:
                 raise UserError(f"{flag}: {found[case]} and {entry} are both for case {case}; delete or rename one")

@@ -17,6 +17,7 @@ import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,8 @@ from nnunet_dycon.dataset_conversion.reading import (
     difference,
     entries_below,
     read_channels,
-    read_h5,
+    read_h5_channels,
+    read_h5_mask,
     read_volume,
     reoriented,
 )
@@ -99,8 +101,8 @@ def plan(source: Path, *, protocol: Protocol | None = None, keep_duplicates: boo
         label_values={0: 0, 1: 1},
         reference="https://doi.org/10.7937/K9/TCIA.2016.tNB1kqBU",
         license="CC BY 3.0 (TCIA)",
-        read_images=_read_h5_image if h5 else read_channels,
-        read_label=_read_h5_label if h5 else _read_label,
+        read_images=partial(read_h5_channels, spacing=_H5_SPACING) if h5 else read_channels,
+        read_label=partial(read_h5_mask, spacing=_H5_SPACING) if h5 else _read_label,
         settings={"keep_duplicates": keep_duplicates},
     )
     return Plan(
@@ -160,14 +162,6 @@ def _add(found: dict[str, Path], number: str, path: Path, what: str) -> None:
     if name in found:
         raise UserError(f"{found[name]} and {path} are both the {what} of {name}; delete one")
     found[name] = path
-
-
-def _read_h5_image(paths: tuple[Path, ...], report: CaseReport) -> list[sitk.Image]:
-    return [read_h5(path, "image", _H5_SPACING) for path in paths]
-
-
-def _read_h5_label(path: Path, images: Sequence[sitk.Image], report: CaseReport) -> sitk.Image:
-    return read_h5(path, "label", _H5_SPACING)
 
 
 def _read_label(path: Path, images: Sequence[sitk.Image], report: CaseReport) -> sitk.Image:

@@ -71,6 +71,25 @@ def read_h5(path: Path, key: str, spacing: tuple[float, float, float], axes: str
     return image
 
 
+def read_h5_channels(
+    paths: Sequence[Path], report: CaseReport, *, spacing: tuple[float, float, float], axes: str = "xyz"
+) -> list[sitk.Image]:
+    """A DataSet's `read_images`, given its spacing, where each case is one h5 file of the community's."""
+    return [read_h5(path, "image", spacing, axes) for path in paths]
+
+
+def read_h5_mask(
+    path: Path,
+    images: Sequence[sitk.Image],
+    report: CaseReport,
+    *,
+    spacing: tuple[float, float, float],
+    axes: str = "xyz",
+) -> sitk.Image:
+    """A DataSet's `read_label` for the same files."""
+    return read_h5(path, "label", spacing, axes)
+
+
 def _type_of_simpleitk(kind: np.dtype) -> np.dtype:
     """The type itself, in the byte order of this machine, or the next one that SimpleITK knows."""
     if kind.kind == "b":
