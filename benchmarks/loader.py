@@ -10,10 +10,12 @@ with the quartiles in brackets. It varies from batch to batch, because most tran
 import argparse
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from benchmarks.la import LEFT_ATRIUM
 from benchmarks.measuring import machine, summary, told
 from benchmarks.preparation import FLOOR, add_arguments
 from benchmarks.train_step import build, prepared
@@ -24,7 +26,7 @@ OURS = "nnUNetTrainerMeanTeacher"  # all semi-supervised trainers load alike
 def main() -> None:
     """Prepare the data, measure, and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser, spacing=1.25, features=[])
+    add_arguments(parser, replace(LEFT_ATRIUM, spacing=1.25, features=()))
     parser.add_argument("--repeats", type=int, default=200)
     parser.add_argument("--json", type=Path, help="where to write the numbers, too")
     arguments = parser.parse_args()

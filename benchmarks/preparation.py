@@ -1,4 +1,4 @@
-"""What the left-atrium benchmarks share: data sets, plans and preprocessed cases in a working folder.
+"""What the benchmarks share: data sets, plans and preprocessed cases in a working folder.
 
 All is made by nnU-Net's own commands and ours, in processes of their own.
 """
@@ -10,25 +10,60 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from nnunet_dycon.files import replacing
 from nnunet_dycon.registry import TRAINERS
 
 HERE = Path(__file__).parent
-CEILING = 55  # labels
 FLOOR = "nnUNetTrainer"  # nnU-Net's own
+CEILING = "ceiling"
 
 
-def add_arguments(parser: argparse.ArgumentParser, spacing: float, features: list[int]) -> None:
+@dataclass(frozen=True)
+class DataSet:
+    """Training cases, of which some are labeled, and held-out ones.
+
+    Attributes:
+        name: as in DatasetXXX_name.
+        table: of results, without .csv.
+        first_id: the data set with N labels has the number first_id + N.
+        labels: the numbers of labels that methods are compared at.
+        ceiling: the number of training cases.
+        spacing: in mm, isotropic.
+        features: of each stage of the network.
+        iterations: the budget of a training.
+        needs_data: whether it is made of a folder that the user names.
+    """
+
+    name: str
+    table: str
+    first_id: int
+    labels: tuple[int, ...]
+    ceiling: int
+    spacing: float
+    features: tuple[int, ...]
+    iterations: int
+    needs_data: bool = True
+
+    def write(self, preparation: "Preparation", labels: int) -> None:
+        """Write the raw data set with so many labels; with as many as there are training cases, none is unlabeled."""
+        raise NotImplementedError
+
+
+def add_arguments(parser: argparse.ArgumentParser, data_set: DataSet) -> None:
     """The arguments that `Preparation` reads."""
-    parser.add_argument("--data", type=Path, required=True, help="folder of the data set, as `convert la` takes it")
+    if data_set.needs_data:
+        parser.add_argument("--data", type=Path, required=True, help="folder of the data set, as `convert` takes it")
     parser.add_argument("--work", type=Path, required=True, help="folder for data sets, models and logs")
-    parser.add_argument("--spacing", type=float, default=spacing, help="mm, isotropic (default: %(default)s)")
-    parser.add_argument("--features", type=int, nargs="*", default=features, help="of each stage of the network, the "
-                        "last one repeated; none for nnU-Net's own (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--spacing", type=float, default=data_set.spacing, help="mm, isotropic (default: %(default)s)")
+    parser.add_argument("--features", type=int, nargs="*", default=list(data_set.features), help="of each stage of the "
+                        "network, the last one repeated; none for nnU-Net's own (default: %(default)s)")  # fmt: skip
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
 
 
@@ -39,17 +74,13 @@ def trainer_class(name: str) -> Any:
     return getattr(import_module(f"nnunet_dycon.trainers.{TRAINERS[name].module}"), name)
 
 
-def dataset_id(labels: int) -> int:
-    """Of the data set with so many labels."""
-    return 100 + labels
-
-
 class Preparation:
     """A working folder with data sets, plans and preprocessed cases."""
 
-    def __init__(self, arguments: argparse.Namespace) -> None:
+    def __init__(self, arguments: argparse.Namespace, data_set: DataSet) -> None:
+        self.data_set = data_set
         self.work: Path = arguments.work.resolve()
-        self.data: Path = arguments.data
+        self.data: Path | None = getattr(arguments, "data", None)
         self.spacing: float = arguments.spacing
         self.features: list[int] = arguments.features
         self.device: str = arguments.device
@@ -61,42 +92,54 @@ class Preparation:
         """nnU-Net's variables."""
         return {name: str(self.work / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
 
+    def dataset_id(self, labels: int) -> int:
+        """Of the data set with so many labels."""
+        return self.data_set.first_id + labels
+
     def dataset(self, labels: int) -> str:
         """The name of the data set with so many labels."""
-        return f"Dataset{dataset_id(labels)}_LA2018"
+        return f"Dataset{self.dataset_id(labels)}_{self.data_set.name}"
 
     def prepare(self, labels: Iterable[int]) -> None:
-        """Convert, plan and preprocess what is not there yet."""
-        for count in sorted(set(labels)):
-            dataset = str(dataset_id(count))
-            raw = self.work / "nnUNet_raw" / self.dataset(count)
-            plans = self.work / "nnUNet_preprocessed" / raw.name / f"{self.plans}.json"
-            if not raw.is_dir():
-                protocol = HERE / "protocols" / f"la_{count}.json"
-                arguments = ["-i", str(self.data), "-d", dataset, "--spacing", "1.25", "--split", str(protocol)]
-                self.command("nnunet_dycon.cli:main", "convert", "la", *arguments)
-            if not plans.is_file():
-                self.command("nnunetv2.experiment_planning.plan_and_preprocess_entrypoints:extract_fingerprint_entry",
-                              "-d", dataset, "-np", "2")  # fmt: skip
-                if count == CEILING:
-                    self.command("nnunetv2.experiment_planning.plans_for_pretraining.move_plans_between_datasets:"
-                                  "entry_point_move_plans_between_datasets",
-                                  "-s", "108", "-t", dataset, "-sp", self.plans, "-tp", self.plans)  # fmt: skip
-                    shutil.copy(raw / "dataset.json", plans.parent)  # which planning would have done
-                else:
-                    self.command("nnunetv2.experiment_planning.plan_and_preprocess_entrypoints:plan_experiment_entry",
-                                  "-d", dataset, "-overwrite_target_spacing", *[f"{self.spacing:g}"] * 3,
-                                  "-overwrite_plans_name", self.plans)  # fmt: skip
-            if count != CEILING:
-                self._narrow(plans)
-            which = ["-d", dataset, "-plans_name", self.plans, "-c", "3d_fullres", "-np", "2"]
-            identifier = json.loads(plans.read_text())["configurations"]["3d_fullres"]["data_identifier"]
-            # One after the other: with as many as there are cases, nothing was interrupted.
-            if len(list((plans.parent / identifier).glob("*.pkl"))) < count:
-                entry = "nnunetv2.experiment_planning.plan_and_preprocess_entrypoints:preprocess_entry"
-                self.command(entry, *which)
-            if count != CEILING:
-                self.command("nnunet_dycon.cli:main", "preprocess_unlabeled", *which)
+        """Convert, plan and preprocess what is not there yet, one process at a time."""
+        self.work.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.work / "prepare.lock"):
+            needed = set(labels)
+            if self.data_set.ceiling in needed:
+                needed.add(self.data_set.labels[-1])  # whose plans the ceiling takes
+            for count in sorted(needed):
+                self._prepare(count)
+
+    def _prepare(self, count: int) -> None:
+        is_ceiling = count == self.data_set.ceiling
+        dataset = str(self.dataset_id(count))
+        raw = self.work / "nnUNet_raw" / self.dataset(count)
+        plans = self.work / "nnUNet_preprocessed" / raw.name / f"{self.plans}.json"
+        if not raw.is_dir():
+            self.data_set.write(self, count)
+        if not plans.is_file():
+            self.command("nnunetv2.experiment_planning.plan_and_preprocess_entrypoints:extract_fingerprint_entry",
+                         "-d", dataset, "-np", "2")  # fmt: skip
+            if is_ceiling:
+                source = str(self.dataset_id(self.data_set.labels[-1]))
+                self.command("nnunetv2.experiment_planning.plans_for_pretraining.move_plans_between_datasets:"
+                             "entry_point_move_plans_between_datasets",
+                             "-s", source, "-t", dataset, "-sp", self.plans, "-tp", self.plans)  # fmt: skip
+                shutil.copy(raw / "dataset.json", plans.parent)  # which planning would have done
+            else:
+                self.command("nnunetv2.experiment_planning.plan_and_preprocess_entrypoints:plan_experiment_entry",
+                             "-d", dataset, "-overwrite_target_spacing", *[f"{self.spacing:g}"] * 3,
+                             "-overwrite_plans_name", self.plans)  # fmt: skip
+        if not is_ceiling:
+            self._narrow(plans)
+        which = ["-d", dataset, "-plans_name", self.plans, "-c", "3d_fullres", "-np", "2"]
+        identifier = json.loads(plans.read_text())["configurations"]["3d_fullres"]["data_identifier"]
+        # One after the other: with as many as there are cases, nothing was interrupted.
+        if len(list((plans.parent / identifier).glob("*.pkl"))) < count:
+            entry = "nnunetv2.experiment_planning.plan_and_preprocess_entrypoints:preprocess_entry"
+            self.command(entry, *which)
+        if not is_ceiling:
+            self.command("nnunet_dycon.cli:main", "preprocess_unlabeled", *which)
 
     def _narrow(self, file: Path) -> None:
         if not self.features:

@@ -1,4 +1,4 @@
-"""Turns benchmarks/results/la.csv into a Markdown table and pictures.
+"""Turns a table of benchmarks/results, by default la.csv, into a Markdown table and pictures.
 
     python -m benchmarks.report --set test
 
@@ -25,10 +25,10 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.preparation import CEILING
 from nnunet_dycon.pictures import new_figure
 
 HERE = Path(__file__).parent
-CEILING = "ceiling"
 _FLOOR, _CEILING = ("floor", "student"), (CEILING, "student")
 _DRAWS = 10_000
 
@@ -197,7 +197,10 @@ def main() -> None:
     print(as_markdown(scores))
     for labels, group in groups(scores).items():
         if _FLOOR in group and len(group) > 1:
-            draw(group, (arguments.output or arguments.table.parent) / f"la_{labels}_{arguments.set}.png")
+            draw(
+                group,
+                (arguments.output or arguments.table.parent) / f"{arguments.table.stem}_{labels}_{arguments.set}.png",
+            )
 
 
 if __name__ == "__main__":

@@ -16,10 +16,12 @@ import io
 import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from benchmarks.la import LEFT_ATRIUM
 from benchmarks.measuring import machine, summary, told
 from benchmarks.preparation import FLOOR, Preparation, add_arguments, trainer_class
 from nnunet_dycon.registry import TRAINERS
@@ -29,7 +31,7 @@ LABELS, SAMPLES = 8, 4
 
 def prepared(arguments: argparse.Namespace) -> tuple[Path, str]:
     """The preprocessed folder, made if it is not there yet, and the plans' name. Sets nnU-Net's variables."""
-    preparation = Preparation(arguments)
+    preparation = Preparation(arguments, LEFT_ATRIUM)
     preparation.prepare([LABELS])
     os.environ |= preparation.folders | {"nnUNet_n_proc_DA": "0"}
     return preparation.work / "nnUNet_preprocessed" / preparation.dataset(LABELS), preparation.plans
@@ -84,7 +86,7 @@ def peak_bytes(name: str, folder: Path, plans: str, repeats: int, warmup: int) -
 def main() -> None:
     """Prepare the data, measure, and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser, spacing=1.25, features=[])
+    add_arguments(parser, replace(LEFT_ATRIUM, spacing=1.25, features=()))
     parser.add_argument("--trainers", nargs="+", choices=TRAINERS, metavar="TRAINER",
                         default=["nnUNetTrainerMeanTeacher", "nnUNetTrainerDyCON"])  # fmt: skip
     parser.add_argument("--repeats", type=int, default=10)

@@ -15,23 +15,32 @@ from scipy.ndimage import distance_transform_edt, gaussian_filter
 from nnunet_dycon.dataset_conversion.writer import FILE_ENDING, FOLDERS
 
 SHAPE = (32, 48, 56)
-LESION_RADII = (2.0, 8.0)  # voxels, before the border is made irregular
+LESION_RADII = (2.0, 8.0)  # voxels
 
 
-def phantom(rng: np.random.Generator, shape: tuple[int, int, int] = SHAPE) -> tuple[np.ndarray, np.ndarray]:
+def phantom(
+    rng: np.random.Generator,
+    shape: tuple[int, int, int] = SHAPE,
+    lesion_radii: tuple[float, float] = LESION_RADII,
+) -> tuple[np.ndarray, np.ndarray]:
     """A volume and its lesions.
 
     An organ lies in a darker background. It holds 1 to 5 lesions, and vessels that are as bright; outside of it there
     are bright lumps of a lesion's size. So neither a threshold nor the shape alone tells what a lesion is.
+
+    Args:
+        rng: what it is drawn from.
+        shape: (Z, Y, X).
+        lesion_radii: the smallest and the largest in voxels, before the border is made irregular.
 
     Returns:
         The image (Z, Y, X), float32 in arbitrary units, and the label (Z, Y, X), uint8: 1 is lesion.
     """
     center = np.array(shape) / 2 + rng.uniform(-2, 2, 3)
     organ = _blob(rng, shape, center, np.array(shape) * rng.uniform(0.36, 0.44, 3), roughness=0.08)
-    lesions = _lesions(rng, organ)
+    lesions = _lesions(rng, organ, lesion_radii)
     vessels = organ & ~lesions & (_noise(rng, shape, 5) ** 2 + _noise(rng, shape, 5) ** 2 < 0.07)
-    lumps = _lumps(rng, ~organ)
+    lumps = _lumps(rng, ~organ, lesion_radii)
 
     texture = 0.1 * sum(_noise(rng, shape, scale) for scale in (1, 2, 5))
     contrast = rng.uniform(0.8, 1.2)  # of lesions, which differ from case to case, and of what looks like them
@@ -43,20 +52,30 @@ def phantom(rng: np.random.Generator, shape: tuple[int, int, int] = SHAPE) -> tu
     return (100 * image).astype(np.float32), lesions.astype(np.uint8)
 
 
-def write_dataset(folder: Path, seed: int, counts: Mapping[str, int]) -> None:
+def write_dataset(
+    folder: Path,
+    seed: int,
+    counts: Mapping[str, int],
+    *,
+    shape: tuple[int, int, int] = SHAPE,
+    lesion_radii: tuple[float, float] = LESION_RADII,
+) -> None:
     """Write phantoms in nnU-Net's raw format.
 
-    The n-th case of a data set is `phantom(default_rng([seed, n]))`. Labels of unlabeled cases are not written.
+    The n-th case of a data set is `phantom(default_rng([seed, n]), shape, lesion_radii)`. Labels of unlabeled
+    cases are not written.
 
     Args:
         folder: DatasetXXX_Name, which must not exist.
         seed: of the data set.
-        counts: how many cases there are of each role (labeled, unlabeled, test), in the order of their numbers.
+        counts: how many cases there are of each role (labeled, unlabeled, val, test), in the order of their numbers.
+        shape: of a case, see `phantom`.
+        lesion_radii: of its lesions, see `phantom`.
     """
     folder.mkdir(parents=True)
     roles = [role for role, count in counts.items() for _ in range(count)]
     for index, role in enumerate(roles):
-        image, label = phantom(np.random.default_rng([seed, index]))
+        image, label = phantom(np.random.default_rng([seed, index]), shape, lesion_radii)
         images, labels = FOLDERS[role]
         _write(image, folder / images / f"phantom_{index:03d}_0000{FILE_ENDING}")
         if labels is not None:
@@ -79,10 +98,10 @@ def _write(array: np.ndarray, file: Path) -> None:
     sitk.WriteImage(sitk.GetImageFromArray(array), str(file), useCompression=True)  # spacing 1 mm
 
 
-def _lesions(rng: np.random.Generator, organ: np.ndarray) -> np.ndarray:
+def _lesions(rng: np.random.Generator, organ: np.ndarray, lesion_radii: tuple[float, float]) -> np.ndarray:
     """1 to 5 lesions, apart from each other. Sizes are drawn on a logarithmic scale: small ones are as frequent."""
     lesions = np.zeros_like(organ)
-    smallest, largest = np.log(LESION_RADII)
+    smallest, largest = np.log(lesion_radii)
     radii = np.exp(rng.uniform(smallest, largest, size=rng.integers(1, 6)))
     for radius in sorted(radii, reverse=True):  # large ones first, while there is room
         free = distance_transform_edt(organ & ~lesions)
@@ -93,11 +112,11 @@ def _lesions(rng: np.random.Generator, organ: np.ndarray) -> np.ndarray:
     return lesions
 
 
-def _lumps(rng: np.random.Generator, outside: np.ndarray) -> np.ndarray:
+def _lumps(rng: np.random.Generator, outside: np.ndarray, lesion_radii: tuple[float, float]) -> np.ndarray:
     """Lumps in the background, of the lesions' sizes."""
     lumps = np.zeros_like(outside)
     for center in rng.choice(np.argwhere(distance_transform_edt(outside) > 3), 8):
-        lumps |= _blob(rng, outside.shape, center, rng.uniform(*LESION_RADII, 3) * 0.6, roughness=0.15)
+        lumps |= _blob(rng, outside.shape, center, rng.uniform(*lesion_radii, 3) * 0.6, roughness=0.15)
     return lumps & outside
 
 

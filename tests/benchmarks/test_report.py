@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.la import COLUMNS
+from benchmarks.comparison import COLUMNS
 from benchmarks.report import Scores, as_markdown, draw, draws, groups, read
 
 CASES = [f"case_{i}" for i in range(6)]

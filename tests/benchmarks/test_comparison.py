@@ -1,4 +1,4 @@
-"""The machine that fills the left-atrium table: what a run is, what is run again, and the trainers it names."""
+"""The machine that fills the tables of a comparison: what a run is, what is run again, and the trainers it names."""
 
 import csv
 import json
@@ -6,13 +6,17 @@ import os
 import subprocess
 import sys
 from argparse import Namespace
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from benchmarks.la import CEILING, COLUMNS, Benchmark, Run
-from benchmarks.preparation import Preparation, trainer_class
+from benchmarks.comparison import COLUMNS, Benchmark, Run, compare
+from benchmarks.la import LEFT_ATRIUM
+from benchmarks.phantom import LESION_RADII, PHANTOMS, SEED, SHAPE
+from benchmarks.preparation import CEILING, Preparation, trainer_class
+from nnunet_dycon.phantom import phantom
 from nnunet_dycon.registry import TRAINERS
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -24,17 +28,16 @@ def benchmark(tmp_path) -> Benchmark:
         Namespace(
             work=tmp_path / "work", data=tmp_path, table=tmp_path / "la.csv", spacing=2.5, features=[16, 32],
             iterations=200, device="cpu", sets=["val"],
-        )
+        ),
+        LEFT_ATRIUM,
     )  # fmt: skip
 
 
-def test_a_method_names_its_trainer_settings_and_data_set():
+def test_a_method_names_its_trainer_and_settings():
     run = Run('nnUNetTrainerDyCON:uncl_weight=0.1,fecl_form="paper"', labels=4, seed=0)
     assert run.trainer == "nnUNetTrainerDyCON"
     assert run.settings == {"uncl_weight": 0.1, "fecl_form": "paper"}
-    assert run.dataset == 104
-    assert Run("floor", 8, 0).trainer == Run("ceiling", 8, 0).trainer == "nnUNetTrainer"
-    assert Run("ceiling", 8, 0).dataset == 100 + CEILING
+    assert Run("floor", 8, 0).trainer == Run(CEILING, 55, 0).trainer == "nnUNetTrainer"
 
 
 def test_protocols_share_held_out_cases_and_never_mix_roles():
@@ -72,9 +75,38 @@ def test_what_is_in_the_table_is_not_run_again(benchmark):
     assert ("val", "student") in benchmark.missing(floor)
 
 
-def test_the_ceiling_is_one_row_whatever_the_labels(benchmark):
-    write_rows(benchmark, Run("ceiling", 8, 0), ["student"])
-    assert not benchmark.missing(Run("ceiling", 4, 0))
+def test_the_ceiling_is_run_once_whatever_the_labels(monkeypatch, tmp_path):
+    performed, prepared = [], []
+    monkeypatch.setattr(Benchmark, "perform", lambda self, run: performed.append(run))
+    monkeypatch.setattr(Benchmark, "prepare", lambda self, labels: prepared.extend(labels))
+    arguments = ["--work", str(tmp_path), "--table", str(tmp_path / "phantom.csv"), "--methods", "ceiling", "floor"]
+    monkeypatch.setattr(sys, "argv", ["phantom", *arguments, "--labels", "4", "8"])
+    compare(PHANTOMS, None)
+    assert performed == [Run(CEILING, PHANTOMS.ceiling, 0), Run("floor", 4, 0), Run("floor", 8, 0)]
+    assert sorted(prepared) == [4, 8, PHANTOMS.ceiling]
+
+
+def test_phantoms_are_the_same_whatever_the_number_of_labels(monkeypatch, tmp_path):
+    few = replace(PHANTOMS, labels=(1, 2), ceiling=3)
+    preparation = Preparation(
+        Namespace(work=tmp_path, spacing=few.spacing, features=list(few.features), device="cpu"), few
+    )
+    monkeypatch.setattr("benchmarks.phantom.HELD_OUT", {"val": 1, "test": 1})
+    images = {}
+    for labels in (1, 2, 3):
+        few.write(preparation, labels)
+        folder = tmp_path / "nnUNet_raw" / preparation.dataset(labels)
+        assert len(list((folder / "labelsTr").iterdir())) == labels
+        assert len(list(folder.glob("imagesUn/*"))) == 3 - labels
+        images[labels] = {file.name: file.read_bytes() for file in folder.glob("images*/*")}
+    assert len(images[1]) == 5
+    assert images[1] == images[2] == images[3]
+
+
+def test_lesions_of_the_phantoms_are_small():
+    shares = [phantom(np.random.default_rng([SEED, n]), SHAPE, LESION_RADII)[1].mean() for n in range(20)]
+    assert min(shares) > 0
+    assert sum(shares) / len(shares) < 0.01
 
 
 def test_a_name_belongs_to_one_run_alone(benchmark):
@@ -92,7 +124,10 @@ def test_a_name_belongs_to_one_run_alone(benchmark):
 
 def test_plans_of_other_networks_have_other_names(benchmark, tmp_path):
     settings = {"work": tmp_path, "data": tmp_path, "spacing": 2.5, "device": "cpu"}
-    names = [Preparation(Namespace(features=features, **settings)).plans for features in ([16, 32], [16, 32, 64], [])]
+    names = [
+        Preparation(Namespace(features=features, **settings), LEFT_ATRIUM).plans
+        for features in ([16, 32], [16, 32, 64], [])
+    ]
     assert names == ["nnUNetPlans_2p5mm_16_32f", "nnUNetPlans_2p5mm_16_32_64f", "nnUNetPlans_2p5mm"]
 
 

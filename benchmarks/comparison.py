@@ -1,0 +1,182 @@
+"""What a comparison of trainers runs: floor, ceiling and trainers, with nnU-Net's own commands, into one CSV.
+
+- floor is nnUNetTrainer on the labeled cases, ceiling the same on all training cases with their labels, with the plans
+  of labeled ones; any other method is a trainer of the registry, on labeled and unlabeled cases. A setting can be
+  changed behind a colon: nnUNetTrainerDyCON:uncl_weight=0.1,rampup=0.8
+- Settings are chosen on val; test is scored only when asked for, with everything frozen.
+- Every run has the same budget of iterations, over which the learning rate decays to 0; the final checkpoint is scored,
+  student and teacher, with nnU-Net's test-time mirroring and without post-processing.
+- What is in the CSV is not run again, so that an interrupted benchmark goes on where it was.
+"""
+
+import argparse
+import csv
+import hashlib
+import json
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from filelock import FileLock
+
+from benchmarks.preparation import CEILING, FLOOR, HERE, DataSet, Preparation, add_arguments, trainer_class
+from nnunet_dycon.checkpoints import STUDENT, TEACHER
+from nnunet_dycon.dataset_conversion.writer import FOLDERS
+from nnunet_dycon.evaluation import evaluate_folder
+from nnunet_dycon.files import replacing
+from nnunet_dycon.registry import TRAINERS
+
+COLUMNS = ("method", "labels", "seed", "weights", "set", "case", "dice", "hd95_mm", "plans", "iterations", "commit",
+           "scored")  # fmt: skip
+SETS = ("val", "test")
+ITERATIONS_PER_EPOCH = 100
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: the method as it was asked for, the number of labels that it sees, and its seed."""
+
+    method: str
+    labels: int
+    seed: int
+
+    @property
+    def trainer(self) -> str:
+        name = self.method.partition(":")[0]
+        return FLOOR if name in ("floor", CEILING) else name
+
+    @property
+    def settings(self) -> dict[str, object]:
+        pairs = self.method.partition(":")[2].split(",") if ":" in self.method else ()
+        return {name: json.loads(value) for name, value in (pair.split("=") for pair in pairs)}
+
+    @property
+    def weights(self) -> dict[str, str]:
+        """The sets of weights to be scored, and their checkpoints."""
+        student = {"student": STUDENT}
+        return student if self.trainer == FLOOR else student | {"teacher": TEACHER}
+
+
+class Benchmark(Preparation):
+    """A working folder with data sets, plans and results, and the CSV."""
+
+    def __init__(self, arguments: argparse.Namespace, data_set: DataSet) -> None:
+        super().__init__(arguments, data_set)
+        self.table: Path = arguments.table
+        self.iterations: int = arguments.iterations
+        self.sets: list[str] = arguments.sets
+        self._writing = Lock()
+
+    def name(self, run: Run) -> str:
+        """Readable, and of this run alone."""
+        settings = "".join(f"_{key}" for key in run.settings)
+        number = hashlib.sha256(json.dumps(self.declaration(run), sort_keys=True).encode()).hexdigest()[:8]
+        return f"Benchmark_{run.method.partition(':')[0]}{settings}_i{self.iterations}_s{run.seed}_{number}"
+
+    def declaration(self, run: Run) -> dict[str, Any]:
+        """What the trainer of a run is told."""
+        budget = {"epochs": self.iterations // ITERATIONS_PER_EPOCH, "iterations_per_epoch": ITERATIONS_PER_EPOCH}
+        return {"trainer": run.trainer, "settings": run.settings, "seed": run.seed, **budget}
+
+    def declare(self, runs: Iterable[Run]) -> None:
+        """Write down what the names of trainers stand for."""
+        file = self.work / "runs.json"
+        with FileLock(f"{file}.lock"):  # of several benchmarks in one folder
+            known = json.loads(file.read_text()) if file.is_file() else {}
+            known |= {self.name(run): self.declaration(run) for run in runs}
+            with replacing(file) as unfinished:
+                unfinished.write_text(json.dumps(known, indent=1))
+
+    def perform(self, run: Run) -> None:
+        """Train unless the final checkpoint is there; predict, score and add to the CSV what it lacks of this run."""
+        name, dataset = self.name(run), str(self.dataset_id(run.labels))
+        raw = self.work / "nnUNet_raw" / self.dataset(run.labels)
+        model = self.work / "nnUNet_results" / raw.name / f"{name}__{self.plans}__3d_fullres"
+        start = time.monotonic()
+        if not (model / "fold_all" / STUDENT).is_file():
+            self.command("nnunetv2.run.run_training:run_training_entry", dataset, "3d_fullres", "all", "-tr", name,
+                          "-p", self.plans, "-device", self.device, log=f"{name}_{dataset}.log")  # fmt: skip
+        commit = self.trained_by(run, model / "fold_all")
+        rows = []
+        for which, weights in self.missing(run):
+            checkpoint = run.weights[weights]
+            images, references = (raw / folder for folder in FOLDERS[which])
+            output = model / "fold_all" / f"{which}_{weights}"
+            self.command(
+                "nnunetv2.inference.predict_from_raw_data:predict_entry_point", "-d", dataset, "-c", "3d_fullres",
+                "-f", "all", "-tr", name, "-p", self.plans, "-chk", checkpoint, "-i", str(images),
+                "-o", str(output), "-device", self.device, "-npp", "0", "-nps", "0", log=f"{name}_{dataset}.log",
+            )  # fmt: skip
+            scored = evaluate_folder(references, output, num_processes=1).as_json()["cases"]
+            rows += [self._row(run, weights, which, case, commit) for case in scored]
+        self._append(rows)
+        print(f"{run}: {time.monotonic() - start:.0f} s", flush=True)
+
+    def trained_by(self, run: Run, folder: Path) -> str:
+        """The commit that trained a model. SystemExit if its settings are no longer those of its name."""
+        record = json.loads((folder / "benchmark.json").read_text())
+        if run.trainer in TRAINERS:
+            settings = asdict(trainer_class(run.trainer).method_settings) | run.settings
+            if record["method_settings"] != json.loads(json.dumps(settings)):
+                raise SystemExit(f"{folder} was trained with other settings of {run.trainer}; delete it and its rows")
+        return record["commit"]
+
+    def _row(self, run: Run, weights: str, which: str, case: dict, commit: str) -> dict:
+        scores = {"dice": round(case["dice"], 5), "hd95_mm": round(case["hd95_mm_max_directed"], 3)}
+        key = {"method": run.method, "labels": run.labels, "seed": run.seed, "weights": weights, "set": which}
+        made = {"plans": self.plans, "iterations": self.iterations, "commit": commit}
+        return key | {"case": case["case"]} | scores | made | {"scored": date.today().isoformat()}
+
+    def missing(self, run: Run) -> list[tuple[str, str]]:
+        """The sets and weights of a run that the CSV does not have."""
+        wanted = [(which, weights) for weights in run.weights for which in self.sets]
+        if not self.table.is_file():
+            return wanted
+        this = {"method": run.method, "labels": run.labels, "seed": run.seed, "plans": self.plans,
+                "iterations": self.iterations}  # fmt: skip
+        with self.table.open() as file:
+            there = {(row["set"], row["weights"]) for row in csv.DictReader(file)
+                     if all(row[name] == str(value) for name, value in this.items())}  # fmt: skip
+        return [pair for pair in wanted if pair not in there]
+
+    def _append(self, rows: list[dict]) -> None:
+        with self._writing, self.table.open("a", newline="") as file:
+            new = file.tell() == 0
+            writer = csv.DictWriter(file, COLUMNS)
+            if new:
+                writer.writeheader()
+            writer.writerows(rows)
+
+
+def compare(data_set: DataSet, description: str | None) -> None:
+    """The command line of a comparison on a data set: run what is asked for and not done yet."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser, data_set)
+    table = HERE / "results" / f"{data_set.table}.csv"
+    parser.add_argument("--table", type=Path, default=table, help="default: %(default)s")
+    parser.add_argument("--methods", nargs="+", required=True, help="floor, ceiling, and trainers")
+    parser.add_argument("--labels", type=int, nargs="+", choices=data_set.labels, default=[data_set.labels[-1]])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=["val"], help="default: val")
+    parser.add_argument("--iterations", type=int, default=data_set.iterations, help="default: %(default)s")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; on a CPU each takes one core")
+    arguments = parser.parse_args()
+    asked = [Run(method, data_set.ceiling if method == CEILING else labels, seed) for seed in arguments.seeds
+             for labels in arguments.labels for method in arguments.methods]  # fmt: skip
+    unknown = {run.trainer for run in asked} - {FLOOR, *TRAINERS}
+    if unknown:
+        parser.error(f"unknown methods: {', '.join(sorted(unknown))}")
+    if arguments.iterations < 1 or arguments.iterations % ITERATIONS_PER_EPOCH:
+        parser.error(f"--iterations must be a multiple of {ITERATIONS_PER_EPOCH}")
+    benchmark = Benchmark(arguments, data_set)
+    runs = [run for run in dict.fromkeys(asked) if benchmark.missing(run)]
+    benchmark.prepare({run.labels for run in runs})
+    benchmark.declare(runs)
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        for future in [pool.submit(benchmark.perform, run) for run in runs]:
+            future.result()
