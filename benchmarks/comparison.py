@@ -16,7 +16,7 @@ import json
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import date
 from pathlib import Path
 from threading import Lock
@@ -121,8 +121,11 @@ class Benchmark(Preparation):
         """The commit that trained a model. SystemExit if its settings are no longer those of its name."""
         record = json.loads((folder / "benchmark.json").read_text())
         if run.trainer in TRAINERS:
-            settings = asdict(trainer_class(run.trainer).method_settings) | run.settings
-            if record["method_settings"] != json.loads(json.dumps(settings)):
+            trainer = trainer_class(run.trainer)
+            settings = {kind: asdict(getattr(trainer, kind)) for kind in record["settings"]}
+            for its in settings.values():
+                its |= {name: value for name, value in run.settings.items() if name in its}
+            if record["settings"] != json.loads(json.dumps(settings)):
                 raise SystemExit(f"{folder} was trained with other settings of {run.trainer}; delete it and its rows")
         return record["commit"]
 
@@ -153,6 +156,14 @@ class Benchmark(Preparation):
             writer.writerows(rows)
 
 
+def _settings(trainer: str) -> set[str]:
+    """The names of all that can be set."""
+    if trainer == FLOOR:
+        return set()
+    found = trainer_class(trainer)
+    return {field.name for settings in (found.training_settings, found.method_settings) for field in fields(settings)}
+
+
 def compare(data_set: DataSet, description: str | None) -> None:
     """The command line of a comparison on a data set: run what is asked for and not done yet."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -171,6 +182,9 @@ def compare(data_set: DataSet, description: str | None) -> None:
     unknown = {run.trainer for run in asked} - {FLOOR, *TRAINERS}
     if unknown:
         parser.error(f"unknown methods: {', '.join(sorted(unknown))}")
+    for run in asked:
+        if run.settings and (unknown := run.settings.keys() - _settings(run.trainer)):
+            parser.error(f"{run.trainer} has no setting {', '.join(sorted(unknown))}")
     if arguments.iterations < 1 or arguments.iterations % ITERATIONS_PER_EPOCH:
         parser.error(f"--iterations must be a multiple of {ITERATIONS_PER_EPOCH}")
     benchmark = Benchmark(arguments, data_set)

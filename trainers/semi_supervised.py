@@ -25,7 +25,7 @@ from nnunet_dycon.batches import StudentOutput, Targets
 from nnunet_dycon.data.labeled import check_fingerprint, check_split, labeled_identifiers
 from nnunet_dycon.data.loader import TwoStreamLoader, UnlabeledDataset, UnlabeledLoader, augmenter, to_batches
 from nnunet_dycon.data.unlabeled import UnlabeledCases
-from nnunet_dycon.data.views import TwoViews
+from nnunet_dycon.data.views import TwoViews, stronger
 from nnunet_dycon.environment import require_nnunet
 from nnunet_dycon.errors import NotSupported, UserError, ends_in_one_line, explained
 from nnunet_dycon.features import FeatureStage, FeatureTap, nearest_stage
@@ -51,12 +51,15 @@ class TrainingSettings:
         num_iterations_per_epoch: as nnU-Net's.
         num_val_iterations_per_epoch: as nnU-Net's.
         unlabeled_batch_size: unlabeled patches a step and GPU; None for as many as labeled ones.
+        strong_intensities: whether the strong view has more intensity augmentation than nnU-Net's, see
+            `nnunet_dycon.data.views.stronger`.
     """
 
     num_epochs: int = 1000
     num_iterations_per_epoch: int = 250
     num_val_iterations_per_epoch: int = 50
     unlabeled_batch_size: int | None = None
+    strong_intensities: bool = False
 
 
 class SemiSupervisedTrainer(nnUNetTrainer):
@@ -247,11 +250,10 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             "foreground_labels": self.label_manager.foreground_labels,
             "ignore_label": self.label_manager.ignore_label,
         }
-        two_views = TwoViews(
-            self.get_training_transforms(
-                patch_size, rotation, scales, mirror_axes, dummy_2d, use_mask_for_norm=mask_channels, **labels
-            )
+        transforms = self.get_training_transforms(
+            patch_size, rotation, scales, mirror_axes, dummy_2d, use_mask_for_norm=mask_channels, **labels
         )
+        two_views = TwoViews(stronger(transforms) if self.training_settings.strong_intensities else transforms)
         labeled, validation = self.get_tr_and_val_datasets()
         unlabeled = UnlabeledDataset(self.unlabeled_cases.folder, self.unlabeled_cases.identifiers())
         streams = {"labeled": labeled, "unlabeled": unlabeled, "validation": validation}

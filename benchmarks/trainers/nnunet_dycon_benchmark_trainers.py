@@ -9,7 +9,7 @@ import json
 import os
 import random
 import subprocess
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 import nnunet_dycon
 from nnunet_dycon.discovery import nnunet_dycon_trainers
+from nnunet_dycon.trainers.semi_supervised import SemiSupervisedTrainer
 
 _FILE = os.environ.get("NNUNET_DYCON_BENCHMARK_RUNS")
 _RUNS = json.loads(Path(_FILE).read_text()) if _FILE else {}
@@ -33,8 +34,11 @@ def __getattr__(name: str) -> type:
 
 def _with_budget(name: str, base: type[nnUNetTrainer], run: dict) -> type[nnUNetTrainer]:
     class Benchmark(base):
-        if run["settings"]:
-            method_settings = replace(base.method_settings, **run["settings"])
+        if issubclass(base, SemiSupervisedTrainer):
+            training_settings, method_settings = (
+                replace(settings, **{name: value for name, value in run["settings"].items() if hasattr(settings, name)})
+                for settings in (base.training_settings, base.method_settings)
+            )
 
         def __init__(
             self,
@@ -55,8 +59,8 @@ def _with_budget(name: str, base: type[nnUNetTrainer], run: dict) -> type[nnUNet
             np.random.seed(run["seed"])  # noqa: NPY002 (what nnU-Net's loaders draw from)
             torch.manual_seed(run["seed"])
             super().on_train_start()
-            settings = asdict(self.method_settings) if hasattr(self, "method_settings") else {}
-            record = {"run": run, "method_settings": settings, "commit": _commit()}
+            settings = self.settings if isinstance(self, SemiSupervisedTrainer) else {}
+            record = {"run": run, "settings": settings, "commit": _commit()}
             (Path(self.output_folder) / "benchmark.json").write_text(json.dumps(record, indent=1))
 
         def perform_actual_validation(self, save_probabilities: bool = False):

@@ -1,7 +1,12 @@
 """Two views of one patch: weak (spatial and mirror augmentation only) and strong (the whole of nnU-Net's)."""
 
 import torch
-from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
+from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform, ImageOnlyTransform
+from batchgeneratorsv2.transforms.intensity.brightness import BrightnessAdditiveTransform
+from batchgeneratorsv2.transforms.intensity.contrast import BGContrast, ContrastTransform
+from batchgeneratorsv2.transforms.intensity.gamma import GammaTransform
+from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
+from batchgeneratorsv2.transforms.utils.random import RandomTransform
 
 
 class TwoViews:
@@ -24,6 +29,40 @@ class TwoViews:
         views = self.transforms(**views)
         views["image"] = torch.cat([views["image"], views.pop("regression_target")])
         return views
+
+
+def stronger(transforms: ComposeTransforms) -> ComposeTransforms:
+    """nnU-Net's training transforms with more change of intensities, of what scanners and sequences differ in.
+
+    Its own leave 31 % of the patches as they are, and change none by a shift. Behind them come gamma, contrast and a
+    shift, each for half of the patches and each channel for itself: a channel is stretched to up to twice or half its
+    contrast and moved by half a standard deviation of the case, to which nnU-Net has normalized it.
+
+    Args:
+        transforms: of nnUNetTrainer.get_training_transforms.
+
+    Raises:
+        ValueError: there is no transform of intensities among them to follow.
+    """
+    intensity = [
+        index
+        for index, transform in enumerate(transforms.transforms)
+        if isinstance(transform, RandomTransform) and isinstance(transform.transform, ImageOnlyTransform)
+    ]
+    if not intensity:
+        raise ValueError("there is no transform of intensities that stronger ones could follow")
+    wide = BGContrast((0.5, 2.0))
+    added = (
+        GammaTransform(wide, p_invert_image=0.5, synchronize_channels=False, p_per_channel=1, p_retain_stats=1),
+        ContrastTransform(wide, preserve_range=False, synchronize_channels=False),
+        BrightnessAdditiveTransform(0.0, 0.5, synchronize_channels=False),
+    )
+    # Before the mirroring and the mask, which sets what is outside to 0 again.
+    behind = max(intensity) + 1
+    before, after = transforms.transforms[:behind], transforms.transforms[behind:]
+    return ComposeTransforms(
+        [*before, *(RandomTransform(transform, apply_probability=0.5) for transform in added), *after]
+    )
 
 
 def split_views(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

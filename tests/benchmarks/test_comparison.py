@@ -86,6 +86,22 @@ def test_the_ceiling_is_run_once_whatever_the_labels(monkeypatch, tmp_path):
     assert sorted(prepared) == [4, 8, PHANTOMS.ceiling]
 
 
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("nnUNetTrainerDyCONN", "unknown methods: nnUNetTrainerDyCONN"),
+        ("nnUNetTrainerDyCON:gama=1", "nnUNetTrainerDyCON has no setting gama"),
+        ("floor:gamma=1", "nnUNetTrainer has no setting gamma"),
+    ],
+)
+def test_what_there_is_not_is_refused(monkeypatch, tmp_path, capsys, method, message):
+    monkeypatch.setattr(sys, "argv", ["phantom", "--work", str(tmp_path), "--methods", method])
+    with pytest.raises(SystemExit):
+        compare(PHANTOMS, None)
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_phantoms_are_the_same_whatever_the_number_of_labels(monkeypatch, tmp_path):
     few = replace(PHANTOMS, labels=(1, 2), ceiling=3)
     preparation = Preparation(
@@ -133,11 +149,11 @@ def test_plans_of_other_networks_have_other_names(benchmark, tmp_path):
 
 def test_a_model_of_other_settings_is_not_scored(benchmark, tmp_path):
     run = Run("nnUNetTrainerDyCON:gamma=1.0", 8, 0)
-    settings = asdict(trainer_class("nnUNetTrainerDyCON").method_settings) | {"gamma": 1.0}
-    (tmp_path / "benchmark.json").write_text(json.dumps({"commit": "abc", "method_settings": settings}))
+    settings = {"method_settings": asdict(trainer_class("nnUNetTrainerDyCON").method_settings) | {"gamma": 1.0}}
+    (tmp_path / "benchmark.json").write_text(json.dumps({"commit": "abc", "settings": settings}))
     assert benchmark.trained_by(run, tmp_path) == "abc"
-    changed = settings | {"uncl_weight": 0.125}
-    (tmp_path / "benchmark.json").write_text(json.dumps({"commit": "abc", "method_settings": changed}))
+    settings["method_settings"]["uncl_weight"] = 0.125
+    (tmp_path / "benchmark.json").write_text(json.dumps({"commit": "abc", "settings": settings}))
     with pytest.raises(SystemExit, match="was trained with other settings of nnUNetTrainerDyCON; delete it"):
         benchmark.trained_by(run, tmp_path)
 
@@ -168,5 +184,9 @@ trainer.on_train_start()
     assert f"{benchmark.name(run)}__nnUNetPlans__3d_fullres" in str(folder)
     record = json.loads((folder / "benchmark.json").read_text())
     assert record["run"] == benchmark.declaration(run)
-    assert record["method_settings"].get("entropy_weight") == (None if method == "floor" else 0.25)
+    assert (
+        record["settings"] == {}
+        if method == "floor"
+        else record["settings"]["method_settings"]["entropy_weight"] == 0.25
+    )
     assert record["commit"]

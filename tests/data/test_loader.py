@@ -12,7 +12,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_dycon.batches import LabeledBatch, UnlabeledBatch
 from nnunet_dycon.data.loader import TwoStreamLoader, UnlabeledDataset, UnlabeledLoader, to_batches
-from nnunet_dycon.data.views import TwoViews, split_views
+from nnunet_dycon.data.views import TwoViews, split_views, stronger
 from tests.tiny import LABELED, UNLABELED
 
 PATCH = (16, 24, 24)
@@ -96,6 +96,29 @@ def test_the_label_follows_both_views():
         weak = result["image"][1:]
         sure = (weak < 0.05) | (weak > 0.95)
         assert ((weak > 0.5).int() == result["segmentation"])[sure].float().mean() > 0.98
+
+
+def test_stronger_views_differ_in_contrast_and_shift_and_end_as_nnunets_do():
+    views = TwoViews(stronger(training_transforms()))
+    names = [type(getattr(one, "transform", one)).__name__ for one in views.transforms.transforms]
+    start = names.index("MirrorTransform") - 3
+    assert names[start : start + 3] == ["GammaTransform", "ContrastTransform", "BrightnessAdditiveTransform"]
+    np.random.seed(0)  # noqa: NPY002 (what batchgeneratorsv2 draws from)
+    torch.manual_seed(0)
+    image = torch.randn(2, *PATCH)
+    shifts, stretches = [], []
+    for _ in range(60):
+        strong, weak = views(image.clone(), torch.zeros(1, *PATCH))["image"].split(2)
+        shifts.append(strong[0].mean() - weak[0].mean())
+        stretches.append(strong[0].std() / weak[0].std())
+    assert torch.stack(shifts).std() > 0.2
+    assert min(stretches) < 0.7
+    assert max(stretches) > 1.4
+
+
+def test_only_transforms_of_intensities_can_be_followed_by_stronger_ones():
+    with pytest.raises(ValueError, match="no transform of intensities"):
+        stronger(ComposeTransforms([]))
 
 
 def test_split_views_is_the_inverse_of_stacking():
