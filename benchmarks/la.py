@@ -71,7 +71,8 @@ class Run:
     def weights(self) -> dict[str, str]:
         """The sets of weights to be scored, and their checkpoints."""
         student = {"student": STUDENT}
-        return student if self.trainer == FLOOR else student | {"teacher": TEACHER}
+        has_teacher = self.trainer != FLOOR and TRAINERS[self.trainer].has_teacher
+        return student | {"teacher": TEACHER} if has_teacher else student
 
 
 class Benchmark(Preparation):
@@ -132,7 +133,7 @@ class Benchmark(Preparation):
     def trained_by(self, run: Run, folder: Path) -> str:
         """The commit that trained a model. SystemExit if its settings are no longer those of its name."""
         record = json.loads((folder / "benchmark.json").read_text())
-        if run.trainer in TRAINERS:
+        if run.trainer in TRAINERS and not TRAINERS[run.trainer].is_supervised:
             settings = asdict(trainer_class(run.trainer).method_settings) | run.settings
             if record["method_settings"] != json.loads(json.dumps(settings)):
                 raise SystemExit(f"{folder} was trained with other settings of {run.trainer}; delete it and its rows")

@@ -61,7 +61,7 @@ class Student:
 
     def __init__(self, network, tapped=True):
         self.network, self.images = network.train(), []
-        self.tap = FeatureTap(network, STAGE) if tapped else None
+        self.tap = FeatureTap(network, STAGE.name) if tapped else None
 
     def __call__(self, images):
         self.images.append(images)

@@ -71,12 +71,10 @@ def cluster_means(values: torch.Tensor, assignment: torch.Tensor, clusters: int)
         (B, N, C), in float32.
     """
     batch, channels, _ = values.shape
-    # The clusters of all images in one row: (B·V) voxels into (B·N) clusters.
-    index = (assignment + clusters * torch.arange(batch, device=values.device)[:, None]).flatten()
-    voxels = values.float().transpose(1, 2).reshape(-1, channels)
-    sums = voxels.new_zeros(batch * clusters, channels).index_add(0, index, voxels)
-    counts = voxels.new_zeros(batch * clusters).index_add(0, index, torch.ones_like(voxels[:, 0]))
-    return (sums / counts.clamp(min=1)[:, None]).view(batch, clusters, channels)
+    sums = torch.zeros(batch, clusters, channels, device=values.device)
+    sums = sums.scatter_add(1, assignment[:, :, None].expand(-1, -1, channels), values.float().transpose(1, 2))
+    counts = sums.new_zeros(batch, clusters).scatter_add(1, assignment, sums.new_ones(assignment.shape))
+    return sums / counts.clamp(min=1)[:, :, None]
 
 
 class CenterUpdate(nn.Module):
@@ -111,14 +109,14 @@ class KMaXLevel(nn.Module):
         self.values = architecture.conv_op(channels, channels, 1) if updates else None
         self.updates = nn.ModuleList(CenterUpdate(width, channels) for _ in range(updates))
 
-    def forward(self, pixels: torch.Tensor, centers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, C, *spatial) and (B, N, D) to embedded voxels (B, C, V), of length 1, and (B, N, D)."""
+    def forward(self, pixels: torch.Tensor, centers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(B, C, *spatial) and (B, N, D) to voxels (B, C, V) of length 1, kernels (B, N, C), and (B, N, D)."""
         embedded = normalize(self.embedding(pixels), dim=1).flatten(2)
         if self.values is not None:
             values = self.values(pixels).flatten(2)
             for update in self.updates:
                 centers = update(centers, values, assign(embedded, self.kernels(centers)))
-        return embedded, centers
+        return embedded, self.kernels(centers), centers
 
 
 @torch.no_grad()
@@ -149,7 +147,9 @@ def respond(
         The segmentation l and the query distribution ln q, in float32: (B, K, V) and (B, G, V).
     """
 
-    def of_block(block: torch.Tensor, kernels: torch.Tensor, classes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def of_block(
+        block: torch.Tensor, kernels: torch.Tensor, classes: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         log_responses = torch.log_softmax((kernels @ block).float(), 1)
         return (classes.transpose(1, 2) @ log_responses.exp()).float(), merged(log_responses, sizes)
 
@@ -181,8 +181,8 @@ class KMaXDecoder(nn.Module):
     - segmentation and query distribution at every resolution, for deep supervision. The release has them at the highest
       alone, so that what assigns voxels below is never trained; here both use the same kernels;
     - updates at all resolutions but the highest, as in its variant UXNET; its DKUNET leaves out the one before, too;
-    - layer norm for queries and the plans' norm for voxels instead of batch norm; a query moves to the mean of its voxels
-      instead of their sum, which would grow with the patch;
+    - layer norm for queries and the plans' norm for voxels instead of batch norm; a query moves to the mean of its
+      voxels instead of their sum, which would grow with the patch;
     - widths follow the plans: voxels are embedded as wide as their features, queries as the deepest stage (256 there);
     - one class head for all queries (width → 64 → K) instead of one over all of them flattened.
 
@@ -200,7 +200,7 @@ class KMaXDecoder(nn.Module):
         super().__init__()
         self.group_sizes = group_sizes(queries, num_classes)
         width = architecture.features_per_stage[-1]
-        self.centers = nn.Parameter(nn.init.trunc_normal_(torch.empty(queries, width)))
+        self.centers = nn.Parameter(torch.randn(queries, width))
         deepest = len(architecture.features_per_stage) - 2
         self.levels = nn.ModuleList(
             KMaXLevel(architecture, stage, width, updates if stage > 0 else 0) for stage in range(deepest, -1, -1)
@@ -212,9 +212,9 @@ class KMaXDecoder(nn.Module):
         output = KMaXOutput([], [])
         centers = self.centers.expand(len(pixels[0]), -1, -1)
         for index, (level, features) in enumerate(zip(self.levels, pixels), start=1):
-            embedded, centers = level(features, centers)
+            embedded, kernels, centers = level(features, centers)
             if all_levels or index == len(self.levels):
-                answers = respond(embedded, level.kernels(centers), self.classes(centers), self.group_sizes)
+                answers = respond(embedded, kernels, self.classes(centers), self.group_sizes)
                 for kind, answer in zip(output, answers):
                     kind.insert(0, answer.unflatten(2, features.shape[2:]))
         return output

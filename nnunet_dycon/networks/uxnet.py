@@ -158,8 +158,8 @@ class UXNet(nn.Module):
     Decoder: transposed convolution, concatenation, residual block; a second block at full resolution.
 
     Deviations from the released code (MASILab/3DUX-Net): as many stages as planned, and 2D, too; along an axis along
-    which a kernel of the plans is flat no kernel here is longer than 1; norm, activation and biases of residual blocks are the
-    plans' (InstanceNorm with affine parameters, where the release has none); deep supervision.
+    which a kernel of the plans is flat no kernel here is longer than 1; norm, activation and biases of residual blocks
+    are the plans' (InstanceNorm with affine parameters, where the release has none); deep supervision.
 
     Args:
         input_channels: of the images.
