@@ -2,16 +2,19 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import normalize
-from torch.utils.checkpoint import checkpoint
 
 from nnunet_dycon.networks.uxnet import Architecture
 
-_BLOCK_ENTRIES = 2**24  # of a matrix of queries × voxels; 64 MiB in float32
+# Entries of a block of queries × voxels: 2^18 are 1 MiB in float32, which a core's cache holds; a GPU wants fewer
+# blocks.
+_BLOCK_ENTRIES = {"cpu": 2**18, "cuda": 2**24}
 _KERNEL = 5
 _HEADS = 8
 _HIDDEN = 64  # of the class head
@@ -146,24 +149,54 @@ def respond(
     Returns:
         The segmentation l and the query distribution ln q, in float32: (B, K, V) and (B, G, V).
     """
-
-    def of_block(
-        block: torch.Tensor, kernels: torch.Tensor, classes: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        log_responses = torch.log_softmax((kernels @ block).float(), 1)
-        return (classes.transpose(1, 2) @ log_responses.exp()).float(), merged(log_responses, sizes)
-
-    parts = [
-        checkpoint(of_block, block, kernels, classes, use_reentrant=False, preserve_rng_state=False)
-        for block in _blocks(embedded, kernels)
-    ]
-    logits, queries = (torch.cat(each, 2) for each in zip(*parts))
-    return logits, queries
+    device = embedded.device.type
+    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+        return _Respond.apply(embedded, kernels.float(), classes.float(), sizes)
 
 
-def _blocks(embedded: torch.Tensor, kernels: torch.Tensor) -> Iterator[torch.Tensor]:
-    voxels = max(1, _BLOCK_ENTRIES // (kernels.shape[0] * kernels.shape[1]))
-    yield from embedded.split(voxels, 2)
+class _Respond(torch.autograd.Function):
+    """The response, whose gradient is written down instead of recorded."""
+
+    @staticmethod
+    def forward(ctx, embedded, kernels, classes, sizes):
+        ctx.save_for_backward(embedded, kernels, classes)
+        ctx.sizes = sizes
+        logits, queries = [], []
+        for block in _blocks(embedded, kernels):
+            log_responses = torch.log_softmax(kernels @ block.float(), 1)
+            queries.append(merged(log_responses, sizes))
+            logits.append(classes.transpose(1, 2) @ log_responses.exp_())
+        return torch.cat(logits, 2), torch.cat(queries, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, of_logits, of_queries):
+        r"""With the gradients u of l and w of ln q, and the group g(n) of a query, a voxel's similarity s = k z has
+
+        .. math:: \frac{\partial L}{\partial s_n} = r_n \left(a_n - \sum_m r_m a_m - \sum_g w_g\right)
+            + \frac{r_n}{q_{g(n)}} w_{g(n)}, \qquad a_n = \sum_k c_{nk} u_k
+        """
+        embedded, kernels, classes = ctx.saved_tensors
+        of_kernels, of_classes = torch.zeros_like(kernels), torch.zeros_like(classes)
+        of_embedded = []
+        blocks = (_blocks(volume, kernels) for volume in (embedded, of_logits, of_queries))
+        for block, u, w in zip(*blocks):
+            voxels = block.float()
+            log_responses = torch.log_softmax(kernels @ voxels, 1)
+            responses = log_responses.exp()
+            of_classes += responses @ u.transpose(1, 2)
+            a = classes @ u
+            slope = responses * (a - (responses * a).sum(1, keepdim=True) - w.sum(1, keepdim=True))
+            shares = [part.log_softmax(1).exp_() for part in log_responses.split(ctx.sizes, 1)]  # of a group
+            slope += torch.cat([share * part for share, part in zip(shares, w.split(1, 1))], 1)
+            of_kernels += slope @ voxels.transpose(1, 2)
+            of_embedded.append((kernels.transpose(1, 2) @ slope).to(embedded.dtype))
+        return torch.cat(of_embedded, 2), of_kernels, of_classes, None
+
+
+def _blocks(volume: torch.Tensor, kernels: torch.Tensor) -> Iterator[torch.Tensor]:
+    entries = _BLOCK_ENTRIES.get(volume.device.type, 2**20)
+    yield from volume.split(max(1, entries // (kernels.shape[0] * kernels.shape[1])), 2)
 
 
 class KMaXDecoder(nn.Module):

@@ -53,6 +53,21 @@ def test_the_query_distribution_is_one(parts):
     torch.testing.assert_close(respond(*parts, SIZES)[1].exp().sum(1), torch.ones(2, 7))
 
 
+def dense(embedded, kernels, classes):
+    """The same with all responses at once, recorded by autograd."""
+    log_responses = (kernels @ embedded).log_softmax(1)
+    return classes.transpose(1, 2) @ log_responses.exp(), merged(log_responses, SIZES)
+
+
+def test_its_gradient_is_that_of_its_equations(parts):
+    weights = torch.randn(2, 4, 7), torch.randn(2, 3, 7)
+    gradients = []
+    for function in (lambda *parts: respond(*parts, SIZES), dense):
+        loss = sum((answer * weight).sum() for answer, weight in zip(function(*parts), weights))
+        gradients.append(torch.autograd.grad(loss, parts))
+    torch.testing.assert_close(*gradients)
+
+
 @pytest.mark.parametrize("entries", [1, 30])
 def test_blocks_change_neither_value_nor_gradient(parts, entries, monkeypatch):
     def value_and_gradients():
@@ -61,12 +76,12 @@ def test_blocks_change_neither_value_nor_gradient(parts, entries, monkeypatch):
         return logits, queries, *torch.autograd.grad(loss, parts)
 
     whole = value_and_gradients()
-    monkeypatch.setattr(kmax, "_BLOCK_ENTRIES", entries)
+    monkeypatch.setitem(kmax._BLOCK_ENTRIES, "cpu", entries)
     torch.testing.assert_close(value_and_gradients(), whole)
 
 
 def test_no_matrix_of_queries_and_voxels_is_kept_for_the_backward_pass(monkeypatch):
-    monkeypatch.setattr(kmax, "_BLOCK_ENTRIES", 64 * 100)
+    monkeypatch.setitem(kmax._BLOCK_ENTRIES, "cpu", 64 * 100)
     embedded, kernels, classes = (
         torch.randn(*shape, requires_grad=True) for shape in ((1, 4, 5000), (1, 64, 4), (1, 64, 2))
     )
@@ -83,6 +98,16 @@ def test_shares_that_float32_cannot_hold_have_a_finite_logarithm():
     queries.sum().backward()
     torch.testing.assert_close(queries[0, :, 0], torch.tensor([0.0, -500.0]))
     assert kernels.grad.isfinite().all()
+
+
+def test_autocast_changes_neither_the_response_nor_its_gradient(parts):
+    def value_and_gradients():
+        logits, queries = respond(*parts, SIZES)
+        return logits, queries, *torch.autograd.grad(logits.sum() + queries.square().sum(), parts)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = value_and_gradients()
+    torch.testing.assert_close(inside, value_and_gradients(), rtol=0, atol=0)
 
 
 def test_queries_are_merged_group_by_group():
@@ -107,10 +132,10 @@ def test_too_few_queries_are_refused():
 def test_a_voxel_is_assigned_to_the_query_most_similar_to_it(parts, monkeypatch):
     embedded, kernels, _ = parts
     expected = [
-        [max(range(5), key=lambda n: float(kernels[b, n] @ embedded[b, :, i])) for i in range(7)] for b in range(2)
+        [max(range(5), key=lambda n: (kernels[b, n] @ embedded[b, :, i]).item()) for i in range(7)] for b in range(2)
     ]
     for entries in (2**24, 1):
-        monkeypatch.setattr(kmax, "_BLOCK_ENTRIES", entries)
+        monkeypatch.setitem(kmax._BLOCK_ENTRIES, "cpu", entries)
         assignment = assign(embedded, kernels)
         assert assignment.tolist() == expected
         assert not assignment.requires_grad
