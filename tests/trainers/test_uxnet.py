@@ -101,9 +101,12 @@ class ShortUXNet(nnUNetTrainerUXNet):
         super().initialize()
 
 
-def test_a_supervised_training_needs_no_unlabeled_cases(small):
+def test_a_supervised_training_needs_no_unlabeled_cases_and_knows_regions(small):
     shutil.rmtree(small / PREPROCESSED / "nnUNetPlans_3d_fullres_unlabeled")
     shutil.rmtree(small / "nnUNet_raw" / "Dataset901_Tiny" / "imagesUn")
+    file = small / PREPROCESSED / "dataset.json"
+    regions = {"labels": {"background": 0, "both": [1, 2], "small": [2]}, "regions_class_order": [1, 2]}
+    file.write_text(json.dumps(json.loads(file.read_text()) | regions))
     trainer = make_trainer(ShortUXNet)
     trainer.run_training()
     assert np.isfinite(trainer.logger.get_value("train_losses", -1))
