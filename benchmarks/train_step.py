@@ -2,7 +2,7 @@
 
     python -m benchmarks.train_step --data <la_125mm> --work <folder> [--device cuda] [--json FILE]
 
-- Supervised trainers have a batch of 4, the semi-supervised ones 2 labeled and 2 unlabeled samples, with the same plans.
+- Supervised trainers have a batch of 4, the others 2 labeled and 2 unlabeled samples, with the same plans.
 - For time, all trainers are built in one process and take their steps in turn, on batches that were loaded before: what
   is timed is `train_step`. Time is the median, with the quartiles in brackets; the first steps warm up.
 - Memory of a GPU is what PyTorch has allocated at most in the same steps, with this trainer alone on it.

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -149,9 +149,13 @@ def respond(
     Returns:
         The segmentation l and the query distribution ln q, in float32: (B, K, V) and (B, G, V).
     """
-    device = embedded.device.type
-    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
-        return _Respond.apply(embedded, kernels.float(), classes.float(), sizes)
+    return _Respond.apply(embedded, kernels.float(), classes.float(), sizes)
+
+
+def _without_autocast(volume: torch.Tensor) -> AbstractContextManager:
+    device = volume.device.type
+    # Some devices refuse to hear of autocast at all.
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 class _Respond(torch.autograd.Function):
@@ -162,10 +166,11 @@ class _Respond(torch.autograd.Function):
         ctx.save_for_backward(embedded, kernels, classes)
         ctx.sizes = sizes
         logits, queries = [], []
-        for block in _blocks(embedded, kernels):
-            log_responses = torch.log_softmax(kernels @ block.float(), 1)
-            queries.append(merged(log_responses, sizes))
-            logits.append(classes.transpose(1, 2) @ log_responses.exp_())
+        with _without_autocast(embedded):
+            for block in _blocks(embedded, kernels):
+                log_responses = torch.log_softmax(kernels @ block.float(), 1)
+                queries.append(merged(log_responses, sizes))
+                logits.append(classes.transpose(1, 2) @ log_responses.exp_())
         return torch.cat(logits, 2), torch.cat(queries, 2)
 
     @staticmethod
@@ -180,17 +185,18 @@ class _Respond(torch.autograd.Function):
         of_kernels, of_classes = torch.zeros_like(kernels), torch.zeros_like(classes)
         of_embedded = []
         blocks = (_blocks(volume, kernels) for volume in (embedded, of_logits, of_queries))
-        for block, u, w in zip(*blocks):
-            voxels = block.float()
-            log_responses = torch.log_softmax(kernels @ voxels, 1)
-            responses = log_responses.exp()
-            of_classes += responses @ u.transpose(1, 2)
-            a = classes @ u
-            slope = responses * (a - (responses * a).sum(1, keepdim=True) - w.sum(1, keepdim=True))
-            shares = [part.log_softmax(1).exp_() for part in log_responses.split(ctx.sizes, 1)]  # of a group
-            slope += torch.cat([share * part for share, part in zip(shares, w.split(1, 1))], 1)
-            of_kernels += slope @ voxels.transpose(1, 2)
-            of_embedded.append((kernels.transpose(1, 2) @ slope).to(embedded.dtype))
+        with _without_autocast(embedded):
+            for block, u, w in zip(*blocks):
+                voxels = block.float()
+                log_responses = torch.log_softmax(kernels @ voxels, 1)
+                responses = log_responses.exp()
+                of_classes += responses @ u.transpose(1, 2)
+                a = classes @ u
+                slope = responses * (a - (responses * a).sum(1, keepdim=True) - w.sum(1, keepdim=True))
+                shares = [part.log_softmax(1).exp_() for part in log_responses.split(ctx.sizes, 1)]  # of a group
+                slope += torch.cat([share * part for share, part in zip(shares, w.split(1, 1))], 1)
+                of_kernels += slope @ voxels.transpose(1, 2)
+                of_embedded.append((kernels.transpose(1, 2) @ slope).to(embedded.dtype))
         return torch.cat(of_embedded, 2), of_kernels, of_classes, None
 
 

@@ -67,7 +67,7 @@ def make_trainer(
 
 
 def narrow(base: Path) -> None:
-    """Plans with small patches, for these networks take their time on a CPU."""
+    """Plans of small patches and few features, for networks that take their time on a CPU."""
     file = base / "nnUNetPlans.json"
     plans = json.loads(file.read_text())
     configuration = plans["configurations"]["3d_fullres"]
