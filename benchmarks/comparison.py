@@ -59,7 +59,8 @@ class Run:
     def weights(self) -> dict[str, str]:
         """The sets of weights to be scored, and their checkpoints."""
         student = {"student": STUDENT}
-        return student if self.trainer == FLOOR else student | {"teacher": TEACHER}
+        has_teacher = self.trainer != FLOOR and TRAINERS[self.trainer].has_teacher
+        return student | {"teacher": TEACHER} if has_teacher else student
 
 
 class Benchmark(Preparation):
@@ -158,7 +159,7 @@ class Benchmark(Preparation):
 
 def _settings(trainer: str) -> set[str]:
     """The names of all that can be set."""
-    if trainer == FLOOR:
+    if trainer == FLOOR or TRAINERS[trainer].is_supervised:
         return set()
     found = trainer_class(trainer)
     return {field.name for settings in (found.training_settings, found.method_settings) for field in fields(settings)}

@@ -2,7 +2,7 @@
 
     python -m benchmarks.train_step --data <la_125mm> --work <folder> [--device cuda] [--json FILE]
 
-- nnUNetTrainer has a batch of 4, the semi-supervised trainers 2 labeled and 2 unlabeled samples, with the same plans.
+- Supervised trainers have a batch of 4, the others 2 labeled and 2 unlabeled samples, with the same plans.
 - For time, all trainers are built in one process and take their steps in turn, on batches that were loaded before: what
   is timed is `train_step`. Time is the median, with the quartiles in brackets; the first steps warm up.
 - Memory of a GPU is what PyTorch has allocated at most in the same steps, with this trainer alone on it.
@@ -40,7 +40,8 @@ def prepared(arguments: argparse.Namespace) -> tuple[Path, str]:
 def build(name: str, folder: Path, plans_name: str, device: str):
     """A trainer that is ready for its first step, with `SAMPLES` samples a step."""
     plans = json.loads((folder / f"{plans_name}.json").read_text()) | {"continue_training": False}
-    plans["configurations"]["3d_fullres"]["batch_size"] = SAMPLES if name == FLOOR else SAMPLES // 2
+    is_supervised = name == FLOOR or TRAINERS[name].is_supervised
+    plans["configurations"]["3d_fullres"]["batch_size"] = SAMPLES if is_supervised else SAMPLES // 2
     dataset = json.loads((folder / "dataset.json").read_text())
     with contextlib.redirect_stdout(io.StringIO()):
         trainer = trainer_class(name)(plans, "3d_fullres", "all", dataset, torch.device(device))

@@ -1,5 +1,6 @@
 """What goes into a method's step and what a network gives back. Unlabeled batches have no place for a label."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,13 +65,18 @@ class StudentOutput:
     Attributes:
         logits: (B, K, *spatial) each, highest resolution first; more than one with deep supervision.
         features: (B, F, *grid) of the tapped encoder stage, or None where no stage is tapped.
+        queries: (B, K, *spatial) each, as logits: the query distribution of a mask transformer at the resolutions of
+            the logits; empty for other networks.
     """
 
     logits: list[torch.Tensor]
     features: torch.Tensor | None = None
+    queries: Sequence[torch.Tensor] = ()
 
     def __getitem__(self, samples: slice) -> "StudentOutput":
         """The same for some samples of the batch."""
         return StudentOutput(
-            [level[samples] for level in self.logits], None if self.features is None else self.features[samples]
+            [level[samples] for level in self.logits],
+            None if self.features is None else self.features[samples],
+            [level[samples] for level in self.queries],
         )

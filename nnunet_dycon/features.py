@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,19 +44,22 @@ class FeatureTap:
     module is in eval mode (validation, sliding-window prediction), unless ``always`` is set.
     """
 
-    def __init__(self, network: nn.Module, stage: FeatureStage, always: bool = False) -> None:
+    def __init__(self, network: nn.Module, name: str, always: bool = False) -> None:
         self._always = always
-        self._features: torch.Tensor | None = None
-        network.get_submodule(stage.name).register_forward_hook(self._keep)
+        self._output: Any = None
+        network.get_submodule(name).register_forward_hook(self._keep)
 
-    def _keep(self, module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+    def _keep(self, module: nn.Module, inputs: tuple, output: Any) -> None:
         if self._always or module.training:
-            self._features = output
+            self._output = output
 
-    def take(self) -> torch.Tensor | None:
-        """The features (B, F, *grid) of the latest forward pass; forgets them, so that the graph can be freed."""
-        features, self._features = self._features, None
-        return features
+    def take(self) -> Any:
+        """The output of the latest forward pass, or None; forgets it, so that the graph can be freed.
+
+        That of an encoder stage is (B, F, *grid).
+        """
+        output, self._output = self._output, None
+        return output
 
 
 class ProjectionHead(nn.Module):

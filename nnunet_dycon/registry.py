@@ -7,16 +7,23 @@ DYCON = "Assefa et al., DyCON, CVPR 2025, arXiv:2504.04566"
 MEAN_TEACHER = "Tarvainen and Valpola, Mean teachers, NeurIPS 2017, arXiv:1703.01780"
 PSEUDO_LABEL = "Lee, Pseudo-Label, ICML workshop 2013"
 FIXMATCH = "Sohn et al., FixMatch, NeurIPS 2020, arXiv:2001.07685"
+UXNET = "Lee et al., 3D UX-Net, ICLR 2023, arXiv:2209.15076"
+DKUXNET = "Wu, Li and Zhang, Query Distribution Consistency, ISBI 2024, arXiv:2311.12364"
 BCP = "Bai et al., Bidirectional Copy-Paste, CVPR 2023, arXiv:2305.00673"
 
 
 @dataclass(frozen=True)
 class Trainer:
-    """A trainer class that `nnUNetv2_train -tr` accepts, and the module below nnunet_dycon.trainers that defines it."""
+    """A trainer class that `nnUNetv2_train -tr` accepts, and the module below nnunet_dycon.trainers that defines it.
+
+    One that uses no unlabeled cases is supervised; one that has a teacher writes its weights beside the student's.
+    """
 
     module: str
     summary: str
     paper: str
+    is_supervised: bool = False
+    has_teacher: bool = True
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,15 @@ TRAINERS: dict[str, Trainer] = {
     ),
     "nnUNetTrainerBCP": Trainer(
         "nnUNetTrainerPseudoLabel", "a teacher's labels, for labeled and unlabeled images pasted into each other", BCP
+    ),
+    "nnUNetTrainerDKUXNet": Trainer(
+        "nnUNetTrainerDKUXNet",
+        "DK-UXNet: 3D UX-Net with a k-means mask transformer; segmentation and queries agree in two views",
+        DKUXNET,
+        has_teacher=False,
+    ),
+    "nnUNetTrainerUXNet": Trainer(
+        "nnUNetTrainerUXNet", "3D UX-Net without unlabeled cases", UXNET, is_supervised=True, has_teacher=False
     ),
 }
 

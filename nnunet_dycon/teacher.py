@@ -62,7 +62,7 @@ class EMATeacher(nn.Module):
         self._averages = nn.ModuleList(map(deepcopy, self._students)).requires_grad_(False)
         self._decay = decay
         self.updates = 0  # how often the teacher was updated
-        self._tap = None if head is None or stage is None else FeatureTap(self.network, stage, always=True)
+        self._tap = None if head is None or stage is None else FeatureTap(self.network, stage.name, always=True)
         self._forward = (torch.compile(self.network) if is_compiled else self.network,)
         self.eval()
 

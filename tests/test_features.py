@@ -5,7 +5,6 @@ import torch
 from torch import nn
 
 from nnunet_dycon.features import (
-    FeatureStage,
     FeatureTap,
     ProjectionHead,
     nearest_stage,
@@ -30,7 +29,7 @@ def test_the_stage_nearest_to_stride_8(strides, stage):
 def test_tap_keeps_features_in_training_only_and_gives_them_once():
     network = nn.Sequential(nn.Conv3d(1, 3, 2, stride=2), nn.ReLU())
     keys = set(network.state_dict())
-    tap = FeatureTap(network, FeatureStage("0", 3))
+    tap = FeatureTap(network, "0")
     images = torch.randn(2, 1, 4, 4, 4)
     network.eval()(images)
     assert tap.take() is None

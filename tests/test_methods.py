@@ -14,6 +14,7 @@ from nnunet_dycon.losses import (
     WeightedDiceCELoss,
     fecl_loss,
     fecl_released_loss,
+    query_consistency_loss,
     softmax_entropy,
     softmax_mse_loss,
     uncl_loss,
@@ -25,6 +26,8 @@ from nnunet_dycon.methods import (
     MeanTeacherSettings,
     PseudoLabels,
     PseudoLabelSettings,
+    QueryConsistency,
+    QueryConsistencySettings,
     Supervision,
 )
 from nnunet_dycon.mixing import mixture
@@ -61,7 +64,7 @@ class Student:
 
     def __init__(self, network, tapped=True):
         self.network, self.images = network.train(), []
-        self.tap = FeatureTap(network, STAGE) if tapped else None
+        self.tap = FeatureTap(network, STAGE.name) if tapped else None
 
     def __call__(self, images):
         self.images.append(images)
@@ -353,3 +356,114 @@ def test_the_state_holds_teacher_and_head_but_not_the_student(labeled, unlabeled
     built, _ = build(DyCON, SETTINGS)
     assert {key.split(".")[0] for key in built.state_dict()} == {"head", "teacher"}
     assert not any(isinstance(module, TinyUNet) for module in built.children())
+
+
+class TinyQueries(nn.Module):
+    """A network with query distributions at two resolutions, as tensors beside its logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.segmentation, self.queries = nn.Conv3d(1, 2, 3, padding=1), nn.Conv3d(1, 2, 3, padding=1)
+
+    def forward(self, images):
+        levels = images, nn.functional.avg_pool3d(images, 2)
+        return [self.segmentation(level) for level in levels], [self.queries(level) for level in levels]
+
+
+class QueryStudent(Student):
+    def __call__(self, images):
+        self.images.append(images)
+        logits, queries = self.network(images)
+        return StudentOutput(logits, queries=queries)
+
+
+def build_queries(settings):
+    torch.manual_seed(0)
+    supervision = Supervision(supervised_loss, WeightedDiceCELoss((0.7, 0.3)), ignore_label=2)
+    return QueryConsistency(supervision, settings), QueryStudent(TinyQueries(), tapped=False)
+
+
+QUERY_SETTINGS = QueryConsistencySettings(
+    query_weight=0.3, segmentation_consistency_weight=2.0, query_consistency_weight=0.7
+)
+
+
+def test_query_consistency_is_the_sum_of_its_terms(labeled, unlabeled):
+    method, student = build_queries(QUERY_SETTINGS)
+    terms = method(student, labeled, unlabeled, progress=0.2)
+    views = {name: student.network(images) for name, images in (
+        ("labeled", torch.cat([labeled.weak, labeled.strong])), ("weak", unlabeled.weak), ("strong", unlabeled.strong)
+    )}  # fmt: skip
+    targets = [torch.cat([level, level]) for level in labeled.targets]
+    torch.testing.assert_close(terms["supervised"], supervised_loss(views["labeled"][0], targets))
+    of_levels = [cross_entropy(level, target[:, 0]) for level, target in zip(views["labeled"][1], targets)]
+    torch.testing.assert_close(terms["query"], (of_levels[0] + 0.5 * of_levels[1]) / 1.5)
+    (strong, strong_queries), (weak, weak_queries) = views["strong"], views["weak"]
+    torch.testing.assert_close(terms["segmentation_consistency"], softmax_mse_loss(strong[0], weak[0]))
+    torch.testing.assert_close(terms["query_consistency"], query_consistency_loss(strong_queries[0], weak_queries[0]))
+    ramp = torch.tensor(-5 * (1 - 0.2 / 0.4) ** 2).exp()
+    consistency = 2.0 * terms["segmentation_consistency"] + 0.7 * terms["query_consistency"]
+    torch.testing.assert_close(terms["loss"], terms["supervised"] + 0.3 * terms["query"] + ramp * consistency)
+
+
+def test_the_student_sees_both_views_of_all_images_in_one_pass(labeled, unlabeled):
+    method, student = build_queries(QUERY_SETTINGS)
+    method(student, labeled, unlabeled, progress=0.5)
+    (images,) = student.images
+    torch.testing.assert_close(images, torch.cat([labeled.weak, labeled.strong, unlabeled.weak, unlabeled.strong]))
+
+
+@pytest.mark.parametrize(
+    ("term", "reached", "views"),
+    [
+        ("supervised", {"segmentation"}, [True, True, False, False]),
+        ("query", {"queries"}, [True, True, False, False]),
+        ("segmentation_consistency", {"segmentation"}, [False, False, False, True]),
+        ("query_consistency", {"queries"}, [False, False, False, True]),
+    ],
+)
+def test_gradients_of_each_term_arrive_in_its_views_alone(term, reached, views, labeled, unlabeled):
+    """Labels teach both views; of unlabeled images the weak view is followed, and not moved."""
+    method, student = build_queries(QUERY_SETTINGS)
+    outputs = []
+
+    def remember(images):
+        output = QueryStudent.__call__(student, images)
+        for tensor in (*output.logits, *output.queries):
+            tensor.retain_grad()
+        outputs.append(output)
+        return output
+
+    method(remember, labeled, unlabeled, progress=0.5)[term].backward()
+    arrived = {
+        name.rpartition(".")[0]
+        for name, parameter in student.network.named_parameters()
+        if parameter.grad is not None and parameter.grad.abs().max() > 0
+    }
+    assert arrived == reached
+    (output,) = outputs
+    gradient = (output.logits if reached == {"segmentation"} else output.queries)[0].grad
+    assert [bool(part.any()) for part in gradient.split([2, 2, 3, 3])] == views
+
+
+def test_ignored_voxels_do_not_count_in_the_query_loss(labeled, unlabeled):
+    labeled.targets[0][0, 0, :2] = 2
+    method, student = build_queries(QUERY_SETTINGS)
+    method.supervision = replace(method.supervision, loss=lambda logits, targets: logits[0].sum())  # not looked at here
+    terms = method(student, labeled, unlabeled, progress=0.5)
+    queries = student.network(torch.cat([labeled.weak, labeled.strong]))[1]
+    targets = [torch.cat([level, level])[:, 0] for level in labeled.targets]
+    of_levels = [cross_entropy(level, target, ignore_index=2) for level, target in zip(queries, targets)]
+    torch.testing.assert_close(terms["query"], (of_levels[0] + 0.5 * of_levels[1]) / 1.5)
+
+
+def test_a_single_target_is_one_of_the_highest_resolution(labeled, unlabeled):
+    """Without deep supervision."""
+    method, student = build_queries(QUERY_SETTINGS)
+    method.supervision = replace(method.supervision, loss=lambda logits, target: cross_entropy(logits[0], target[:, 0]))
+    whole = student.network.forward
+    student.network.forward = lambda images: tuple(levels[:1] for levels in whole(images))
+    terms = method(student, replace(labeled, targets=labeled.targets[0]), unlabeled, progress=0.5)
+    queries = student.network(torch.cat([labeled.weak, labeled.strong]))[1]
+    expected = cross_entropy(queries[0], torch.cat([labeled.targets[0]] * 2)[:, 0])
+    torch.testing.assert_close(terms["query"], expected)

@@ -70,6 +70,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
     training_settings = TrainingSettings()
     method_settings: Any  # a frozen dataclass
+    patch_memory = 1.0  # what a patch takes, in all its views, against one in the network that nnU-Net plans for
 
     def __init__(
         self,
@@ -149,7 +150,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         # After the teacher was copied, which would have copied the hook, too; before the first forward pass, because
         # torch.compile ignores a later one.
         if self.method.uses_features:
-            self._tap = FeatureTap(unwrap(self.network), self.feature_stage())
+            self._tap = FeatureTap(unwrap(self.network), self.feature_stage().name)
 
     @property
     def _supervision(self) -> Supervision:
@@ -226,11 +227,12 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     def _tell_batch(self) -> None:
         batch, unlabeled = self.batch_size, self.unlabeled_batch_size
         planned = self.configuration_manager.batch_size  # for all GPUs together; a batch of ours is for each
+        needed = self.patch_memory * (batch + unlabeled) / planned
         self.print_to_log_file(
             f"{len(self._cases['labeled'])} labeled and {len(self._cases['unlabeled'])} unlabeled cases. Each of the "
             f"{self.num_epochs * self.num_iterations_per_epoch} steps trains on {batch} labeled and {unlabeled} "
-            f"unlabeled patches: about {(batch + unlabeled) / planned:.3g} times the memory the plans were made for. "
-            "If that is too much: nnUNetv2_plan_experiment with -gpu_memory_target at half of what you have and a new "
+            f"unlabeled patches: about {needed:.3g} times the memory the plans were made for. If that is too much: "
+            f"nnUNetv2_plan_experiment with -gpu_memory_target at 1/{needed:.3g} of what you have and a new "
             "-overwrite_plans_name, preprocess, and train with -p; or a subclass with unlabeled_batch_size=1.",
             also_print_to_console=True,
         )

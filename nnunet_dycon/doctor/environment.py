@@ -291,7 +291,7 @@ def check_look_up(trainer: str) -> Iterator[Finding]:
         message = f"nnU-Net takes another class for {trainer}, from a module {found['module']}"
         yield Finding("trainer", WARNING, message, "put the folder of `nnunet_dycon trainers_path` first, or alone")
     elif not found["is_semi_supervised"]:
-        message = f"{trainer} is none of nnunet_dycon's trainers: it would not learn from unlabeled cases"
+        message = f"{trainer} is no semi-supervised trainer of nnunet_dycon's: it would not learn from unlabeled cases"
         yield Finding("trainer", WARNING, message, "choose one, see: nnunet_dycon list")
     else:
         yield Finding("trainer", OK, f"nnU-Net finds {trainer}")

@@ -78,12 +78,13 @@ class Training:
 def find_trainer(name: str) -> type[SemiSupervisedTrainer] | None:
     """The class that nnU-Net would train with; None if it is not semi-supervised, or cannot be found."""
     if name in TRAINERS:
-        return getattr(import_module(f"nnunet_dycon.trainers.{TRAINERS[name].module}"), name)
-    try:
-        with redirect_stdout(io.StringIO()):
-            found = recursive_find_trainer_class_by_name(name)
-    except Exception:  # of whatever lies in nnUNet_extTrainer; environment.check_look_up tells it
-        return None
+        found = getattr(import_module(f"nnunet_dycon.trainers.{TRAINERS[name].module}"), name)
+    else:
+        try:
+            with redirect_stdout(io.StringIO()):
+                found = recursive_find_trainer_class_by_name(name)
+        except Exception:  # of whatever lies in nnUNet_extTrainer; environment.check_look_up tells it
+            return None
     return found if issubclass(found, SemiSupervisedTrainer) else None
 
 
@@ -114,7 +115,8 @@ def examine_training(training: Training) -> Iterator[Finding]:
     if trainer is not None:
         yield from examine("trainer", check_supported, trainer, training.unlabeled)
     yield from examine("labeled", check_labeled, training)
-    yield from examine("unlabeled", check_unlabeled, training)
+    if not (training.trainer_name in TRAINERS and TRAINERS[training.trainer_name].is_supervised):
+        yield from examine("unlabeled", check_unlabeled, training)
     yield from examine("split", check_folds, training)
     yield from examine("results", check_results, training)
     if trainer is not None:
@@ -293,7 +295,7 @@ def check_memory(trainer: type[SemiSupervisedTrainer], cases: UnlabeledCases) ->
     dimensions = len(configuration.patch_size)
     planned = _PLANNED_FEATURE_MAPS.get(type(network).__name__, {}).get(dimensions)
     if planned is None:
-        factor = (labeled + unlabeled) / labeled
+        factor = trainer.patch_memory * (labeled + unlabeled) / labeled
         yield Finding("GPU memory", NOTE, f"{patches}: about {factor:.3g} times what the plans were made for")
         return
     each = network.compute_conv_feature_map_size(configuration.patch_size) / planned

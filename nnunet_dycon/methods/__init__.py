@@ -17,6 +17,7 @@ from nnunet_dycon.methods.dycon import DyCON, DyCONSettings
 from nnunet_dycon.methods.mean_teacher import MeanTeacher, MeanTeacherSettings
 from nnunet_dycon.methods.method import Method, Supervision
 from nnunet_dycon.methods.pseudo_labels import PseudoLabels, PseudoLabelSettings
+from nnunet_dycon.methods.query_consistency import QueryConsistency, QueryConsistencySettings
 
 __all__ = [
     "DyCON",
@@ -26,5 +27,7 @@ __all__ = [
     "Method",
     "PseudoLabelSettings",
     "PseudoLabels",
+    "QueryConsistency",
+    "QueryConsistencySettings",
     "Supervision",
 ]

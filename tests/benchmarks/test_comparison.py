@@ -63,6 +63,7 @@ def test_what_is_in_the_table_is_not_run_again(benchmark):
     write_rows(benchmark, semi, ["student"])
     assert not benchmark.missing(floor)
     assert benchmark.missing(semi) == [("val", "teacher")]
+    assert benchmark.missing(Run("nnUNetTrainerDKUXNet", 8, 0)) == [("val", "student")]  # which has no teacher
     assert benchmark.missing(Run("floor", 8, 1))
     assert benchmark.missing(Run("floor", 4, 0))
     with benchmark.table.open() as file:

@@ -150,7 +150,16 @@ LOOK_UPS = [
     look_up("own", OWN, "{tmp}:{ours}", "Mine", OK, "nnU-Net finds nnUNetTrainerMine", None, slow=True),
     look_up("copy", COPY, "{tmp}:{ours}", "DyCON", WARNING, "another class for nnUNetTrainerDyCON, from", "first"),
     look_up("root", "", "{root}:{ours}", "DyCON", WARNING, "another class for nnUNetTrainerDyCON", "alone", slow=True),
-    look_up("nnU-Net's", "", "{ours}", "", WARNING, "none of nnunet_dycon's trainers", "nnunet_dycon list", slow=True),
+    look_up(
+        "nnU-Net's",
+        "",
+        "{ours}",
+        "",
+        WARNING,
+        "no semi-supervised trainer of nnunet_dycon's",
+        "nnunet_dycon list",
+        slow=True,
+    ),
 ]
 
 

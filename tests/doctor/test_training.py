@@ -151,12 +151,25 @@ def test_what_several_checks_stumble_over_is_told_once(base, doctor):
     assert len([message for message in messages if message.endswith(f"{FOLDER} does not exist")]) == 1
 
 
-@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.parametrize("name", [name for name, trainer in TRAINERS.items() if not trainer.is_supervised])
 def test_every_trainer_can_be_looked_at(base, doctor, name):
     code, findings = doctor(f"-d 901 -f 0 -tr {name}")
     assert {finding.status for finding in findings} == {OK, NOTE}
     assert {"disk", "GPU memory"} <= {finding.check for finding in findings}
     assert code == 0
+
+
+def test_a_supervised_trainer_needs_no_unlabeled_cases(base, doctor, find):
+    for folder in base.glob("*_unlabeled*"):
+        shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
+    code, findings = doctor("-d 901 -f 0 -tr nnUNetTrainerUXNet")
+    assert code == 0
+    assert "unlabeled" not in {finding.check for finding in findings}
+    find(findings, "labeled", OK, "5 cases in")
+
+
+def test_memory_is_told_with_both_views_of_a_patch(base, doctor, find):
+    find(doctor("-d 901 -f 0 -tr nnUNetTrainerDKUXNet")[1], "GPU memory", NOTE, "about 8.4 times what the plans")
 
 
 def test_a_cascade(base, doctor, find):

@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from nnunet_dycon.registry import TRAINERS
 from nnunet_dycon.trainers.nnUNetTrainerDyCON import nnUNetTrainerDyCON
 from tests.tiny import UNLABELED
-from tests.trainers.test_contract import trainer_class
+from tests.trainers.test_contract import SEMI_SUPERVISED, trainer_class
 from tests.trainers.training import deterministic, make_trainer
 
 
@@ -176,7 +175,7 @@ def test_few_labeled_cases_with_a_split_or_fold_all_do_train(base, raw, train):
     train(epochs=1, fold=0)
 
 
-@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.parametrize("name", SEMI_SUPERVISED)
 def test_a_cascade_is_refused_at_construction(base, name):
     file = base / "nnUNetPlans.json"
     plans = json.loads(file.read_text())
@@ -207,7 +206,7 @@ def test_an_old_nnunet_is_refused_in_one_line(tiny, monkeypatch):
         make_trainer(nnUNetTrainerDyCON)
 
 
-@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.parametrize("name", SEMI_SUPERVISED)
 def test_regions_are_refused_at_construction(base, name):
     file = base / "dataset.json"
     dataset = json.loads(file.read_text())

@@ -17,6 +17,8 @@ def trainer_class(name: str) -> type:
 
 
 every_trainer = pytest.mark.parametrize("name", TRAINERS)
+SEMI_SUPERVISED = [name for name, trainer in TRAINERS.items() if not trainer.is_supervised]
+OWN_NETWORK = {"nnUNetTrainerDKUXNet", "nnUNetTrainerUXNet"}
 
 
 @every_trainer
@@ -35,14 +37,17 @@ def test_the_name_fits_nnunets_folders(name):
     cls = trainer_class(name)
     assert "__" not in name
     assert cls.__name__ == name
-    assert issubclass(cls, SemiSupervisedTrainer)
+    assert issubclass(cls, SemiSupervisedTrainer) == (name in SEMI_SUPERVISED)
     assert pickle.loads(pickle.dumps(cls)) is cls
 
 
 @every_trainer
 def test_the_network_is_nnunets_own(name):
-    """So nnUNetv2_predict can load the weights, and they can be used without this package."""
-    assert trainer_class(name).build_network_architecture is nnUNetTrainer.build_network_architecture
+    """So nnUNetv2_predict can load the weights, and they can be used without this package. Else the class builds it."""
+    build = trainer_class(name).build_network_architecture
+    assert (build is nnUNetTrainer.build_network_architecture) == (name not in OWN_NETWORK)
+    ours, theirs = (inspect.signature(f).parameters for f in (build, nnUNetTrainer.build_network_architecture))
+    assert [(p.name, p.default) for p in ours.values()] == [(p.name, p.default) for p in theirs.values()]
 
 
 # What we had to write again because nnU-Net has no hook inside it. If one of these fails, read what nnU-Net has

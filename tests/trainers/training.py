@@ -66,6 +66,16 @@ def make_trainer(
     return trainer_class(plans, configuration, fold, dataset_json, torch.device(device))
 
 
+def narrow(base: Path) -> None:
+    """Plans of small patches and few features, for networks that take their time on a CPU."""
+    file = base / "nnUNetPlans.json"
+    plans = json.loads(file.read_text())
+    configuration = plans["configurations"]["3d_fullres"]
+    configuration["patch_size"] = [16, 16, 16]
+    configuration["architecture"]["arch_kwargs"]["features_per_stage"] = [4, 6, 8, 8]
+    file.write_text(json.dumps(plans))
+
+
 def weights(trainer: SemiSupervisedTrainer) -> dict[str, torch.Tensor]:
     """Student, teacher and head."""
     state = {f"network.{name}": tensor for name, tensor in trainer.network.state_dict().items()}

@@ -1,0 +1,104 @@
+"""Parameters, memory and time of the networks, beside the one that nnU-Net plans.
+
+    python -m benchmarks.networks [--features 32 64 128 256 320] [--patch 96 96 96] [--timed_patch 32 32 32]
+
+- One channel, two classes, strides of 2, deep supervision on, two images.
+- Memory is what the forward pass keeps for the backward one, beyond the parameters, with autocast to 16 bits: counted
+  from the shapes of tensors, without computing anything, so that no GPU is needed. Each memory is counted once.
+- Time is that of a forward and a backward pass of the smaller patch in float32, one thread, the networks in turn: the
+  median of the process's own CPU time, with the quartiles in brackets; the first pass warms up.
+"""
+
+import argparse
+import time
+from typing import Any
+
+import torch
+from dynamic_network_architectures.architectures.unet import PlainConvUNet
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+
+from benchmarks.measuring import summary, told
+from nnunet_dycon.networks import KMaXUXNet, UXNet
+
+IMAGES, CLASSES = 2, 2
+
+
+def build(name: str, features: list[int]) -> nn.Module:
+    """By the name of its class."""
+    stages = len(features)
+    planned: dict[str, Any] = {
+        "features_per_stage": features,
+        "kernel_sizes": [[3, 3, 3]] * stages,
+        "strides": [[1, 1, 1]] + [[2, 2, 2]] * (stages - 1),
+        "conv_op": nn.Conv3d,
+        "conv_bias": True,
+        "norm_op": nn.InstanceNorm3d,
+        "norm_op_kwargs": {"eps": 1e-5, "affine": True},
+        "nonlin": nn.LeakyReLU,
+        "nonlin_kwargs": {"inplace": True},
+        "deep_supervision": True,
+    }
+    if name == "PlainConvUNet":
+        return PlainConvUNet(1, stages, num_classes=CLASSES, n_conv_per_stage=2, n_conv_per_stage_decoder=2, **planned)
+    return {"UXNet": UXNet, "KMaXUXNet": KMaXUXNet}[name](1, CLASSES, **planned)
+
+
+def kept_bytes(name: str, features: list[int], patch: list[int]) -> int:
+    """For the backward pass, with autocast."""
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage
+        return tensor
+
+    with FakeTensorMode():
+        network = build(name, features)
+        images = torch.randn(IMAGES, 1, *patch)
+        with saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+            network(images)
+        for parameter in network.parameters():
+            kept.pop(parameter.untyped_storage()._cdata, None)
+        return sum(storage.nbytes() for storage in kept.values())
+
+
+def take_passes(networks: dict[str, nn.Module], patch: list[int], repeats: int) -> dict[str, dict]:
+    """How long each takes, in turn."""
+    seconds: dict[str, list[float]] = {name: [] for name in networks}
+    images = torch.randn(IMAGES, 1, *patch)
+    for repeat in range(repeats + 1):
+        for name, network in networks.items():
+            start = time.process_time()
+            torch.stack([level.square().mean() for level in network(images)]).sum().backward()
+            if repeat > 0:
+                seconds[name].append(time.process_time() - start)
+    return {name: summary(values) for name, values in seconds.items()}
+
+
+def main() -> None:
+    """Measure, and print a Markdown table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--features", type=int, nargs="+", default=[32, 64, 128, 256, 320])
+    parser.add_argument("--patch", type=int, nargs=3, default=[96, 96, 96])
+    parser.add_argument("--timed_patch", type=int, nargs=3, default=[32, 32, 32])
+    parser.add_argument("--repeats", type=int, default=10)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    names = ("PlainConvUNet", "UXNet", "KMaXUXNet")
+    memory = {name: kept_bytes(name, arguments.features, arguments.patch) for name in names}
+    networks = {name: build(name, arguments.features) for name in names}
+    times = take_passes(networks, arguments.timed_patch, arguments.repeats)
+    print("| network | million parameters | GB kept | over nnU-Net's | seconds | over nnU-Net's |")
+    print("|---|---|---|---|---|---|")
+    own = names[0]
+    for name in names:
+        parameters = sum(parameter.numel() for parameter in networks[name].parameters()) / 1e6
+        more, longer = memory[name] / memory[own], times[name]["seconds"] / times[own]["seconds"]
+        kept = f"{memory[name] / 1e9:.2f} | {more:.2f}"
+        print(f"| {name} | {parameters:.1f} | {kept} | {told(times[name])} | {longer:.2f} |")
+
+
+if __name__ == "__main__":
+    main()

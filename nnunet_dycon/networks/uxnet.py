@@ -1,0 +1,182 @@
+"""3D UX-Net: an encoder of large depth-wise convolutions, and nnU-Net's residual decoder."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from dynamic_network_architectures.building_blocks.residual import BasicBlockD
+from dynamic_network_architectures.building_blocks.unet_residual_decoder import UNetResDecoder
+from torch import nn
+
+_LARGE_KERNEL = 7
+_EXPANSION = 4
+_LAYER_SCALE = 1e-6
+_BLOCKS = 2  # of each stage
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What nnU-Net's plans say of a network, under the names that they have there.
+
+    Attributes:
+        features_per_stage: channels of each stage, highest resolution first.
+        kernel_sizes: of the convolutions of each stage, along each axis.
+        strides: of each stage, along each axis.
+        conv_op: Conv2d or Conv3d.
+        conv_bias: of residual blocks and transposed convolutions.
+        norm_op: of residual blocks: nnU-Net's is InstanceNorm.
+        norm_op_kwargs: its arguments.
+        nonlin: of residual blocks.
+        nonlin_kwargs: its arguments.
+    """
+
+    features_per_stage: Sequence[int]
+    kernel_sizes: Sequence[Sequence[int]]
+    strides: Sequence[Sequence[int]]
+    conv_op: type[nn.Module]
+    conv_bias: bool
+    norm_op: type[nn.Module]
+    norm_op_kwargs: dict[str, Any]
+    nonlin: type[nn.Module]
+    nonlin_kwargs: dict[str, Any]
+
+    def residual_block(self, stage: int, input_channels: int, stride: Sequence[int] | int = 1) -> nn.Module:
+        """Two convolutions, each with its norm, and a skip connection that is projected."""
+        return BasicBlockD(
+            self.conv_op, input_channels, self.features_per_stage[stage], self.kernel_sizes[stage], stride,
+            self.conv_bias, self.norm_op, self.norm_op_kwargs, nonlin=self.nonlin, nonlin_kwargs=self.nonlin_kwargs,
+        )  # fmt: skip
+
+    def depth_wise(self, stage: int, channels: int, size: int) -> nn.Module:
+        """A convolution of each channel for itself: ``size`` voxels long wherever the plans' kernel is not flat."""
+        kernel = widened_kernel(self.kernel_sizes[stage], size)
+        return self.conv_op(channels, channels, kernel, padding=same_padding(kernel), groups=channels)
+
+
+def widened_kernel(kernel: Sequence[int], size: int) -> list[int]:
+    """The kernel with ``size`` along each axis along which it is not flat.
+
+    >>> widened_kernel([1, 3, 3], 7)
+    [1, 7, 7]
+    """
+    return [1 if length == 1 else size for length in kernel]
+
+
+def same_padding(kernel: Sequence[int]) -> list[int]:
+    """What keeps the shape of a volume under a kernel of odd lengths."""
+    return [length // 2 for length in kernel]
+
+
+class ChannelNorm(nn.LayerNorm):
+    """Layer norm of (B, C, *spatial) over the channels of each voxel."""
+
+    def forward(self, volume: torch.Tensor) -> torch.Tensor:
+        return super().forward(volume.movedim(1, -1)).movedim(-1, 1)
+
+
+class UXBlock(nn.Module):
+    r"""A block of ConvNeXt's shape in which no convolution mixes channels; only its layer norm does.
+
+    .. math:: y = x + \gamma \odot W_2\, \mathrm{GELU}(W_1\, \mathrm{LN}(D x))
+
+    with the depth-wise convolution D, 7 voxels long, and W_1 and W_2 that expand each channel to 4 and merge these
+    again ("depth-wise convolution scaling"); γ begins at 1e-6.
+    """
+
+    def __init__(self, architecture: Architecture, stage: int, channels: int) -> None:
+        super().__init__()
+        wide = _EXPANSION * channels
+        self.layers = nn.Sequential(
+            architecture.depth_wise(stage, channels, _LARGE_KERNEL),
+            ChannelNorm(channels, eps=1e-6),
+            architecture.conv_op(channels, wide, 1, groups=channels),
+            nn.GELU(),
+            architecture.conv_op(wide, channels, 1, groups=channels),
+        )
+        self.scale = nn.Parameter(torch.full((channels,), _LAYER_SCALE))
+
+    def forward(self, volume: torch.Tensor) -> torch.Tensor:
+        scale = self.scale.view(-1, *[1] * (volume.ndim - 2))
+        return volume + scale * self.layers(volume)
+
+
+class UXEncoder(nn.Module):
+    """The encoder of 3D UX-Net: (B, C, *spatial) to the skip connections, highest resolution first.
+
+    Stage 0 is a residual block at full resolution. Each further stage reduces what came from the one before (the first
+    time by a convolution 7 voxels long, then by one as long as its stride), has two UX blocks as wide as the stage
+    before, and a residual block that widens what goes to the decoder.
+
+    What nnU-Net's decoders and `nnunet_dycon.features` ask an encoder for has the names that it has there: ``stages``
+    gives the skip connections.
+    """
+
+    def __init__(self, input_channels: int, architecture: Architecture) -> None:
+        super().__init__()
+        self.output_channels = list(architecture.features_per_stage)
+        self.strides = [list(stride) for stride in architecture.strides]
+        self.kernel_sizes = [list(kernel) for kernel in architecture.kernel_sizes]
+        self.conv_op, self.conv_bias = architecture.conv_op, architecture.conv_bias
+        self.norm_op, self.norm_op_kwargs = architecture.norm_op, architecture.norm_op_kwargs
+        self.nonlin, self.nonlin_kwargs = architecture.nonlin, architecture.nonlin_kwargs
+        self.dropout_op, self.dropout_op_kwargs = None, None
+
+        widths = self.output_channels[:-1]  # of the UX blocks of stages 1, 2, ...
+        self.stages = nn.ModuleList([architecture.residual_block(0, input_channels, self.strides[0])])
+        self.reductions, self.blocks, self.norms = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        for stage, width in enumerate(widths, start=1):
+            stride = self.strides[stage]
+            if stage == 1:
+                kernel = widened_kernel(self.kernel_sizes[0], _LARGE_KERNEL)
+                stem = self.conv_op(input_channels, width, kernel, self._from_image(stride), same_padding(kernel))
+                self.reductions.append(nn.Sequential(stem, ChannelNorm(width, eps=1e-6)))
+            else:
+                before = widths[stage - 2]
+                reduction = self.conv_op(before, width, stride, stride)
+                self.reductions.append(nn.Sequential(ChannelNorm(before, eps=1e-6), reduction))
+            self.blocks.append(nn.Sequential(*(UXBlock(architecture, stage, width) for _ in range(_BLOCKS))))
+            self.norms.append(ChannelNorm(width, eps=1e-6))
+            self.stages.append(architecture.residual_block(stage, width))
+
+    def _from_image(self, stride: Sequence[int]) -> list[int]:
+        return [first * second for first, second in zip(self.strides[0], stride)]
+
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        skips = [self.stages[0](images)]
+        volume = images
+        for reduction, blocks, norm, widen in zip(self.reductions, self.blocks, self.norms, self.stages[1:]):
+            volume = blocks(reduction(volume))
+            skips.append(widen(norm(volume)))
+        return skips
+
+
+class UXNet(nn.Module):
+    """3D UX-Net (Lee et al., ICLR 2023, arXiv:2209.15076), as wide and as deep as nnU-Net's plans say.
+
+    With 48, 96, 192, 384 and 768 features and strides of 2 it is the published network: 53.0 million parameters.
+    Decoder: transposed convolution, concatenation, residual block; a second block at full resolution.
+
+    Deviations from the released code (MASILab/3DUX-Net): as many stages as planned, and 2D, too; along an axis along
+    which a kernel of the plans is flat no kernel here is longer than 1; norm, activation and biases of residual blocks
+    are the plans' (InstanceNorm with affine parameters, where the release has none); deep supervision.
+
+    Args:
+        input_channels: of the images.
+        num_classes: background included.
+        deep_supervision: whether forward gives logits of all stages of the decoder, as a list, highest resolution
+            first. ``decoder.deep_supervision`` switches it, as in nnU-Net's own networks.
+        **architecture: see `Architecture`.
+    """
+
+    def __init__(
+        self, input_channels: int, num_classes: int, deep_supervision: bool = False, **architecture: Any
+    ) -> None:
+        super().__init__()
+        self.encoder = UXEncoder(input_channels, Architecture(**architecture))
+        blocks = [1] * (len(self.encoder.output_channels) - 2) + [2]  # of each stage, the deepest first
+        self.decoder = UNetResDecoder(self.encoder, num_classes, blocks, deep_supervision)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
+        """(B, C, *spatial) to logits (B, K, *spatial), or with deep supervision a list of them."""
+        return self.decoder(self.encoder(images))

@@ -1,0 +1,144 @@
+"""The trainers with a network of their own: nnU-Net builds, trains, resumes and predicts it from its class alone."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.run.run_training import maybe_load_checkpoint
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunet_dycon.cli import main
+from nnunet_dycon.networks import KMaXUXNet, UXNet
+from nnunet_dycon.trainers.nnUNetTrainerDKUXNet import nnUNetTrainerDKUXNet
+from nnunet_dycon.trainers.nnUNetTrainerUXNet import nnUNetTrainerUXNet
+from tests.tiny import tiny_volume
+from tests.trainers.test_no_leak import PREPROCESSED, overwrite_segmentation
+from tests.trainers.test_resume import interrupt_and_resume
+from tests.trainers.training import assert_same_weights, make_trainer, narrow, same_weights
+
+
+@pytest.fixture
+def small(tiny) -> Path:
+    narrow(tiny / PREPROCESSED)
+    return tiny
+
+
+def test_a_resumed_training_of_queries_equals_an_uninterrupted_one_without_leaking_labels(small, train):
+    """As tests/trainers/test_resume.py and test_no_leak.py, with one training less."""
+    whole = train(nnUNetTrainerDKUXNet, epochs=2)
+    shutil.rmtree(whole.output_folder)
+    folder = small / PREPROCESSED / "nnUNetPlans_3d_fullres_unlabeled"
+    for case in sorted(file.stem for file in folder.glob("*.pkl")):
+        overwrite_segmentation(folder, case)
+    resumed = interrupt_and_resume(nnUNetTrainerDKUXNet, epochs=2, after=1)
+    assert_same_weights(resumed, whole)
+    assert resumed._queries.take() is None  # it would keep the whole graph alive
+    assert [file.name for file in Path(resumed.output_folder).glob("*.pth")].count("checkpoint_final.pth") == 1
+    assert not list(Path(resumed.output_folder).glob("*teacher*"))
+    overwrite_segmentation(small / PREPROCESSED / "nnUNetPlans_3d_fullres", "case_00")
+    shutil.rmtree(whole.output_folder)
+    assert not same_weights(train(nnUNetTrainerDKUXNet, epochs=2), whole)
+
+
+def test_the_optimizer_is_the_released_one_with_nnunets_schedule(small):
+    for trainer_class in (nnUNetTrainerDKUXNet, nnUNetTrainerUXNet):
+        trainer = make_trainer(trainer_class)
+        trainer.initialize()
+        assert isinstance(trainer.optimizer, torch.optim.AdamW)
+        (group,) = trainer.optimizer.param_groups
+        assert (group["lr"], group["weight_decay"]) == (1e-4, 1e-2)
+        assert {id(p) for p in group["params"]} == {id(p) for p in trainer.network.parameters()}
+        trainer.lr_scheduler.step(500)
+        assert group["lr"] == pytest.approx(1e-4 * 0.5**0.9)
+
+
+def test_the_network_is_as_the_plans_and_the_settings_say(small):
+    class FewQueries(nnUNetTrainerDKUXNet):
+        method_settings = type(nnUNetTrainerDKUXNet.method_settings)(queries=9)
+
+    trainer = make_trainer(FewQueries)
+    trainer.initialize()
+    assert type(trainer.network) is KMaXUXNet
+    assert trainer.network.kmax.centers.shape == (9, 8)
+    assert trainer.network.encoder.output_channels == [4, 6, 8, 8]
+    assert trainer.settings["method_settings"]["queries"] == 9
+    assert trainer.settings["optimizer_settings"] == {"learning_rate": 1e-4, "weight_decay": 1e-2}
+    supervised = make_trainer(nnUNetTrainerUXNet)
+    supervised.initialize()
+    assert type(supervised.network) is UXNet
+
+
+def test_fewer_queries_than_classes_are_refused_in_one_line(small):
+    class OneQuery(nnUNetTrainerDKUXNet):
+        method_settings = type(nnUNetTrainerDKUXNet.method_settings)(queries=1)
+
+    message = "OneQuery cannot build its network: each class needs a query of its own: there are 3 classes, but only 1"
+    with pytest.raises(NotImplementedError, match=message) as refused:
+        make_trainer(OneQuery).run_training()
+    assert refused.value.code.startswith("nnunet_dycon: error: ")
+
+
+@pytest.mark.parametrize("trainer_class", [nnUNetTrainerDKUXNet, nnUNetTrainerUXNet])
+def test_plans_of_a_network_without_stages_are_refused_in_one_line(small, trainer_class):
+    file = small / PREPROCESSED / "nnUNetPlans.json"
+    plans = json.loads(file.read_text())
+    architecture = plans["configurations"]["3d_fullres"]["architecture"]
+    del architecture["arch_kwargs"]["strides"], architecture["arch_kwargs"]["features_per_stage"]
+    file.write_text(json.dumps(plans))
+    manager = PlansManager(str(file))
+    with pytest.raises(NotImplementedError, match="needs plans with features_per_stage, strides, which those for dyn"):
+        trainer_class.build_network_architecture(manager, manager.get_configuration("3d_fullres"), 1, 3)
+
+
+class ShortUXNet(nnUNetTrainerUXNet):
+    def initialize(self):
+        self.num_epochs, self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = 1, 2, 1
+        super().initialize()
+
+
+def test_a_supervised_training_needs_no_unlabeled_cases_and_knows_regions(small):
+    shutil.rmtree(small / PREPROCESSED / "nnUNetPlans_3d_fullres_unlabeled")
+    shutil.rmtree(small / "nnUNet_raw" / "Dataset901_Tiny" / "imagesUn")
+    file = small / PREPROCESSED / "dataset.json"
+    regions = {"labels": {"background": 0, "both": [1, 2], "small": [2]}, "regions_class_order": [1, 2]}
+    file.write_text(json.dumps(json.loads(file.read_text()) | regions))
+    trainer = make_trainer(ShortUXNet)
+    trainer.run_training()
+    assert np.isfinite(trainer.logger.get_value("train_losses", -1))
+    again = make_trainer(ShortUXNet)
+    maybe_load_checkpoint(again, continue_training=False, validation_only=True)
+    torch.testing.assert_close(again.network.state_dict(), trainer.network.state_dict())
+
+
+def save_model(trainer_class: type, base: Path) -> tuple[nnUNetTrainer, Path]:
+    """An untrained trainer, and its model folder."""
+    trainer = make_trainer(trainer_class, fold=0)
+    trainer.initialize()
+    folder = Path(trainer.output_folder)
+    for name, source in (("plans.json", "nnUNetPlans.json"), ("dataset.json", "dataset.json")):
+        shutil.copy(base / source, folder.parent / name)
+    trainer.save_checkpoint(str(folder / "checkpoint_final.pth"))
+    return trainer, folder.parent
+
+
+@pytest.mark.parametrize("trainer_class", [nnUNetTrainerDKUXNet, nnUNetTrainerUXNet])
+def test_stock_nnunet_predicts_with_it(small, trainer_class):
+    """By what nnUNetv2_predict runs: nnU-Net looks the trainer up by its name, and has it build the network."""
+    trainer, model = save_model(trainer_class, small / PREPROCESSED)
+    predictor = nnUNetPredictor(use_mirroring=False, device=torch.device("cpu"), allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(str(model), (0,))
+    assert type(predictor.network) is type(trainer.network)
+    torch.testing.assert_close(predictor.network.state_dict(), trainer.network.state_dict(), rtol=0, atol=0)
+    image = tiny_volume(0)[0][None]
+    assert predictor.predict_single_npy_array(image, {"spacing": [1.0, 1.0, 1.0]}).shape == image.shape[1:]
+
+
+def test_export_says_that_the_network_is_no_stock_one(small, capsys):
+    _, model = save_model(nnUNetTrainerUXNet, small / PREPROCESSED)
+    assert main(["export_vanilla", "-m", str(model), "-o", str(small / "vanilla")]) == 1
+    assert "nnUNetTrainerUXNet builds a network of its own" in capsys.readouterr().err

@@ -1,0 +1,41 @@
+"""DK-UXNet: 3D UX-Net with a k-means mask transformer, trained by query distribution consistency."""
+
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+
+from nnunet_dycon.batches import StudentOutput
+from nnunet_dycon.features import FeatureTap
+from nnunet_dycon.methods import QueryConsistency, QueryConsistencySettings
+from nnunet_dycon.teacher import unwrap
+from nnunet_dycon.trainers.semi_supervised import SemiSupervisedTrainer
+from nnunet_dycon.trainers.uxnet_training import UXNetTraining
+
+
+class nnUNetTrainerDKUXNet(UXNetTraining, SemiSupervisedTrainer):
+    """Query distribution consistency (arXiv:2311.12364): see `nnunet_dycon.methods.query_consistency`."""
+
+    network_class = "nnunet_dycon.networks.KMaXUXNet"
+    patch_memory = 4.2  # two views, measured in docs/cost.md
+    method_settings = QueryConsistencySettings()
+
+    @classmethod
+    def network_options(cls) -> dict[str, Any]:
+        return {"queries": cls.method_settings.queries}
+
+    @property
+    def settings(self) -> dict[str, dict]:
+        return super().settings | {"optimizer_settings": asdict(self.optimizer_settings)}
+
+    def build_method(self, network, supervision) -> QueryConsistency:
+        return QueryConsistency(supervision, self.method_settings)
+
+    def initialize(self) -> None:
+        """As of any, and tap the queries."""
+        super().initialize()
+        self._queries = FeatureTap(unwrap(self.network), "kmax")
+
+    def _student(self, images: torch.Tensor) -> StudentOutput:
+        output = super()._student(images)
+        return replace(output, queries=self._queries.take().queries)
