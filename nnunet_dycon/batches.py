@@ -1,5 +1,6 @@
 """What goes into a method's step and what a network gives back. Unlabeled batches have no place for a label."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,6 +69,13 @@ class StudentOutput:
 
     logits: list[torch.Tensor]
     features: torch.Tensor | None = None
+
+    @classmethod
+    def of(
+        cls, returned: torch.Tensor | Sequence[torch.Tensor], features: torch.Tensor | None = None
+    ) -> "StudentOutput":
+        """Of what a network returns: the logits, or with deep supervision a list of them."""
+        return cls(list(returned) if isinstance(returned, (list, tuple)) else [returned], features)
 
     def __getitem__(self, samples: slice) -> "StudentOutput":
         """The same for some samples of the batch."""
