@@ -75,7 +75,7 @@ class StudentOutput:
         cls, returned: torch.Tensor | Sequence[torch.Tensor], features: torch.Tensor | None = None
     ) -> "StudentOutput":
         """Of what a network returns: the logits, or with deep supervision a list of them."""
-        return cls(list(returned) if isinstance(returned, (list, tuple)) else [returned], features)
+        return cls([returned] if isinstance(returned, torch.Tensor) else list(returned), features)
 
     def __getitem__(self, samples: slice) -> "StudentOutput":
         """The same for some samples of the batch."""

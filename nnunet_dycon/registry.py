@@ -7,6 +7,8 @@ DYCON = "Assefa et al., DyCON, CVPR 2025, arXiv:2504.04566"
 MEAN_TEACHER = "Tarvainen and Valpola, Mean teachers, NeurIPS 2017, arXiv:1703.01780"
 PSEUDO_LABEL = "Lee, Pseudo-Label, ICML workshop 2013"
 FIXMATCH = "Sohn et al., FixMatch, NeurIPS 2020, arXiv:2001.07685"
+CPS = "Chen et al., Cross pseudo supervision, CVPR 2021, arXiv:2106.01226"
+UGPL = "Lu et al., Uncertainty-guided pseudo-labeling, KBS 2025, arXiv:2509.13084"
 BCP = "Bai et al., Bidirectional Copy-Paste, CVPR 2023, arXiv:2305.00673"
 
 
@@ -57,6 +59,9 @@ TRAINERS: dict[str, Trainer] = {
     "nnUNetTrainerDyCON_5epochs": _dycon("DyCON, 5 epochs: to try a data set out"),
     "nnUNetTrainerDyCON_smoke": _dycon("DyCON, 2 epochs of 5 iterations: does everything run?"),
     "nnUNetTrainerDyCON_demo": _dycon("DyCON, a few short epochs: what `nnunet_dycon demo` trains"),
+    "nnUNetTrainerDyCONCoTraining": Trainer(
+        "nnUNetTrainerDyCONCoTraining", "DyCON's losses between two networks instead of student and teacher", DYCON
+    ),
     "nnUNetTrainerMeanTeacher": Trainer(
         "nnUNetTrainerMeanTeacher", "Mean Teacher: the baseline that every other method has to beat", MEAN_TEACHER
     ),
@@ -69,7 +74,14 @@ TRAINERS: dict[str, Trainer] = {
     "nnUNetTrainerBCP": Trainer(
         "nnUNetTrainerPseudoLabel", "a teacher's labels, for labeled and unlabeled images pasted into each other", BCP
     ),
+    "nnUNetTrainerCPS": Trainer("nnUNetTrainerCPS", "two networks that label for each other", CPS),
+    "nnUNetTrainerUGPL": Trainer(
+        "nnUNetTrainerUGPL", "two networks, labels weighted and filtered by uncertainty, contrast with prototypes", UGPL
+    ),
 }
+
+# What nnU-Net looks up to predict with, beside them: the builder of the second of two networks.
+BUILDERS: dict[str, str] = {"nnUNetTrainerSecondNetwork": "nnUNetTrainerSecondNetwork"}
 
 CONVERTERS: dict[str, Converter] = {
     "la": Converter(
