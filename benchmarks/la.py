@@ -7,7 +7,7 @@
   can be changed behind a colon: nnUNetTrainerDyCON:uncl_weight=0.1,rampup=0.8
 - Cases: benchmarks/protocols. Settings are chosen on val; test is scored only when asked for, with everything frozen.
 - Every run has the same budget of iterations, over which the learning rate decays to 0; the final checkpoint is scored,
-  student and teacher, with nnU-Net's test-time mirroring and without post-processing.
+  student and teacher or second network, with nnU-Net's test-time mirroring and without post-processing.
 - What is in the CSV is not run again, so that an interrupted benchmark goes on where it was.
 - The volumes of this data set are cropped around the reference: numbers are for comparing methods, not for comparing
   with other data.
@@ -29,7 +29,7 @@ from typing import Any
 from filelock import FileLock
 
 from benchmarks.preparation import CEILING, FLOOR, HERE, Preparation, add_arguments, dataset_id, trainer_class
-from nnunet_dycon.checkpoints import STUDENT, TEACHER
+from nnunet_dycon.checkpoints import SECOND, STUDENT, TEACHER
 from nnunet_dycon.dataset_conversion.writer import FOLDERS
 from nnunet_dycon.evaluation import evaluate_folder
 from nnunet_dycon.files import replacing
@@ -71,7 +71,10 @@ class Run:
     def weights(self) -> dict[str, str]:
         """The sets of weights to be scored, and their checkpoints."""
         student = {"student": STUDENT}
-        return student if self.trainer == FLOOR else student | {"teacher": TEACHER}
+        if self.trainer == FLOOR:
+            return student
+        has_second = trainer_class(self.trainer).second_network is not None
+        return student | ({"second": SECOND} if has_second else {"teacher": TEACHER})
 
 
 class Benchmark(Preparation):

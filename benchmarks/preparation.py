@@ -14,6 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from nnunet_dycon.environment import DISCOVERY
 from nnunet_dycon.files import replacing
 from nnunet_dycon.registry import TRAINERS
 
@@ -120,7 +121,7 @@ class Preparation:
         environment = {
             **os.environ,
             **self.folders,
-            "nnUNet_extTrainer": str(HERE / "trainers"),
+            "nnUNet_extTrainer": os.pathsep.join(map(str, (HERE / "trainers", DISCOVERY))),  # the latter to predict
             "NNUNET_DYCON_BENCHMARK_RUNS": str(self.work / "runs.json"),
         }
         if self.device == "cpu":

@@ -224,12 +224,15 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     def _tell_batch(self) -> None:
         batch, unlabeled = self.batch_size, self.unlabeled_batch_size
         planned = self.configuration_manager.batch_size  # for all GPUs together; a batch of ours is for each
+        students = 1 if self.second_network is None else 2
         self.print_to_log_file(
             f"{len(self._cases['labeled'])} labeled and {len(self._cases['unlabeled'])} unlabeled cases. Each of the "
             f"{self.num_epochs * self.num_iterations_per_epoch} steps trains on {batch} labeled and {unlabeled} "
-            f"unlabeled patches: about {(batch + unlabeled) / planned:.3g} times the memory the plans were made for. "
-            "If that is too much: nnUNetv2_plan_experiment with -gpu_memory_target at half of what you have and a new "
-            "-overwrite_plans_name, preprocess, and train with -p; or a subclass with unlabeled_batch_size=1.",
+            f"unlabeled patches{'' if students == 1 else ', with two networks'}: about "
+            f"{students * (batch + unlabeled) / planned:.3g} times the memory the plans were made for. If that is too "
+            f"much: nnUNetv2_plan_experiment with -gpu_memory_target at {'half' if students == 1 else 'a quarter'} of "
+            "what you have and a new -overwrite_plans_name, preprocess, and train with -p; or a subclass with "
+            "unlabeled_batch_size=1.",
             also_print_to_console=True,
         )
 
