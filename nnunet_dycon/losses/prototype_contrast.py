@@ -5,6 +5,9 @@ from torch.nn.functional import cross_entropy, normalize
 
 from nnunet_dycon.losses.precision import at_least_float32
 
+# Features that are shorter are left so: the gradient of their direction would be infinite in float16.
+_SHORTEST = 1e-3
+
 
 @torch.no_grad()
 def class_prototypes(
@@ -101,7 +104,7 @@ def prototype_contrast_loss(
         )
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
-    cosine = normalize(anchors, dim=1) @ normalize(prototypes.detach().to(anchors.dtype), dim=1).T
+    cosine = normalize(anchors, dim=1, eps=_SHORTEST) @ normalize(prototypes.detach().to(anchors.dtype), dim=1).T
     similarity = (cosine / temperature).masked_fill(~present, torch.finfo(cosine.dtype).min)
     counts = valid & present[labels]
     each = cross_entropy(similarity, labels, reduction="none")
