@@ -11,7 +11,6 @@ from nnunet_dycon.registry import TRAINERS
 from nnunet_dycon.trainers.semi_supervised import SemiSupervisedTrainer
 from tests.trainers.training import trainer_class
 
-
 every_trainer = pytest.mark.parametrize("name", TRAINERS)
 
 

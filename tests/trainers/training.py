@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
+from nnunetv2.training.logging.nnunet_logger import MetaLogger
 
 from nnunet_dycon.registry import TRAINERS
 from nnunet_dycon.trainers import semi_supervised
