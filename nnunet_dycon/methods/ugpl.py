@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from nnunet_dycon.batches import LabeledBatch, StudentOutput
-from nnunet_dycon.features import FeatureStage, draw_voxels
+from nnunet_dycon.features import DrawnVoxels, FeatureStage, draw_voxels
 from nnunet_dycon.losses import (
     class_prototypes,
     entropy_filtered_loss,
@@ -17,6 +17,7 @@ from nnunet_dycon.losses import (
 )
 from nnunet_dycon.methods.method import Supervision, Terms
 from nnunet_dycon.methods.two_students import TwoStudents, each_with_the_other
+from nnunet_dycon.schedules import linear
 
 
 @dataclass(frozen=True)
@@ -109,11 +110,11 @@ class UGPL(TwoStudents):
     ) -> tuple[Terms, Terms, Terms]:
         settings, half = self.settings, len(labeled)
         target, known = labeled.known(self.supervision.ignore_label)
-        kept = settings.kept_start + (settings.kept_end - settings.kept_start) * progress
+        kept = linear(progress, settings.kept_start, settings.kept_end)
         labels, reliable = reliable_labels(first.logits[0][half:], second.logits[0][half:], kept)
-        if self.uses_features:
-            # The same voxels for both students.
-            drawn = draw_voxels(labels, ~reliable, settings.contrast_voxels, first.logits[0].shape[1])
+        everywhere = torch.cat([target, labels]), torch.cat([known, reliable])
+        # The same voxels for both students.
+        drawn = draw_voxels(labels, ~reliable, settings.contrast_voxels, first.logits[0].shape[1])
 
         def learned(own: StudentOutput, other: StudentOutput) -> Terms:
             logits, others = own.logits[0], other.logits[0]
@@ -127,18 +128,18 @@ class UGPL(TwoStudents):
             if settings.filtered_weight != 0:
                 terms["filtered"] = entropy_filtered_loss(logits[half:], labels, reliable)
             if self.uses_features:
-                prototypes, present = class_prototypes(
-                    own.features, torch.cat([target, labels]), torch.cat([known, reliable]), logits.shape[1]
-                )
-                terms["contrast"] = prototype_contrast_loss(
-                    drawn.of(own.features[half:]),
-                    drawn.labels,
-                    prototypes,
-                    present,
-                    drawn.valid,
-                    temperature=settings.temperature,
-                )
+                terms["contrast"] = self._contrast(own, *everywhere, drawn, half)
             return terms
 
         of_first, of_second = (learned(own, other) for own, other in each_with_the_other(first, second))
         return of_first, of_second, {"kept_share": reliable.float().mean()}
+
+    def _contrast(
+        self, own: StudentOutput, labels: torch.Tensor, reliable: torch.Tensor, drawn: DrawnVoxels, half: int
+    ) -> torch.Tensor:
+        """Of the voxels drawn in the unlabeled images, with prototypes of both halves."""
+        prototypes, present = class_prototypes(own.features, labels, reliable, own.logits[0].shape[1])
+        anchors = drawn.of(own.features[half:])
+        return prototype_contrast_loss(
+            anchors, drawn.labels, prototypes, present, drawn.valid, temperature=self.settings.temperature
+        )

@@ -72,6 +72,15 @@ def test_what_is_in_the_table_is_not_run_again(benchmark):
     assert ("val", "student") in benchmark.missing(floor)
 
 
+def test_the_second_network_is_scored_where_there_is_one():
+    assert list(Run("floor", 8, 0).weights) == ["student"]
+    assert list(Run("nnUNetTrainerDyCON", 8, 0).weights) == ["student", "teacher"]
+    assert Run("nnUNetTrainerUGPL", 8, 0).weights == {
+        "student": "checkpoint_final.pth",
+        "second": "checkpoint_final_second.pth",
+    }
+
+
 def test_the_ceiling_is_one_row_whatever_the_labels(benchmark):
     write_rows(benchmark, Run("ceiling", 8, 0), ["student"])
     assert not benchmark.missing(Run("ceiling", 4, 0))

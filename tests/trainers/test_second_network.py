@@ -78,7 +78,9 @@ def test_both_networks_are_trained_and_clipped_together(tiny):
     before = [parameter.detach().clone() for parameter in both]
     trainer.train_step(next(trainer.dataloader_train))
     moved = [not torch.equal(old, new) for old, new in zip(before, both)]
-    assert sum(moved) > 0.8 * len(moved)
+    first = len(list(trainer.network.parameters()))
+    # Not all: nnU-Net begins with residual branches of weight 0, behind which nothing is learned in the first step.
+    assert all(sum(part) > 0.5 * len(part) for part in (moved[:first], moved[first:]))
     assert torch.stack([p.grad.norm() for p in both if p.grad is not None]).norm() < 12.001
     assert trainer._tap.take() is None
     assert trainer.method._second_tap.take() is None
