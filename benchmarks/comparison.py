@@ -5,7 +5,7 @@
   changed behind a colon: nnUNetTrainerDyCON:uncl_weight=0.1,rampup=0.8
 - Settings are chosen on val; test is scored only when asked for, with everything frozen.
 - Every run has the same budget of iterations, over which the learning rate decays to 0; the final checkpoint is scored,
-  student and teacher, with nnU-Net's test-time mirroring and without post-processing.
+  student, and teacher or second network, with nnU-Net's test-time mirroring and without post-processing.
 - What is in the CSV is not run again, so that an interrupted benchmark goes on where it was.
 """
 
@@ -25,7 +25,7 @@ from typing import Any
 from filelock import FileLock
 
 from benchmarks.preparation import CEILING, FLOOR, HERE, DataSet, Preparation, add_arguments, trainer_class
-from nnunet_dycon.checkpoints import STUDENT, TEACHER
+from nnunet_dycon.checkpoints import SECOND, STUDENT, TEACHER
 from nnunet_dycon.dataset_conversion.writer import FOLDERS
 from nnunet_dycon.evaluation import evaluate_folder
 from nnunet_dycon.files import replacing
@@ -35,6 +35,7 @@ COLUMNS = ("method", "labels", "seed", "weights", "set", "case", "dice", "hd95_m
            "scored")  # fmt: skip
 SETS = ("val", "test")
 ITERATIONS_PER_EPOCH = 100
+_BESIDE = {"teacher": TEACHER, "second": SECOND}
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,8 @@ class Run:
     @property
     def weights(self) -> dict[str, str]:
         """The sets of weights to be scored, and their checkpoints."""
-        student = {"student": STUDENT}
-        has_teacher = self.trainer != FLOOR and TRAINERS[self.trainer].has_teacher
-        return student | {"teacher": TEACHER} if has_teacher else student
+        beside = None if self.trainer == FLOOR else TRAINERS[self.trainer].beside
+        return {"student": STUDENT} | ({} if beside is None else {beside: _BESIDE[beside]})
 
 
 class Benchmark(Preparation):

@@ -17,6 +17,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from nnunet_dycon.environment import DISCOVERY
 from nnunet_dycon.files import replacing
 from nnunet_dycon.registry import TRAINERS
 
@@ -163,7 +164,7 @@ class Preparation:
         environment = {
             **os.environ,
             **self.folders,
-            "nnUNet_extTrainer": str(HERE / "trainers"),
+            "nnUNet_extTrainer": os.pathsep.join(map(str, (HERE / "trainers", DISCOVERY))),  # the latter to predict
             "NNUNET_DYCON_BENCHMARK_RUNS": str(self.work / "runs.json"),
         }
         if self.device == "cpu":

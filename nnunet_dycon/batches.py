@@ -73,6 +73,13 @@ class StudentOutput:
     features: torch.Tensor | None = None
     queries: Sequence[torch.Tensor] = ()
 
+    @classmethod
+    def of(
+        cls, returned: torch.Tensor | Sequence[torch.Tensor], features: torch.Tensor | None = None
+    ) -> "StudentOutput":
+        """Of what a network returns: the logits, or with deep supervision a list of them."""
+        return cls([returned] if isinstance(returned, torch.Tensor) else list(returned), features)
+
     def __getitem__(self, samples: slice) -> "StudentOutput":
         """The same for some samples of the batch."""
         return StudentOutput(

@@ -14,7 +14,8 @@ from nnunet_dycon.errors import UserError, explained, first_line
 from nnunet_dycon.files import replacing
 
 KEY = "nnunet_dycon"
-STUDENT, TEACHER = "checkpoint_final.pth", "checkpoint_final_teacher.pth"  # of a finished training
+# Of a finished training: the student, and the network beside it.
+STUDENT, TEACHER, SECOND = "checkpoint_final.pth", "checkpoint_final_teacher.pth", "checkpoint_final_second.pth"
 _PARTS = {"version", "settings", "method", "curves"}
 
 
@@ -62,14 +63,22 @@ def load_state(filename: Path | str, trainer_name: str) -> dict:
     return state
 
 
-def save_for_prediction(filename: Path, source: Path, network_weights: dict[str, torch.Tensor]) -> None:
+def save_for_prediction(
+    filename: Path, source: Path, network_weights: dict[str, torch.Tensor], trainer_name: str
+) -> None:
     """Write a checkpoint like ``source`` with other weights, and without what only training needs.
+
+    Args:
+        filename: of the checkpoint.
+        source: a checkpoint of the same training.
+        network_weights: the other ones.
+        trainer_name: of the trainer whose network they belong to.
 
     Raises:
         UserError: it cannot be written.
     """
     checkpoint = torch.load(source, map_location="cpu", weights_only=False)
-    checkpoint["network_weights"] = network_weights
+    checkpoint |= {"network_weights": network_weights, "trainer_name": trainer_name}
     for key in (KEY, "optimizer_state"):
         del checkpoint[key]
     with _written_whole(filename) as partial:

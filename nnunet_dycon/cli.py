@@ -105,20 +105,40 @@ def _parser() -> argparse.ArgumentParser:
         epilog="example: nnunet_dycon export_vanilla -o vanilla "
         "-m $nnUNet_results/Dataset101_LA2018/nnUNetTrainerDyCON__nnUNetPlans__3d_fullres",
     )
-    export.add_argument(
-        "-m", dest="model", type=Path, required=True, metavar="FOLDER",
-        help="trained model: nnUNet_results/DatasetXXX_Name/TRAINER__PLANS__CONFIGURATION",
-    )  # fmt: skip
+    export.add_argument("-m", dest="model", type=Path, required=True, metavar="FOLDER", help=_MODEL)
     export.add_argument("-o", dest="output", type=Path, required=True, metavar="FOLDER", help="new or empty folder")
-    export.add_argument(
-        "-f", dest="folds", nargs="+", default=None, metavar="FOLD", help="folds, or all (default: each one there is)"
-    )
+    export.add_argument("-f", dest="folds", nargs="+", default=None, metavar="FOLD", help=_FOLDS)
     chosen = export.add_mutually_exclusive_group()
     chosen.add_argument("--teacher", action="store_true", help="take the teacher: -chk checkpoint_final_teacher.pth")
     chosen.add_argument(
         "-chk", dest="checkpoint", default=None, metavar="NAME", help="checkpoint (default: checkpoint_final.pth)"
     )
     export.set_defaults(run=_export_vanilla)
+
+    both = commands.add_parser(
+        "predict_both",
+        help="predict with both networks of a model, and write their mean: UGPL's and CPS's own inference",
+        description="Predict with the student and the network beside it (checkpoint_final_second.pth, or else "
+        "checkpoint_final_teacher.pth), as nnUNetv2_predict does with one, and write the most probable label of the "
+        "mean of both, as nnUNetv2_ensemble does. -o appears when all is done.",
+        epilog="example: nnunet_dycon predict_both -i imagesTs -o out "
+        "-m $nnUNet_results/Dataset101_LA2018/nnUNetTrainerUGPL__nnUNetPlans__3d_fullres",
+    )
+    both.add_argument("-m", dest="model", type=Path, required=True, metavar="FOLDER", help=_MODEL)
+    both.add_argument("-i", dest="images", type=Path, required=True, metavar="FOLDER", help="images CASE_XXXX")
+    both.add_argument("-o", dest="output", type=Path, required=True, metavar="FOLDER", help="new or empty folder")
+    both.add_argument("-f", dest="folds", nargs="+", default=None, metavar="FOLD", help=_FOLDS)
+    both.add_argument("-device", choices=("cuda", "cpu"), default=None, help="default: cuda where there is one")
+    both.add_argument(
+        "-step_size", type=float, default=0.5, metavar="SHARE", help="of the sliding window (default: 0.5)"
+    )
+    both.add_argument("--disable_tta", action="store_true", help="without mirroring: faster, less accurate")
+    both.add_argument("--save_probabilities", action="store_true", help="write those of the mean, too")
+    both.add_argument(
+        "-np", dest="num_processes", type=_not_negative, default=3,
+        help="processes to preprocess with, and to export with; 0: one case after the other (default: 3)",
+    )  # fmt: skip
+    both.set_defaults(run=_predict_both)
 
     uncertainty = commands.add_parser(
         "predict_uncertainty",
@@ -180,12 +200,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+_MODEL = "trained model: nnUNet_results/DatasetXXX_Name/TRAINER__PLANS__CONFIGURATION"
+_FOLDS = "folds, or all (default: each one there is)"
 _PROCESSES = "processes (default: nnU-Net's nnUNet_def_n_proc, or 8, but not more than there are CPU cores)"
 
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number and at least 1, got {text}")
+    return int(text)
+
+
+def _not_negative(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number and at least 0, got {text}")
     return int(text)
 
 
@@ -312,6 +340,24 @@ def _export_vanilla(arguments: argparse.Namespace) -> None:
     print(f"wrote {arguments.output}; predict with:")
     command = f"nnUNetv2_predict_from_modelfolder -m {arguments.output} -f {' '.join(folds)}"
     print(f"  {command} -i IMAGES -o PREDICTIONS")
+
+
+def _predict_both(arguments: argparse.Namespace) -> None:
+    require_nnunet()
+    from nnunet_dycon.prediction import predict_both
+
+    pair = predict_both(
+        arguments.model,
+        arguments.images,
+        arguments.output,
+        folds=arguments.folds,
+        device=arguments.device,
+        step_size=arguments.step_size,
+        mirroring=not arguments.disable_tta,
+        save_probabilities=arguments.save_probabilities,
+        num_processes=arguments.num_processes,
+    )
+    print(f"wrote the mean of {' and '.join(pair)} to {arguments.output}")
 
 
 def _predict_uncertainty(arguments: argparse.Namespace) -> None:

@@ -16,13 +16,13 @@ from typing import TextIO
 
 import numpy as np
 import SimpleITK as sitk
-import torch
 from scipy.special import entr
 
 from nnunet_dycon.environment import DISCOVERY
 from nnunet_dycon.errors import UsageError, UserError
 from nnunet_dycon.phantom import write_dataset
 from nnunet_dycon.pictures import new_figure, outline, overlay
+from nnunet_dycon.prediction import choose_device
 from nnunet_dycon.trainers.nnUNetTrainerDyCON import nnUNetTrainerDyCON_demo
 
 DATASET = "Dataset900_Phantom"
@@ -52,9 +52,7 @@ def run_demo(output: Path, *, seed: int = 0, device: str | None = None) -> None:
     start = time.monotonic()
     if seed < 0:
         raise UsageError(f"--seed must be at least 0, got {seed}")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("torch finds no CUDA device here; leave -device out, or name cpu")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device(device)
     output = Path(os.path.abspath(output))
     _make_empty(output)
     run = _Run(output, _variables(output, device))

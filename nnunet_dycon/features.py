@@ -94,6 +94,47 @@ def pool_to_patches(volume: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
     return volume.reshape(len(volume), *split).mean(tuple(range(2, len(split) + 1, 2))).flatten(1)
 
 
+@dataclass(frozen=True)
+class DrawnVoxels:
+    """Some voxels of a batch.
+
+    Attributes:
+        index: (M,), in a batch flattened to (B * voxels).
+        labels: (M,), integers.
+        valid: (M,), False where there was no voxel to draw.
+    """
+
+    index: torch.Tensor
+    labels: torch.Tensor
+    valid: torch.Tensor
+
+    def of(self, features: torch.Tensor) -> torch.Tensor:
+        """(B, F, *spatial) to (M, F)."""
+        flat = features.flatten(2)
+        voxels = flat.shape[2]
+        return flat[self.index // voxels, :, self.index % voxels]
+
+
+@torch.no_grad()
+def draw_voxels(labels: torch.Tensor, eligible: torch.Tensor, number: int, num_classes: int) -> DrawnVoxels:
+    """Draw so many voxels of each class, or all where there are fewer, each with the same chance.
+
+    M is always ``num_classes`` * ``number``, so that the host need not wait to hear how many there are.
+
+    Args:
+        labels: (B, *spatial), integers.
+        eligible: (B, *spatial), which voxels may be drawn.
+        number: of each class.
+        num_classes: background included.
+    """
+    flat = labels.flatten()
+    number = min(number, len(flat))
+    chance = torch.rand(len(flat), device=flat.device).masked_fill(~eligible.flatten(), -1.0)
+    drawn = [torch.where(flat == c, chance, -1.0).topk(number) for c in range(num_classes)]
+    classes = torch.arange(num_classes, device=flat.device).repeat_interleave(number)
+    return DrawnVoxels(torch.cat([d.indices for d in drawn]), classes, torch.cat([d.values for d in drawn]) >= 0)
+
+
 def patch_labels(
     label_map: torch.Tensor,
     grid: Sequence[int],

@@ -8,25 +8,29 @@ import torch
 
 # The names of curves that are no terms of a loss. Pictures and log lines group the curves by them.
 SCHEDULES = ("ramp", "beta")
-SHARES = ("pseudo_foreground", "ignored_patches")
-AGREEMENT = "student_teacher_dice"
+SHARES = ("pseudo_foreground", "ignored_patches", "kept_share")
+AGREEMENTS = {"student_teacher_dice": "Dice of student and teacher", "students_dice": "Dice of both students"}
 SECONDS = "seconds_"  # followed by a part of the step
 
 
 @torch.no_grad()
 def pseudo_label_monitors(
-    student: torch.Tensor, teacher: torch.Tensor, where: torch.Tensor | None = None
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    where: torch.Tensor | None = None,
+    agreement: str = "student_teacher_dice",
 ) -> dict[str, torch.Tensor]:
     """How much foreground the teacher labels, and how far the student agrees.
 
     Args:
         student: (B, *spatial), the student's label maps of unlabeled images.
-        teacher: (B, *spatial), the teacher's.
+        teacher: (B, *spatial), the teacher's, or the second student's.
         where: (B, *spatial), True where both show an unlabeled image; None for everywhere.
+        agreement: one of `AGREEMENTS`.
 
     Returns:
-        "pseudo_foreground", the share of voxels that the teacher labels as foreground, and "student_teacher_dice", the
-        Dice of both label maps pooled over foreground classes and batch; NaN if both are empty.
+        "pseudo_foreground", the share of voxels that the teacher labels as foreground, and under the name of the
+        agreement the Dice of both label maps pooled over foreground classes and batch; NaN if both are empty.
     """
     voxels: int | torch.Tensor = teacher.numel()
     if where is not None:
@@ -34,7 +38,7 @@ def pseudo_label_monitors(
     is_foreground = teacher > 0
     agreed = ((student == teacher) & is_foreground).sum()
     foreground = is_foreground.sum()
-    return {"pseudo_foreground": foreground / voxels, AGREEMENT: 2 * agreed / (foreground + (student > 0).sum())}
+    return {"pseudo_foreground": foreground / voxels, agreement: 2 * agreed / (foreground + (student > 0).sum())}
 
 
 def mean_of_finite(values: Iterable[float]) -> float:
@@ -45,7 +49,7 @@ def mean_of_finite(values: Iterable[float]) -> float:
 
 def terms_of_loss(names: Iterable[str]) -> list[str]:
     """Those names of curves that are terms of the loss."""
-    others = {"loss", *SCHEDULES, *SHARES, AGREEMENT}
+    others = {"loss", *SCHEDULES, *SHARES, *AGREEMENTS}
     return [name for name in names if name not in others and not name.startswith(SECONDS)]
 
 

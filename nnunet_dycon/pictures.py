@@ -15,7 +15,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from nnunet_dycon.files import replacing
-from nnunet_dycon.monitoring import AGREEMENT, SCHEDULES, SECONDS, SHARES, terms_of_loss
+from nnunet_dycon.monitoring import AGREEMENTS, SCHEDULES, SECONDS, SHARES, terms_of_loss
 
 _CLASS_COLORS = ("#e8590c", "#1c7ed6", "#1faa59", "#ae3ec9", "#f2b705", "#0ca678", "#d6336c", "#5c7cfa")
 
@@ -50,15 +50,16 @@ def draw_progress(curves: dict[str, list[float]], file: Path) -> None:
         axes.yaxis.set_visible(name in curves)
     schedules.set(title="schedules", ylim=(-0.05, 1.05))
 
-    for name, color in zip(SHARES, ("#1c7ed6", "#1faa59")):
+    for name, color in zip(SHARES, ("#1c7ed6", "#1faa59", "#ae3ec9")):
         if name in curves:
             _plot(shares, curves[name], name.replace("_", " "), color=color)
     agreement = shares.twinx()
-    _plot(agreement, curves.get(AGREEMENT, []), AGREEMENT, color="#e8590c")
-    shares.set(title="pseudo-labels of the teacher", ylabel="share of voxels, or of patches")
+    for name in AGREEMENTS.keys() & curves.keys():
+        _plot(agreement, curves[name], name, color="#e8590c")
+        agreement.set_ylabel(AGREEMENTS[name], color="#e8590c")
+    shares.set(title="pseudo-labels", ylabel="share of voxels, or of patches")
     shares.set_ylim(bottom=0)
     agreement.set_ylim(0, 1.02)
-    agreement.set_ylabel("Dice of student and teacher", color="#e8590c")
 
     parts = [np.nan_to_num(curve) for curve in seconds.values()]
     if parts:
@@ -86,15 +87,15 @@ def _plot(axes: Axes, curve: Sequence[float], label: str, **style) -> None:
 
 @dataclass(frozen=True)
 class PseudoLabel:
-    """What a teacher says of an unlabeled case, in one slice of it.
+    """What a teacher, or whoever labels them, says of an unlabeled case, in one slice of it.
 
     Attributes:
         case: its identifier.
         index: of the slice, along the first axis.
-        foreground: the share of the whole case's voxels that the teacher labels as foreground.
+        foreground: the share of the whole case's voxels that are labeled as foreground.
         image: (Y, X), preprocessed.
-        label: (Y, X), the teacher's classes.
-        entropy: (Y, X), of the teacher's softmax, in nats.
+        label: (Y, X), classes.
+        entropy: (Y, X), of the softmax, in nats.
     """
 
     case: str
@@ -107,13 +108,14 @@ class PseudoLabel:
 
 @_in_default_style
 def draw_pseudo_labels(
-    cases: Sequence[PseudoLabel], names: Sequence[str], aspect: float, title: str, file: Path
+    cases: Sequence[PseudoLabel], names: Sequence[str], labeler: str, aspect: float, title: str, file: Path
 ) -> None:
     """Write a picture with a row per case: image, label and entropy.
 
     Args:
         cases: one or more.
         names: of the classes, background first.
+        labeler: who labels them.
         aspect: height of a voxel in a slice, divided by its width.
         title: above all.
         file: PNG to write.
@@ -122,7 +124,7 @@ def draw_pseudo_labels(
     figure = new_figure(9.6, 1.2 + 0.1 * len(cases) + sum(heights))
     rows = figure.subplots(len(cases), 3, squeeze=False, height_ratios=heights)
     figure.suptitle(title, fontsize=11)
-    for axes, heading in zip(rows[0], ("image", "label of the teacher", "entropy of the teacher")):
+    for axes, heading in zip(rows[0], ("image", f"label of the {labeler}", f"entropy of the {labeler}")):
         axes.set_title(heading, fontsize=10)
     for row, case in zip(rows, cases):
         darkest, brightest = np.percentile(case.image, (0.5, 99.5))

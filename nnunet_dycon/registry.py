@@ -9,21 +9,28 @@ PSEUDO_LABEL = "Lee, Pseudo-Label, ICML workshop 2013"
 FIXMATCH = "Sohn et al., FixMatch, NeurIPS 2020, arXiv:2001.07685"
 UXNET = "Lee et al., 3D UX-Net, ICLR 2023, arXiv:2209.15076"
 DKUXNET = "Wu, Li and Zhang, Query Distribution Consistency, ISBI 2024, arXiv:2311.12364"
+CPS = "Chen et al., Cross pseudo supervision, CVPR 2021, arXiv:2106.01226"
+UGPL = "Lu et al., Uncertainty-guided pseudo-labeling, KBS 2025, arXiv:2509.13084"
 BCP = "Bai et al., Bidirectional Copy-Paste, CVPR 2023, arXiv:2305.00673"
 
 
 @dataclass(frozen=True)
 class Trainer:
-    """A trainer class that `nnUNetv2_train -tr` accepts, and the module below nnunet_dycon.trainers that defines it.
+    """A trainer class that `nnUNetv2_train -tr` accepts.
 
-    One that uses no unlabeled cases is supervised; one that has a teacher writes its weights beside the student's.
+    Attributes:
+        module: below nnunet_dycon.trainers, which defines it.
+        summary: what it is.
+        paper: whose method it is.
+        is_supervised: whether it uses no unlabeled cases.
+        beside: the network that predicts, too, beside the student: "teacher", "second" or none.
     """
 
     module: str
     summary: str
     paper: str
     is_supervised: bool = False
-    has_teacher: bool = True
+    beside: str | None = "teacher"
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,12 @@ TRAINERS: dict[str, Trainer] = {
     "nnUNetTrainerDyCON_5epochs": _dycon("DyCON, 5 epochs: to try a data set out"),
     "nnUNetTrainerDyCON_smoke": _dycon("DyCON, 2 epochs of 5 iterations: does everything run?"),
     "nnUNetTrainerDyCON_demo": _dycon("DyCON, a few short epochs: what `nnunet_dycon demo` trains"),
+    "nnUNetTrainerDyCONCoTraining": Trainer(
+        "nnUNetTrainerDyCONCoTraining",
+        "DyCON's losses between two networks instead of student and teacher",
+        DYCON,
+        beside="second",
+    ),
     "nnUNetTrainerMeanTeacher": Trainer(
         "nnUNetTrainerMeanTeacher", "Mean Teacher: the baseline that every other method has to beat", MEAN_TEACHER
     ),
@@ -76,16 +89,26 @@ TRAINERS: dict[str, Trainer] = {
     "nnUNetTrainerBCP": Trainer(
         "nnUNetTrainerPseudoLabel", "a teacher's labels, for labeled and unlabeled images pasted into each other", BCP
     ),
+    "nnUNetTrainerCPS": Trainer("nnUNetTrainerCPS", "two networks that label for each other", CPS, beside="second"),
+    "nnUNetTrainerUGPL": Trainer(
+        "nnUNetTrainerUGPL",
+        "two networks, labels weighted and filtered by uncertainty, contrast with prototypes",
+        UGPL,
+        beside="second",
+    ),
     "nnUNetTrainerDKUXNet": Trainer(
         "nnUNetTrainerDKUXNet",
         "DK-UXNet: 3D UX-Net with a k-means mask transformer; segmentation and queries agree in two views",
         DKUXNET,
-        has_teacher=False,
+        beside=None,
     ),
     "nnUNetTrainerUXNet": Trainer(
-        "nnUNetTrainerUXNet", "3D UX-Net without unlabeled cases", UXNET, is_supervised=True, has_teacher=False
+        "nnUNetTrainerUXNet", "3D UX-Net without unlabeled cases", UXNET, is_supervised=True, beside=None
     ),
 }
+
+# What nnU-Net looks up to predict with, beside them: the builder of the second of two networks.
+BUILDERS: dict[str, str] = {"nnUNetTrainerSecondNetwork": "nnUNetTrainerSecondNetwork"}
 
 CONVERTERS: dict[str, Converter] = {
     "la": Converter(

@@ -25,6 +25,15 @@ def exponential_decay(progress: float, start: float, end: float) -> float:
     return float(start * (end / start) ** _clamped(progress))
 
 
+def linear(progress: float, start: float, end: float) -> float:
+    """Go from ``start`` to ``end``, by the same amount in equal times.
+
+    >>> [linear(t, 0.25, 0.75) for t in (0.0, 0.5, 1.0)]
+    [0.25, 0.5, 0.75]
+    """
+    return float(start + (end - start) * _clamped(progress))
+
+
 def sigmoid_rampup(progress: float, start: float = 0.0, end: float = 1.0, steepness: float = 5.0) -> float:
     r"""Rise from nearly 0 at the progress ``start`` to 1 at the progress ``end``, and stay there.
 

@@ -86,9 +86,8 @@ class EMATeacher(nn.Module):
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> StudentOutput:
         """Logits at full resolution only, and features where a head was given; without gradient."""
-        logits = self._forward[0](images)
-        highest = logits[0] if isinstance(logits, (list, tuple)) else logits
-        return StudentOutput([highest], None if self._tap is None else self._tap.take())
+        logits = StudentOutput.of(self._forward[0](images)).logits
+        return StudentOutput(logits[:1], None if self._tap is None else self._tap.take())
 
     @torch.no_grad()
     def embed(self, features: torch.Tensor) -> torch.Tensor:

@@ -25,6 +25,7 @@ COMMANDS = [
     "list",
     "evaluate",
     "export_vanilla",
+    "predict_both",
     "predict_uncertainty",
     "doctor",
     "demo",

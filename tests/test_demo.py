@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.image import imread
 from scipy import ndimage
 
@@ -110,7 +111,7 @@ def test_what_is_there_is_refused_and_left_alone(tmp_path, capsys, kind):
 
 @pytest.mark.parametrize("options", [["--seed", "-1"], ["-device", "cuda"]])
 def test_impossible_options_are_refused_before_any_work(tmp_path, monkeypatch, capsys, options):
-    monkeypatch.setattr(demo.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["demo", "-o", str(tmp_path / "new"), *options]) == 2
     assert options[0] in capsys.readouterr().err
     assert not (tmp_path / "new").exists()

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from nnunet_dycon.registry import BUILDERS, TRAINERS
+
 CHECK = """
 import pickle, sys
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name as find
@@ -40,13 +42,13 @@ def trainers_path(cwd: Path, **environment: str) -> str:
     return result.stdout.strip()
 
 
-NAMES = ["nnUNetTrainerDyCON", "nnUNetTrainerDyCON_noFeCL", "nnUNetTrainerMeanTeacher"]
+NAMES = [*TRAINERS, *BUILDERS]
 
 
 def test_from_the_install_of_this_environment(tmp_path):
     result = run_python(CHECK.format(names=NAMES), tmp_path, nnUNet_extTrainer=trainers_path(tmp_path))
     assert result.returncode == 0, result.stderr
-    assert "FOUND 3" in result.stdout
+    assert f"FOUND {len(NAMES)}" in result.stdout
 
 
 @pytest.mark.parametrize("where", ["another folder", "the checkout"])

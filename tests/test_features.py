@@ -7,6 +7,7 @@ from torch import nn
 from nnunet_dycon.features import (
     FeatureTap,
     ProjectionHead,
+    draw_voxels,
     nearest_stage,
     patch_labels,
     pool_to_patches,
@@ -111,3 +112,24 @@ def test_two_dimensions():
     label_map[0, :, 8:] = 1
     assert patch_labels(label_map, (1, 2), 2).tolist() == [[0, 1]]
     assert ProjectionHead(5, width=3)(torch.zeros(2, 5, 4, 6)).shape == (2, 24, 3)
+
+
+def test_voxels_are_drawn_in_equal_numbers_from_each_class_and_only_where_they_may_be():
+    torch.manual_seed(0)
+    labels = torch.randint(3, (2, 5, 6, 7))
+    eligible = torch.rand(labels.shape) < 0.5
+    eligible &= (labels != 2) | (torch.arange(7) == 0)  # few of class 2
+    few = int((eligible & (labels == 2)).sum())
+    assert 0 < few < 20
+    drawn = draw_voxels(labels, eligible, 20, 3)
+    assert drawn.index.shape == drawn.labels.shape == drawn.valid.shape == (60,)
+    index = drawn.index[drawn.valid]
+    assert len(index.unique()) == len(index)
+    assert eligible.flatten()[index].all()
+    torch.testing.assert_close(labels.flatten()[index], drawn.labels[drawn.valid])
+    assert drawn.labels[drawn.valid].bincount().tolist() == [20, 20, few]
+
+    features = torch.randn(2, 4, 5, 6, 7)
+    torch.testing.assert_close(drawn.of(features), features.movedim(1, -1).reshape(-1, 4)[drawn.index])
+    assert not draw_voxels(labels, eligible & False, 20, 3).valid.any()
+    assert draw_voxels(labels, eligible, 1000, 3).valid.sum() == eligible.sum()  # fewer than are asked for

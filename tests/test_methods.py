@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from nnunet_dycon.batches import LabeledBatch, StudentOutput, UnlabeledBatch
-from nnunet_dycon.features import FeatureStage, FeatureTap, patch_labels, pool_to_patches
+from nnunet_dycon.batches import StudentOutput, UnlabeledBatch
+from nnunet_dycon.features import patch_labels, pool_to_patches
 from nnunet_dycon.losses import (
     WeightedDiceCELoss,
     fecl_loss,
@@ -32,59 +32,19 @@ from nnunet_dycon.methods import (
 )
 from nnunet_dycon.mixing import mixture
 from nnunet_dycon.monitoring import terms_of_loss
+from tests.tiny_network import STAGE, Student, TinyUNet, labeled_batch, supervised_loss, unlabeled_batch
 
-STAGE = FeatureStage("encoder.stages.1", 6)
 SETTINGS = DyCONSettings(uncl_weight=0.5, entropy_weight=1.0, gamma=2.0, embedding_width=8)
-
-
-class TinyUNet(nn.Module):
-    """An encoder of two stages, and a decoder with deep supervision that can be switched off."""
-
-    def __init__(self):
-        super().__init__()
-        self.encoder = nn.Module()
-        self.encoder.stages = nn.ModuleList([nn.Conv3d(1, 4, 3, padding=1), nn.Conv3d(4, 6, 2, stride=2)])
-        self.decoder = nn.ModuleList([nn.Conv3d(4, 2, 1), nn.Conv3d(6, 2, 1)])
-        self.deep_supervision = True
-
-    def forward(self, images):
-        full = self.encoder.stages[0](images)
-        half = self.encoder.stages[1](torch.relu(full))
-        logits = [self.decoder[0](full) + self.decoder[1](half).repeat_interleave(2, 2).repeat_interleave(2, 3)
-                  .repeat_interleave(2, 4), self.decoder[1](half)]  # fmt: skip
-        return logits if self.deep_supervision else logits[0]
-
-
-def supervised_loss(logits, targets):
-    return sum(cross_entropy(level, target[:, 0]) for level, target in zip(logits, targets)) / len(logits)
-
-
-class Student:
-    """Counts its calls and remembers what it was shown."""
-
-    def __init__(self, network, tapped=True):
-        self.network, self.images = network.train(), []
-        self.tap = FeatureTap(network, STAGE.name) if tapped else None
-
-    def __call__(self, images):
-        self.images.append(images)
-        return StudentOutput(self.network(images), self.tap.take() if self.tap else None)
 
 
 @pytest.fixture
 def labeled():
-    torch.manual_seed(1)
-    strong = torch.randn(2, 1, 8, 8, 8)
-    target = (torch.randn(2, 1, 4, 4, 4) > 0).long()
-    full = target.repeat_interleave(2, 2).repeat_interleave(2, 3).repeat_interleave(2, 4)
-    return LabeledBatch(strong + 0.1, strong, [full, target], ("a", "b"))
+    return labeled_batch()
 
 
 @pytest.fixture
 def unlabeled():
-    torch.manual_seed(2)
-    strong = torch.randn(3, 1, 8, 8, 8)
-    return UnlabeledBatch(strong + 0.1, strong, ("c", "d", "e"))
+    return unlabeled_batch()
 
 
 def build(method, settings):
@@ -101,7 +61,7 @@ def build(method, settings):
     else:
         built = method(network, supervision, settings)
     network.deep_supervision = True
-    return built, Student(network, built.uses_features)
+    return built, Student(network, STAGE if built.uses_features else None)
 
 
 def test_an_unlabeled_batch_has_no_place_for_a_label():

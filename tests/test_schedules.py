@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nnunet_dycon.schedules import exponential_decay, sigmoid_rampup
+from nnunet_dycon.schedules import exponential_decay, linear, sigmoid_rampup
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "dycon_released_69c1384.json").read_text())
 
@@ -57,3 +57,8 @@ def test_schedules_give_plain_floats():
 def test_wrong_arguments_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_linear_goes_evenly_and_stays_at_its_ends():
+    assert [linear(t, 0.2, 0.8) for t in (-1.0, 0.0, 0.25, 1.0, 2.0)] == pytest.approx([0.2, 0.2, 0.35, 0.8, 0.8])
+    assert type(linear(np.float64(0.5), 0.2, 0.8)) is float

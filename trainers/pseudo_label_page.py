@@ -1,4 +1,4 @@
-"""A page with what the teacher says of some unlabeled cases: the quickest way to see whether training goes astray."""
+"""A page with the labels that some unlabeled cases get: the quickest way to see whether training goes astray."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,13 +11,13 @@ from torch import nn
 
 from nnunet_dycon.data.loader import UnlabeledDataset
 from nnunet_dycon.losses import softmax_entropy
+from nnunet_dycon.methods import Method
 from nnunet_dycon.pictures import PseudoLabel, draw_pseudo_labels
-from nnunet_dycon.teacher import EMATeacher
 
 _CASES = 3
 
 
-def draw_page(trainer: nnUNetTrainer, teacher: EMATeacher, cases: UnlabeledDataset, file: Path) -> None:
+def draw_page(trainer: nnUNetTrainer, method: Method, cases: UnlabeledDataset, file: Path) -> None:
     """Predict a few unlabeled cases whole, the same ones each time, and draw them."""
     predictor = nnUNetPredictor(
         tile_step_size=1.0,  # without overlap: a look is worth no more time
@@ -27,7 +27,7 @@ def draw_page(trainer: nnUNetTrainer, teacher: EMATeacher, cases: UnlabeledDatas
         allow_tqdm=False,
     )
     predictor.manual_initialization(
-        _HighestLogits(teacher),
+        _Labeler(method),
         trainer.plans_manager,
         trainer.configuration_manager,
         None,
@@ -40,21 +40,22 @@ def draw_page(trainer: nnUNetTrainer, teacher: EMATeacher, cases: UnlabeledDatas
     draw_pseudo_labels(
         [_predict(predictor, cases, case) for case in _spread(cases.identifiers)],
         [name for name in names if name != "ignore"],
+        labeler=method.labeler.replace("_", " "),
         aspect=height / width,
         title=f"{type(trainer).__name__}, epoch {trainer.current_epoch}",
         file=file,
     )
 
 
-class _HighestLogits(nn.Module):
-    """A teacher as nnU-Net's predictor wants a network. Not a child, so that moving this does not move its counter."""
+class _Labeler(nn.Module):
+    """Who labels, as nnU-Net's predictor wants a network. The method is no child: this does not switch its mode."""
 
-    def __init__(self, teacher: EMATeacher) -> None:
+    def __init__(self, method: Method) -> None:
         super().__init__()
-        self._teacher = (teacher,)
+        self._method = (method,)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self._teacher[0](images).logits[0]
+        return self._method[0].label(images)
 
 
 @torch.inference_mode()

@@ -70,7 +70,9 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
     training_settings = TrainingSettings()
     method_settings: Any  # a frozen dataclass
-    patch_memory = 1.0  # what a patch takes, in all its views, against one in the network that nnU-Net plans for
+    # What a patch takes, in all its views and networks, against one in the network that nnU-Net plans for.
+    patch_memory = 1.0
+    second_network: type[nnUNetTrainer] | None = None  # whose build_network_architecture makes a second student
 
     def __init__(
         self,
@@ -146,6 +148,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
                 continue
             self.optimizer.add_param_group({"params": trainable})
             if self.is_ddp:
+                child = nn.SyncBatchNorm.convert_sync_batchnorm(child)  # as nnU-Net does with the network
                 setattr(self.method, name, DistributedDataParallel(child, device_ids=[self.local_rank]))
         # After the teacher was copied, which would have copied the hook, too; before the first forward pass, because
         # torch.compile ignores a later one.
@@ -162,12 +165,11 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         return self.loss(logits if self.enable_deep_supervision else logits[0], targets)
 
     def _student(self, images: torch.Tensor) -> StudentOutput:
-        self._timer.mark("teacher")  # which a method asks before the student
+        self._timer.mark(self.method.labeler)  # which a method asks before the student
         # Through the wrapper: DDP synchronises gradients only there.
         logits = self.network(images)
         self._timer.mark("student")
-        features = None if self._tap is None else self._tap.take()
-        return StudentOutput(list(logits) if isinstance(logits, (list, tuple)) else [logits], features)
+        return StudentOutput.of(logits, None if self._tap is None else self._tap.take())
 
     @property
     def progress(self) -> float:
@@ -365,8 +367,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self._lost_in_a_row += 1
         if has_cause or not cause_is_known:
             warning = (
-                f"WARNING: loss {loss} with a non-finite gradient in epoch {self.current_epoch}; neither student nor "
-                f"teacher was changed by this step. Its cases: {', '.join(keys)}"
+                f"WARNING: loss {loss} with a non-finite gradient in epoch {self.current_epoch}; no network was "
+                f"changed by this step. Its cases: {', '.join(keys)}"
             )
             # Only rank 0 has a log.
             self.print_to_log_file(warning) if self.local_rank == 0 else print(f"rank {self.local_rank}: {warning}")
@@ -428,12 +430,12 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             self._draw_pseudo_labels()
 
     def _draw_pseudo_labels(self) -> None:
-        teacher, identifiers = self.method.teacher, self._cases.get("unlabeled")
-        if teacher is None or not identifiers:
+        identifiers = self._cases.get("unlabeled")
+        if not identifiers:
             return
         cases = UnlabeledDataset(self.unlabeled_cases.folder, identifiers)
         name = f"pseudo_labels_epoch_{self.current_epoch:04d}.png"
-        self._try_to_draw(name, partial(draw_page, self, teacher, cases))
+        self._try_to_draw(name, partial(draw_page, self, self.method, cases))
 
     def _try_to_draw(self, name: str, draw: Callable[[Path], None]) -> None:
         try:
@@ -462,13 +464,23 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self.curves = own["curves"]
         self._resumed_settings = own["settings"]
 
+    def companions(self) -> dict[str, tuple[str, nn.Module]]:
+        """The networks beside the student that predict, too.
+
+        Returns:
+            By the name of the checkpoint that each gets, the name of the trainer that builds it, and the network.
+        """
+        teacher = self.method.teacher
+        return {} if teacher is None else {checkpoints.TEACHER: (type(self).__name__, teacher.network)}
+
     @ends_in_one_line()
     def on_train_end(self) -> None:
-        """After nnU-Net's: write the teacher's weights as a model of its own, for nnUNetv2_predict -chk."""
+        """After nnU-Net's: write the companions' weights as models of their own, for nnUNetv2_predict -chk."""
         super().on_train_end()
-        teacher = self.method.teacher
-        if teacher is not None and self.local_rank == 0 and not self.disable_checkpointing:
-            folder = Path(self.output_folder)
+        if self.local_rank != 0 or self.disable_checkpointing:
+            return
+        folder = Path(self.output_folder)
+        for file, (builder, network) in self.companions().items():
             checkpoints.save_for_prediction(
-                folder / checkpoints.TEACHER, folder / checkpoints.STUDENT, teacher.network.state_dict()
+                folder / file, folder / checkpoints.STUDENT, network.state_dict(), trainer_name=builder
             )

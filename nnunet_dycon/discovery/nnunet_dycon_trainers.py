@@ -7,10 +7,11 @@ So this module defines none: it hands on the class of that name from nnunet_dyco
 
 from importlib import import_module
 
-from nnunet_dycon.registry import TRAINERS
+from nnunet_dycon.registry import BUILDERS, TRAINERS
 
 
 def __getattr__(name: str) -> type:
-    if name not in TRAINERS:
+    module = TRAINERS[name].module if name in TRAINERS else BUILDERS.get(name)
+    if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"nnunet_dycon.trainers.{TRAINERS[name].module}"), name)
+    return getattr(import_module(f"nnunet_dycon.trainers.{module}"), name)

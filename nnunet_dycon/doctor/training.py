@@ -88,13 +88,14 @@ def find_trainer(name: str) -> type[SemiSupervisedTrainer] | None:
     return found if issubclass(found, SemiSupervisedTrainer) else None
 
 
-def build_network(trainer: type[SemiSupervisedTrainer], unlabeled: UnlabeledCases) -> Any:
-    """The student, without memory for its parameters; its class has no types."""
+def build_students(trainer: type[SemiSupervisedTrainer], unlabeled: UnlabeledCases) -> list[Any]:
+    """The student, or both, without memory for parameters; their classes have no types."""
     plans, configuration = unlabeled.plans, unlabeled.configuration
     channels = determine_num_input_channels(plans, configuration, unlabeled.dataset_json)
     heads = plans.get_label_manager(unlabeled.dataset_json).num_segmentation_heads
+    builders = [trainer, trainer.second_network] if trainer.second_network else [trainer]
     with torch.device("meta"):
-        return trainer.build_network_architecture(plans, configuration, channels, heads, True)
+        return [b.build_network_architecture(plans, configuration, channels, heads, True) for b in builders]
 
 
 def preprocessed_roles(training: Training) -> frozenset[str]:
@@ -250,9 +251,10 @@ def check_results(training: Training) -> Iterator[Finding]:
 
 def check_disk(trainer: type[SemiSupervisedTrainer], unlabeled: UnlabeledCases) -> Iterator[Finding]:
     """There is room for what training writes: checkpoints, and unlabeled cases that are not preprocessed yet."""
-    parameters = sum(parameter.numel() for parameter in build_network(trainer, unlabeled).parameters())
-    # The best one, the latest and one being written, each of network, momentum and teacher.
-    checkpoints = 3 * 3 * parameters * _FLOAT
+    students = build_students(trainer, unlabeled)
+    parameters = [sum(parameter.numel() for parameter in student.parameters()) for student in students]
+    # The best one, the latest and one being written, each of networks, momenta and, of a single one, the teacher.
+    checkpoints = 3 * (2 * sum(parameters) + (parameters[0] if len(students) == 1 else 0)) * _FLOAT
     yield _compare_disk(nnunet_folder("nnUNet_results"), checkpoints, "checkpoints", FAIL)
     if not unlabeled.folder.is_dir():
         with suppress(UserError):  # told elsewhere
@@ -288,17 +290,18 @@ def _unlabeled_bytes(unlabeled: UnlabeledCases) -> float:
 
 def check_memory(trainer: type[SemiSupervisedTrainer], cases: UnlabeledCases) -> Iterator[Finding]:
     """The batch with its unlabeled half fits the GPU, by the estimate that nnU-Net plans with."""
-    configuration, network = cases.configuration, build_network(trainer, cases)
+    configuration, students = cases.configuration, build_students(trainer, cases)
     labeled = configuration.batch_size
     unlabeled = trainer.training_settings.unlabeled_batch_size or labeled
     patches = f"{labeled} labeled and {unlabeled} unlabeled patches"
     dimensions = len(configuration.patch_size)
-    planned = _PLANNED_FEATURE_MAPS.get(type(network).__name__, {}).get(dimensions)
-    if planned is None:
+    planned = [_PLANNED_FEATURE_MAPS.get(type(student).__name__, {}).get(dimensions) for student in students]
+    if None in planned:
         factor = trainer.patch_memory * (labeled + unlabeled) / labeled
         yield Finding("GPU memory", NOTE, f"{patches}: about {factor:.3g} times what the plans were made for")
         return
-    each = network.compute_conv_feature_map_size(configuration.patch_size) / planned
+    sizes = [student.compute_conv_feature_map_size(configuration.patch_size) for student in students]
+    each = sum(size / reference for size, reference in zip(sizes, planned))
     needed = _PLANNED_GB * each * (labeled + unlabeled) / _PLANNED_PATCHES[dimensions]
     message = f"about {needed:.2g} GB for {patches}, estimated as nnU-Net does"
     if not torch.cuda.is_available():
@@ -308,7 +311,7 @@ def check_memory(trainer: type[SemiSupervisedTrainer], cases: UnlabeledCases) ->
     if needed < total:
         yield Finding("GPU memory", OK, f"{message}; the GPU has {total:.0f}")
         return
-    half = f"-gpu_memory_target {total * labeled / (labeled + unlabeled):.0f}"
+    half = f"-gpu_memory_target {total * labeled / (labeled + unlabeled) / len(students):.0f}"
     yield Finding(
         "GPU memory", WARNING, f"{message}; the GPU has {total:.0f}",
         f"run: nnUNetv2_plan_experiment -d {cases.dataset_id} {half} -overwrite_plans_name NAME, "

@@ -10,18 +10,28 @@ A `Method` is an nn.Module that owns what training needs beyond the student netw
   step that moved the student.
 - The children of the module hold all the state that a resumed run needs; those with parameters that require a gradient
   are trained together with the student.
+- Without a teacher a method overrides ``method.label``: what an unlabeled image is labeled with beside the student.
 - ``method.uses_features`` tells whether `StudentOutput.features` is needed.
 """
 
-from nnunet_dycon.methods.dycon import DyCON, DyCONSettings
+from nnunet_dycon.methods.cps import CPS, CPSSettings
+from nnunet_dycon.methods.dycon import DyCON, DyCONSettings, DyCONTerms
+from nnunet_dycon.methods.dycon_cotraining import DyCONCoTraining
 from nnunet_dycon.methods.mean_teacher import MeanTeacher, MeanTeacherSettings
 from nnunet_dycon.methods.method import Method, Supervision
 from nnunet_dycon.methods.pseudo_labels import PseudoLabels, PseudoLabelSettings
 from nnunet_dycon.methods.query_consistency import QueryConsistency, QueryConsistencySettings
+from nnunet_dycon.methods.two_students import TwoStudents
+from nnunet_dycon.methods.ugpl import UGPL, UGPLSettings
 
 __all__ = [
+    "CPS",
+    "UGPL",
+    "CPSSettings",
     "DyCON",
+    "DyCONCoTraining",
     "DyCONSettings",
+    "DyCONTerms",
     "MeanTeacher",
     "MeanTeacherSettings",
     "Method",
@@ -30,4 +40,6 @@ __all__ = [
     "QueryConsistency",
     "QueryConsistencySettings",
     "Supervision",
+    "TwoStudents",
+    "UGPLSettings",
 ]

@@ -16,8 +16,8 @@ from nnunet_dycon.teacher import EMATeacher
 
 
 @dataclass(frozen=True)
-class DyCONSettings:
-    """Constants of DyCON.
+class DyCONTerms:
+    """Constants of UnCL and FeCL, whoever the student is compared with.
 
     uncl_weight, entropy_weight and gamma are not the paper's 0.5, 1 and 2, with which nothing was gained over nnU-Net
     without unlabeled cases (docs/methods.md). The ramp-up is ours; top_k and the shares the paper does not give.
@@ -29,17 +29,12 @@ class DyCONSettings:
         beta_end: UnCL's β at its end.
         entropy_weight: UnCL's η; 0 leaves its entropy term out.
         rampup: the share of training over which both are turned on.
-        ema_decay: of the teacher.
         embedding_width: of the projection head's output.
         temperature: FeCL's τ.
         gamma: FeCL's γ; 0 leaves its focal weights out.
         top_k: the number of FeCL's hard negatives.
         foreground_share: from which share of foreground on a patch is foreground.
         background_share: up to which share it is background; between the two it is ignored.
-        fecl_form: "paper", over both halves, or "released", which is what the released code computes, over the
-            unlabeled half. The released form knows no ignored patches: give it equal shares.
-        mixing: what the student sees, see `nnunet_dycon.mixing.mixture`.
-        box: the share of each axis that a box takes.
     """
 
     uncl_weight: float = 4.0
@@ -48,13 +43,57 @@ class DyCONSettings:
     beta_end: float = 0.5
     entropy_weight: float = 0.0
     rampup: float = 0.4
-    ema_decay: float = 0.99
     embedding_width: int = 256
     temperature: float = 0.6
     gamma: float = 0.0
     top_k: int = 5
     foreground_share: float = 0.25
     background_share: float = 0.05
+
+    def beta(self, progress: float) -> float:
+        """UnCL's β."""
+        return exponential_decay(progress, self.beta_start, self.beta_end)
+
+    def patches(self, label_map: torch.Tensor, output: StudentOutput, ignore_label: int | None) -> torch.Tensor:
+        """The class of each patch of the features: (B, N) of a label map (B, *spatial)."""
+        return patch_labels(
+            label_map,
+            output.features.shape[2:],
+            output.logits[0].shape[1],
+            foreground_share=self.foreground_share,
+            background_share=self.background_share,
+            ignore_label=ignore_label,
+        )
+
+    def contrast(
+        self, output: StudentOutput, embedding: torch.Tensor, other_embedding: torch.Tensor, patches: torch.Tensor
+    ) -> torch.Tensor:
+        """FeCL of a student's embedding (B, N, D), with the hard negatives of another's."""
+        return fecl_loss(
+            embedding,
+            patches,
+            teacher_embedding=other_embedding,
+            anchor_entropy=pool_to_patches(softmax_entropy(output.logits[0].detach()), output.features.shape[2:]),
+            temperature=self.temperature,
+            gamma=self.gamma,
+            top_k=self.top_k,
+            ignore_label=IGNORED_PATCH,
+        )
+
+
+@dataclass(frozen=True)
+class DyCONSettings(DyCONTerms):
+    """Constants of DyCON: those of its terms, and these.
+
+    Attributes:
+        ema_decay: of the teacher.
+        fecl_form: "paper", over both halves, or "released", which is what the released code computes, over the
+            unlabeled half. The released form knows no ignored patches: give it equal shares.
+        mixing: what the student sees, see `nnunet_dycon.mixing.mixture`.
+        box: the share of each axis that a box takes.
+    """
+
+    ema_decay: float = 0.99
     fecl_form: str = "paper"
     mixing: str = "none"
     box: float = 2 / 3
@@ -136,12 +175,12 @@ class DyCON(Method):
         terms, weighted = {"supervised": supervised}, []
         monitors: Terms = {}
         if settings.uncl_weight != 0:
-            beta = monitors["beta"] = exponential_decay(progress, settings.beta_start, settings.beta_end)
+            beta = monitors["beta"] = settings.beta(progress)
             teacher_logits = mix(teacher.logits[0][:half], teacher.logits[0][half:])
             terms["uncl"] = uncl_loss(output.logits[0], teacher_logits, beta, entropy_weight=settings.entropy_weight)
             weighted.append(settings.uncl_weight * terms["uncl"])
         if self.uses_features:
-            patches = self._patch_labels(label_map, output)
+            patches = settings.patches(label_map, output, self.supervision.ignore_label)
             on_grid = mix.on_grid(output.features.shape[2:])
             teacher_features = on_grid(teacher.features[:half], teacher.features[half:])
             terms["fecl"] = self._contrast(output, teacher_features, patches, half, progress)
@@ -150,16 +189,6 @@ class DyCON(Method):
         ramp = monitors["ramp"] = sigmoid_rampup(progress, end=settings.rampup)
         monitors |= pseudo_label_monitors(output.logits[0].argmax(1), label_map, ~mix.truth)
         return {"loss": supervised + ramp * sum(weighted), **terms, **monitors}
-
-    def _patch_labels(self, label_map: torch.Tensor, output: StudentOutput) -> torch.Tensor:
-        return patch_labels(
-            label_map,
-            output.features.shape[2:],
-            output.logits[0].shape[1],
-            foreground_share=self.settings.foreground_share,
-            background_share=self.settings.background_share,
-            ignore_label=self.supervision.ignore_label,
-        )
 
     def _contrast(
         self, output: StudentOutput, teacher_features: torch.Tensor, patches: torch.Tensor, half: int, progress: float
@@ -175,13 +204,4 @@ class DyCON(Method):
                 gamma=settings.gamma,
                 cross_threshold=0.3 + 0.2 * sigmoid_rampup(progress),  # the release's, over all of its training
             )
-        return fecl_loss(
-            embedding,
-            patches,
-            teacher_embedding=teacher_embedding,
-            anchor_entropy=pool_to_patches(softmax_entropy(output.logits[0].detach()), output.features.shape[2:]),
-            temperature=settings.temperature,
-            gamma=settings.gamma,
-            top_k=settings.top_k,
-            ignore_label=IGNORED_PATCH,
-        )
+        return settings.contrast(output, embedding, teacher_embedding, patches)

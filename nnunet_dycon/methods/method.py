@@ -39,10 +39,12 @@ class Method(nn.Module):
     Attributes:
         teacher: None in methods without one.
         uses_features: whether `StudentOutput.features` is needed.
+        labeler: who labels unlabeled images beside the student, as a name for curves and pictures.
     """
 
     teacher: EMATeacher | None
     uses_features = False
+    labeler = "teacher"
 
     def __init__(self, supervision: Supervision) -> None:
         super().__init__()
@@ -58,6 +60,12 @@ class Method(nn.Module):
             return self.supervision.loss(output[: len(labeled)].logits, labeled.targets)
         target, known = labeled.known(self.supervision.ignore_label)
         return self.supervision.weighted_loss(output.logits, mix.only_labeled(target), mix.only_labeled(known.float()))
+
+    def label(self, images: torch.Tensor) -> torch.Tensor:
+        """What the `labeler` says of images (B, C, *spatial): logits (B, K, *spatial), without gradient."""
+        if self.teacher is None:
+            raise NotImplementedError(f"{type(self).__name__} has no teacher, and says of no other who labels images")
+        return self.teacher(images).logits[0]
 
     def before_first_step(self) -> None:
         """Called once when a new training starts, after pretrained weights have arrived."""

@@ -126,6 +126,15 @@ def test_lesions_of_the_phantoms_are_small():
     assert sum(shares) / len(shares) < 0.01
 
 
+def test_the_second_network_is_scored_where_there_is_one():
+    assert list(Run("floor", 8, 0).weights) == ["student"]
+    assert list(Run("nnUNetTrainerDyCON", 8, 0).weights) == ["student", "teacher"]
+    assert Run("nnUNetTrainerUGPL", 8, 0).weights == {
+        "student": "checkpoint_final.pth",
+        "second": "checkpoint_final_second.pth",
+    }
+
+
 def test_a_name_belongs_to_one_run_alone(benchmark):
     methods = ("floor", "nnUNetTrainerDyCON", "nnUNetTrainerDyCON:gamma=-1", "nnUNetTrainerDyCON:gamma=1",
                'nnUNetTrainerDyCON:fecl_form="paper"')  # fmt: skip

@@ -303,3 +303,17 @@ def test_gpu_memory(base, doctor, find, pretend_a_gpu):
         "-gpu_memory_target 6 -overwrite_plans_name",
     )
     assert code == 0
+
+
+def test_two_networks_take_the_room_of_two(base, doctor, find):
+    large(base)
+    one, two = (
+        find(doctor(f"-d 901 -f 0 -tr {trainer}")[1], "GPU memory", NOTE, "2 labeled and 2 unlabeled patches")
+        for trainer in ("nnUNetTrainerDyCON", "nnUNetTrainerUGPL")
+    )
+    # nnU-Net plans its residual encoder for the same memory.
+    assert 1.8 <= float(two.message.split()[1]) / float(one.message.split()[1]) <= 2.3
+    networks = training.build_students(training.find_trainer("nnUNetTrainerUGPL"), unlabeled_cases())
+    sizes = [sum(parameter.numel() for parameter in network.parameters()) for network in networks]
+    room = training.check_disk(training.find_trainer("nnUNetTrainerUGPL"), unlabeled_cases())
+    assert next(room).message.startswith(f"{3 * 2 * sum(sizes) * 4 / 1e9:.1f} GB for checkpoints")

@@ -11,8 +11,8 @@ import torch
 
 from nnunet_dycon.trainers.nnUNetTrainerDyCON import nnUNetTrainerDyCON
 from tests.tiny import UNLABELED
-from tests.trainers.test_contract import SEMI_SUPERVISED, trainer_class
-from tests.trainers.training import deterministic, make_trainer
+from tests.trainers.test_contract import SEMI_SUPERVISED
+from tests.trainers.training import METHODS, deterministic, make_trainer, trainer_class
 
 
 def remove_unlabeled(base: Path, raw: Path) -> None:
@@ -141,15 +141,16 @@ FAULTS = {
 
 
 @pytest.mark.parametrize(("break_it", "message"), FAULTS.values(), ids=FAULTS.keys())
-def test_faults_end_the_training_in_one_line(base, raw, break_it, message):
+def test_faults_end_every_training_in_one_line(base, raw, break_it, message):
     break_it(base, raw)
-    trainer = make_trainer(deterministic(nnUNetTrainerDyCON), fold=0)
-    with pytest.raises(SystemExit, match=message) as stopped:
-        trainer.run_training()
-    assert "\n" not in str(stopped.value)
-    assert trainer.network is None  # nothing was begun
-    assert not list(Path(trainer.output_folder).glob("*.pth"))
-    assert not (break_it is bad_image and (base / "nnUNetPlans_3d_fullres_unlabeled").exists())
+    for name in METHODS:
+        trainer = make_trainer(deterministic(trainer_class(name)), fold=0)
+        with pytest.raises(SystemExit, match=message) as stopped:
+            trainer.run_training()
+        assert "\n" not in str(stopped.value)
+        assert trainer.network is None  # nothing was begun
+        assert not list(Path(trainer.output_folder).glob("*.pth"))
+        assert not (break_it is bad_image and (base / "nnUNetPlans_3d_fullres_unlabeled").exists())
 
 
 def test_a_results_folder_that_cannot_be_written_to(tiny):

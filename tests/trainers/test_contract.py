@@ -3,18 +3,13 @@
 import hashlib
 import inspect
 import pickle
-from importlib import import_module
 
 import pytest
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_dycon.registry import TRAINERS
 from nnunet_dycon.trainers.semi_supervised import SemiSupervisedTrainer
-
-
-def trainer_class(name: str) -> type:
-    return getattr(import_module(f"nnunet_dycon.trainers.{TRAINERS[name].module}"), name)
-
+from tests.trainers.training import trainer_class
 
 every_trainer = pytest.mark.parametrize("name", TRAINERS)
 SEMI_SUPERVISED = [name for name, trainer in TRAINERS.items() if not trainer.is_supervised]

@@ -12,7 +12,16 @@ from nnunet_dycon.cli import main
 from nnunet_dycon.trainers.nnUNetTrainerDyCON import nnUNetTrainerDyCON
 from nnunet_dycon.trainers.semi_supervised import SemiSupervisedTrainer
 from tests.tiny import plan_and_preprocess, set_environment, tiny_volume, write_volume
-from tests.trainers.training import assert_same_weights, deterministic, make_trainer, same_weights
+from tests.trainers.training import (
+    METHODS,
+    assert_same_weights,
+    deterministic,
+    draw_no_pictures,
+    make_trainer,
+    narrow,
+    same_weights,
+    trainer_class,
+)
 
 PREPROCESSED = Path("nnUNet_preprocessed") / "Dataset901_Tiny"
 
@@ -30,34 +39,33 @@ def overwrite_segmentation(folder: Path, case: str) -> None:
     write_pickle(properties, str(folder / f"{case}.pkl"))
 
 
-def test_a_repeated_training_is_equal(tiny, train):
-    """Without this, the tests below would say nothing."""
-    assert_same_weights(train(), train())
-
-
-def test_noise_in_the_segmentations_of_unlabeled_cases_changes_nothing(tiny, train):
-    clean = train()
-    folder = tiny / PREPROCESSED / "nnUNetPlans_3d_fullres_unlabeled"
-    for case in sorted(file.stem for file in folder.glob("*.pkl")):
-        overwrite_segmentation(folder, case)
-    assert_same_weights(train(), clean)
-
-
-def test_noise_in_one_labeled_case_changes_the_training(tiny, train):
-    """The control: labels that may be seen are seen."""
-    clean = train()
-    overwrite_segmentation(tiny / PREPROCESSED / "nnUNetPlans_3d_fullres", "case_00")
-    assert not same_weights(train(), clean)
-
-
-def test_noise_in_one_unlabeled_image_changes_the_training(tiny, train):
-    """The other control: unlabeled images do take part."""
-    clean = train()
-    file = tiny / PREPROCESSED / "nnUNetPlans_3d_fullres_unlabeled" / "scan_00.b2nd"
+def mirror_image(folder: Path, case: str) -> None:
+    file = folder / f"{case}.b2nd"
     image = blosc2.open(str(file))[:]
     file.unlink()
     blosc2.asarray(image[:, ::-1].copy(), urlpath=str(file))
-    assert not same_weights(train(), clean)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_noise_in_the_segmentations_of_unlabeled_cases_changes_nothing(tiny, train, monkeypatch, name):
+    """The first comparison. The second is the control: the images of unlabeled cases do take part."""
+    draw_no_pictures(monkeypatch)
+    narrow(tiny / PREPROCESSED)
+    base = trainer_class(name)
+    clean = train(base, epochs=1)
+    unlabeled = tiny / PREPROCESSED / "nnUNetPlans_3d_fullres_unlabeled"
+    for case in sorted(file.stem for file in unlabeled.glob("*.pkl")):
+        overwrite_segmentation(unlabeled, case)
+    assert_same_weights(train(base, epochs=1), clean)
+    mirror_image(unlabeled, "scan_00")
+    assert not same_weights(train(base, epochs=1), clean)
+
+
+def test_noise_in_one_labeled_case_changes_the_training(tiny, train):
+    """The other control: labels that may be seen are seen."""
+    clean = train(epochs=1)
+    overwrite_segmentation(tiny / PREPROCESSED / "nnUNetPlans_3d_fullres", "case_00")
+    assert not same_weights(train(epochs=1), clean)
 
 
 LABELED, UNLABELED, HELD_OUT = ["a", "b"], ["c", "d", "e"], ["f"]

@@ -10,14 +10,24 @@ import torch
 
 from nnunet_dycon.checkpoints import KEY
 from nnunet_dycon.trainers import pseudo_label_page
+from nnunet_dycon.trainers.nnUNetTrainerCPS import nnUNetTrainerCPS
 from nnunet_dycon.trainers.nnUNetTrainerDKUXNet import nnUNetTrainerDKUXNet
 from nnunet_dycon.trainers.nnUNetTrainerDyCON import nnUNetTrainerDyCON, nnUNetTrainerDyCON_released
+from nnunet_dycon.trainers.nnUNetTrainerDyCONCoTraining import nnUNetTrainerDyCONCoTraining
 from nnunet_dycon.trainers.nnUNetTrainerMeanTeacher import nnUNetTrainerMeanTeacher
+from nnunet_dycon.trainers.nnUNetTrainerUGPL import nnUNetTrainerUGPL
 from tests.tiny import UNLABELED
 from tests.trainers.training import deterministic, make_trainer, narrow
 
 SECONDS = {f"seconds_{part}" for part in ("data", "teacher", "student", "losses", "backward", "update")}
 PSEUDO_LABELS = {"pseudo_foreground", "student_teacher_dice"}
+OF_TWO = {"pseudo_foreground", "students_dice", "ramp"}
+
+
+def of_both(*terms: str) -> set[str]:
+    return {f"{term}{ending}" for term in ("supervised", *terms) for ending in ("", "_second")}
+
+
 CURVES = {
     nnUNetTrainerDyCON: {"supervised", "uncl", "fecl", "beta", "ramp", "ignored_patches", *PSEUDO_LABELS},
     nnUNetTrainerDyCON_released: {"supervised", "uncl", "fecl", "beta", "ramp", "ignored_patches", *PSEUDO_LABELS},
@@ -30,6 +40,9 @@ CURVES = {
         "ramp",
         *PSEUDO_LABELS,
     },
+    nnUNetTrainerCPS: of_both("cross") | OF_TWO,
+    nnUNetTrainerUGPL: of_both("mistake", "cross", "filtered", "contrast") | OF_TWO | {"kept_share"},
+    nnUNetTrainerDyCONCoTraining: of_both("uncl", "fecl") | OF_TWO | {"beta", "ignored_patches"},
 }
 
 
@@ -37,10 +50,11 @@ CURVES = {
 def test_each_epoch_adds_to_every_curve_and_to_the_picture(tiny, train, base):
     narrow(tiny / "nnUNet_preprocessed" / "Dataset901_Tiny")
     trainer = train(base, epochs=2)
-    assert trainer.curves.keys() == {"loss", *CURVES[base], *SECONDS}
+    seconds = {name.replace("teacher", trainer.method.labeler) for name in SECONDS}
+    assert trainer.curves.keys() == {"loss", *CURVES[base], *seconds}
     assert all(len(curve) == 2 for curve in trainer.curves.values())
     assert all(type(value) is float for curve in trainer.curves.values() for value in curve)
-    shares = [value for name in PSEUDO_LABELS for value in trainer.curves[name]]
+    shares = [value for name in (PSEUDO_LABELS | OF_TWO) & CURVES[base] for value in trainer.curves[name]]
     assert all(0 <= value <= 1 or math.isnan(value) for value in shares)  # of no foreground there is no Dice
     folder = Path(trainer.output_folder)
     picture = matplotlib.image.imread(folder / "ssl_progress.png")

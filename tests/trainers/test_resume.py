@@ -12,17 +12,27 @@ from nnunetv2.run.run_training import maybe_load_checkpoint
 from nnunet_dycon.checkpoints import KEY
 from nnunet_dycon.trainers.nnUNetTrainerDyCON import nnUNetTrainerDyCON, nnUNetTrainerDyCON_noFeCL
 from nnunet_dycon.trainers.nnUNetTrainerMeanTeacher import nnUNetTrainerMeanTeacher
-from tests.trainers.training import Interrupted, assert_same_weights, deterministic, make_trainer
+from nnunet_dycon.trainers.nnUNetTrainerUGPL import nnUNetTrainerUGPL
+from tests.trainers.training import (
+    METHODS,
+    Interrupted,
+    assert_same_weights,
+    deterministic,
+    draw_no_pictures,
+    make_trainer,
+    narrow,
+    trainer_class,
+)
 
 
 def interrupt_and_resume(base: type, epochs: int, after: int):
-    trainer_class = deterministic(base, epochs)
-    first = make_trainer(trainer_class)
+    short = deterministic(base, epochs)
+    first = make_trainer(short)
     first.save_every = 1
     first.interrupt_before_epoch = after
     with pytest.raises(Interrupted):
         first.run_training()
-    second = make_trainer(trainer_class)
+    second = make_trainer(short)
     torch.manual_seed(99)  # other initial weights: all must come from the checkpoint
     maybe_load_checkpoint(second, continue_training=True, validation_only=False)
     assert second.current_epoch == after
@@ -30,26 +40,30 @@ def interrupt_and_resume(base: type, epochs: int, after: int):
     return second
 
 
-@pytest.mark.parametrize("base", [nnUNetTrainerDyCON, nnUNetTrainerMeanTeacher])
-def test_resumed_equals_uninterrupted(tiny, train, base):
-    whole = train(base, epochs=3)
+@pytest.mark.parametrize("name", METHODS)
+def test_resumed_equals_uninterrupted(tiny, train, monkeypatch, name):
+    draw_no_pictures(monkeypatch)
+    narrow(tiny / "nnUNet_preprocessed" / "Dataset901_Tiny")
+    base = trainer_class(name)
+    whole = train(base, epochs=2)
     shutil.rmtree(whole.output_folder)  # or its final checkpoint would be resumed from
-    resumed = interrupt_and_resume(base, epochs=3, after=2)
+    resumed = interrupt_and_resume(base, epochs=2, after=1)
     assert_same_weights(resumed, whole)
-    assert resumed.method.teacher.updates == whole.method.teacher.updates == 9
+    if whole.method.teacher is not None:
+        assert resumed.method.teacher.updates == whole.method.teacher.updates == 6
     assert resumed.progress == whole.progress
     assert resumed.curves.keys() == whole.curves.keys()
-    for name, curve in resumed.curves.items():
-        assert len(curve) == 3
-        if not name.startswith("seconds_"):
-            np.testing.assert_array_equal(curve, whole.curves[name])
+    for curve, values in resumed.curves.items():
+        assert len(values) == 2
+        if not curve.startswith("seconds_"):
+            np.testing.assert_array_equal(values, whole.curves[curve])
     logged = resumed.logger.get_checkpoint()
-    assert {len(logged[name]) for name in ("train_losses", "val_losses", "mean_fg_dice", "lrs")} == {3}
+    assert {len(logged[name]) for name in ("train_losses", "val_losses", "mean_fg_dice", "lrs")} == {2}
 
 
 def test_the_record_of_a_run_survives_its_resumption(tiny):
-    trainer_class = deterministic(nnUNetTrainerDyCON, 2)
-    first = make_trainer(trainer_class)
+    short = deterministic(nnUNetTrainerDyCON, 2)
+    first = make_trainer(short)
     first.save_every = 1
     first.interrupt_before_epoch = 1
     with pytest.raises(Interrupted):
@@ -59,7 +73,7 @@ def test_the_record_of_a_run_survives_its_resumption(tiny):
     assert written["method_settings"]["uncl_weight"] == 4.0
     assert written["cases"]["unlabeled"] == ["scan_00", "scan_01", "scan_02", "scan_03"]
     record.write_text("as it was")
-    second = make_trainer(trainer_class)
+    second = make_trainer(short)
     maybe_load_checkpoint(second, continue_training=True, validation_only=False)
     second.run_training()
     assert record.read_text() == "as it was"
@@ -124,11 +138,20 @@ def forget_head(checkpoint: dict) -> None:
     del checkpoint[KEY]["method"]["head"]
 
 
+def forget_second(checkpoint: dict) -> None:
+    del checkpoint[KEY]["method"]["second"]
+
+
+def swap_second(checkpoint: dict) -> None:
+    checkpoint[KEY]["method"]["second"] = checkpoint["network_weights"]
+
+
 def narrow_network(checkpoint: dict) -> None:
     name, weight = next(iter(checkpoint["network_weights"].items()))
     checkpoint["network_weights"][name] = weight[:4]
 
 
+# A message, and where it is not DyCON's, the trainer that says it.
 CHECKPOINTS = {
     "other settings": (
         retemper,
@@ -136,6 +159,12 @@ CHECKPOINTS = {
     ),
     "no teacher": (forget_teacher, "latest.pth has no state of the teacher to go on from; start from its weights with"),
     "no head": (forget_head, "latest.pth has no state of the head to go on from; start from its weights with"),
+    "no second network": (
+        forget_second,
+        "latest.pth has no state of the second to go on from; start from its weights with",
+        nnUNetTrainerUGPL,
+    ),
+    "another second network": (swap_second, "latest.pth does not fit, as if plans had changed", nnUNetTrainerUGPL),
     "other plans": (narrow_network, "latest.pth does not fit, as if plans had changed; start from its weights with"),
     "another version": (
         lambda checkpoint: checkpoint[KEY].pop("settings"),
@@ -148,10 +177,11 @@ CHECKPOINTS = {
 }
 
 
-@pytest.mark.parametrize(("change", "message"), CHECKPOINTS.values(), ids=CHECKPOINTS.keys())
-def test_a_checkpoint_that_cannot_be_gone_on_from_is_refused_in_one_line(tiny, change, message):
-    trainer_class = deterministic(nnUNetTrainerDyCON, 2)
-    first = make_trainer(trainer_class)
+@pytest.mark.parametrize("fault", CHECKPOINTS.values(), ids=CHECKPOINTS.keys())
+def test_a_checkpoint_that_cannot_be_gone_on_from_is_refused_in_one_line(tiny, fault):
+    change, message, base = (*fault, nnUNetTrainerDyCON)[:3]
+    short = deterministic(base, 2)
+    first = make_trainer(short)
     first.save_every, first.interrupt_before_epoch = 1, 1
     with pytest.raises(Interrupted):
         first.run_training()
@@ -160,7 +190,7 @@ def test_a_checkpoint_that_cannot_be_gone_on_from_is_refused_in_one_line(tiny, c
     change(checkpoint)
     torch.save(checkpoint, file)
     before = file.read_bytes()
-    second = make_trainer(trainer_class)
+    second = make_trainer(short)
 
     def resume():
         maybe_load_checkpoint(second, continue_training=True, validation_only=False)
@@ -212,13 +242,13 @@ def test_a_full_disk_keeps_the_previous_checkpoint(tiny, train):
 
 def test_a_full_disk_at_the_end_leaves_a_training_that_can_be_gone_on_with(tiny):
     """The student is there by then; --c writes the teacher, too."""
-    trainer_class = deterministic(nnUNetTrainerDyCON, 1)
-    first = make_trainer(trainer_class)
+    short = deterministic(nnUNetTrainerDyCON, 1)
+    first = make_trainer(short)
     teacher = Path(first.output_folder) / "checkpoint_final_teacher.pth"
     teacher.with_name(f".{teacher.name}.partial").symlink_to("/dev/full")
     with pytest.raises(SystemExit, match=r"checkpoint_final_teacher.pth cannot be written; .*go on with --c"):
         first.run_training()
-    second = make_trainer(trainer_class)
+    second = make_trainer(short)
     maybe_load_checkpoint(second, continue_training=True, validation_only=False)
     second.run_training()
     assert teacher.is_file()

@@ -17,9 +17,8 @@ from nnunet_dycon.networks import KMaXUXNet, UXNet
 from nnunet_dycon.trainers.nnUNetTrainerDKUXNet import nnUNetTrainerDKUXNet
 from nnunet_dycon.trainers.nnUNetTrainerUXNet import nnUNetTrainerUXNet
 from tests.tiny import tiny_volume
-from tests.trainers.test_no_leak import PREPROCESSED, overwrite_segmentation
-from tests.trainers.test_resume import interrupt_and_resume
-from tests.trainers.training import assert_same_weights, make_trainer, narrow, same_weights
+from tests.trainers.test_no_leak import PREPROCESSED
+from tests.trainers.training import make_trainer, narrow
 
 
 @pytest.fixture
@@ -28,21 +27,9 @@ def small(tiny) -> Path:
     return tiny
 
 
-def test_a_resumed_training_of_queries_equals_an_uninterrupted_one_without_leaking_labels(small, train):
-    """As tests/trainers/test_resume.py and test_no_leak.py, with one training less."""
-    whole = train(nnUNetTrainerDKUXNet, epochs=2)
-    shutil.rmtree(whole.output_folder)
-    folder = small / PREPROCESSED / "nnUNetPlans_3d_fullres_unlabeled"
-    for case in sorted(file.stem for file in folder.glob("*.pkl")):
-        overwrite_segmentation(folder, case)
-    resumed = interrupt_and_resume(nnUNetTrainerDKUXNet, epochs=2, after=1)
-    assert_same_weights(resumed, whole)
-    assert resumed._queries.take() is None  # it would keep the whole graph alive
-    assert [file.name for file in Path(resumed.output_folder).glob("*.pth")].count("checkpoint_final.pth") == 1
-    assert not list(Path(resumed.output_folder).glob("*teacher*"))
-    overwrite_segmentation(small / PREPROCESSED / "nnUNetPlans_3d_fullres", "case_00")
-    shutil.rmtree(whole.output_folder)
-    assert not same_weights(train(nnUNetTrainerDKUXNet, epochs=2), whole)
+def test_nothing_of_a_step_is_kept_alive(small, train):
+    trainer = train(nnUNetTrainerDKUXNet, epochs=1)
+    assert trainer._queries.take() is None  # it would keep the whole graph
 
 
 def test_the_optimizer_is_the_released_one_with_nnunets_schedule(small):

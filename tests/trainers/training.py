@@ -4,13 +4,27 @@ import json
 import os
 import random
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
+from nnunetv2.training.logging.nnunet_logger import MetaLogger
 
+from nnunet_dycon.registry import TRAINERS
+from nnunet_dycon.trainers import semi_supervised
 from nnunet_dycon.trainers.semi_supervised import SemiSupervisedTrainer
+
+
+def trainer_class(name: str) -> type[SemiSupervisedTrainer]:
+    """Of the registry."""
+    return getattr(import_module(f"nnunet_dycon.trainers.{TRAINERS[name].module}"), name)
+
+
+# Those of the registry but for variants that only train for another time.
+METHODS = [name for name in TRAINERS if {"method_settings", "build_method"} & vars(trainer_class(name)).keys()]
 
 
 class Interrupted(Exception):
@@ -76,8 +90,15 @@ def narrow(base: Path) -> None:
     file.write_text(json.dumps(plans))
 
 
+def draw_no_pictures(patch: pytest.MonkeyPatch) -> None:
+    """They take most of the time of a tiny training."""
+    for name in ("draw_progress", "draw_page"):
+        patch.setattr(semi_supervised, name, lambda *arguments: None)
+    patch.setattr(MetaLogger, "plot_progress_png", lambda *arguments: None)
+
+
 def weights(trainer: SemiSupervisedTrainer) -> dict[str, torch.Tensor]:
-    """Student, teacher and head."""
+    """All networks and heads."""
     state = {f"network.{name}": tensor for name, tensor in trainer.network.state_dict().items()}
     return state | {f"method.{name}": tensor for name, tensor in trainer.method.state_dict().items()}
 

@@ -1,0 +1,111 @@
+"""Contrast of uncertain voxels with the prototypes of reliable ones."""
+
+import torch
+from torch.nn.functional import cross_entropy, normalize
+
+from nnunet_dycon.losses.precision import at_least_float32
+
+# Features that are shorter are left so: the gradient of their direction would be infinite in float16.
+_SHORTEST = 1e-3
+
+
+@torch.no_grad()
+def class_prototypes(
+    features: torch.Tensor, labels: torch.Tensor, reliable: torch.Tensor, classes: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mean feature of each class over its reliable voxels in the batch, without gradient.
+
+    Args:
+        features: (B, F, *spatial).
+        labels: (B, *spatial), integers in [0, K).
+        reliable: (B, *spatial), boolean.
+        classes: K.
+
+    Returns:
+        The prototypes, (K, F) of at least float32, and the classes that have one, (K,) boolean.
+
+    Raises:
+        ValueError: a shape does not fit.
+
+    >>> features = torch.tensor([[[1.0, 3.0, 9.0]]])  # one image, one channel, three voxels
+    >>> class_prototypes(features, torch.tensor([[0, 0, 1]]), torch.tensor([[True, True, False]]), 2)
+    (tensor([[2.],
+            [0.]]), tensor([ True, False]))
+    """
+    if labels.shape != (features.shape[0], *features.shape[2:]) or reliable.shape != labels.shape:
+        raise ValueError(
+            "features must be (B, F, *spatial), labels and reliable (B, *spatial), got "
+            f"{tuple(features.shape)}, {tuple(labels.shape)} and {tuple(reliable.shape)}"
+        )
+    of_class = torch.arange(classes, device=labels.device)[:, None]
+    sums = counts = torch.zeros((), device=labels.device)
+    for image, label, is_reliable in zip(features, labels, reliable):  # one at a time: they are widened
+        member = (label.flatten() == of_class) & is_reliable.flatten()  # (K, N)
+        sums = sums + _sums(member, image.flatten(1))
+        counts = counts + member.sum(1)
+    return sums / counts[:, None].clamp(min=1), counts > 0
+
+
+@at_least_float32
+def _sums(member: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    """(K, N) and (F, N) to (K, F)."""
+    return member.to(features.dtype) @ features.T
+
+
+@at_least_float32
+def prototype_contrast_loss(
+    anchors: torch.Tensor,
+    labels: torch.Tensor,
+    prototypes: torch.Tensor,
+    present: torch.Tensor | None = None,
+    valid: torch.Tensor | None = None,
+    *,
+    temperature: float = 0.1,
+) -> torch.Tensor:
+    r"""Pull the features of uncertain voxels to the prototype of their class, and away from the others.
+
+    .. math::
+        L = \operatorname*{mean}_{i} -\ln \frac{e^{\cos(z_i, \mu_{y_i}) / \tau}}{\sum_c e^{\cos(z_i, \mu_c) / \tau}}
+
+    over the valid anchors i whose class has a prototype, and the classes c that have one. Gradients reach the anchors
+    alone: a prototype stands for what is sure already, and is not to follow what is not.
+
+    The alignment of arXiv:2509.13084. Deviations from the released code (AIPMLab/Semi-supervised-Segmentation), which
+    adds the distances of anchors to their prototype and the distance of the two prototypes, all without gradient:
+
+    - the last one is *lowered* there, which pulls the classes together. Here other prototypes push an anchor away;
+    - any number of classes, and a loss that no common direction of all features can lower: it is ln K for that.
+
+    Args:
+        anchors: (M, F), features of M uncertain voxels.
+        labels: (M,), integers in [0, K).
+        prototypes: (K, F), see `class_prototypes`.
+        present: (K,), which classes have one; None for all.
+        valid: (M,), which anchors count; None for all.
+        temperature: τ, positive.
+
+    Returns:
+        The loss, a scalar of at least float32; a differentiable 0 if no anchor counts, or one class alone is present.
+
+    Raises:
+        ValueError: a shape or the temperature does not fit.
+
+    >>> anchors, prototypes = torch.tensor([[1.0, 0.0]]), torch.tensor([[2.0, 0.0], [0.0, 3.0]])
+    >>> round(prototype_contrast_loss(anchors, torch.tensor([0]), prototypes, temperature=1.0).item(), 4)
+    0.3133
+    """
+    present = torch.ones(len(prototypes), dtype=torch.bool, device=anchors.device) if present is None else present
+    valid = torch.ones(len(anchors), dtype=torch.bool, device=anchors.device) if valid is None else valid
+    fits = anchors.ndim == prototypes.ndim == 2 and anchors.shape[1] == prototypes.shape[1]
+    if not fits or not len(labels) == len(valid) == len(anchors) or len(present) != len(prototypes):
+        raise ValueError(
+            "anchors must be (M, F), labels and valid (M,), prototypes (K, F) and present (K,), got "
+            f"{[tuple(tensor.shape) for tensor in (anchors, labels, valid, prototypes, present)]}"
+        )
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    cosine = normalize(anchors, dim=1, eps=_SHORTEST) @ normalize(prototypes.detach().to(anchors.dtype), dim=1).T
+    similarity = (cosine / temperature).masked_fill(~present, torch.finfo(cosine.dtype).min)
+    counts = valid & present[labels]
+    each = cross_entropy(similarity, labels, reduction="none")
+    return torch.where(counts, each, 0).sum() / counts.sum().clamp(min=1)

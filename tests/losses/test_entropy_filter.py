@@ -1,0 +1,160 @@
+"""The filter keeps what its definition says, class by class; its loss is the cross-entropy there."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nnunet_dycon.losses import entropy_filtered_loss, reliable_labels
+from tests.losses.by_voxel import entropy, some_labels, some_logits, voxels
+
+SHAPES = [(1, 2, 9), (2, 3, 4, 3), (3, 4, 2, 3, 2)]
+
+
+def filtered_by_voxels(logits: torch.Tensor, other: torch.Tensor, share: float) -> tuple[list[int], list[bool]]:
+    labels, entropies = [], []
+    for p, q in zip(voxels(logits), voxels(other)):
+        surer = q if entropy(q) < entropy(p) else p
+        labels.append(surer.index(max(surer)))
+        entropies.append(entropy(surer))
+    kept = []
+    for label, own in zip(labels, entropies):
+        of_class = [h for h, other_label in zip(entropies, labels) if other_label == label]
+        threshold = min(h for h in of_class if sum(x <= h for x in of_class) >= share * len(of_class) - 1e-9)
+        kept.append(own <= threshold)
+    return labels, kept
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("share", [0.01, 0.2, 0.5, 0.8, 1.0])
+def test_equals_the_definition(shape, share):
+    logits, other = some_logits(*shape), some_logits(*shape, seed=1)
+    labels, reliable = reliable_labels(logits, other, share)
+    expected_labels, expected = filtered_by_voxels(logits, other, share)
+    assert labels.flatten().tolist() == expected_labels
+    assert reliable.flatten().tolist() == expected
+    assert labels.shape == reliable.shape == (shape[0], *shape[2:])
+
+
+def test_a_rare_class_keeps_its_share_however_unsure_it_is():
+    """990 sure voxels of background, 10 unsure ones of the lesion: one percentile over all would keep no lesion."""
+    logits = torch.zeros(1, 2, 1000)
+    logits[:, 0] = torch.linspace(5, 9, 1000)
+    logits[0, :, :10] = torch.stack([torch.zeros(10), torch.linspace(0.1, 1, 10)])
+    labels, reliable = reliable_labels(logits, logits, 0.2)
+    assert labels.sum() == 10
+    assert reliable[labels == 1].sum() == 2
+    assert reliable[labels == 0].sum() == 198
+    assert reliable[0, 8:10].all()
+
+
+def test_equal_entropies_are_kept_or_left_together():
+    _, reliable = reliable_labels(torch.ones(1, 2, 8), torch.ones(1, 2, 8), 0.3)
+    assert reliable.all()
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 1000), st.permutations(range(8)), st.permutations(range(3)))
+def test_order_of_voxels_and_classes_does_not_matter_to_the_filter(seed, order, classes):
+    pair = some_logits(2, 3, 8, seed=seed), some_logits(2, 3, 8, seed=seed + 1)
+    labels, reliable = reliable_labels(*pair, 0.4)
+    changed_labels, changed = reliable_labels(*(x[:, list(classes)][:, :, list(order)] for x in pair), 0.4)
+    torch.testing.assert_close(torch.tensor(list(classes))[changed_labels], labels[:, list(order)])
+    torch.testing.assert_close(changed, reliable[:, list(order)])
+    torch.testing.assert_close(reliable_labels(*pair[::-1], 0.4), (labels, reliable))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_filters_as_float32_does(dtype):
+    pair = some_logits(2, 3, 50).to(dtype), some_logits(2, 3, 50, seed=1).to(dtype)
+    torch.testing.assert_close(reliable_labels(*pair, 0.3), reliable_labels(*(x.float() for x in pair), 0.3))
+    assert reliable_labels(*(1e4 * x.sign() for x in pair), 0.3)[1].any()
+
+
+def test_loss_worked_out_by_hand():
+    """Voxel 1: p = (1/4, 3/4), label 1. Voxel 2: p = (1/2, 1/2), label 0. Voxel 3 does not count.
+
+    L = (ln 4/3 + ln 2) / 2.
+    """
+    logits = torch.tensor([[[0.0, 1.0, 50.0], [math.log(3), 1.0, 0.0]]], dtype=torch.float64)
+    loss = entropy_filtered_loss(logits, torch.tensor([[1, 0, 1]]), torch.tensor([[True, True, False]]))
+    assert loss.item() == pytest.approx((math.log(4 / 3) + math.log(2)) / 2, rel=1e-12)
+
+
+def some_case(*shape: int):
+    spatial = (shape[0], *shape[2:])
+    return some_logits(*shape), some_labels(*spatial, classes=shape[1]), some_labels(*spatial, classes=2, seed=3).bool()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_loss_equals_the_equation(shape):
+    logits, labels, reliable = some_case(*shape)
+    cases = zip(voxels(logits), labels.flatten().tolist(), reliable.flatten().tolist())
+    each = [-math.log(p[label]) for p, label, is_reliable in cases if is_reliable]
+    assert entropy_filtered_loss(logits, labels, reliable).item() == pytest.approx(sum(each) / len(each), rel=1e-9)
+
+
+def test_gradient_is_that_of_the_value():
+    logits, labels, reliable = some_case(2, 3, 2, 2)
+    assert torch.autograd.gradcheck(lambda x: entropy_filtered_loss(x, labels, reliable), logits.requires_grad_())
+
+
+def test_gradient_reaches_reliable_voxels_alone_and_nothing_is_changed():
+    logits, labels, reliable = some_case(2, 3, 6)
+    before = logits.clone(), labels.clone(), reliable.clone()
+    entropy_filtered_loss(logits.requires_grad_(), labels, reliable).backward()
+    moved = logits.grad.abs().amin(1) > 0
+    torch.testing.assert_close(moved, reliable)
+    torch.testing.assert_close((logits.detach(), labels, reliable), before, rtol=0, atol=0)
+    assert not any(tensor.requires_grad for tensor in reliable_labels(logits, logits, 0.5))
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 1000), st.permutations(range(6)))
+def test_order_of_voxels_does_not_matter_to_the_loss(seed, order):
+    logits, labels = some_logits(2, 3, 6, seed=seed), some_labels(2, 6, classes=3, seed=seed)
+    reliable = some_labels(2, 6, classes=2, seed=seed + 1).bool()
+    changed = entropy_filtered_loss(logits[:, :, list(order)], labels[:, list(order)], reliable[:, list(order)])
+    torch.testing.assert_close(changed, entropy_filtered_loss(logits, labels, reliable))
+
+
+def test_nothing_reliable_is_a_differentiable_zero():
+    logits, labels, reliable = some_case(1, 2, 5)
+    loss = entropy_filtered_loss(logits.requires_grad_(), labels, reliable & False)
+    loss.backward()
+    assert loss.item() == 0
+    assert logits.grad.abs().max() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_extreme_logits_stay_finite(dtype):
+    logits, labels, reliable = some_case(2, 3, 6)
+    half = (1e4 * logits.sign()).to(dtype).requires_grad_()
+    loss = entropy_filtered_loss(half, labels, reliable)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert loss.isfinite()
+    assert half.grad.isfinite().all()
+
+
+def test_autocast_does_not_lower_the_precision():
+    logits, labels, reliable = some_case(2, 3, 6)
+    logits = logits.float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = entropy_filtered_loss(logits, labels, reliable)
+        filtered = reliable_labels(logits, logits.roll(1, 2), 0.5)
+    torch.testing.assert_close(inside, entropy_filtered_loss(logits, labels, reliable), rtol=0, atol=0)
+    torch.testing.assert_close(filtered, reliable_labels(logits, logits.roll(1, 2), 0.5))
+
+
+def test_wrong_arguments_are_named():
+    logits, labels, reliable = some_case(1, 2, 5)
+    with pytest.raises(ValueError, match="of one shape with at least two classes"):
+        reliable_labels(logits, logits[..., 1:], 0.5)
+    for share in (0.0, 1.1, math.nan):
+        with pytest.raises(ValueError, match=r"kept_share must lie in \(0, 1\]"):
+            reliable_labels(logits, logits, share)
+    with pytest.raises(ValueError, match="labels and reliable"):
+        entropy_filtered_loss(logits, labels[:, 1:], reliable)

@@ -1,0 +1,124 @@
+"""The mistake region and its error equal their equations, computed here voxel by voxel."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nnunet_dycon.losses import mistake_region_loss
+from tests.losses.by_voxel import some_labels, some_logits, voxels
+
+SHAPES = [(1, 2, 9), (2, 3, 4, 3), (3, 4, 2, 3, 2)]
+
+
+def by_voxels(logits, other, target, known, confidence) -> float:
+    def confident(p):
+        return p.index(max(p)) if max(p) >= confidence else 0
+
+    each = []
+    for p, q, y, is_known in zip(voxels(logits), voxels(other), target.flatten().tolist(), known.flatten().tolist()):
+        if is_known and confident(p) != confident(q):
+            each.append(sum((value - (c == y)) ** 2 for c, value in enumerate(p)) / 2)
+    return sum(each) / len(each) if each else 0.0
+
+
+def some_case(*shape: int, seed: int = 0):
+    spatial = (shape[0], *shape[2:])
+    logits, other = some_logits(*shape, seed=seed), some_logits(*shape, seed=seed + 1)
+    return logits, other, some_labels(*spatial, classes=shape[1], seed=seed), some_labels(*spatial, classes=5).bool()
+
+
+def test_value_worked_out_by_hand():
+    """Confidence 0.6, truth 0. Both are sure of 1, one alone, none.
+
+    The second alone is of the region: p = (1/5, 4/5), error (4/5)² = 0.64. In the third p = (1/2, 1/2).
+    """
+    four = math.log(4)
+    logits = torch.tensor([[[0.0, 0.0, 0.0], [four, four, 0.0]]], dtype=torch.float64)
+    other = torch.tensor([[[0.0, four, 0.0], [four, 0.0, 0.0]]], dtype=torch.float64)
+    loss = mistake_region_loss(logits, other, torch.zeros(1, 3, dtype=torch.long))
+    assert loss.item() == pytest.approx(0.64, rel=1e-12)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("confidence", [0.5, 0.6, 0.9])
+def test_equals_the_equation(shape, confidence):
+    case = some_case(*shape)
+    loss = mistake_region_loss(*case, confidence=confidence)
+    assert loss.item() == pytest.approx(by_voxels(*case, confidence), rel=1e-9)
+
+
+def test_of_two_classes_it_is_the_exclusive_or_of_confident_foregrounds():
+    logits, other, target, _ = some_case(2, 2, 50)
+    p, q = logits.softmax(1)[:, 1], other.softmax(1)[:, 1]
+    region = (p >= 0.6) ^ (q >= 0.6)
+    expected = ((p - target) ** 2)[region].mean()
+    torch.testing.assert_close(mistake_region_loss(logits, other, target), expected)
+
+
+def test_gradient_is_that_of_the_value():
+    logits, other, target, known = some_case(2, 3, 3, 2)
+    assert torch.autograd.gradcheck(lambda x: mistake_region_loss(x, other, target, known), logits.requires_grad_())
+
+
+def test_gradient_reaches_the_region_of_the_one_that_learns_and_nothing_is_changed():
+    logits, other, target, known = some_case(1, 3, 20)
+    before = [tensor.clone() for tensor in (logits, other, target, known)]
+    mistake_region_loss(logits.requires_grad_(), other.requires_grad_(), target, known).backward()
+    assert other.grad is None
+    moved = logits.grad.abs().amax(1) > 0
+    assert 0 < moved.sum() < moved.numel()
+    assert not moved[~known].any()
+    torch.testing.assert_close([logits.detach(), other.detach(), target, known], before, rtol=0, atol=0)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 1000), st.permutations(range(8)), st.permutations([1, 2]))
+def test_order_of_voxels_and_foreground_classes_does_not_matter(seed, order, classes):
+    logits, other, target, _ = some_case(2, 3, 8, seed=seed)
+    classes = [0, *classes]
+    changed = [x[:, classes][:, :, list(order)] for x in (logits, other)]
+    relabeled = torch.tensor(classes)[target[:, list(order)]]  # a swap is its own inverse
+    torch.testing.assert_close(mistake_region_loss(*changed, relabeled), mistake_region_loss(logits, other, target))
+
+
+@pytest.mark.parametrize("equal", [True, False], ids=["networks agree", "nothing is known"])
+def test_an_empty_region_is_a_differentiable_zero(equal):
+    logits, other, target, known = some_case(1, 3, 20)
+    loss = mistake_region_loss(logits.requires_grad_(), logits if equal else other, target, known & equal)
+    loss.backward()
+    assert loss.item() == 0
+    assert logits.grad.abs().max() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+def test_extreme_logits_stay_finite(dtype, scale):
+    logits, other, target, known = some_case(2, 3, 8)
+    half = (logits.sign() * scale).to(dtype).requires_grad_()
+    loss = mistake_region_loss(half, (other.sign() * scale).to(dtype), target, known)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert loss.isfinite()
+    assert half.grad.isfinite().all()
+
+
+def test_autocast_does_not_lower_the_precision():
+    logits, other, target, known = some_case(2, 3, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = mistake_region_loss(logits.float(), other.float(), target, known)
+    torch.testing.assert_close(inside, mistake_region_loss(logits.float(), other.float(), target, known))
+
+
+def test_wrong_arguments_are_named():
+    logits, other, target, known = some_case(1, 3, 20)
+    with pytest.raises(ValueError, match="of one shape with at least two classes"):
+        mistake_region_loss(logits, other[:, 1:], target)
+    with pytest.raises(ValueError, match="target and known"):
+        mistake_region_loss(logits, other, target[:, 1:])
+    with pytest.raises(ValueError, match="target and known"):
+        mistake_region_loss(logits, other, target, known[:, 1:])
+    with pytest.raises(ValueError, match=r"confidence must lie in \[0.5, 1\], got 0.4"):
+        mistake_region_loss(logits, other, target, confidence=0.4)

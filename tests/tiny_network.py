@@ -1,0 +1,60 @@
+"""A network of two stages and batches for it, by which methods are tested without nnU-Net."""
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy, interpolate
+
+from nnunet_dycon.batches import LabeledBatch, StudentOutput, UnlabeledBatch
+from nnunet_dycon.features import FeatureStage, FeatureTap
+
+STAGE = FeatureStage("encoder.stages.1", 6)
+
+
+class TinyUNet(nn.Module):
+    """An encoder of two stages, and a decoder with deep supervision that can be switched off."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.encoder = nn.Module()
+        self.encoder.stages = nn.ModuleList([nn.Conv3d(1, width, 3, padding=1), nn.Conv3d(width, 6, 2, stride=2)])
+        self.decoder = nn.Module()
+        self.decoder.stages = nn.ModuleList([nn.Conv3d(width + 6, width, 1)])
+        self.decoder.seg_layers = nn.ModuleList([nn.Conv3d(6, 2, 1), nn.Conv3d(width, 2, 1)])
+        self.deep_supervision = True
+
+    def forward(self, images):
+        full = self.encoder.stages[0](images)
+        half = self.encoder.stages[1](torch.relu(full))
+        merged = self.decoder.stages[0](torch.cat([full, interpolate(half, scale_factor=2)], 1))
+        logits = [self.decoder.seg_layers[1](merged), self.decoder.seg_layers[0](half)]
+        return logits if self.deep_supervision else logits[0]
+
+
+def supervised_loss(logits, targets):
+    return sum(cross_entropy(level, target[:, 0]) for level, target in zip(logits, targets)) / len(logits)
+
+
+class Student:
+    """Counts its calls and remembers what it was shown."""
+
+    def __init__(self, network: nn.Module, stage: FeatureStage | None = STAGE) -> None:
+        self.network, self.images = network.train(), []
+        self.tap = FeatureTap(network, stage.name) if stage else None
+
+    def __call__(self, images):
+        self.images.append(images)
+        return StudentOutput(self.network(images), self.tap.take() if self.tap else None)
+
+
+def labeled_batch() -> LabeledBatch:
+    torch.manual_seed(1)
+    strong = torch.randn(2, 1, 8, 8, 8)
+    target = (torch.randn(2, 1, 4, 4, 4) > 0).long()
+    full = target.repeat_interleave(2, 2).repeat_interleave(2, 3).repeat_interleave(2, 4)
+    return LabeledBatch(strong + 0.1, strong, [full, target], ("a", "b"))
+
+
+def unlabeled_batch() -> UnlabeledBatch:
+    torch.manual_seed(2)
+    strong = torch.randn(3, 1, 8, 8, 8)
+    return UnlabeledBatch(strong + 0.1, strong, ("c", "d", "e"))

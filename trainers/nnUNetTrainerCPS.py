@@ -1,0 +1,13 @@
+"""Cross pseudo supervision."""
+
+from nnunet_dycon.methods import CPS, CPSSettings
+from nnunet_dycon.trainers.two_students import TwoStudentsTrainer
+
+
+class nnUNetTrainerCPS(TwoStudentsTrainer):
+    """Two networks that label for each other (arXiv:2106.01226): see `nnunet_dycon.methods.cps`."""
+
+    method_settings = CPSSettings()
+
+    def build_method(self, network, supervision) -> CPS:
+        return CPS(supervision, self.method_settings, self.build_second_network())

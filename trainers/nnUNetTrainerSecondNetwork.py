@@ -1,0 +1,69 @@
+"""The second network of trainers that train two: another architecture, made from the same plans."""
+
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from torch import nn
+
+from nnunet_dycon.errors import NotSupported
+
+_MODULE = "dynamic_network_architectures.architectures.unet"
+# What plain and residual-encoder U-Net have in common: stages, widths, strides, kernels, norms.
+_SHARED = (
+    "n_stages", "features_per_stage", "conv_op", "kernel_sizes", "strides", "conv_bias", "norm_op", "norm_op_kwargs",
+    "dropout_op", "dropout_op_kwargs", "nonlin", "nonlin_kwargs",
+)  # fmt: skip
+
+
+def second_architecture(architecture: dict) -> dict:
+    """The architecture of a configuration, as it stands in plans, to that of the second network.
+
+    A residual-encoder U-Net for a plain one, and a plain one for it, each with nnU-Net's own numbers of blocks or
+    convolutions a stage. Stages, widths and strides stay, so that patch sizes and features correspond.
+
+    Raises:
+        NotSupported: the architecture is neither.
+    """
+    name, given = architecture["network_class_name"].rpartition(".")[2], architecture["arch_kwargs"]
+    stages = given["n_stages"]
+    if name == "PlainConvUNet":
+        second = "ResidualEncoderUNet"
+        depths = {
+            "n_blocks_per_stage": [1, 3, 4, *[6] * stages][:stages],
+            "n_conv_per_stage_decoder": [1] * (stages - 1),
+        }
+    elif name == "ResidualEncoderUNet":
+        second = "PlainConvUNet"
+        depths = {"n_conv_per_stage": [2] * stages, "n_conv_per_stage_decoder": [2] * (stages - 1)}
+    else:
+        raise NotSupported(
+            f"there is no second network to {name}: plan with nnU-Net's default or residual-encoder planners, "
+            "whose networks are PlainConvUNet and ResidualEncoderUNet"
+        )
+    shared = {key: given[key] for key in _SHARED if key in given}
+    return {
+        "network_class_name": f"{_MODULE}.{second}",
+        "arch_kwargs": {**shared, **depths},
+        "_kw_requires_import": [key for key in architecture["_kw_requires_import"] if key in shared],
+    }
+
+
+class nnUNetTrainerSecondNetwork(nnUNetTrainer):
+    """The trainer of nnU-Net with that network. Checkpoints of second networks name it, to be predicted with."""
+
+    @staticmethod
+    def build_network_architecture(
+        plans_manager,
+        configuration_manager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
+        architecture = second_architecture(configuration_manager.configuration["architecture"])
+        return get_network_from_plans(
+            architecture["network_class_name"],
+            architecture["arch_kwargs"],
+            architecture["_kw_requires_import"],
+            num_input_channels,
+            num_output_channels,
+            deep_supervision=enable_deep_supervision,
+        )
