@@ -35,6 +35,7 @@ COLUMNS = ("method", "labels", "seed", "weights", "set", "case", "dice", "hd95_m
            "scored")  # fmt: skip
 SETS = ("val", "test")
 ITERATIONS_PER_EPOCH = 100
+_BUDGET = ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch")
 _BESIDE = {"teacher": TEACHER, "second": SECOND}
 
 
@@ -158,11 +159,9 @@ class Benchmark(Preparation):
 
 
 def _settings(trainer: str) -> set[str]:
-    """The names of all that can be set."""
-    if trainer == FLOOR or TRAINERS[trainer].is_supervised:
-        return set()
-    found = trainer_class(trainer)
-    return {field.name for settings in (found.training_settings, found.method_settings) for field in fields(settings)}
+    """The names of all that can be set; the budget is the benchmark's."""
+    found = [getattr(trainer_class(trainer), f"{kind}_settings", None) for kind in ("training", "method", "optimizer")]
+    return {field.name for settings in found if settings for field in fields(settings)} - set(_BUDGET)
 
 
 def compare(data_set: DataSet, description: str | None) -> None:

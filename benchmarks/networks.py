@@ -46,7 +46,7 @@ def build(name: str, features: list[int]) -> nn.Module:
 
 
 def kept_bytes(name: str, features: list[int], patch: list[int]) -> int:
-    """For the backward pass, with autocast."""
+    """For the backward pass, with the autocast of a GPU."""
     kept: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -54,11 +54,16 @@ def kept_bytes(name: str, features: list[int], patch: list[int]) -> int:
         kept[storage._cdata] = storage
         return tensor
 
-    with FakeTensorMode():
+    before = torch.is_autocast_enabled("cuda")
+    with FakeTensorMode(), torch.device("cuda"):
         network = build(name, features)
         images = torch.randn(IMAGES, 1, *patch)
-        with saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
-            network(images)
+        torch.set_autocast_enabled("cuda", True)  # torch.autocast would look for a GPU
+        try:
+            with saved_tensors_hooks(keep, lambda tensor: tensor):
+                network(images)
+        finally:
+            torch.set_autocast_enabled("cuda", before)
         for parameter in network.parameters():
             kept.pop(parameter.untyped_storage()._cdata, None)
         return sum(storage.nbytes() for storage in kept.values())

@@ -9,7 +9,11 @@ import torch
 # The names of curves that are no terms of a loss. Pictures and log lines group the curves by them.
 SCHEDULES = ("ramp", "beta")
 SHARES = ("pseudo_foreground", "ignored_patches", "kept_share")
-AGREEMENTS = {"student_teacher_dice": "Dice of student and teacher", "students_dice": "Dice of both students"}
+AGREEMENTS = {
+    "student_teacher_dice": "Dice of student and teacher",
+    "students_dice": "Dice of both students",
+    "views_dice": "Dice of strong and weak view",
+}
 SECONDS = "seconds_"  # followed by a part of the step
 
 
@@ -24,7 +28,7 @@ def pseudo_label_monitors(
 
     Args:
         student: (B, *spatial), the student's label maps of unlabeled images.
-        teacher: (B, *spatial), the teacher's, or the second student's.
+        teacher: (B, *spatial), the teacher's, the second student's, or of the weak view.
         where: (B, *spatial), True where both show an unlabeled image; None for everywhere.
         agreement: one of `AGREEMENTS`.
 

@@ -13,6 +13,7 @@ from nnunetv2.dataset_conversion.generate_dataset_json import generate_dataset_j
 from scipy.ndimage import distance_transform_edt, gaussian_filter
 
 from nnunet_dycon.dataset_conversion.writer import FILE_ENDING, FOLDERS
+from nnunet_dycon.files import new_folder
 
 SHAPE = (32, 48, 56)
 LESION_RADII = (2.0, 8.0)  # voxels
@@ -66,31 +67,31 @@ def write_dataset(
     cases are not written.
 
     Args:
-        folder: DatasetXXX_Name, which must not exist.
+        folder: DatasetXXX_Name, which must not exist, or be empty. It appears when all is written.
         seed: of the data set.
         counts: how many cases there are of each role (labeled, unlabeled, val, test), in the order of their numbers.
         shape: of a case, see `phantom`.
         lesion_radii: of its lesions, see `phantom`.
     """
-    folder.mkdir(parents=True)
     roles = [role for role, count in counts.items() for _ in range(count)]
-    for index, role in enumerate(roles):
-        image, label = phantom(np.random.default_rng([seed, index]), shape, lesion_radii)
-        images, labels = FOLDERS[role]
-        _write(image, folder / images / f"phantom_{index:03d}_0000{FILE_ENDING}")
-        if labels is not None:
-            _write(label, folder / labels / f"phantom_{index:03d}{FILE_ENDING}")
-    generate_dataset_json(
-        str(folder),
-        {"0": "phantom"},
-        {"background": 0, "lesion": 1},
-        counts["labeled"],
-        FILE_ENDING,
-        dataset_name="Phantom",
-        description=f"random phantoms, seed {seed}",
-        license="none needed",
-        converted_by="nnunet_dycon demo",
-    )
+    with new_folder(folder) as partial:
+        for index, role in enumerate(roles):
+            image, label = phantom(np.random.default_rng([seed, index]), shape, lesion_radii)
+            images, labels = FOLDERS[role]
+            _write(image, partial / images / f"phantom_{index:03d}_0000{FILE_ENDING}")
+            if labels is not None:
+                _write(label, partial / labels / f"phantom_{index:03d}{FILE_ENDING}")
+        generate_dataset_json(
+            str(partial),
+            {"0": "phantom"},
+            {"background": 0, "lesion": 1},
+            counts["labeled"],
+            FILE_ENDING,
+            dataset_name="Phantom",
+            description=f"random phantoms, seed {seed}",
+            license="none needed",
+            converted_by="nnunet_dycon demo",
+        )
 
 
 def _write(array: np.ndarray, file: Path) -> None:

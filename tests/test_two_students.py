@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from nnunet_dycon.batches import LabeledBatch, StudentOutput
-from nnunet_dycon.discovery import nnunet_dycon_trainers
 from nnunet_dycon.features import FeatureStage, draw_voxels, patch_labels, pool_to_patches
 from nnunet_dycon.losses import (
     WeightedDiceCELoss,
@@ -68,7 +67,7 @@ def outputs(built, student, labeled, unlabeled) -> list[StudentOutput]:
 
 
 def test_there_is_a_test_for_each_of_them():
-    with_second = {name for name in TRAINERS if getattr(nnunet_dycon_trainers, name).second_network is not None}
+    with_second = {name for name, trainer in TRAINERS.items() if trainer.beside == "second"}
     assert with_second == METHODS.keys()
 
 

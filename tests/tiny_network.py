@@ -26,7 +26,8 @@ class TinyUNet(nn.Module):
         full = self.encoder.stages[0](images)
         half = self.encoder.stages[1](torch.relu(full))
         merged = self.decoder.stages[0](torch.cat([full, interpolate(half, scale_factor=2)], 1))
-        logits = [self.decoder.seg_layers[1](merged), self.decoder.seg_layers[0](half)]
+        lower = self.decoder.seg_layers[0](half)
+        logits = [self.decoder.seg_layers[1](full + merged) + interpolate(lower, scale_factor=2), lower]
         return logits if self.deep_supervision else logits[0]
 
 

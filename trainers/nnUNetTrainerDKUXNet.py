@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from nnunet_dycon.batches import StudentOutput
+from nnunet_dycon.errors import NotSupported
 from nnunet_dycon.features import FeatureTap
 from nnunet_dycon.methods import QueryConsistency, QueryConsistencySettings
 from nnunet_dycon.teacher import unwrap
@@ -17,7 +18,7 @@ class nnUNetTrainerDKUXNet(UXNetTraining, SemiSupervisedTrainer):
     """Query distribution consistency (arXiv:2311.12364): see `nnunet_dycon.methods.query_consistency`."""
 
     network_class = "nnunet_dycon.networks.KMaXUXNet"
-    patch_memory = 4.2  # two views, measured in docs/cost.md
+    patch_memory = 4.5  # two views, measured in docs/cost.md
     method_settings = QueryConsistencySettings()
 
     @classmethod
@@ -32,7 +33,13 @@ class nnUNetTrainerDKUXNet(UXNetTraining, SemiSupervisedTrainer):
         return QueryConsistency(supervision, self.method_settings)
 
     def initialize(self) -> None:
-        """As of any, and tap the queries."""
+        """As of any, and tap the queries.
+
+        Raises:
+            NotSupported: deep supervision is off, without which nothing would teach the network to assign voxels.
+        """
+        if not self.enable_deep_supervision:
+            raise NotSupported(f"{type(self).__name__} needs deep supervision: leave enable_deep_supervision on")
         super().initialize()
         self._queries = FeatureTap(unwrap(self.network), "kmax")
 

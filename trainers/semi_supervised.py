@@ -165,7 +165,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         return self.loss(logits if self.enable_deep_supervision else logits[0], targets)
 
     def _student(self, images: torch.Tensor) -> StudentOutput:
-        self._timer.mark(self.method.labeler)  # which a method asks before the student
+        if self.method.labeler is not None:
+            self._timer.mark(self.method.labeler)  # which a method asks before the student
         # Through the wrapper: DDP synchronises gradients only there.
         logits = self.network(images)
         self._timer.mark("student")
@@ -376,7 +377,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             raise UserError(
                 f"{_LOST_STEPS_LIMIT} steps in a row had a non-finite loss or gradient; {self.log_file} names their "
                 "cases. Repair a case that is in all of them; if there is none, training has diverged: go on from the "
-                "last checkpoint with --c, or train again with a lower initial_lr"
+                "last checkpoint with --c, or train again with a lower learning rate"
             )
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
@@ -431,7 +432,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
     def _draw_pseudo_labels(self) -> None:
         identifiers = self._cases.get("unlabeled")
-        if not identifiers:
+        if not identifiers or self.method.labeler is None:
             return
         cases = UnlabeledDataset(self.unlabeled_cases.folder, identifiers)
         name = f"pseudo_labels_epoch_{self.current_epoch:04d}.png"

@@ -34,12 +34,6 @@ def __getattr__(name: str) -> type:
 
 def _with_budget(name: str, base: type[nnUNetTrainer], run: dict) -> type[nnUNetTrainer]:
     class Benchmark(base):
-        if issubclass(base, SemiSupervisedTrainer):
-            training_settings, method_settings = (
-                replace(settings, **{name: value for name, value in run["settings"].items() if hasattr(settings, name)})
-                for settings in (base.training_settings, base.method_settings)
-            )
-
         def __init__(
             self,
             plans: dict,
@@ -66,6 +60,10 @@ def _with_budget(name: str, base: type[nnUNetTrainer], run: dict) -> type[nnUNet
         def perform_actual_validation(self, save_probabilities: bool = False):
             """Fold all has only training cases to validate on."""
 
+    for kind in ("training_settings", "method_settings", "optimizer_settings"):
+        if (settings := getattr(base, kind, None)) is not None:
+            changes = {name: value for name, value in run["settings"].items() if hasattr(settings, name)}
+            setattr(Benchmark, kind, replace(settings, **changes))
     Benchmark.__name__ = Benchmark.__qualname__ = name
     return Benchmark
 

@@ -34,9 +34,10 @@ class TwoViews:
 def stronger(transforms: ComposeTransforms) -> ComposeTransforms:
     """nnU-Net's training transforms with more change of intensities, of what scanners and sequences differ in.
 
-    Its own leave 31 % of the patches as they are, and change none by a shift. Behind them come gamma, contrast and a
-    shift, each for half of the patches and each channel for itself: a channel is stretched to up to twice or half its
-    contrast and moved by half a standard deviation of the case, to which nnU-Net has normalized it.
+    Its own leave about a third of the patches of one channel as they are, and shift none. Behind them come gamma,
+    contrast and a shift, each for half of the patches and each channel for itself: a channel is stretched to up to
+    twice or half its contrast, and moved by a normal draw with standard deviation 0.5, in units of the normalized
+    image: for nnU-Net's z-score, half the standard deviation of the case.
 
     Args:
         transforms: of nnUNetTrainer.get_training_transforms.

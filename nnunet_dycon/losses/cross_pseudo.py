@@ -3,7 +3,7 @@
 import torch
 from torch.nn.functional import nll_loss
 
-from nnunet_dycon.losses.precision import at_least_float32
+from nnunet_dycon.precision import at_least_float32
 
 
 @at_least_float32

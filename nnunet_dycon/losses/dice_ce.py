@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import interpolate
 
-from nnunet_dycon.losses.precision import at_least_float32
+from nnunet_dycon.precision import at_least_float32
 
 _SMOOTH = 1e-5  # nnU-Net's
 

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.functional import normalize
 
 from nnunet_dycon.losses.gradients import KeptGradient
-from nnunet_dycon.losses.precision import at_least_float32
+from nnunet_dycon.precision import at_least_float32
 
 # exp(-2/τ), the smallest factor that occurs, is 1e-29 at 0.03: still a normal float32.
 _LOWEST_TEMPERATURE = 0.03

@@ -6,7 +6,7 @@ from torch.nn.functional import normalize
 
 from nnunet_dycon.losses.fecl import blocks_of_anchors
 from nnunet_dycon.losses.gradients import KeptGradient
-from nnunet_dycon.losses.precision import at_least_float32
+from nnunet_dycon.precision import at_least_float32
 
 _SMALLEST_DISTANCE = 1e-6
 

@@ -3,7 +3,7 @@
 import torch
 
 from nnunet_dycon.losses.cross_pseudo import check_pair
-from nnunet_dycon.losses.precision import at_least_float32
+from nnunet_dycon.precision import at_least_float32
 
 
 @at_least_float32

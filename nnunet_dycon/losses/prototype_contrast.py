@@ -3,7 +3,7 @@
 import torch
 from torch.nn.functional import cross_entropy, normalize
 
-from nnunet_dycon.losses.precision import at_least_float32
+from nnunet_dycon.precision import at_least_float32
 
 # Features that are shorter are left so: the gradient of their direction would be infinite in float16.
 _SHORTEST = 1e-3

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from nnunet_dycon.losses.precision import at_least_float32
+from nnunet_dycon.precision import at_least_float32
 
 
 @at_least_float32

@@ -7,7 +7,7 @@ from torch import nn
 
 from nnunet_dycon.losses.entropy import softmax_and_entropy
 from nnunet_dycon.losses.gradients import refuse_second_derivative
-from nnunet_dycon.losses.precision import widened
+from nnunet_dycon.precision import widened
 
 # Entries of a block of logits: 2^18 are 1 MiB in float32, which a core's cache holds; a GPU wants fewer blocks.
 _BLOCK_ENTRIES = {"cpu": 2**18, "cuda": 2**23}

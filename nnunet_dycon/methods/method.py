@@ -39,12 +39,12 @@ class Method(nn.Module):
     Attributes:
         teacher: None in methods without one.
         uses_features: whether `StudentOutput.features` is needed.
-        labeler: who labels unlabeled images beside the student, as a name for curves and pictures.
+        labeler: who labels unlabeled images beside the student, as a name for curves and pictures; None if nobody does.
     """
 
     teacher: EMATeacher | None
     uses_features = False
-    labeler = "teacher"
+    labeler: str | None = "teacher"
 
     def __init__(self, supervision: Supervision) -> None:
         super().__init__()

@@ -58,6 +58,8 @@ class QueryConsistency(Method):
     resolution with half the weight of the one above it.
     """
 
+    labeler = None
+
     def __init__(self, supervision: Supervision, settings: QueryConsistencySettings) -> None:
         super().__init__(supervision)
         self.settings = settings
@@ -90,7 +92,7 @@ class QueryConsistency(Method):
             "segmentation_consistency": segmentation_consistency,
             "query_consistency": query_consistency,
             "ramp": ramp,
-            **pseudo_label_monitors(strong.logits[0].argmax(1), weak.logits[0].argmax(1)),
+            **pseudo_label_monitors(strong.logits[0].argmax(1), weak.logits[0].argmax(1), agreement="views_dice"),
         }
 
     def _query_loss(self, queries: Sequence[torch.Tensor], targets: Targets) -> torch.Tensor:

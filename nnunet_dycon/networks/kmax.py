@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -11,6 +10,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import normalize
 
 from nnunet_dycon.networks.uxnet import Architecture
+from nnunet_dycon.precision import without_autocast
 
 # Entries of a block of queries × voxels: 2^18 are 1 MiB in float32, which a core's cache holds; a GPU wants fewer
 # blocks.
@@ -90,6 +90,7 @@ class CenterUpdate(nn.Module):
             width, math.gcd(_HEADS, width), 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
         )
 
+    @torch.compiler.disable  # compiled for each width anew, it would run into torch's limit
     def forward(self, centers: torch.Tensor, values: torch.Tensor, assignment: torch.Tensor) -> torch.Tensor:
         """(B, N, D), (B, C, V) and (B, V) to (B, N, D)."""
         means = cluster_means(values, assignment, centers.shape[1])
@@ -126,7 +127,9 @@ class KMaXLevel(nn.Module):
 @torch.compiler.disable  # which would write the loop out
 def assign(embedded: torch.Tensor, kernels: torch.Tensor) -> torch.Tensor:
     """The query that each voxel is most similar to: (B, C, V) and (B, N, C) to (B, V); it has no gradient."""
-    return torch.cat([(kernels @ block).argmax(1) for block in _blocks(embedded, kernels)], 1)
+    kernels = kernels.float()
+    with without_autocast(embedded.device.type):
+        return torch.cat([(kernels @ block.float()).argmax(1) for block in _blocks(embedded, kernels)], 1)
 
 
 @torch.compiler.disable
@@ -152,12 +155,6 @@ def respond(
     return _Respond.apply(embedded, kernels.float(), classes.float(), sizes)
 
 
-def _without_autocast(volume: torch.Tensor) -> AbstractContextManager:
-    device = volume.device.type
-    # Some devices refuse to hear of autocast at all.
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-
-
 class _Respond(torch.autograd.Function):
     """The response, whose gradient is written down instead of recorded."""
 
@@ -166,7 +163,7 @@ class _Respond(torch.autograd.Function):
         ctx.save_for_backward(embedded, kernels, classes)
         ctx.sizes = sizes
         logits, queries = [], []
-        with _without_autocast(embedded):
+        with without_autocast(embedded.device.type):
             for block in _blocks(embedded, kernels):
                 log_responses = torch.log_softmax(kernels @ block.float(), 1)
                 queries.append(merged(log_responses, sizes))
@@ -183,10 +180,10 @@ class _Respond(torch.autograd.Function):
         """
         embedded, kernels, classes = ctx.saved_tensors
         of_kernels, of_classes = torch.zeros_like(kernels), torch.zeros_like(classes)
-        of_embedded = []
-        blocks = (_blocks(volume, kernels) for volume in (embedded, of_logits, of_queries))
-        with _without_autocast(embedded):
-            for block, u, w in zip(*blocks):
+        of_embedded = torch.empty_like(embedded)
+        blocks = (_blocks(volume, kernels) for volume in (embedded, of_logits, of_queries, of_embedded))
+        with without_autocast(embedded.device.type):
+            for block, u, w, of_block in zip(*blocks):
                 voxels = block.float()
                 log_responses = torch.log_softmax(kernels @ voxels, 1)
                 responses = log_responses.exp()
@@ -196,8 +193,8 @@ class _Respond(torch.autograd.Function):
                 shares = [part.log_softmax(1).exp_() for part in log_responses.split(ctx.sizes, 1)]  # of a group
                 slope += torch.cat([share * part for share, part in zip(shares, w.split(1, 1))], 1)
                 of_kernels += slope @ voxels.transpose(1, 2)
-                of_embedded.append((kernels.transpose(1, 2) @ slope).to(embedded.dtype))
-        return torch.cat(of_embedded, 2), of_kernels, of_classes, None
+                of_block.copy_(kernels.transpose(1, 2) @ slope)
+        return of_embedded, of_kernels, of_classes, None
 
 
 def _blocks(volume: torch.Tensor, kernels: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -218,7 +215,8 @@ class KMaXDecoder(nn.Module):
 
     - one group for each class, equally large, instead of 16, 4 and 108 of 128 queries for background, organ and tumor;
     - segmentation and query distribution at every resolution, for deep supervision. The release has them at the highest
-      alone, so that what assigns voxels below is never trained; here both use the same kernels;
+      alone, so that what assigns voxels below is never trained; here both use the same kernels, and without deep
+      supervision it is not trained, either;
     - updates at all resolutions but the highest, as in its variant UXNET; its DKUNET leaves out the one before, too;
     - layer norm for queries and the plans' norm for voxels instead of batch norm; a query moves to the mean of its
       voxels instead of their sum, which would grow with the patch;
@@ -244,7 +242,10 @@ class KMaXDecoder(nn.Module):
         self.levels = nn.ModuleList(
             KMaXLevel(architecture, stage, width, updates if stage > 0 else 0) for stage in range(deepest, -1, -1)
         )
-        self.classes = nn.Sequential(nn.Linear(width, _HIDDEN), nn.ReLU(), nn.Linear(_HIDDEN, num_classes))
+        # The last layer, whose shape depends on the classes, has the name by which nnU-Net leaves such layers out of
+        # pretrained weights.
+        self.class_embedding = nn.Sequential(nn.Linear(width, _HIDDEN), nn.ReLU())
+        self.seg_layers = nn.Linear(_HIDDEN, num_classes)
 
     def forward(self, pixels: Sequence[torch.Tensor], all_levels: bool = True) -> KMaXOutput:
         """Features (B, C, *spatial) of each resolution, lowest first, to the output at all of them, or the highest."""
@@ -253,7 +254,8 @@ class KMaXDecoder(nn.Module):
         for index, (level, features) in enumerate(zip(self.levels, pixels), start=1):
             embedded, kernels, centers = level(features, centers)
             if all_levels or index == len(self.levels):
-                answers = respond(embedded, kernels, self.classes(centers), self.group_sizes)
+                classes = self.seg_layers(self.class_embedding(centers))
+                answers = respond(embedded, kernels, classes, self.group_sizes)
                 for kind, answer in zip(output, answers):
                     kind.insert(0, answer.unflatten(2, features.shape[2:]))
         return output

@@ -92,6 +92,7 @@ def test_the_ceiling_is_run_once_whatever_the_labels(monkeypatch, tmp_path):
     [
         ("nnUNetTrainerDyCONN", "unknown methods: nnUNetTrainerDyCONN"),
         ("nnUNetTrainerDyCON:gama=1", "nnUNetTrainerDyCON has no setting gama"),
+        ("nnUNetTrainerDyCON:num_epochs=5", "nnUNetTrainerDyCON has no setting num_epochs"),
         ("floor:gamma=1", "nnUNetTrainer has no setting gamma"),
     ],
 )

@@ -37,8 +37,8 @@ def test_the_name_fits_nnunets_folders(name):
 
 
 @every_trainer
-def test_the_network_is_nnunets_own(name):
-    """So nnUNetv2_predict can load the weights, and they can be used without this package. Else the class builds it."""
+def test_the_network_is_nnunets_own_or_built_by_the_class(name):
+    """So nnUNetv2_predict can load the weights; its own ones can be used without this package, too."""
     build = trainer_class(name).build_network_architecture
     assert (build is nnUNetTrainer.build_network_architecture) == (name not in OWN_NETWORK)
     ours, theirs = (inspect.signature(f).parameters for f in (build, nnUNetTrainer.build_network_architecture))

@@ -22,6 +22,7 @@ from tests.trainers.training import deterministic, make_trainer, narrow
 SECONDS = {f"seconds_{part}" for part in ("data", "teacher", "student", "losses", "backward", "update")}
 PSEUDO_LABELS = {"pseudo_foreground", "student_teacher_dice"}
 OF_TWO = {"pseudo_foreground", "students_dice", "ramp"}
+SHARED = PSEUDO_LABELS | OF_TWO | {"views_dice", "kept_share", "ignored_patches"}
 
 
 def of_both(*terms: str) -> set[str]:
@@ -38,7 +39,8 @@ CURVES = {
         "segmentation_consistency",
         "query_consistency",
         "ramp",
-        *PSEUDO_LABELS,
+        "pseudo_foreground",
+        "views_dice",
     },
     nnUNetTrainerCPS: of_both("cross") | OF_TWO,
     nnUNetTrainerUGPL: of_both("mistake", "cross", "filtered", "contrast") | OF_TWO | {"kept_share"},
@@ -50,12 +52,12 @@ CURVES = {
 def test_each_epoch_adds_to_every_curve_and_to_the_picture(tiny, train, base):
     narrow(tiny / "nnUNet_preprocessed" / "Dataset901_Tiny")
     trainer = train(base, epochs=2)
-    seconds = {name.replace("teacher", trainer.method.labeler) for name in SECONDS}
+    labeler = trainer.method.labeler
+    seconds = {name.replace("teacher", labeler or "student") for name in SECONDS}
     assert trainer.curves.keys() == {"loss", *CURVES[base], *seconds}
     assert all(len(curve) == 2 for curve in trainer.curves.values())
     assert all(type(value) is float for curve in trainer.curves.values() for value in curve)
-    shares = [value for name in (PSEUDO_LABELS | OF_TWO) & CURVES[base] for value in trainer.curves[name]]
-    assert all(0 <= value <= 1 or math.isnan(value) for value in shares)  # of no foreground there is no Dice
+    assert all(0 <= value <= 1 for name in SHARED & CURVES[base] for value in trainer.curves[name])
     folder = Path(trainer.output_folder)
     picture = matplotlib.image.imread(folder / "ssl_progress.png")
     assert picture.shape[0] > 400

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.run.run_training import maybe_load_checkpoint
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -68,6 +69,26 @@ def test_fewer_queries_than_classes_are_refused_in_one_line(small):
     with pytest.raises(NotImplementedError, match=message) as refused:
         make_trainer(OneQuery).run_training()
     assert refused.value.code.startswith("nnunet_dycon: error: ")
+
+
+def test_without_deep_supervision_nothing_would_teach_the_assignment(small):
+    trainer = make_trainer(nnUNetTrainerDKUXNet)
+    trainer.enable_deep_supervision = False
+    with pytest.raises(NotImplementedError, match="nnUNetTrainerDKUXNet needs deep supervision"):
+        trainer.initialize()
+
+
+@pytest.mark.parametrize("trainer_class", [nnUNetTrainerDKUXNet, nnUNetTrainerUXNet])
+def test_pretrained_weights_may_be_of_other_classes(small, tmp_path, trainer_class):
+    source, target = make_trainer(trainer_class), make_trainer(trainer_class)
+    source.label_manager._all_labels.append(7)
+    for trainer in (source, target):
+        trainer.initialize()
+    assert source.label_manager.num_segmentation_heads == target.label_manager.num_segmentation_heads + 1
+    torch.save({"network_weights": source.network.state_dict()}, tmp_path / "weights.pth")
+    load_pretrained_weights(target.network, str(tmp_path / "weights.pth"))
+    for (name, there), here in zip(source.network.state_dict().items(), target.network.state_dict().values()):
+        assert torch.equal(there, here) if "seg_layers" not in name else there.shape != here.shape
 
 
 @pytest.mark.parametrize("trainer_class", [nnUNetTrainerDKUXNet, nnUNetTrainerUXNet])

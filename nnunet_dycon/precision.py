@@ -1,7 +1,7 @@
-"""The precision in which losses compute."""
+"""The precision in which losses, and similarities in networks, are computed."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import TypeVar
 
@@ -20,11 +20,16 @@ def at_least_float32(function: Callable[..., Result]) -> Callable[..., Result]:
     @wraps(function)
     def in_float32(*arguments, **options):
         device = next(a.device.type for a in (*arguments, *options.values()) if isinstance(a, torch.Tensor))
-        # Some devices refuse to hear of autocast at all, so it is only switched off where it is on.
-        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+        with without_autocast(device):
             return function(*map(widened, arguments), **{name: widened(value) for name, value in options.items()})
 
     return in_float32
+
+
+def without_autocast(device: str) -> AbstractContextManager:
+    """Autocast off on a type of device."""
+    # Some devices refuse to hear of autocast at all, so it is only switched off where it is on.
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def widened(value):
