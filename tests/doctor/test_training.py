@@ -169,7 +169,7 @@ def test_a_supervised_trainer_needs_no_unlabeled_cases(base, doctor, find):
 
 
 def test_memory_is_told_with_both_views_of_a_patch(base, doctor, find):
-    find(doctor("-d 901 -f 0 -tr nnUNetTrainerDKUXNet")[1], "GPU memory", NOTE, "about 9  times what the plans")
+    find(doctor("-d 901 -f 0 -tr nnUNetTrainerDKUXNet")[1], "GPU memory", NOTE, "about 9 times what the plans")
 
 
 def test_a_cascade(base, doctor, find):
