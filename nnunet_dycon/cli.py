@@ -117,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
 
     both = commands.add_parser(
         "predict_both",
-        help="predict with both networks of a model, and write their mean: UGPL's and CPS's own inference",
+        help="predict with both networks of a model, and write their mean: UGPL's own inference",
         description="Predict with the student and the network beside it (checkpoint_final_second.pth, or else "
         "checkpoint_final_teacher.pth), as nnUNetv2_predict does with one, and write the most probable label of the "
         "mean of both, as nnUNetv2_ensemble does. -o appears when all is done.",

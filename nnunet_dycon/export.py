@@ -72,7 +72,8 @@ def _export_fold(model: Path, output: Path, fold: str, name: str) -> None:
     trainer = checkpoint["trainer_name"]
     builder = trainer_class(trainer).build_network_architecture
     if builder is nnUNetTrainerSecondNetwork.build_network_architecture:
-        _plan_second_network(output / "plans.json", checkpoint["init_args"]["configuration"])
+        configuration = checkpoint["init_args"]["configuration"]
+        _plan_second_network(model / "plans.json", output / "plans.json", configuration)
     elif builder is not nnUNetTrainer.build_network_architecture:
         raise UserError(
             f"{source / name}: {trainer} builds a network of its own, which stock nnU-Net cannot; "
@@ -98,12 +99,12 @@ def _export_fold(model: Path, output: Path, fold: str, name: str) -> None:
     record_file(target).write_text(json.dumps(record, indent=2))
 
 
-def _plan_second_network(file: Path, configuration: str) -> None:
+def _plan_second_network(source: Path, target: Path, configuration: str) -> None:
     """Have the plans that go with the model name the second network, so that nnU-Net builds it as its own."""
-    plans = json.loads((file).read_text())
+    plans = json.loads(source.read_text())
     architecture = PlansManager(plans).get_configuration(configuration).configuration["architecture"]
     plans["configurations"][configuration]["architecture"] = second_architecture(architecture)
-    file.write_text(json.dumps(plans, indent=4))
+    target.write_text(json.dumps(plans, indent=4))
 
 
 def _copy(source: Path, target: Path, names: Sequence[str]) -> None:

@@ -30,11 +30,13 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """Give an empty sibling to fill; it takes the folder's name at the end, or is removed after an error.
 
     Raises:
-        UsageError: the folder is there already, and not empty.
+        UsageError: the folder is there already, and not empty, or a mount point.
     """
     folder = folder.resolve()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UsageError(f"{folder} exists and is not an empty folder; nothing is overwritten, so choose another -o")
+    if os.path.ismount(folder):
+        raise UsageError(f"{folder} is a mount point, which no folder can take the place of; name a new folder in it")
     partial = folder.with_name(f".{folder.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)  # left of a run that was killed

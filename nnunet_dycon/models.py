@@ -32,7 +32,8 @@ def find_folds(model: Path, folds: Sequence[str] | None = None) -> list[str]:
                 f"{model} is no model folder, for it has no {name}; "
                 "give nnUNet_results/DatasetXXX_Name/TRAINER__PLANS__CONFIGURATION"
             )
-    found = sorted(folder.name.removeprefix("fold_") for folder in model.glob("fold_*") if folder.is_dir())
+    names = [folder.name.removeprefix("fold_") for folder in model.glob("fold_*") if folder.is_dir()]
+    found = sorted(name for name in names if name == "all" or name.isdecimal())
     if missing := [fold for fold in folds or () if fold not in found]:
         raise UsageError(f"{model} has no fold {', '.join(missing)}, only {', '.join(found) or 'no fold at all'}")
     chosen = list(dict.fromkeys(folds or found))

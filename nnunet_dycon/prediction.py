@@ -47,7 +47,7 @@ def predict_both(
         step_size: of the sliding window, as a share of the patch.
         mirroring: as nnU-Net does by default.
         save_probabilities: write those of the mean, too.
-        num_processes: for preprocessing, and for export; 0 for none beside this one.
+        num_processes: for preprocessing, and for export; 0 for none beside this one, but for one that averages.
 
     Returns:
         The names of the two checkpoints.

@@ -159,8 +159,12 @@ def test_wrong_use_is_told(model, images, tmp_path, capsys, monkeypatch):
 
 def test_the_second_network_can_be_exported_to_stock_nnunet(model, trained, tmp_path):
     """Its architecture then stands in the plans, so that nnU-Net's own trainer builds it."""
+    model = Path(shutil.copytree(model, tmp_path / "model"))
+    shutil.copytree(model / "fold_all", model / "fold_0")
+    shutil.copytree(model / "fold_all", model / "fold_0_old")  # none of nnU-Net's
     call = ["export_vanilla", "-m", str(model), "-o", str(tmp_path / "vanilla"), "-chk", PAIR[1]]
     assert main(call) == 0
+    assert sorted(folder.name for folder in (tmp_path / "vanilla").glob("fold_*")) == ["fold_0", "fold_all"]
     exported = torch.load(tmp_path / "vanilla" / "fold_all" / PAIR[0], weights_only=True)
     assert exported["trainer_name"] == "nnUNetTrainer"
     plans = json.loads((tmp_path / "vanilla" / "plans.json").read_text())

@@ -238,6 +238,10 @@ def test_the_second_network_labels_in_eval_mode_and_trains_on(name, unlabeled):
     torch.testing.assert_close(built.label(unlabeled.weak), expected)
     assert modes == [False]
     assert built.second.training
+    built.second.register_forward_hook(lambda *_: torch.zeros(()).index_select(1, torch.zeros(1, dtype=torch.long)))
+    with pytest.raises((RuntimeError, IndexError)):
+        built.label(unlabeled.weak)
+    assert built.second.training
     assert built._second_tap is None or built._second_tap.take() is None
 
 

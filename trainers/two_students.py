@@ -16,7 +16,7 @@ class TwoStudentsTrainer(SemiSupervisedTrainer):
     """Trains a second network of the same plans, which its method holds as a child named `second`."""
 
     second_network = nnUNetTrainerSecondNetwork
-    patch_memory = 2.0
+    patch_memory = 2.3  # of a plain and a residual-encoder U-Net, by the shapes of what they keep
 
     @classmethod
     def _refuse_unsupported(cls, plans: dict, configuration: str, dataset_json: dict) -> None:

@@ -57,7 +57,7 @@ def _thresholds(entropy: torch.Tensor, labels: torch.Tensor, classes: int, share
     by_class = labels.flatten()[order].argsort(stable=True)
     counts = torch.zeros(classes, dtype=torch.long, device=labels.device)
     counts.scatter_add_(0, labels.flatten(), torch.ones_like(labels).flatten())
-    kept = torch.ceil(share * (1 - 1e-6) * counts).long().clamp(min=1)  # a whole number is not to be rounded up
+    kept = torch.ceil(share * counts.double() - 1e-6).long().clamp(min=1)  # a whole number is not to be rounded up
     last = (counts.cumsum(0) - counts + kept - 1).clamp(max=len(ascending) - 1)
     return ascending[by_class[last]]
 

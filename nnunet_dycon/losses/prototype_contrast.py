@@ -5,8 +5,10 @@ from torch.nn.functional import cross_entropy, normalize
 
 from nnunet_dycon.precision import at_least_float32
 
-# Features that are shorter are left so: the gradient of their direction would be infinite in float16.
+# Shorter features are divided by this instead of their length, or the gradient of their direction would be infinite in
+# float16.
 _SHORTEST = 1e-3
+_CLASSES_AT_A_TIME = 8  # of which it is looked up for each voxel whether they are its own
 
 
 @torch.no_grad()
@@ -37,13 +39,16 @@ def class_prototypes(
             "features must be (B, F, *spatial), labels and reliable (B, *spatial), got "
             f"{tuple(features.shape)}, {tuple(labels.shape)} and {tuple(reliable.shape)}"
         )
-    of_class = torch.arange(classes, device=labels.device)[:, None]
-    sums = counts = torch.zeros((), device=labels.device)
-    for image, label, is_reliable in zip(features, labels, reliable):  # one at a time: they are widened
-        member = (label.flatten() == of_class) & is_reliable.flatten()  # (K, N)
-        sums = sums + _sums(member, image.flatten(1))
-        counts = counts + member.sum(1)
-    return sums / counts[:, None].clamp(min=1), counts > 0
+    means, present = [], []
+    for of_class in torch.arange(classes, device=labels.device)[:, None].split(_CLASSES_AT_A_TIME):
+        sums = counts = torch.zeros((), device=labels.device)
+        for image, label, is_reliable in zip(features, labels, reliable):  # one at a time: they are widened
+            member = (label.flatten() == of_class) & is_reliable.flatten()  # (K, N)
+            sums = sums + _sums(member, image.flatten(1))
+            counts = counts + member.sum(1)
+        means.append(sums / counts[:, None].clamp(min=1))
+        present.append(counts > 0)
+    return torch.cat(means), torch.cat(present)
 
 
 @at_least_float32

@@ -25,7 +25,6 @@ class DyCONCoTraining(TwoStudents):
     the other. What one learns by the other's embeddings moves the head, but not the other.
 
     Args:
-        network: the first student.
         supervision: how to learn from labels.
         settings: the constants.
         second: the second network.

@@ -49,7 +49,7 @@ class TwoStudents(Method):
         self._second_tap = None if stage is None else FeatureTap(unwrap(second), stage.name)
 
     def weights(self, ramp: float) -> dict[str, float]:
-        """How much each term of the lessons counts now, with a ramp from 0 to 1; those that never count are left out.
+        """How much each term of the lessons counts now, with a ramp from 0 to 1. One of weight 0 need not be computed.
 
         Args:
             ramp: how far what is learned without labels is turned on.
@@ -92,9 +92,10 @@ class TwoStudents(Method):
         """As `Method`'s, by the second network."""
         network = unwrap(self.second)
         network.eval()
-        logits = StudentOutput.of(network(images)).logits[0]
-        network.train()
-        return logits
+        try:
+            return StudentOutput.of(network(images)).logits[0]
+        finally:  # what fails here is a picture, which does not end the training
+            network.train()
 
 
 def each_with_the_other(first: StudentOutput, second: StudentOutput) -> Iterator[tuple[StudentOutput, StudentOutput]]:

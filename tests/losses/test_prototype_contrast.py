@@ -50,6 +50,13 @@ def test_prototypes_are_means_over_reliable_voxels(shape):
     assert prototypes[2].tolist() == [0.0] * shape[1]
 
 
+def test_prototypes_of_more_classes_than_are_looked_up_at_a_time():
+    features, labels = some_logits(1, 3, 40), torch.arange(40)[None] // 2
+    prototypes, present = class_prototypes(features, labels, torch.ones_like(labels, dtype=torch.bool), 20)
+    torch.testing.assert_close(prototypes, features[0].unflatten(1, (20, 2)).mean(2).T)
+    assert present.all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_prototypes_of_many_half_precision_voxels_are_summed_in_float32(dtype):
     """In float16 a sum of 2^17 ones would be infinite, in bfloat16 256."""
