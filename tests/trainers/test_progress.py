@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from nnunet_dycon.checkpoints import KEY
+from nnunet_dycon.monitoring import AGREEMENTS
 from nnunet_dycon.trainers import pseudo_label_page
 from nnunet_dycon.trainers.nnUNetTrainerCPS import nnUNetTrainerCPS
 from nnunet_dycon.trainers.nnUNetTrainerDKUXNet import nnUNetTrainerDKUXNet
@@ -57,7 +58,9 @@ def test_each_epoch_adds_to_every_curve_and_to_the_picture(tiny, train, base):
     assert trainer.curves.keys() == {"loss", *CURVES[base], *seconds}
     assert all(len(curve) == 2 for curve in trainer.curves.values())
     assert all(type(value) is float for curve in trainer.curves.values() for value in curve)
-    assert all(0 <= value <= 1 for name in SHARED & CURVES[base] for value in trainer.curves[name])
+    for name in SHARED & CURVES[base]:
+        for value, foreground in zip(trainer.curves[name], trainer.curves["pseudo_foreground"]):
+            assert 0 <= value <= 1 or (name in AGREEMENTS and foreground == 0)  # of no foreground there is no Dice
     folder = Path(trainer.output_folder)
     picture = matplotlib.image.imread(folder / "ssl_progress.png")
     assert picture.shape[0] > 400
