@@ -12,6 +12,7 @@ import torch
 from nnunet_dycon.data.unlabeled import preprocess_unlabeled
 from nnunet_dycon.trainers.nnUNetTrainerDyCON import nnUNetTrainerDyCON_smoke
 from tests.tiny import plan_and_preprocess, set_environment, write_raw_dataset
+from tests.tiny_network import labeled_batch, unlabeled_batch
 from tests.trainers.training import make_trainer
 
 
@@ -113,3 +114,13 @@ def wheel(source_copy, tmp_path_factory) -> Path:
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", str(folder), str(source_copy)]
     subprocess.run(build, check=True, capture_output=True)
     return next(folder.glob("*.whl"))
+
+
+@pytest.fixture
+def labeled():
+    return labeled_batch()
+
+
+@pytest.fixture
+def unlabeled():
+    return unlabeled_batch()

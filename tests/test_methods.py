@@ -32,19 +32,9 @@ from nnunet_dycon.methods import (
 )
 from nnunet_dycon.mixing import mixture
 from nnunet_dycon.monitoring import terms_of_loss
-from tests.tiny_network import STAGE, Student, TinyUNet, labeled_batch, supervised_loss, unlabeled_batch
+from tests.tiny_network import STAGE, Student, TinyUNet, supervised_loss
 
 SETTINGS = DyCONSettings(uncl_weight=0.5, entropy_weight=1.0, gamma=2.0, embedding_width=8)
-
-
-@pytest.fixture
-def labeled():
-    return labeled_batch()
-
-
-@pytest.fixture
-def unlabeled():
-    return unlabeled_batch()
 
 
 def build(method, settings):

@@ -36,16 +36,6 @@ every_method = pytest.mark.parametrize("name", METHODS)
 WEIGHTED = WeightedDiceCELoss((0.7, 0.3))
 
 
-@pytest.fixture
-def labeled():
-    return labeled_batch()
-
-
-@pytest.fixture
-def unlabeled():
-    return unlabeled_batch()
-
-
 def build(name: str, **changes):
     method, settings, stage = METHODS[name]
     settings = replace(settings, **changes)
