@@ -54,6 +54,14 @@ class DyCONTerms:
         """UnCL's β."""
         return exponential_decay(progress, self.beta_start, self.beta_end)
 
+    def build_head(self, network: nn.Module, stage: FeatureStage | None) -> ProjectionHead | None:
+        """FeCL's projection head, on the network's device; None without FeCL. ValueError if it has no stage to read."""
+        if self.fecl_weight == 0:
+            return None
+        if stage is None:
+            raise ValueError("FeCL needs a stage of the encoder to look at")
+        return ProjectionHead(stage.channels, self.embedding_width).to(next(network.parameters()).device)
+
     def patches(self, label_map: torch.Tensor, output: StudentOutput, ignore_label: int | None) -> torch.Tensor:
         """The class of each patch of the features: (B, N) of a label map (B, *spatial)."""
         return patch_labels(
@@ -147,13 +155,8 @@ class DyCON(Method):
     ) -> None:
         super().__init__(supervision)
         self.settings = settings
-        self.head = None
-        if settings.fecl_weight != 0:
-            if stage is None:
-                raise ValueError("FeCL needs a stage of the encoder to look at")
-            self.uses_features = True
-            device = next(network.parameters()).device
-            self.head = ProjectionHead(stage.channels, settings.embedding_width).to(device)
+        self.head = settings.build_head(network, stage)
+        self.uses_features = self.head is not None
         self.teacher = EMATeacher(network, self.head, stage, settings.ema_decay)
 
     def forward(

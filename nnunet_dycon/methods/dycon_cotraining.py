@@ -36,13 +36,9 @@ class DyCONCoTraining(TwoStudents):
     def __init__(
         self, supervision: Supervision, settings: DyCONTerms, second: nn.Module, stage: FeatureStage | None = None
     ) -> None:
-        if settings.fecl_weight != 0 and stage is None:
-            raise ValueError("FeCL needs a stage of the encoder to look at")
-        super().__init__(supervision, settings, second, stage if settings.fecl_weight != 0 else None)
-        self.head = None
-        if self.uses_features and stage is not None:
-            device = next(second.parameters()).device
-            self.head = ProjectionHead(stage.channels, settings.embedding_width).to(device)
+        head = settings.build_head(second, stage)
+        super().__init__(supervision, settings, second, None if head is None else stage)
+        self.head = head
 
     def weights(self, ramp: float) -> dict[str, float]:
         weights = {"uncl": self.settings.uncl_weight, "fecl": self.settings.fecl_weight}
