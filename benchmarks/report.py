@@ -31,6 +31,7 @@ from nnunet_dycon.pictures import new_figure
 HERE = Path(__file__).parent
 _FLOOR, _CEILING = ("floor", "student"), (CEILING, "student")
 _DRAWS = 10_000
+TERMS = ("plans", "iterations", "precision")  # which runs that are compared must have in common
 
 
 @dataclass(frozen=True)
@@ -43,15 +44,25 @@ class Scores:
     scored: tuple[str, ...]
 
 
-def read(table: Path, which: str, plans: str | None, iterations: int | None) -> dict[tuple[int, str, str], Scores]:
-    """The scores by labels, method and weights. ValueError if runs are not of the same cases, plans and budget."""
+def read(table: Path, which: str, **terms: str | None) -> dict[tuple[int, str, str], Scores]:
+    """The scores by labels, method and weights, of runs on the wanted terms, or on any where they are None.
+
+    Args:
+        table: as `benchmarks.comparison` writes it.
+        which: "val" or "test".
+        terms: the names in `TERMS`.
+
+    Raises:
+        ValueError: runs are not of the same cases, or not on the same terms.
+    """
     with table.open() as file:
         rows = [row for row in csv.DictReader(file) if row["set"] == which]
-    rows = [row for row in rows if plans in (None, row["plans"]) and iterations in (None, int(row["iterations"]))]
+    rows = [row for row in rows if all(wanted in (None, row[name]) for name, wanted in terms.items())]
+    options = ", ".join(f"--{name}" for name in TERMS)
     if not rows:
-        raise ValueError(f"there is no run scored on {which} with these --plans and --iterations")
-    if len(settings := {(row["plans"], row["iterations"]) for row in rows}) != 1:
-        raise ValueError(f"choose by --plans and --iterations one of: {sorted(settings)}")
+        raise ValueError(f"there is no run scored on {which} with these {options}")
+    if len(settings := {tuple(row[name] for name in TERMS) for row in rows}) != 1:
+        raise ValueError(f"choose by {options} one of: {sorted(settings)}")
     runs: dict[tuple[int, str, str, int], dict[str, dict]] = defaultdict(dict)
     for row in rows:
         run = int(row["labels"]), row["method"], row["weights"], int(row["seed"])
@@ -181,15 +192,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", type=Path, default=HERE / "results" / "la.csv", help="default: %(default)s")
     parser.add_argument("--set", choices=("val", "test"), default="val")
-    parser.add_argument("--plans", default=None, help="where the table has runs with several")
-    parser.add_argument("--iterations", type=int, default=None, help="where the table has runs with several")
+    for name in TERMS:
+        parser.add_argument(f"--{name}", default=None, help="where the table has runs with several")
     parser.add_argument("--trials", action="store_true", help="show trials, too")
     parser.add_argument(
         "-o", dest="output", type=Path, default=None, help="folder for pictures (default: of the table)"
     )
     arguments = parser.parse_args()
     try:
-        scores = read(arguments.table, arguments.set, arguments.plans, arguments.iterations)
+        scores = read(arguments.table, arguments.set, **{name: getattr(arguments, name) for name in TERMS})
     except (OSError, ValueError) as error:
         raise SystemExit(f"{arguments.table}: {error}") from None
     if not arguments.trials:

@@ -1,8 +1,8 @@
 """Trainers with a fixed budget and a seed, for the benchmarks. nnUNet_extTrainer must name this folder.
 
 A name such as Benchmark_run3 stands for an entry of the JSON file that the variable NNUNET_DYCON_BENCHMARK_RUNS names:
-{"trainer": ..., "settings": {...}, "epochs": ..., "iterations_per_epoch": ..., "seed": ...}. What was really trained is
-written to the model's folder when training starts, as benchmark.json.
+{"trainer": ..., "settings": {...}, "epochs": ..., "iterations_per_epoch": ..., "seed": ..., "precision": ...}. What was
+really trained is written to the model's folder when training starts, as benchmark.json.
 """
 
 import json
@@ -15,9 +15,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from torch import nn
 
 import nnunet_dycon
 from nnunet_dycon.discovery import nnunet_dycon_trainers
+from nnunet_dycon.features import ProjectionHead
 from nnunet_dycon.trainers.semi_supervised import SemiSupervisedTrainer
 
 _FILE = os.environ.get("NNUNET_DYCON_BENCHMARK_RUNS")
@@ -33,6 +35,8 @@ def __getattr__(name: str) -> type:
 
 
 def _with_budget(name: str, base: type[nnUNetTrainer], run: dict) -> type[nnUNetTrainer]:
+    in_bfloat16 = run["precision"] == "bfloat16"
+
     class Benchmark(base):
         def __init__(
             self,
@@ -48,6 +52,19 @@ def _with_budget(name: str, base: type[nnUNetTrainer], run: dict) -> type[nnUNet
             self.num_epochs = run["epochs"]
             self.num_val_iterations_per_epoch = 1
 
+        @staticmethod
+        def build_network_architecture(
+            plans_manager,
+            configuration_manager,
+            num_input_channels: int,
+            num_output_channels: int,
+            enable_deep_supervision: bool = True,
+        ):
+            network = base.build_network_architecture(
+                plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
+            )
+            return _autocast(network) if in_bfloat16 else network
+
         def on_train_start(self):
             random.seed(run["seed"])
             np.random.seed(run["seed"])  # noqa: NPY002 (what nnU-Net's loaders draw from)
@@ -60,12 +77,35 @@ def _with_budget(name: str, base: type[nnUNetTrainer], run: dict) -> type[nnUNet
         def perform_actual_validation(self, save_probabilities: bool = False):
             """Fold all has only training cases to validate on."""
 
+    if in_bfloat16 and issubclass(base, SemiSupervisedTrainer):
+
+        def build_method(self, network, supervision):
+            method = base.build_method(self, network, supervision)
+            for module in method.modules():
+                if isinstance(module, ProjectionHead) or module is getattr(method, "second", None):
+                    _autocast(module)
+            return method
+
+        Benchmark.build_method = build_method
     for kind in ("training_settings", "method_settings", "optimizer_settings"):
         if (settings := getattr(base, kind, None)) is not None:
             changes = {name: value for name, value in run["settings"].items() if hasattr(settings, name)}
             setattr(Benchmark, kind, replace(settings, **changes))
     Benchmark.__name__ = Benchmark.__qualname__ = name
     return Benchmark
+
+
+def _autocast(module: nn.Module) -> nn.Module:
+    """Have a module multiply in bfloat16, as nnU-Net has it do in float16 on a GPU; what it returns is float32."""
+
+    class Autocast(type(module)):
+        def forward(self, *arguments):
+            with torch.autocast("cpu", torch.bfloat16):
+                returned = super().forward(*arguments)
+            return returned.float() if isinstance(returned, torch.Tensor) else [level.float() for level in returned]
+
+    module.__class__ = Autocast
+    return module
 
 
 def _commit() -> str:

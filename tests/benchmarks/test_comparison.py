@@ -17,7 +17,6 @@ from benchmarks.la import LEFT_ATRIUM
 from benchmarks.phantom import LESION_RADII, PHANTOMS, SEED, SHAPE
 from benchmarks.preparation import CEILING, Preparation, trainer_class
 from nnunet_dycon.phantom import phantom
-from nnunet_dycon.registry import TRAINERS
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -27,7 +26,7 @@ def benchmark(tmp_path) -> Benchmark:
     return Benchmark(
         Namespace(
             work=tmp_path / "work", data=tmp_path, table=tmp_path / "la.csv", spacing=2.5, features=[16, 32],
-            iterations=200, device="cpu", sets=["val"],
+            iterations=200, device="cpu", sets=["val"], precision="float32",
         ),
         LEFT_ATRIUM,
     )  # fmt: skip
@@ -72,7 +71,9 @@ def test_what_is_in_the_table_is_not_run_again(benchmark):
     assert [row["weights"] for row in rows] == ["student", "student"]
     benchmark.sets = ["val", "test"]  # what is scored is not scored again
     assert benchmark.missing(floor) == [("test", "student")]
-    benchmark.iterations = 400  # another budget is another row
+    benchmark.precision = "bfloat16"  # another precision is another row
+    assert ("val", "student") in benchmark.missing(floor)
+    benchmark.precision, benchmark.iterations = "float32", 400  # as is another budget
     assert ("val", "student") in benchmark.missing(floor)
 
 
@@ -169,19 +170,45 @@ def test_a_model_of_other_settings_is_not_scored(benchmark, tmp_path):
         benchmark.trained_by(run, tmp_path)
 
 
-@pytest.mark.parametrize("method", ["floor", "nnUNetTrainerDyCON:entropy_weight=0.25"])
-def test_nnunet_finds_the_trainers_with_their_budget_and_settings(tiny, benchmark, method):
-    assert "nnUNetTrainerDyCON" in TRAINERS
-    run = Run(method, 8, 3)
-    benchmark.work.mkdir()
-    benchmark.declare([run])
-    code = f"""
+_STEP = """
+import numpy as np
+import torch
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from tests.trainers.training import make_trainer
-trainer = make_trainer(recursive_find_trainer_class_by_name({benchmark.name(run)!r}))
+
+trainer = make_trainer(recursive_find_trainer_class_by_name(name))
 print(type(trainer).__name__, trainer.num_epochs * trainer.num_iterations_per_epoch, trainer.output_folder)
 trainer.on_train_start()
+trainer.on_train_epoch_start()
+networks = [trainer.network, *getattr(trainer, "method", trainer.network).children()]
+multiplied = set()
+for module in [module for network in networks for module in network.modules()]:
+    if isinstance(module, (torch.nn.Conv3d, torch.nn.Linear)):
+        module.register_forward_hook(lambda module, inputs, output: multiplied.add(str(output.dtype)))
+assert np.isfinite(trainer.train_step(next(trainer.dataloader_train))["loss"])
+assert {parameter.dtype for parameter in trainer.network.parameters()} == {torch.float32}
+returned = trainer.network(torch.zeros(1, 1, *trainer.configuration_manager.patch_size))
+assert {level.dtype for level in returned} == {torch.float32}
+print(*multiplied)
 """
+
+
+@pytest.mark.parametrize(
+    ("method", "precision"),
+    [
+        ("floor", "float32"),
+        ("floor", "bfloat16"),
+        ("nnUNetTrainerDyCON:entropy_weight=0.25", "float32"),
+        ("nnUNetTrainerDyCON:entropy_weight=0.25", "bfloat16"),
+        ("nnUNetTrainerUGPL", "bfloat16"),
+    ],
+)
+def test_nnunet_finds_the_trainers_with_their_budget_and_settings(tiny, benchmark, method, precision):
+    run = Run(method, 8, 3)
+    benchmark.precision = precision
+    benchmark.work.mkdir()
+    benchmark.declare([run])
+    code = f"name = {benchmark.name(run)!r}\n{_STEP}"
     environment = os.environ | {
         "nnUNet_extTrainer": str(BENCHMARKS / "trainers"),
         "NNUNET_DYCON_BENCHMARK_RUNS": str(benchmark.work / "runs.json"),
@@ -191,6 +218,7 @@ trainer.on_train_start()
     )
     assert result.returncode == 0, result.stderr[-2000:]
     (told,) = [line for line in result.stdout.splitlines() if line.startswith(f"{benchmark.name(run)} 200 ")]
+    assert result.stdout.splitlines()[-1] == f"torch.{precision}"
     folder = Path(told.split()[-1])
     assert f"{benchmark.name(run)}__nnUNetPlans__3d_fullres" in str(folder)
     record = json.loads((folder / "benchmark.json").read_text())
@@ -198,6 +226,6 @@ trainer.on_train_start()
     assert (
         record["settings"] == {}
         if method == "floor"
-        else record["settings"]["method_settings"]["entropy_weight"] == 0.25
+        else record["settings"]["method_settings"].items() >= (run.settings.items())
     )
     assert record["commit"]

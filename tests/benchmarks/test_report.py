@@ -19,6 +19,7 @@ def write(file: Path, runs: dict[tuple[str, int, str, int], list[float]], **chan
         "hd95_mm": 3.0,
         "plans": "p",
         "iterations": 100,
+        "precision": "float32",
         "commit": "abc",
         "scored": "2026-01-02",
     } | changes
@@ -45,12 +46,12 @@ def table(tmp_path) -> Path:
 
 
 def test_means_spreads_differences_and_the_share_of_the_gap(table):
-    floor, better, ceiling = as_markdown(read(table, "val", None, None)).splitlines()[2:]
+    floor, better, ceiling = as_markdown(read(table, "val")).splitlines()[2:]
     assert floor == "| 8 | floor | student | 2 | 0.7350 ± 0.0141 | 3.00 ± 0.00 |  |  | 2026-01-02 | abc |"
     assert "| 0.7950 ± 0.0141 | 3.00 ± 0.00 | +0.0600 [" in better
     assert "| 8 | ceiling | student | 1 | 0.8350 | 3.00 | +0.1000 [" in ceiling
     write(table, {("floor", 8, "student", seed): np.linspace(0.6, 0.85, 6) + 0.01 for seed in range(2, 12)})
-    floor, better, ceiling = as_markdown(read(table, "val", None, None)).splitlines()[2:]
+    floor, better, ceiling = as_markdown(read(table, "val")).splitlines()[2:]
     assert "| 60% [" in better  # with so many seeds the gap is sure
 
 
@@ -93,41 +94,41 @@ def test_intervals_hold_what_they_promise_with_few_seeds():
 
 def test_no_share_of_a_gap_that_may_not_be_there(table):
     write(table, {("floor", 8, "student", 2): np.linspace(0.6, 0.85, 6) + 0.2})
-    (better,) = [line for line in as_markdown(read(table, "val", None, None)).splitlines() if "better" in line]
+    (better,) = [line for line in as_markdown(read(table, "val")).splitlines() if "better" in line]
     assert "| unsure |" in better
 
 
 def test_runs_of_several_budgets_are_not_mixed(table):
     write(table, {("floor", 8, "student", 2): [0.5] * 6}, iterations=200)
-    with pytest.raises(ValueError, match="choose by --plans and --iterations one of"):
-        read(table, "val", None, None)
-    assert len(read(table, "val", None, 100)[8, "floor", "student"].dice) == 2
-    assert len(read(table, "val", None, 200)[8, "floor", "student"].dice) == 1
+    with pytest.raises(ValueError, match="choose by --plans, --iterations, --precision one of"):
+        read(table, "val")
+    assert len(read(table, "val", iterations="100")[8, "floor", "student"].dice) == 2
+    assert len(read(table, "val", iterations="200")[8, "floor", "student"].dice) == 1
 
 
 def test_a_run_of_other_cases_is_refused(table):
     write(table, {("floor", 8, "student", 2): [0.5] * 5})
     with pytest.raises(ValueError, match="other cases than in the other runs"):
-        read(table, "val", None, None)
+        read(table, "val")
 
 
 def test_a_run_that_is_there_twice_is_refused(table):
     write(table, {("floor", 8, "student", 0): [0.5] * 6})
     with pytest.raises(ValueError, match=r"floor with 8 labels, seed 0: case_0 is there twice"):
-        read(table, "val", None, None)
+        read(table, "val")
 
 
 def test_nothing_scored_is_told(table):
     with pytest.raises(ValueError, match="no run scored on test"):
-        read(table, "test", None, None)
+        read(table, "test")
 
 
 def test_sets_are_apart(table):
     write(table, {("floor", 8, "student", 0): [0.1] * 6}, set="test")
-    assert read(table, "val", None, None)[8, "floor", "student"].dice.min() >= 0.6
-    assert read(table, "test", None, None)[8, "floor", "student"].dice.max() == 0.1
+    assert read(table, "val")[8, "floor", "student"].dice.min() >= 0.6
+    assert read(table, "test")[8, "floor", "student"].dice.max() == 0.1
 
 
 def test_the_picture_is_drawn(table, tmp_path):
-    draw(groups(read(table, "val", None, None))[8], tmp_path / "la.png")
+    draw(groups(read(table, "val"))[8], tmp_path / "la.png")
     assert (tmp_path / "la.png").stat().st_size > 5000
