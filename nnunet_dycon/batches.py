@@ -15,7 +15,8 @@ class LabeledBatch:
     Attributes:
         weak: (B, C, *spatial), with spatial and mirror augmentation only.
         strong: (B, C, *spatial), the same patches, voxel by voxel, with nnU-Net's intensity augmentation as well.
-        targets: (B, 1, *spatial) label maps; with deep supervision a list of them, highest resolution first.
+        targets: (B, T, *spatial), as nnU-Net gives them: a label map, T = 1, or a channel for each region, and one more
+            for what is ignored (`nnunet_dycon.label_kinds`). With deep supervision a list, highest resolution first.
         keys: the B case identifiers.
     """
 
@@ -28,16 +29,9 @@ class LabeledBatch:
         return len(self.strong)
 
     @property
-    def target(self) -> torch.Tensor:
-        """(B, *spatial), the label map at full resolution."""
-        highest = self.targets[0] if isinstance(self.targets, list) else self.targets
-        return highest[:, 0]
-
-    def known(self, ignore_label: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """The label map with background in place of the ignore label, and where it was not: (B, *spatial) each."""
-        target = self.target.long()
-        known = torch.ones_like(target, dtype=torch.bool) if ignore_label is None else target != ignore_label
-        return torch.where(known, target, 0), known
+    def full_resolution(self) -> torch.Tensor:
+        """(B, T, *spatial), the target at full resolution."""
+        return self.targets[0] if isinstance(self.targets, list) else self.targets
 
 
 @dataclass(frozen=True)

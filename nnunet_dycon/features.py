@@ -1,5 +1,6 @@
 """Features for contrastive losses: where they are tapped, how they are embedded, which class a patch has."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -86,12 +87,24 @@ def pool_to_patches(volume: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
     Raises:
         ValueError: the grid does not divide the volume. That of a network of nnU-Net's plans always does.
     """
+    # By hand, since MPS has no 3D average pooling.
+    split = _split(volume, grid)
+    return split.mean(tuple(range(2, split.ndim, 2))).flatten(1)
+
+
+def _split(volume: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
+    """(B, X, Y, Z) to (B, cells of X, voxels a cell, cells of Y, ...)."""
     spatial = volume.shape[1:]
     if any(size % cells for size, cells in zip(spatial, grid)):
         raise ValueError(f"a grid of {tuple(grid)} cells does not divide a volume of {tuple(spatial)} voxels")
-    # (B, X, Y, Z) to (B, cells of X, voxels a cell, cells of Y, ...). By hand, since MPS has no 3D average pooling.
-    split = [number for size, cells in zip(spatial, grid) for number in (cells, size // cells)]
-    return volume.reshape(len(volume), *split).mean(tuple(range(2, len(split) + 1, 2))).flatten(1)
+    return volume.reshape(len(volume), *(n for size, cells in zip(spatial, grid) for n in (cells, size // cells)))
+
+
+def _cells(volume: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
+    """(B, *spatial) to (B, N, voxels a cell)."""
+    split = _split(volume, grid)
+    axes = range(1, split.ndim)
+    return split.permute(0, *axes[::2], *axes[1::2]).reshape(len(volume), math.prod(grid), -1)
 
 
 @dataclass(frozen=True)
@@ -142,7 +155,7 @@ def patch_labels(
     *,
     foreground_share: float = 0.25,
     background_share: float = 0.05,
-    ignore_label: int | None = None,
+    known: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Which class each cell of a feature grid belongs to, by the share of its volume.
 
@@ -157,20 +170,65 @@ def patch_labels(
         num_classes: background included.
         foreground_share: see above.
         background_share: see above.
-        ignore_label: nnU-Net's ignore label, if the data set has one.
+        known: (B, *spatial), False where a voxel is not annotated; it is background in the label map. None for all.
 
     Returns:
         (B, N) integers.
     """
     shares = torch.stack([pool_to_patches((label_map == c).float(), grid) for c in range(1, num_classes)])
-    if ignore_label is not None:
-        annotated = pool_to_patches((label_map != ignore_label).float(), grid)
-        shares = shares / annotated.clamp(min=1e-6)
-    foreground = shares.sum(0)
+    largest = shares.argmax(0) + 1
+    return _classed(shares.sum(0), largest, _annotated(known, grid), foreground_share, background_share)
+
+
+def patch_codes(
+    codes: torch.Tensor,
+    grid: Sequence[int],
+    *,
+    foreground_share: float = 0.25,
+    background_share: float = 0.05,
+    known: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Which combination of regions each cell of a feature grid belongs to, as `patch_labels` tells its class.
+
+    Foreground is where any region is. The combination that fills most of it is that of the cell, of equally large ones
+    that with the lowest code. It is one that voxels of the cell have, which a majority in each region by itself need
+    not be. Unlike classes, combinations are too many to be counted one by one.
+
+    Args:
+        codes: (B, *spatial), integers: the combination of each voxel, 0 where there is none.
+        grid: the number of cells along each spatial axis.
+        foreground_share: as in `patch_labels`.
+        background_share: as in `patch_labels`.
+        known: as in `patch_labels`.
+
+    Returns:
+        (B, N) integers.
+    """
+    foreground = pool_to_patches((codes > 0).float(), grid)
+    ordered = _cells(codes, grid).sort(-1).values
+    number = torch.searchsorted(ordered, ordered, right=True) - torch.searchsorted(ordered, ordered)
+    most = number.masked_fill(ordered == 0, 0).argmax(-1, keepdim=True)
+    return _classed(
+        foreground, ordered.gather(-1, most)[..., 0], _annotated(known, grid), foreground_share, background_share
+    )
+
+
+def _annotated(known: torch.Tensor | None, grid: Sequence[int]) -> torch.Tensor | None:
+    return None if known is None else pool_to_patches(known.float(), grid)
+
+
+def _classed(
+    foreground: torch.Tensor,
+    largest: torch.Tensor,
+    annotated: torch.Tensor | None,
+    foreground_share: float,
+    background_share: float,
+) -> torch.Tensor:
+    """The labels of cells by their shares of foreground and of annotated voxels: (B, N) each."""
+    if annotated is not None:
+        foreground = foreground / annotated.clamp(min=1e-6)
     # A share such as 0.25 of 512 voxels must not fail by rounding.
     is_foreground = foreground >= foreground_share - 1e-6
     is_background = foreground <= background_share + 1e-6
-    labels = torch.where(is_foreground, shares.argmax(0) + 1, torch.where(is_background, 0, IGNORED_PATCH))
-    if ignore_label is not None:
-        labels = torch.where(annotated < 0.5, IGNORED_PATCH, labels)
-    return labels
+    labels = torch.where(is_foreground, largest, torch.where(is_background, 0, IGNORED_PATCH))
+    return labels if annotated is None else torch.where(annotated < 0.5, IGNORED_PATCH, labels)

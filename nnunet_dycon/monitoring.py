@@ -14,6 +14,7 @@ AGREEMENTS = {
     "students_dice": "Dice of both students",
     "views_dice": "Dice of strong and weak view",
 }
+AGREEMENT = "student_teacher_dice"
 SECONDS = "seconds_"  # followed by a part of the step
 
 
@@ -22,7 +23,7 @@ def pseudo_label_monitors(
     student: torch.Tensor,
     teacher: torch.Tensor,
     where: torch.Tensor | None = None,
-    agreement: str = "student_teacher_dice",
+    agreement: str = AGREEMENT,
 ) -> dict[str, torch.Tensor]:
     """How much foreground the teacher labels, and how far the student agrees.
 
@@ -43,6 +44,32 @@ def pseudo_label_monitors(
     agreed = ((student == teacher) & is_foreground).sum()
     foreground = is_foreground.sum()
     return {"pseudo_foreground": foreground / voxels, agreement: 2 * agreed / (foreground + (student > 0).sum())}
+
+
+@torch.no_grad()
+def pseudo_region_monitors(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    where: torch.Tensor | None = None,
+    agreement: str = AGREEMENT,
+) -> dict[str, torch.Tensor]:
+    """The same of regions: where the teacher labels any of them, and the mean of their Dice.
+
+    Args:
+        student: (B, R, *spatial), boolean.
+        teacher: (B, R, *spatial), boolean.
+        where: (B, *spatial), as in `pseudo_label_monitors`.
+        agreement: as in `pseudo_label_monitors`.
+
+    Returns:
+        As `pseudo_label_monitors`. Regions that are empty in both do not count.
+    """
+    voxels: int | torch.Tensor = teacher[:, 0].numel()
+    if where is not None:
+        student, teacher, voxels = student & where[:, None], teacher & where[:, None], where.sum()
+    axes = (0, *range(2, teacher.ndim))
+    dice = 2 * (student & teacher).sum(axes) / (student.sum(axes) + teacher.sum(axes))
+    return {"pseudo_foreground": teacher.any(1).sum() / voxels, agreement: dice.nanmean()}
 
 
 def mean_of_finite(values: Iterable[float]) -> float:

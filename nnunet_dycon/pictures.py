@@ -95,7 +95,7 @@ class PseudoLabel:
         foreground: the share of the whole case's voxels that are labeled as foreground.
         image: (Y, X), preprocessed.
         label: (Y, X), classes.
-        entropy: (Y, X), of the softmax, in nats.
+        entropy: (Y, X), in nats.
     """
 
     case: str
@@ -108,14 +108,21 @@ class PseudoLabel:
 
 @_in_default_style
 def draw_pseudo_labels(
-    cases: Sequence[PseudoLabel], names: Sequence[str], labeler: str, aspect: float, title: str, file: Path
+    cases: Sequence[PseudoLabel],
+    names: Sequence[str],
+    labeler: str,
+    highest_entropy: float,
+    aspect: float,
+    title: str,
+    file: Path,
 ) -> None:
     """Write a picture with a row per case: image, label and entropy.
 
     Args:
         cases: one or more.
-        names: of the classes, background first.
+        names: of the labels, background first.
         labeler: who labels them.
+        highest_entropy: that a voxel can have.
         aspect: height of a voxel in a slice, divided by its width.
         title: above all.
         file: PNG to write.
@@ -132,11 +139,11 @@ def draw_pseudo_labels(
             axes.imshow(case.image, cmap="gray", vmin=darkest, vmax=brightest, aspect=aspect)
         for value in np.unique(case.label[case.label > 0]):
             overlay(row[1], case.label == value, _color(value))
-        heat = row[2].imshow(case.entropy, cmap="magma", vmin=0, vmax=math.log(len(names)), aspect=aspect)
+        heat = row[2].imshow(case.entropy, cmap="magma", vmin=0, vmax=highest_entropy, aspect=aspect)
         row[0].set_ylabel(f"{case.case}\nslice {case.index}, {case.foreground:.2%} foreground in all", fontsize=8)
         for axes in row:
             axes.set(xticks=[], yticks=[])
-    figure.colorbar(heat, ax=rows[:, 2], label=f"nats, at most ln {len(names)}", shrink=0.8)
+    figure.colorbar(heat, ax=rows[:, 2], label=f"nats, at most ln {math.exp(highest_entropy):.0f}", shrink=0.8)
     handles = [Patch(color=_color(value), label=name) for value, name in enumerate(names) if value > 0]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6), fontsize=8)
     _save(figure, file)

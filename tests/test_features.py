@@ -90,10 +90,10 @@ def test_a_lesion_smaller_than_a_cell_is_a_foreground_patch():
 
 
 def test_shares_are_of_the_annotated_voxels():
-    ignore = 3
-    assert patch_labels(one_cell({1: 70, ignore: 250}), (1, 1, 1), 3, ignore_label=ignore).tolist() == [[1]]
-    assert patch_labels(one_cell({1: 200, ignore: 300}), (1, 1, 1), 3, ignore_label=ignore).tolist() == [[-1]]
-    assert patch_labels(one_cell({ignore: 512}), (1, 1, 1), 3, ignore_label=ignore).tolist() == [[-1]]
+    for voxels_of, label in (({1: 70, 3: 250}, 1), ({1: 200, 3: 300}, -1), ({3: 512}, -1)):
+        cell = one_cell(voxels_of)
+        known = cell != 3
+        assert patch_labels(cell * known, (1, 1, 1), 3, known=known).tolist() == [[label]]
 
 
 def test_a_grid_that_does_not_divide_the_volume_is_refused():

@@ -10,13 +10,14 @@ from torch.nn.functional import cross_entropy
 
 from nnunet_dycon.batches import StudentOutput, UnlabeledBatch
 from nnunet_dycon.features import patch_labels, pool_to_patches
+from nnunet_dycon.label_kinds import Classes
 from nnunet_dycon.losses import (
     WeightedDiceCELoss,
+    consistency_loss,
     fecl_loss,
     fecl_released_loss,
     query_consistency_loss,
     softmax_entropy,
-    softmax_mse_loss,
     uncl_loss,
 )
 from nnunet_dycon.methods import (
@@ -41,7 +42,7 @@ def build(method, settings):
     torch.manual_seed(0)
     network = TinyUNet()
     network.deep_supervision = False  # as the trainer does, so that the teacher has none
-    supervision = Supervision(supervised_loss, WeightedDiceCELoss((0.7, 0.3)), ignore_label=2)
+    supervision = Supervision(supervised_loss, WeightedDiceCELoss((0.7, 0.3)), Classes(ignore_label=2))
     if method is DyCON:
         stage = STAGE if settings.fecl_weight else None
         built = DyCON(network, supervision, settings, stage)
@@ -85,7 +86,7 @@ def test_mean_teacher_is_the_sum_of_its_terms(labeled, unlabeled):
     method, student = build(MeanTeacher, MeanTeacherSettings(consistency_weight=3.0))
     terms = method(student, labeled, unlabeled, progress=1.0)
     logits = student.network(torch.cat([labeled.strong, unlabeled.strong]))
-    expected = softmax_mse_loss(logits[0][2:], method.teacher(unlabeled.weak).logits[0])
+    expected = consistency_loss(logits[0][2:], method.teacher(unlabeled.weak).logits[0])
     torch.testing.assert_close(terms["consistency"], expected)
     torch.testing.assert_close(terms["loss"], terms["supervised"] + 3.0 * expected)
 
@@ -133,7 +134,7 @@ def test_copy_paste_learns_each_voxel_from_its_own_label(labeled, unlabeled):
     terms, logits, mix = show(method, student, labeled, unlabeled)
     assert len(student.images[-1]) == 6
     teacher_labels = method.teacher(unlabeled.weak).logits[0].argmax(1)
-    everything = mix(labeled.target, teacher_labels)
+    everything = mix(labeled.targets[0][:, 0], teacher_labels)
     parts = {"supervised": mix.truth & (everything != 2), "pseudo": ~mix.truth}
     for name, part in parts.items():
         loss = WeightedDiceCELoss((0.7, 0.3))(logits, torch.where(part, everything, 0), part.float())
@@ -165,7 +166,7 @@ def test_dycon_of_mixed_images_compares_with_the_mixed_teacher(mixing, labeled, 
     teacher = method.teacher(torch.cat([labeled.weak, unlabeled.weak]))
     teacher_logits = mix(teacher.logits[0][:2], teacher.logits[0][2:])
     torch.testing.assert_close(terms["uncl"], uncl_loss(logits[0], teacher_logits, 0.5))
-    label_map = mix(labeled.target, teacher.logits[0][2:].argmax(1))
+    label_map = mix(labeled.targets[0][:, 0], teacher.logits[0][2:].argmax(1))
     teacher_features = mix.on_grid((4, 4, 4))(teacher.features[:2], teacher.features[2:])
     expected = fecl_loss(
         method.head(features),
@@ -234,7 +235,7 @@ def test_unlabeled_patches_are_classed_by_the_teacher_alone(labeled, unlabeled):
     teacher = built.teacher(torch.cat([labeled.weak, unlabeled.weak]))
     expected = fecl_loss(
         built.head(output.features)[:2],
-        patch_labels(labeled.target, (4, 4, 4), 2),
+        patch_labels(labeled.targets[0][:, 0], (4, 4, 4), 2),
         teacher_embedding=built.teacher.embed(teacher.features)[:2],
         anchor_entropy=pool_to_patches(softmax_entropy(output.logits[0][:2]), (4, 4, 4)),
     )
@@ -331,7 +332,7 @@ class QueryStudent(Student):
 
 def build_queries(settings):
     torch.manual_seed(0)
-    supervision = Supervision(supervised_loss, WeightedDiceCELoss((0.7, 0.3)), ignore_label=2)
+    supervision = Supervision(supervised_loss, WeightedDiceCELoss((0.7, 0.3)), Classes(ignore_label=2))
     return QueryConsistency(supervision, settings), QueryStudent(TinyQueries(), stage=None)
 
 
@@ -351,7 +352,7 @@ def test_query_consistency_is_the_sum_of_its_terms(labeled, unlabeled):
     of_levels = [cross_entropy(level, target[:, 0]) for level, target in zip(views["labeled"][1], targets)]
     torch.testing.assert_close(terms["query"], (of_levels[0] + 0.5 * of_levels[1]) / 1.5)
     (strong, strong_queries), (weak, weak_queries) = views["strong"], views["weak"]
-    torch.testing.assert_close(terms["segmentation_consistency"], softmax_mse_loss(strong[0], weak[0]))
+    torch.testing.assert_close(terms["segmentation_consistency"], consistency_loss(strong[0], weak[0]))
     torch.testing.assert_close(terms["query_consistency"], query_consistency_loss(strong_queries[0], weak_queries[0]))
     ramp = torch.tensor(-5 * (1 - 0.2 / 0.4) ** 2).exp()
     consistency = 2.0 * terms["segmentation_consistency"] + 0.7 * terms["query_consistency"]

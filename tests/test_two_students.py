@@ -9,6 +9,7 @@ from torch import nn
 
 from nnunet_dycon.batches import LabeledBatch, StudentOutput
 from nnunet_dycon.features import FeatureStage, draw_voxels, patch_labels, pool_to_patches
+from nnunet_dycon.label_kinds import Classes
 from nnunet_dycon.losses import (
     WeightedDiceCELoss,
     class_prototypes,
@@ -41,7 +42,7 @@ def build(name: str, **changes):
     settings = replace(settings, **changes)
     torch.manual_seed(0)
     network, second = TinyUNet(), TinyUNet(width=5 if stage is None else 4)
-    supervision = Supervision(supervised_loss, WEIGHTED, ignore_label=2)
+    supervision = Supervision(supervised_loss, WEIGHTED, Classes(ignore_label=2))
     built = method(supervision, settings, second, *(() if stage is None else (stage,)))
     return built, Student(network, stage if built.uses_features else None)
 
@@ -107,7 +108,7 @@ def test_ugpl_is_made_of_its_losses(labeled, unlabeled, ignored):
     labels, reliable = reliable_labels(first.logits[0][2:], second.logits[0][2:], 0.5)
     torch.manual_seed(5)
     drawn = draw_voxels(labels, ~reliable, 16, 2)
-    target, known = labeled.known(2)
+    target, known = Classes(ignore_label=2).truth(labeled)
     assert known.all() != ignored
     for ending, own, other in both_ways(built, student, labeled, unlabeled):
         logits, others = own.logits[0], other.logits[0]
@@ -138,10 +139,10 @@ def test_cotraining_compares_each_with_the_other(labeled, unlabeled):
         torch.testing.assert_close(
             terms[f"uncl{ending}"], uncl_loss(own.logits[0], other.logits[0], beta, entropy_weight=0.0)
         )
-        label_map = torch.cat([labeled.target, other.logits[0][2:].argmax(1)])
+        label_map = torch.cat([labeled.targets[0][:, 0], other.logits[0][2:].argmax(1)])
         fecl = fecl_loss(
             built.head(own.features),
-            patch_labels(label_map, (4, 4, 4), 2, ignore_label=2),
+            patch_labels(label_map, (4, 4, 4), 2),
             teacher_embedding=built.head(other.features),
             anchor_entropy=pool_to_patches(softmax_entropy(own.logits[0]), (4, 4, 4)),
             gamma=0.0,

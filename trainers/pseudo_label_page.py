@@ -10,7 +10,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import nn
 
 from nnunet_dycon.data.loader import UnlabeledDataset
-from nnunet_dycon.losses import softmax_entropy
+from nnunet_dycon.label_kinds import LabelKind
 from nnunet_dycon.methods import Method
 from nnunet_dycon.pictures import PseudoLabel, draw_pseudo_labels
 
@@ -36,11 +36,12 @@ def draw_page(trainer: nnUNetTrainer, method: Method, cases: UnlabeledDataset, f
         None,
     )
     height, width = trainer.configuration_manager.spacing[-2:]
-    names = sorted(trainer.dataset_json["labels"], key=trainer.dataset_json["labels"].get)
+    kind, channels = method.supervision.kind, trainer.label_manager.num_segmentation_heads
     draw_pseudo_labels(
-        [_predict(predictor, cases, case) for case in _spread(cases.identifiers)],
-        [name for name in names if name != "ignore"],
+        [_predict(predictor, kind, cases, case) for case in _spread(cases.identifiers)],
+        _names(trainer),
         labeler=method.labeler.replace("_", " "),
+        highest_entropy=kind.highest_entropy(channels),
         aspect=height / width,
         title=f"{type(trainer).__name__}, epoch {trainer.current_epoch}",
         file=file,
@@ -58,16 +59,24 @@ class _Labeler(nn.Module):
         return self._method[0].label(images)
 
 
+def _names(trainer: nnUNetTrainer) -> list[str]:
+    """Of what `LabelKind.shown` numbers: background, then classes by their values or regions in their order."""
+    # A label may stand in a list of its own.
+    values = {name: np.ravel(value).tolist() for name, value in trainer.dataset_json["labels"].items()}
+    names = [name for name in values if name not in ("background", "ignore")]
+    return ["background", *(names if trainer.label_manager.has_regions else sorted(names, key=values.get))]
+
+
 @torch.inference_mode()
-def _predict(predictor: nnUNetPredictor, cases: UnlabeledDataset, case: str) -> PseudoLabel:
+def _predict(predictor: nnUNetPredictor, kind: LabelKind, cases: UnlabeledDataset, case: str) -> PseudoLabel:
     """The slice with most foreground, or the middle one if there is none."""
     image = torch.from_numpy(cases.load_image(case)[:])
     logits = predictor.predict_sliding_window_return_logits(image)
-    label = logits.argmax(0)
+    label = kind.shown(logits[None])[0]
     foreground = (label > 0).sum((1, 2))
     index = int(foreground.argmax()) if foreground.any() else len(foreground) // 2
     # Of one slice only: in float32 and for many classes, that of a whole CT might not fit.
-    entropy = softmax_entropy(logits[None, :, index].float())[0]
+    entropy = kind.voxel_entropy(logits[None, :, index].float())[0]
     share = float(foreground.sum()) / label.numel()
     slices = (image[0, index], label[index], entropy)
     return PseudoLabel(case, index, share, *(tensor.cpu().numpy() for tensor in slices))

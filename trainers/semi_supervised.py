@@ -30,7 +30,7 @@ from nnunet_dycon.environment import require_nnunet
 from nnunet_dycon.errors import NotSupported, UserError, ends_in_one_line, explained
 from nnunet_dycon.features import FeatureStage, FeatureTap, nearest_stage
 from nnunet_dycon.files import require_writable
-from nnunet_dycon.losses import WeightedDiceCELoss
+from nnunet_dycon.label_kinds import MOST_REGIONS, Classes, Regions
 from nnunet_dycon.methods import Method, Supervision
 from nnunet_dycon.monitoring import SECONDS, StepTimer, append_epoch, mean_of_finite, terms_of_loss
 from nnunet_dycon.pictures import draw_progress
@@ -108,10 +108,11 @@ class SemiSupervisedTrainer(nnUNetTrainer):
                 f"{cls.__name__} cannot train {configuration}: in a cascade each case needs the previous stage's "
                 "prediction, which unlabeled cases do not have. Train 3d_fullres or 3d_lowres instead."
             )
-        if manager.get_label_manager(dataset_json).has_regions:
+        labels = manager.get_label_manager(dataset_json)
+        if labels.has_regions and labels.num_segmentation_heads > MOST_REGIONS:
             raise NotSupported(
-                f"{cls.__name__} cannot train on regions yet: its losses are written for softmax outputs. "
-                "Give each voxel one label in dataset.json instead."
+                f"{cls.__name__} cannot train on {labels.num_segmentation_heads} regions: it can tell combinations of "
+                f"at most {MOST_REGIONS} apart. Leave some out of dataset.json."
             )
 
     def build_method(self, network: nn.Module, supervision: Supervision) -> Method:
@@ -158,8 +159,10 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     @property
     def _supervision(self) -> Supervision:
         level_weights = tuple(self.loss.weight_factors) if self.enable_deep_supervision else (1.0,)
-        weighted_loss = WeightedDiceCELoss(level_weights, self.configuration_manager.batch_dice)
-        return Supervision(self._supervised_loss, weighted_loss, self.label_manager.ignore_label)
+        labels = self.label_manager
+        kind = Regions(labels.has_ignore_label) if labels.has_regions else Classes(labels.ignore_label)
+        weighted_loss = kind.weighted_loss(level_weights, self.configuration_manager.batch_dice)
+        return Supervision(self._supervised_loss, weighted_loss, kind)
 
     def _supervised_loss(self, logits: list[torch.Tensor], targets: Targets) -> torch.Tensor:
         return self.loss(logits if self.enable_deep_supervision else logits[0], targets)
@@ -253,6 +256,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         labels = {
             "is_cascaded": self.is_cascaded,
             "foreground_labels": self.label_manager.foreground_labels,
+            "regions": self.label_manager.foreground_regions if self.label_manager.has_regions else None,
             "ignore_label": self.label_manager.ignore_label,
         }
         transforms = self.get_training_transforms(

@@ -1,9 +1,14 @@
 """The losses: pure functions of tensors, and small modules that hold their constants."""
 
-from nnunet_dycon.losses.consistency import softmax_mse_loss
+from nnunet_dycon.losses.consistency import consistency_loss
 from nnunet_dycon.losses.cross_pseudo import rectified_cross_pseudo_loss
-from nnunet_dycon.losses.dice_ce import WeightedDiceCELoss, weighted_dice_ce_loss
-from nnunet_dycon.losses.entropy import softmax_entropy
+from nnunet_dycon.losses.dice_ce import (
+    WeightedDiceBCELoss,
+    WeightedDiceCELoss,
+    weighted_dice_bce_loss,
+    weighted_dice_ce_loss,
+)
+from nnunet_dycon.losses.entropy import sigmoid_entropy, softmax_entropy
 from nnunet_dycon.losses.entropy_filter import entropy_filtered_loss, reliable_labels
 from nnunet_dycon.losses.fecl import FeCLLoss, fecl_loss
 from nnunet_dycon.losses.fecl_released import FeCLReleasedLoss, fecl_released_loss
@@ -21,8 +26,10 @@ __all__ = [
     "FeCLReleasedLoss",
     "QueryDistributionLoss",
     "UnCLLoss",
+    "WeightedDiceBCELoss",
     "WeightedDiceCELoss",
     "class_prototypes",
+    "consistency_loss",
     "entropy_filtered_loss",
     "fecl_loss",
     "fecl_released_loss",
@@ -32,8 +39,9 @@ __all__ = [
     "query_distribution_loss",
     "rectified_cross_pseudo_loss",
     "reliable_labels",
+    "sigmoid_entropy",
     "softmax_entropy",
-    "softmax_mse_loss",
     "uncl_loss",
+    "weighted_dice_bce_loss",
     "weighted_dice_ce_loss",
 ]

@@ -1,7 +1,8 @@
-"""The entropy of a softmax output, a network's own measure of its uncertainty."""
+"""The entropy of a network's output, its own measure of its uncertainty."""
 
 import torch
 
+from nnunet_dycon.losses.two_classes import as_two_classes
 from nnunet_dycon.precision import at_least_float32
 
 
@@ -27,3 +28,21 @@ def softmax_entropy(logits: torch.Tensor) -> torch.Tensor:
     0.6931
     """
     return softmax_and_entropy(logits)[1]
+
+
+@at_least_float32
+def sigmoid_entropy(logits: torch.Tensor) -> torch.Tensor:
+    r"""The binary entropy of each region in nats.
+
+    .. math:: h(p) = -p \ln p - (1 - p) \ln(1 - p), \qquad p = \sigma(z)
+
+    Args:
+        logits: (B, R, *spatial), before the sigmoid.
+
+    Returns:
+        (B, R, *spatial), each at most ln 2.
+
+    >>> [round(value, 4) for value in sigmoid_entropy(torch.tensor([[[0.0, 2.0, -2.0]]])).flatten().tolist()]
+    [0.6931, 0.3653, 0.3653]
+    """
+    return softmax_and_entropy(as_two_classes(logits))[1]

@@ -7,6 +7,7 @@ from torch import nn
 
 from nnunet_dycon.losses.entropy import softmax_and_entropy
 from nnunet_dycon.losses.gradients import refuse_second_derivative
+from nnunet_dycon.losses.two_classes import as_two_classes
 from nnunet_dycon.precision import widened
 
 # Entries of a block of logits: 2^18 are 1 MiB in float32, which a core's cache holds; a GPU wants fewer blocks.
@@ -14,7 +15,12 @@ _BLOCK_ENTRIES = {"cpu": 2**18, "cuda": 2**23}
 
 
 def uncl_loss(
-    student_logits: torch.Tensor, teacher_logits: torch.Tensor, beta: float, *, entropy_weight: float = 1.0
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    beta: float,
+    *,
+    entropy_weight: float = 1.0,
+    sigmoid: bool = False,
 ) -> torch.Tensor:
     r"""Consistency that weighs uncertain voxels less, and entropy minimisation that keeps them from staying so.
 
@@ -26,25 +32,35 @@ def uncl_loss(
 
     with the N voxels i of the batch, and the softmax outputs p of student (s) and teacher (t).
 
+    Of R regions, each with a sigmoid output :math:`p_r = \sigma(z_r)` of its own, distance and entropy of a voxel are
+    the means of those of the two classes (outside, inside) of each region:
+
+    .. math::
+        \lVert p^s_i - p^t_i \rVert^2 = \frac{1}{R} \sum_{r=1}^{R} 2 \left(p^s_{ir} - p^t_{ir}\right)^2, \qquad
+        H(p) = -\frac{1}{R} \sum_{r=1}^{R} \left[ p_r \ln p_r + (1 - p_r) \ln (1 - p_r) \right]
+
     DyCON, Eq. 1 (arXiv:2504.04566), where η is 1. Gradients reach the student through both terms and the denominator;
     the teacher gets none, so that its entropy adds a constant.
 
     Deviations from the released code (commit 69c1384): entropies come from log_softmax instead of log(p + 1e-6); the
-    entropies are added voxel by voxel instead of broadcast over pairs of images, which has the same mean.
+    entropies are added voxel by voxel instead of broadcast over pairs of images, which has the same mean. Neither
+    paper nor code knows regions: that a voxel has one uncertainty, the mean over its regions, is our reading. For one
+    region it is the loss of two classes with the logits 0 and z.
 
     Nothing is kept for the backward pass but the logits: it computes block by block again what it needs.
 
     Args:
-        student_logits: (B, C, *spatial), before the softmax.
+        student_logits: (B, C, *spatial), before the softmax or sigmoid.
         teacher_logits: (B, C, *spatial).
         beta: β ≥ 0, how much the entropies count.
         entropy_weight: η ≥ 0 of the second term; 0 leaves the weighted consistency.
+        sigmoid: whether the C channels are regions, which may overlap, instead of classes that exclude each other.
 
     Returns:
         The loss, a scalar of at least float32.
 
     Raises:
-        ValueError: the shapes differ, there is no class axis of at least two, or β or η is negative.
+        ValueError: the shapes differ, there is no axis of at least two classes or one region, or β or η is negative.
 
     >>> student = torch.tensor([[[0.0, 2.0], [0.0, 0.0]]])  # one image, two classes, two voxels
     >>> teacher = torch.tensor([[[1.0, 1.0], [0.0, 0.0]]])
@@ -56,56 +72,95 @@ def uncl_loss(
             f"student_logits and teacher_logits must have the same shape, got {tuple(student_logits.shape)} and "
             f"{tuple(teacher_logits.shape)}"
         )
-    if student_logits.ndim < 3 or student_logits.shape[1] < 2:
-        raise ValueError(f"logits must be (B, C, *spatial) with at least two classes, got {student_logits.shape}")
+    if student_logits.ndim < 3 or student_logits.shape[1] < (1 if sigmoid else 2):
+        fewest = "one region" if sigmoid else "two classes"
+        raise ValueError(f"logits must be (B, C, *spatial) with at least {fewest}, got {tuple(student_logits.shape)}")
     if not beta >= 0:
         raise ValueError(f"beta must not be negative, got {beta}")
     if not entropy_weight >= 0:
         raise ValueError(f"entropy_weight must not be negative, got {entropy_weight}")
-    return _UnCL.apply(student_logits, teacher_logits.detach(), float(beta), float(entropy_weight))
+    return _UnCL.apply(student_logits, teacher_logits.detach(), float(beta), float(entropy_weight), sigmoid)
 
 
 class _UnCL(torch.autograd.Function):
     """The loss, whose gradient is written down instead of recorded."""
 
     @staticmethod
-    def forward(ctx, student_logits, teacher_logits, beta, entropy_weight):
+    def forward(ctx, student_logits, teacher_logits, beta, entropy_weight, sigmoid):
         ctx.save_for_backward(student_logits, teacher_logits)
-        ctx.constants = beta, entropy_weight
+        ctx.constants = beta, entropy_weight, sigmoid
+        output, distance = (_of_regions, _between_regions) if sigmoid else (softmax_and_entropy, _between_classes)
         total = widened(student_logits.new_zeros(()))
         for student, teacher in _blocks(student_logits, teacher_logits):
-            p, entropy = softmax_and_entropy(student)
-            q, teacher_entropy = softmax_and_entropy(teacher)
+            p, entropy = output(student)
+            q, teacher_entropy = output(teacher)
             spread = torch.exp(beta * entropy) + torch.exp(beta * teacher_entropy)
             uncertainty = entropy_weight * beta * (entropy + teacher_entropy)
-            total += ((p - q).square_().sum(1) / spread + uncertainty).sum()
+            total += (distance(p, q) / spread + uncertainty).sum()
         return total / (student_logits.numel() // student_logits.shape[1])
 
     @staticmethod
     def backward(ctx, gradient):
-        r"""With :math:`D = \lVert p - q \rVert^2` and :math:`E = e^{\beta H(p)} + e^{\beta H(q)}`, a voxel's loss has
-
-        .. math::
-            \frac{\partial L}{\partial z_c} = p_c \left(g_c - \sum_k p_k g_k\right), \qquad
-            g_c = \frac{2 (p_c - q_c)}{E} - \beta \left(\eta - \frac{D e^{\beta H(p)}}{E^2}\right) \ln p_c
-        """
+        """Voxel by voxel what `_slope_of_classes` or `_slope_of_regions` says."""
         refuse_second_derivative()
         student_logits, teacher_logits = ctx.saved_tensors
-        beta, entropy_weight = ctx.constants
+        beta, entropy_weight, sigmoid = ctx.constants
+        slope = _slope_of_regions if sigmoid else _slope_of_classes
         result = torch.empty_like(student_logits, memory_format=torch.contiguous_format)
         scale = gradient / (student_logits.numel() // student_logits.shape[1])
         for student, teacher, out in _blocks(student_logits, teacher_logits, result):
-            log_p = torch.log_softmax(student, 1)
-            p = log_p.exp()
-            entropy = -(p * log_p).sum(1, keepdim=True)
-            q, teacher_entropy = softmax_and_entropy(teacher)
-            own = torch.exp(beta * entropy)
-            spread = own + torch.exp(beta * teacher_entropy)[:, None]
-            difference = p - q
-            distance = difference.square().sum(1, keepdim=True)
-            g = 2 * difference / spread - beta * (entropy_weight - distance * own / spread.square()) * log_p
-            out.copy_(scale * p * (g - (p * g).sum(1, keepdim=True)))
-        return result, None, None, None
+            out.copy_(slope(student, teacher, beta, entropy_weight, scale))
+        return result, None, None, None, None
+
+
+def _between_classes(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """The distance of each voxel."""
+    return (p - q).square_().sum(1)
+
+
+def _slope_of_classes(student, teacher, beta, entropy_weight, scale) -> torch.Tensor:
+    r"""With :math:`D = \lVert p - q \rVert^2` and :math:`E = e^{\beta H(p)} + e^{\beta H(q)}`, a voxel's loss has
+
+    .. math::
+        \frac{\partial L}{\partial z_c} = p_c \left(g_c - \sum_k p_k g_k\right), \qquad
+        g_c = \frac{2 (p_c - q_c)}{E} - \beta \left(\eta - \frac{D e^{\beta H(p)}}{E^2}\right) \ln p_c
+    """
+    log_p = torch.log_softmax(student, 1)
+    p = log_p.exp()
+    entropy = -(p * log_p).sum(1, keepdim=True)
+    q, teacher_entropy = softmax_and_entropy(teacher)
+    own = torch.exp(beta * entropy)
+    spread = own + torch.exp(beta * teacher_entropy)[:, None]
+    difference = p - q
+    distance = difference.square().sum(1, keepdim=True)
+    g = 2 * difference / spread - beta * (entropy_weight - distance * own / spread.square()) * log_p
+    return scale * p * (g - (p * g).sum(1, keepdim=True))
+
+
+def _of_regions(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sigmoid (B, R, voxels), and the mean (B, voxels) of its binary entropies."""
+    probabilities, entropies = softmax_and_entropy(as_two_classes(logits))
+    return probabilities[:, 1], entropies.mean(1)
+
+
+def _between_regions(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    return 2 * (p - q).square_().mean(1)
+
+
+def _slope_of_regions(student, teacher, beta, entropy_weight, scale) -> torch.Tensor:
+    r"""With D and E as above, and :math:`h'(z) = -p (1 - p) z` of a binary entropy, a voxel's loss has
+
+    .. math::
+        \frac{\partial L}{\partial z_r} = \frac{p_r (1 - p_r)}{R} \left[ \frac{4 (p_r - q_r)}{E}
+            - \beta \left(\eta - \frac{D e^{\beta H(p)}}{E^2}\right) z_r \right]
+    """
+    p, entropy = _of_regions(student)
+    q, teacher_entropy = _of_regions(teacher)
+    own = torch.exp(beta * entropy)
+    spread = own + torch.exp(beta * teacher_entropy)
+    of_entropy = beta * (entropy_weight - _between_regions(p, q) * own / spread.square())
+    g = 4 * (p - q) / spread[:, None] - of_entropy[:, None] * student
+    return scale / student.shape[1] * p * (1 - p) * g
 
 
 def _blocks(*volumes: torch.Tensor) -> Iterator[list[torch.Tensor]]:
@@ -119,11 +174,11 @@ def _blocks(*volumes: torch.Tensor) -> Iterator[list[torch.Tensor]]:
 
 
 class UnCLLoss(nn.Module):
-    """`uncl_loss` with a fixed β."""
+    """`uncl_loss` with a fixed β, of classes or regions."""
 
-    def __init__(self, beta: float) -> None:
+    def __init__(self, beta: float, sigmoid: bool = False) -> None:
         super().__init__()
-        self.beta = beta
+        self.beta, self.sigmoid = beta, sigmoid
 
     def forward(self, student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
-        return uncl_loss(student_logits, teacher_logits, self.beta)
+        return uncl_loss(student_logits, teacher_logits, self.beta, sigmoid=self.sigmoid)

@@ -46,5 +46,5 @@ class CPS(TwoStudents):
         return {"cross": self._cross(first, second)}, {"cross": self._cross(second, first)}, {}
 
     def _cross(self, own: StudentOutput, other: StudentOutput) -> torch.Tensor:
-        labels = other.logits[0].argmax(1)
+        labels = self.supervision.kind.labels(other.logits[0])
         return self.supervision.weighted_loss(own.logits, labels, torch.ones_like(labels, dtype=torch.float32))

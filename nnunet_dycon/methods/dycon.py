@@ -6,11 +6,11 @@ import torch
 from torch import nn
 
 from nnunet_dycon.batches import LabeledBatch, StudentOutput, UnlabeledBatch
-from nnunet_dycon.features import IGNORED_PATCH, FeatureStage, ProjectionHead, patch_labels, pool_to_patches
-from nnunet_dycon.losses import fecl_loss, fecl_released_loss, softmax_entropy, uncl_loss
+from nnunet_dycon.features import IGNORED_PATCH, FeatureStage, ProjectionHead, pool_to_patches
+from nnunet_dycon.label_kinds import LabelKind
+from nnunet_dycon.losses import fecl_loss, fecl_released_loss, uncl_loss
 from nnunet_dycon.methods.method import Method, Student, Supervision, Terms
 from nnunet_dycon.mixing import check_mixture, mixture
-from nnunet_dycon.monitoring import pseudo_label_monitors
 from nnunet_dycon.schedules import exponential_decay, sigmoid_rampup
 from nnunet_dycon.teacher import EMATeacher
 
@@ -62,26 +62,33 @@ class DyCONTerms:
             raise ValueError("FeCL needs a stage of the encoder to look at")
         return ProjectionHead(stage.channels, self.embedding_width).to(next(network.parameters()).device)
 
-    def patches(self, label_map: torch.Tensor, output: StudentOutput, ignore_label: int | None) -> torch.Tensor:
-        """The class of each patch of the features: (B, N) of a label map (B, *spatial)."""
-        return patch_labels(
-            label_map,
+    def patches(
+        self, kind: LabelKind, labels: torch.Tensor, known: torch.Tensor, output: StudentOutput
+    ) -> torch.Tensor:
+        """The class of each patch of the features, (B, N), by the labels of its voxels and where they are known."""
+        return kind.patches(
+            labels,
+            known,
             output.features.shape[2:],
             output.logits[0].shape[1],
             foreground_share=self.foreground_share,
             background_share=self.background_share,
-            ignore_label=ignore_label,
         )
 
     def contrast(
-        self, output: StudentOutput, embedding: torch.Tensor, other_embedding: torch.Tensor, patches: torch.Tensor
+        self,
+        kind: LabelKind,
+        output: StudentOutput,
+        embedding: torch.Tensor,
+        other_embedding: torch.Tensor,
+        patches: torch.Tensor,
     ) -> torch.Tensor:
         """FeCL of a student's embedding (B, N, D), with the hard negatives of another's."""
         return fecl_loss(
             embedding,
             patches,
             teacher_embedding=other_embedding,
-            anchor_entropy=pool_to_patches(softmax_entropy(output.logits[0].detach()), output.features.shape[2:]),
+            anchor_entropy=pool_to_patches(kind.voxel_entropy(output.logits[0].detach()), output.features.shape[2:]),
             temperature=self.temperature,
             gamma=self.gamma,
             top_k=self.top_k,
@@ -125,6 +132,10 @@ class DyCON(Method):
     UnCL compares student and teacher at full resolution. FeCL contrasts the patches of an encoder stage; a patch's
     class comes from the ground truth in the labeled half and from the teacher's prediction in the unlabeled half.
 
+    Of regions, a voxel's distance and entropy in UnCL are means over them, and a patch's class is the combination of
+    regions that fills most of its foreground (`nnunet_dycon.features.patch_codes`): nested regions make as many classes
+    as there are regions, and patches are alike only if all of their regions are.
+
     Deviations from the paper and the released code (commit 69c1384):
 
     - the released code takes the patch classes of unlabeled images from their ground truth. Here these never exist;
@@ -134,7 +145,8 @@ class DyCON(Method):
     - patches are classed by the area of their foreground, with a band that is ignored; the release looks at the
       central 2×2×2 voxels of each cell;
     - an anchor's entropy is the mean over its cell of the entropy of the student's softmax. The paper's "gambling
-      softmax" is equal to a softmax.
+      softmax" is equal to a softmax;
+    - neither paper nor code knows regions.
 
     Args:
         network: the student's network.
@@ -166,13 +178,15 @@ class DyCON(Method):
         unlabeled: UnlabeledBatch,
         progress: float,
     ) -> Terms:
-        settings = self.settings
+        settings, kind = self.settings, self.supervision.kind
         half, strong = len(labeled), unlabeled.strong
         teacher = self.teacher(torch.cat([labeled.weak, unlabeled.weak]))
         mix = mixture(settings.mixing, half, len(strong), strong.shape[2:], strong.device, settings.box)
         output = student(mix(labeled.strong, strong))
-        # The class of each voxel: ground truth where a labeled image shows, else the teacher's.
-        label_map = mix(labeled.target.long(), teacher.logits[0][half:].argmax(1))
+        # The labels of each voxel: ground truth where a labeled image shows, else the teacher's.
+        truth, known = kind.truth(labeled)
+        pseudo = kind.labels(teacher.logits[0][half:])
+        labels, known = mix(truth, pseudo), mix(known, torch.ones_like(pseudo, dtype=torch.bool))
 
         supervised = self.supervised(output, labeled, mix)
         terms, weighted = {"supervised": supervised}, []
@@ -180,17 +194,23 @@ class DyCON(Method):
         if settings.uncl_weight != 0:
             beta = monitors["beta"] = settings.beta(progress)
             teacher_logits = mix(teacher.logits[0][:half], teacher.logits[0][half:])
-            terms["uncl"] = uncl_loss(output.logits[0], teacher_logits, beta, entropy_weight=settings.entropy_weight)
+            terms["uncl"] = uncl_loss(
+                output.logits[0],
+                teacher_logits,
+                beta,
+                entropy_weight=settings.entropy_weight,
+                sigmoid=kind.sigmoid,
+            )
             weighted.append(settings.uncl_weight * terms["uncl"])
         if self.uses_features:
-            patches = settings.patches(label_map, output, self.supervision.ignore_label)
+            patches = settings.patches(kind, labels, known, output)
             on_grid = mix.on_grid(output.features.shape[2:])
             teacher_features = on_grid(teacher.features[:half], teacher.features[half:])
             terms["fecl"] = self._contrast(output, teacher_features, patches, half, progress)
             weighted.append(settings.fecl_weight * terms["fecl"])
             monitors["ignored_patches"] = (patches == IGNORED_PATCH).float().mean()
         ramp = monitors["ramp"] = sigmoid_rampup(progress, end=settings.rampup)
-        monitors |= pseudo_label_monitors(output.logits[0].argmax(1), label_map, ~mix.truth)
+        monitors |= kind.monitors(kind.labels(output.logits[0]), labels, ~mix.truth)
         return {"loss": supervised + ramp * sum(weighted), **terms, **monitors}
 
     def _contrast(
@@ -207,4 +227,4 @@ class DyCON(Method):
                 gamma=settings.gamma,
                 cross_threshold=0.3 + 0.2 * sigmoid_rampup(progress),  # the release's, over all of its training
             )
-        return settings.contrast(output, embedding, teacher_embedding, patches)
+        return settings.contrast(self.supervision.kind, output, embedding, teacher_embedding, patches)

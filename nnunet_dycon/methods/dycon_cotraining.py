@@ -47,24 +47,32 @@ class DyCONCoTraining(TwoStudents):
     def lessons(
         self, first: StudentOutput, second: StudentOutput, labeled: LabeledBatch, progress: float
     ) -> tuple[Terms, Terms, Terms]:
-        settings, half = self.settings, len(labeled)
+        settings, kind, half = self.settings, self.supervision.kind, len(labeled)
         of_first: Terms = {}
         of_second: Terms = {}
         monitors: Terms = {}
         if settings.uncl_weight != 0:
             beta = monitors["beta"] = settings.beta(progress)
             for terms, (own, other) in zip((of_first, of_second), each_with_the_other(first, second)):
-                terms["uncl"] = uncl_loss(own.logits[0], other.logits[0], beta, entropy_weight=settings.entropy_weight)
+                terms["uncl"] = uncl_loss(
+                    own.logits[0],
+                    other.logits[0],
+                    beta,
+                    entropy_weight=settings.entropy_weight,
+                    sigmoid=kind.sigmoid,
+                )
         if self.head is not None:
             ignored = []
+            truth, known = kind.truth(labeled)
             # One call for both: DDP would synchronise the gradients of each.
             embeddings = self.head(torch.cat([first.features, second.features])).chunk(2)
             for terms, (own, other), (embedding, of_other) in zip(
                 (of_first, of_second), each_with_the_other(first, second), (embeddings, embeddings[::-1])
             ):
-                label_map = torch.cat([labeled.target.long(), other.logits[0][half:].argmax(1)])
-                patches = settings.patches(label_map, own, self.supervision.ignore_label)
-                terms["fecl"] = settings.contrast(own, embedding, of_other, patches)
+                pseudo = kind.labels(other.logits[0][half:])
+                everywhere = torch.cat([known, torch.ones_like(pseudo, dtype=torch.bool)])
+                patches = settings.patches(kind, torch.cat([truth, pseudo]), everywhere, own)
+                terms["fecl"] = settings.contrast(kind, own, embedding, of_other, patches)
                 ignored.append((patches == IGNORED_PATCH).float().mean())
             monitors["ignored_patches"] = torch.stack(ignored).mean()
         return of_first, of_second, monitors

@@ -6,9 +6,8 @@ import torch
 from torch import nn
 
 from nnunet_dycon.batches import LabeledBatch, UnlabeledBatch
-from nnunet_dycon.losses import softmax_mse_loss
+from nnunet_dycon.losses import consistency_loss
 from nnunet_dycon.methods.method import Method, Student, Supervision, Terms
-from nnunet_dycon.monitoring import pseudo_label_monitors
 from nnunet_dycon.schedules import sigmoid_rampup
 from nnunet_dycon.teacher import EMATeacher
 
@@ -53,16 +52,17 @@ class MeanTeacher(Method):
         unlabeled: UnlabeledBatch,
         progress: float,
     ) -> Terms:
+        kind = self.supervision.kind
         teacher = self.teacher(unlabeled.weak)
         output = student(torch.cat([labeled.strong, unlabeled.strong]))
         supervised = self.supervised(output, labeled)
         unlabeled_logits = output.logits[0][len(labeled) :]
-        consistency = softmax_mse_loss(unlabeled_logits, teacher.logits[0])
+        consistency = consistency_loss(unlabeled_logits, teacher.logits[0], sigmoid=kind.sigmoid)
         ramp = sigmoid_rampup(progress, end=self.settings.rampup)
         return {
             "loss": supervised + ramp * self.settings.consistency_weight * consistency,
             "supervised": supervised,
             "consistency": consistency,
             "ramp": ramp,
-            **pseudo_label_monitors(unlabeled_logits.argmax(1), teacher.logits[0].argmax(1)),
+            **kind.monitors(kind.labels(unlabeled_logits), kind.labels(teacher.logits[0])),
         }

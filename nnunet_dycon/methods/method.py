@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from nnunet_dycon.batches import LabeledBatch, StudentOutput, Targets, UnlabeledBatch
-from nnunet_dycon.losses import WeightedDiceCELoss
+from nnunet_dycon.label_kinds import Classes, LabelKind
+from nnunet_dycon.losses import WeightedDiceBCELoss, WeightedDiceCELoss
 from nnunet_dycon.mixing import Mixture
 from nnunet_dycon.teacher import EMATeacher
 
@@ -21,13 +22,13 @@ class Supervision:
 
     Attributes:
         loss: nnU-Net's, of logits (highest resolution first) and targets.
-        weighted_loss: the same for labels that are not equally good, with a weight for each voxel.
-        ignore_label: nnU-Net's ignore label, if the data set has one.
+        weighted_loss: the same for labels that are not equally good, with a weight for each.
+        kind: what labels are: classes, or regions.
     """
 
     loss: Callable[[list[torch.Tensor], Targets], torch.Tensor]
-    weighted_loss: WeightedDiceCELoss
-    ignore_label: int | None = None
+    weighted_loss: WeightedDiceCELoss | WeightedDiceBCELoss
+    kind: LabelKind = Classes()  # noqa: RUF009 (it is frozen)
 
 
 class Method(nn.Module):
@@ -58,7 +59,7 @@ class Method(nn.Module):
         """The loss on ground truth: of the labeled half, the first in the batch, or wherever ``mix`` shows it."""
         if mix is None or not mix.cuts_labeled:
             return self.supervision.loss(output[: len(labeled)].logits, labeled.targets)
-        target, known = labeled.known(self.supervision.ignore_label)
+        target, known = self.supervision.kind.truth(labeled)
         return self.supervision.weighted_loss(output.logits, mix.only_labeled(target), mix.only_labeled(known.float()))
 
     def label(self, images: torch.Tensor) -> torch.Tensor:

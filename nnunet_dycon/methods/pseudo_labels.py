@@ -6,10 +6,8 @@ import torch
 from torch import nn
 
 from nnunet_dycon.batches import LabeledBatch, UnlabeledBatch
-from nnunet_dycon.losses import softmax_entropy
 from nnunet_dycon.methods.method import Method, Student, Supervision, Terms
 from nnunet_dycon.mixing import check_mixture, mixture
-from nnunet_dycon.monitoring import pseudo_label_monitors
 from nnunet_dycon.schedules import exponential_decay, sigmoid_rampup
 from nnunet_dycon.teacher import EMATeacher
 
@@ -48,7 +46,8 @@ class PseudoLabels(Method):
     .. math:: L = L_{sup}(\text{ground truth}) + r(t)\, w\, \bar{\omega}\, L_{\omega}(\text{pseudo-labels})
 
     with nnU-Net's loss L, weighted voxel by voxel with ω, whose mean over the unlabeled voxels keeps the loss small
-    where few labels are trusted.
+    where few labels are trusted. Of regions, each has a label and a ω of its own in a voxel, by its own probability and
+    entropy.
 
     Args:
         network: the student's network.
@@ -64,23 +63,24 @@ class PseudoLabels(Method):
         self.teacher = EMATeacher(network, decay=settings.ema_decay)
 
     def forward(self, student: Student, labeled: LabeledBatch, unlabeled: UnlabeledBatch, progress: float) -> Terms:
-        settings = self.settings
+        settings, kind = self.settings, self.supervision.kind
         monitors: Terms = {}
         teacher = self.teacher(unlabeled.weak).logits[0]
-        confidence, labels = teacher.float().softmax(1).max(1)
+        labels, confidence = kind.confident_labels(teacher)
         trust = (confidence >= settings.confidence).float()
         if settings.beta_start > 0:
             beta = monitors["beta"] = exponential_decay(progress, settings.beta_start, settings.beta_end)
-            trust = trust * torch.exp(-beta * softmax_entropy(teacher))
+            trust = trust * torch.exp(-beta * kind.entropy(teacher))
 
         strong = unlabeled.strong
         mix = mixture(settings.mixing, len(labeled), len(strong), strong.shape[2:], strong.device, settings.box)
         output = student(mix(labeled.strong, strong))
         supervised = self.supervised(output, labeled, mix)
         labels, trust = mix.only_unlabeled(labels), mix.only_unlabeled(trust)
-        share = trust.sum() / (~mix.truth).sum()
+        each_voxel = trust.numel() // mix.truth.numel()  # labels: one, or one of each region
+        share = trust.sum() / (each_voxel * (~mix.truth).sum())
         pseudo = share * self.supervision.weighted_loss(output.logits, labels, trust)
         ramp = monitors["ramp"] = sigmoid_rampup(progress, end=settings.rampup)
         loss = supervised + ramp * settings.weight * pseudo
-        monitors |= pseudo_label_monitors(output.logits[0].argmax(1), labels, ~mix.truth)
+        monitors |= kind.monitors(kind.labels(output.logits[0]), labels, ~mix.truth)
         return {"loss": loss, "supervised": supervised, "pseudo": pseudo, **monitors}

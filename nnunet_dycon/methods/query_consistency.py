@@ -6,9 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from nnunet_dycon.batches import LabeledBatch, Targets, UnlabeledBatch
-from nnunet_dycon.losses import query_consistency_loss, query_distribution_loss, softmax_mse_loss
+from nnunet_dycon.losses import consistency_loss, query_consistency_loss, query_distribution_loss
 from nnunet_dycon.methods.method import Method, Student, Supervision, Terms
-from nnunet_dycon.monitoring import pseudo_label_monitors
 from nnunet_dycon.schedules import sigmoid_rampup
 
 
@@ -71,14 +70,14 @@ class QueryConsistency(Method):
         unlabeled: UnlabeledBatch,
         progress: float,
     ) -> Terms:
-        settings, with_label = self.settings, 2 * len(labeled)
+        settings, kind, with_label = self.settings, self.supervision.kind, 2 * len(labeled)
         output = student(torch.cat([labeled.weak, labeled.strong, unlabeled.weak, unlabeled.strong]))
         of_labeled, targets = output[:with_label], _twice(labeled.targets)
         weak, strong = output[with_label : with_label + len(unlabeled)], output[with_label + len(unlabeled) :]
 
         supervised = self.supervision.loss(of_labeled.logits, targets)
         query = self._query_loss(of_labeled.queries, targets)
-        segmentation_consistency = softmax_mse_loss(strong.logits[0], weak.logits[0])
+        segmentation_consistency = consistency_loss(strong.logits[0], weak.logits[0], sigmoid=kind.sigmoid)
         query_consistency = query_consistency_loss(strong.queries[0], weak.queries[0])
         ramp = sigmoid_rampup(progress, end=settings.rampup)
         consistency = (
@@ -92,14 +91,15 @@ class QueryConsistency(Method):
             "segmentation_consistency": segmentation_consistency,
             "query_consistency": query_consistency,
             "ramp": ramp,
-            **pseudo_label_monitors(strong.logits[0].argmax(1), weak.logits[0].argmax(1), agreement="views_dice"),
+            **kind.monitors(kind.labels(strong.logits[0]), kind.labels(weak.logits[0]), agreement="views_dice"),
         }
 
     def _query_loss(self, queries: Sequence[torch.Tensor], targets: Targets) -> torch.Tensor:
         """At all resolutions, halved from each to the next: none is left out, or its queries would not be trained."""
+        kind = self.supervision.kind
         levels = targets if isinstance(targets, list) else [targets]
         losses = [
-            query_distribution_loss(level, target[:, 0], ignore_label=self.supervision.ignore_label)
+            query_distribution_loss(level, *kind.split(target), sigmoid=kind.sigmoid)
             for level, target in zip(queries, levels, strict=True)
         ]
         weights = [0.5**level for level in range(len(losses))]

@@ -9,7 +9,6 @@ from torch import nn
 from nnunet_dycon.batches import LabeledBatch, StudentOutput, UnlabeledBatch
 from nnunet_dycon.features import FeatureStage, FeatureTap
 from nnunet_dycon.methods.method import Method, Student, Supervision, Terms
-from nnunet_dycon.monitoring import pseudo_label_monitors
 from nnunet_dycon.schedules import sigmoid_rampup
 from nnunet_dycon.teacher import unwrap
 
@@ -78,13 +77,14 @@ class TwoStudents(Method):
             for name, value in {"supervised": self.supervised(output, labeled), **lessons}.items():
                 loss = loss + weights[name] * value
                 named[name + ending] = value
-        labels, other_labels = (output.logits[0][len(labeled) :].argmax(1) for output in (first, second))
+        kind = self.supervision.kind
+        labels, other_labels = (kind.labels(output.logits[0][len(labeled) :]) for output in (first, second))
         return {
             "loss": loss,
             **named,
             "ramp": ramp,
             **monitors,
-            **pseudo_label_monitors(labels, other_labels, agreement="students_dice"),
+            **kind.monitors(labels, other_labels, agreement="students_dice"),
         }
 
     @torch.no_grad()

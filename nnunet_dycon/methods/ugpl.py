@@ -7,6 +7,7 @@ from torch import nn
 
 from nnunet_dycon.batches import LabeledBatch, StudentOutput
 from nnunet_dycon.features import DrawnVoxels, FeatureStage, draw_voxels
+from nnunet_dycon.label_kinds import Exclusive
 from nnunet_dycon.losses import (
     class_prototypes,
     entropy_filtered_loss,
@@ -79,7 +80,9 @@ class UGPL(TwoStudents):
     - networks are nnU-Net's from the plans, plain and residual, instead of a V-Net and a ResNet-34;
     - prototypes are of both halves; uncertain voxels are drawn in equal numbers from each class, there 1 % of all;
     - the kept share grows from the release's 20 % to 80 %; what is learned without labels is ramped up as one;
-    - the release's cosine consistency is left out: the divergence does the same.
+    - the release's cosine consistency is left out: the divergence does the same;
+    - it knows no regions. Here each is filtered alone, and has two prototypes, inside and outside, to which its own
+      uncertain voxels are pulled; the contrast is the mean over regions.
 
     Args:
         supervision: how to learn from labels.
@@ -108,38 +111,47 @@ class UGPL(TwoStudents):
     def lessons(
         self, first: StudentOutput, second: StudentOutput, labeled: LabeledBatch, progress: float
     ) -> tuple[Terms, Terms, Terms]:
-        settings, half = self.settings, len(labeled)
-        target, known = labeled.known(self.supervision.ignore_label)
+        settings, kind, half = self.settings, self.supervision.kind, len(labeled)
+        target, known = kind.truth(labeled)
         kept = linear(progress, settings.kept_start, settings.kept_end)
-        labels, reliable = reliable_labels(first.logits[0][half:], second.logits[0][half:], kept)
-        everywhere = torch.cat([target, labels]), torch.cat([known, reliable])
+        labels, reliable = reliable_labels(first.logits[0][half:], second.logits[0][half:], kept, sigmoid=kind.sigmoid)
+        channels = first.logits[0].shape[1]
+        everywhere = list(kind.exclusive(torch.cat([target, labels]), torch.cat([known, reliable]), channels))
         # The same voxels for both students.
-        drawn = draw_voxels(labels, ~reliable, settings.contrast_voxels, first.logits[0].shape[1])
+        drawn = [
+            draw_voxels(*uncertain[:2], settings.contrast_voxels, uncertain.classes)
+            for uncertain in kind.exclusive(labels, ~reliable, channels)
+        ]
 
         def learned(own: StudentOutput, other: StudentOutput) -> Terms:
             logits, others = own.logits[0], other.logits[0]
             terms: Terms = {}
             if settings.mistake_weight != 0:
                 terms["mistake"] = mistake_region_loss(
-                    logits[:half], others[:half], target, known, confidence=settings.confidence
+                    logits[:half], others[:half], target, known, confidence=settings.confidence, sigmoid=kind.sigmoid
                 )
             if settings.cross_weight != 0:
-                terms["cross"] = rectified_cross_pseudo_loss(logits, others)
+                terms["cross"] = rectified_cross_pseudo_loss(logits, others, sigmoid=kind.sigmoid)
             if settings.filtered_weight != 0:
-                terms["filtered"] = entropy_filtered_loss(logits[half:], labels, reliable)
+                terms["filtered"] = entropy_filtered_loss(logits[half:], labels, reliable, sigmoid=kind.sigmoid)
             if self.uses_features:
-                terms["contrast"] = self._contrast(own, *everywhere, drawn, half)
+                terms["contrast"] = self._contrast(own, everywhere, drawn, half)
             return terms
 
         of_first, of_second = (learned(own, other) for own, other in each_with_the_other(first, second))
         return of_first, of_second, {"kept_share": reliable.float().mean()}
 
     def _contrast(
-        self, own: StudentOutput, labels: torch.Tensor, reliable: torch.Tensor, drawn: DrawnVoxels, half: int
+        self, own: StudentOutput, everywhere: list[Exclusive], drawn: list[DrawnVoxels], half: int
     ) -> torch.Tensor:
         """Of the voxels drawn in the unlabeled images, with prototypes of both halves."""
-        prototypes, present = class_prototypes(own.features, labels, reliable, own.logits[0].shape[1])
-        anchors = drawn.of(own.features[half:])
-        return prototype_contrast_loss(
-            anchors, drawn.labels, prototypes, present, drawn.valid, temperature=self.settings.temperature
-        )
+        losses = []
+        for (labels, reliable, classes), voxels in zip(everywhere, drawn):
+            prototypes, present = class_prototypes(own.features, labels, reliable, classes)
+            anchors = voxels.of(own.features[half:])
+            losses.append(
+                prototype_contrast_loss(
+                    anchors, voxels.labels, prototypes, present, voxels.valid, temperature=self.settings.temperature
+                )
+            )
+        return torch.stack(losses).mean()

@@ -60,7 +60,7 @@ def test_batches_have_their_shapes_and_cases(make_loader):
     assert labeled.weak.shape == labeled.strong.shape == (2, 1, *PATCH)
     assert unlabeled.weak.shape == unlabeled.strong.shape == (3, 1, *PATCH)
     assert [target.shape for target in labeled.targets] == [(2, 1, *PATCH), (2, 1, 8, 12, 12)]
-    assert labeled.target.shape == (2, *PATCH)
+    assert labeled.full_resolution.shape == (2, 1, *PATCH)
     assert set(labeled.keys) <= set(LABELED)
     assert set(unlabeled.keys) <= set(UNLABELED)
     assert (len(labeled), len(unlabeled)) == (2, 3)

@@ -3,25 +3,25 @@
 import pytest
 import torch
 
-from nnunet_dycon.losses import softmax_mse_loss
+from nnunet_dycon.losses import consistency_loss
 
 
 def test_equals_the_definition():
     student, teacher = torch.randn(2, 3, 4, 5, dtype=torch.float64), torch.randn(2, 3, 4, 5, dtype=torch.float64)
     expected = sum((a - b) ** 2 for a, b in zip(student.softmax(1).flatten(), teacher.softmax(1).flatten())) / 120
-    torch.testing.assert_close(softmax_mse_loss(student, teacher), expected)
+    torch.testing.assert_close(consistency_loss(student, teacher), expected)
 
 
 def test_gradient_reaches_the_student_and_never_the_teacher():
     student, teacher = torch.randn(1, 2, 4, requires_grad=True), torch.randn(1, 2, 4, requires_grad=True)
-    softmax_mse_loss(student, teacher).backward()
+    consistency_loss(student, teacher).backward()
     assert student.grad.abs().min() > 0
     assert teacher.grad is None
 
 
 def test_half_precision_with_extreme_logits_is_finite():
     student = torch.tensor([[[1e4, -1e4], [-1e4, 1e4]]], dtype=torch.float16, requires_grad=True)
-    loss = softmax_mse_loss(student, -student.detach())
+    loss = consistency_loss(student, -student.detach())
     loss.backward()
     assert loss.item() == 1.0
     assert torch.isfinite(student.grad).all()
@@ -29,4 +29,4 @@ def test_half_precision_with_extreme_logits_is_finite():
 
 def test_different_shapes_are_refused():
     with pytest.raises(ValueError, match="same shape"):
-        softmax_mse_loss(torch.zeros(1, 2, 3), torch.zeros(1, 2, 4))
+        consistency_loss(torch.zeros(1, 2, 3), torch.zeros(1, 2, 4))

@@ -70,9 +70,10 @@ def test_query_loss_equals_the_equation(shape):
     assert query_distribution_loss(volume, target).item() == pytest.approx(expected, rel=1e-9)
     assert QueryDistributionLoss()(volume, target).item() == pytest.approx(expected, rel=1e-9)
     target[0, 0] = 7
-    ours = query_distribution_loss(volume, target, ignore_label=7)
+    known = target != 7
+    ours = query_distribution_loss(volume, target, known)
     assert ours.item() == pytest.approx(distribution_loss(volume, target, ignored=7), rel=1e-9)
-    assert QueryDistributionLoss(7)(volume, target) == ours
+    assert QueryDistributionLoss()(volume, target, known) == ours
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -101,7 +102,7 @@ def test_labels_and_logits_stay_as_they_are():
     """The released code sets labels above 2 to 2, in the batch that the next loss reads."""
     volume, target = logits(2, 4, 3, 3), labels(2, 3, 3, classes=4)
     copies = volume.clone(), target.clone()
-    query_distribution_loss(volume, target, ignore_label=1)
+    query_distribution_loss(volume, target, target != 1)
     query_consistency_loss(volume, volume)
     assert torch.equal(volume, copies[0])
     assert torch.equal(target, copies[1])
@@ -151,14 +152,14 @@ def test_autocast_does_not_lower_the_precision():
 
 def test_without_a_labeled_voxel_the_loss_is_a_differentiable_0():
     volume = logits(1, 2, 4).requires_grad_()
-    loss = query_distribution_loss(volume, torch.full((1, 4), 2), ignore_label=2)
+    loss = query_distribution_loss(volume, torch.full((1, 4), 2), torch.zeros(1, 4, dtype=torch.bool))
     loss.backward()
     assert loss == 0
     assert not volume.grad.any()
 
 
 def test_wrong_shapes_are_named():
-    with pytest.raises(ValueError, match=r"target \(B, \*spatial\), got \(1, 2, 3\) and \(1, 4\)"):
+    with pytest.raises(ValueError, match=r"target \(B, \*spatial\), or of regions .*, got \(1, 2, 3\) and \(1, 4\)"):
         query_distribution_loss(torch.zeros(1, 2, 3), torch.zeros(1, 4))
     with pytest.raises(ValueError, match="must have the same shape"):
         query_consistency_loss(torch.zeros(1, 2, 3), torch.zeros(1, 2, 4))
