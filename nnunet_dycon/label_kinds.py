@@ -16,7 +16,7 @@ from nnunet_dycon.features import patch_codes, patch_labels
 from nnunet_dycon.losses import WeightedDiceBCELoss, WeightedDiceCELoss, sigmoid_entropy, softmax_entropy
 from nnunet_dycon.monitoring import AGREEMENT, pseudo_label_monitors, pseudo_region_monitors
 
-MOST_REGIONS = 62  # whose combinations a 64 bit integer can tell apart
+_BITS = 62  # of an integer, even; half of them are enough to number all voxels of a batch
 
 
 class Exclusive(NamedTuple):
@@ -251,22 +251,24 @@ class Regions(LabelKind):
 def region_codes(labels: torch.Tensor) -> torch.Tensor:
     """The combination of regions that each voxel is in, as an integer: bit r is set inside of region r.
 
+    More regions than an integer has bits are told apart as well: then the combinations that there are of the first ones
+    get new numbers, by their order, to make room for the last ones.
+
     Args:
         labels: (B, R, *spatial), boolean.
 
     Returns:
         (B, *spatial), 0 for the background.
 
-    Raises:
-        ValueError: there are more than `MOST_REGIONS` regions.
-
     >>> region_codes(torch.tensor([[[False, True, True], [False, False, True]]]))  # two regions, three voxels
     tensor([[0, 1, 3]])
     """
-    regions = labels.shape[1]
-    if regions > MOST_REGIONS:
-        raise ValueError(f"combinations of at most {MOST_REGIONS} regions can be told apart, got {regions}")
-    codes = labels.new_zeros((len(labels), *labels.shape[2:]), dtype=torch.long)
-    for region in range(regions):
-        codes |= labels[:, region].long() << region
+    first, codes = 0, labels.new_zeros((len(labels), *labels.shape[2:]), dtype=torch.long)
+    if labels.shape[1] > _BITS:
+        first = labels.shape[1] - _BITS // 2
+        codes = region_codes(labels[:, :first])
+        background = codes.new_zeros(1)  # which keeps the number 0
+        codes = torch.cat([background, codes.flatten()]).unique(return_inverse=True)[1][1:].view_as(codes) << _BITS // 2
+    for bit, inside in enumerate(labels[:, first:].unbind(1)):
+        codes = codes | inside.long() << bit
     return codes

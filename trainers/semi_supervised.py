@@ -30,7 +30,7 @@ from nnunet_dycon.environment import require_nnunet
 from nnunet_dycon.errors import NotSupported, UserError, ends_in_one_line, explained
 from nnunet_dycon.features import FeatureStage, FeatureTap, nearest_stage
 from nnunet_dycon.files import require_writable
-from nnunet_dycon.label_kinds import MOST_REGIONS, Classes, Regions
+from nnunet_dycon.label_kinds import Classes, Regions
 from nnunet_dycon.methods import Method, Supervision
 from nnunet_dycon.monitoring import SECONDS, StepTimer, append_epoch, mean_of_finite, terms_of_loss
 from nnunet_dycon.pictures import draw_progress
@@ -107,12 +107,6 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             raise NotSupported(
                 f"{cls.__name__} cannot train {configuration}: in a cascade each case needs the previous stage's "
                 "prediction, which unlabeled cases do not have. Train 3d_fullres or 3d_lowres instead."
-            )
-        labels = manager.get_label_manager(dataset_json)
-        if labels.has_regions and labels.num_segmentation_heads > MOST_REGIONS:
-            raise NotSupported(
-                f"{cls.__name__} cannot train on {labels.num_segmentation_heads} regions: it can tell combinations of "
-                f"at most {MOST_REGIONS} apart. Leave some out of dataset.json."
             )
 
     def build_method(self, network: nn.Module, supervision: Supervision) -> Method:

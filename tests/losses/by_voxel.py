@@ -29,3 +29,25 @@ def some_logits(*shape: int, seed: int = 0, dtype=torch.float64) -> torch.Tensor
 
 def some_labels(*shape: int, classes: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(classes, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def sigmoid(value: float) -> float:
+    return 1 / (1 + math.exp(-value))
+
+
+def regions(logits: torch.Tensor) -> Iterator[list[float]]:
+    """The sigmoid of each region in each voxel of (B, R, *spatial), image by image."""
+    for image in logits.detach().double():
+        for values in image.flatten(1).T.tolist():
+            yield [sigmoid(value) for value in values]
+
+
+def of_regions(labels: torch.Tensor) -> Iterator[list]:
+    """The labels (B, R, *spatial) in the same order."""
+    for image in labels:
+        yield from image.flatten(1).T.tolist()
+
+
+def as_classes(logits: torch.Tensor) -> torch.Tensor:
+    """One region, (B, 1, *spatial), as two classes."""
+    return torch.cat([torch.zeros_like(logits), logits], 1)

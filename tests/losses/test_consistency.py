@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from nnunet_dycon.losses import consistency_loss
+from tests.losses.by_voxel import as_classes, regions, some_logits
 
 
 def test_equals_the_definition():
@@ -30,3 +31,18 @@ def test_half_precision_with_extreme_logits_is_finite():
 def test_different_shapes_are_refused():
     with pytest.raises(ValueError, match="same shape"):
         consistency_loss(torch.zeros(1, 2, 3), torch.zeros(1, 2, 4))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 5), (2, 3, 4, 3)])
+def test_of_regions_equals_the_definition(shape):
+    student, teacher = some_logits(*shape), some_logits(*shape, seed=1)
+    pairs = [pair for voxels in zip(regions(student), regions(teacher)) for pair in zip(*voxels)]
+    expected = sum((p - q) ** 2 for p, q in pairs) / len(pairs)
+    assert consistency_loss(student, teacher, sigmoid=True).item() == pytest.approx(expected, rel=1e-12)
+    assert torch.autograd.gradcheck(lambda x: consistency_loss(x, teacher, sigmoid=True), student.requires_grad_())
+
+
+def test_one_region_is_two_classes():
+    student, teacher = some_logits(2, 1, 4), some_logits(2, 1, 4, seed=1)
+    of_region = consistency_loss(student, teacher, sigmoid=True)
+    torch.testing.assert_close(of_region, consistency_loss(as_classes(student), as_classes(teacher)))

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nnunet_dycon.losses import rectified_cross_pseudo_loss
-from tests.losses.by_voxel import some_logits, voxels
+from tests.losses.by_voxel import as_classes, regions, some_logits, voxels
 
 SHAPES = [(1, 2, 5), (2, 3, 4, 3), (3, 4, 2, 3, 2)]
 
@@ -38,9 +38,32 @@ def test_equals_the_equation(shape):
     assert rectified_cross_pseudo_loss(logits, other).item() == pytest.approx(by_voxels(logits, other), rel=1e-9)
 
 
-def test_gradient_is_that_of_the_value():
+def by_regions(logits: torch.Tensor, other: torch.Tensor) -> float:
+    each = []
+    for voxel in zip(regions(logits), regions(other)):
+        for p, q in zip(*voxel):
+            divergence = q * math.log(q / p) + (1 - q) * math.log((1 - q) / (1 - p))
+            each.append(math.exp(-divergence) * -math.log(p if q > 0.5 else 1 - p) + divergence)
+    return sum(each) / len(each)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 5), *SHAPES])
+def test_equals_the_equation_of_regions(shape):
+    logits, other = some_logits(*shape), some_logits(*shape, seed=1)
+    ours = rectified_cross_pseudo_loss(logits, other, sigmoid=True)
+    assert ours.item() == pytest.approx(by_regions(logits, other), rel=1e-9)
+
+
+def test_one_region_is_two_classes():
+    logits, other = some_logits(2, 1, 4), some_logits(2, 1, 4, seed=1)
+    of_region = rectified_cross_pseudo_loss(logits, other, sigmoid=True)
+    torch.testing.assert_close(of_region, rectified_cross_pseudo_loss(as_classes(logits), as_classes(other)))
+
+
+@pytest.mark.parametrize("sigmoid", [False, True])
+def test_gradient_is_that_of_the_value(sigmoid):
     logits, other = some_logits(2, 3, 2, 2).requires_grad_(), some_logits(2, 3, 2, 2, seed=1)
-    assert torch.autograd.gradcheck(lambda x: rectified_cross_pseudo_loss(x, other), logits)
+    assert torch.autograd.gradcheck(lambda x: rectified_cross_pseudo_loss(x, other, sigmoid=sigmoid), logits)
 
 
 def test_gradient_reaches_the_one_that_learns_and_never_the_other():
@@ -74,9 +97,11 @@ def test_agreement_leaves_the_cross_entropy():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("scale", [1.0, 1e4])
-def test_extreme_logits_stay_finite(dtype, scale):
+@pytest.mark.parametrize("sigmoid", [False, True])
+def test_extreme_logits_stay_finite(dtype, scale, sigmoid):
     logits = (torch.sign(some_logits(2, 3, 4)) * scale).to(dtype).requires_grad_()
-    loss = rectified_cross_pseudo_loss(logits, (torch.sign(some_logits(2, 3, 4, seed=1)) * scale).to(dtype))
+    other = (torch.sign(some_logits(2, 3, 4, seed=1)) * scale).to(dtype)
+    loss = rectified_cross_pseudo_loss(logits, other, sigmoid=sigmoid)
     loss.backward()
     assert loss.dtype == torch.float32
     assert loss.isfinite()

@@ -1,15 +1,22 @@
-"""The weighted loss equals nnU-Net's where nnU-Net has one, and its equation elsewhere."""
+"""The weighted losses equal nnU-Net's where nnU-Net has one, and their equations elsewhere."""
 
 import math
 
 import pytest
 import torch
 from batchgeneratorsv2.transforms.utils.deep_supervision_downsampling import DownsampleSegForDSTransform
-from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
+from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss, DC_and_CE_loss
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 
-from nnunet_dycon.losses import WeightedDiceCELoss, weighted_dice_ce_loss
+from nnunet_dycon.label_kinds import Classes, Regions
+from nnunet_dycon.losses import (
+    WeightedDiceBCELoss,
+    WeightedDiceCELoss,
+    weighted_dice_bce_loss,
+    weighted_dice_ce_loss,
+)
+from tests.losses.by_voxel import as_classes
 
 SHAPE = (2, 6, 8, 4)
 
@@ -127,3 +134,116 @@ def test_shapes_that_do_not_fit_are_named(case):
         weighted_dice_ce_loss(logits, target[:, None], weight)
     with pytest.raises(ValueError, match="zip"):
         WeightedDiceCELoss((0.5, 0.5))([logits], target, weight)
+
+
+REGIONS = (2, 3, *SHAPE[1:])
+
+
+def nnunets_loss_of_regions(batch_dice=False, ignore=False):
+    dice = {"batch_dice": batch_dice, "smooth": 1e-5, "do_bg": True, "ddp": False}
+    return DC_and_BCE_loss({}, dice, use_ignore_label=ignore, dice_class=MemoryEfficientSoftDiceLoss)
+
+
+@pytest.fixture
+def regions():
+    torch.manual_seed(0)
+    logits = torch.randn(REGIONS, dtype=torch.float64)
+    return logits, torch.rand(REGIONS) > 0.6, torch.rand(REGIONS, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("batch_dice", [False, True])
+def test_of_regions_without_weights_it_is_nnunets(regions, batch_dice):
+    logits, target, _ = regions
+    loss = weighted_dice_bce_loss(logits, target, torch.ones(REGIONS), batch_dice=batch_dice)
+    assert loss.item() == pytest.approx(nnunets_loss_of_regions(batch_dice)(logits, target).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("batch_dice", [False, True])
+@pytest.mark.parametrize("share", [0.0, 0.4], ids=["none ignored", "some ignored"])
+def test_of_regions_a_weight_of_nothing_is_nnunets_ignore_label(regions, batch_dice, share):
+    """With an ignore label, nnU-Net sums the cross-entropy over regions, whether or not a voxel has it."""
+    logits, target, weight = regions
+    ignored = weight[:, :1] < share
+    with_ignored = torch.cat([target, ignored], 1)
+    expected = nnunets_loss_of_regions(batch_dice, ignore=True)(logits, with_ignored)
+    known = (~ignored).double().expand(REGIONS)
+    loss = weighted_dice_bce_loss(logits, target, known, batch_dice=batch_dice, summed=True)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)  # nnU-Net's sums are in float32
+
+
+@pytest.mark.parametrize("ignore", [False, True])
+def test_levels_of_regions_are_nnunets_deep_supervision(regions, ignore):
+    """From the target as nnU-Net gives it, by what methods make of it."""
+    logits, target, weight = regions
+    target = torch.cat([target, weight[:, :1] < 0.3], 1) if ignore else target
+    scales = [[1, 1, 1], [0.5, 0.5, 1], [0.25, 0.25, 0.5]]
+    factors = (0.6, 0.4, 0.0)
+    levels = [logits, torch.randn(2, 3, 3, 4, 4, dtype=torch.float64), torch.randn(2, 3, 2, 2, 2, dtype=torch.float64)]
+    downsample = DownsampleSegForDSTransform(scales)
+    targets = [torch.stack(level) for level in zip(*(downsample._apply_to_segmentation(t) for t in target))]
+    expected = DeepSupervisionWrapper(nnunets_loss_of_regions(ignore=ignore), factors)(levels, targets)
+    kind = Regions(has_ignore_label=ignore)
+    labels, known = kind.split(target)
+    loss = kind.weighted_loss(factors, batch_dice=False)(levels, labels, known.float())
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)  # nnU-Net's sums are in float32
+
+
+@pytest.mark.parametrize("batch_dice", [False, True])
+@pytest.mark.parametrize("summed", [False, True])
+def test_of_regions_equals_the_equation(regions, batch_dice, summed):
+    logits, target, weight = regions
+    weight[0, 1] = 0  # which has nothing to say in the Dice of its image
+    terms, total, sums = 0.0, 0.0, {}
+    for place in torch.ones(REGIONS).nonzero().tolist():
+        w, y, p = (volume[tuple(place)].item() for volume in (weight, target, logits.sigmoid()))
+        terms -= w * math.log(p if y else 1 - p)
+        total += w
+        pair = (place[1],) if batch_dice else (place[0], place[1])
+        before = sums.get(pair, (0.0, 0.0, 0.0, 0.0))
+        sums[pair] = tuple(a + b for a, b in zip(before, (w * p * y, w * p, w * y, w)))
+    dices = [(2 * o + 1e-5) / (p + y + 1e-5) for o, p, y, w in sums.values() if w > 0]
+    assert len(dices) == (3 if batch_dice else 5)
+    loss = weighted_dice_bce_loss(logits, target, weight, batch_dice=batch_dice, summed=summed)
+    assert loss.item() == pytest.approx((3 if summed else 1) * terms / total - sum(dices) / len(dices), rel=1e-12)
+
+
+def test_one_region_is_two_classes(regions):
+    """Of which nnU-Net counts the foreground in the Dice."""
+    logits, target, weight = (volume[:, :1] for volume in regions)
+    of_region = weighted_dice_bce_loss(logits, target, weight)
+    torch.testing.assert_close(of_region, weighted_dice_ce_loss(as_classes(logits), target[:, 0], weight[:, 0]))
+
+
+def test_gradient_of_regions(regions):
+    logits, target, weight = (volume[:, :2, :2, :2] for volume in regions)
+    logits = logits.clone().requires_grad_()
+    weight.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: weighted_dice_bce_loss(x, target, weight.detach()), logits)
+    weighted_dice_bce_loss(logits, target, weight).backward()
+    assert weight.grad is None
+    logits.grad = None
+    loss = weighted_dice_bce_loss(logits, target, 0 * weight)
+    loss.backward()
+    assert loss.item() == logits.grad.abs().max() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_of_regions_gives_a_finite_float32(dtype):
+    logits = torch.tensor([[[200.0, -200.0], [-200.0, 200.0]]], dtype=dtype)
+    loss = weighted_dice_bce_loss(logits, torch.ones(1, 2, 2, dtype=torch.bool), torch.ones(1, 2, 2))
+    assert loss.dtype == torch.float32
+    assert loss.isfinite()
+
+
+def test_shapes_of_regions_that_do_not_fit_are_named(regions):
+    logits, target, weight = regions
+    with pytest.raises(ValueError, match="of one shape, got"):
+        weighted_dice_bce_loss(logits, target[:, :1], weight)
+    with pytest.raises(ValueError, match="zip"):
+        WeightedDiceBCELoss((0.5, 0.5))([logits], target, weight)
+
+
+def test_each_kind_of_labels_has_its_loss():
+    assert Classes().weighted_loss((0.5,), True) == WeightedDiceCELoss((0.5,), batch_dice=True)
+    assert Regions().weighted_loss((0.5,), True) == WeightedDiceBCELoss((0.5,), batch_dice=True, summed=False)
+    assert Regions(True).weighted_loss((0.5,), True) == WeightedDiceBCELoss((0.5,), batch_dice=True, summed=True)

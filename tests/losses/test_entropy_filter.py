@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nnunet_dycon.losses import entropy_filtered_loss, reliable_labels
-from tests.losses.by_voxel import entropy, some_labels, some_logits, voxels
+from tests.losses.by_voxel import as_classes, entropy, of_regions, regions, some_labels, some_logits, voxels
 
 SHAPES = [(1, 2, 9), (2, 3, 4, 3), (3, 4, 2, 3, 2)]
 
@@ -36,6 +36,40 @@ def test_equals_the_definition(shape, share):
     assert labels.flatten().tolist() == expected_labels
     assert reliable.flatten().tolist() == expected
     assert labels.shape == reliable.shape == (shape[0], *shape[2:])
+
+
+def filtered_by_regions(logits, other, share) -> tuple[list[list[bool]], list[list[bool]]]:
+    """Region by region: labels and what is kept, (voxels of the batch, R)."""
+    labels, kept = [], []
+    for p, q in zip(zip(*regions(logits)), zip(*regions(other))):
+        surer = [b if entropy([b, 1 - b]) < entropy([a, 1 - a]) else a for a, b in zip(p, q)]
+        entropies = [entropy([x, 1 - x]) for x in surer]
+        labels.append([x > 0.5 for x in surer])
+        kept.append([])
+        for label, own in zip(labels[-1], entropies):
+            of_side = [h for h, other_label in zip(entropies, labels[-1]) if other_label == label]
+            threshold = min(h for h in of_side if sum(x <= h for x in of_side) >= share * len(of_side) - 1e-9)
+            kept[-1].append(own <= threshold)
+    return list(map(list, zip(*labels))), list(map(list, zip(*kept)))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 9), *SHAPES])
+@pytest.mark.parametrize("share", [0.01, 0.2, 0.8, 1.0])
+def test_equals_the_definition_of_regions(shape, share):
+    logits, other = some_logits(*shape), some_logits(*shape, seed=1)
+    labels, reliable = reliable_labels(logits, other, share, sigmoid=True)
+    assert (labels.dtype, reliable.dtype) == (torch.bool, torch.bool)
+    expected_labels, expected = filtered_by_regions(logits, other, share)
+    assert list(of_regions(labels)) == expected_labels
+    assert list(of_regions(reliable)) == expected
+
+
+def test_one_region_is_filtered_as_two_classes():
+    logits, other = some_logits(2, 1, 20), some_logits(2, 1, 20, seed=1)
+    labels, reliable = reliable_labels(logits, other, 0.4, sigmoid=True)
+    expected_labels, expected = reliable_labels(as_classes(logits), as_classes(other), 0.4)
+    torch.testing.assert_close(labels[:, 0].long(), expected_labels)
+    torch.testing.assert_close(reliable[:, 0], expected)
 
 
 def test_a_rare_class_keeps_its_share_however_unsure_it_is():
@@ -94,6 +128,21 @@ def test_loss_equals_the_equation(shape):
     cases = zip(voxels(logits), labels.flatten().tolist(), reliable.flatten().tolist())
     each = [-math.log(p[label]) for p, label, is_reliable in cases if is_reliable]
     assert entropy_filtered_loss(logits, labels, reliable).item() == pytest.approx(sum(each) / len(each), rel=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 9), *SHAPES])
+def test_loss_equals_the_equation_of_regions(shape):
+    logits = some_logits(*shape)
+    labels, reliable = (some_labels(*shape, classes=2, seed=seed).bool() for seed in (1, 2))
+    triples = [t for v in zip(regions(logits), of_regions(labels), of_regions(reliable)) for t in zip(*v)]
+    each = [-math.log(p if label else 1 - p) for p, label, is_reliable in triples if is_reliable]
+    loss = entropy_filtered_loss(logits, labels, reliable, sigmoid=True)
+    assert loss.item() == pytest.approx(sum(each) / len(each), rel=1e-9)
+    logits.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: entropy_filtered_loss(x, labels, reliable, sigmoid=True), logits)
+    loss = entropy_filtered_loss(logits, labels, reliable & False, sigmoid=True)
+    loss.backward()
+    assert loss.item() == logits.grad.abs().max() == 0
 
 
 def test_gradient_is_that_of_the_value():

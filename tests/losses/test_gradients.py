@@ -24,7 +24,11 @@ def uncl(student):
     return uncl_loss(student, student.detach().roll(1, -1), 0.5)
 
 
-LOSSES = [(fecl, (1, 12, 3)), (released_fecl, (1, 12, 3)), (uncl, (1, 2, 9))]
+def uncl_of_regions(student):
+    return uncl_loss(student, student.detach().roll(1, -1), 0.5, sigmoid=True)
+
+
+LOSSES = [(fecl, (1, 12, 3)), (released_fecl, (1, 12, 3)), (uncl, (1, 2, 9)), (uncl_of_regions, (1, 2, 9))]
 
 
 @pytest.mark.parametrize(("loss", "shape"), LOSSES)

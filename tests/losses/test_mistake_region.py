@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nnunet_dycon.losses import mistake_region_loss
-from tests.losses.by_voxel import some_labels, some_logits, voxels
+from tests.losses.by_voxel import as_classes, of_regions, regions, some_labels, some_logits, voxels
 
 SHAPES = [(1, 2, 9), (2, 3, 4, 3), (3, 4, 2, 3, 2)]
 
@@ -48,6 +48,30 @@ def test_equals_the_equation(shape, confidence):
     case = some_case(*shape)
     loss = mistake_region_loss(*case, confidence=confidence)
     assert loss.item() == pytest.approx(by_voxels(*case, confidence), rel=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 9), *SHAPES])
+@pytest.mark.parametrize("confidence", [0.5, 0.6, 0.9])
+def test_equals_the_equation_of_regions(shape, confidence):
+    logits, other = some_logits(*shape), some_logits(*shape, seed=1)
+    target, known = (some_labels(*shape, classes=classes, seed=classes).bool() for classes in (2, 5))
+    each = []
+    for voxel in zip(regions(logits), regions(other), of_regions(target), of_regions(known)):
+        for p, q, inside, is_known in zip(*voxel):
+            if is_known and (p >= confidence) != (q >= confidence):
+                each.append((p - inside) ** 2)
+    options = {"confidence": confidence, "sigmoid": True}
+    loss = mistake_region_loss(logits, other, target, known, **options)
+    assert loss.item() == pytest.approx(sum(each) / max(len(each), 1), rel=1e-9)
+    logits.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: mistake_region_loss(x, other, target, known, **options), logits)
+
+
+def test_one_region_is_two_classes():
+    logits, other, target = some_logits(2, 1, 30), some_logits(2, 1, 30, seed=1), some_labels(2, 1, 30, classes=2)
+    of_region = mistake_region_loss(logits, other, target.bool(), sigmoid=True)
+    of_classes = mistake_region_loss(as_classes(logits), as_classes(other), target[:, 0])
+    torch.testing.assert_close(of_region, of_classes)
 
 
 def test_of_two_classes_it_is_the_exclusive_or_of_confident_foregrounds():

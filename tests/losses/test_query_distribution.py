@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nnunet_dycon.losses import QueryDistributionLoss, query_consistency_loss, query_distribution_loss
+from tests.losses.by_voxel import of_regions
 
 
 def logits(*shape: int, seed: int = 0, dtype=torch.float64) -> torch.Tensor:
@@ -74,6 +75,39 @@ def test_query_loss_equals_the_equation(shape):
     ours = query_distribution_loss(volume, target, known)
     assert ours.item() == pytest.approx(distribution_loss(volume, target, ignored=7), rel=1e-9)
     assert QueryDistributionLoss()(volume, target, known) == ours
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 5), *SHAPES])
+def test_query_loss_equals_the_equation_of_regions(shape):
+    """A voxel is to be answered by all regions it is in, and one in none does not count."""
+    volume, target = logits(*shape), labels(*shape, classes=2, seed=1).bool()
+    known = labels(shape[0], 1, *shape[2:], classes=4, seed=2).bool().expand(shape)
+    terms = []
+    for q, inside, is_known in zip(by_voxels(volume), of_regions(target), of_regions(known)):
+        regions = [r for r, is_inside in enumerate(inside) if is_inside and is_known[r]]
+        if regions:
+            terms.append(sum(-math.log(q[r]) for r in regions) / len(regions))
+    loss = query_distribution_loss(volume, target, known, sigmoid=True)
+    assert loss.item() == pytest.approx(sum(terms) / len(terms), rel=1e-9)
+    assert QueryDistributionLoss(sigmoid=True)(volume, target, known) == loss
+    assert torch.autograd.gradcheck(
+        lambda x: query_distribution_loss(x, target, known, sigmoid=True), volume.requires_grad_()
+    )
+
+
+def test_regions_that_exclude_each_other_are_classes():
+    volume, target = logits(2, 3, 4, 3), labels(2, 4, 3, classes=3)
+    regions = torch.stack([target == region for region in range(3)], 1)
+    torch.testing.assert_close(
+        query_distribution_loss(volume, regions, sigmoid=True), query_distribution_loss(volume, target)
+    )
+
+
+def test_no_region_anywhere_is_a_differentiable_zero():
+    volume = logits(1, 2, 4).requires_grad_()
+    loss = query_distribution_loss(volume, torch.zeros(1, 2, 4, dtype=torch.bool), sigmoid=True)
+    loss.backward()
+    assert loss.item() == volume.grad.abs().max() == 0
 
 
 @pytest.mark.parametrize("shape", SHAPES)

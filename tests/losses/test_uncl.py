@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nnunet_dycon.losses import UnCLLoss, uncl, uncl_loss
+from tests.losses.by_voxel import as_classes, entropy, regions
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "dycon_released_69c1384.json").read_text())
 
@@ -37,6 +38,16 @@ def uncl_by_voxels(student: torch.Tensor, teacher: torch.Tensor, beta: float, en
     return total / voxels
 
 
+def uncl_by_regions(student: torch.Tensor, teacher: torch.Tensor, beta: float, entropy_weight: float = 1.0) -> float:
+    """The same of regions: each voxel has the mean distance and the mean entropy of its regions."""
+    each = []
+    for p, q in zip(regions(student), regions(teacher)):
+        distance = sum(2 * (x - y) ** 2 for x, y in zip(p, q)) / len(p)
+        hs, ht = (sum(entropy([x, 1 - x]) for x in voxel) / len(voxel) for voxel in (p, q))
+        each.append(distance / (math.exp(beta * hs) + math.exp(beta * ht)) + entropy_weight * beta * (hs + ht))
+    return sum(each) / len(each)
+
+
 def logits(*shape: int, seed: int = 0, dtype=torch.float64) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype) * 2
 
@@ -62,6 +73,32 @@ def test_equals_the_equation(shape, beta):
         assert ours == pytest.approx(uncl_by_voxels(student, teacher, beta, weight), rel=1e-9)
 
 
+def test_value_of_regions_worked_out_by_hand():
+    """One voxel, two regions. Student: p = 1/2 in the first, sure of the second; teacher: sure of both, inside.
+
+    β = 1. D = (2/4 + 0) / 2 = 1/4; H = ln 2 / 2 or 0. L = (1/4) / (√2 + 1) + ln 2 / 2.
+    """
+    student = torch.tensor([[[0.0], [100.0]]], dtype=torch.float64)
+    teacher = torch.full_like(student, 100.0)
+    expected = 0.25 / (math.sqrt(2) + 1) + math.log(2) / 2
+    assert uncl_loss(student, teacher, beta=1.0, sigmoid=True).item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 5), (2, 3, 4, 3), (3, 4, 2, 3, 2)])
+@pytest.mark.parametrize("beta", [0.0, 0.5, 5.0])
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+def test_equals_the_equation_of_regions(shape, beta, weight):
+    student, teacher = logits(*shape), logits(*shape, seed=1)
+    ours = uncl_loss(student, teacher, beta, entropy_weight=weight, sigmoid=True).item()
+    assert ours == pytest.approx(uncl_by_regions(student, teacher, beta, weight), rel=1e-9)
+
+
+def test_one_region_is_two_classes():
+    student, teacher = logits(2, 1, 4, 3), logits(2, 1, 4, 3, seed=1)
+    of_region = uncl_loss(student, teacher, 1.5, sigmoid=True)
+    torch.testing.assert_close(of_region, uncl_loss(as_classes(student), as_classes(teacher), 1.5))
+
+
 @pytest.mark.parametrize("entry", GOLDEN["uncl"], ids=lambda entry: f"beta={entry['beta']}")
 def test_agrees_with_the_released_code(entry):
     """The released code adds 1e-6 inside the logarithm, which is worth up to 1e-4."""
@@ -71,24 +108,36 @@ def test_agrees_with_the_released_code(entry):
 
 
 @pytest.mark.parametrize("entropy_weight", [0.0, 0.3, 1.0])
-def test_gradient_is_that_of_the_value(entropy_weight):
+@pytest.mark.parametrize("sigmoid", [False, True])
+def test_gradient_is_that_of_the_value(entropy_weight, sigmoid):
     student, teacher = logits(2, 3, 2, 2).requires_grad_(), logits(2, 3, 2, 2, seed=1)
-    assert torch.autograd.gradcheck(lambda s: uncl_loss(s, teacher, 2.0, entropy_weight=entropy_weight), student)
+    options = {"entropy_weight": entropy_weight, "sigmoid": sigmoid}
+    assert torch.autograd.gradcheck(lambda s: uncl_loss(s, teacher, 2.0, **options), student)
 
 
-def value_and_gradient(student, teacher):
+def value_and_gradient(student, teacher, sigmoid=False):
     student = student.detach().requires_grad_()
-    loss = uncl_loss(student, teacher, 1.5, entropy_weight=0.5)
+    loss = uncl_loss(student, teacher, 1.5, entropy_weight=0.5, sigmoid=sigmoid)
     loss.backward()
     return loss.detach(), student.grad
 
 
 @pytest.mark.parametrize("entries", [1, 50])
-def test_blocks_change_neither_value_nor_gradient(monkeypatch, entries):
+@pytest.mark.parametrize("sigmoid", [False, True])
+def test_blocks_change_neither_value_nor_gradient(monkeypatch, entries, sigmoid):
     student, teacher = logits(2, 3, 5, 7), logits(2, 3, 5, 7, seed=1)
-    whole = value_and_gradient(student, teacher)
+    whole = value_and_gradient(student, teacher, sigmoid)
     monkeypatch.setitem(uncl._BLOCK_ENTRIES, "cpu", entries)
-    torch.testing.assert_close(value_and_gradient(student, teacher), whole, rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(value_and_gradient(student, teacher, sigmoid), whole, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("sigmoid", [False, True])
+def test_nothing_is_kept_for_the_backward_pass_but_the_logits(sigmoid):
+    student, teacher = logits(2, 3, 5, 7).requires_grad_(), logits(2, 3, 5, 7, seed=1)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        uncl_loss(student, teacher, 1.5, sigmoid=sigmoid)
+    assert {tensor.data_ptr() for tensor in kept if tensor.numel() > 1} == {student.data_ptr(), teacher.data_ptr()}
 
 
 @pytest.mark.parametrize("order", [(0, 1, 3, 2), (1, 0, 2, 3), (3, 2, 1, 0)])
@@ -133,27 +182,30 @@ def test_batch_is_the_mean_of_its_images():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("scale", [1.0, 1e4])
-def test_extreme_logits_stay_finite(dtype, scale):
+@pytest.mark.parametrize("sigmoid", [False, True])
+def test_extreme_logits_stay_finite(dtype, scale, sigmoid):
     student = (torch.sign(logits(2, 3, 4)) * scale).to(dtype).requires_grad_()
     teacher = (torch.sign(logits(2, 3, 4, seed=1)) * scale).to(dtype)
-    loss = uncl_loss(student, teacher, 5.0)
+    loss = uncl_loss(student, teacher, 5.0, sigmoid=sigmoid)
     loss.backward()
     assert loss.dtype == torch.float32
     assert torch.isfinite(loss)
     assert torch.isfinite(student.grad).all()
 
 
-def test_autocast_does_not_lower_the_precision():
+@pytest.mark.parametrize("sigmoid", [False, True])
+def test_autocast_does_not_lower_the_precision(sigmoid):
     student, teacher = logits(2, 2, 8, dtype=torch.float32), logits(2, 2, 8, seed=1, dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = uncl_loss(student, teacher, 3.0)
+        inside = uncl_loss(student, teacher, 3.0, sigmoid=sigmoid)
     assert inside.dtype == torch.float32
-    torch.testing.assert_close(inside, uncl_loss(student, teacher, 3.0), rtol=0, atol=0)
+    torch.testing.assert_close(inside, uncl_loss(student, teacher, 3.0, sigmoid=sigmoid), rtol=0, atol=0)
 
 
 def test_module_calls_the_function():
     student, teacher = logits(1, 2, 4), logits(1, 2, 4, seed=1)
     assert UnCLLoss(0.9)(student, teacher) == uncl_loss(student, teacher, 0.9)
+    assert UnCLLoss(0.9, sigmoid=True)(student, teacher) == uncl_loss(student, teacher, 0.9, sigmoid=True)
 
 
 @pytest.mark.parametrize(
@@ -168,6 +220,11 @@ def test_module_calls_the_function():
 def test_wrong_arguments_are_named(shapes, beta, message):
     with pytest.raises(ValueError, match=message):
         uncl_loss(torch.zeros(shapes[0]), torch.zeros(shapes[1]), beta)
+
+
+def test_no_region_at_all_is_refused():
+    with pytest.raises(ValueError, match="at least one region, got"):
+        uncl_loss(torch.zeros(1, 0, 3), torch.zeros(1, 0, 3), 1.0, sigmoid=True)
 
 
 def test_a_negative_entropy_weight_is_refused():

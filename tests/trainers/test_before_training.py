@@ -207,17 +207,6 @@ def test_an_old_nnunet_is_refused_in_one_line(tiny, monkeypatch):
         make_trainer(nnUNetTrainerDyCON)
 
 
-@pytest.mark.parametrize("name", SEMI_SUPERVISED)
-def test_more_regions_than_can_be_told_apart_are_refused_at_construction(base, name):
-    file = base / "dataset.json"
-    dataset = json.loads(file.read_text())
-    dataset["labels"] = {"background": 0} | {f"from {value}": list(range(value, 65)) for value in range(1, 64)}
-    dataset["regions_class_order"] = list(range(1, 64))
-    file.write_text(json.dumps(dataset))
-    with pytest.raises(NotImplementedError, match="cannot train on 63 regions: it can tell combinations of at most 62"):
-        make_trainer(trainer_class(name))
-
-
 def test_a_network_without_stages_is_refused_with_the_reason(tiny):
     class nnUNetTrainerOther(nnUNetTrainerDyCON):
         enable_deep_supervision = False
