@@ -10,7 +10,14 @@ import pytest
 import seaborn
 import torch
 
-from nnunet_dycon.monitoring import StepTimer, append_epoch, mean_of_finite, pseudo_label_monitors, terms_of_loss
+from nnunet_dycon.monitoring import (
+    StepTimer,
+    append_epoch,
+    mean_of_finite,
+    pseudo_label_monitors,
+    pseudo_region_monitors,
+    terms_of_loss,
+)
 from nnunet_dycon.pictures import draw_progress
 
 
@@ -39,6 +46,34 @@ def test_pseudo_label_monitors_look_only_where_they_are_told():
     monitors = pseudo_label_monitors(label_map(1, 0, 1, 1), label_map(1, 0, 0, 1), where)
     assert monitors["pseudo_foreground"].item() == 0.5
     assert monitors["student_teacher_dice"].item() == 1.0
+
+
+def regions(*rows: tuple[int, ...]) -> torch.Tensor:
+    return torch.tensor(rows, dtype=torch.bool).reshape(1, len(rows), -1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "foreground", "dice"),
+    [
+        (((1, 1, 0, 0), (1, 0, 0, 0)), ((1, 1, 0, 0), (1, 0, 0, 0)), 0.5, 1.0),
+        (((1, 1, 0, 0), (1, 1, 0, 0)), ((1, 1, 1, 0), (1, 0, 0, 0)), 0.75, (4 / 5 + 2 / 3) / 2),
+        (((1, 1, 0, 0), (0, 0, 0, 0)), ((0, 1, 0, 0), (0, 0, 0, 0)), 0.25, 2 / 3),  # the other is empty in both
+        (((1, 1, 0, 0), (0, 0, 0, 0)), ((1, 1, 0, 0), (0, 0, 0, 1)), 0.75, 0.5),  # the other is empty in one
+        (((0, 0, 0, 0), (0, 0, 0, 0)), ((0, 0, 0, 0), (0, 0, 0, 0)), 0.0, math.nan),
+    ],
+)
+def test_pseudo_region_monitors(student, teacher, foreground, dice):
+    monitors = pseudo_region_monitors(regions(*student), regions(*teacher))
+    assert monitors["pseudo_foreground"].item() == pytest.approx(foreground)
+    assert monitors["student_teacher_dice"].item() == pytest.approx(dice, nan_ok=True)
+
+
+def test_pseudo_region_monitors_look_only_where_they_are_told():
+    where = label_map(1, 1, 0, 0).bool()
+    student, teacher = regions((1, 0, 1, 1), (0, 0, 1, 1)), regions((1, 0, 0, 1), (0, 0, 0, 1))
+    monitors = pseudo_region_monitors(student, teacher, where, "students_dice")
+    assert monitors["pseudo_foreground"].item() == 0.5
+    assert monitors["students_dice"].item() == 1.0
 
 
 def test_mean_of_finite():

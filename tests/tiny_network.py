@@ -1,5 +1,7 @@
 """A network of two stages and batches for it, by which methods are tested without nnU-Net."""
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, interpolate
@@ -13,13 +15,13 @@ STAGE = FeatureStage("encoder.stages.1", 6)
 class TinyUNet(nn.Module):
     """An encoder of two stages, and a decoder with deep supervision that can be switched off."""
 
-    def __init__(self, width: int = 4) -> None:
+    def __init__(self, width: int = 4, heads: int = 2) -> None:
         super().__init__()
         self.encoder = nn.Module()
         self.encoder.stages = nn.ModuleList([nn.Conv3d(1, width, 3, padding=1), nn.Conv3d(width, 6, 2, stride=2)])
         self.decoder = nn.Module()
         self.decoder.stages = nn.ModuleList([nn.Conv3d(width + 6, width, 1)])
-        self.decoder.seg_layers = nn.ModuleList([nn.Conv3d(6, 2, 1), nn.Conv3d(width, 2, 1)])
+        self.decoder.seg_layers = nn.ModuleList([nn.Conv3d(6, heads, 1), nn.Conv3d(width, heads, 1)])
         self.deep_supervision = True
 
     def forward(self, images):
@@ -53,6 +55,19 @@ def labeled_batch() -> LabeledBatch:
     target = (torch.randn(2, 1, 4, 4, 4) > 0).long()
     full = target.repeat_interleave(2, 2).repeat_interleave(2, 3).repeat_interleave(2, 4)
     return LabeledBatch(strong + 0.1, strong, [full, target], ("a", "b"))
+
+
+def batch_of_regions(has_ignore_label: bool = False) -> LabeledBatch:
+    """The same images with two regions, one inside of the other, and the ignored voxels in one channel more."""
+    batch = labeled_batch()
+    targets = []
+    for level in batch.targets:
+        outer = level.bool()
+        inner = outer & (torch.arange(outer.shape[-1]) < outer.shape[-1] // 2)
+        ignored = (torch.arange(outer.shape[2]) >= outer.shape[2] * 3 // 4)[:, None, None].expand_as(outer)
+        channels = [outer & ~ignored, inner & ~ignored, ignored] if has_ignore_label else [outer, inner]
+        targets.append(torch.cat(channels, 1))
+    return replace(batch, targets=targets)
 
 
 def unlabeled_batch() -> UnlabeledBatch:
