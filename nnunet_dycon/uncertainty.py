@@ -22,10 +22,10 @@ from zipfile import BadZipFile
 
 import numpy as np
 import SimpleITK as sitk
-from scipy.special import entr
 
 from nnunet_dycon.errors import UsageError, UserError, explained
 from nnunet_dycon.files import VOLUME_ENDINGS, replacing, require_whole
+from nnunet_dycon.probabilities import Exclusive, Overlapping, Probabilities
 from nnunet_dycon.processes import map_cases
 
 POSSIBLE = 0.1  # a voxel may belong to a label from this probability on; below lies the noise of the background
@@ -36,14 +36,16 @@ DEFINITIONS = {
     "the labels; 0 for a label that is possible somewhere (at least 10 %) but predicted nowhere, and for a case in "
     "which nothing at all is predicted; a label that is possible nowhere is left out",
     "entropy_nats": "mean entropy, from 0 to ln(number of labels), of the voxels whose probability to be foreground is "
-    "at least 10 %: the predicted foreground, its rim, and what may have been missed, whatever the field of view",
+    "at least 10 %: the predicted foreground, its rim, and what may have been missed, whatever the field of view. Of "
+    "regions, which overlap: the mean of their binary entropies, from 0 to ln(2), where any of them has 10 %",
     "expected_error_ml": "volume to be corrected if the probabilities are right: sum of (1 - highest probability) over "
-    "the same voxels",
+    "the same voxels. Of regions: the mean over them of the probability that a voxel is on their wrong side",
     "predicted_ml": "volume of the predicted foreground; a case with 0 ranks before all others",
     "mutual_information_nats": "disagreement of the folders, 0 where they are the same: entropy of the mean minus mean "
     "of the entropies, mean over the same voxels",
     "member_dice": "Dice between the predictions of two folders, mean over pairs, and over labels that one of them has",
 }
+_EXCLUSIVE = Exclusive()
 _VALUES_AT_A_TIME = 2**23  # of the probabilities that are worked on in full precision: 32 MiB
 
 
@@ -135,16 +137,17 @@ class Measures:
     dice_per_label: list[float | None]
 
 
-def measure(members: Sequence[np.ndarray], voxel_ml: float) -> Measures:
+def measure(members: Sequence[np.ndarray], voxel_ml: float, kind: Probabilities = _EXCLUSIVE) -> Measures:
     """Compute all of DEFINITIONS but the rank.
 
     Args:
-        members: softmax probabilities (K, Z, Y, X) of each member, label 0 the background.
+        members: probabilities (K, Z, Y, X) of each member.
         voxel_ml: volume of a voxel.
+        kind: what the probabilities are of; by default labels that exclude each other, the first the background.
     """
-    labels, *shape = members[0].shape
+    labels, shape = len(kind.of_labels(members[0])), members[0].shape[1:]
     maps = {name: np.empty(shape, np.float32) for name in ("entropy", "mutual_information")[: len(members)]}
-    in_zone = wrong = 0.0
+    in_zone = wrong = foreground = 0.0
     in_maps = dict.fromkeys(maps, 0.0)
     predicted, right, possible = (np.zeros(labels) for _ in range(3))
     sizes = np.zeros((len(members), labels))
@@ -152,31 +155,32 @@ def measure(members: Sequence[np.ndarray], voxel_ml: float) -> Measures:
     for z in _slabs(members[0]):
         parts = [member[:, z].astype(np.float32) for member in members]
         mean = np.mean(parts, axis=0)
-        maps["entropy"][z] = _entropy(mean)
+        maps["entropy"][z] = kind.entropy(mean)
         if shared:
-            maps["mutual_information"][z] = (_entropy(mean) - sum(map(_entropy, parts)) / len(parts)).clip(0)
-        found, found_by = mean.argmax(0), [part.argmax(0) for part in parts]
-        zone = 1 - mean[0] >= POSSIBLE
+            of_members = sum(map(kind.entropy, parts)) / len(parts)
+            maps["mutual_information"][z] = (kind.entropy(mean) - of_members).clip(0)
+        found, found_by = kind.found(mean), [kind.found(part) for part in parts]
+        zone = kind.foreground(mean) >= POSSIBLE
         in_zone += np.count_nonzero(zone)
-        wrong += (1 - mean.max(0))[zone].sum(dtype=float)
+        foreground += np.count_nonzero(found.any(0))
+        wrong += kind.error(mean)[zone].sum(dtype=float)
         for name, values in maps.items():
             in_maps[name] += values[z][zone].sum(dtype=float)
-        for label in range(1, labels):
-            probability, here = mean[label], found == label
+        for label, (probability, here) in enumerate(zip(kind.of_labels(mean), found)):
             predicted[label] += np.count_nonzero(here)
             right[label] += probability[here].sum(dtype=float)
             possible[label] += probability[probability >= POSSIBLE].sum(dtype=float)
-            masks = [member == label for member in found_by]
+            masks = [member[label] for member in found_by]
             sizes[:, label] += [np.count_nonzero(mask) for mask in masks]
             for a, b in shared:
                 shared[a, b][label] += np.count_nonzero(masks[a] & masks[b])
 
     dice = _ratios(2 * right, predicted + possible)
     numbers = {
-        "expected_dice": _mean(dice) if predicted.any() else 0.0,
+        "expected_dice": _mean(dice) if foreground else 0.0,
         "entropy_nats": in_maps["entropy"] / in_zone if in_zone else None,
         "expected_error_ml": wrong * voxel_ml,
-        "predicted_ml": float(predicted.sum()) * voxel_ml,
+        "predicted_ml": foreground * voxel_ml,
     }
     if shared:
         between = [_ratios(2 * both, sizes[a] + sizes[b]) for (a, b), both in shared.items()]
@@ -185,14 +189,9 @@ def measure(members: Sequence[np.ndarray], voxel_ml: float) -> Measures:
     return Measures(maps, numbers, dice)
 
 
-def _entropy(probabilities: np.ndarray) -> np.ndarray:
-    """In nats, over axis 0. Rounding may leave a probability a little above 1, whose term is below 0."""
-    return entr(probabilities).sum(0).clip(0)
-
-
 def _ratios(a: np.ndarray, b: np.ndarray) -> list[float | None]:
-    """a / b of each label but the background, None where b is 0."""
-    return [float(x / y) if y else None for x, y in zip(a[1:], b[1:])]
+    """a / b of each label, None where b is 0."""
+    return [float(x / y) if y else None for x, y in zip(a, b)]
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -209,7 +208,8 @@ def _slabs(probabilities: np.ndarray) -> Iterator[slice]:
 
 @dataclass(frozen=True)
 class _Task:
-    labels: tuple[str, ...] | None  # names by value, the background first; None if there is no dataset.json
+    labels: tuple[str, ...] | None  # names of all but the background; None if there is no dataset.json
+    kind: Probabilities
     file_ending: str
     reorients: bool  # nnU-Net's reader turns images, and the probabilities lie as the images it gave
 
@@ -217,15 +217,18 @@ class _Task:
     def of(cls, folder: Path) -> "_Task":
         dataset, plans = (_read_json(folder / name) for name in ("dataset.json", "plans.json"))
         malformed = f"{folder / 'dataset.json'} does not name labels as nnU-Net does; predict again"
-        with explained((AttributeError, TypeError, ValueError), malformed):
-            declared = {name: value for name, value in dataset.get("labels", {}).items() if name != "ignore"}
-            names = tuple(sorted(declared, key=lambda name: int(np.ravel(declared[name])[0]))) or None
-        if any(isinstance(value, list) and len(value) > 1 for value in declared.values()):
-            raise UserError(f"{folder / 'dataset.json'} has regions, which overlap; this ranks exclusive labels only")
+        with explained((AttributeError, TypeError, ValueError, KeyError), malformed):
+            declared = {name: np.ravel(value).astype(int) for name, value in dataset.get("labels", {}).items()}
+            names = [name for name, values in declared.items() if name != "ignore" and values.any()]
+            kind: Probabilities = _EXCLUSIVE
+            if any(len(values) > 1 for values in declared.values()):
+                kind = Overlapping(tuple(map(int, dataset["regions_class_order"])))
+            else:
+                names.sort(key=lambda name: declared[name][0])
         ending = dataset.get("file_ending", ".nii.gz")
         if ending not in VOLUME_ENDINGS:
             raise UserError(f"{folder}: files {ending} hold no spacing; can rank {', '.join(VOLUME_ENDINGS)}")
-        return cls(names, ending, plans.get("image_reader_writer", "").endswith("WithReorient"))
+        return cls(tuple(names) or None, kind, ending, plans.get("image_reader_writer", "").endswith("WithReorient"))
 
     def as_predicted(self, image: sitk.Image) -> sitk.Image:
         """A file of the case turned as nnU-Net's reader turns it: its voxels lie as the probabilities do."""
@@ -274,7 +277,7 @@ def _rank_case(case: str, folders: Sequence[Path], output: Path, task: _Task) ->
     for folder in folders:
         file, label_map = folder / f"{case}.npz", folder / f"{case}{task.file_ending}"
         image = _read_segmentation(label_map)
-        members.append(_read_probabilities(file, task.labels))
+        members.append(_read_probabilities(file, task))
         if members[-1].shape != members[0].shape:
             first = f"{members[0].shape} of {folders[0] / file.name}"
             raise UserError(f"{file} has the shape (K, Z, Y, X) {members[-1].shape}, which does not fit {first}")
@@ -284,15 +287,17 @@ def _rank_case(case: str, folders: Sequence[Path], output: Path, task: _Task) ->
                 f"{file} and {label_map} are not of the same prediction: they have {members[-1].shape[1:]} and "
                 f"{segmentation.shape} voxels (Z, Y, X); predict again"
             )
-        if not all(np.array_equal(members[-1][:, z].argmax(0), segmentation[z]) for z in _slabs(members[-1])):
+        if not all(
+            np.array_equal(task.kind.segmentation(members[-1][:, z]), segmentation[z]) for z in _slabs(members[-1])
+        ):
             remarks.append(
                 f"{label_map} is not the most probable segmentation of {file.name}, which is what is ranked: was it "
                 "postprocessed, or predicted again without --save_probabilities?"
             )
-    measures = measure(members, float(np.prod(image.GetSpacing())) / 1000)
+    measures = measure(members, float(np.prod(image.GetSpacing())) / 1000, task.kind)
     for name, values in measures.maps.items():
         _write_map(task.as_image(values, image), output / f"{case}_{name}{task.file_ending}")
-    names = task.labels[1:] if task.labels else map(str, range(1, len(members[0])))
+    names = task.labels or map(str, range(1, len(members[0])))
     row = {"case": case, **measures.numbers, "expected_dice_per_label": dict(zip(names, measures.dice_per_label))}
     return row, remarks
 
@@ -308,20 +313,22 @@ def _read_segmentation(file: Path) -> sitk.Image:
     return image
 
 
-def _read_probabilities(file: Path, labels: tuple[str, ...] | None) -> np.ndarray:
+def _read_probabilities(file: Path, task: _Task) -> np.ndarray:
     """(K, Z, Y, X), as nnU-Net has written them."""
     unreadable = (OSError, EOFError, ValueError, KeyError, BadZipFile, zlib.error)
     with explained(unreadable, f"{file} cannot be read; predict again with --save_probabilities"):  # noqa: SIM117
         with np.load(file) as content:
             probabilities = content["probabilities"]
-    if labels and len(labels) != len(probabilities):
+    found = len(task.kind.of_labels(probabilities))
+    if task.labels and len(task.labels) != found:
         raise UserError(
-            f"{file} has {len(probabilities)} channels, but dataset.json {len(labels)} labels; predict again"
+            f"{file} has {len(probabilities)} channels, but dataset.json {len(task.labels)} labels beside the "
+            "background; predict again"
         )
     for z in _slabs(probabilities):
-        # Asked in this way, NaN is noticed, too.
-        if not (abs(probabilities[:, z].sum(0, dtype=np.float32) - 1) < 0.01).all():
-            raise UserError(f"{file}: probabilities do not add up to 1, as they do where labels exclude each other")
+        if (fault := task.kind.fault(probabilities[:, z])) is not None:
+            hint = "" if task.labels else "; if they are of regions, put the dataset.json that says so beside them"
+            raise UserError(f"{file}: probabilities {fault}{hint}")
     return probabilities
 
 

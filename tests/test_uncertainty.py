@@ -14,6 +14,7 @@ from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer
 
 from nnunet_dycon import uncertainty
 from nnunet_dycon.cli import main
+from nnunet_dycon.probabilities import Overlapping
 from nnunet_dycon.uncertainty import measure
 from tests.tiny import TEST
 
@@ -47,8 +48,10 @@ def save(folder, case, probabilities, segmentation=None, spacing=(1.0, 1.0, 1.0)
     sitk.WriteImage(image, str(folder / f"{case}{ending}"))
 
 
-def declare(folder, labels, **plans):
-    (folder / "dataset.json").write_text(json.dumps({"labels": {"background": 0, **labels}, "file_ending": ".nii.gz"}))
+def declare(folder, labels, regions_class_order=None, **plans):
+    about = {"labels": {"background": 0, **labels}, "file_ending": ".nii.gz"}
+    about |= {"regions_class_order": regions_class_order} if regions_class_order else {}
+    (folder / "dataset.json").write_text(json.dumps(about))
     (folder / "plans.json").write_text(json.dumps(plans))
 
 
@@ -128,6 +131,96 @@ def test_numbers_are_those_of_a_loop_over_voxels(monkeypatch, count, dtype, at_a
     monkeypatch.setattr(uncertainty, "_VALUES_AT_A_TIME", at_a_time)
     members = [softmax(seed).astype(dtype) for seed in range(count)]
     assert measure(members, 0.5).numbers == pytest.approx(by_loops(members, 0.5), rel=1e-5)
+
+
+def sigmoid(seed, regions=3, shape=SHAPE):
+    """Of regions, which overlap."""
+    return (1 / (1 + np.exp(-np.random.default_rng(seed).normal(scale=2.0, size=(regions, *shape))))).astype(np.float32)
+
+
+def regions_by_loops(members, voxel_ml):
+    """As above, of regions."""
+    voxels = list(np.ndindex(members[0].shape[1:]))
+    points = [[[float(p) for p in member[(slice(None), *voxel)]] for voxel in voxels] for member in members]
+    means = [[fmean(values) for values in zip(*at)] for at in zip(*points)]
+
+    def entropy(p):
+        return -fmean(x * math.log(x) + (1 - x) * math.log(1 - x) for x in p)
+
+    zone = [i for i, p in enumerate(means) if max(p) >= 0.1]
+    dice, between = [], []
+    for r in range(len(members[0])):
+        here = [p[r] for p in means if p[r] > 0.5]
+        dice.append(2 * sum(here) / (len(here) + sum(p[r] for p in means if p[r] >= 0.1)))
+        for a, b in combinations(points, 2):
+            first, second = ({i for i, p in enumerate(m) if p[r] > 0.5} for m in (a, b))
+            between.append(2 * len(first & second) / (len(first) + len(second)))
+    numbers = {
+        "expected_dice": fmean(dice),
+        "entropy_nats": fmean(entropy(means[i]) for i in zone),
+        "expected_error_ml": voxel_ml * sum(fmean(min(x, 1 - x) for x in means[i]) for i in zone),
+        "predicted_ml": voxel_ml * sum(max(p) > 0.5 for p in means),
+    }
+    if len(members) > 1:
+        information = [entropy(means[i]) - fmean(entropy(m[i]) for m in points) for i in zone]
+        numbers |= {"mutual_information_nats": fmean(information), "member_dice": fmean(between)}
+    return numbers
+
+
+@pytest.mark.parametrize("at_a_time", [1, 2**23])
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("regions", [1, 3])
+def test_numbers_of_regions_are_those_of_a_loop_over_voxels(monkeypatch, regions, count, at_a_time):
+    monkeypatch.setattr(uncertainty, "_VALUES_AT_A_TIME", at_a_time)
+    members = [sigmoid(seed, regions) for seed in range(count)]
+    found = measure(members, 0.5, Overlapping(tuple(range(1, regions + 1))))
+    assert found.numbers == pytest.approx(regions_by_loops(members, 0.5), rel=1e-5)
+    assert len(found.dice_per_label) == regions
+
+
+def test_one_region_is_ranked_as_one_label():
+    inside = ball(0.9, 0.3)
+    numbers = [measure([inside], 1.0).numbers, measure([inside[1:]], 1.0, Overlapping((1,))).numbers]
+    assert numbers[0] == pytest.approx(numbers[1])
+
+
+@pytest.fixture
+def of_regions(tmp_path):
+    """Two folders with predictions of two regions, the label map as nnU-Net makes it."""
+    folders = [tmp_path / "student", tmp_path / "teacher"]
+    for seed, folder in enumerate(folders):
+        probabilities = sigmoid(seed, 2)
+        labels = np.where(probabilities[1] > 0.5, 5, np.where(probabilities[0] > 0.5, 2, 0))
+        save(folder, "case", probabilities, segmentation=labels)
+        declare(folder, {"whole": [2, 5], "core": 5}, regions_class_order=[2, 5])
+    return folders
+
+
+def test_regions_are_ranked(of_regions, tmp_path, capsys):
+    assert rank("-i", *of_regions, "-o", tmp_path / "uncertainty") == 0
+    assert "warning" not in capsys.readouterr().err
+    summary = json.loads((tmp_path / "uncertainty" / "uncertainty.json").read_text())
+    (row,) = summary["cases"]
+    assert row["expected_dice_per_label"].keys() == {"whole", "core"}
+    members = [np.load(folder / "case.npz")["probabilities"] for folder in of_regions]
+    assert {name: row[name] for name in summary["definitions"] if name != "rank"} == pytest.approx(
+        regions_by_loops(members, 0.001), rel=1e-5
+    )
+    assert read(tmp_path / "uncertainty" / "case_entropy.nii.gz").max() <= math.log(2)
+
+
+def test_what_does_not_fit_regions_is_told(of_regions, capsys):
+    folder = of_regions[0]
+    save(folder, "case", sigmoid(0, 2))  # whose label map is of the most probable region
+    assert rank("-i", folder) == 0
+    assert "is not the most probable segmentation" in capsys.readouterr().err
+    save(folder, "case", sigmoid(0, 3))
+    assert "3 channels, but dataset.json 2 labels" in refusal(capsys, "-i", folder)
+    save(folder, "case", sigmoid(0, 2) + 0.5)
+    assert "probabilities are not all between 0 and 1" in refusal(capsys, "-i", folder)
+    (folder / "dataset.json").unlink()
+    save(folder, "case", sigmoid(0, 2))
+    assert "put the dataset.json that says so beside them" in refusal(capsys, "-i", folder)
 
 
 def test_the_field_of_view_does_not_matter():
@@ -304,7 +397,7 @@ def test_files_that_do_not_fit_are_told(tmp_path, capsys):
     assert "case.nii.gz does not exist" in refusal(capsys, "-i", tmp_path)
     save(tmp_path, "case", softmax(0))
     declare(tmp_path, {"organ": 1})
-    assert "3 channels, but dataset.json 2 labels" in refusal(capsys, "-i", tmp_path)
+    assert "3 channels, but dataset.json 1 labels beside the background" in refusal(capsys, "-i", tmp_path)
 
 
 def test_probabilities_that_are_none_are_told(tmp_path, capsys):
@@ -315,10 +408,11 @@ def test_probabilities_that_are_none_are_told(tmp_path, capsys):
     assert "case.npz cannot be read" in refusal(capsys, "-i", tmp_path)
 
 
-def test_regions_and_images_without_spacing_are_refused(tmp_path, capsys):
+def test_regions_without_an_order_and_images_without_spacing_are_refused(tmp_path, capsys):
     save(tmp_path, "case", softmax(0))
     declare(tmp_path, {"whole": [1, 2], "core": 2})
-    assert "regions" in refusal(capsys, "-i", tmp_path)
+    told = refusal(capsys, "-i", tmp_path)
+    assert "dataset.json does not name labels as nnU-Net does; predict again ('regions_class_order')" in told
     (tmp_path / "dataset.json").write_text(json.dumps({"labels": {"background": 0}, "file_ending": ".png"}))
     assert "hold no spacing" in refusal(capsys, "-i", tmp_path)
 
