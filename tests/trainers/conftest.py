@@ -1,10 +1,14 @@
 """Training on the tiny data set, bit for bit repeatable."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from nnunet_dycon.trainers.nnUNetTrainerDyCON import nnUNetTrainerDyCON
+from tests.tiny import set_environment
+from tests.trainers.label_kinds import write_all
 from tests.trainers.training import deterministic, make_trainer
 
 
@@ -18,3 +22,15 @@ def train() -> Callable:
         return trainer
 
     return run
+
+
+@pytest.fixture(scope="session")
+def matrix_root(tiny_root, tmp_path_factory) -> Path:
+    """A data set for each kind of labels, planned and preprocessed. Do not change it."""
+    root = tmp_path_factory.mktemp("matrix")
+    fingerprint = tiny_root / "nnUNet_preprocessed" / "Dataset901_Tiny" / "dataset_fingerprint.json"
+    with pytest.MonkeyPatch.context() as patch:
+        set_environment(patch, root)
+        patch.setenv("nnUNet_n_proc_DA", "1")  # nnU-Net's planner fails with 0
+        write_all(root, json.loads(fingerprint.read_text()))
+    return root

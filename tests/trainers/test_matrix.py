@@ -21,7 +21,7 @@ from nnunet_dycon.registry import TRAINERS
 from nnunet_dycon.teacher import unwrap
 from nnunet_dycon.trainers.semi_supervised import SemiSupervisedTrainer
 from tests.tiny import set_environment
-from tests.trainers.label_kinds import CONFIGURATIONS, KINDS, dataset_of, write_all
+from tests.trainers.label_kinds import CONFIGURATIONS, KINDS, dataset_of
 from tests.trainers.training import METHODS, draw_no_pictures, seed_everything, trainer_class
 
 EVERY = METHODS + [name for name, trainer in TRAINERS.items() if trainer.is_supervised]
@@ -55,17 +55,6 @@ def test_the_covering_part_covers():
     for name in EVERY:
         assert {kind for trainer, kind, _ in COVERING if trainer == name} == KINDS.keys()
         assert {configuration for trainer, _, configuration in COVERING if trainer == name} == CONFIGURATIONS.keys()
-
-
-@pytest.fixture(scope="session")
-def matrix_root(tiny_root, tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("matrix")
-    fingerprint = tiny_root / "nnUNet_preprocessed" / "Dataset901_Tiny" / "dataset_fingerprint.json"
-    with pytest.MonkeyPatch.context() as patch:
-        set_environment(patch, root)
-        patch.setenv("nnUNet_n_proc_DA", "1")  # nnU-Net's planner fails with 0
-        write_all(root, json.loads(fingerprint.read_text()))
-    return root
 
 
 @pytest.fixture
