@@ -4,7 +4,9 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
+from inspect import signature
 from pathlib import Path
+from pydoc import locate
 from typing import Any
 
 import numpy as np
@@ -108,6 +110,18 @@ class SemiSupervisedTrainer(nnUNetTrainer):
                 f"{cls.__name__} cannot train {configuration}: in a cascade each case needs the previous stage's "
                 "prediction, which unlabeled cases do not have. Train 3d_fullres or 3d_lowres instead."
             )
+        if cls.build_network_architecture is nnUNetTrainer.build_network_architecture:
+            cls._refuse_network(manager.get_configuration(configuration).network_arch_class_name)
+
+    @classmethod
+    def _refuse_network(cls, name: str) -> None:
+        """Raise NotSupported if the plans name a network that nnU-Net's trainer cannot build, as Primus."""
+        network: Any = locate(name)  # None of a name that is found in nnU-Net's own way alone
+        if network is not None and "deep_supervision" not in signature(network).parameters:
+            raise NotSupported(
+                f"{cls.__name__} cannot train {name.rpartition('.')[2]}: it has no deep supervision, and no encoder "
+                "with stages to tap features from. Use nnU-Net's default or residual-encoder plans."
+            )
 
     def build_method(self, network: nn.Module, supervision: Supervision) -> Method:
         """The method that computes this trainer's step (nnunet_dycon.methods)."""
@@ -131,6 +145,12 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     def initialize(self) -> None:
         """After nnU-Net's: build the method, have its modules trained too, and tap the student."""
         super().initialize()
+        network = unwrap(self.network)
+        if self.enable_deep_supervision and not hasattr(getattr(network, "decoder", None), "deep_supervision"):
+            raise NotSupported(
+                f"{type(self).__name__} cannot train {type(network).__name__} with deep supervision, which it does not "
+                "have. Use nnU-Net's default or residual-encoder plans."
+            )
         # A teacher needs the highest resolution only. It is a copy of the network, made by the method.
         if self.enable_deep_supervision:
             self.set_deep_supervision_enabled(False)

@@ -6,13 +6,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from dynamic_network_architectures.architectures.primus import Primus
 
 from nnunet_dycon.trainers.nnUNetTrainerDyCON import nnUNetTrainerDyCON
+from nnunet_dycon.trainers.nnUNetTrainerDyCONCoTraining import nnUNetTrainerDyCONCoTraining
+from nnunet_dycon.trainers.nnUNetTrainerMeanTeacher import nnUNetTrainerMeanTeacher
+from nnunet_dycon.trainers.semi_supervised import SemiSupervisedTrainer
 from tests.tiny import UNLABELED
 from tests.trainers.test_contract import SEMI_SUPERVISED
-from tests.trainers.training import METHODS, deterministic, make_trainer, trainer_class
+from tests.trainers.training import METHODS, deterministic, draw_no_pictures, make_trainer, narrow, trainer_class
 
 
 def remove_unlabeled(base: Path, raw: Path) -> None:
@@ -221,6 +226,67 @@ def test_a_network_without_stages_is_refused_with_the_reason(tiny):
     trainer.enable_deep_supervision = False
     with pytest.raises(NotImplementedError, match="to tap features from; Conv3d has none"):
         trainer.initialize()
+
+
+def with_primus(base: type[SemiSupervisedTrainer], deep_supervision: bool) -> type[SemiSupervisedTrainer]:
+    class nnUNetTrainerPrimus(base):
+        def __init__(
+            self, plans, configuration, fold, dataset_json, device=torch.device("cuda")  # noqa: B008 (as nnU-Net)
+        ):  # fmt: skip
+            super().__init__(plans, configuration, fold, dataset_json, device)
+            self.enable_deep_supervision = deep_supervision
+
+        @staticmethod
+        def build_network_architecture(
+            plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision=True
+        ):
+            patch_size = configuration_manager.patch_size
+            return Primus(num_input_channels, 12, (8, 8, 8), num_output_channels, 1, 2, patch_size)
+
+        def set_deep_supervision_enabled(self, enabled):  # as nnU-Net's trainers of Primus have it
+            pass
+
+    return nnUNetTrainerPrimus
+
+
+@pytest.mark.parametrize("base", [nnUNetTrainerDyCON, nnUNetTrainerDyCONCoTraining])
+def test_primus_has_no_stage_to_tap(base, tiny):
+    """nnU-Net's transformer: patches are embedded at once, and every layer has the same resolution."""
+    message = "to tap features from; Primus has none. Use nnU-Net's default or residual-encoder plans"
+    with pytest.raises(NotImplementedError, match=message):
+        make_trainer(with_primus(base, deep_supervision=False)).initialize()
+
+
+@pytest.mark.parametrize("base", [nnUNetTrainerDyCON, nnUNetTrainerMeanTeacher])
+def test_primus_has_no_deep_supervision(base, tiny):
+    with pytest.raises(NotImplementedError, match="cannot train Primus with deep supervision, which it does not have"):
+        make_trainer(with_primus(base, deep_supervision=True)).initialize()
+
+
+def test_where_nothing_is_tapped_primus_does_train(base, monkeypatch):
+    narrow(base)
+    draw_no_pictures(monkeypatch)
+    trainer = make_trainer(deterministic(with_primus(nnUNetTrainerMeanTeacher, deep_supervision=False), 1))
+    trainer.run_training()
+    assert trainer.method.teacher.updates == 3
+    assert np.isfinite(trainer.curves["consistency"]).all()
+
+
+@pytest.mark.parametrize("name", SEMI_SUPERVISED)
+def test_plans_of_primus_are_refused_in_one_line(base, name):
+    file = base / "nnUNetPlans.json"
+    plans = json.loads(file.read_text())
+    plans["configurations"]["3d_fullres"]["architecture"] = {
+        "network_class_name": f"{Primus.__module__}.Primus",
+        "arch_kwargs": {"embed_dim": 12, "patch_embed_size": [8, 8, 8], "input_shape": [16, 16, 16]},
+        "_kw_requires_import": [],
+    }
+    file.write_text(json.dumps(plans))
+    own = name == "nnUNetTrainerDKUXNet"  # which is built when training begins
+    message = "needs plans with .* which those for .*Primus have not" if own else "cannot train Primus: it has no deep"
+    with pytest.raises(NotImplementedError, match=message) as refused:
+        make_trainer(trainer_class(name)).run_training()
+    assert refused.value.code.startswith("nnunet_dycon: error: ")
 
 
 def test_the_start_tells_batch_memory_steps_and_remedy(tiny, train):
