@@ -68,8 +68,6 @@ def plan(source: Path, *, protocol: Protocol | None = None, modalities: str | No
     notes = []
     if h5:
         notes.append("h5 files: FLAIR that others have cropped and normalized; predict on images made likewise alone")
-    if target == "regions":
-        notes.append("the trainers of this package do not train on regions yet; nnU-Net's own do (--target wt)")
     if protocol and (chosen != ["flair"] or target != "wt"):
         notes.append("the papers take FLAIR alone and the whole tumor: leave --modalities and --target away")
     data_set = DataSet(

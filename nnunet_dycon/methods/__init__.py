@@ -12,6 +12,7 @@ A `Method` is an nn.Module that owns what training needs beyond the student netw
   are trained together with the student.
 - Without a teacher a method overrides ``method.label``: what an unlabeled image is labeled with beside the student.
 - ``method.uses_features`` tells whether `StudentOutput.features` is needed.
+- Labels may be classes or regions: a method asks ``supervision.kind`` (`nnunet_dycon.label_kinds`), and knows no more.
 """
 
 from nnunet_dycon.methods.cps import CPS, CPSSettings
