@@ -1,6 +1,7 @@
 """The one promise: no label of an unlabeled case can reach the training. On real training steps, bit for bit."""
 
 import json
+import shutil
 from pathlib import Path
 
 import blosc2
@@ -13,6 +14,7 @@ from nnunet_dycon.cli import main
 from nnunet_dycon.trainers.nnUNetTrainerDyCON import nnUNetTrainerDyCON
 from nnunet_dycon.trainers.semi_supervised import SemiSupervisedTrainer
 from tests.tiny import plan_and_preprocess, set_environment, tiny_volume, write_volume
+from tests.trainers.label_kinds import dataset_of
 from tests.trainers.training import (
     METHODS,
     assert_same_weights,
@@ -61,6 +63,28 @@ def test_noise_in_the_segmentations_of_unlabeled_cases_changes_nothing(tiny, tra
     assert_same_weights(train(base, epochs=1), clean)
     mirror_image(unlabeled, "scan_00")
     assert not same_weights(train(base, epochs=1), clean)
+
+
+@pytest.mark.parametrize("name", ["nnUNetTrainerDyCON", "nnUNetTrainerBCP", "nnUNetTrainerUGPL"])
+def test_the_same_where_labels_are_regions(matrix_root, tmp_path, monkeypatch, name):
+    dataset = dataset_of("regions, ignore label")
+    for folder in ("nnUNet_raw", "nnUNet_preprocessed"):
+        shutil.copytree(matrix_root / folder / dataset, tmp_path / folder / dataset)
+    set_environment(monkeypatch, tmp_path)
+    draw_no_pictures(monkeypatch)
+
+    def train() -> SemiSupervisedTrainer:
+        trainer = make_trainer(deterministic(trainer_class(name), 1), dataset=dataset)
+        trainer.run_training()
+        return trainer
+
+    clean = train()
+    unlabeled = tmp_path / "nnUNet_preprocessed" / dataset / "nnUNetPlans_3d_fullres_unlabeled"
+    for case in ("scan_00", "scan_01"):
+        overwrite_segmentation(unlabeled, case)
+    assert_same_weights(train(), clean)
+    mirror_image(unlabeled, "scan_00")
+    assert not same_weights(train(), clean)
 
 
 def test_noise_in_one_labeled_case_changes_the_training(tiny, train):

@@ -2,11 +2,13 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib.image
 import numpy as np
 import pytest
 import torch
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from nnunet_dycon.checkpoints import KEY
 from nnunet_dycon.monitoring import AGREEMENTS
@@ -112,6 +114,24 @@ def test_the_page_shows_what_the_teacher_says(tiny, train, monkeypatch):
     entropy = torch.special.entr(probabilities[:, case.index]).sum(0).numpy()
     np.testing.assert_allclose(case.entropy, entropy, atol=0.02)
     assert case.foreground == pytest.approx((probabilities.argmax(0) > 0).float().mean().item(), abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("labels", "has_regions", "names"),
+    [
+        ({"b": 2, "background": 0, "a": 1, "ignore": 3}, False, ["background", "a", "b"]),
+        ({"b": [2], "background": 0, "a": [1]}, False, ["background", "a", "b"]),
+        ({"all": [1, 2], "inner": 2, "background": 0, "ignore": 3}, True, ["background", "all", "inner"]),
+        ({"background": 0, "first": [2, 3], "second": [1, 2]}, True, ["background", "first", "second"]),
+    ],
+)
+def test_the_names_on_the_page_are_in_the_order_of_what_is_drawn(labels, has_regions, names):
+    dataset_json = {"labels": labels, "regions_class_order": [1, 2]}
+    manager = LabelManager(labels, [1, 2] if has_regions else None)
+    assert manager.has_regions == has_regions
+    trainer = SimpleNamespace(dataset_json=dataset_json, label_manager=manager)
+    assert pseudo_label_page._names(trainer) == names
+    assert len(names) == manager.num_segmentation_heads + has_regions
 
 
 def test_a_page_that_cannot_be_drawn_does_not_end_the_training(tiny, train, monkeypatch):
