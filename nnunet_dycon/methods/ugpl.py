@@ -119,7 +119,7 @@ class UGPL(TwoStudents):
         everywhere = list(kind.exclusive(torch.cat([target, labels]), torch.cat([known, reliable]), channels))
         # The same voxels for both students.
         drawn = [
-            draw_voxels(*uncertain[:2], settings.contrast_voxels, uncertain.classes)
+            draw_voxels(uncertain.labels, uncertain.chosen, settings.contrast_voxels, uncertain.classes)
             for uncertain in kind.exclusive(labels, ~reliable, channels)
         ]
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import nn
 
@@ -114,8 +115,7 @@ def moved(before: list[torch.Tensor], module: nn.Module) -> bool:
 @pytest.mark.parametrize(("name", "kind", "configuration"), combinations())
 def test_two_steps(start, name, kind, configuration):
     trainer = start(name, kind, configuration)
-    assert trainer.label_manager.num_segmentation_heads == _heads(kind)
-    assert len(trainer.configuration_manager.patch_size) == (2 if configuration == "2d" else 3)
+    _check_configuration(trainer, kind, configuration)
     before = {part: snapshot(module) for part, module in trained(trainer).items()}
     for _ in range(2):
         values = trainer.train_step(next(trainer.dataloader_train))
@@ -130,9 +130,15 @@ def test_two_steps(start, name, kind, configuration):
         _check_terms(trainer)
 
 
-def _heads(kind: str) -> int:
+def _check_configuration(trainer: nnUNetTrainer, kind: str, configuration: str) -> None:
     labels = {name: value for name, value in KINDS[kind][1].items() if name != "ignore"}
-    return len(labels) - ("regions" in kind)
+    assert trainer.label_manager.num_segmentation_heads == len(labels) - ("regions" in kind)
+    assert len(trainer.configuration_manager.patch_size) == (2 if configuration == "2d" else 3)
+    _, dummy_2d, _, _ = trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+    assert dummy_2d == (configuration == "anisotropic")
+    if trainer.build_network_architecture is nnUNetTrainer.build_network_architecture:
+        is_residual = isinstance(unwrap(trainer.network), ResidualEncoderUNet)
+        assert is_residual == configuration.startswith("residual")
 
 
 def _check_kind(trainer: SemiSupervisedTrainer, kind: str) -> None:
