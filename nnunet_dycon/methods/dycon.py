@@ -62,6 +62,12 @@ class DyCONTerms:
             raise ValueError("FeCL needs a stage of the encoder to look at")
         return ProjectionHead(stage.channels, self.embedding_width).to(next(network.parameters()).device)
 
+    def consistency(
+        self, kind: LabelKind, logits: torch.Tensor, other_logits: torch.Tensor, beta: float
+    ) -> torch.Tensor:
+        """UnCL of a student's logits with another's."""
+        return uncl_loss(logits, other_logits, beta, entropy_weight=self.entropy_weight, sigmoid=kind.sigmoid)
+
     def patches(
         self, kind: LabelKind, labels: torch.Tensor, known: torch.Tensor, output: StudentOutput
     ) -> torch.Tensor:
@@ -194,13 +200,7 @@ class DyCON(Method):
         if settings.uncl_weight != 0:
             beta = monitors["beta"] = settings.beta(progress)
             teacher_logits = mix(teacher.logits[0][:half], teacher.logits[0][half:])
-            terms["uncl"] = uncl_loss(
-                output.logits[0],
-                teacher_logits,
-                beta,
-                entropy_weight=settings.entropy_weight,
-                sigmoid=kind.sigmoid,
-            )
+            terms["uncl"] = settings.consistency(kind, output.logits[0], teacher_logits, beta)
             weighted.append(settings.uncl_weight * terms["uncl"])
         if self.uses_features:
             patches = settings.patches(kind, labels, known, output)

@@ -5,7 +5,6 @@ from torch import nn
 
 from nnunet_dycon.batches import LabeledBatch, StudentOutput
 from nnunet_dycon.features import IGNORED_PATCH, FeatureStage, ProjectionHead
-from nnunet_dycon.losses import uncl_loss
 from nnunet_dycon.methods.dycon import DyCONTerms
 from nnunet_dycon.methods.method import Supervision, Terms
 from nnunet_dycon.methods.two_students import TwoStudents, each_with_the_other
@@ -54,13 +53,7 @@ class DyCONCoTraining(TwoStudents):
         if settings.uncl_weight != 0:
             beta = monitors["beta"] = settings.beta(progress)
             for terms, (own, other) in zip((of_first, of_second), each_with_the_other(first, second)):
-                terms["uncl"] = uncl_loss(
-                    own.logits[0],
-                    other.logits[0],
-                    beta,
-                    entropy_weight=settings.entropy_weight,
-                    sigmoid=kind.sigmoid,
-                )
+                terms["uncl"] = settings.consistency(kind, own.logits[0], other.logits[0], beta)
         if self.head is not None:
             ignored = []
             truth, known = kind.truth(labeled)
