@@ -1,0 +1,127 @@
+"""nnU-Net's training as torchrun starts it, on one machine or several, with what nnUNetv2_train takes as arguments:
+
+    torchrun --nnodes 2 --nproc-per-node 4 --max-restarts 3 --rdzv-backend c10d --rdzv-endpoint FIRST_NODE:29500 \
+        -m nnunet_dycon.launch 101 3d_fullres 0 -tr nnUNetTrainerDyCON
+
+nnU-Net itself starts processes on one machine (-num_gpus), and takes the number of a process among all for that of its
+GPU. Rendezvous, restarts and the environment are torchrun's; here nnU-Net's trainers, its own ones too, learn which
+device is theirs, and a training that torchrun starts again goes on from its last checkpoint.
+"""
+
+import inspect
+import multiprocessing
+import os
+from functools import partial, wraps
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from nnunetv2.run import load_pretrained_weights, run_training
+from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as trainer_module
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from nnunet_dycon.checkpoints import RESUMABLE
+from nnunet_dycon.environment import require_nnunet
+from nnunet_dycon.errors import UsageError, ends_in_one_line
+from nnunet_dycon.ranks import first_does, highest_of_ranks, ids_for_ddp
+
+_ASIDE = "earlier_"  # before the names of checkpoints of an earlier training
+
+
+def main() -> None:
+    """Parse nnUNetv2_train's arguments, by its own parser, and train."""
+    with ends_in_one_line():
+        require_nnunet()
+        run_training.run_training = partial(_train, run_training.run_training)
+        run_training.run_training_entry()
+
+
+def _train(train, *arguments, **options) -> None:
+    """Call nnU-Net's run_training in a process group, on this process's device.
+
+    Raises:
+        UsageError: torchrun has not started this process, or not as it must.
+    """
+    call = inspect.signature(train).bind(*arguments, **options)
+    given = call.arguments
+    device = _own_device(given["device"].type)
+    if given["num_gpus"] != 1:
+        raise UsageError("-num_gpus is for nnUNetv2_train; here torchrun's --nproc-per-node tells how many")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:  # nnU-Net has just taken all cores for each process
+        torch.set_num_threads(max(1, multiprocessing.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"])))
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    # Any of them: torchrun on a machine that has joined since knows of no restart.
+    is_restarted = bool(highest_of_ranks(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), device))
+    _give(device)
+    run_training.maybe_load_checkpoint = partial(_load, run_training.maybe_load_checkpoint, is_restarted)
+    given["continue_training"] |= is_restarted and not given["only_run_validation"]
+    train(*call.args, **call.kwargs)
+    dist.destroy_process_group()
+
+
+def _own_device(kind: str) -> torch.device:
+    if "LOCAL_RANK" not in os.environ:
+        raise UsageError(
+            "this is started by torchrun: torchrun --nproc-per-node 2 -m nnunet_dycon.launch 101 3d_fullres 0 -tr "
+            "nnUNetTrainerDyCON, with the arguments of nnUNetv2_train; see docs/distributed.md"
+        )
+    if kind == "cpu":
+        return torch.device("cpu")
+    there = torch.cuda.device_count()
+    if kind != "cuda" or int(os.environ["LOCAL_RANK"]) >= there:
+        raise UsageError(
+            f"{os.environ['LOCAL_WORLD_SIZE']} processes on a machine with {there} GPUs: each needs one; lower "
+            "--nproc-per-node, look at CUDA_VISIBLE_DEVICES, or train on -device cpu"
+        )
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+
+
+def _give(device: torch.device) -> None:
+    """Have nnU-Net take this device, where it takes the GPU whose number is the process's among all."""
+    initialise = trainer_module.nnUNetTrainer.__init__
+
+    @wraps(initialise)  # nnU-Net looks at its signature
+    def on_own_device(self, *arguments, **options):
+        initialise(self, *arguments, **options)
+        self.device = device
+        if device.type != "cuda":
+            self.grad_scaler = None
+
+    trainer_module.nnUNetTrainer.__init__ = on_own_device
+    trainer_module.DDP = lambda module, device_ids: DistributedDataParallel(module, device_ids=ids_for_ddp(device))
+    # It asks for the number among all, and takes that of a GPU.
+    load_pretrained_weights.dist = SimpleNamespace(
+        is_initialized=lambda: device.type == "cuda", get_rank=lambda: device.index
+    )
+
+
+def _load(load, is_restarted: bool, trainer, continue_training: bool, validation_only: bool, pretrained=None) -> None:
+    """nnU-Net's maybe_load_checkpoint; after a restart it goes on from what this training has written.
+
+    So that this is no checkpoint of an earlier training, a new one sets those aside if it may be restarted.
+    """
+    folder = Path(trainer.output_folder)
+    if is_restarted and not validation_only:
+        continue_training = first_does(lambda: any((folder / name).is_file() for name in RESUMABLE))
+        pretrained = None if continue_training else pretrained
+        trainer.print_to_log_file(
+            f"torchrun has started this training again; it {'goes on' if continue_training else 'begins anew'}",
+            also_print_to_console=True,
+        )
+    elif not (continue_training or validation_only) and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        first_does(partial(_set_aside, folder))
+    load(trainer, continue_training, validation_only, pretrained)
+
+
+def _set_aside(folder: Path) -> None:
+    for file in (folder / name for name in RESUMABLE):
+        if file.is_file():
+            print(f"{file}, of an earlier training, is renamed to {_ASIDE}{file.name}")
+            file.replace(file.with_name(_ASIDE + file.name))
+
+
+if __name__ == "__main__":
+    main()
