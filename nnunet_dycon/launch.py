@@ -13,7 +13,9 @@ import multiprocessing
 import os
 from functools import partial, wraps
 from pathlib import Path
+from time import sleep
 from types import SimpleNamespace
+from uuid import uuid4
 
 import torch
 from nnunetv2.run import load_pretrained_weights, run_training
@@ -52,7 +54,9 @@ def _train(train, *arguments, **options) -> None:
         torch.cuda.set_device(device)
     else:  # nnU-Net has just taken all cores for each process
         torch.set_num_threads(max(1, multiprocessing.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"])))
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=_empty_store(rank, ranks), rank=rank, world_size=ranks)
     # Any of them: torchrun on a machine that has joined since knows of no restart.
     is_restarted = bool(highest_of_ranks(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), device))
     _give(device)
@@ -60,6 +64,31 @@ def _train(train, *arguments, **options) -> None:
     given["continue_training"] |= is_restarted and not given["only_run_validation"]
     train(*call.args, **call.kwargs)
     dist.destroy_process_group()
+
+
+def _empty_store(rank: int, ranks: int) -> dist.Store:
+    """A corner of torchrun's store where nothing is left of the processes that were killed, whose addresses are there.
+
+    torchrun takes one store for all attempts (as of torch 2.14), and who starts first would connect to the dead. It has
+    no number of the attempt that is the same on all machines: each counts its own restarts. So the first rank names a
+    corner anew, and answers everyone until all are there.
+    """
+    store, *_ = next(dist.rendezvous("env://"))
+    own_name = uuid4().hex
+    if rank != 0:
+        store.set(f"asks/{rank}", own_name)
+        corner = store.get(f"corner of/{own_name}").decode()
+        store.set(f"joins/{corner}/{rank}", "")
+        return dist.PrefixStore(corner, store)
+    absent = set(range(1, ranks))
+    while absent:
+        for other in sorted(absent):
+            if store.check([f"asks/{other}"]):  # or asked, and is dead: then this does no harm
+                store.set(f"corner of/{store.get(f'asks/{other}').decode()}", own_name)
+            if store.check([f"joins/{own_name}/{other}"]):
+                absent.remove(other)
+        sleep(0.05)
+    return dist.PrefixStore(own_name, store)
 
 
 def _own_device(kind: str) -> torch.device:
@@ -107,10 +136,11 @@ def _load(load, is_restarted: bool, trainer, continue_training: bool, validation
     if is_restarted and not validation_only:
         continue_training = first_does(lambda: any((folder / name).is_file() for name in RESUMABLE))
         pretrained = None if continue_training else pretrained
-        trainer.print_to_log_file(
-            f"torchrun has started this training again; it {'goes on' if continue_training else 'begins anew'}",
-            also_print_to_console=True,
-        )
+        if dist.get_rank() == 0:
+            trainer.print_to_log_file(
+                f"torchrun has started this training again; it {'goes on' if continue_training else 'begins anew'}",
+                also_print_to_console=True,
+            )
     elif not (continue_training or validation_only) and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
         first_does(partial(_set_aside, folder))
     load(trainer, continue_training, validation_only, pretrained)

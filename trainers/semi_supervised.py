@@ -415,7 +415,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         raise SystemExit(EXIT_CODE)
 
     def _tell(self, text: str) -> None:
-        self.print_to_log_file(text, also_print_to_console=True)
+        if self.local_rank == 0:
+            self.print_to_log_file(text, also_print_to_console=True)
 
     @ends_in_one_line()
     def run_training(self) -> None:
