@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from nnunetv2.run import run_training
 
 from nnunet_dycon.checkpoints import KEY
+from nnunet_dycon.errors import UsageError
+from nnunet_dycon.launch import _own_device, main
 from tests.launched.nnunet_dycon_test_trainers import EPOCHS, STEPS
 from tests.trainers.training import narrow
 
@@ -85,14 +88,38 @@ def test_two_nodes_go_on_after_a_kill_with_nnunets_own_trainer(results):
     assert (fold / "validation" / "summary.json").is_file()
 
 
-def test_without_torchrun_one_line_tells_how_to_start(results):
-    run = subprocess.run([sys.executable, *LAUNCH], cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 1
-    assert (
-        run.stderr.strip()
-        .splitlines()[-1]
-        .startswith(
-            "nnunet_dycon: error: this is started by torchrun: torchrun --nproc-per-node 2 -m nnunet_dycon.launch 101"
-        )
+@pytest.fixture
+def launched(monkeypatch):
+    """launched(*arguments) calls main with these, and gives back the line that it ends with."""
+    monkeypatch.setattr(run_training, "run_training", run_training.run_training)  # main replaces it
+
+    def launch_with(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["launch", "901", "3d_fullres", "0", "-device", "cpu", *arguments])
+        with pytest.raises(SystemExit) as end:
+            main()
+        return str(end.value)
+
+    return launch_with
+
+
+def test_without_torchrun_one_line_tells_how_to_start(launched):
+    line = launched()
+    assert line.startswith(
+        "nnunet_dycon: error: this is started by torchrun: torchrun --nproc-per-node 2 -m nnunet_dyc"
     )
-    assert "Traceback" not in run.stderr
+    assert "\n" not in line
+
+
+def test_num_gpus_is_torchruns_business(launched, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert "-num_gpus is for nnUNetv2_train; here torchrun's --nproc-per-node tells" in launched("-num_gpus", "2")
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    for variable, value in (("LOCAL_RANK", "2"), ("LOCAL_WORLD_SIZE", "3")):
+        monkeypatch.setenv(variable, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UsageError, match="3 processes on a machine with 2 GPUs: each needs one; lower --nproc"):
+        _own_device("cuda")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert _own_device("cuda") == torch.device("cuda", 1)

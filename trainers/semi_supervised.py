@@ -29,6 +29,7 @@ from nnunet_dycon.data.loader import (
     UnlabeledLoader,
     Workers,
     augmenter,
+    require_readable,
     to_batches,
 )
 from nnunet_dycon.data.unlabeled import UnlabeledCases
@@ -293,7 +294,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             f"{self.unlabeled_cases.arguments}"
         )
         options = {
-            "remedy": f"run: nnUNetv2_preprocess {self.unlabeled_cases.arguments}",
+            "remedy": self._labeled_remedy,
             "oversample_foreground_percent": self.oversample_foreground_percent,
             "probabilistic_oversampling": self.probabilistic_oversampling,
         }
@@ -336,6 +337,10 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         for started in augmenters:
             next(started)
         return augmenters
+
+    @property
+    def _labeled_remedy(self) -> str:
+        return f"run: nnUNetv2_preprocess {self.unlabeled_cases.arguments}"
 
     def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()
@@ -579,3 +584,12 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             (folder / checkpoints.PREVIOUS).unlink(missing_ok=True)  # as nnU-Net does with the latest
         if highest_of_ranks(self._stop_request.is_made, self.device):
             self._tell_end("stopped by SIGTERM after the training, which is complete; --val runs its validation")
+
+    @ends_in_one_line()
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """nnU-Net's, which says nothing of the case that it cannot read."""
+        try:
+            super().perform_actual_validation(save_probabilities)
+        except Exception:
+            require_readable(self.preprocessed_dataset_folder, self.do_split()[1], self._labeled_remedy)
+            raise

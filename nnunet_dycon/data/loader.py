@@ -21,7 +21,6 @@ from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMu
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
 from batchgenerators.utilities.file_and_folder_operations import load_pickle
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
-from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from threadpoolctl import ThreadpoolController
 
 from nnunet_dycon.batches import LabeledBatch, UnlabeledBatch
@@ -48,8 +47,11 @@ class UnlabeledDataset:
         return blosc2.open(urlpath=file, mode="r", dparams={"nthreads": 1}, **mapping)
 
 
-def require_readable(folder: str, cases: Sequence[str], endings: Sequence[str], remedy: str) -> None:
-    """Read files of some cases to their ends; raise UserError if one cannot be read, which names it."""
+def require_readable(folder: str, cases: Sequence[str], remedy: str) -> None:
+    """Read labeled, preprocessed cases to their ends; raise UserError if a file cannot be read, which names it."""
+    if not any(Path(folder).glob("*.b2nd")):
+        return  # nnU-Net has written no other files for long
+    endings = (".b2nd", "_seg.b2nd", ".pkl")
     for file in (Path(folder, case + ending) for case in dict.fromkeys(cases) for ending in endings):
         with explained(Exception, f"{file} cannot be read; {remedy}"):
             load_pickle(str(file)) if file.suffix == ".pkl" else blosc2.open(str(file), mode="r")[:]
@@ -81,9 +83,7 @@ class LabeledLoader(nnUNetDataLoader):
         try:
             return super().generate_train_batch()
         except Exception as error:
-            if isinstance(self._data, nnUNetDatasetBlosc2):  # others are of the past
-                endings = (".b2nd", "_seg.b2nd", ".pkl")
-                require_readable(self._data.source_folder, self._drawn, endings, self.remedy)
+            require_readable(self._data.source_folder, self._drawn, self.remedy)
             raise RuntimeError(f"no batch could be made of the cases {', '.join(self._drawn)}") from error
 
 

@@ -19,7 +19,7 @@ EPOCHS, STEPS = 4, 3
 
 
 def _is_hit(trainer: nnUNetTrainer, attempt: int, epoch: int) -> bool:
-    return _ATTEMPT == attempt and trainer.current_epoch == epoch and trainer.local_rank == dist.get_world_size() - 1
+    return attempt == _ATTEMPT and trainer.current_epoch == epoch and trainer.local_rank == dist.get_world_size() - 1
 
 
 class nnUNetTrainerHit(nnUNetTrainerMeanTeacher):
