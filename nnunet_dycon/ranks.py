@@ -97,6 +97,6 @@ def require_even_batch(batch_size: int) -> None:
     if batch_size % ranks:
         fitting = " or ".join(str(number) for number in range(1, batch_size + 1) if batch_size % number == 0)
         raise UserError(
-            f"a batch of {batch_size} cannot be shared evenly by {ranks} processes; use {fitting} of them, or raise "
-            f"batch_size in a copy of the plans to a multiple of {ranks}, see docs/distributed.md"
+            f"a batch of {batch_size} cannot be shared evenly by {ranks} processes; use {fitting} of them, or add a "
+            f"configuration to the plans with a batch_size that is a multiple of {ranks}, see docs/distributed.md"
         )
