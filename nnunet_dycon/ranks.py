@@ -50,7 +50,7 @@ def first_does(work: Callable[[], Result]) -> Result:
 
 def highest_of_ranks(value: float, device: torch.device) -> torch.Tensor:
     """The highest value that any rank calls this with, a scalar on the device. The host does not wait for it."""
-    highest = torch.tensor(float(value), device=device)
+    highest = torch.full((), float(value), device=device)  # a copy of a number would be waited for
     if number_of_ranks() > 1:
         dist.all_reduce(highest, dist.ReduceOp.MAX)
     return highest

@@ -199,8 +199,8 @@ class Workers(NonDetMultiThreadedAugmenter):
             self._wait_for_request()
             if not self._is_ending() or self._latest is None:
                 raise UserError(
-                    "a process that prepares batches was killed, perhaps for want of memory; lower nnUNet_n_proc_DA "
-                    "and go on with --c"
+                    "a process that prepares batches was killed, perhaps for want of memory; lower nnUNet_n_proc_DA, "
+                    "if nothing above says why it died, and go on with --c"
                 ) from None
         return self._latest
 
