@@ -397,6 +397,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         Raises:
             SystemExit: always.
         """
+        steps = self._steps_per_epoch
         # What this epoch has logged is logged again when it is whole.
         for curve in (*self.logger.get_checkpoint().values(), *self.curves.values()):
             del curve[self.current_epoch :]
@@ -411,8 +412,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
                 loader._finish()
         kept = "nothing was kept" if self.disable_checkpointing else f"{checkpoints.LATEST} is written; go on with --c"
         self._tell_end(
-            f"stopped by SIGTERM in epoch {self.current_epoch}, after {self._step_in_epoch} of "
-            f"{self.num_iterations_per_epoch} steps; {kept}"
+            f"stopped by SIGTERM in epoch {self.current_epoch}, after {self._step_in_epoch} of {steps} steps; {kept}"
         )
 
     def _tell_end(self, text: str) -> NoReturn:

@@ -45,11 +45,18 @@ def asked_to_end(after: int) -> type:
     """Base, which gets SIGTERM after so many steps of epoch 1."""
 
     class Asked(Base):
+        def on_train_epoch_start(self):
+            super().on_train_epoch_start()
+            self.ask_if_due()
+
         def train_step(self, batch):
             done = super().train_step(batch)
+            self.ask_if_due()
+            return done
+
+        def ask_if_due(self):
             if (self.current_epoch, self._step_in_epoch) == (1, after):
                 os.kill(os.getpid(), signal.SIGTERM)
-            return done
 
     Asked.__name__ = Base.__name__
     return Asked
@@ -98,6 +105,22 @@ def test_a_training_that_was_asked_to_end_goes_on_with_the_next_step(after, done
     logged = second.logger.get_checkpoint()
     assert {len(values) for values in logged.values()} == {EPOCHS}
     assert logged["mean_fg_dice"] == whole.logger.get_checkpoint()["mean_fg_dice"]
+
+
+def test_a_training_can_be_stopped_twice_in_one_epoch():
+    whole = make_trainer(Base)
+    whole.run_training()
+    shutil.rmtree(whole.output_folder)
+    with pytest.raises(SystemExit):
+        make_trainer(asked_to_end(after=0)).run_training()  # so that the first step is the last
+    second = resume(asked_to_end(after=2))
+    with pytest.raises(SystemExit):
+        second.run_training()
+    assert f"stopped by SIGTERM in epoch 1, after 3 of {STEPS} steps" in log_of(second)
+    third = resume(Base)
+    third.run_training()
+    assert_same_weights(third, whole)
+    assert third.method.teacher.updates == EPOCHS * STEPS
 
 
 def test_a_request_after_the_last_step_spares_the_final_validation_only():
