@@ -28,6 +28,7 @@ from nnunet_dycon.environment import require_nnunet
 from nnunet_dycon.errors import UsageError, ends_in_one_line
 from nnunet_dycon.ranks import first_does, highest_of_ranks, ids_for_ddp
 
+MARK = "torchrun_id.txt"  # in the folder of a fold: whose checkpoints lie there
 _ASIDE = "earlier_"  # before the names of checkpoints of an earlier training
 
 
@@ -60,7 +61,8 @@ def _train(train, *arguments, **options) -> None:
     # Any of them: torchrun on a machine that has joined since knows of no restart.
     is_restarted = bool(highest_of_ranks(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), device))
     _give(device)
-    run_training.maybe_load_checkpoint = partial(_load, run_training.maybe_load_checkpoint, is_restarted)
+    is_asked = given["continue_training"]
+    run_training.maybe_load_checkpoint = partial(_load, run_training.maybe_load_checkpoint, is_restarted, is_asked)
     given["continue_training"] |= is_restarted and not given["only_run_validation"]
     train(*call.args, **call.kwargs)
     dist.destroy_process_group()
@@ -127,30 +129,41 @@ def _give(device: torch.device) -> None:
     )
 
 
-def _load(load, is_restarted: bool, trainer, continue_training: bool, validation_only: bool, pretrained=None) -> None:
-    """nnU-Net's maybe_load_checkpoint; after a restart it goes on from what this training has written.
-
-    So that this is no checkpoint of an earlier training, a new one sets those aside if it may be restarted.
-    """
-    folder = Path(trainer.output_folder)
-    if is_restarted and not validation_only:
-        continue_training = first_does(lambda: any((folder / name).is_file() for name in RESUMABLE))
-        pretrained = None if continue_training else pretrained
-        if dist.get_rank() == 0:
+def _load(
+    load, is_restarted: bool, is_asked: bool, trainer, continue_training: bool, validation_only: bool, pretrained=None
+) -> None:
+    """nnU-Net's maybe_load_checkpoint, which after a restart goes on from what this training has written."""
+    if not validation_only and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        continue_training = first_does(partial(_goes_on, Path(trainer.output_folder), is_restarted, is_asked))
+        pretrained = None if is_restarted and continue_training else pretrained
+        if is_restarted and dist.get_rank() == 0:
             trainer.print_to_log_file(
                 f"torchrun has started this training again; it {'goes on' if continue_training else 'begins anew'}",
                 also_print_to_console=True,
             )
-    elif not (continue_training or validation_only) and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
-        first_does(partial(_set_aside, folder))
     load(trainer, continue_training, validation_only, pretrained)
 
 
-def _set_aside(folder: Path) -> None:
-    for file in (folder / name for name in RESUMABLE):
-        if file.is_file():
+def _goes_on(folder: Path, is_restarted: bool, is_asked: bool) -> bool:
+    """Whether a training that may be restarted is to go on from a checkpoint.
+
+    A new one sets checkpoints of an earlier training aside, and leaves a mark: what lies there later is its own.
+
+    Args:
+        folder: of the fold.
+        is_restarted: whether torchrun has started it before.
+        is_asked: by --c.
+    """
+    mark, run = folder / MARK, os.environ["TORCHELASTIC_RUN_ID"]
+    checkpoints = [file for name in RESUMABLE if (file := folder / name).is_file()]
+    if is_restarted and mark.is_file() and mark.read_text() == run:
+        return bool(checkpoints)
+    if not is_asked:
+        for file in checkpoints:
             print(f"{file}, of an earlier training, is renamed to {_ASIDE}{file.name}")
             file.replace(file.with_name(_ASIDE + file.name))
+    mark.write_text(run)
+    return is_asked
 
 
 if __name__ == "__main__":

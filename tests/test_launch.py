@@ -13,7 +13,7 @@ from nnunetv2.run import run_training
 
 from nnunet_dycon.checkpoints import KEY
 from nnunet_dycon.errors import UsageError
-from nnunet_dycon.launch import _own_device, main
+from nnunet_dycon.launch import MARK, _goes_on, _own_device, main
 from tests.launched.nnunet_dycon_test_trainers import EPOCHS, STEPS
 from tests.trainers.training import narrow
 
@@ -86,6 +86,34 @@ def test_two_nodes_go_on_after_a_kill_with_nnunets_own_trainer(results):
     fold = results / "nnUNetTrainerPlainHit__nnUNetPlans__3d_fullres" / "fold_0"
     assert torch.load(fold / "checkpoint_final.pth", weights_only=False)["current_epoch"] == EPOCHS
     assert (fold / "validation" / "summary.json").is_file()
+
+
+# Restarted, --c, whose mark lies there, whether there is a checkpoint: whether it goes on, whether that is set aside.
+STARTS = {
+    "new": (False, False, None, False, False, False),
+    "new, over an earlier one": (False, False, "other", True, False, True),
+    "new, under the same name": (False, False, "run", True, False, True),
+    "asked to go on": (False, True, "other", True, True, False),
+    "restarted": (True, False, "run", True, True, False),
+    "restarted before its first checkpoint": (True, False, "run", False, False, False),
+    "asked to go on, restarted before a checkpoint": (True, True, "run", False, False, False),
+    "restarted before it began, over an earlier one": (True, False, "other", True, False, True),
+    "restarted before it began, asked to go on": (True, True, None, True, True, False),
+}
+
+
+@pytest.mark.parametrize("start", STARTS.values(), ids=STARTS.keys())
+def test_a_training_goes_on_from_its_own_checkpoints_only(tmp_path, monkeypatch, start):
+    is_restarted, is_asked, mark, has_checkpoint, goes_on, is_set_aside = start
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
+    if mark is not None:
+        (tmp_path / MARK).write_text(mark)
+    if has_checkpoint:
+        (tmp_path / "checkpoint_final.pth").touch()
+    assert _goes_on(tmp_path, is_restarted, is_asked) == goes_on
+    assert (tmp_path / MARK).read_text() == "run"
+    assert (tmp_path / "earlier_checkpoint_final.pth").is_file() == is_set_aside
+    assert (tmp_path / "checkpoint_final.pth").is_file() == (has_checkpoint and not is_set_aside)
 
 
 @pytest.fixture
