@@ -3,10 +3,13 @@
 Only tensors and plain dicts, lists and numbers go in, so that nnUNetv2_predict loads them without this package.
 """
 
+import os
 import pickle
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,11 +19,20 @@ from nnunet_dycon.files import replacing
 KEY = "nnunet_dycon"
 # Of a finished training: the student, and the network beside it.
 STUDENT, TEACHER, SECOND = "checkpoint_final.pth", "checkpoint_final_teacher.pth", "checkpoint_final_second.pth"
+# Of one that goes on; nnU-Net knows nothing of the one before the latest.
+LATEST, PREVIOUS, BEST = "checkpoint_latest.pth", "checkpoint_previous.pth", "checkpoint_best.pth"
+RESUMABLE = (STUDENT, LATEST, PREVIOUS, BEST)
 _PARTS = {"version", "settings", "method", "curves"}
+
+
+class Damaged(UserError):
+    """A checkpoint that cannot be loaded at all."""
 
 
 def save_extended(filename: Path | str, save: Callable[[str], None], state: dict) -> None:
     """Have ``save`` write nnU-Net's checkpoint, add our state to it, and only then give it its name.
+
+    The latest checkpoint becomes the previous one when it is replaced.
 
     Args:
         filename: of the checkpoint.
@@ -35,6 +47,41 @@ def save_extended(filename: Path | str, save: Callable[[str], None], state: dict
         checkpoint = torch.load(partial, map_location="cpu", weights_only=False)
         checkpoint[KEY] = state
         torch.save(checkpoint, partial)
+        if Path(filename).name == LATEST and Path(filename).is_file():
+            with replacing(Path(filename).with_name(PREVIOUS)) as kept:
+                _link(filename, kept)
+
+
+def _link(file: Path | str, link: Path) -> None:
+    link.unlink(missing_ok=True)
+    try:
+        os.link(file, link)
+    except OSError:  # there are file systems without links
+        shutil.copyfile(file, link)
+
+
+def whole_one(file: Path, tell: Callable[[str], None]) -> Path:
+    """A checkpoint to go on from: the one that is named, or if it is damaged the newest whole one beside it.
+
+    Args:
+        file: of the checkpoint.
+        tell: called with a line for each damaged one.
+
+    Raises:
+        Damaged: all are.
+    """
+    others = [other for name in RESUMABLE if (other := file.with_name(name)) != file and other.is_file()]
+    others.sort(key=lambda other: other.stat().st_mtime, reverse=True)
+    for candidate, following in zip([file, *others], [*others, None]):
+        try:
+            _load(candidate)
+        except Damaged as error:
+            if following is None:
+                raise
+            tell(f"WARNING: {error}. Trying {following.name}, which was written before")
+        else:
+            break
+    return candidate
 
 
 def load_state(filename: Path | str, trainer_name: str) -> dict:
@@ -43,11 +90,7 @@ def load_state(filename: Path | str, trainer_name: str) -> dict:
     Raises:
         UserError: another trainer wrote the file, or it cannot be loaded.
     """
-    try:
-        checkpoint = torch.load(filename, map_location="cpu", weights_only=False)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        remedy = "go on from another checkpoint, put in its place"
-        raise UserError(f"{filename} cannot be loaded ({first_line(error)}); {remedy}") from None
+    checkpoint = _load(filename)
     writer = checkpoint.get("trainer_name", "something else") if isinstance(checkpoint, dict) else "something else"
     if writer != trainer_name or KEY not in checkpoint:
         raise UserError(
@@ -61,6 +104,14 @@ def load_state(filename: Path | str, trainer_name: str) -> dict:
             "-pretrained_weights instead"
         )
     return state
+
+
+def _load(filename: Path | str) -> Any:
+    try:
+        return torch.load(filename, map_location="cpu", weights_only=False)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        remedy = "go on from another checkpoint, put in its place"
+        raise Damaged(f"{filename} cannot be loaded ({first_line(error)}); {remedy}") from None
 
 
 def save_for_prediction(

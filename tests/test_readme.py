@@ -46,7 +46,7 @@ def test_links_lead_to_files_and_headings_that_exist(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_are_written_as_the_parser_wants_them(page):
     for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL):
-        for line in block.splitlines():
+        for line in block.replace("\\\n", "").splitlines():  # which may go on in the next one
             words = shlex.split(line, comments=True)
             if words[:1] == ["nnunet_dycon"]:
                 _parser().parse_args(words[1:])

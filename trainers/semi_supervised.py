@@ -7,12 +7,11 @@ from functools import partial
 from inspect import signature
 from pathlib import Path
 from pydoc import locate
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from nnunetv2.configuration import default_num_processes
-from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.collate_outputs import collate_outputs
@@ -25,7 +24,16 @@ from torch.nn.parallel import DistributedDataParallel
 from nnunet_dycon import __version__, checkpoints
 from nnunet_dycon.batches import StudentOutput, Targets
 from nnunet_dycon.data.labeled import check_fingerprint, check_split, labeled_identifiers
-from nnunet_dycon.data.loader import TwoStreamLoader, UnlabeledDataset, UnlabeledLoader, augmenter, to_batches
+from nnunet_dycon.data.loader import (
+    LabeledLoader,
+    TwoStreamLoader,
+    UnlabeledDataset,
+    UnlabeledLoader,
+    Workers,
+    augmenter,
+    require_readable,
+    to_batches,
+)
 from nnunet_dycon.data.unlabeled import UnlabeledCases
 from nnunet_dycon.data.views import TwoViews, stronger
 from nnunet_dycon.environment import require_nnunet
@@ -36,7 +44,9 @@ from nnunet_dycon.label_kinds import Classes, Regions
 from nnunet_dycon.methods import Method, Supervision
 from nnunet_dycon.monitoring import SECONDS, StepTimer, append_epoch, mean_of_finite, terms_of_loss
 from nnunet_dycon.pictures import draw_progress
+from nnunet_dycon.ranks import first_does, highest_of_ranks, ids_for_ddp, require_even_batch
 from nnunet_dycon.run_record import record_file, write_record
+from nnunet_dycon.stopping import EXIT_CODE, StopRequest
 from nnunet_dycon.teacher import unwrap
 from nnunet_dycon.trainers.pseudo_label_page import draw_page
 
@@ -87,6 +97,9 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         with ends_in_one_line():
             require_nnunet()
             self._refuse_unsupported(plans, configuration, dataset_json)
+            batch_size = PlansManager(plans).get_configuration(configuration).batch_size
+            first_does(partial(require_even_batch, batch_size))
+            self._goes_on = bool(plans.get("continue_training"))  # --c; nnU-Net takes it out
             with explained(OSError, "nnU-Net cannot make the folder of this training; check nnUNet_results"):
                 super().__init__(plans, configuration, fold, dataset_json, device)
         self.num_epochs = self.training_settings.num_epochs
@@ -99,6 +112,9 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self._cases: dict[str, list[str]] = {}  # -> get_dataloaders
         self._tap: FeatureTap | None = None
         self._step_in_epoch = 0
+        self._outputs: list[dict] = []  # of the steps of this epoch
+        self._before_stop: list[dict] = []  # of those done when the training was stopped in the middle of an epoch
+        self._stop_request = StopRequest()
         self._lost_in_a_row = 0  # steps
         self._resumed_settings: dict[str, dict] | None = None
 
@@ -164,7 +180,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             self.optimizer.add_param_group({"params": trainable})
             if self.is_ddp:
                 child = nn.SyncBatchNorm.convert_sync_batchnorm(child)  # as nnU-Net does with the network
-                setattr(self.method, name, DistributedDataParallel(child, device_ids=[self.local_rank]))
+                setattr(self.method, name, DistributedDataParallel(child, device_ids=ids_for_ddp(self.device)))
         # After the teacher was copied, which would have copied the hook, too; before the first forward pass, because
         # torch.compile ignores a later one.
         if self.method.uses_features:
@@ -192,8 +208,13 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     @property
     def progress(self) -> float:
         """How much of the training is done, from 0 to 1. A resumed run goes on where it was."""
-        steps = self.current_epoch * self.num_iterations_per_epoch + self._step_in_epoch
-        return steps / (self.num_epochs * self.num_iterations_per_epoch)
+        steps = self.current_epoch * self._steps_per_epoch + self._step_in_epoch
+        return steps / (self.num_epochs * self._steps_per_epoch)
+
+    @property
+    def _steps_per_epoch(self) -> int:
+        """Also of an epoch of which only the rest is left, which is nnU-Net's number of iterations then."""
+        return len(self._before_stop) + self.num_iterations_per_epoch
 
     @property
     def unlabeled_batch_size(self) -> int:
@@ -208,14 +229,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     @ends_in_one_line()
     def on_train_start(self) -> None:
         """Before nnU-Net's: check what a user may have got wrong, so that no time is lost on it."""
-        require_writable(Path(self.output_folder))
-        self._check_settings()
-        folder = Path(self.preprocessed_dataset_folder)
-        labeled = labeled_identifiers(folder, self.unlabeled_cases.arguments)
-        check_split(folder, labeled, self.fold)
-        check_fingerprint(folder.parent, folder.name, self.unlabeled_cases.dataset_id)
-        self.unlabeled_cases.require(default_num_processes)
-        self.unlabeled_cases.check_not_labeled(labeled, set(self.unlabeled_cases.identifiers()))
+        first_does(self._check_and_prepare)
         with explained(OSError, f"training cannot begin in {self.output_folder}; make room, or mend what is named"):
             super().on_train_start()
             # A resumed run leaves the record as it is.
@@ -226,6 +240,18 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             self.method.before_first_step()  # pretrained weights have arrived since initialize
         self.logger.update_config(self.settings)
         self._tell_batch()
+        self._stop_request.can_wait = True
+
+    def _check_and_prepare(self) -> None:
+        """Raise UserError if this training cannot begin. Preprocesses the unlabeled cases if that is left to do."""
+        require_writable(Path(self.output_folder))
+        self._check_settings()
+        folder = Path(self.preprocessed_dataset_folder)
+        labeled = labeled_identifiers(folder, self.unlabeled_cases.arguments)
+        check_split(folder, labeled, self.fold)
+        check_fingerprint(folder.parent, folder.name, self.unlabeled_cases.dataset_id)
+        self.unlabeled_cases.require(default_num_processes)
+        self.unlabeled_cases.check_not_labeled(labeled, set(self.unlabeled_cases.identifiers()))
 
     def _check_settings(self) -> None:
         """Raise UserError if the checkpoint that is gone on from was trained with other settings of the method."""
@@ -250,7 +276,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         needed = self.patch_memory * (batch + unlabeled) / planned
         self.print_to_log_file(
             f"{len(self._cases['labeled'])} labeled and {len(self._cases['unlabeled'])} unlabeled cases. Each of the "
-            f"{self.num_epochs * self.num_iterations_per_epoch} steps trains on {batch} labeled and {unlabeled} "
+            f"{self.num_epochs * self._steps_per_epoch} steps trains on {batch} labeled and {unlabeled} "
             f"unlabeled patches: about {needed:.3g} times the memory the plans were made for. If that is too much: "
             f"nnUNetv2_plan_experiment with -gpu_memory_target at 1/{needed:.3g} of what you have and a new "
             "-overwrite_plans_name, preprocess, and train with -p; or a subclass with unlabeled_batch_size=1.",
@@ -281,7 +307,12 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         unlabeled = UnlabeledDataset(self.unlabeled_cases.folder, self.unlabeled_cases.identifiers())
         streams = {"labeled": labeled, "unlabeled": unlabeled, "validation": validation}
         self._cases = {name: list(dataset.identifiers) for name, dataset in streams.items()}
+        unlabeled_remedy = (
+            f"remove {self.unlabeled_cases.folder.name}, and run: nnunet_dycon preprocess_unlabeled "
+            f"{self.unlabeled_cases.arguments}"
+        )
         options = {
+            "remedy": self._labeled_remedy,
             "oversample_foreground_percent": self.oversample_foreground_percent,
             "probabilistic_oversampling": self.probabilistic_oversampling,
         }
@@ -293,6 +324,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             self.label_manager,
             transforms=two_views,
             mask_channels=mask_channels,
+            remedy=unlabeled_remedy,
         )
         train_loader = TwoStreamLoader(
             labeled,
@@ -304,7 +336,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             unlabeled=unlabeled_loader,
             **options,
         )
-        validation_loader = nnUNetDataLoader(
+        validation_loader = LabeledLoader(
             validation,
             self.batch_size,
             patch_size,
@@ -315,17 +347,23 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         )
         processes = get_allowed_n_proc_DA()
         pin_memory = self.device.type == "cuda"
+        start = partial(augmenter, pin_memory=pin_memory, is_ending=lambda: self._stop_request.is_made)
         augmenters = (
-            augmenter(train_loader, processes, max(6, processes // 2), pin_memory),
-            augmenter(validation_loader, min(processes, max(1, processes // 2)), max(3, processes // 4), pin_memory),
+            start(train_loader, processes, max(6, processes // 2)),
+            start(validation_loader, min(processes, max(1, processes // 2)), max(3, processes // 4)),
         )
         for started in augmenters:
             next(started)
         return augmenters
 
+    @property
+    def _labeled_remedy(self) -> str:
+        return f"run: nnUNetv2_preprocess {self.unlabeled_cases.arguments}"
+
     def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()
-        self._step_in_epoch = 0
+        self._outputs = list(self._before_stop)
+        self._step_in_epoch = len(self._outputs)
         self._timer = StepTimer(self.device)
 
     @ends_in_one_line()
@@ -347,7 +385,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         norm = nn.utils.clip_grad_norm_(optimised, _GRADIENT_NORM)
         # One transfer for all: it is the only place where the host waits for the device.
         tensors = {name: value for name, value in terms.items() if isinstance(value, torch.Tensor)}
-        norm, *values = torch.stack([norm, *tensors.values()]).detach().float().cpu().numpy()
+        stop = highest_of_ranks(self._stop_request.is_made, self.device)
+        norm, stop, *values = torch.stack([norm, stop, *tensors.values()]).detach().float().cpu().numpy()
         terms |= dict(zip(tensors, values))
         self._timer.mark("backward")
         # The norm of the gradients is the same on all ranks, so that all take the same branch.
@@ -359,7 +398,57 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             self._lose_step(terms["loss"], labeled.keys + unlabeled.keys)
         self._timer.mark("update")
         self._step_in_epoch += 1
+        self._outputs.append(terms)
+        if stop:
+            self._stop()
         return terms
+
+    def validation_step(self, batch: dict) -> dict:
+        """nnU-Net's, unless the training is to stop."""
+        if highest_of_ranks(self._stop_request.is_made, self.device):
+            self._stop()
+        return super().validation_step(batch)
+
+    def _stop(self) -> NoReturn:
+        """Write all that a training needs to go on with the next step, and end, on all ranks at the same step.
+
+        Raises:
+            SystemExit: always.
+        """
+        steps = self._steps_per_epoch
+        # What this epoch has logged is logged again when it is whole.
+        for curve in (*self.logger.get_checkpoint().values(), *self.curves.values()):
+            del curve[self.current_epoch :]
+        self._before_stop = self._outputs
+        self.current_epoch -= 1  # nnU-Net writes the next one
+        self.save_checkpoint(str(Path(self.output_folder) / checkpoints.LATEST))
+        self.current_epoch += 1
+        if self.is_ddp:
+            dist.barrier()  # who ends while the first one writes has it killed
+        for loader in (self.dataloader_train, self.dataloader_val):
+            if isinstance(loader, Workers):
+                loader._finish()
+        kept = "nothing was kept" if self.disable_checkpointing else f"{checkpoints.LATEST} is written; go on with --c"
+        self._tell_end(
+            f"stopped by SIGTERM in epoch {self.current_epoch}, after {self._step_in_epoch} of {steps} steps; {kept}"
+        )
+
+    def _tell_end(self, text: str) -> NoReturn:
+        self._tell(text)
+        raise SystemExit(EXIT_CODE)
+
+    def _tell(self, text: str) -> None:
+        if self.local_rank == 0:
+            self.print_to_log_file(text, also_print_to_console=True)
+
+    @ends_in_one_line()
+    def run_training(self) -> None:
+        """nnU-Net's; on SIGTERM, it finishes the step and writes a checkpoint before it ends."""
+        self._stop_request.listen()
+        try:
+            super().run_training()
+        finally:
+            self._stop_request.ignore()
 
     def _optimizer_step(self) -> None:
         if self.grad_scaler is None:
@@ -373,9 +462,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         has_cause = not np.isfinite(loss)
         cause_is_known = has_cause
         if self.is_ddp:  # it may lie with another rank, which then tells
-            flag = torch.tensor(float(has_cause), device=self.device)
-            dist.all_reduce(flag, dist.ReduceOp.MAX)
-            cause_is_known = bool(flag)
+            cause_is_known = bool(highest_of_ranks(has_cause, self.device))
         if self.grad_scaler is not None:
             scale = self.grad_scaler.get_scale()
             # It overflows now and then, and is lowered then; by hand, because the scaler does not notice if only the
@@ -400,6 +487,9 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         """After nnU-Net's: log and keep the mean of each value. Steps without a finite loss count nowhere."""
+        timed_steps = len(train_outputs)
+        train_outputs = self._before_stop + train_outputs
+        self.num_iterations_per_epoch, self._before_stop = self._steps_per_epoch, []
         finite = [output for output in train_outputs if np.isfinite(output["loss"])]
         means = {name: mean_of_finite(values) for name, values in collate_outputs(finite or train_outputs).items()}
         # As many as there were steps: nnU-Net wants the same number from all ranks.
@@ -408,7 +498,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             ranks: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(ranks, means)
             means = {name: mean_of_finite(rank[name] for rank in ranks) for name in means}
-        seconds = {part: total / len(train_outputs) for part, total in self._timer.totals().items()}
+        seconds = {part: total / max(1, timed_steps) for part, total in self._timer.totals().items()}
         values = means | {SECONDS + part: mean for part, mean in seconds.items()}
         append_epoch(self.curves, self.current_epoch, values)
         for name, value in values.items():
@@ -443,9 +533,10 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             "settings": self.settings,
             "method": {name: unwrap(child).state_dict() for name, child in self.method.named_children()},
             "curves": self.curves,
+            "steps": [{name: float(value) for name, value in output.items()} for output in self._before_stop],
         }
         checkpoints.save_extended(filename, super().save_checkpoint, state)
-        if Path(filename).name in ("checkpoint_latest.pth", checkpoints.STUDENT):
+        if Path(filename).name in (checkpoints.LATEST, checkpoints.STUDENT) and not self._before_stop:
             self._draw_pseudo_labels()
 
     def _draw_pseudo_labels(self) -> None:
@@ -464,11 +555,15 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
     @ends_in_one_line()
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
-        """nnU-Net's, and the method's state.
+        """nnU-Net's, and the method's state. With --c, a damaged file is named and the one before it is taken.
 
         Raises:
             SystemExit: the file was not written by this trainer, lacks a part of its state, or fits other plans.
         """
+        if self._goes_on:
+            self._goes_on = False  # what is loaded after the training is meant to be that very file
+            find = partial(checkpoints.whole_one, Path(filename_or_checkpoint), self._tell)
+            filename_or_checkpoint = str(first_does(find))
         own = checkpoints.load_state(filename_or_checkpoint, type(self).__name__)
         if not self.was_initialized:
             self.initialize()
@@ -481,6 +576,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
                     raise UserError(f"{filename_or_checkpoint} has no state of the {name} to go on from; {remedy}")
                 unwrap(child).load_state_dict(own["method"][name])
         self.curves = own["curves"]
+        self._before_stop = own.get("steps", [])
+        self.num_iterations_per_epoch = max(0, self.num_iterations_per_epoch - len(self._before_stop))
         self._resumed_settings = own["settings"]
 
     def companions(self) -> dict[str, tuple[str, nn.Module]]:
@@ -496,10 +593,21 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     def on_train_end(self) -> None:
         """After nnU-Net's: write the companions' weights as models of their own, for nnUNetv2_predict -chk."""
         super().on_train_end()
-        if self.local_rank != 0 or self.disable_checkpointing:
-            return
-        folder = Path(self.output_folder)
-        for file, (builder, network) in self.companions().items():
-            checkpoints.save_for_prediction(
-                folder / file, folder / checkpoints.STUDENT, network.state_dict(), trainer_name=builder
-            )
+        if self.local_rank == 0 and not self.disable_checkpointing:
+            folder = Path(self.output_folder)
+            for file, (builder, network) in self.companions().items():
+                checkpoints.save_for_prediction(
+                    folder / file, folder / checkpoints.STUDENT, network.state_dict(), trainer_name=builder
+                )
+            (folder / checkpoints.PREVIOUS).unlink(missing_ok=True)  # as nnU-Net does with the latest
+        if highest_of_ranks(self._stop_request.is_made, self.device):
+            self._tell_end("stopped by SIGTERM after the training, which is complete; --val runs its validation")
+
+    @ends_in_one_line()
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """nnU-Net's, which says nothing of the case that it cannot read."""
+        try:
+            super().perform_actual_validation(save_probabilities)
+        except Exception:
+            require_readable(self.preprocessed_dataset_folder, self.do_split()[1], self._labeled_remedy)
+            raise

@@ -2,12 +2,16 @@
 
 One loader, not two: composition is fixed, no further worker processes are needed, and nnU-Net's loop, pinning and
 shut-down work as they are. It is defined in an importable module because worker processes may be spawned.
+
+Of an exception in a worker process, nnU-Net's training hears only that the process is dead. So a case that cannot be
+read is handed to it in place of a batch.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
+from time import sleep
 
 import blosc2
 import numpy as np
@@ -15,11 +19,17 @@ import torch
 from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
 from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
+from batchgenerators.utilities.file_and_folder_operations import load_pickle
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from threadpoolctl import ThreadpoolController
 
 from nnunet_dycon.batches import LabeledBatch, UnlabeledBatch
 from nnunet_dycon.data.views import TwoViews, split_views
+from nnunet_dycon.errors import UserError, explained
+
+_REMEDY = "preprocess it again"
+_FAULT = "fault"  # the key of what is handed over in place of a batch
+_SIGNAL_DELAY = 2.0  # seconds, between processes that a scheduler signals all at once
 
 
 class UnlabeledDataset:
@@ -37,11 +47,60 @@ class UnlabeledDataset:
         return blosc2.open(urlpath=file, mode="r", dparams={"nthreads": 1}, **mapping)
 
 
-class UnlabeledLoader(nnUNetDataLoader):
-    """Draws patches uniformly from unlabeled images: there is no foreground to look for."""
+def require_readable(folder: str, cases: Sequence[str], remedy: str) -> None:
+    """Read labeled, preprocessed cases to their ends; raise UserError if a file cannot be read, which names it."""
+    if not any(Path(folder).glob("*.b2nd")):
+        return  # nnU-Net has written no other files for long
+    endings = (".b2nd", "_seg.b2nd", ".pkl")
+    for file in (Path(folder, case + ending) for case in dict.fromkeys(cases) for ending in endings):
+        with explained(Exception, f"{file} cannot be read; {remedy}"):
+            load_pickle(str(file)) if file.suffix == ".pkl" else blosc2.open(str(file), mode="r")[:]
 
-    def __init__(self, data: UnlabeledDataset, *arguments, mask_channels: Sequence[bool] = (), **options) -> None:
+
+class LabeledLoader(nnUNetDataLoader):
+    """nnU-Net's, but for a case that cannot be read, which it hands over in place of a batch.
+
+    Args:
+        remedy: what to do about such a case.
+    """
+
+    def __init__(self, data, *arguments, remedy: str = _REMEDY, **options) -> None:
         super().__init__(data, *arguments, **options)
+        self.remedy = remedy
+        self._drawn: Sequence[str] = ()
+
+    def __next__(self) -> dict:
+        try:
+            return super().__next__()
+        except UserError as error:
+            return {_FAULT: str(error)}
+
+    def get_indices(self) -> Sequence[str]:
+        self._drawn = super().get_indices()
+        return self._drawn
+
+    def generate_train_batch(self) -> dict:
+        try:
+            return super().generate_train_batch()
+        except Exception as error:
+            require_readable(self._data.source_folder, self._drawn, self.remedy)
+            raise RuntimeError(f"no batch could be made of the cases {', '.join(self._drawn)}") from error
+
+
+class UnlabeledLoader(nnUNetDataLoader):
+    """Draws patches uniformly from unlabeled images: there is no foreground to look for.
+
+    Args:
+        data: the cases.
+        mask_channels: of the plans, which channels are normalised within their nonzero region.
+        remedy: what to do about a case that cannot be read.
+    """
+
+    def __init__(
+        self, data: UnlabeledDataset, *arguments, mask_channels: Sequence[bool] = (), remedy: str = _REMEDY, **options
+    ) -> None:
+        super().__init__(data, *arguments, **options)
+        self.remedy = remedy
         # With an ignore label nnU-Net would look for annotated voxels, which an unlabeled case does not have.
         self.has_ignore = False
         self.masked = [channel for channel, masked in enumerate(mask_channels) if masked]
@@ -58,10 +117,11 @@ class UnlabeledLoader(nnUNetDataLoader):
         return ThreadpoolController()
 
     def _patch(self, key: str) -> torch.Tensor:
-        image = self._data.load_image(key)
-        lower, upper = self.get_bbox(image.shape[1:], force_fg=False, class_locations=None)
-        box = [[first, last] for first, last in zip(lower, upper)]
-        patch = torch.from_numpy(crop_and_pad_nd(image, box, 0)).float()
+        with explained(Exception, f"{os.path.join(self._data.folder, key)}.b2nd cannot be read; {self.remedy}"):
+            image = self._data.load_image(key)
+            lower, upper = self.get_bbox(image.shape[1:], force_fg=False, class_locations=None)
+            box = [[first, last] for first, last in zip(lower, upper)]
+            patch = torch.from_numpy(crop_and_pad_nd(image, box, 0)).float()
         if self.patch_size_was_2d:
             patch = patch[:, 0]
         outside = self._outside(patch) if self.masked else None
@@ -77,7 +137,7 @@ class UnlabeledLoader(nnUNetDataLoader):
         return -(patch[self.masked] == 0).all(0, keepdim=True).to(torch.int16)
 
 
-class TwoStreamLoader(nnUNetDataLoader):
+class TwoStreamLoader(LabeledLoader):
     """nnU-Net's loader with two views of each labeled patch, and an unlabeled batch from a second one."""
 
     def __init__(self, *arguments, unlabeled: UnlabeledLoader, transforms: TwoViews, **options) -> None:
@@ -107,14 +167,75 @@ def to_batches(batch: dict, device: torch.device) -> tuple[LabeledBatch, Unlabel
     )
 
 
+class InProcess(SingleThreadedAugmenter):
+    """Draws from a loader in this process. UserError if a case cannot be read."""
+
+    def __next__(self) -> dict:
+        return _batch(super().__next__())
+
+
+class Workers(NonDetMultiThreadedAugmenter):
+    """Draws from a loader in worker processes. UserError if a case cannot be read, or a process was killed.
+
+    A scheduler that wants a training to end signals all of its processes. Then the workers are dead, but the training
+    is to finish its step, at the same one on all ranks: it gets the last batch once more.
+
+    Args:
+        is_ending: whether this process has been asked to end.
+    """
+
+    def __init__(self, *arguments, is_ending: Callable[[], bool] = lambda: False, **options) -> None:
+        super().__init__(*arguments, **options)
+        self._is_ending = is_ending
+        self._latest: dict | None = None
+
+    def __next__(self) -> dict:
+        processes = list(self._processes)
+        try:
+            self._latest = _batch(super().__next__())
+        except RuntimeError:  # a worker is no longer alive, and the others have been ended
+            if not any(process.exitcode not in (None, 0) for process in processes):
+                raise  # of an exception, which was printed
+            self._wait_for_request()
+            if not self._is_ending() or self._latest is None:
+                raise UserError(
+                    "a process that prepares batches was killed, perhaps for want of memory; lower nnUNet_n_proc_DA, "
+                    "if nothing above says why it died, and go on with --c"
+                ) from None
+        return self._latest
+
+    def _wait_for_request(self) -> None:
+        for _ in range(20):
+            if self._is_ending():
+                return
+            sleep(_SIGNAL_DELAY / 20)
+
+
+def _batch(item: dict) -> dict:
+    if _FAULT in item:
+        raise UserError(item[_FAULT])
+    return item
+
+
 def augmenter(
-    loader: nnUNetDataLoader, processes: int, cached: int, pin_memory: bool
-) -> SingleThreadedAugmenter | NonDetMultiThreadedAugmenter:
+    loader: nnUNetDataLoader,
+    processes: int,
+    cached: int,
+    pin_memory: bool,
+    is_ending: Callable[[], bool] = lambda: False,
+) -> InProcess | Workers:
     """Draw from a loader in this process (0) or in worker processes, as nnU-Net does."""
     if processes == 0:
-        return SingleThreadedAugmenter(loader, None)
+        return InProcess(loader, None)
     # Forked workers inherit one state of torch's generator, so without seeds all would flip the same coins.
     seeds = [int(seed) for seed in np.random.default_rng().integers(2**31, size=processes)]
-    return NonDetMultiThreadedAugmenter(
-        loader, None, processes, num_cached=cached, seeds=seeds, pin_memory=pin_memory, wait_time=0.002
+    return Workers(
+        loader,
+        None,
+        processes,
+        num_cached=cached,
+        seeds=seeds,
+        pin_memory=pin_memory,
+        wait_time=0.002,
+        is_ending=is_ending,
     )

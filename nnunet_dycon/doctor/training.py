@@ -253,8 +253,8 @@ def check_disk(trainer: type[SemiSupervisedTrainer], unlabeled: UnlabeledCases) 
     """There is room for what training writes: checkpoints, and unlabeled cases that are not preprocessed yet."""
     students = build_students(trainer, unlabeled)
     parameters = [sum(parameter.numel() for parameter in student.parameters()) for student in students]
-    # The best one, the latest and one being written, each of networks, momenta and, of a single one, the teacher.
-    checkpoints = 3 * (2 * sum(parameters) + (parameters[0] if len(students) == 1 else 0)) * _FLOAT
+    # The best one, the two latest and one being written, each of networks, momenta and, of a single one, the teacher.
+    checkpoints = 4 * (2 * sum(parameters) + (parameters[0] if len(students) == 1 else 0)) * _FLOAT
     yield _compare_disk(nnunet_folder("nnUNet_results"), checkpoints, "checkpoints", FAIL)
     if not unlabeled.folder.is_dir():
         with suppress(UserError):  # told elsewhere

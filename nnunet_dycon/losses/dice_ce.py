@@ -8,6 +8,7 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, interpolate
 
 from nnunet_dycon.precision import at_least_float32
+from nnunet_dycon.ranks import sum_over_ranks
 
 _SMOOTH = 1e-5  # nnU-Net's
 
@@ -32,7 +33,7 @@ def weighted_dice_ce_loss(
         logits: (B, C, *spatial), before the softmax.
         target: (B, *spatial), integers in [0, C).
         weight: (B, *spatial), not negative.
-        batch_dice: take the sums of the Dice over the batch, not over each image.
+        batch_dice: take the sums of the Dice over the batch, that of all ranks, not over each image.
 
     Returns:
         The loss, a scalar of at least float32; a differentiable 0 where all weights are 0.
@@ -61,6 +62,9 @@ def weighted_dice_ce_loss(
     overlap = torch.where(is_class, weighted, 0).sum(axes)[..., 1:]
     predicted = weighted.sum(axes)[..., 1:]
     labeled = (weight[:, None] * is_class).sum(axes)[..., 1:]
+    if batch_dice:  # of all ranks, as nnU-Net's
+        overlap, predicted, labeled = sum_over_ranks(torch.stack([overlap, predicted, labeled]))
+        total = sum_over_ranks(total)
     dice = (2 * overlap + _SMOOTH) / (predicted + labeled + _SMOOTH)
     # An image without any weight has a Dice of 1, and nothing to say.
     counts = (total > 0) if batch_dice else (weight.flatten(1).sum(1) > 0)

@@ -4,6 +4,7 @@ import torch
 from torch.nn.functional import cross_entropy, normalize
 
 from nnunet_dycon.precision import at_least_float32
+from nnunet_dycon.ranks import sum_over_ranks
 
 # Shorter features are divided by this instead of their length, or the gradient of their direction would be infinite in
 # float16.
@@ -15,7 +16,7 @@ _CLASSES_AT_A_TIME = 8  # of which it is looked up for each voxel whether they a
 def class_prototypes(
     features: torch.Tensor, labels: torch.Tensor, reliable: torch.Tensor, classes: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The mean feature of each class over its reliable voxels in the batch, without gradient.
+    """The mean feature of each class over its reliable voxels in the batch, of all ranks, without gradient.
 
     Args:
         features: (B, F, *spatial).
@@ -39,16 +40,19 @@ def class_prototypes(
             "features must be (B, F, *spatial), labels and reliable (B, *spatial), got "
             f"{tuple(features.shape)}, {tuple(labels.shape)} and {tuple(reliable.shape)}"
         )
-    means, present = [], []
+    of_classes = []
     for of_class in torch.arange(classes, device=labels.device)[:, None].split(_CLASSES_AT_A_TIME):
         sums = counts = torch.zeros((), device=labels.device)
         for image, label, is_reliable in zip(features, labels, reliable):  # one at a time: they are widened
             member = (label.flatten() == of_class) & is_reliable.flatten()  # (K, N)
             sums = sums + _sums(member, image.flatten(1))
             counts = counts + member.sum(1)
-        means.append(sums / counts[:, None].clamp(min=1))
-        present.append(counts > 0)
-    return torch.cat(means), torch.cat(present)
+        of_classes.append(torch.cat([sums, counts[:, None].to(sums.dtype)], 1))
+    total = torch.cat(of_classes)
+    # A rank whose features are not finite is alone with them: its step is lost for all, but it alone is to be blamed.
+    total = sum_over_ranks(torch.where(total.isfinite().all(), total, 0))
+    sums, counts = total[:, :-1], total[:, -1]
+    return sums / counts[:, None].clamp(min=1), counts > 0
 
 
 @at_least_float32

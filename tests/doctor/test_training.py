@@ -322,4 +322,4 @@ def test_two_networks_take_the_room_of_two(base, doctor, find):
     networks = training.build_students(training.find_trainer("nnUNetTrainerUGPL"), unlabeled_cases())
     sizes = [sum(parameter.numel() for parameter in network.parameters()) for network in networks]
     room = training.check_disk(training.find_trainer("nnUNetTrainerUGPL"), unlabeled_cases())
-    assert next(room).message.startswith(f"{3 * 2 * sum(sizes) * 4 / 1e9:.1f} GB for checkpoints")
+    assert next(room).message.startswith(f"{4 * 2 * sum(sizes) * 4 / 1e9:.1f} GB for checkpoints")

@@ -1,5 +1,8 @@
 """Two processes that train together, on the CPU with gloo: what -num_gpus 2 does, but for the GPUs."""
 
+import json
+import os
+import shutil
 import socket
 from pathlib import Path
 
@@ -10,6 +13,7 @@ from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as nnunet_module
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from nnunet_dycon.data.unlabeled import UnlabeledCases
 from nnunet_dycon.monitoring import AGREEMENTS
 from nnunet_dycon.registry import TRAINERS
 from nnunet_dycon.trainers import semi_supervised
@@ -58,6 +62,13 @@ def train(rank: int, port: int, folder: str) -> None:
     semi_supervised.DistributedDataParallel = on_cpu
     with pytest.MonkeyPatch.context() as patch:
         draw_no_pictures(patch)
+        build = UnlabeledCases.build
+
+        def told_build(self, num_processes):
+            print(f"rank {rank} preprocesses")
+            build(self, num_processes)
+
+        patch.setattr(UnlabeledCases, "build", told_build)
         for name in METHODS:  # all in one pair of processes, which take long to start
             print(f"rank {rank} trains {name}")
             trainer = make_trainer(with_planted_nan(deterministic(trainer_class(name), 1)))
@@ -68,17 +79,34 @@ def train(rank: int, port: int, folder: str) -> None:
             state = {"weights": peeled, "curves": trainer.curves, "updates": teacher and teacher.updates}
             state["warned"] = rank == 0 and "WARNING: loss" in Path(trainer.log_file).read_text()
             torch.save(state, f"{folder}/{name}_{rank}.pth")
+    file = Path(os.environ["nnUNet_preprocessed"]) / "Dataset901_Tiny" / "nnUNetPlans.json"
+    dist.barrier()
+    if rank == 0:
+        plans = json.loads(file.read_text())
+        plans["configurations"]["3d_fullres"]["batch_size"] = 3
+        file.write_text(json.dumps(plans))
+    dist.barrier()
+    try:
+        make_trainer(trainer_class(METHODS[0]))
+    except SystemExit as end:
+        print(f"rank {rank} ends with {end}")
     dist.destroy_process_group()
 
 
 def test_networks_and_heads_of_every_method_stay_equal_even_after_a_bad_case(tiny, tmp_path, capfd):
-    narrow(tiny / "nnUNet_preprocessed" / "Dataset901_Tiny")
+    base = tiny / "nnUNet_preprocessed" / "Dataset901_Tiny"
+    narrow(base)
+    shutil.rmtree(base / "nnUNetPlans_3d_fullres_unlabeled")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     torch.multiprocessing.spawn(train, (port, str(tmp_path)), nprocs=2)
     # Told by the one that has the case, and not by the other, whose gradients are as bad.
     told = capfd.readouterr().out
+    assert "rank 0 preprocesses" in told
+    assert "rank 1 preprocesses" not in told
+    assert "rank 0 ends with nnunet_dycon: error: a batch of 3 cannot be shared evenly by 2 processes" in told
+    assert "rank 1 ends with 1\n" in told
     assert told.count("rank 1: WARNING: loss nan") == len(METHODS)
     for name in METHODS:
         first, second = (torch.load(tmp_path / f"{name}_{rank}.pth") for rank in (0, 1))

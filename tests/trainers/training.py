@@ -71,10 +71,11 @@ def make_trainer(
     configuration: str = "3d_fullres",
     dataset: str = "Dataset901_Tiny",
     device: str = "cpu",
+    goes_on: bool = False,
 ) -> SemiSupervisedTrainer:
-    """What nnUNetv2_train does before it trains."""
+    """What nnUNetv2_train does before it trains, or, if it goes on, before it loads a checkpoint."""
     folder = Path(os.environ["nnUNet_preprocessed"]) / dataset
-    plans = json.loads((folder / "nnUNetPlans.json").read_text()) | {"continue_training": False}
+    plans = json.loads((folder / "nnUNetPlans.json").read_text()) | {"continue_training": goes_on}
     dataset_json = json.loads((folder / "dataset.json").read_text())
     seed_everything(0)
     return trainer_class(plans, configuration, fold, dataset_json, torch.device(device))

@@ -1,0 +1,65 @@
+"""Trainers for processes that tests start with torchrun; nnUNet_extTrainer names this folder, too.
+
+In the first attempt of torchrun, the last rank is killed in the middle of the second epoch. In the second one it is
+asked to end, in the middle of the third.
+"""
+
+import os
+import signal
+from dataclasses import replace
+
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from torch import distributed as dist
+
+from nnunet_dycon.trainers import semi_supervised
+from nnunet_dycon.trainers.nnUNetTrainerMeanTeacher import nnUNetTrainerMeanTeacher
+
+_ATTEMPT = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+EPOCHS, STEPS = 4, 3
+
+
+def _is_hit(trainer: nnUNetTrainer, attempt: int, epoch: int) -> bool:
+    return attempt == _ATTEMPT and trainer.current_epoch == epoch and trainer.local_rank == dist.get_world_size() - 1
+
+
+class nnUNetTrainerHit(nnUNetTrainerMeanTeacher):
+    """Mean Teacher, short, and hit as said above."""
+
+    training_settings = replace(
+        nnUNetTrainerMeanTeacher.training_settings,
+        num_epochs=EPOCHS,
+        num_iterations_per_epoch=STEPS,
+        num_val_iterations_per_epoch=1,
+    )
+
+    def initialize(self):
+        super().initialize()
+        self.save_every = 1
+        semi_supervised.draw_page = semi_supervised.draw_progress = lambda *arguments: None
+        self.logger.plot_progress_png = lambda *arguments: None
+
+    def train_step(self, batch):
+        done = super().train_step(batch)
+        print(f"attempt {_ATTEMPT} rank {self.local_rank} epoch {self.current_epoch} step {self._step_in_epoch}")
+        if self._step_in_epoch == 1 and _is_hit(self, 0, 1):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self._step_in_epoch == 1 and _is_hit(self, 1, 2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return done
+
+    def perform_actual_validation(self, save_probabilities=False):
+        """It takes longer than all the rest."""
+
+
+class nnUNetTrainerPlainHit(nnUNetTrainer):
+    """nnU-Net's own trainer, short, and killed once; with its validation."""
+
+    def initialize(self):
+        super().initialize()
+        self.num_epochs, self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = EPOCHS, STEPS, 1
+        self.save_every = 1
+
+    def on_train_epoch_end(self, train_outputs):
+        if _is_hit(self, 0, 1):
+            os.kill(os.getpid(), signal.SIGKILL)
+        super().on_train_epoch_end(train_outputs)
