@@ -10,7 +10,7 @@ from torch import distributed as dist
 
 from nnunet_dycon import ranks
 from nnunet_dycon.errors import UserError
-from nnunet_dycon.losses import class_prototypes, weighted_dice_ce_loss
+from nnunet_dycon.losses import class_prototypes, weighted_dice_bce_loss, weighted_dice_ce_loss
 
 TIMEOUT = 3.0  # seconds, of the processes' own group
 
@@ -29,11 +29,14 @@ def batch() -> tuple[torch.Tensor, ...]:
 
 
 def dice_gradient(images: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Of the parameters of a linear map, as a network has."""
-    network = torch.arange(9.0).reshape(3, 3).div(10).requires_grad_()
-    logits = torch.einsum("kc,bcn->bkn", network, images)
-    weighted_dice_ce_loss(logits, labels, weights, batch_dice=True).backward()
-    return network.grad
+    """Of the parameters of two linear maps, as networks have: (2, 3, 3). One learns classes and one regions."""
+    networks = torch.arange(18.0).reshape(2, 3, 3).div(10).requires_grad_()
+    of_classes, of_regions = torch.einsum("lkc,bcn->lbkn", networks, images)
+    regions = torch.stack([labels >= 0, labels >= 1, labels >= 2], 1)
+    loss = weighted_dice_ce_loss(of_classes, labels, weights, batch_dice=True)
+    loss = loss + weighted_dice_bce_loss(of_regions, regions, weights[:, None].expand(-1, 3, -1), batch_dice=True)
+    loss.backward()
+    return networks.grad
 
 
 def slow_work() -> str:
@@ -96,7 +99,8 @@ def test_dice_of_a_batch_is_that_of_all_ranks(results):
     alone = [dice_gradient(*(half(tensor, rank) for tensor in batch())) for rank in (0, 1)]
     for result in results:
         torch.testing.assert_close(result["gradient"], whole)
-    assert not torch.allclose((alone[0] + alone[1]) / 2, whole, atol=1e-4)
+    for of_kind, of_halves in zip(whole, (alone[0] + alone[1]) / 2):
+        assert not torch.allclose(of_halves, of_kind, atol=1e-4)
 
 
 def test_prototypes_are_those_of_all_ranks(results):

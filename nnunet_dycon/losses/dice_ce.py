@@ -62,12 +62,9 @@ def weighted_dice_ce_loss(
     overlap = torch.where(is_class, weighted, 0).sum(axes)[..., 1:]
     predicted = weighted.sum(axes)[..., 1:]
     labeled = (weight[:, None] * is_class).sum(axes)[..., 1:]
-    if batch_dice:  # of all ranks, as nnU-Net's
-        overlap, predicted, labeled = sum_over_ranks(torch.stack([overlap, predicted, labeled]))
-        total = sum_over_ranks(total)
-    dice = (2 * overlap + _SMOOTH) / (predicted + labeled + _SMOOTH)
+    dice = _dice(overlap, predicted, labeled, batch_dice)
     # An image without any weight has a Dice of 1, and nothing to say.
-    counts = (total > 0) if batch_dice else (weight.flatten(1).sum(1) > 0)
+    counts = (sum_over_ranks(total) > 0) if batch_dice else (weight.flatten(1).sum(1) > 0)
     dice = (dice.mean(-1) * counts).sum() / counts.sum().clamp(min=1)
     return cross_entropy - dice
 
@@ -98,7 +95,7 @@ def weighted_dice_bce_loss(
         logits: (B, R, *spatial), before the sigmoid.
         target: (B, R, *spatial), boolean, or 0 and 1.
         weight: (B, R, *spatial), not negative.
-        batch_dice: take the sums of the Dice over the batch, not over each image.
+        batch_dice: take the sums of the Dice over the batch, that of all ranks, not over each image.
         summed: count the cross-entropy R times. nnU-Net takes its mean over regions, but where the data set has an
             ignore label its sum over them.
 
@@ -124,11 +121,19 @@ def weighted_dice_bce_loss(
     axes = (0, *range(2, logits.ndim)) if batch_dice else tuple(range(2, logits.ndim))
     weighted = weight * logits.sigmoid()
     overlap, predicted, labeled = (volume.sum(axes) for volume in (weighted * target, weighted, weight * target))
-    dice = (2 * overlap + _SMOOTH) / (predicted + labeled + _SMOOTH)
+    dice = _dice(overlap, predicted, labeled, batch_dice)
     # A region without any weight has a Dice of 1, and nothing to say.
-    counts = weight.sum(axes) > 0
+    total = weight.sum(axes)
+    counts = (sum_over_ranks(total) if batch_dice else total) > 0
     dice = (dice * counts).sum() / counts.sum().clamp(min=1)
     return (logits.shape[1] if summed else 1) * cross_entropy - dice
+
+
+def _dice(overlap: torch.Tensor, predicted: torch.Tensor, labeled: torch.Tensor, batch_dice: bool) -> torch.Tensor:
+    """Of sums over an image, or over a batch: then over that of all ranks, as nnU-Net's."""
+    if batch_dice:
+        overlap, predicted, labeled = sum_over_ranks(torch.stack([overlap, predicted, labeled]))
+    return (2 * overlap + _SMOOTH) / (predicted + labeled + _SMOOTH)
 
 
 @dataclass(frozen=True)
