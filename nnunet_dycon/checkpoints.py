@@ -4,8 +4,8 @@ Only tensors and plain dicts, lists and numbers go in, so that nnUNetv2_predict 
 """
 
 import os
-import pickle
 import shutil
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -108,8 +108,11 @@ def load_state(filename: Path | str, trainer_name: str) -> dict:
 
 def _load(filename: Path | str) -> Any:
     try:
+        with zipfile.ZipFile(filename) as archive:
+            if (name := archive.testzip()) is not None:  # torch does not compare checksums
+                raise ValueError(f"the checksum of {name} is wrong")
         return torch.load(filename, map_location="cpu", weights_only=False)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+    except Exception as error:  # of all kinds, according to what is damaged
         remedy = "go on from another checkpoint, put in its place"
         raise Damaged(f"{filename} cannot be loaded ({first_line(error)}); {remedy}") from None
 

@@ -191,17 +191,29 @@ def interrupted_with_checkpoints() -> Path:
 
 
 def damage(file: Path) -> None:
-    content = bytearray(file.read_bytes())
+    content = file.read_bytes()
     file.write_bytes(content[: len(content) // 2])
 
 
-def test_a_damaged_latest_checkpoint_is_named_and_the_one_before_taken():
+def flip_bits(file: Path) -> None:
+    """In the middle, where the weights are."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    file.write_bytes(content)
+
+
+def zero(file: Path) -> None:
+    file.write_bytes(bytes(file.stat().st_size))
+
+
+@pytest.mark.parametrize("harm", [damage, flip_bits, zero])
+def test_a_damaged_latest_checkpoint_is_named_and_the_one_before_taken(harm):
     short = deterministic(nnUNetTrainerMeanTeacher, 3)
     whole = make_trainer(short)
     whole.run_training()
     shutil.rmtree(whole.output_folder)
     folder = interrupted_with_checkpoints()
-    damage(folder / "checkpoint_latest.pth")
+    harm(folder / "checkpoint_latest.pth")
     (folder / "checkpoint_best.pth").unlink()
     trainer = resume(short)
     assert trainer.current_epoch == 1
