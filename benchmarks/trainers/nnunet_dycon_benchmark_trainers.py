@@ -11,6 +11,7 @@ import random
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,9 +82,9 @@ def _with_budget(name: str, base: type[nnUNetTrainer], run: dict) -> type[nnUNet
 
         def build_method(self, network, supervision):
             method = base.build_method(self, network, supervision)
-            for module in method.modules():
-                if isinstance(module, ProjectionHead) or module is getattr(method, "second", None):
-                    _autocast(module)
+            second = [method.second] if base.second_network else []
+            for module in [*second, *(part for part in method.modules() if isinstance(part, ProjectionHead))]:
+                _autocast(module)
             return method
 
         Benchmark.build_method = build_method
@@ -98,7 +99,9 @@ def _with_budget(name: str, base: type[nnUNetTrainer], run: dict) -> type[nnUNet
 def _autocast(module: nn.Module) -> nn.Module:
     """Have a module multiply in bfloat16, as nnU-Net has it do in float16 on a GPU; what it returns is float32."""
 
-    class Autocast(type(module)):
+    plain: Any = type(module)
+
+    class Autocast(plain):
         def forward(self, *arguments):
             with torch.autocast("cpu", torch.bfloat16):
                 returned = super().forward(*arguments)
