@@ -133,7 +133,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     def _refuse_network(cls, name: str) -> None:
         """Raise NotSupported if the plans name a network that nnU-Net's trainer cannot build, as Primus."""
         network: Any = locate(name)  # None of a name that is found in nnU-Net's own way alone
-        if network is not None and "deep_supervision" not in signature(network).parameters:
+        taken = {} if network is None else signature(network).parameters
+        if taken and "deep_supervision" not in taken and not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
             raise NotSupported(
                 f"{cls.__name__} cannot train {name.rpartition('.')[2]}: it has no deep supervision, and no encoder "
                 "with stages to tap features from. Use nnU-Net's default or residual-encoder plans."
