@@ -7,7 +7,9 @@ Of an exception in a worker process, nnU-Net's training hears only that the proc
 read is handed to it in place of a batch.
 """
 
+import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -57,6 +59,15 @@ def require_readable(folder: str, cases: Sequence[str], remedy: str) -> None:
             load_pickle(str(file)) if file.suffix == ".pkl" else blosc2.open(str(file), mode="r")[:]
 
 
+def _end_with_parent() -> None:
+    """End this process when its parent does, by which it would otherwise be left, with all its memory, if that is
+    killed: as many processes more with each restart."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
 class LabeledLoader(nnUNetDataLoader):
     """nnU-Net's, but for a case that cannot be read, which it hands over in place of a batch.
 
@@ -74,6 +85,11 @@ class LabeledLoader(nnUNetDataLoader):
             return super().__next__()
         except UserError as error:
             return {_FAULT: str(error)}
+
+    def set_thread_id(self, thread_id: int) -> None:
+        """Called where a worker process begins: let it end with its parent."""
+        super().set_thread_id(thread_id)
+        threading.Thread(target=_end_with_parent, daemon=True).start()
 
     def get_indices(self) -> Sequence[str]:
         self._drawn = super().get_indices()

@@ -1,5 +1,11 @@
 """The two-stream batch: two views of each patch, voxel by voxel, and of unlabeled cases nothing but their image."""
 
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +17,14 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_dycon.batches import LabeledBatch, UnlabeledBatch
-from nnunet_dycon.data.loader import TwoStreamLoader, UnlabeledDataset, UnlabeledLoader, to_batches
+from nnunet_dycon.data.loader import (
+    LabeledLoader,
+    TwoStreamLoader,
+    UnlabeledDataset,
+    UnlabeledLoader,
+    augmenter,
+    to_batches,
+)
 from nnunet_dycon.data.views import TwoViews, split_views, stronger
 from tests.tiny import LABELED, UNLABELED
 
@@ -184,3 +197,48 @@ def test_two_dimensions(make_loader):
     labeled, unlabeled = to_batches(next(loader), torch.device("cpu"))
     assert labeled.strong.shape == (2, 1, 32, 40)
     assert unlabeled.weak.shape == (3, 1, 32, 40)
+
+
+class Endless(LabeledLoader):
+    """Of nothing."""
+
+    infinite = True
+
+    def __init__(self):
+        pass
+
+    def __next__(self):
+        return {"data": torch.zeros(1)}
+
+
+def start_workers_and_die(told) -> None:
+    batches = augmenter(Endless(), 2, 2, pin_memory=False)
+    next(batches)
+    told.send([process.pid for process in batches._processes])
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def is_running(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="looks processes up in /proc")
+def test_workers_end_with_a_training_that_was_killed():
+    context = multiprocessing.get_context("fork")
+    heard, told = context.Pipe(duplex=False)
+    training = context.Process(target=start_workers_and_die, args=(told,))
+    training.start()
+    told.close()
+    workers = heard.recv()
+    training.join()
+    deadline = time.monotonic() + 20
+    while any(map(is_running, workers)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    left = [worker for worker in workers if is_running(worker)]
+    for worker in left:
+        os.kill(worker, signal.SIGKILL)
+    assert len(workers) == 2
+    assert not left
