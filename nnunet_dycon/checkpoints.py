@@ -22,6 +22,7 @@ STUDENT, TEACHER, SECOND = "checkpoint_final.pth", "checkpoint_final_teacher.pth
 # Of one that goes on; nnU-Net knows nothing of the one before the latest.
 LATEST, PREVIOUS, BEST = "checkpoint_latest.pth", "checkpoint_previous.pth", "checkpoint_best.pth"
 RESUMABLE = (STUDENT, LATEST, PREVIOUS, BEST)
+_ASIDE = "earlier_"  # before the names of checkpoints of an earlier training
 _PARTS = {"version", "settings", "method", "curves"}
 
 
@@ -60,6 +61,19 @@ def _link(file: Path | str, link: Path) -> None:
         shutil.copyfile(file, link)
 
 
+def set_aside(folder: Path, tell: Callable[[str], None]) -> None:
+    """Rename the checkpoints of an earlier training, so that no later one goes on from them.
+
+    Args:
+        folder: of the fold.
+        tell: called with a line for each.
+    """
+    for file in (folder / name for name in (*RESUMABLE, TEACHER, SECOND)):
+        if file.is_file():
+            tell(f"{file}, of an earlier training, is renamed to {_ASIDE}{file.name}")
+            file.replace(file.with_name(_ASIDE + file.name))
+
+
 def whole_one(file: Path, tell: Callable[[str], None]) -> Path:
     """A checkpoint to go on from: the one that is named, or if it is damaged the newest whole one beside it.
 
@@ -78,7 +92,7 @@ def whole_one(file: Path, tell: Callable[[str], None]) -> Path:
         except Damaged as error:
             if following is None:
                 raise
-            tell(f"WARNING: {error}. Trying {following.name}, which was written before")
+            tell(f"WARNING: {error}. Trying {following.name}, the newest of the others")
         else:
             break
     return candidate

@@ -213,8 +213,10 @@ class Regions(LabelKind):
 
     def shown(self, logits: torch.Tensor) -> torch.Tensor:
         """The last region that a voxel is in, counted from 1: regions stand from the outermost to the innermost."""
-        numbers = torch.arange(1, logits.shape[1] + 1, device=logits.device).view(-1, *[1] * (logits.ndim - 2))
-        return torch.where(logits > 0, numbers, 0).amax(1)
+        shown = torch.zeros_like(logits[:, 0], dtype=torch.int16)  # of a whole case: no volume for each region
+        for number, of_region in enumerate(logits.unbind(1), 1):
+            shown[of_region > 0] = number
+        return shown
 
     def exclusive(self, labels: torch.Tensor, chosen: torch.Tensor, channels: int) -> Iterator[Exclusive]:
         for inside, of_region in zip(labels.unbind(1), chosen.unbind(1)):

@@ -23,13 +23,12 @@ from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as trainer_module
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from nnunet_dycon.checkpoints import RESUMABLE
+from nnunet_dycon.checkpoints import RESUMABLE, set_aside
 from nnunet_dycon.environment import require_nnunet
 from nnunet_dycon.errors import UsageError, ends_in_one_line
 from nnunet_dycon.ranks import first_does, highest_of_ranks, ids_for_ddp
 
 MARK = "torchrun_id.txt"  # in the folder of a fold: whose checkpoints lie there
-_ASIDE = "earlier_"  # before the names of checkpoints of an earlier training
 
 
 def main() -> None:
@@ -155,13 +154,10 @@ def _goes_on(folder: Path, is_restarted: bool, is_asked: bool) -> bool:
         is_asked: by --c.
     """
     mark, run = folder / MARK, os.environ["TORCHELASTIC_RUN_ID"]
-    checkpoints = [file for name in RESUMABLE if (file := folder / name).is_file()]
     if is_restarted and mark.is_file() and mark.read_text() == run:
-        return bool(checkpoints)
+        return any((folder / name).is_file() for name in RESUMABLE)
     if not is_asked:
-        for file in checkpoints:
-            print(f"{file}, of an earlier training, is renamed to {_ASIDE}{file.name}")
-            file.replace(file.with_name(_ASIDE + file.name))
+        set_aside(folder, print)
     mark.write_text(run)
     return is_asked
 

@@ -4,6 +4,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_dycon.batches import StudentOutput
 from nnunet_dycon.errors import NotSupported
@@ -20,6 +21,16 @@ class nnUNetTrainerDKUXNet(UXNetTraining, SemiSupervisedTrainer):
     network_class = "nnunet_dycon.networks.KMaXUXNet"
     patch_memory = 4.5  # two views, measured in docs/cost.md
     method_settings = QueryConsistencySettings()
+
+    @classmethod
+    def _refuse_unsupported(cls, plans: dict, configuration: str, dataset_json: dict) -> None:
+        super()._refuse_unsupported(plans, configuration, dataset_json)
+        labels = PlansManager(plans).get_label_manager(dataset_json)
+        if labels.has_regions and labels.num_segmentation_heads == 1:
+            raise NotSupported(
+                f"{cls.__name__} cannot train on a single region: all of its queries would be that region's, and their "
+                "distribution the same everywhere. Make it a label without regions in dataset.json."
+            )
 
     @classmethod
     def network_options(cls) -> dict[str, Any]:

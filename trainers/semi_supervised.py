@@ -253,6 +253,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         check_fingerprint(folder.parent, folder.name, self.unlabeled_cases.dataset_id)
         self.unlabeled_cases.require(default_num_processes)
         self.unlabeled_cases.check_not_labeled(labeled, set(self.unlabeled_cases.identifiers()))
+        if self._resumed_settings is None and not self.disable_checkpointing:
+            checkpoints.set_aside(Path(self.output_folder), self._tell)  # nnU-Net's --c looks for a final one first
 
     def _check_settings(self) -> None:
         """Raise UserError if the checkpoint that is gone on from was trained with other settings of the method."""
@@ -445,7 +447,9 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     @ends_in_one_line()
     def run_training(self) -> None:
         """nnU-Net's; on SIGTERM, it finishes the step and writes a checkpoint before it ends."""
-        self._stop_request.listen()
+        # With -num_gpus a signal means that another rank has failed, which this one may be waiting for in its step.
+        if not self.is_ddp or dist.is_torchelastic_launched():
+            self._stop_request.listen()
         try:
             super().run_training()
         finally:

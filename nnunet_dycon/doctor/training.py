@@ -243,7 +243,7 @@ def check_results(training: Training) -> Iterator[Finding]:
     folder = output / f"fold_{training.fold}"
     for name, state in (("final", "a finished training"), ("latest", "a training"), ("best", "a training")):
         if (folder / f"checkpoint_{name}.pth").is_file():
-            message = f"{folder} holds {state}, which a new one overwrites"
+            message = f"{folder} holds {state}, whose checkpoints a new one renames to earlier_*"
             yield Finding("results", NOTE, message, "to go on with it, add --c to nnUNetv2_train")
             return
     yield Finding("results", OK, str(folder))

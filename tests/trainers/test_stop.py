@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from nnunetv2.run.run_training import maybe_load_checkpoint
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_dycon.stopping import EXIT_CODE
 from nnunet_dycon.trainers.nnUNetTrainerMeanTeacher import nnUNetTrainerMeanTeacher
@@ -82,7 +83,6 @@ def curves_of(trainer) -> dict[str, list[float]]:
 def test_a_training_that_was_asked_to_end_goes_on_with_the_next_step(after, done):
     whole = make_trainer(Base)
     whole.run_training()
-    shutil.rmtree(whole.output_folder)  # or its final checkpoint would be resumed from
     before = signal.getsignal(signal.SIGTERM)
     first = make_trainer(asked_to_end(after))
     with pytest.raises(SystemExit) as end:
@@ -92,6 +92,9 @@ def test_a_training_that_was_asked_to_end_goes_on_with_the_next_step(after, done
     line = f"stopped by SIGTERM in epoch 1, after {done} of {STEPS} steps; checkpoint_latest.pth is written; go on with"
     assert line in log_of(first)
 
+    # What lay in the folder is not what it goes on from.
+    aside = "checkpoint_final.pth, of an earlier training, is renamed to earlier_checkpoint_final.pth"
+    assert aside in log_of(first)
     second = resume(Base)
     assert second.current_epoch == 1
     assert len(second._before_stop) == done
@@ -110,7 +113,6 @@ def test_a_training_that_was_asked_to_end_goes_on_with_the_next_step(after, done
 def test_a_training_can_be_stopped_twice_in_one_epoch():
     whole = make_trainer(Base)
     whole.run_training()
-    shutil.rmtree(whole.output_folder)
     with pytest.raises(SystemExit):
         make_trainer(asked_to_end(after=0)).run_training()  # so that the first step is the last
     second = resume(asked_to_end(after=2))
@@ -121,6 +123,21 @@ def test_a_training_can_be_stopped_twice_in_one_epoch():
     third.run_training()
     assert_same_weights(third, whole)
     assert third.method.teacher.updates == EPOCHS * STEPS
+
+
+@pytest.mark.parametrize(("is_ddp", "by_torchrun", "listens"), [(0, 0, True), (1, 0, False), (1, 1, True)])
+def test_a_rank_that_nnunet_started_ends_at_once(monkeypatch, is_ddp, by_torchrun, listens):
+    """It gets the signal because another one has failed, for which it may be waiting."""
+    handlers = []
+    monkeypatch.setattr(nnUNetTrainer, "run_training", lambda self: handlers.append(signal.getsignal(signal.SIGTERM)))
+    if by_torchrun:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
+    trainer = make_trainer(Base)
+    trainer.is_ddp = bool(is_ddp)
+    before = signal.getsignal(signal.SIGTERM)
+    trainer.run_training()
+    assert (handlers != [before]) == listens
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_request_after_the_last_step_spares_the_final_validation_only():
@@ -219,7 +236,7 @@ def test_a_damaged_latest_checkpoint_is_named_and_the_one_before_taken(harm):
     assert trainer.current_epoch == 1
     log = log_of(trainer)
     assert "checkpoint_latest.pth cannot be loaded" in log
-    assert "Trying checkpoint_previous.pth, which was written before" in log
+    assert "Trying checkpoint_previous.pth, the newest of the others" in log
     trainer.run_training()
     assert_same_weights(trainer, whole)
     assert not (folder / "checkpoint_previous.pth").exists()

@@ -71,6 +71,17 @@ def test_fewer_queries_than_classes_are_refused_in_one_line(small):
     assert refused.value.code.startswith("nnunet_dycon: error: ")
 
 
+def test_a_single_region_is_refused(small):
+    file = small / PREPROCESSED / "dataset.json"
+    description = json.loads(file.read_text())
+    description |= {"labels": {"background": 0, "all": [1, 2]}, "regions_class_order": [1]}
+    file.write_text(json.dumps(description))
+    with pytest.raises(NotImplementedError, match="nnUNetTrainerDKUXNet cannot train on a single region") as refused:
+        make_trainer(nnUNetTrainerDKUXNet)
+    assert "\n" not in refused.value.code
+    make_trainer(nnUNetTrainerUXNet)
+
+
 def test_without_deep_supervision_nothing_would_teach_the_assignment(small):
     trainer = make_trainer(nnUNetTrainerDKUXNet)
     trainer.enable_deep_supervision = False
