@@ -128,7 +128,7 @@ FAULTS = {
     "split that overlaps": (splits((THREE, THREE + TWO)), "split", WARNING, "trains and validates on case_00", "if"),
     "split without fold": (splits(), "split", WARNING, "has no fold 0; nnU-Net would draw 80 %", "choose"),
     "split of some": (splits((THREE, TWO[:1])), "split", NOTE, "fold 0 leaves out of the labeled cases: case_04", None),
-    "trained": (trained("checkpoint_final.pth"), "results", NOTE, "holds a finished training, which", "add --c"),
+    "trained": (trained("checkpoint_final.pth"), "results", NOTE, "holds a finished training, whose", "add --c"),
     "interrupted training": (trained("checkpoint_latest.pth"), "results", NOTE, "fold_0 holds a training", "add --c"),
 }  # fmt: skip
 
