@@ -1,9 +1,9 @@
 """The command line: quick help, exit codes, one line for what a user can mend."""
 
 import json
+import resource
 import subprocess
 import sys
-import time
 from importlib import metadata
 from pathlib import Path
 
@@ -32,15 +32,20 @@ COMMANDS = [
 ]
 
 
+def seconds_of_children() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 @pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help_is_quick(command):
-    """Best of three: under 0.3 s, which no import of torch would leave."""
+    """Best of three: under 0.3 s of a core, whatever else runs on it; no import of torch would leave that."""
     seconds = []
     for _ in range(3):
-        start = time.perf_counter()
+        before = seconds_of_children()
         call = [sys.executable, "-m", "nnunet_dycon.cli", *command.split(), "--help"]
         result = subprocess.run(call, capture_output=True, text=True, check=True)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(seconds_of_children() - before)
         assert "usage: nnunet_dycon" in result.stdout
         if seconds[-1] < 0.3:
             return
