@@ -68,7 +68,7 @@ def test_one_region_is_two_classes():
     torch.testing.assert_close(region.entropy(logits)[:, 0], classes.entropy(two))
     torch.testing.assert_close(region.voxel_entropy(logits), classes.voxel_entropy(two))
     assert region.highest_entropy(1) == classes.highest_entropy(2) == math.log(2)
-    torch.testing.assert_close(region.shown(logits), classes.shown(two))
+    torch.testing.assert_close(region.shown(logits).long(), classes.shown(two))
 
 
 def test_a_voxel_is_as_unsure_as_its_regions_are_on_average():
