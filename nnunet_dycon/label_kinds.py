@@ -91,8 +91,8 @@ class LabelKind:
         """The class of each patch, an integer: (B, N); see `patch_labels` and `patch_codes`."""
         raise NotImplementedError
 
+    @staticmethod
     def monitors(
-        self,
         student: torch.Tensor,
         teacher: torch.Tensor,
         where: torch.Tensor | None = None,
@@ -164,14 +164,7 @@ class Classes(LabelKind):
             known=None if self.ignore_label is None else known,
         )
 
-    def monitors(
-        self,
-        student: torch.Tensor,
-        teacher: torch.Tensor,
-        where: torch.Tensor | None = None,
-        agreement: str = AGREEMENT,
-    ) -> dict[str, torch.Tensor]:
-        return pseudo_label_monitors(student, teacher, where, agreement)
+    monitors = staticmethod(pseudo_label_monitors)
 
 
 @dataclass(frozen=True)
@@ -237,17 +230,10 @@ class Regions(LabelKind):
             grid,
             foreground_share=foreground_share,
             background_share=background_share,
-            known=known[:, 0],  # all regions or none
+            known=known[:, 0] if self.has_ignore_label else None,  # all regions or none
         )
 
-    def monitors(
-        self,
-        student: torch.Tensor,
-        teacher: torch.Tensor,
-        where: torch.Tensor | None = None,
-        agreement: str = AGREEMENT,
-    ) -> dict[str, torch.Tensor]:
-        return pseudo_region_monitors(student, teacher, where, agreement)
+    monitors = staticmethod(pseudo_region_monitors)
 
 
 def region_codes(labels: torch.Tensor) -> torch.Tensor:

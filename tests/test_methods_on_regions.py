@@ -45,7 +45,7 @@ from nnunet_dycon.mixing import mixture
 from nnunet_dycon.monitoring import pseudo_region_monitors, terms_of_loss
 from tests.test_methods import QueryStudent, TinyQueries
 from tests.test_two_students import FULL_RESOLUTION
-from tests.tiny_network import STAGE, Student, TinyUNet, batch_of_regions
+from tests.tiny_network import STAGE, Student, TinyUNet, batch_of_regions, both_outputs
 
 GRID = (4, 4, 4)
 
@@ -97,15 +97,6 @@ def build_two(method, settings, labeled, stage=None):
     network, second = TinyUNet(heads=2), TinyUNet(heads=2)
     built = method(supervision(labeled), settings, second, *(() if stage is None else (stage,)))
     return built, Student(network, stage)
-
-
-def both_outputs(built, student, labeled, unlabeled) -> list[StudentOutput]:
-    images = torch.cat([labeled.strong, unlabeled.strong])
-    taps = (student.tap, built._second_tap)
-    return [
-        StudentOutput(network(images), tap.take() if tap else None)
-        for network, tap in zip((student.network, built.second), taps)
-    ]
 
 
 def patches(labels, known):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from nnunet_dycon.batches import LabeledBatch, StudentOutput
+from nnunet_dycon.batches import LabeledBatch
 from nnunet_dycon.features import FeatureStage, draw_voxels, patch_labels, pool_to_patches
 from nnunet_dycon.label_kinds import Classes
 from nnunet_dycon.losses import (
@@ -25,7 +25,7 @@ from nnunet_dycon.losses import (
 from nnunet_dycon.methods import CPS, UGPL, CPSSettings, DyCONCoTraining, DyCONTerms, Supervision, UGPLSettings
 from nnunet_dycon.monitoring import terms_of_loss
 from nnunet_dycon.registry import TRAINERS
-from tests.tiny_network import STAGE, Student, TinyUNet, labeled_batch, supervised_loss, unlabeled_batch
+from tests.tiny_network import STAGE, Student, TinyUNet, both_outputs, labeled_batch, supervised_loss, unlabeled_batch
 
 FULL_RESOLUTION = FeatureStage("decoder.stages.0", 4)  # as the trainer chooses it
 METHODS = {
@@ -47,16 +47,6 @@ def build(name: str, **changes):
     return built, Student(network, stage if built.uses_features else None)
 
 
-def outputs(built, student, labeled, unlabeled) -> list[StudentOutput]:
-    """What both say of the step's images."""
-    images = torch.cat([labeled.strong, unlabeled.strong])
-    taps = (student.tap, built._second_tap)
-    return [
-        StudentOutput(network(images), tap.take() if tap else None)
-        for network, tap in zip((student.network, built.second), taps)
-    ]
-
-
 def test_there_is_a_test_for_each_of_them():
     with_second = {name for name, trainer in TRAINERS.items() if trainer.beside == "second"}
     assert with_second == METHODS.keys()
@@ -75,14 +65,14 @@ def test_the_loss_is_the_weighted_sum_of_both_networks_terms(name, labeled, unla
     assert len(names) == 2 * len(weights)
     expected = sum(weights[term.removesuffix("_second")] * terms[term] for term in names)
     torch.testing.assert_close(terms["loss"], expected)
-    for ending, output in zip(("", "_second"), outputs(built, student, labeled, unlabeled)):
+    for ending, output in zip(("", "_second"), both_outputs(built, student, labeled, unlabeled)):
         loss = supervised_loss([level[:2] for level in output.logits], labeled.targets)
         torch.testing.assert_close(terms[f"supervised{ending}"], loss)
         assert all(terms[f"{term}{ending}"] > 0 for term in weights)
 
 
 def both_ways(built, student, labeled, unlabeled):
-    first, second = outputs(built, student, labeled, unlabeled)
+    first, second = both_outputs(built, student, labeled, unlabeled)
     return ("", first, second), ("_second", second, first)
 
 
@@ -104,7 +94,7 @@ def test_ugpl_is_made_of_its_losses(labeled, unlabeled, ignored):
     built.supervision = replace(built.supervision, loss=lambda logits, targets: sum(x.sum() for x in logits) * 0)
     torch.manual_seed(5)
     terms = built(student, labeled, unlabeled, progress=0.5)
-    first, second = outputs(built, student, labeled, unlabeled)
+    first, second = both_outputs(built, student, labeled, unlabeled)
     labels, reliable = reliable_labels(first.logits[0][2:], second.logits[0][2:], 0.5)
     torch.manual_seed(5)
     drawn = draw_voxels(labels, ~reliable, 16, 2)

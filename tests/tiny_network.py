@@ -8,6 +8,7 @@ from torch.nn.functional import cross_entropy, interpolate
 
 from nnunet_dycon.batches import LabeledBatch, StudentOutput, UnlabeledBatch
 from nnunet_dycon.features import FeatureStage, FeatureTap
+from nnunet_dycon.methods import TwoStudents
 
 STAGE = FeatureStage("encoder.stages.1", 6)
 
@@ -47,6 +48,16 @@ class Student:
     def __call__(self, images):
         self.images.append(images)
         return StudentOutput(self.network(images), self.tap.take() if self.tap else None)
+
+
+def both_outputs(method: TwoStudents, student: Student, labeled, unlabeled) -> list[StudentOutput]:
+    """What both students say of a step's images."""
+    images = torch.cat([labeled.strong, unlabeled.strong])
+    taps = (student.tap, method._second_tap)
+    return [
+        StudentOutput(network(images), tap.take() if tap else None)
+        for network, tap in zip((student.network, method.second), taps)
+    ]
 
 
 def labeled_batch() -> LabeledBatch:
