@@ -3,7 +3,8 @@
 - floor is nnUNetTrainer on the labeled cases, ceiling the same on all training cases with their labels, with the plans
   of labeled ones; any other method is a trainer of the registry, on labeled and unlabeled cases. A setting can be
   changed behind a colon: nnUNetTrainerDyCON:uncl_weight=0.1,rampup=0.8
-- Settings are chosen on val; test is scored only when asked for, with everything frozen.
+- Settings are chosen on val and on unlabeled, the training cases whose labels no training sees: they are many, and the
+  hard ones are among them. Test is scored only when asked for, with everything frozen.
 - Every run has the same budget of iterations, over which the learning rate decays to 0; the final checkpoint is scored,
   student, and teacher or second network, with nnU-Net's test-time mirroring and without post-processing.
 - What is in the CSV is not run again, so that an interrupted benchmark goes on where it was.
@@ -24,7 +25,16 @@ from typing import Any
 
 from filelock import FileLock
 
-from benchmarks.preparation import CEILING, FLOOR, HERE, DataSet, Preparation, add_arguments, trainer_class
+from benchmarks.preparation import (
+    CEILING,
+    FLOOR,
+    HERE,
+    UNLABELED,
+    DataSet,
+    Preparation,
+    add_arguments,
+    trainer_class,
+)
 from nnunet_dycon.checkpoints import SECOND, STUDENT, TEACHER
 from nnunet_dycon.dataset_conversion.writer import FOLDERS
 from nnunet_dycon.evaluation import evaluate_folder
@@ -33,7 +43,7 @@ from nnunet_dycon.registry import TRAINERS
 
 COLUMNS = ("method", "labels", "seed", "weights", "set", "case", "dice", "hd95_mm", "plans", "iterations", "precision",
            "commit", "scored")  # fmt: skip
-SETS = ("val", "test")
+SETS = ("val", UNLABELED, "test")
 ITERATIONS_PER_EPOCH = 100
 _BUDGET = ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch")
 _BESIDE = {"teacher": TEACHER, "second": SECOND}
@@ -109,13 +119,14 @@ class Benchmark(Preparation):
         rows = []
         for which, weights in self.missing(run):
             checkpoint = run.weights[weights]
-            images, references = (raw / folder for folder in FOLDERS[which])
+            images = raw / FOLDERS[which][0]
             output = model / "fold_all" / f"{which}_{weights}"
             self.command(
                 "nnunetv2.inference.predict_from_raw_data:predict_entry_point", "-d", dataset, "-c", "3d_fullres",
                 "-f", "all", "-tr", name, "-p", self.plans, "-chk", checkpoint, "-i", str(images),
                 "-o", str(output), "-device", self.device, "-npp", "0", "-nps", "0", log=f"{name}_{dataset}.log",
             )  # fmt: skip
+            references = self.references(run.labels, which)
             scored = evaluate_folder(references, output, num_processes=1).as_json()["cases"]
             rows += [self._row(run, weights, which, case, commit) for case in scored]
         self._append(rows)
@@ -141,7 +152,8 @@ class Benchmark(Preparation):
 
     def missing(self, run: Run) -> list[tuple[str, str]]:
         """The sets and weights of a run that the CSV does not have."""
-        wanted = [(which, weights) for weights in run.weights for which in self.sets]
+        sets = [which for which in self.sets if which != UNLABELED or run.labels != self.data_set.ceiling]
+        wanted = [(which, weights) for weights in run.weights for which in sets]
         if not self.table.is_file():
             return wanted
         this = {"method": run.method, "labels": run.labels, "seed": run.seed, "plans": self.plans,
@@ -194,6 +206,8 @@ def compare(data_set: DataSet, description: str | None) -> None:
     benchmark = Benchmark(arguments, data_set)
     runs = [run for run in dict.fromkeys(asked) if benchmark.missing(run)]
     benchmark.prepare({run.labels for run in runs})
+    if UNLABELED in arguments.sets:
+        benchmark.prepare_references({run.labels for run in runs})
     benchmark.declare(runs)
     with ThreadPoolExecutor(arguments.jobs) as pool:
         for future in [pool.submit(benchmark.perform, run) for run in runs]:

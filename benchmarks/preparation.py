@@ -17,6 +17,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from nnunet_dycon.dataset_conversion.writer import FOLDERS
 from nnunet_dycon.environment import DISCOVERY
 from nnunet_dycon.files import replacing
 from nnunet_dycon.registry import TRAINERS
@@ -24,6 +25,7 @@ from nnunet_dycon.registry import TRAINERS
 HERE = Path(__file__).parent
 FLOOR = "nnUNetTrainer"  # nnU-Net's own
 CEILING = "ceiling"
+UNLABELED = "unlabeled"  # the role, and the set of cases that is scored
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,26 @@ class Preparation:
                 needed.add(self.data_set.labels[-1])  # whose plans the ceiling takes
             for count in sorted(needed):
                 self._prepare(count)
+
+    def prepare_references(self, labels: Iterable[int]) -> None:
+        """Copy what unlabeled cases are scored by from the ceiling's data set to a folder that no training reads."""
+        with FileLock(self.work / "prepare.lock"):
+            ceiling = self.work / "nnUNet_raw" / self.dataset(self.data_set.ceiling)
+            if not ceiling.is_dir():
+                self.data_set.write(self, self.data_set.ceiling)
+            for count in set(labels) - {self.data_set.ceiling}:
+                images = self.work / "nnUNet_raw" / self.dataset(count) / FOLDERS[UNLABELED][0]
+                references = self.references(count, UNLABELED)
+                references.mkdir(parents=True, exist_ok=True)
+                for image in sorted(images.iterdir()):
+                    name = image.name.replace("_0000.", ".")
+                    shutil.copy(ceiling / "labelsTr" / name, references / name)
+
+    def references(self, labels: int, which: str) -> Path:
+        """The folder of what a set of cases is scored by."""
+        if which == UNLABELED:
+            return self.work / "references" / self.dataset(labels)
+        return self.work / "nnUNet_raw" / self.dataset(labels) / FOLDERS[which][1]
 
     def _prepare(self, count: int) -> None:
         is_ceiling = count == self.data_set.ceiling

@@ -49,7 +49,7 @@ def read(table: Path, which: str, **terms: str | None) -> dict[tuple[int, str, s
 
     Args:
         table: as `benchmarks.comparison` writes it.
-        which: "val" or "test".
+        which: "val", "unlabeled" or "test".
         terms: the names in `TERMS`.
 
     Raises:
@@ -191,7 +191,7 @@ def main() -> None:
     """Print the table and draw the pictures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", type=Path, default=HERE / "results" / "la.csv", help="default: %(default)s")
-    parser.add_argument("--set", choices=("val", "test"), default="val")
+    parser.add_argument("--set", choices=("val", "unlabeled", "test"), default="val")
     for name in TERMS:
         parser.add_argument(f"--{name}", default=None, help="where the table has runs with several")
     parser.add_argument("--trials", action="store_true", help="show trials, too")

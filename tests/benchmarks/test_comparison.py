@@ -71,10 +71,30 @@ def test_what_is_in_the_table_is_not_run_again(benchmark):
     assert [row["weights"] for row in rows] == ["student", "student"]
     benchmark.sets = ["val", "test"]  # what is scored is not scored again
     assert benchmark.missing(floor) == [("test", "student")]
+    benchmark.sets = ["unlabeled"]  # of which the ceiling has none
+    assert benchmark.missing(floor) == [("unlabeled", "student")]
+    assert not benchmark.missing(Run(CEILING, 55, 0))
+    benchmark.sets = ["val", "test"]
     benchmark.precision = "bfloat16"  # another precision is another row
     assert ("val", "student") in benchmark.missing(floor)
     benchmark.precision, benchmark.iterations = "float32", 400  # as is another budget
     assert ("val", "student") in benchmark.missing(floor)
+
+
+def test_unlabeled_cases_are_scored_with_labels_that_no_training_sees(monkeypatch, tmp_path):
+    few = replace(PHANTOMS, labels=(1,), ceiling=3)
+    monkeypatch.setattr("benchmarks.phantom.HELD_OUT", {"val": 1, "test": 1})
+    preparation = Preparation(Namespace(work=tmp_path, data=None, spacing=1.0, features=[], device="cpu"), few)
+    few.write(preparation, 1)
+    preparation.prepare_references([1, 3])
+    raw = tmp_path / "nnUNet_raw" / "Dataset201_Phantom"
+    unlabeled = {path.name.replace("_0000.", ".") for path in (raw / "imagesUn").iterdir()}
+    references = preparation.references(1, "unlabeled")
+    assert {path.name for path in references.iterdir()} == unlabeled
+    assert len(unlabeled) == 2
+    assert raw not in references.parents
+    assert not unlabeled & {path.name for path in (raw / "labelsTr").iterdir()}
+    assert preparation.references(1, "val") == raw / "labelsVal"
 
 
 def test_the_ceiling_is_run_once_whatever_the_labels(monkeypatch, tmp_path):
