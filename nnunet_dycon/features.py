@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -18,24 +17,6 @@ class FeatureStage:
 
     name: str
     channels: int
-
-
-def nearest_stage(strides: Sequence[Sequence[int]], wanted_stride: float = 8.0) -> int:
-    """The encoder stage whose total stride is nearest to the wanted one.
-
-    Total strides are geometric means over the axes and compared by their ratio, so that 4 and 16 are equally far from
-    8; of equals the earlier stage is taken.
-
-    Args:
-        strides: the stride of each stage along each axis, as `pool_op_kernel_sizes` in the plans.
-        wanted_stride: in voxels of the patch.
-
-    >>> nearest_stage([[1, 1, 1], [2, 2, 2], [2, 2, 2], [2, 2, 2], [2, 2, 2]])
-    3
-    """
-    totals = np.cumprod(np.asarray(strides, dtype=float), axis=0)
-    distances = np.abs(np.log(totals).mean(axis=1) - np.log(wanted_stride))
-    return int(np.argmin(np.round(distances, 6)))
 
 
 class FeatureTap:

@@ -9,6 +9,8 @@ from copy import copy
 import torch
 from torch.nn.functional import interpolate
 
+from nnunet_dycon.rules import BOX
+
 MIXTURES = ("none", "cutmix", "copy_paste")
 
 
@@ -82,7 +84,7 @@ class CopyPaste(Mixture):
 
 
 def mixture(
-    kind: str, labeled: int, unlabeled: int, spatial: Sequence[int], device: torch.device, box: float = 2 / 3
+    kind: str, labeled: int, unlabeled: int, spatial: Sequence[int], device: torch.device, box: float = BOX
 ) -> Mixture:
     """Draw one.
 

@@ -60,6 +60,10 @@ def _dycon(summary: str) -> Trainer:
     return Trainer("nnUNetTrainerDyCON", summary, DYCON)
 
 
+def _weak_to_strong(summary: str) -> Trainer:
+    return Trainer("nnUNetTrainerPseudoLabel", summary, FIXMATCH)
+
+
 TRAINERS: dict[str, Trainer] = {
     "nnUNetTrainerDyCON": _dycon("DyCON: EMA teacher, uncertainty-aware consistency (UnCL), contrast (FeCL)"),
     "nnUNetTrainerDyCON_paper": _dycon("DyCON with the paper's weights"),
@@ -86,6 +90,9 @@ TRAINERS: dict[str, Trainer] = {
     "nnUNetTrainerFixMatch": Trainer(
         "nnUNetTrainerPseudoLabel", "a teacher's confident labels, for strong views mixed by CutMix", FIXMATCH
     ),
+    "nnUNetTrainerWeakToStrong": _weak_to_strong("all labels of a teacher that looks twice, for strong views, mixed"),
+    "nnUNetTrainerWeakToStrong_250epochs": _weak_to_strong("the same, 250 epochs instead of 1000"),
+    "nnUNetTrainerWeakToStrong_50epochs": _weak_to_strong("the same, 50 epochs"),
     "nnUNetTrainerBCP": Trainer(
         "nnUNetTrainerPseudoLabel", "a teacher's labels, for labeled and unlabeled images pasted into each other", BCP
     ),
@@ -106,6 +113,9 @@ TRAINERS: dict[str, Trainer] = {
         "nnUNetTrainerUXNet", "3D UX-Net without unlabeled cases", UXNET, is_supervised=True, beside=None
     ),
 }
+
+# The trainer to pick: docs/methods.md has what it was compared with.
+RECOMMENDED = "nnUNetTrainerWeakToStrong"
 
 # What nnU-Net looks up to predict with, beside them: the builder of the second of two networks.
 BUILDERS: dict[str, str] = {"nnUNetTrainerSecondNetwork": "nnUNetTrainerSecondNetwork"}

@@ -8,23 +8,9 @@ from nnunet_dycon.features import (
     FeatureTap,
     ProjectionHead,
     draw_voxels,
-    nearest_stage,
     patch_labels,
     pool_to_patches,
 )
-
-
-@pytest.mark.parametrize(
-    ("strides", "stage"),
-    [
-        ([[1, 1, 1], [2, 2, 2], [2, 2, 2], [2, 2, 2], [2, 2, 2]], 3),
-        ([[1, 1, 1], [1, 2, 2], [2, 2, 2], [2, 2, 2], [2, 2, 2]], 3),  # totals 1, 1.6, 3.2, 6.3, 12.7
-        ([[1, 1], [2, 2], [2, 2]], 2),  # nothing reaches 8
-        ([[2, 2, 2], [2, 2, 2], [4, 4, 4]], 1),  # 4 and 16 are equally far: the earlier one
-    ],
-)
-def test_the_stage_nearest_to_stride_8(strides, stage):
-    assert nearest_stage(strides) == stage
 
 
 def test_tap_keeps_features_in_training_only_and_gives_them_once():

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nnunet_dycon.cli import _parser
-from nnunet_dycon.registry import CONVERTERS, TRAINERS, as_markdown
+from nnunet_dycon.registry import CONVERTERS, RECOMMENDED, TRAINERS, as_markdown
 from tests.test_cli import COMMANDS
 
 ROOT = Path(__file__).parents[1]
@@ -19,6 +19,13 @@ PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"
 
 def test_the_table_of_trainers_is_the_registrys():
     assert as_markdown() in README, f"put this table into README.md:\n{as_markdown()}"
+
+
+def test_the_trainer_to_pick_is_said_first():
+    assert RECOMMENDED in TRAINERS
+    assert f"-tr {RECOMMENDED} " in README
+    section = README.split("## Trainers")[1]
+    assert section.index(f"`{RECOMMENDED}`") < section.index("| `-tr` |")
 
 
 def test_every_trainer_is_in_the_methods_page():

@@ -1,7 +1,9 @@
 """Trainers that learn from the teacher's labels."""
 
+from dataclasses import replace
+
 from nnunet_dycon.methods import PseudoLabels, PseudoLabelSettings
-from nnunet_dycon.trainers.semi_supervised import SemiSupervisedTrainer
+from nnunet_dycon.trainers.semi_supervised import SemiSupervisedTrainer, TrainingSettings
 
 
 class nnUNetTrainerPseudoLabel(SemiSupervisedTrainer):
@@ -10,13 +12,37 @@ class nnUNetTrainerPseudoLabel(SemiSupervisedTrainer):
     method_settings = PseudoLabelSettings(ema_decay=0.0)
 
     def build_method(self, network, supervision) -> PseudoLabels:
-        return PseudoLabels(network, supervision, self.method_settings)
+        mirror_axes = self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()[-1]
+        return PseudoLabels(network, supervision, self.method_settings, mirror_axes or ())
 
 
 class nnUNetTrainerFixMatch(nnUNetTrainerPseudoLabel):
     """From the teacher's weak view to the student's strong one, cut and mixed, where the teacher is confident."""
 
+    training_settings = TrainingSettings(strong_intensities=True)
     method_settings = PseudoLabelSettings(mixing="cutmix", confidence=0.8)
+
+
+class nnUNetTrainerWeakToStrong(nnUNetTrainerFixMatch):
+    """FixMatch with all of the teacher's labels instead of the confident ones, which it makes of mirrored images, too.
+
+    What is less sure than a threshold is mostly border and foreground: a student that is not taught there segments too
+    little, the more so the more weight the labels have (docs/methods.md).
+    """
+
+    method_settings = replace(nnUNetTrainerFixMatch.method_settings, confidence=0.0, mirrored=True)
+
+
+class nnUNetTrainerWeakToStrong_250epochs(nnUNetTrainerWeakToStrong):
+    """250 epochs instead of 1000."""
+
+    training_settings = replace(nnUNetTrainerWeakToStrong.training_settings, num_epochs=250)
+
+
+class nnUNetTrainerWeakToStrong_50epochs(nnUNetTrainerWeakToStrong):
+    """50 epochs instead of 1000."""
+
+    training_settings = replace(nnUNetTrainerWeakToStrong.training_settings, num_epochs=50)
 
 
 class nnUNetTrainerBCP(nnUNetTrainerPseudoLabel):

@@ -38,13 +38,14 @@ from nnunet_dycon.data.unlabeled import UnlabeledCases
 from nnunet_dycon.data.views import TwoViews, stronger
 from nnunet_dycon.environment import require_nnunet
 from nnunet_dycon.errors import NotSupported, UserError, ends_in_one_line, explained
-from nnunet_dycon.features import FeatureStage, FeatureTap, nearest_stage
+from nnunet_dycon.features import FeatureStage, FeatureTap
 from nnunet_dycon.files import require_writable
 from nnunet_dycon.label_kinds import Classes, Regions
 from nnunet_dycon.methods import Method, Supervision
 from nnunet_dycon.monitoring import SECONDS, StepTimer, append_epoch, mean_of_finite, terms_of_loss
 from nnunet_dycon.pictures import draw_progress
 from nnunet_dycon.ranks import first_does, highest_of_ranks, ids_for_ddp, require_even_batch
+from nnunet_dycon.rules import nearest_stage, unlabeled_patches
 from nnunet_dycon.run_record import record_file, write_record
 from nnunet_dycon.stopping import EXIT_CODE, StopRequest
 from nnunet_dycon.teacher import unwrap
@@ -62,7 +63,7 @@ class TrainingSettings:
         num_epochs: as nnU-Net's.
         num_iterations_per_epoch: as nnU-Net's.
         num_val_iterations_per_epoch: as nnU-Net's.
-        unlabeled_batch_size: unlabeled patches a step and GPU; None for as many as labeled ones.
+        unlabeled_batch_size: unlabeled patches a step and GPU; None for `nnunet_dycon.rules.unlabeled_patches`.
         strong_intensities: whether the strong view has more intensity augmentation than nnU-Net's, see
             `nnunet_dycon.data.views.stronger`.
     """
@@ -220,7 +221,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     @property
     def unlabeled_batch_size(self) -> int:
         """Unlabeled patches a step and GPU."""
-        return self.training_settings.unlabeled_batch_size or self.batch_size
+        labeled, unlabeled = (len(self._cases[stream]) for stream in ("labeled", "unlabeled"))
+        return self.training_settings.unlabeled_batch_size or unlabeled_patches(self.batch_size, labeled, unlabeled)
 
     @property
     def settings(self) -> dict[str, dict]:

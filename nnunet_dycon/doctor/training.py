@@ -292,7 +292,7 @@ def check_memory(trainer: type[SemiSupervisedTrainer], cases: UnlabeledCases) ->
     """The batch with its unlabeled half fits the GPU, by the estimate that nnU-Net plans with."""
     configuration, students = cases.configuration, build_students(trainer, cases)
     labeled = configuration.batch_size
-    unlabeled = trainer.training_settings.unlabeled_batch_size or labeled
+    unlabeled = trainer.training_settings.unlabeled_batch_size or labeled  # at most: see rules.unlabeled_patches
     patches = f"{labeled} labeled and {unlabeled} unlabeled patches"
     dimensions = len(configuration.patch_size)
     planned = [_PLANNED_FEATURE_MAPS.get(type(student).__name__, {}).get(dimensions) for student in students]

@@ -8,6 +8,7 @@ from torch import nn
 from nnunet_dycon.batches import LabeledBatch, StudentOutput
 from nnunet_dycon.methods.method import Supervision, Terms
 from nnunet_dycon.methods.two_students import TwoStudents
+from nnunet_dycon.rules import RAMPUP
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class CPSSettings:
     """
 
     weight: float = 1.0
-    rampup: float = 0.4
+    rampup: float = RAMPUP
 
 
 class CPS(TwoStudents):

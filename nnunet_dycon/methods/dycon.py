@@ -11,6 +11,7 @@ from nnunet_dycon.label_kinds import LabelKind
 from nnunet_dycon.losses import fecl_loss, fecl_released_loss, uncl_loss
 from nnunet_dycon.methods.method import Method, Student, Supervision, Terms
 from nnunet_dycon.mixing import check_mixture, mixture
+from nnunet_dycon.rules import BOX, EMA_DECAY, RAMPUP
 from nnunet_dycon.schedules import exponential_decay, sigmoid_rampup
 from nnunet_dycon.teacher import EMATeacher
 
@@ -42,7 +43,7 @@ class DyCONTerms:
     beta_start: float = 5.0
     beta_end: float = 0.5
     entropy_weight: float = 0.0
-    rampup: float = 0.4
+    rampup: float = RAMPUP
     embedding_width: int = 256
     temperature: float = 0.6
     gamma: float = 0.0
@@ -114,10 +115,10 @@ class DyCONSettings(DyCONTerms):
         box: the share of each axis that a box takes.
     """
 
-    ema_decay: float = 0.99
+    ema_decay: float = EMA_DECAY
     fecl_form: str = "paper"
     mixing: str = "none"
-    box: float = 2 / 3
+    box: float = BOX
 
     def __post_init__(self) -> None:
         check_mixture(self.mixing, self.box)

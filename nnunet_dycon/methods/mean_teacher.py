@@ -8,6 +8,7 @@ from torch import nn
 from nnunet_dycon.batches import LabeledBatch, UnlabeledBatch
 from nnunet_dycon.losses import consistency_loss
 from nnunet_dycon.methods.method import Method, Student, Supervision, Terms
+from nnunet_dycon.rules import EMA_DECAY, RAMPUP
 from nnunet_dycon.schedules import sigmoid_rampup
 from nnunet_dycon.teacher import EMATeacher
 
@@ -23,8 +24,8 @@ class MeanTeacherSettings:
     """
 
     consistency_weight: float = 1.0
-    rampup: float = 0.4
-    ema_decay: float = 0.99
+    rampup: float = RAMPUP
+    ema_decay: float = EMA_DECAY
 
 
 class MeanTeacher(Method):

@@ -8,6 +8,7 @@ import torch
 from nnunet_dycon.batches import LabeledBatch, Targets, UnlabeledBatch
 from nnunet_dycon.losses import consistency_loss, query_consistency_loss, query_distribution_loss
 from nnunet_dycon.methods.method import Method, Student, Supervision, Terms
+from nnunet_dycon.rules import RAMPUP
 from nnunet_dycon.schedules import sigmoid_rampup
 
 
@@ -29,7 +30,7 @@ class QueryConsistencySettings:
     query_weight: float = 0.1
     segmentation_consistency_weight: float = 1.0
     query_consistency_weight: float = 0.1
-    rampup: float = 0.4
+    rampup: float = RAMPUP
     queries: int = 128
 
 

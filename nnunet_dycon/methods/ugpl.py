@@ -18,6 +18,7 @@ from nnunet_dycon.losses import (
 )
 from nnunet_dycon.methods.method import Supervision, Terms
 from nnunet_dycon.methods.two_students import TwoStudents, each_with_the_other
+from nnunet_dycon.rules import RAMPUP
 from nnunet_dycon.schedules import linear
 
 
@@ -49,7 +50,7 @@ class UGPLSettings:
     kept_end: float = 0.8
     contrast_voxels: int = 256
     temperature: float = 0.1
-    rampup: float = 0.4
+    rampup: float = RAMPUP
 
     def __post_init__(self) -> None:
         if not (0 < self.kept_start <= 1 and 0 < self.kept_end <= 1):
