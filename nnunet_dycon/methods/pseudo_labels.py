@@ -71,13 +71,13 @@ class PseudoLabels(Method):
     ) -> None:
         super().__init__(supervision)
         self.settings = settings
-        self._mirror_axes = tuple(mirror_axes) if settings.mirrored else ()
+        self.mirror_axes = tuple(mirror_axes) if settings.mirrored else ()
         self.teacher = EMATeacher(network, decay=settings.ema_decay)
 
     def forward(self, student: Student, labeled: LabeledBatch, unlabeled: UnlabeledBatch, progress: float) -> Terms:
         settings, kind = self.settings, self.supervision.kind
         monitors: Terms = {}
-        teacher = self.teacher.with_mirror(unlabeled.weak, self._mirror_axes)
+        teacher = self.teacher.with_mirror(unlabeled.weak, self.mirror_axes)
         labels, confidence = kind.confident_labels(teacher)
         trust = (confidence >= settings.confidence).float()
         if settings.beta_start > 0:
