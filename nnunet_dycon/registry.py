@@ -66,7 +66,7 @@ def _weak_to_strong(summary: str) -> Trainer:
 
 TRAINERS: dict[str, Trainer] = {
     "nnUNetTrainerDyCON": _dycon("DyCON: EMA teacher, uncertainty-aware consistency (UnCL), contrast (FeCL)"),
-    "nnUNetTrainerDyCON_paper": _dycon("DyCON with the paper's weights"),
+    "nnUNetTrainerDyCON_paper": _dycon("DyCON with the paper's weights, nothing mixed"),
     "nnUNetTrainerDyCON_noUnCL": _dycon("DyCON without UnCL"),
     "nnUNetTrainerDyCON_noFeCL": _dycon("DyCON without FeCL"),
     "nnUNetTrainerDyCON_released": _dycon("the losses of DyCON's released code, without its label leak"),

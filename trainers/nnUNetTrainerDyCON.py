@@ -7,9 +7,14 @@ from nnunet_dycon.trainers.semi_supervised import SemiSupervisedTrainer, Trainin
 
 
 class nnUNetTrainerDyCON(SemiSupervisedTrainer):
-    """DyCON (CVPR 2025, arXiv:2504.04566): see `nnunet_dycon.methods.dycon`."""
+    """DyCON (CVPR 2025, arXiv:2504.04566): see `nnunet_dycon.methods.dycon`.
 
-    method_settings = DyCONSettings()
+    The student's view is cut and mixed, and its intensities change more than nnU-Net's do; UnCL weighs as much as then
+    helps (docs/methods.md).
+    """
+
+    training_settings = TrainingSettings(strong_intensities=True)
+    method_settings = DyCONSettings(uncl_weight=16.0, mixing="cutmix")
 
     def build_method(self, network, supervision) -> DyCON:
         stage = self.feature_stage() if self.method_settings.fecl_weight != 0 else None
@@ -17,11 +22,10 @@ class nnUNetTrainerDyCON(SemiSupervisedTrainer):
 
 
 class nnUNetTrainerDyCON_paper(nnUNetTrainerDyCON):
-    """The paper's weights: both terms at 0.5, UnCL with its entropy term, FeCL with its focal weights."""
+    """The paper's: both terms at 0.5, UnCL with its entropy term, FeCL with its focal weights, nothing mixed."""
 
-    method_settings = replace(
-        nnUNetTrainerDyCON.method_settings, uncl_weight=0.5, fecl_weight=0.5, entropy_weight=1.0, gamma=2.0
-    )
+    training_settings = TrainingSettings()
+    method_settings = DyCONSettings(uncl_weight=0.5, fecl_weight=0.5, entropy_weight=1.0, gamma=2.0)
 
 
 class nnUNetTrainerDyCON_noUnCL(nnUNetTrainerDyCON):
@@ -56,28 +60,38 @@ class nnUNetTrainerDyCON_released(nnUNetTrainerDyCON_paper):
 class nnUNetTrainerDyCON_250epochs(nnUNetTrainerDyCON):
     """250 epochs instead of 1000."""
 
-    training_settings = TrainingSettings(num_epochs=250)
+    training_settings = replace(nnUNetTrainerDyCON.training_settings, num_epochs=250)
 
 
 class nnUNetTrainerDyCON_50epochs(nnUNetTrainerDyCON):
     """50 epochs instead of 1000."""
 
-    training_settings = TrainingSettings(num_epochs=50)
+    training_settings = replace(nnUNetTrainerDyCON.training_settings, num_epochs=50)
 
 
 class nnUNetTrainerDyCON_5epochs(nnUNetTrainerDyCON):
     """5 epochs instead of 1000, to try a data set out."""
 
-    training_settings = TrainingSettings(num_epochs=5)
+    training_settings = replace(nnUNetTrainerDyCON.training_settings, num_epochs=5)
 
 
 class nnUNetTrainerDyCON_smoke(nnUNetTrainerDyCON):
     """2 epochs of 5 iterations: does everything run?"""
 
-    training_settings = TrainingSettings(num_epochs=2, num_iterations_per_epoch=5, num_val_iterations_per_epoch=2)
+    training_settings = replace(
+        nnUNetTrainerDyCON.training_settings,
+        num_epochs=2,
+        num_iterations_per_epoch=5,
+        num_val_iterations_per_epoch=2,
+    )
 
 
 class nnUNetTrainerDyCON_demo(nnUNetTrainerDyCON):
     """A few short epochs for `nnunet_dycon demo`, a matter of minutes on a CPU."""
 
-    training_settings = TrainingSettings(num_epochs=10, num_iterations_per_epoch=40, num_val_iterations_per_epoch=5)
+    training_settings = replace(
+        nnUNetTrainerDyCON.training_settings,
+        num_epochs=10,
+        num_iterations_per_epoch=40,
+        num_val_iterations_per_epoch=5,
+    )

@@ -70,7 +70,7 @@ def test_the_record_of_a_run_survives_its_resumption(tiny):
         first.run_training()
     record = Path(first.output_folder) / "nnunet_dycon.json"
     written = json.loads(record.read_text())
-    assert written["method_settings"]["uncl_weight"] == 4.0
+    assert written["method_settings"]["uncl_weight"] == 16.0
     assert written["cases"]["unlabeled"] == ["scan_00", "scan_01", "scan_02", "scan_03"]
     record.write_text("as it was")
     second = make_trainer(short)
