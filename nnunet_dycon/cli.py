@@ -10,7 +10,7 @@ from pathlib import Path
 from nnunet_dycon import __version__
 from nnunet_dycon.environment import DISCOVERY, require_nnunet
 from nnunet_dycon.errors import UsageError, UserError
-from nnunet_dycon.registry import CONVERTERS, TRAINERS
+from nnunet_dycon.registry import CONVERTERS, RECOMMENDED, TRAINERS
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -178,9 +178,7 @@ def _parser() -> argparse.ArgumentParser:
         "-c", dest="configuration", default="3d_fullres", metavar="CONFIGURATION", help="default: 3d_fullres"
     )
     doctor.add_argument("-p", dest="plans_name", default="nnUNetPlans", metavar="PLANS", help="default: nnUNetPlans")
-    doctor.add_argument(
-        "-tr", dest="trainer", default="nnUNetTrainerDyCON", metavar="TRAINER", help="default: nnUNetTrainerDyCON"
-    )
+    doctor.add_argument("-tr", dest="trainer", default=RECOMMENDED, metavar="TRAINER", help="default: %(default)s")
     doctor.add_argument(
         "-f", dest="fold", type=_fold, default=None, metavar="FOLD", help="a number, or all (default: look at each)"
     )

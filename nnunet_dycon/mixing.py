@@ -52,15 +52,18 @@ class Mixture:
 class CutMix(Mixture):
     """Labeled images as they are, then each unlabeled one with a box of the one before it (arXiv:1905.04899).
 
-    A single unlabeled image stays as it is.
+    A single unlabeled image gets a box of the last labeled one, in which nothing is learned.
     """
 
     def __init__(self, labeled: int, unlabeled: int, spatial: Sequence[int], device: torch.device, box: float) -> None:
         super().__init__(labeled, unlabeled, spatial, device)
         self._inside = random_boxes(unlabeled, spatial, box, device)
+        if unlabeled == 1:
+            self.truth[labeled:] = self._inside
 
     def __call__(self, of_labeled: torch.Tensor, of_unlabeled: torch.Tensor) -> torch.Tensor:
-        return torch.cat([of_labeled, _paste(of_unlabeled.roll(1, 0), of_unlabeled, self._inside)])
+        pasted = of_labeled[-1:] if len(of_unlabeled) == 1 else of_unlabeled.roll(1, 0)
+        return torch.cat([of_labeled, _paste(pasted, of_unlabeled, self._inside)])
 
 
 class CopyPaste(Mixture):

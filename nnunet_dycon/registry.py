@@ -90,9 +90,10 @@ TRAINERS: dict[str, Trainer] = {
     "nnUNetTrainerFixMatch": Trainer(
         "nnUNetTrainerPseudoLabel", "a teacher's confident labels, for strong views mixed by CutMix", FIXMATCH
     ),
-    "nnUNetTrainerWeakToStrong": _weak_to_strong("all labels of a teacher that looks twice, for strong views, mixed"),
-    "nnUNetTrainerWeakToStrong_250epochs": _weak_to_strong("the same, 250 epochs instead of 1000"),
-    "nnUNetTrainerWeakToStrong_50epochs": _weak_to_strong("the same, 50 epochs"),
+    "nnUNetTrainerWeakToStrong": _weak_to_strong("a teacher's labels, all of them, for strong views mixed by CutMix"),
+    "nnUNetTrainerWeakToStrong_250epochs": _weak_to_strong("WeakToStrong, 250 epochs instead of 1000"),
+    "nnUNetTrainerWeakToStrong_50epochs": _weak_to_strong("WeakToStrong, 50 epochs"),
+    "nnUNetTrainerWeakToStrong_5epochs": _weak_to_strong("WeakToStrong, 5 epochs: to try a data set out"),
     "nnUNetTrainerBCP": Trainer(
         "nnUNetTrainerPseudoLabel", "a teacher's labels, for labeled and unlabeled images pasted into each other", BCP
     ),

@@ -1,7 +1,7 @@
 """What a user would otherwise have to tune, and the rules that it follows from.
 
-Nothing here is in steps, epochs, voxels or cases: all follows from the plans, from how many cases of each kind there
-are, and from the length of the training.
+They count no steps, epochs or cases: all follows from the plans, from how many cases of each kind there are, and from
+the length of the training.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ RAMPUP = 0.4
 """The share of the training over which what is learned without labels is turned on: before, the labels are bad."""
 
 EMA_DECAY = 0.99
-"""Of a teacher. It matters little: without any average (0) as much was gained (docs/methods.md)."""
+"""Of a teacher (Mean Teacher's, arXiv:1703.01780)."""
 
 BOX = 2 / 3
 """The share of each axis that a pasted box takes: a third of a volume, whatever the patch size (BCP's)."""
@@ -21,7 +21,8 @@ BOX = 2 / 3
 def unlabeled_patches(labeled_patches: int, labeled_cases: int, unlabeled_cases: int) -> int:
     """How many unlabeled patches a step takes beside its labeled ones.
 
-    As many, or fewer where there are fewer unlabeled cases, so that none of them is seen more often than a labeled one.
+    As many; where there are fewer unlabeled cases fewer, about in proportion, so that a case of either kind is seen
+    about as often. At least one.
 
     >>> unlabeled_patches(2, 8, 47), unlabeled_patches(4, 100, 50), unlabeled_patches(2, 100, 5)
     (2, 2, 1)

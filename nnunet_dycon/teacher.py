@@ -94,7 +94,8 @@ class EMATeacher(nn.Module):
     def with_mirror(self, images: torch.Tensor, axes: Sequence[int]) -> torch.Tensor:
         """Logits (B, C, *spatial), the mean of those of the images and of the images mirrored at random.
 
-        nnU-Net predicts with the mean over all mirrored images. One, drawn anew each time, is that in the long run.
+        nnU-Net predicts with the mean over all ways to mirror. Here the image itself counts half, and one of the
+        others, drawn anew each time, the other half: for the price of one more pass instead of seven.
 
         Args:
             images: (B, C, *spatial).

@@ -64,6 +64,17 @@ def test_cutmix_leaves_labeled_images_alone_and_puts_boxes_of_unlabeled_ones_int
     assert mix.truth.sum() == 2 * math.prod(SPATIAL)
 
 
+def test_cutmix_of_a_single_unlabeled_image_takes_the_box_from_a_labeled_one():
+    mix = draw("cutmix", 2, 1)
+    labeled, unlabeled = volumes(2, 0), volumes(1, 10_000)
+    mixed = mix(labeled, unlabeled)
+    assert torch.equal(mixed[:2], labeled)
+    assert torch.equal(mixed[2], torch.where(mix.truth[2], labeled[1], unlabeled[0]))
+    assert mix.truth[:2].all()
+    assert mix.truth[2].sum() == 4 * 6 * 8
+    assert not mix.only_unlabeled(unlabeled)[mix.truth].any()  # pseudo-labels are learned outside of the box
+
+
 def test_copy_paste_shows_each_voxel_once_in_its_place():
     mix = draw("copy_paste")
     labeled, unlabeled = volumes(2, 0), volumes(2, 10_000)

@@ -22,5 +22,5 @@ def test_the_stage_nearest_to_stride_8(strides, stage):
     ("patches", "labeled", "unlabeled", "expected"),
     [(2, 4, 51, 2), (2, 50, 50, 2), (4, 100, 50, 2), (2, 100, 1, 1), (1, 1, 1, 1)],
 )
-def test_no_unlabeled_case_is_seen_more_often_than_a_labeled_one(patches, labeled, unlabeled, expected):
+def test_fewer_unlabeled_cases_are_fewer_patches(patches, labeled, unlabeled, expected):
     assert unlabeled_patches(patches, labeled, unlabeled) == expected

@@ -12,6 +12,8 @@ class nnUNetTrainerPseudoLabel(SemiSupervisedTrainer):
     method_settings = PseudoLabelSettings(ema_decay=0.0)
 
     def build_method(self, network, supervision) -> PseudoLabels:
+        if not self.method_settings.mirrored:
+            return PseudoLabels(network, supervision, self.method_settings)
         mirror_axes = self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()[-1]
         return PseudoLabels(network, supervision, self.method_settings, mirror_axes or ())
 
@@ -43,6 +45,12 @@ class nnUNetTrainerWeakToStrong_50epochs(nnUNetTrainerWeakToStrong):
     """50 epochs instead of 1000."""
 
     training_settings = replace(nnUNetTrainerWeakToStrong.training_settings, num_epochs=50)
+
+
+class nnUNetTrainerWeakToStrong_5epochs(nnUNetTrainerWeakToStrong):
+    """5 epochs instead of 1000, to try a data set out."""
+
+    training_settings = replace(nnUNetTrainerWeakToStrong.training_settings, num_epochs=5)
 
 
 class nnUNetTrainerBCP(nnUNetTrainerPseudoLabel):

@@ -221,8 +221,9 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     @property
     def unlabeled_batch_size(self) -> int:
         """Unlabeled patches a step and GPU."""
-        labeled, unlabeled = (len(self._cases[stream]) for stream in ("labeled", "unlabeled"))
-        return self.training_settings.unlabeled_batch_size or unlabeled_patches(self.batch_size, labeled, unlabeled)
+        if self.training_settings.unlabeled_batch_size is not None:
+            return self.training_settings.unlabeled_batch_size
+        return unlabeled_patches(self.batch_size, *(len(self._cases[stream]) for stream in ("labeled", "unlabeled")))
 
     @property
     def settings(self) -> dict[str, dict]:

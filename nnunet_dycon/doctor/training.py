@@ -28,6 +28,7 @@ from nnunet_dycon.environment import nnunet_folder
 from nnunet_dycon.errors import UserError, some
 from nnunet_dycon.files import require_writable
 from nnunet_dycon.registry import TRAINERS
+from nnunet_dycon.rules import unlabeled_patches
 from nnunet_dycon.trainers.semi_supervised import SemiSupervisedTrainer
 
 # The value of compute_conv_feature_map_size for which nnU-Net's planners expect 8 GB, in 2D and 3D, and the number of
@@ -122,7 +123,7 @@ def examine_training(training: Training) -> Iterator[Finding]:
     yield from examine("results", check_results, training)
     if trainer is not None:
         yield from examine("disk", check_disk, trainer, training.unlabeled)
-        yield from examine("GPU memory", check_memory, trainer, training.unlabeled)
+        yield from examine("GPU memory", check_memory, trainer, training)
 
 
 def check_supported(trainer: type[SemiSupervisedTrainer], unlabeled: UnlabeledCases) -> Iterator[Finding]:
@@ -288,11 +289,16 @@ def _unlabeled_bytes(unlabeled: UnlabeledCases) -> float:
     return total
 
 
-def check_memory(trainer: type[SemiSupervisedTrainer], cases: UnlabeledCases) -> Iterator[Finding]:
+def check_memory(trainer: type[SemiSupervisedTrainer], training: Training) -> Iterator[Finding]:
     """The batch with its unlabeled half fits the GPU, by the estimate that nnU-Net plans with."""
+    cases = training.unlabeled
     configuration, students = cases.configuration, build_students(trainer, cases)
     labeled = configuration.batch_size
-    unlabeled = trainer.training_settings.unlabeled_batch_size or labeled  # at most: see rules.unlabeled_patches
+    unlabeled = trainer.training_settings.unlabeled_batch_size
+    if unlabeled is None:
+        unlabeled = labeled  # at most
+        with suppress(UserError):  # which other checks tell
+            unlabeled = unlabeled_patches(labeled, len(training.labeled), len(cases.raw_cases()))
     patches = f"{labeled} labeled and {unlabeled} unlabeled patches"
     dimensions = len(configuration.patch_size)
     planned = [_PLANNED_FEATURE_MAPS.get(type(student).__name__, {}).get(dimensions) for student in students]

@@ -21,7 +21,8 @@ class DyCONTerms:
     """Constants of UnCL and FeCL, whoever the student is compared with.
 
     uncl_weight, entropy_weight and gamma are not the paper's 0.5, 1 and 2, with which nothing was gained over nnU-Net
-    without unlabeled cases (docs/methods.md). The ramp-up is ours; top_k and the shares the paper does not give.
+    without unlabeled cases (docs/methods.md); `nnUNetTrainerDyCON`, whose views are mixed, gives UnCL more weight. The
+    ramp-up is ours; top_k and the shares the paper does not give.
 
     Attributes:
         uncl_weight: of the uncertainty-aware consistency; 0 leaves it out.
@@ -148,6 +149,7 @@ class DyCON(Method):
     - the released code takes the patch classes of unlabeled images from their ground truth. Here these never exist;
     - both terms are ramped up (`DyCONSettings.rampup`), in the release they are on from the first step. Its third
       term, a mean squared error with a weight of nearly 0, is left out;
+    - what the student sees may be mixed (`mixing`), and the teacher's output with it;
     - the teacher sees the weak view in eval mode; in the release noise is added to it, and it keeps its dropout;
     - patches are classed by the area of their foreground, with a band that is ignored; the release looks at the
       central 2×2×2 voxels of each cell;

@@ -27,7 +27,7 @@ def test_nothing_is_said_against_a_healthy_data_set(tiny, capsys):
     python = sys.version.split()[0]
     assert f"versions: Python {python}, nnunet-dycon {nnunet_dycon.__version__}, nnunetv2 2.8" in lines[0]
     assert [line for line in lines if "5 labeled, 4 unlabeled, 2 test; 1 channel" in line]
-    command = "nnUNetv2_train 901 3d_fullres 0 -tr nnUNetTrainerDyCON -device cpu"
+    command = "nnUNetv2_train 901 3d_fullres 0 -tr nnUNetTrainerWeakToStrong -device cpu"
     assert (empty, verdict.partition("; ")[2]) == ("", f"nothing stands against: {command}")
     assert max(map(len, lines)) < 300
 

@@ -100,7 +100,9 @@ def regions(base: Path) -> None:
 
 def trained(checkpoint: str):
     def write(base: Path) -> None:
-        folder = base.parents[1] / "nnUNet_results" / base.name / "nnUNetTrainerDyCON__nnUNetPlans__3d_fullres/fold_0"
+        folder = (
+            base.parents[1] / "nnUNet_results" / base.name / "nnUNetTrainerWeakToStrong__nnUNetPlans__3d_fullres/fold_0"
+        )
         folder.mkdir(parents=True)
         (folder / checkpoint).touch()
 
@@ -170,7 +172,7 @@ def test_a_supervised_trainer_needs_no_unlabeled_cases(base, doctor, find):
 def test_regions_are_fine(base, doctor, find):
     regions(base)
     code, findings = doctor("-d 901 -f 0")
-    find(findings, "trainer", OK, "nnUNetTrainerDyCON trains 3d_fullres")
+    find(findings, "trainer", OK, "nnUNetTrainerWeakToStrong trains 3d_fullres")
     assert code == 0
 
 
@@ -184,7 +186,7 @@ def test_a_cascade(base, doctor, find):
     plans["configurations"]["3d_cascade_fullres"] = {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}
     file.write_text(json.dumps(plans))
     code, findings = doctor("-d 901 -c 3d_cascade_fullres -f 0")
-    find(findings, "trainer", FAIL, "nnUNetTrainerDyCON cannot train 3d_cascade_fullres")
+    find(findings, "trainer", FAIL, "nnUNetTrainerWeakToStrong cannot train 3d_cascade_fullres")
     assert code == 1
 
 
