@@ -25,7 +25,8 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.preparation import CEILING
+from benchmarks.comparison import SETS
+from benchmarks.preparation import CEILING, UNLABELED
 from nnunet_dycon.pictures import new_figure
 
 HERE = Path(__file__).parent
@@ -69,15 +70,16 @@ def read(table: Path, which: str, **terms: str | None) -> dict[tuple[int, str, s
         if row["case"] in runs[run]:
             raise ValueError(f"{row['method']} with {run[0]} labels, seed {run[3]}: {row['case']} is there twice")
         runs[run][row["case"]] = row
-    cases = sorted(next(iter(runs.values())))
+    # Of what is held out all are scored on the same cases; unlabeled are others with another number of labels.
+    cases: dict[int | None, list[str]] = {}
     groups: dict[tuple[int, str, str], list[dict[str, dict]]] = defaultdict(list)
     for (labels, method, weights, seed), scored in sorted(runs.items()):
-        if sorted(scored) != cases:
+        if cases.setdefault(labels if which == UNLABELED else None, sorted(scored)) != sorted(scored):
             raise ValueError(f"{method} with {labels} labels, seed {seed}: other cases than in the other runs")
         groups[labels, method, weights].append(scored)
 
     def column(group: list[dict[str, dict]], metric: str) -> np.ndarray:
-        return np.array([[float(run[case][metric]) for case in cases] for run in group])
+        return np.array([[float(run[case][metric]) for case in sorted(run)] for run in group])
 
     def each(group: list[dict[str, dict]], metric: str) -> tuple[str, ...]:
         return tuple(sorted({row[metric] for run in group for row in run.values()}))
@@ -191,7 +193,7 @@ def main() -> None:
     """Print the table and draw the pictures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", type=Path, default=HERE / "results" / "la.csv", help="default: %(default)s")
-    parser.add_argument("--set", choices=("val", "unlabeled", "test"), default="val")
+    parser.add_argument("--set", choices=SETS, default="val")
     for name in TERMS:
         parser.add_argument(f"--{name}", default=None, help="where the table has runs with several")
     parser.add_argument("--trials", action="store_true", help="show trials, too")

@@ -55,6 +55,16 @@ def test_means_spreads_differences_and_the_share_of_the_gap(table):
     assert "| 60% [" in better  # with so many seeds the gap is sure
 
 
+def test_unlabeled_cases_are_others_with_another_number_of_labels(tmp_path):
+    file = tmp_path / "la.csv"
+    write(file, {("floor", 4, "student", 0): [0.5] * 6, ("floor", 8, "student", 0): [0.7] * 4}, set="unlabeled")
+    scores = read(file, "unlabeled")
+    assert {labels: its.dice.shape for (labels, _, _), its in scores.items()} == {4: (1, 6), 8: (1, 4)}
+    write(file, {("better", 8, "student", 0): [0.7] * 5}, set="unlabeled")
+    with pytest.raises(ValueError, match="8 labels, seed 0: other cases"):
+        read(file, "unlabeled")
+
+
 def test_intervals_are_of_paired_cases_and_of_seeds():
     def interval(floor, other):
         group = {
