@@ -109,7 +109,7 @@ class Benchmark(Preparation):
     def perform(self, run: Run) -> None:
         """Train unless the final checkpoint is there; predict, score and add to the CSV what it lacks of this run."""
         name, dataset = self.name(run), str(self.dataset_id(run.labels))
-        raw = self.work / "nnUNet_raw" / self.dataset(run.labels)
+        raw = self.raw(run.labels)
         model = self.work / "nnUNet_results" / raw.name / f"{name}__{self.plans}__3d_fullres"
         start = time.monotonic()
         if not (model / "fold_all" / STUDENT).is_file():

@@ -21,8 +21,7 @@ class Phantoms(DataSet):
 
     def write(self, preparation: Preparation, labels: int) -> None:
         counts = {"labeled": labels, "unlabeled": self.ceiling - labels, **HELD_OUT}
-        folder = preparation.work / "nnUNet_raw" / preparation.dataset(labels)
-        write_dataset(folder, SEED, counts, shape=SHAPE, lesion_radii=LESION_RADII)
+        write_dataset(preparation.raw(labels), SEED, counts, shape=SHAPE, lesion_radii=LESION_RADII)
 
 
 PHANTOMS = Phantoms(

@@ -103,6 +103,10 @@ class Preparation:
         """The name of the data set with so many labels."""
         return f"Dataset{self.dataset_id(labels)}_{self.data_set.name}"
 
+    def raw(self, labels: int) -> Path:
+        """The folder of the raw data set with so many labels."""
+        return self.work / "nnUNet_raw" / self.dataset(labels)
+
     def prepare(self, labels: Iterable[int]) -> None:
         """Convert, plan and preprocess what is not there yet, one process at a time."""
         self.work.mkdir(parents=True, exist_ok=True)
@@ -116,14 +120,13 @@ class Preparation:
     def prepare_references(self, labels: Iterable[int]) -> None:
         """Copy what unlabeled cases are scored by from the ceiling's data set to a folder that no training reads."""
         with FileLock(self.work / "prepare.lock"):
-            ceiling = self.work / "nnUNet_raw" / self.dataset(self.data_set.ceiling)
+            ceiling = self.raw(self.data_set.ceiling)
             if not ceiling.is_dir():
                 self.data_set.write(self, self.data_set.ceiling)
             for count in set(labels) - {self.data_set.ceiling}:
-                images = self.work / "nnUNet_raw" / self.dataset(count) / FOLDERS[UNLABELED][0]
                 references = self.references(count, UNLABELED)
                 references.mkdir(parents=True, exist_ok=True)
-                for image in sorted(images.iterdir()):
+                for image in sorted((self.raw(count) / FOLDERS[UNLABELED][0]).iterdir()):
                     name = image.name.replace("_0000.", ".")
                     shutil.copy(ceiling / "labelsTr" / name, references / name)
 
@@ -131,12 +134,12 @@ class Preparation:
         """The folder of what a set of cases is scored by."""
         if which == UNLABELED:
             return self.work / "references" / self.dataset(labels)
-        return self.work / "nnUNet_raw" / self.dataset(labels) / FOLDERS[which][1]
+        return self.raw(labels) / FOLDERS[which][1]
 
     def _prepare(self, count: int) -> None:
         is_ceiling = count == self.data_set.ceiling
         dataset = str(self.dataset_id(count))
-        raw = self.work / "nnUNet_raw" / self.dataset(count)
+        raw = self.raw(count)
         plans = self.work / "nnUNet_preprocessed" / raw.name / f"{self.plans}.json"
         if not raw.is_dir():
             self.data_set.write(self, count)

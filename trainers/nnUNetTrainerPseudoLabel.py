@@ -12,9 +12,9 @@ class nnUNetTrainerPseudoLabel(SemiSupervisedTrainer):
     method_settings = PseudoLabelSettings(ema_decay=0.0)
 
     def build_method(self, network, supervision) -> PseudoLabels:
-        if not self.method_settings.mirrored:
-            return PseudoLabels(network, supervision, self.method_settings)
-        mirror_axes = self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()[-1]
+        mirror_axes = None
+        if self.method_settings.mirrored:
+            mirror_axes = self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()[-1]
         return PseudoLabels(network, supervision, self.method_settings, mirror_axes or ())
 
 
