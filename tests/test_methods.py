@@ -195,6 +195,17 @@ def test_dycon_of_mixed_images_compares_with_the_mixed_teacher(mixing, labeled, 
         torch.testing.assert_close(terms["supervised"], loss)
 
 
+@pytest.mark.parametrize("half", ["both", "unlabeled"])
+@pytest.mark.parametrize("view", ["weak", "strong"])
+def test_dycon_compares_the_half_and_the_view_that_it_is_told(half, view, labeled, unlabeled):
+    method, student = build(DyCON, replace(SETTINGS, mixing="cutmix", uncl_half=half, teacher_view=view))
+    terms, logits, mix = show(method, student, labeled, unlabeled)
+    teacher = method.teacher(torch.cat([getattr(labeled, view), getattr(unlabeled, view)])).logits[0]
+    mixed = mix(teacher[:2], teacher[2:])
+    first = {"both": 0, "unlabeled": 2}[half]
+    torch.testing.assert_close(terms["uncl"], uncl_loss(logits[0][first:], mixed[first:], 0.5))
+
+
 @pytest.mark.parametrize(("method", "settings"), [(DyCON, SETTINGS), (MeanTeacher, MeanTeacherSettings())])
 def test_the_student_sees_strong_views_once_and_the_teacher_weak_ones(method, settings, labeled, unlabeled):
     built, student = build(method, settings)
@@ -280,6 +291,9 @@ def test_the_released_form_contrasts_the_unlabeled_half_alone_by_the_teachers_la
             "knows no mixed images",
         ),
         ({"mixing": "mixup"}, "a mixture is one of"),
+        ({"uncl_half": "labeled"}, "uncl_half must be"),
+        ({"uncl_half": "unlabeled", "mixing": "copy_paste"}, "leaves no image unlabeled"),
+        ({"teacher_view": "mixed"}, "teacher_view must be"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(settings, message):

@@ -114,15 +114,25 @@ class DyCONSettings(DyCONTerms):
             unlabeled half. The released form knows no ignored patches: give it equal shares.
         mixing: what the student sees, see `nnunet_dycon.mixing.mixture`.
         box: the share of each axis that a box takes.
+        uncl_half: "both", or "unlabeled" for UnCL of the unlabeled images alone.
+        teacher_view: "weak", or "strong" for a teacher that sees the student's intensities, though nothing mixed.
     """
 
     ema_decay: float = EMA_DECAY
     fecl_form: str = "paper"
     mixing: str = "none"
     box: float = BOX
+    uncl_half: str = "both"
+    teacher_view: str = "weak"
 
     def __post_init__(self) -> None:
         check_mixture(self.mixing, self.box)
+        if self.uncl_half not in ("both", "unlabeled"):
+            raise ValueError(f'uncl_half must be "both" or "unlabeled", got {self.uncl_half!r}')
+        if self.uncl_half == "unlabeled" and self.mixing == "copy_paste":
+            raise ValueError("copy_paste leaves no image unlabeled: it needs uncl_half of both")
+        if self.teacher_view not in ("weak", "strong"):
+            raise ValueError(f'teacher_view must be "weak" or "strong", got {self.teacher_view!r}')
         if self.fecl_form not in ("paper", "released"):
             raise ValueError(f'fecl_form must be "paper" or "released", got {self.fecl_form!r}')
         if self.fecl_form == "released" and self.foreground_share != self.background_share:
@@ -189,7 +199,7 @@ class DyCON(Method):
     ) -> Terms:
         settings, kind = self.settings, self.supervision.kind
         half, strong = len(labeled), unlabeled.strong
-        teacher = self.teacher(torch.cat([labeled.weak, unlabeled.weak]))
+        teacher = self.teacher(torch.cat([getattr(batch, settings.teacher_view) for batch in (labeled, unlabeled)]))
         mix = mixture(settings.mixing, half, len(strong), strong.shape[2:], strong.device, settings.box)
         output = student(mix(labeled.strong, strong))
         # The labels of each voxel: ground truth where a labeled image shows, else the teacher's.
@@ -203,7 +213,8 @@ class DyCON(Method):
         if settings.uncl_weight != 0:
             beta = monitors["beta"] = settings.beta(progress)
             teacher_logits = mix(teacher.logits[0][:half], teacher.logits[0][half:])
-            terms["uncl"] = settings.consistency(kind, output.logits[0], teacher_logits, beta)
+            compared = slice(half if settings.uncl_half == "unlabeled" else 0, None)
+            terms["uncl"] = settings.consistency(kind, output.logits[0][compared], teacher_logits[compared], beta)
             weighted.append(settings.uncl_weight * terms["uncl"])
         if self.uses_features:
             patches = settings.patches(kind, labels, known, output)
