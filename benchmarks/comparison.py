@@ -190,7 +190,8 @@ def compare(data_set: DataSet, description: str | None) -> None:
     parser.add_argument("--sets", nargs="+", choices=SETS, default=["val"], help="default: val")
     parser.add_argument("--iterations", type=int, default=data_set.iterations, help="default: %(default)s")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="of products on a CPU; "
-                        "bfloat16 is twice as fast where the CPU has it (default: %(default)s)")  # fmt: skip
+                        "bfloat16 is twice as fast where the CPU has it, and else computed with rounded float32 "
+                        "(default: %(default)s)")  # fmt: skip
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; on a CPU each takes one core")
     arguments = parser.parse_args()
     asked = [Run(method, data_set.ceiling if method == CEILING else labels, seed) for seed in arguments.seeds
