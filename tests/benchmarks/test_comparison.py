@@ -1,5 +1,6 @@
 """The machine that fills the tables of a comparison: what a run is, what is run again, and the trainers it names."""
 
+import copy
 import csv
 import json
 import os
@@ -11,11 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks.comparison import COLUMNS, Benchmark, Run, compare
 from benchmarks.la import LEFT_ATRIUM
 from benchmarks.phantom import LESION_RADII, PHANTOMS, SEED, SHAPE
 from benchmarks.preparation import CEILING, Preparation, trainer_class
+from benchmarks.trainers.nnunet_dycon_benchmark_trainers import RoundedProducts
 from nnunet_dycon.phantom import phantom
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -202,9 +205,16 @@ trainer.on_train_start()
 trainer.on_train_epoch_start()
 networks = [trainer.network, *getattr(trainer, "method", trainer.network).children()]
 multiplied = set()
+
+
+def look(module, inputs, output):
+    rounded = torch.equal(output.float(), output.bfloat16().float())  # in either way to compute them
+    multiplied.add("bfloat16" if rounded else str(output.dtype).removeprefix("torch."))
+
+
 for module in [module for network in networks for module in network.modules()]:
     if isinstance(module, (torch.nn.Conv3d, torch.nn.Linear)):
-        module.register_forward_hook(lambda module, inputs, output: multiplied.add(str(output.dtype)))
+        module.register_forward_hook(look)
 assert np.isfinite(trainer.train_step(next(trainer.dataloader_train))["loss"])
 assert {parameter.dtype for parameter in trainer.network.parameters()} == {torch.float32}
 returned = trainer.network(torch.zeros(1, 1, *trainer.configuration_manager.patch_size))
@@ -238,7 +248,7 @@ def test_nnunet_finds_the_trainers_with_their_budget_and_settings(tiny, benchmar
     )
     assert result.returncode == 0, result.stderr[-2000:]
     (told,) = [line for line in result.stdout.splitlines() if line.startswith(f"{benchmark.name(run)} 200 ")]
-    assert result.stdout.splitlines()[-1] == f"torch.{precision}"
+    assert result.stdout.splitlines()[-1] == precision
     folder = Path(told.split()[-1])
     assert f"{benchmark.name(run)}__nnUNetPlans__3d_fullres" in str(folder)
     record = json.loads((folder / "benchmark.json").read_text())
@@ -249,3 +259,32 @@ def test_nnunet_finds_the_trainers_with_their_budget_and_settings(tiny, benchmar
         else record["settings"]["method_settings"].items() >= (run.settings.items())
     )
     assert record["commit"]
+
+
+@pytest.mark.parametrize(
+    "layer", [torch.nn.Conv3d(2, 8, 3), torch.nn.ConvTranspose3d(2, 8, 2, 2), torch.nn.Linear(6, 7)]
+)
+def test_rounded_products_are_those_of_bfloat16(layer):
+    """Against products of rounded numbers in float64; a sum in float32 is now and then rounded to the other side."""
+
+    def rounded(values: torch.Tensor) -> torch.Tensor:
+        return values.detach().bfloat16().double()
+
+    torch.manual_seed(0)
+    images = torch.randn(2, 2, 6, 6, 6, requires_grad=True)
+    exact = copy.deepcopy(layer).double()
+    exact.load_state_dict({name: rounded(values) for name, values in layer.state_dict().items()})
+    exact_images = rounded(images).requires_grad_()
+    with RoundedProducts():
+        output = layer(images)
+    expected = exact(exact_images)
+    gradient = torch.randn_like(output)
+    output.backward(gradient)
+    expected.backward(rounded(gradient))
+    pairs = [(output, expected), (images.grad, exact_images.grad)]
+    pairs += [(ours.grad, its.grad) for ours, its in zip(layer.parameters(), exact.parameters())]
+    for ours, its in pairs:
+        same = ours.double() == rounded(its)
+        assert same.double().mean() > 0.97
+        torch.testing.assert_close(ours.double(), its.detach(), rtol=2**-7, atol=1e-5)
+    assert not torch.equal(layer(images), output)
