@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -264,11 +264,13 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         if self._resumed_settings is None:
             return
         for kind, now in self.settings.items():
-            before = self._resumed_settings.get(kind, {})
-            changed = [name for name, value in now.items() if before.get(name) != value]
+            # A setting newer than the checkpoint: its default changes nothing of what was done before it.
+            newer = {field.name: field.default for field in fields(getattr(self, kind))}
+            before = newer | self._resumed_settings.get(kind, {})
+            changed = [name for name, value in now.items() if before[name] != value]
             if not changed:
                 continue
-            told = ", ".join(f"{name} {before.get(name)} (now {now[name]})" for name in changed)
+            told = ", ".join(f"{name} {before[name]} (now {now[name]})" for name in changed)
             if kind == "method_settings":
                 raise UserError(
                     f"the checkpoint in {self.output_folder} was trained with other settings: {told}; go on with "

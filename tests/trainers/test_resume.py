@@ -130,6 +130,11 @@ def retemper(checkpoint: dict) -> None:
     checkpoint[KEY]["settings"]["method_settings"]["temperature"] = 0.1
 
 
+def forget_mixing(checkpoint: dict) -> None:
+    """As if it had been written before there was such a setting: what was seen then was not mixed."""
+    del checkpoint[KEY]["settings"]["method_settings"]["mixing"]
+
+
 def forget_teacher(checkpoint: dict) -> None:
     del checkpoint[KEY]["method"]["teacher"]
 
@@ -157,6 +162,7 @@ CHECKPOINTS = {
         retemper,
         "was trained with other settings: temperature 0.1 .now 0.6.; go on with those, or start a subclass",
     ),
+    "a setting that is newer": (forget_mixing, "was trained with other settings: mixing none .now cutmix.; go on with"),
     "no teacher": (forget_teacher, "latest.pth has no state of the teacher to go on from; start from its weights with"),
     "no head": (forget_head, "latest.pth has no state of the head to go on from; start from its weights with"),
     "no second network": (
@@ -207,6 +213,10 @@ def test_a_longer_training_goes_on_with_a_warning(tiny):
     first.save_every, first.interrupt_before_epoch = 1, 1
     with pytest.raises(Interrupted):
         first.run_training()
+    file = Path(first.output_folder) / "checkpoint_latest.pth"
+    checkpoint = torch.load(file, weights_only=False)
+    del checkpoint[KEY]["settings"]["method_settings"]["teacher_view"]  # a newer setting at its default
+    torch.save(checkpoint, file)
     second = make_trainer(deterministic(nnUNetTrainerDyCON, 3))
     maybe_load_checkpoint(second, continue_training=True, validation_only=False)
     second.run_training()
