@@ -208,12 +208,11 @@ def main() -> None:
     if not arguments.trials:
         scores = {key: its for key, its in scores.items() if ":" not in key[1]}
     print(as_markdown(scores))
+    pictures: Path = arguments.output or arguments.table.parent
+    pictures.mkdir(parents=True, exist_ok=True)
     for labels, group in groups(scores).items():
         if _FLOOR in group and len(group) > 1:
-            draw(
-                group,
-                (arguments.output or arguments.table.parent) / f"{arguments.table.stem}_{labels}_{arguments.set}.png",
-            )
+            draw(group, pictures / f"{arguments.table.stem}_{labels}_{arguments.set}.png")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks.comparison import COLUMNS
-from benchmarks.report import Scores, as_markdown, draw, draws, groups, read
+from benchmarks.report import Scores, as_markdown, draw, draws, groups, main, read
 
 CASES = [f"case_{i}" for i in range(6)]
 
@@ -142,3 +142,15 @@ def test_sets_are_apart(table):
 def test_the_picture_is_drawn(table, tmp_path):
     draw(groups(read(table, "val"))[8], tmp_path / "la.png")
     assert (tmp_path / "la.png").stat().st_size > 5000
+
+
+def test_the_command_makes_the_folder_that_it_draws_into(table, tmp_path, monkeypatch, capsys):
+    write(table, {("better:weight=2", 8, "student", 0): [0.9] * 6})
+    arguments = ["report", "--table", str(table), "--set", "val", "-o", str(tmp_path / "new" / "pictures")]
+    monkeypatch.setattr("sys.argv", arguments)
+    main()
+    assert [file.name for file in (tmp_path / "new" / "pictures").iterdir()] == ["la_8_val.png"]
+    assert "weight" not in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", [*arguments, "--trials"])
+    main()
+    assert "| 8 | better:weight=2 | student | 1 | 0.9000 |" in capsys.readouterr().out
