@@ -150,7 +150,7 @@ def test_the_command_makes_the_folder_that_it_draws_into(table, tmp_path, monkey
     monkeypatch.setattr("sys.argv", arguments)
     main()
     assert [file.name for file in (tmp_path / "new" / "pictures").iterdir()] == ["la_8_val.png"]
-    assert "weight" not in capsys.readouterr().out
+    assert "weight=2" not in capsys.readouterr().out
     monkeypatch.setattr("sys.argv", [*arguments, "--trials"])
     main()
     assert "| 8 | better:weight=2 | student | 1 | 0.9000 |" in capsys.readouterr().out
