@@ -40,6 +40,7 @@ from nnunet_dycon.dataset_conversion.writer import FOLDERS
 from nnunet_dycon.evaluation import evaluate_folder
 from nnunet_dycon.files import replacing
 from nnunet_dycon.registry import TRAINERS
+from nnunet_dycon.run_record import completed
 
 COLUMNS = ("method", "labels", "seed", "weights", "set", "case", "dice", "hd95_mm", "plans", "iterations", "precision",
            "commit", "scored")  # fmt: skip
@@ -138,7 +139,8 @@ class Benchmark(Preparation):
         if run.trainer in TRAINERS:
             trainer = trainer_class(run.trainer)
             settings = {kind: asdict(getattr(trainer, kind)) for kind in record["settings"]}
-            for its in settings.values():
+            for kind, its in settings.items():
+                record["settings"][kind] = completed(record["settings"][kind], getattr(trainer, kind))
                 its |= {name: value for name, value in run.settings.items() if name in its}
             if record["settings"] != json.loads(json.dumps(settings)):
                 raise SystemExit(f"{folder} was trained with other settings of {run.trainer}; delete it and its rows")

@@ -14,6 +14,9 @@ RAMPUP = 0.4
 EMA_DECAY = 0.99
 """Of a teacher (Mean Teacher's, arXiv:1703.01780)."""
 
+PSEUDO_LABEL_WEIGHT = 0.5
+"""Of the loss on a teacher's labels, against the same one on ground truth: where the two differ, the latter decides."""
+
 BOX = 2 / 3
 """The share of each axis that a pasted box takes: a third of a volume, whatever the patch size (BCP's)."""
 

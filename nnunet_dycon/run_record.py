@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,6 +27,18 @@ def write_record(folder: Path, trainer: str, settings: dict[str, dict], cases: d
     }
     with replacing(record_file(folder)) as partial:
         partial.write_text(json.dumps(record, indent=2))
+
+
+def completed(recorded: dict[str, Any], settings: Any) -> dict[str, Any]:
+    """Recorded settings, with the defaults of those that are newer.
+
+    A new setting's default is therefore what was done before there was a choice.
+
+    Args:
+        recorded: by name, as they were when a model was trained.
+        settings: a dataclass of today's.
+    """
+    return {field.name: field.default for field in fields(settings)} | recorded
 
 
 def record_file(folder: Path) -> Path:

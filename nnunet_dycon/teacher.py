@@ -1,6 +1,5 @@
 """The EMA teacher: the exponential moving average of a student's weights."""
 
-from collections.abc import Sequence
 from copy import deepcopy
 
 import torch
@@ -89,26 +88,6 @@ class EMATeacher(nn.Module):
         """Logits at full resolution only, and features where a head was given; without gradient."""
         logits = StudentOutput.of(self._forward[0](images)).logits
         return StudentOutput(logits[:1], None if self._tap is None else self._tap.take())
-
-    @torch.no_grad()
-    def with_mirror(self, images: torch.Tensor, axes: Sequence[int]) -> torch.Tensor:
-        """Logits (B, C, *spatial), the mean of those of the images and of the images mirrored at random.
-
-        nnU-Net predicts with the mean over all ways to mirror. Here the image itself counts half, and one of the
-        others, drawn anew each time, the other half: for the price of one more pass instead of seven.
-
-        Args:
-            images: (B, C, *spatial).
-            axes: the spatial axes along which an image may be mirrored; of these at least one is drawn. Without any the
-                images are taken as they are.
-        """
-        logits = self(images).logits[0]
-        if not axes:
-            return logits
-        # Drawn on the CPU: a seed then means the same on every device, and the host never waits for one.
-        drawn = int(torch.randint(1, 2 ** len(axes), ()))
-        mirrored = [2 + axis for bit, axis in enumerate(axes) if drawn >> bit & 1]
-        return 0.5 * (logits + self(images.flip(mirrored)).logits[0].flip(mirrored))
 
     @torch.no_grad()
     def embed(self, features: torch.Tensor) -> torch.Tensor:

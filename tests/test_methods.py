@@ -117,18 +117,6 @@ def test_pseudo_labels_are_learned_where_the_teacher_is_confident(mixing, labele
     torch.testing.assert_close(terms["loss"], terms["supervised"] + ramp * 2.0 * terms["pseudo"])
 
 
-def test_mirrored_images_are_labeled_along_the_axes_that_the_data_set_may_be_mirrored_along(labeled, unlabeled):
-    torch.manual_seed(0)
-    method, student = build(PseudoLabels, PseudoLabelSettings(mirrored=True))
-    method = PseudoLabels(student.network, method.supervision, method.settings, mirror_axes=(1,))
-    terms, logits, _ = show(method, student, labeled, unlabeled, progress=1.0)
-    plain, mirrored = (method.teacher(images).logits[0] for images in (unlabeled.weak, unlabeled.weak.flip(3)))
-    labels = (plain + mirrored.flip(3)).argmax(1)
-    assert (labels != plain.argmax(1)).any()
-    loss = WeightedDiceCELoss((0.7, 0.3))([level[2:] for level in logits], labels, torch.ones_like(plain[:, 0]))
-    torch.testing.assert_close(terms["pseudo"], loss)
-
-
 def test_uncertain_pseudo_labels_count_less(labeled, unlabeled):
     method, student = build(PseudoLabels, PseudoLabelSettings(beta_start=4.0, beta_end=1.0))
     terms, logits, _ = show(method, student, labeled, unlabeled, progress=0.5)

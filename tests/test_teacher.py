@@ -156,23 +156,6 @@ def test_only_the_highest_resolution_is_given():
     assert [level.shape for level in output.logits] == [(1, 2, 4, 4, 4)]
 
 
-def test_a_mirrored_image_is_labeled_and_mirrored_back():
-    teacher = EMATeacher(nn.Conv3d(1, 2, 3, padding=1))  # what it says depends on the direction
-    images = torch.randn(2, 1, 4, 5, 6)
-    plain = teacher(images).logits[0]
-    expected = {}
-    for axes in [(2,), (4,), (2, 4)]:
-        mirrored = teacher(images.flip(axes)).logits[0].flip(axes)
-        expected[axes] = (plain + mirrored) / 2
-    drawn = set()
-    for _ in range(50):
-        logits = teacher.with_mirror(images, (0, 2))
-        assert not logits.requires_grad
-        drawn |= {axes for axes, wanted in expected.items() if torch.allclose(logits, wanted, atol=1e-6)}
-    assert drawn == set(expected)
-    torch.testing.assert_close(teacher.with_mirror(images, ()), plain, rtol=0, atol=0)
-
-
 @pytest.mark.parametrize("decay", [-0.1, 1.0])
 def test_decay_out_of_range_is_refused(decay):
     with pytest.raises(ValueError, match="decay must lie in"):

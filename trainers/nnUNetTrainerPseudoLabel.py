@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from nnunet_dycon.methods import PseudoLabels, PseudoLabelSettings
+from nnunet_dycon.rules import PSEUDO_LABEL_WEIGHT
 from nnunet_dycon.trainers.semi_supervised import SemiSupervisedTrainer, TrainingSettings
 
 
@@ -12,10 +13,7 @@ class nnUNetTrainerPseudoLabel(SemiSupervisedTrainer):
     method_settings = PseudoLabelSettings(ema_decay=0.0)
 
     def build_method(self, network, supervision) -> PseudoLabels:
-        mirror_axes = None
-        if self.method_settings.mirrored:
-            mirror_axes = self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()[-1]
-        return PseudoLabels(network, supervision, self.method_settings, mirror_axes or ())
+        return PseudoLabels(network, supervision, self.method_settings)
 
 
 class nnUNetTrainerFixMatch(nnUNetTrainerPseudoLabel):
@@ -26,13 +24,13 @@ class nnUNetTrainerFixMatch(nnUNetTrainerPseudoLabel):
 
 
 class nnUNetTrainerWeakToStrong(nnUNetTrainerFixMatch):
-    """FixMatch with all of the teacher's labels instead of the confident ones, which it makes of mirrored images, too.
+    """FixMatch with all of the teacher's labels instead of the confident ones, at half the weight of ground truth.
 
     What is less sure than a threshold is mostly border and foreground: a student that is not taught there segments too
     little, the more so the more weight the labels have (docs/methods.md).
     """
 
-    method_settings = replace(nnUNetTrainerFixMatch.method_settings, confidence=0.0, mirrored=True)
+    method_settings = replace(nnUNetTrainerFixMatch.method_settings, confidence=0.0, weight=PSEUDO_LABEL_WEIGHT)
 
 
 class nnUNetTrainerWeakToStrong_250epochs(nnUNetTrainerWeakToStrong):

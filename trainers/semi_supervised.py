@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -46,7 +46,7 @@ from nnunet_dycon.monitoring import SECONDS, StepTimer, append_epoch, mean_of_fi
 from nnunet_dycon.pictures import draw_progress
 from nnunet_dycon.ranks import first_does, highest_of_ranks, ids_for_ddp, require_even_batch
 from nnunet_dycon.rules import nearest_stage, unlabeled_patches
-from nnunet_dycon.run_record import record_file, write_record
+from nnunet_dycon.run_record import completed, record_file, write_record
 from nnunet_dycon.stopping import EXIT_CODE, StopRequest
 from nnunet_dycon.teacher import unwrap
 from nnunet_dycon.trainers.pseudo_label_page import draw_page
@@ -264,9 +264,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         if self._resumed_settings is None:
             return
         for kind, now in self.settings.items():
-            # A setting newer than the checkpoint: its default changes nothing of what was done before it.
-            newer = {field.name: field.default for field in fields(getattr(self, kind))}
-            before = newer | self._resumed_settings.get(kind, {})
+            before = completed(self._resumed_settings.get(kind, {}), getattr(self, kind))
             changed = [name for name, value in now.items() if before[name] != value]
             if not changed:
                 continue

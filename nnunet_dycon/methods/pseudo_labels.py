@@ -1,6 +1,5 @@
 """Learning from the teacher's labels: self-training, weak to strong, and copy-paste."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +21,6 @@ class PseudoLabelSettings:
         weight: of the loss on pseudo-labels once it is fully on.
         rampup: the share of training over which it is turned on.
         ema_decay: of the teacher; 0 makes it the student itself, after its last step.
-        mirrored: whether the teacher labels by the mean of an image and a mirrored one.
         confidence: voxels whose pseudo-label has a lower probability do not count.
         beta_start: β of the voxels' weights exp(-βH) at the start of training; 0 gives all the same weight.
         beta_end: β at its end.
@@ -33,7 +31,6 @@ class PseudoLabelSettings:
     weight: float = 1.0
     rampup: float = RAMPUP
     ema_decay: float = EMA_DECAY
-    mirrored: bool = False
     confidence: float = 0.0
     beta_start: float = 0.0
     beta_end: float = 0.0
@@ -57,27 +54,19 @@ class PseudoLabels(Method):
         network: the student's network.
         supervision: how to learn from labels.
         settings: the constants.
-        mirror_axes: the spatial axes along which an image may be mirrored.
     """
 
     teacher: EMATeacher
 
-    def __init__(
-        self,
-        network: nn.Module,
-        supervision: Supervision,
-        settings: PseudoLabelSettings,
-        mirror_axes: Sequence[int] = (),
-    ) -> None:
+    def __init__(self, network: nn.Module, supervision: Supervision, settings: PseudoLabelSettings) -> None:
         super().__init__(supervision)
         self.settings = settings
-        self.mirror_axes = tuple(mirror_axes) if settings.mirrored else ()
         self.teacher = EMATeacher(network, decay=settings.ema_decay)
 
     def forward(self, student: Student, labeled: LabeledBatch, unlabeled: UnlabeledBatch, progress: float) -> Terms:
         settings, kind = self.settings, self.supervision.kind
         monitors: Terms = {}
-        teacher = self.teacher.with_mirror(unlabeled.weak, self.mirror_axes)
+        teacher = self.teacher(unlabeled.weak).logits[0]
         labels, confidence = kind.confident_labels(teacher)
         trust = (confidence >= settings.confidence).float()
         if settings.beta_start > 0:

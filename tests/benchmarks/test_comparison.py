@@ -187,6 +187,9 @@ def test_a_model_of_other_settings_is_not_scored(benchmark, tmp_path):
     settings = {"method_settings": asdict(trainer_class("nnUNetTrainerDyCON").method_settings) | {"gamma": 1.0}}
     (tmp_path / "benchmark.json").write_text(json.dumps({"commit": "abc", "settings": settings}))
     assert benchmark.trained_by(run, tmp_path) == "abc"
+    del settings["method_settings"]["teacher_view"]  # which is newer than the model
+    (tmp_path / "benchmark.json").write_text(json.dumps({"commit": "abc", "settings": settings}))
+    assert benchmark.trained_by(run, tmp_path) == "abc"
     settings["method_settings"]["uncl_weight"] = 0.125
     (tmp_path / "benchmark.json").write_text(json.dumps({"commit": "abc", "settings": settings}))
     with pytest.raises(SystemExit, match="was trained with other settings of nnUNetTrainerDyCON; delete it"):
