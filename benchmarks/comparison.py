@@ -1,13 +1,13 @@
-"""What a comparison of trainers runs: floor, ceiling and trainers, with nnU-Net's own commands, into one CSV.
+"""Run a comparison of trainers, with nnU-Net's own commands, and append the scores to a CSV.
 
-- floor is nnUNetTrainer on the labeled cases, ceiling the same on all training cases with their labels, with the plans
-  of labeled ones; any other method is a trainer of the registry, on labeled and unlabeled cases. A setting can be
-  changed behind a colon: nnUNetTrainerDyCON:uncl_weight=0.1,rampup=0.8
+- lower_bound is nnUNetTrainer on the labeled cases, upper_bound the same on all training cases with their labels, with
+  the plans of the labeled ones. Any other method is a trainer of the registry, on labeled and unlabeled cases. Settings
+  can be changed after a colon: nnUNetTrainerDyCON:uncl_weight=0.1,rampup=0.8
 - Settings are chosen on val and on unlabeled, the training cases whose labels no training sees: they are many, and the
   hard ones are among them. Test is scored only when asked for, with everything frozen.
 - Every run has the same budget of iterations, over which the learning rate decays to 0; the final checkpoint is scored,
   student, and teacher or second network, with nnU-Net's test-time mirroring and without post-processing.
-- What is in the CSV is not run again, so that an interrupted benchmark goes on where it was.
+- Runs that are in the CSV are not repeated, so that an interrupted benchmark can be continued.
 """
 
 import argparse
@@ -26,11 +26,14 @@ from typing import Any
 from filelock import FileLock
 
 from benchmarks.preparation import (
-    CEILING,
-    FLOOR,
     HERE,
+    LOWER_BOUND,
+    SCORED,
+    SUPERVISED,
     UNLABELED,
+    UPPER_BOUND,
     DataSet,
+    LabeledSet,
     Preparation,
     add_arguments,
     trainer_class,
@@ -42,9 +45,9 @@ from nnunet_dycon.files import replacing
 from nnunet_dycon.registry import TRAINERS
 from nnunet_dycon.run_record import completed
 
-COLUMNS = ("method", "labels", "seed", "weights", "set", "case", "dice", "hd95_mm", "plans", "iterations", "precision",
-           "commit", "scored")  # fmt: skip
-SETS = ("val", UNLABELED, "test")
+COLUMNS = ("method", "labels", "draw", "seed", "weights", "set", "case", "label", "dice", "hd95_mm", "plans",
+           "iterations", "precision", "commit", "trainer_at_commit", "scored")  # fmt: skip
+SETS = (*SCORED, UNLABELED)
 ITERATIONS_PER_EPOCH = 100
 _BUDGET = ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch")
 _BESIDE = {"teacher": TEACHER, "second": SECOND}
@@ -52,16 +55,16 @@ _BESIDE = {"teacher": TEACHER, "second": SECOND}
 
 @dataclass(frozen=True)
 class Run:
-    """One training: the method as it was asked for, the number of labels that it sees, and its seed."""
+    """One training: the method as given on the command line, the labeled set, and the seed."""
 
     method: str
-    labels: int
+    labeled: LabeledSet
     seed: int
 
     @property
     def trainer(self) -> str:
         name = self.method.partition(":")[0]
-        return FLOOR if name in ("floor", CEILING) else name
+        return SUPERVISED if name in (LOWER_BOUND, UPPER_BOUND) else name
 
     @property
     def settings(self) -> dict[str, object]:
@@ -71,7 +74,7 @@ class Run:
     @property
     def weights(self) -> dict[str, str]:
         """The sets of weights to be scored, and their checkpoints."""
-        beside = None if self.trainer == FLOOR else TRAINERS[self.trainer].beside
+        beside = None if self.trainer == SUPERVISED else TRAINERS[self.trainer].beside
         return {"student": STUDENT} | ({} if beside is None else {beside: _BESIDE[beside]})
 
 
@@ -109,8 +112,8 @@ class Benchmark(Preparation):
 
     def perform(self, run: Run) -> None:
         """Train unless the final checkpoint is there; predict, score and add to the CSV what it lacks of this run."""
-        name, dataset = self.name(run), str(self.dataset_id(run.labels))
-        raw = self.raw(run.labels)
+        name, dataset = self.name(run), str(self.dataset_id(run.labeled))
+        raw = self.raw(run.labeled)
         model = self.work / "nnUNet_results" / raw.name / f"{name}__{self.plans}__3d_fullres"
         start = time.monotonic()
         if not (model / "fold_all" / STUDENT).is_file():
@@ -127,7 +130,7 @@ class Benchmark(Preparation):
                 "-f", "all", "-tr", name, "-p", self.plans, "-chk", checkpoint, "-i", str(images),
                 "-o", str(output), "-device", self.device, "-npp", "0", "-nps", "0", log=f"{name}_{dataset}.log",
             )  # fmt: skip
-            references = self.references(run.labels, which)
+            references = self.references(run.labeled, which)
             scored = evaluate_folder(references, output, num_processes=1).as_json()["cases"]
             rows += [self._row(run, weights, which, case, commit) for case in scored]
         self._append(rows)
@@ -148,21 +151,25 @@ class Benchmark(Preparation):
 
     def _row(self, run: Run, weights: str, which: str, case: dict, commit: str) -> dict:
         scores = {"dice": round(case["dice"], 5), "hd95_mm": round(case["hd95_mm_max_directed"], 3)}
-        key = {"method": run.method, "labels": run.labels, "seed": run.seed, "weights": weights, "set": which}
-        made = {"plans": self.plans, "iterations": self.iterations, "precision": self.precision, "commit": commit}
-        return key | {"case": case["case"]} | scores | made | {"scored": date.today().isoformat()}
+        key = {**self._key(run), "weights": weights, "set": which, "case": case["case"], "label": case["label"]}
+        made = {"commit": commit, "trainer_at_commit": run.trainer, "scored": date.today().isoformat()}
+        return key | scores | made
+
+    def _key(self, run: Run) -> dict[str, Any]:
+        """The columns that identify a run."""
+        labels, draw = run.labeled
+        key = {"method": run.method, "labels": labels, "draw": draw, "seed": run.seed}
+        return key | {"plans": self.plans, "iterations": self.iterations, "precision": self.precision}
 
     def missing(self, run: Run) -> list[tuple[str, str]]:
         """The sets and weights of a run that the CSV does not have."""
-        sets = [which for which in self.sets if which != UNLABELED or run.labels != self.data_set.ceiling]
+        sets = [which for which in self.sets if which != UNLABELED or run.method != UPPER_BOUND]
         wanted = [(which, weights) for weights in run.weights for which in sets]
         if not self.table.is_file():
             return wanted
-        this = {"method": run.method, "labels": run.labels, "seed": run.seed, "plans": self.plans,
-                "iterations": self.iterations, "precision": self.precision}  # fmt: skip
         with self.table.open() as file:
             there = {(row["set"], row["weights"]) for row in csv.DictReader(file)
-                     if all(row[name] == str(value) for name, value in this.items())}  # fmt: skip
+                     if all(row[name] == str(value) for name, value in self._key(run).items())}  # fmt: skip
         return [pair for pair in wanted if pair not in there]
 
     def _append(self, rows: list[dict]) -> None:
@@ -186,8 +193,11 @@ def compare(data_set: DataSet, description: str | None) -> None:
     add_arguments(parser, data_set)
     table = HERE / "results" / f"{data_set.table}.csv"
     parser.add_argument("--table", type=Path, default=table, help="default: %(default)s")
-    parser.add_argument("--methods", nargs="+", required=True, help="floor, ceiling, and trainers")
+    parser.add_argument("--methods", nargs="+", required=True, help="lower_bound, upper_bound, and trainers")
     parser.add_argument("--labels", type=int, nargs="+", choices=data_set.labels, default=[data_set.labels[-1]])
+    if data_set.draws:
+        draw_help = "labeled sets: 0 for the protocol's first cases, else drawn with that seed (default: 0)"
+        parser.add_argument("--draw", dest="draws", type=int, nargs="+", default=[0], metavar="K", help=draw_help)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--sets", nargs="+", choices=SETS, default=["val"], help="default: val")
     parser.add_argument("--iterations", type=int, default=data_set.iterations, help="default: %(default)s")
@@ -196,9 +206,12 @@ def compare(data_set: DataSet, description: str | None) -> None:
                         "(default: %(default)s)")  # fmt: skip
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; on a CPU each takes one core")
     arguments = parser.parse_args()
-    asked = [Run(method, data_set.ceiling if method == CEILING else labels, seed) for seed in arguments.seeds
-             for labels in arguments.labels for method in arguments.methods]  # fmt: skip
-    unknown = {run.trainer for run in asked} - {FLOOR, *TRAINERS}
+    labeled_sets = [
+        LabeledSet(labels, draw) for draw in getattr(arguments, "draws", [0]) for labels in arguments.labels
+    ]
+    asked = [Run(method, data_set.all_labeled if method == UPPER_BOUND else labeled, seed) for seed in arguments.seeds
+             for labeled in labeled_sets for method in arguments.methods]  # fmt: skip
+    unknown = {run.trainer for run in asked} - {SUPERVISED, *TRAINERS}
     if unknown:
         parser.error(f"unknown methods: {', '.join(sorted(unknown))}")
     for run in asked:
@@ -208,9 +221,9 @@ def compare(data_set: DataSet, description: str | None) -> None:
         parser.error(f"--iterations must be a multiple of {ITERATIONS_PER_EPOCH}")
     benchmark = Benchmark(arguments, data_set)
     runs = [run for run in dict.fromkeys(asked) if benchmark.missing(run)]
-    benchmark.prepare({run.labels for run in runs})
+    benchmark.prepare({run.labeled for run in runs})
     if UNLABELED in arguments.sets:
-        benchmark.prepare_references({run.labels for run in runs})
+        benchmark.prepare_references({run.labeled for run in runs})
     benchmark.declare(runs)
     with ThreadPoolExecutor(arguments.jobs) as pool:
         for future in [pool.submit(benchmark.perform, run) for run in runs]:

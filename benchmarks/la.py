@@ -1,28 +1,26 @@
 """The left-atrium development protocol.
 
-    python -m benchmarks.la --data <la_125mm> --work <folder> --methods floor nnUNetTrainerDyCON --seeds 0 1 2
+    python -m benchmarks.la --data <la_125mm> --work <folder> --methods lower_bound nnUNetTrainerDyCON --seeds 0 1 2
 
 Cases: benchmarks/protocols. The volumes are cropped around the reference: numbers are for comparing methods, not for
 comparing with other data. `benchmarks.comparison` says what is run.
 """
 
 from benchmarks.comparison import compare
-from benchmarks.preparation import HERE, DataSet, Preparation
+from benchmarks.preparation import DataSet, LabeledSet, Preparation
 
 
 class LeftAtrium(DataSet):
     """100 LGE-MRI of the 2018 Atrial Segmentation Challenge, as far as the protocol names them."""
 
-    def write(self, preparation: Preparation, labels: int) -> None:
-        protocol = HERE / "protocols" / f"la_{labels}.json"
-        dataset = str(preparation.dataset_id(labels))
-        arguments = ["-i", str(preparation.data), "-d", dataset, "--spacing", "1.25", "--split", str(protocol)]
-        preparation.command("nnunet_dycon.cli:main", "convert", "la", *arguments)
+    def write(self, preparation: Preparation, labeled: LabeledSet) -> None:
+        preparation.convert("la", labeled, "--spacing", "1.25")
 
 
 LEFT_ATRIUM = LeftAtrium(
-    "LA2018", "la", first_id=100, labels=(4, 8), ceiling=55, spacing=2.5, features=(16, 32, 64, 128), iterations=2000
-)
+    "LA2018", "la", first_id=100, labels=(4, 8), training_cases=55, spacing=2.5, features=(16, 32, 64, 128),
+    iterations=2000,
+)  # fmt: skip
 
 if __name__ == "__main__":
     compare(LEFT_ATRIUM, __doc__)

@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.la import LEFT_ATRIUM
 from benchmarks.measuring import machine, summary, told
-from benchmarks.preparation import FLOOR, add_arguments
+from benchmarks.preparation import SUPERVISED, add_arguments
 from benchmarks.train_step import build, prepared
 
 OURS = "nnUNetTrainerMeanTeacher"  # all semi-supervised trainers load alike
@@ -32,7 +32,7 @@ def main() -> None:
     arguments = parser.parse_args()
     folder, plans = prepared(arguments)
     torch.set_num_threads(1)
-    loaders = {name: build(name, folder, plans, "cpu").dataloader_train for name in (FLOOR, OURS)}
+    loaders = {name: build(name, folder, plans, "cpu").dataloader_train for name in (SUPERVISED, OURS)}
     seconds: dict[str, list[float]] = {name: [] for name in loaders}
     for _ in range(arguments.repeats):
         for name, loader in loaders.items():
@@ -43,8 +43,8 @@ def main() -> None:
     if arguments.json:
         arguments.json.write_text(json.dumps({"machine": machine("cpu"), "plans": plans, "results": results}, indent=1))
     print("| loader | seconds a batch of 4 samples | over nnU-Net's |\n|---|---|---|")
-    for name, loader in ((FLOOR, "nnU-Net's"), (OURS, "two streams")):
-        times = results[name]["seconds"] / results[FLOOR]["seconds"]
+    for name, loader in ((SUPERVISED, "nnU-Net's"), (OURS, "two streams")):
+        times = results[name]["seconds"] / results[SUPERVISED]["seconds"]
         print(f"| {loader} | {told(results[name])} | {times:.2f} |")
 
 

@@ -1,13 +1,13 @@
 """Phantoms with small lesions, less than 1 % of the voxels: many held-out cases, and trainings of a few minutes.
 
-    python -m benchmarks.phantom --work <folder> --methods floor nnUNetTrainerDyCON --seeds 0 1 2
+    python -m benchmarks.phantom --work <folder> --methods lower_bound nnUNetTrainerDyCON --seeds 0 1 2
 
 They are drawn, not measured: what helps here has to show on scans, too, but noise is small enough to see what helps.
 `benchmarks.comparison` says what is run.
 """
 
 from benchmarks.comparison import compare
-from benchmarks.preparation import DataSet, Preparation
+from benchmarks.preparation import DataSet, LabeledSet, Preparation
 from nnunet_dycon.phantom import write_dataset
 
 SEED = 7  # of the cases
@@ -19,13 +19,13 @@ HELD_OUT = {"val": 60, "test": 60}
 class Phantoms(DataSet):
     """Phantoms, the same ones whatever the number of labels."""
 
-    def write(self, preparation: Preparation, labels: int) -> None:
-        counts = {"labeled": labels, "unlabeled": self.ceiling - labels, **HELD_OUT}
-        write_dataset(preparation.raw(labels), SEED, counts, shape=SHAPE, lesion_radii=LESION_RADII)
+    def write(self, preparation: Preparation, labeled: LabeledSet) -> None:
+        counts = {"labeled": labeled.count, "unlabeled": self.training_cases - labeled.count, **HELD_OUT}
+        write_dataset(preparation.raw(labeled), SEED, counts, shape=SHAPE, lesion_radii=LESION_RADII)
 
 
 PHANTOMS = Phantoms(
-    "Phantom", "phantom", first_id=200, labels=(4, 8), ceiling=58, spacing=1.0, features=(16, 32, 64),
+    "Phantom", "phantom", first_id=200, labels=(4, 8), training_cases=58, spacing=1.0, features=(16, 32, 64),
     iterations=1000, needs_data=False,
 )  # fmt: skip
 

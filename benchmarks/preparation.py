@@ -13,8 +13,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 from filelock import FileLock
 
 from nnunet_dycon.dataset_conversion.writer import FOLDERS
@@ -23,9 +24,23 @@ from nnunet_dycon.files import replacing
 from nnunet_dycon.registry import TRAINERS
 
 HERE = Path(__file__).parent
-FLOOR = "nnUNetTrainer"  # nnU-Net's own
-CEILING = "ceiling"
+LOWER_BOUND, UPPER_BOUND = "lower_bound", "upper_bound"  # methods: labeled cases only, all training cases with labels
+SUPERVISED = "nnUNetTrainer"  # nnU-Net's own trainer, which trains both
 UNLABELED = "unlabeled"  # the role, and the set of cases that is scored
+SCORED = ("val", "test")  # held-out cases of a protocol
+
+
+class LabeledSet(NamedTuple):
+    """Which training cases are labeled.
+
+    Attributes:
+        count: the number of labeled cases.
+        draw: 0 for the first `count` cases in the order of the protocol, any other number for a random order with that
+            seed. The labeled cases of a smaller count are among those of a larger one.
+    """
+
+    count: int
+    draw: int = 0
 
 
 @dataclass(frozen=True)
@@ -37,26 +52,47 @@ class DataSet:
         table: of results, without .csv.
         first_id: the data set with N labels has the number first_id + N.
         labels: the numbers of labels that methods are compared at.
-        ceiling: the number of training cases.
+        training_cases: the number of training cases, which are all labeled for the upper bound.
         spacing: in mm, isotropic.
         features: of each stage of the network.
         iterations: the budget of a training.
         needs_data: whether it is made of a folder that the user names.
+        draws: whether other labeled sets than the first one can be drawn.
     """
 
     name: str
     table: str
     first_id: int
     labels: tuple[int, ...]
-    ceiling: int
+    training_cases: int
     spacing: float
     features: tuple[int, ...]
     iterations: int
     needs_data: bool = True
+    draws: bool = False
 
-    def write(self, preparation: "Preparation", labels: int) -> None:
-        """Write the raw data set with so many labels; with as many as there are training cases, none is unlabeled."""
+    @property
+    def all_labeled(self) -> LabeledSet:
+        """The labeled set of the upper bound."""
+        return LabeledSet(self.training_cases)
+
+    def write(self, preparation: "Preparation", labeled: LabeledSet) -> None:
+        """Write the raw data set; with as many labels as there are training cases, none is unlabeled."""
         raise NotImplementedError
+
+
+def split(protocol: Path, labeled: LabeledSet) -> dict[str, list[str]]:
+    """Return the case lists of a labeled set, as `nnunet_dycon convert --split` reads them.
+
+    Args:
+        protocol: a JSON file with the lists training (in an order), val and test.
+        labeled: the labeled set.
+    """
+    cases = json.loads(protocol.read_text())
+    order = cases["training"]
+    if labeled.draw != 0:
+        order = [order[i] for i in np.random.default_rng(labeled.draw).permutation(len(order))]
+    return {"labeled": order[: labeled.count], "unlabeled": order[labeled.count :], **{k: cases[k] for k in SCORED}}
 
 
 def add_arguments(parser: argparse.ArgumentParser, data_set: DataSet) -> None:
@@ -72,7 +108,7 @@ def add_arguments(parser: argparse.ArgumentParser, data_set: DataSet) -> None:
 
 def trainer_class(name: str) -> Any:
     """nnU-Net's own trainer, or one of the registry's. Where weights are trained, after the folders are set."""
-    if name == FLOOR:
+    if name == SUPERVISED:
         return import_module("nnunetv2.training.nnUNetTrainer.nnUNetTrainer").nnUNetTrainer
     return getattr(import_module(f"nnunet_dycon.trainers.{TRAINERS[name].module}"), name)
 
@@ -95,59 +131,72 @@ class Preparation:
         """nnU-Net's variables."""
         return {name: str(self.work / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
 
-    def dataset_id(self, labels: int) -> int:
-        """Of the data set with so many labels."""
-        return self.data_set.first_id + labels
+    def dataset_id(self, labeled: LabeledSet) -> int:
+        """The dataset ID of a labeled set."""
+        return 1000 * labeled.draw + self.data_set.first_id + labeled.count
 
-    def dataset(self, labels: int) -> str:
-        """The name of the data set with so many labels."""
-        return f"Dataset{self.dataset_id(labels)}_{self.data_set.name}"
+    def dataset(self, labeled: LabeledSet) -> str:
+        """The dataset name of a labeled set."""
+        return f"Dataset{self.dataset_id(labeled)}_{self.data_set.name}"
 
-    def raw(self, labels: int) -> Path:
-        """The folder of the raw data set with so many labels."""
-        return self.work / "nnUNet_raw" / self.dataset(labels)
+    def raw(self, labeled: LabeledSet) -> Path:
+        """The raw folder of a labeled set."""
+        return self.work / "nnUNet_raw" / self.dataset(labeled)
 
-    def prepare(self, labels: Iterable[int]) -> None:
+    def convert(self, converter: str, labeled: LabeledSet, *options: str) -> None:
+        """Convert `data` with the split of the protocol `benchmarks/protocols/<table>.json`."""
+        file = self.work / "splits" / f"{self.dataset(labeled)}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(split(HERE / "protocols" / f"{self.data_set.table}.json", labeled), indent=1))
+        arguments = ["-i", str(self.data), "-d", str(self.dataset_id(labeled)), "--split", str(file), *options]
+        self.command("nnunet_dycon.cli:main", "convert", converter, *arguments)
+
+    def prepare(self, labeled_sets: Iterable[LabeledSet]) -> None:
         """Convert, plan and preprocess what is not there yet, one process at a time."""
         self.work.mkdir(parents=True, exist_ok=True)
         with FileLock(self.work / "prepare.lock"):
-            needed = set(labels)
-            if self.data_set.ceiling in needed:
-                needed.add(self.data_set.labels[-1])  # whose plans the ceiling takes
-            for count in sorted(needed):
-                self._prepare(count)
+            needed = set(labeled_sets)
+            if self.data_set.all_labeled in needed:
+                needed.add(self._planned_for)
+            for labeled in sorted(needed):
+                self._prepare(labeled)
 
-    def prepare_references(self, labels: Iterable[int]) -> None:
-        """Copy what unlabeled cases are scored by from the ceiling's data set to a folder that no training reads."""
+    @property
+    def _planned_for(self) -> LabeledSet:
+        """The labeled set whose plans the upper bound uses."""
+        return LabeledSet(self.data_set.labels[-1])
+
+    def prepare_references(self, labeled_sets: Iterable[LabeledSet]) -> None:
+        """Copy the labels of unlabeled cases from the upper bound's data set to a folder that no training reads."""
         with FileLock(self.work / "prepare.lock"):
-            ceiling = self.raw(self.data_set.ceiling)
-            if not ceiling.is_dir():
-                self.data_set.write(self, self.data_set.ceiling)
-            for count in set(labels) - {self.data_set.ceiling}:
-                references = self.references(count, UNLABELED)
+            everything = self.raw(self.data_set.all_labeled)
+            if not everything.is_dir():
+                self.data_set.write(self, self.data_set.all_labeled)
+            for labeled in set(labeled_sets) - {self.data_set.all_labeled}:
+                references = self.references(labeled, UNLABELED)
                 references.mkdir(parents=True, exist_ok=True)
-                for image in sorted((self.raw(count) / FOLDERS[UNLABELED][0]).iterdir()):
+                for image in sorted((self.raw(labeled) / FOLDERS[UNLABELED][0]).iterdir()):
                     name = image.name.replace("_0000.", ".")
-                    shutil.copy(ceiling / "labelsTr" / name, references / name)
+                    shutil.copy(everything / "labelsTr" / name, references / name)
 
-    def references(self, labels: int, which: str) -> Path:
-        """The folder of what a set of cases is scored by."""
+    def references(self, labeled: LabeledSet, which: str) -> Path:
+        """The folder of the labels that a set of cases is scored by."""
         if which == UNLABELED:
-            return self.work / "references" / self.dataset(labels)
-        return self.raw(labels) / FOLDERS[which][1]
+            return self.work / "references" / self.dataset(labeled)
+        return self.raw(labeled) / FOLDERS[which][1]
 
-    def _prepare(self, count: int) -> None:
-        is_ceiling = count == self.data_set.ceiling
-        dataset = str(self.dataset_id(count))
-        raw = self.raw(count)
+    def _prepare(self, labeled: LabeledSet) -> None:
+        is_upper_bound = labeled == self.data_set.all_labeled
+        dataset = str(self.dataset_id(labeled))
+        raw = self.raw(labeled)
         plans = self.work / "nnUNet_preprocessed" / raw.name / f"{self.plans}.json"
         if not raw.is_dir():
-            self.data_set.write(self, count)
+            self.data_set.write(self, labeled)
         if not plans.is_file():
             self.command("nnunetv2.experiment_planning.plan_and_preprocess_entrypoints:extract_fingerprint_entry",
                          "-d", dataset, "-np", "2")  # fmt: skip
-            if is_ceiling:
-                source = str(self.dataset_id(self.data_set.labels[-1]))
+            if is_upper_bound:
+                source = str(self.dataset_id(self._planned_for))
                 self.command("nnunetv2.experiment_planning.plans_for_pretraining.move_plans_between_datasets:"
                              "entry_point_move_plans_between_datasets",
                              "-s", source, "-t", dataset, "-sp", self.plans, "-tp", self.plans)  # fmt: skip
@@ -156,15 +205,15 @@ class Preparation:
                 self.command("nnunetv2.experiment_planning.plan_and_preprocess_entrypoints:plan_experiment_entry",
                              "-d", dataset, "-overwrite_target_spacing", *[f"{self.spacing:g}"] * 3,
                              "-overwrite_plans_name", self.plans)  # fmt: skip
-        if not is_ceiling:
+        if not is_upper_bound:
             self._narrow(plans)
         which = ["-d", dataset, "-plans_name", self.plans, "-c", "3d_fullres", "-np", "2"]
         identifier = json.loads(plans.read_text())["configurations"]["3d_fullres"]["data_identifier"]
         # One after the other: with as many as there are cases, nothing was interrupted.
-        if len(list((plans.parent / identifier).glob("*.pkl"))) < count:
+        if len(list((plans.parent / identifier).glob("*.pkl"))) < labeled.count:
             entry = "nnunetv2.experiment_planning.plan_and_preprocess_entrypoints:preprocess_entry"
             self.command(entry, *which)
-        if not is_ceiling:
+        if not is_upper_bound:
             self.command("nnunet_dycon.cli:main", "preprocess_unlabeled", *which)
 
     def _narrow(self, file: Path) -> None:

@@ -23,24 +23,24 @@ import torch
 
 from benchmarks.la import LEFT_ATRIUM
 from benchmarks.measuring import machine, summary, told
-from benchmarks.preparation import FLOOR, Preparation, add_arguments, trainer_class
+from benchmarks.preparation import SUPERVISED, LabeledSet, Preparation, add_arguments, trainer_class
 from nnunet_dycon.registry import TRAINERS
 
-LABELS, SAMPLES = 8, 4
+LABELED, SAMPLES = LabeledSet(8), 4
 
 
 def prepared(arguments: argparse.Namespace) -> tuple[Path, str]:
     """The preprocessed folder, made if it is not there yet, and the plans' name. Sets nnU-Net's variables."""
     preparation = Preparation(arguments, LEFT_ATRIUM)
-    preparation.prepare([LABELS])
+    preparation.prepare([LABELED])
     os.environ |= preparation.folders | {"nnUNet_n_proc_DA": "0"}
-    return preparation.work / "nnUNet_preprocessed" / preparation.dataset(LABELS), preparation.plans
+    return preparation.work / "nnUNet_preprocessed" / preparation.dataset(LABELED), preparation.plans
 
 
 def build(name: str, folder: Path, plans_name: str, device: str):
     """A trainer that is ready for its first step, with `SAMPLES` samples a step."""
     plans = json.loads((folder / f"{plans_name}.json").read_text()) | {"continue_training": False}
-    is_supervised = name == FLOOR or TRAINERS[name].is_supervised
+    is_supervised = name == SUPERVISED or TRAINERS[name].is_supervised
     plans["configurations"]["3d_fullres"]["batch_size"] = SAMPLES if is_supervised else SAMPLES // 2
     dataset = json.loads((folder / "dataset.json").read_text())
     with contextlib.redirect_stdout(io.StringIO()):
@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to write the numbers, too")
     arguments = parser.parse_args()
     folder, plans = prepared(arguments)
-    names = [FLOOR, *arguments.trainers]
+    names = [SUPERVISED, *arguments.trainers]
     how_often = arguments.repeats, arguments.warmup
     memory: dict[str, int | None] = dict.fromkeys(names)
     if arguments.device == "cuda":
@@ -107,10 +107,10 @@ def main() -> None:
     if arguments.json:
         about = {"machine": machine(arguments.device), "plans": plans}
         arguments.json.write_text(json.dumps({**about, "results": results}, indent=1))
-    floor = results[FLOOR]
+    baseline = results[SUPERVISED]
     print("| trainer | seconds a step | over nnU-Net's | GPU MB | checkpoint over nnU-Net's |\n|---|---|---|---|---|")
     for name, its in results.items():
-        times, size = its["seconds"] / floor["seconds"], its["checkpoint_bytes"] / floor["checkpoint_bytes"]
+        times, size = its["seconds"] / baseline["seconds"], its["checkpoint_bytes"] / baseline["checkpoint_bytes"]
         gpu = f"{its['gpu_bytes'] / 1e6:.0f}" if its["gpu_bytes"] else ""
         print(f"| {name} | {told(its)} | {times:.2f} | {gpu} | {size:.2f} |")
 

@@ -1,0 +1,29 @@
+"""The hippocampus development protocol: 200 MRI of the Medical Segmentation Decathlon, two labels that touch.
+
+    python -m benchmarks.hippocampus --data <Task04_Hippocampus> --work <folder> --methods lower_bound --seeds 0 1 2
+
+Cases: benchmarks/protocols/hippocampus.json, 130 for training, 30 for val, 40 for test. `--draw K` labels other cases
+of the 130. `benchmarks.comparison` describes what is run.
+"""
+
+from benchmarks.comparison import compare
+from benchmarks.preparation import DataSet, LabeledSet, Preparation
+
+
+class Hippocampus(DataSet):
+    """200 of the 260 public training volumes of Task04."""
+
+    def write(self, preparation: Preparation, labeled: LabeledSet) -> None:
+        preparation.convert(
+            "folder", labeled, "--name", self.name, "--channel", "MRI=imagesTr/{case}.nii.gz", "--masks",
+            "labelsTr/{case}.nii.gz", "--foreground", "Anterior=1", "--foreground", "Posterior=2",
+        )  # fmt: skip
+
+
+HIPPOCAMPUS = Hippocampus(
+    "Hippocampus", "hippocampus", first_id=300, labels=(4, 8, 16), training_cases=130, spacing=2.0,
+    features=(16, 32, 64), iterations=1000, draws=True,
+)  # fmt: skip
+
+if __name__ == "__main__":
+    compare(HIPPOCAMPUS, __doc__)
