@@ -20,7 +20,7 @@ class Phantoms(DataSet):
     """Phantoms, the same ones whatever the number of labels."""
 
     def write(self, preparation: Preparation, labeled: LabeledSet) -> None:
-        counts = {"labeled": labeled.count, "unlabeled": self.training_cases - labeled.count, **HELD_OUT}
+        counts = {"labeled": labeled.labels, "unlabeled": self.training_cases - labeled.labels, **HELD_OUT}
         write_dataset(preparation.raw(labeled), SEED, counts, shape=SHAPE, lesion_radii=LESION_RADII)
 
 

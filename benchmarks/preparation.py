@@ -21,7 +21,6 @@ from filelock import FileLock
 from nnunet_dycon.dataset_conversion.writer import FOLDERS
 from nnunet_dycon.environment import DISCOVERY
 from nnunet_dycon.files import replacing
-from nnunet_dycon.registry import TRAINERS
 
 HERE = Path(__file__).parent
 LOWER_BOUND, UPPER_BOUND = "lower_bound", "upper_bound"  # methods: labeled cases only, all training cases with labels
@@ -34,12 +33,12 @@ class LabeledSet(NamedTuple):
     """Which training cases are labeled.
 
     Attributes:
-        count: the number of labeled cases.
-        draw: 0 for the first `count` cases in the order of the protocol, any other number for a random order with that
-            seed. The labeled cases of a smaller count are among those of a larger one.
+        labels: the number of labeled cases.
+        draw: 0 for the first `labels` cases in the order of the protocol, any other number for a random order with that
+            seed. The labeled cases of a smaller number are among those of a larger one.
     """
 
-    count: int
+    labels: int
     draw: int = 0
 
 
@@ -92,7 +91,7 @@ def split(protocol: Path, labeled: LabeledSet) -> dict[str, list[str]]:
     order = cases["training"]
     if labeled.draw != 0:
         order = [order[i] for i in np.random.default_rng(labeled.draw).permutation(len(order))]
-    return {"labeled": order[: labeled.count], "unlabeled": order[labeled.count :], **{k: cases[k] for k in SCORED}}
+    return {"labeled": order[: labeled.labels], "unlabeled": order[labeled.labels :], **{k: cases[k] for k in SCORED}}
 
 
 def add_arguments(parser: argparse.ArgumentParser, data_set: DataSet) -> None:
@@ -110,7 +109,7 @@ def trainer_class(name: str) -> Any:
     """nnU-Net's own trainer, or one of the registry's. Where weights are trained, after the folders are set."""
     if name == SUPERVISED:
         return import_module("nnunetv2.training.nnUNetTrainer.nnUNetTrainer").nnUNetTrainer
-    return getattr(import_module(f"nnunet_dycon.trainers.{TRAINERS[name].module}"), name)
+    return import_module("nnunet_dycon.trainers").trainer_class(name)
 
 
 class Preparation:
@@ -133,7 +132,7 @@ class Preparation:
 
     def dataset_id(self, labeled: LabeledSet) -> int:
         """The dataset ID of a labeled set."""
-        return 1000 * labeled.draw + self.data_set.first_id + labeled.count
+        return 1000 * labeled.draw + self.data_set.first_id + labeled.labels
 
     def dataset(self, labeled: LabeledSet) -> str:
         """The dataset name of a labeled set."""
@@ -210,7 +209,7 @@ class Preparation:
         which = ["-d", dataset, "-plans_name", self.plans, "-c", "3d_fullres", "-np", "2"]
         identifier = json.loads(plans.read_text())["configurations"]["3d_fullres"]["data_identifier"]
         # One after the other: with as many as there are cases, nothing was interrupted.
-        if len(list((plans.parent / identifier).glob("*.pkl"))) < labeled.count:
+        if len(list((plans.parent / identifier).glob("*.pkl"))) < labeled.labels:
             entry = "nnunetv2.experiment_planning.plan_and_preprocess_entrypoints:preprocess_entry"
             self.command(entry, *which)
         if not is_upper_bound:

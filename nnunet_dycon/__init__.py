@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # trainers/ and dataset_conversion/ lie beside this package in a checkout and below it when installed. Python started in
 # a checkout whose package is installed elsewhere (or only on PYTHONPATH) imports this folder, which lacks the two.

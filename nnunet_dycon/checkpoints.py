@@ -112,10 +112,11 @@ def load_state(filename: Path | str, trainer_name: str) -> dict:
             "from; start from its weights with -pretrained_weights instead"
         )
     state = checkpoint[KEY]
-    if not (isinstance(state, dict) and state.keys() >= _PARTS):
+    version = state.get("version", "unknown") if isinstance(state, dict) else "unknown"
+    if version.startswith("0.1.") or not state.keys() >= _PARTS:
         raise UserError(
-            f"{filename} was written by another version of nnunet-dycon; start from its weights with "
-            "-pretrained_weights instead"
+            f"{filename} was written by {trainer_name} of nnunet-dycon {version}, which this version cannot continue; "
+            "start from its weights with -pretrained_weights, or finish the training with that version"
         )
     return state
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from nnunet_dycon import __version__
 from nnunet_dycon.environment import DISCOVERY, require_nnunet
 from nnunet_dycon.errors import UsageError, UserError
-from nnunet_dycon.registry import CONVERTERS, RECOMMENDED, TRAINERS
+from nnunet_dycon.registry import CONVERTERS, LENGTHS, RECOMMENDED, TRAINERS, groups
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -187,8 +187,8 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser(
         "demo",
-        help="train nnUNetTrainerDyCON on a small phantom data set and score it: a few minutes on two CPU cores",
-        description="Make a small phantom data set, plan, preprocess, train nnUNetTrainerDyCON for a few short epochs, "
+        help="train on a small phantom data set and score the result: a few minutes on two CPU cores",
+        description=f"Make a small phantom data set, plan, preprocess, train {RECOMMENDED} for a few short epochs, "
         "predict the held-out cases and score them, all with nnU-Net's own commands, which are printed.",
     )
     demo.add_argument("-o", dest="output", type=Path, required=True, metavar="FOLDER", help="new or empty folder")
@@ -306,15 +306,22 @@ def _trainers_path(arguments: argparse.Namespace) -> None:
 
 def _list(arguments: argparse.Namespace) -> None:
     if arguments.json:
-        trainers = {name: {"summary": t.summary, "paper": t.paper} for name, t in TRAINERS.items()}
+        fields = ("group", "summary", "paper", "caveat")
+        trainers = {name: {key: getattr(t, key) for key in fields} for name, t in TRAINERS.items()}
         converters = {name: {"summary": c.summary, "reference": c.reference} for name, c in CONVERTERS.items()}
         print(json.dumps({"version": __version__, "trainers": trainers, "converters": converters}, indent=2))
         return
-    for title, entries in (("trainers (nnUNetv2_train -tr NAME)", TRAINERS), ("converters (convert NAME)", CONVERTERS)):
-        print(title)
-        width = max(map(len, entries))
-        for name, entry in entries.items():
-            print(f"  {name:{width}}  {entry.summary}")
+    print("trainers (nnUNetv2_train -tr NAME)")
+    width = max(map(len, (*TRAINERS, *CONVERTERS)))
+    for group, names in groups().items():
+        print(f" {group}")
+        for name in names:
+            print(f"  {name:{width}}  {TRAINERS[name].summary}")
+            if caveat := TRAINERS[name].caveat:
+                print(f"  {'':{width}}  {caveat}")
+    print(f"{LENGTHS}\nconverters (nnunet_dycon convert NAME)")
+    for name, converter in CONVERTERS.items():
+        print(f"  {name:{width}}  {converter.summary}")
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:

@@ -23,11 +23,11 @@ from nnunet_dycon.errors import UsageError, UserError
 from nnunet_dycon.phantom import write_dataset
 from nnunet_dycon.pictures import new_figure, outline, overlay
 from nnunet_dycon.prediction import choose_device
-from nnunet_dycon.trainers.nnUNetTrainerDyCON import nnUNetTrainerDyCON_demo
+from nnunet_dycon.trainers.nnUNetTrainerDemo import nnUNetTrainerDemo
 
 DATASET = "Dataset900_Phantom"
 COUNTS = {"labeled": 6, "unlabeled": 18, "test": 6}
-TRAINER = nnUNetTrainerDyCON_demo.__name__
+TRAINER = nnUNetTrainerDemo.__name__
 # What is changed in the plans so that a CPU trains it in minutes. Multiples of 16 channels are fast there.
 FEATURES_PER_STAGE = (16, 32, 48, 64)
 PATCH_SIZE = (32, 32, 40)
@@ -269,6 +269,6 @@ class _Epochs:
         elif found := re.search(r": Epoch (\d+)$", line):
             self._epoch = int(found[1]) + 1
         elif found := re.search(r": Epoch time: (\S+) s", line):
-            total = nnUNetTrainerDyCON_demo.training_settings.num_epochs
+            total = nnUNetTrainerDemo.training_settings.num_epochs
             _show(f"epoch {self._epoch:2d} of {total}: {self._losses} ({float(found[1]):.0f} s)")
             sys.stdout.flush()

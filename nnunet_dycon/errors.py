@@ -16,13 +16,23 @@ class UsageError(UserError):
     exit_code = 2
 
 
-class NotSupported(NotImplementedError, SystemExit):
-    """What these trainers cannot do. To a caller a NotImplementedError, and to the terminal one line: of a SystemExit
-    that nobody catches, Python prints nothing but its code."""
+ONE_LINE = "nnunet_dycon: error: "
+
+
+class _OneLine(SystemExit):
+    """An exception that callers catch by its other base class. If nobody does, Python prints its message alone."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
-        self.code = f"nnunet_dycon: error: {reason}"
+        self.code = ONE_LINE + reason
+
+
+class NotSupported(_OneLine, NotImplementedError):
+    """Something that these trainers cannot do."""
+
+
+class UnknownTrainer(_OneLine, RuntimeError):
+    """A trainer that does not exist (any more): the RuntimeError that nnU-Net's look-up of trainers raises."""
 
 
 @contextmanager
@@ -31,7 +41,7 @@ def ends_in_one_line() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise SystemExit(f"nnunet_dycon: error: {error}") from None
+        raise SystemExit(f"{ONE_LINE}{error}") from None
 
 
 @contextmanager

@@ -11,9 +11,10 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
+from nnunet_dycon import trainers
 from nnunet_dycon.checkpoints import STUDENT, TEACHER
-from nnunet_dycon.discovery import nnunet_dycon_trainers
-from nnunet_dycon.errors import UsageError, UserError, explained
+from nnunet_dycon.errors import UnknownTrainer, UsageError, UserError, explained
+from nnunet_dycon.registry import BUILDERS
 
 
 def find_folds(model: Path, folds: Sequence[str] | None = None) -> list[str]:
@@ -71,9 +72,16 @@ def load_checkpoint(file: Path) -> dict:
 
 
 def trainer_class(name: str) -> type[nnUNetTrainer]:
-    """The class of a trainer: ours without nnUNet_extTrainer, any other as nnU-Net finds it."""
-    if (ours := getattr(nnunet_dycon_trainers, name, None)) is not None:
-        return ours
+    """Return the class of a trainer: ours without nnUNet_extTrainer, any other as nnU-Net finds it.
+
+    Raises:
+        UsageError: it is not found.
+    """
+    try:
+        if trainers.registered_name(name) is not None or name in BUILDERS:
+            return trainers.trainer_class(name)
+    except UnknownTrainer as error:  # retired, say
+        raise UsageError(str(error)) from None
     try:
         with redirect_stdout(io.StringIO()):  # nnU-Net tells each module it looks into
             return recursive_find_trainer_class_by_name(name)

@@ -14,23 +14,29 @@ UGPL = "Lu et al., Uncertainty-guided pseudo-labeling, KBS 2025, arXiv:2509.1308
 BCP = "Bai et al., Bidirectional Copy-Paste, CVPR 2023, arXiv:2305.00673"
 
 
+# Groups of trainers, in the order in which they are listed.
+RECOMMENDED_DEFAULT, PUBLISHED, ADAPTED, BASELINE = "recommended", "published methods", "adapted methods", "baselines"
+
+
 @dataclass(frozen=True)
 class Trainer:
-    """A trainer class that `nnUNetv2_train -tr` accepts.
+    """A trainer class that `nnUNetv2_train -tr` accepts, defined in the module of its name in nnunet_dycon.trainers.
 
     Attributes:
-        module: below nnunet_dycon.trainers, which defines it.
-        summary: what it is.
-        paper: whose method it is.
+        group: recommended, published method, adapted method or baseline.
+        summary: one line.
+        paper: the source of the method.
         is_supervised: whether it uses no unlabeled cases.
-        beside: the network that predicts, too, beside the student: "teacher", "second" or none.
+        beside: the second network that can predict: "teacher", "second" or none.
+        caveat: what a user should know before choosing it; logged when training starts.
     """
 
-    module: str
+    group: str
     summary: str
     paper: str
     is_supervised: bool = False
     beside: str | None = "teacher"
+    caveat: str = ""
 
 
 @dataclass(frozen=True)
@@ -56,70 +62,80 @@ class Converter:
     protocols: tuple[str, ...] = ()  # published splits, in nnunet_dycon.dataset_conversion
 
 
-def _dycon(summary: str) -> Trainer:
-    return Trainer("nnUNetTrainerDyCON", summary, DYCON)
-
-
-def _weak_to_strong(summary: str) -> Trainer:
-    return Trainer("nnUNetTrainerPseudoLabel", summary, FIXMATCH)
-
+# Held to benchmarks/results/la.csv by tests/benchmarks/test_results.py.
+DYCON_CAVEAT = (
+    "no gain over nnUNetTrainer was measured: -0.001 Dice with 4 labels (left atrium, 1 seed, 8 cases; "
+    "docs/results.md). Recommended: nnUNetTrainerWeakToStrong; adapted to nnU-Net: nnUNetTrainerDyCON_adapted"
+)
 
 TRAINERS: dict[str, Trainer] = {
-    "nnUNetTrainerDyCON": _dycon("DyCON: EMA teacher, uncertainty-aware consistency (UnCL), contrast (FeCL)"),
-    "nnUNetTrainerDyCON_paper": _dycon("DyCON with the paper's weights, nothing mixed"),
-    "nnUNetTrainerDyCON_noUnCL": _dycon("DyCON without UnCL"),
-    "nnUNetTrainerDyCON_noFeCL": _dycon("DyCON without FeCL"),
-    "nnUNetTrainerDyCON_released": _dycon("the losses of DyCON's released code, without its label leak"),
-    "nnUNetTrainerDyCON_250epochs": _dycon("DyCON, 250 epochs instead of 1000"),
-    "nnUNetTrainerDyCON_50epochs": _dycon("DyCON, 50 epochs"),
-    "nnUNetTrainerDyCON_5epochs": _dycon("DyCON, 5 epochs: to try a data set out"),
-    "nnUNetTrainerDyCON_smoke": _dycon("DyCON, 2 epochs of 5 iterations: does everything run?"),
-    "nnUNetTrainerDyCON_demo": _dycon("DyCON, a few short epochs: what `nnunet_dycon demo` trains"),
-    "nnUNetTrainerDyCONCoTraining": Trainer(
-        "nnUNetTrainerDyCONCoTraining",
-        "DyCON's losses between two networks instead of student and teacher",
+    "nnUNetTrainerWeakToStrong": Trainer(
+        RECOMMENDED_DEFAULT,
+        "pseudo-labels of an EMA teacher for strongly augmented views mixed by CutMix",
+        f"derived from {FIXMATCH}",
+    ),
+    "nnUNetTrainerDyCON": Trainer(
+        PUBLISHED,
+        "DyCON: EMA teacher, uncertainty-aware consistency (UnCL), focal entropy-aware contrast (FeCL)",
         DYCON,
-        beside="second",
+        caveat=DYCON_CAVEAT,
     ),
-    "nnUNetTrainerMeanTeacher": Trainer(
-        "nnUNetTrainerMeanTeacher", "Mean Teacher: the baseline that every other method has to beat", MEAN_TEACHER
-    ),
-    "nnUNetTrainerPseudoLabel": Trainer(
-        "nnUNetTrainerPseudoLabel", "self-training: the student's own labels of unlabeled cases", PSEUDO_LABEL
-    ),
-    "nnUNetTrainerFixMatch": Trainer(
-        "nnUNetTrainerPseudoLabel", "a teacher's confident labels, for strong views mixed by CutMix", FIXMATCH
-    ),
-    "nnUNetTrainerWeakToStrong": _weak_to_strong("a teacher's labels, all of them, for strong views mixed by CutMix"),
-    "nnUNetTrainerWeakToStrong_250epochs": _weak_to_strong("WeakToStrong, 250 epochs instead of 1000"),
-    "nnUNetTrainerWeakToStrong_50epochs": _weak_to_strong("WeakToStrong, 50 epochs"),
-    "nnUNetTrainerWeakToStrong_5epochs": _weak_to_strong("WeakToStrong, 5 epochs: to try a data set out"),
-    "nnUNetTrainerBCP": Trainer(
-        "nnUNetTrainerPseudoLabel", "a teacher's labels, for labeled and unlabeled images pasted into each other", BCP
-    ),
-    "nnUNetTrainerCPS": Trainer("nnUNetTrainerCPS", "two networks that label for each other", CPS, beside="second"),
+    "nnUNetTrainerDyCON_released": Trainer(PUBLISHED, "DyCON's released code without its label leak", DYCON),
     "nnUNetTrainerUGPL": Trainer(
-        "nnUNetTrainerUGPL",
-        "two networks, labels weighted and filtered by uncertainty, contrast with prototypes",
+        PUBLISHED,
+        "two networks, pseudo-labels weighted and filtered by uncertainty, contrast with prototypes",
         UGPL,
         beside="second",
     ),
     "nnUNetTrainerDKUXNet": Trainer(
-        "nnUNetTrainerDKUXNet",
-        "DK-UXNet: 3D UX-Net with a k-means mask transformer; segmentation and queries agree in two views",
+        PUBLISHED,
+        "DK-UXNet: 3D UX-Net with a k-means mask transformer; consistency of segmentation and queries in two views",
         DKUXNET,
         beside=None,
     ),
-    "nnUNetTrainerUXNet": Trainer(
-        "nnUNetTrainerUXNet", "3D UX-Net without unlabeled cases", UXNET, is_supervised=True, beside=None
+    "nnUNetTrainerBCP": Trainer(
+        PUBLISHED, "pseudo-labels of a teacher; labeled and unlabeled images are pasted into each other", BCP
     ),
+    "nnUNetTrainerCPS": Trainer(
+        PUBLISHED, "cross pseudo supervision: two networks, each with pseudo-labels of the other", CPS, beside="second"
+    ),
+    "nnUNetTrainerFixMatch": Trainer(
+        PUBLISHED, "confident pseudo-labels of a teacher for strongly augmented views mixed by CutMix", FIXMATCH
+    ),
+    "nnUNetTrainerDyCON_adapted": Trainer(
+        ADAPTED, "DyCON with other weights, CutMix and stronger intensity augmentation", f"derived from {DYCON}"
+    ),
+    "nnUNetTrainerDyCONCoTraining": Trainer(
+        ADAPTED,
+        "DyCON's losses between two networks instead of student and teacher",
+        f"derived from {DYCON}",
+        beside="second",
+    ),
+    "nnUNetTrainerMeanTeacher": Trainer(
+        BASELINE, "Mean Teacher: consistency with an EMA teacher, without uncertainty", MEAN_TEACHER
+    ),
+    "nnUNetTrainerPseudoLabel": Trainer(BASELINE, "self-training with the student's own pseudo-labels", PSEUDO_LABEL),
+    "nnUNetTrainerUXNet": Trainer(BASELINE, "3D UX-Net on labeled cases only", UXNET, is_supervised=True, beside=None),
 }
 
-# The trainer to pick: docs/methods.md has what it was compared with.
-RECOMMENDED = "nnUNetTrainerWeakToStrong"
+RECOMMENDED = next(name for name, trainer in TRAINERS.items() if trainer.group == RECOMMENDED_DEFAULT)
 
-# What nnU-Net looks up to predict with, beside them: the builder of the second of two networks.
-BUILDERS: dict[str, str] = {"nnUNetTrainerSecondNetwork": "nnUNetTrainerSecondNetwork"}
+# The rule behind all other names that `nnUNetv2_train -tr` accepts.
+LENGTHS = (
+    "Each trainer has every length: NAME_50epochs (any number) instead of 1000 epochs, NAME_smoke for 2 epochs of 5 "
+    "iterations, to see whether everything runs."
+)
+
+# Former names, and what to use now.
+RETIRED: dict[str, str] = {
+    "nnUNetTrainerDyCON_paper": "the published method is nnUNetTrainerDyCON now",
+    "nnUNetTrainerDyCON_noUnCL": "derive a class from nnUNetTrainerDyCON with uncl_weight=0, see docs/methods.md",
+    "nnUNetTrainerDyCON_noFeCL": "derive a class from nnUNetTrainerDyCON with fecl_weight=0, see docs/methods.md",
+    "nnUNetTrainerDyCON_demo": f"`nnunet_dycon demo` trains {RECOMMENDED} now",
+}
+
+# Classes that nnU-Net looks up besides: the builder of the second of two networks, and the short training of the demo.
+BUILDERS = ("nnUNetTrainerSecondNetwork", "nnUNetTrainerDemo")
 
 CONVERTERS: dict[str, Converter] = {
     "la": Converter(
@@ -228,10 +244,20 @@ CONVERTERS: dict[str, Converter] = {
 }
 
 
-def as_markdown() -> str:
-    """The trainers as the table that stands in the README."""
-    rows = ["| `-tr` | what it is | method of |", "|---|---|---|"]
+def groups() -> dict[str, list[str]]:
+    """Return the names of the trainers by group."""
+    found: dict[str, list[str]] = {}
     for name, trainer in TRAINERS.items():
-        paper = re.sub(r"arXiv:(\S+)", r"[arXiv:\1](https://arxiv.org/abs/\1)", trainer.paper)
-        rows.append(f"| `{name}` | {trainer.summary} | {paper} |")
+        found.setdefault(trainer.group, []).append(name)
+    return found
+
+
+def as_markdown() -> str:
+    """Return the trainers as the table in the README."""
+    rows = ["| `-tr` | what it is | source |", "|---|---|---|"]
+    for group, names in groups().items():
+        rows.append(f"| **{group}** | | |")
+        for name in names:
+            paper = re.sub(r"arXiv:(\S+)", r"[arXiv:\1](https://arxiv.org/abs/\1)", TRAINERS[name].paper)
+            rows.append(f"| `{name}` | {TRAINERS[name].summary} | {paper} |")
     return "\n".join(rows)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nnunet_dycon.data.unlabeled import preprocess_unlabeled
-from nnunet_dycon.trainers.nnUNetTrainerDyCON import nnUNetTrainerDyCON_smoke
+from nnunet_dycon.trainers import trainer_class
 from tests.tiny import plan_and_preprocess, set_environment, write_raw_dataset
 from tests.tiny_network import labeled_batch, unlabeled_batch
 from tests.trainers.training import make_trainer
@@ -73,7 +73,7 @@ def trained_tiny(tiny_root, tmp_path_factory) -> Path:
     shutil.copytree(tiny_root, root)
     with pytest.MonkeyPatch.context() as patch:
         set_environment(patch, root)
-        trainer = make_trainer(nnUNetTrainerDyCON_smoke, fold=0)
+        trainer = make_trainer(trainer_class("nnUNetTrainerDyCON_smoke"), fold=0)
         trainer.run_training()
         trainer.perform_actual_validation()
     return root

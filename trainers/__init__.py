@@ -1,1 +1,65 @@
-"""The trainers, one file each: nnunet_dycon.trainers when installed; nnU-Net finds them via nnunet_dycon.discovery."""
+"""Trainers for `nnUNetv2_train -tr`: one class a file, and each of them in every length.
+
+`nnUNetTrainerX_50epochs` trains `nnUNetTrainerX` for 50 epochs instead of 1000, `nnUNetTrainerX_smoke` for 2 epochs of 5
+iterations. These classes are made on demand and kept as attributes of this module: a name has one class, and worker
+processes can unpickle it.
+"""
+
+import re
+from dataclasses import replace
+from difflib import get_close_matches
+from importlib import import_module
+from typing import Any
+
+from nnunet_dycon.errors import UnknownTrainer
+from nnunet_dycon.registry import BUILDERS, RETIRED, TRAINERS
+
+_LENGTH = re.compile(r"(?P<trainer>.+)_(?P<length>smoke|(?P<epochs>\d+)epochs)")
+_SMOKE = {"num_epochs": 2, "num_iterations_per_epoch": 5, "num_val_iterations_per_epoch": 2}
+
+
+def registered_name(name: str) -> str | None:
+    """Return the registered trainer that `name` is, in any length; None if it is none.
+
+    Raises:
+        UnknownTrainer: the name is retired, or its number of epochs cannot be read.
+    """
+    match = _LENGTH.fullmatch(name)
+    trainer = match["trainer"] if match else name
+    if trainer in RETIRED:
+        raise UnknownTrainer(f"{trainer} does not exist any more; {RETIRED[trainer]}")
+    if trainer not in TRAINERS:
+        return None
+    if match and match["epochs"] and match["epochs"].startswith("0"):
+        raise UnknownTrainer(f"{name}: the number of epochs starts with 0; use for instance {trainer}_50epochs")
+    return trainer
+
+
+def trainer_class(name: str) -> Any:
+    """Return the class of a registered trainer, in any length, or of a builder of the registry.
+
+    Raises:
+        UnknownTrainer: there is none of that name.
+    """
+    trainer = registered_name(name)
+    if trainer is None and name not in BUILDERS:
+        near = get_close_matches(name, TRAINERS, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UnknownTrainer(f"no trainer is called {name}; {hint}`nnunet_dycon list` prints all of ours")
+    if name in (trainer, *BUILDERS):
+        return getattr(import_module(f"{__name__}.{name}"), name)
+    return globals().get(name) or __getattr__(name)
+
+
+def __getattr__(name: str) -> Any:
+    """Make and keep the class of a registered trainer in another length."""
+    match = _LENGTH.fullmatch(name)
+    if match is None or match["trainer"] not in TRAINERS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    base = trainer_class(match["trainer"])
+    registered_name(name)  # raises for a wrong number of epochs
+    length = {"num_epochs": int(match["epochs"])} if match["epochs"] else _SMOKE
+    settings = replace(base.training_settings, **length)
+    doc = f"{base.__name__}, {settings.num_epochs} epochs of {settings.num_iterations_per_epoch} iterations."
+    made = type(name, (base,), {"__module__": __name__, "__doc__": doc, "training_settings": settings})
+    return globals().setdefault(name, made)

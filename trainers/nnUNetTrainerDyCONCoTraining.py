@@ -1,13 +1,16 @@
-"""DyCON between two students."""
+"""DyCON in co-training."""
 
 from nnunet_dycon.methods import DyCONCoTraining, DyCONTerms
 from nnunet_dycon.trainers.two_students import TwoStudentsTrainer
 
 
 class nnUNetTrainerDyCONCoTraining(TwoStudentsTrainer):
-    """DyCON's losses in co-training (arXiv:2504.04566): see `nnunet_dycon.methods.dycon_cotraining`."""
+    """DyCON's losses in co-training (arXiv:2504.04566): see `nnunet_dycon.methods.dycon_cotraining`.
 
-    method_settings = DyCONTerms()
+    As in `nnUNetTrainerDyCON_adapted`, UnCL has a larger weight and no entropy term, and FeCL no focal weights.
+    """
+
+    method_settings = DyCONTerms(uncl_weight=4.0, entropy_weight=0.0, gamma=0.0)
 
     def build_method(self, network, supervision) -> DyCONCoTraining:
         # Of the same plans, stages of both networks have the same name, stride and width.

@@ -1,7 +1,23 @@
 """3D UX-Net without unlabeled cases."""
 
+import torch
+
+from nnunet_dycon.trainers.length import TrainingLength
 from nnunet_dycon.trainers.uxnet_training import UXNetTraining
 
 
 class nnUNetTrainerUXNet(UXNetTraining):
     """nnU-Net's supervised training of 3D UX-Net (arXiv:2209.15076): see `nnunet_dycon.networks.uxnet`."""
+
+    training_settings = TrainingLength()
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),  # noqa: B008 (nnU-Net's signature)
+    ):
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.training_settings.apply_to(self)

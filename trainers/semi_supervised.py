@@ -45,10 +45,13 @@ from nnunet_dycon.methods import Method, Supervision
 from nnunet_dycon.monitoring import SECONDS, StepTimer, append_epoch, mean_of_finite, terms_of_loss
 from nnunet_dycon.pictures import draw_progress
 from nnunet_dycon.ranks import first_does, highest_of_ranks, ids_for_ddp, require_even_batch
+from nnunet_dycon.registry import TRAINERS
 from nnunet_dycon.rules import nearest_stage, unlabeled_patches
 from nnunet_dycon.run_record import completed, record_file, write_record
 from nnunet_dycon.stopping import EXIT_CODE, StopRequest
 from nnunet_dycon.teacher import unwrap
+from nnunet_dycon.trainers import registered_name
+from nnunet_dycon.trainers.length import TrainingLength
 from nnunet_dycon.trainers.pseudo_label_page import draw_page
 
 _GRADIENT_NORM = 12  # nnU-Net's
@@ -56,21 +59,15 @@ _LOST_STEPS_LIMIT = 10
 
 
 @dataclass(frozen=True)
-class TrainingSettings:
-    """How long and on how much a trainer trains; the defaults are nnU-Net's.
+class TrainingSettings(TrainingLength):
+    """How long and on which views a semi-supervised trainer trains.
 
     Attributes:
-        num_epochs: as nnU-Net's.
-        num_iterations_per_epoch: as nnU-Net's.
-        num_val_iterations_per_epoch: as nnU-Net's.
         unlabeled_batch_size: unlabeled patches a step and GPU; None for `nnunet_dycon.rules.unlabeled_patches`.
         strong_intensities: whether the strong view has more intensity augmentation than nnU-Net's, see
             `nnunet_dycon.data.views.stronger`.
     """
 
-    num_epochs: int = 1000
-    num_iterations_per_epoch: int = 250
-    num_val_iterations_per_epoch: int = 50
     unlabeled_batch_size: int | None = None
     strong_intensities: bool = False
 
@@ -103,9 +100,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             self._goes_on = bool(plans.get("continue_training"))  # --c; nnU-Net takes it out
             with explained(OSError, "nnU-Net cannot make the folder of this training; check nnUNet_results"):
                 super().__init__(plans, configuration, fold, dataset_json, device)
-        self.num_epochs = self.training_settings.num_epochs
-        self.num_iterations_per_epoch = self.training_settings.num_iterations_per_epoch
-        self.num_val_iterations_per_epoch = self.training_settings.num_val_iterations_per_epoch
+        self.training_settings.apply_to(self)
         self.unlabeled_cases = UnlabeledCases(self.plans_manager, configuration, dataset_json)
         self.method: Method | None = None  # -> initialize
         self.curves: dict[str, list[float]] = {}  # means over the steps of each epoch, see nnunet_dycon.monitoring
@@ -244,6 +239,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             self.method.before_first_step()  # pretrained weights have arrived since initialize
         self.logger.update_config(self.settings)
         self._tell_batch()
+        self._log_caveat()
         self._stop_request.can_wait = True
 
     def _check_and_prepare(self) -> None:
@@ -288,6 +284,11 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             "-overwrite_plans_name, preprocess, and train with -p; or a subclass with unlabeled_batch_size=1.",
             also_print_to_console=True,
         )
+
+    def _log_caveat(self) -> None:
+        trainer = registered_name(type(self).__name__)
+        if trainer is not None and TRAINERS[trainer].caveat:
+            self.print_to_log_file(f"{trainer}: {TRAINERS[trainer].caveat}", also_print_to_console=True)
 
     def get_dataloaders(self):
         """As nnU-Net's, with the two-stream loader for training."""

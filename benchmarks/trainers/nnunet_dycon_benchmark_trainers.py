@@ -21,8 +21,8 @@ from torch.nn.functional import instance_norm, linear
 from torch.overrides import TorchFunctionMode
 
 import nnunet_dycon
-from nnunet_dycon.discovery import nnunet_dycon_trainers
 from nnunet_dycon.features import ProjectionHead
+from nnunet_dycon.trainers import trainer_class
 from nnunet_dycon.trainers.semi_supervised import SemiSupervisedTrainer
 
 _FILE = os.environ.get("NNUNET_DYCON_BENCHMARK_RUNS")
@@ -33,7 +33,7 @@ def __getattr__(name: str) -> type:
     if name not in _RUNS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     run = _RUNS[name]
-    base = nnUNetTrainer if run["trainer"] == "nnUNetTrainer" else getattr(nnunet_dycon_trainers, run["trainer"])
+    base = nnUNetTrainer if run["trainer"] == "nnUNetTrainer" else trainer_class(run["trainer"])
     return _with_budget(name, base, run)
 
 

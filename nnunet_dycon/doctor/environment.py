@@ -14,12 +14,10 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
-import nnunet_dycon.trainers
-from nnunet_dycon import environment
+from nnunet_dycon import __version__, environment, trainers
 from nnunet_dycon.doctor.findings import FAIL, NOTE, OK, WARNING, Finding, as_finding
-from nnunet_dycon.errors import UserError, first_line
+from nnunet_dycon.errors import ONE_LINE, UserError, first_line
 from nnunet_dycon.files import require_writable
-from nnunet_dycon.registry import TRAINERS
 
 GIB = 2**30
 DISCOVERY = environment.DISCOVERY.resolve()
@@ -33,7 +31,7 @@ def check_versions() -> Iterator[Finding]:
     """Python and each requirement of this package and of nnU-Net."""
     from packaging.requirements import Requirement  # nnU-Net's matplotlib needs it
 
-    versions = [f"Python {platform.python_version()}", f"nnunet-dycon {nnunet_dycon.__version__}"]
+    versions = [f"Python {platform.python_version()}", f"nnunet-dycon {__version__}"]
     unmet = False
     for package, status in (("nnunet-dycon", FAIL), ("nnunetv2", WARNING)):
         try:
@@ -249,7 +247,7 @@ def _harmful_folders() -> dict[Path, str]:
     return {
         package.parent: "the folder above the package nnunet_dycon",
         package: "the package nnunet_dycon",
-        **{Path(folder).resolve(): "where the trainers' own modules lie" for folder in nnunet_dycon.trainers.__path__},
+        **{Path(folder).resolve(): "where the trainers' own modules lie" for folder in trainers.__path__},
     }
 
 
@@ -264,13 +262,12 @@ def _correction(entry: str) -> str:
 # Run in a process of its own, as a training is: some folders in nnUNet_extTrainer leave modules broken behind.
 _LOOK_UP = """
 import json, sys
-from importlib import import_module
 sys.path[:] = [entry for entry in sys.path if entry]  # nnUNetv2_train does not look in the current folder
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 name = sys.argv[1]
 found = recursive_find_trainer_class_by_name(name)
-from nnunet_dycon.registry import TRAINERS
-own = getattr(import_module("nnunet_dycon.trainers." + TRAINERS[name].module), name) if name in TRAINERS else found
+from nnunet_dycon.trainers import registered_name, trainer_class
+own = trainer_class(name) if registered_name(name) is not None else found
 from nnunet_dycon.trainers.semi_supervised import SemiSupervisedTrainer
 print(json.dumps({
     "is_own": found is own,
@@ -299,11 +296,14 @@ def check_look_up(trainer: str) -> Iterator[Finding]:
 
 def _failed_look_up(trainer: str, output: str, errors: str) -> Finding:
     error = next((line for line in reversed(errors.splitlines()) if line.strip()), "it ended without a word")
+    if error.startswith(ONE_LINE):  # of our own look-up
+        message, _, remedy = error.removeprefix(ONE_LINE).partition("; ")
+        return Finding("trainer", FAIL, message, remedy)
     if "Could not find requested nnunet trainer" in error:
         message = f"nnU-Net does not find {trainer}"
         if not os.environ.get("nnUNet_extTrainer"):
             return Finding("trainer", FAIL, f"{message}, for nnUNet_extTrainer is not set", _EXPORT)
-        if trainer in TRAINERS:
+        if trainers.registered_name(trainer) is not None:
             return Finding("trainer", FAIL, f"{message} in the folders of nnUNet_extTrainer", _EXPORT)
         remedy = "see: nnunet_dycon list, or add the folder of your own trainer to nnUNet_extTrainer"
         return Finding("trainer", FAIL, message, remedy)

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import import_module
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
@@ -25,10 +24,11 @@ from nnunet_dycon.doctor.environment import GIB, existing_part
 from nnunet_dycon.doctor.findings import FAIL, NOTE, OK, WARNING, Finding, examine
 from nnunet_dycon.doctor.images import read_header
 from nnunet_dycon.environment import nnunet_folder
-from nnunet_dycon.errors import UserError, some
+from nnunet_dycon.errors import UnknownTrainer, UserError, some
 from nnunet_dycon.files import require_writable
 from nnunet_dycon.registry import TRAINERS
 from nnunet_dycon.rules import unlabeled_patches
+from nnunet_dycon.trainers import registered_name, trainer_class
 from nnunet_dycon.trainers.semi_supervised import SemiSupervisedTrainer
 
 # The value of compute_conv_feature_map_size for which nnU-Net's planners expect 8 GB, in 2D and 3D, and the number of
@@ -78,14 +78,14 @@ class Training:
 
 def find_trainer(name: str) -> type[SemiSupervisedTrainer] | None:
     """The class that nnU-Net would train with; None if it is not semi-supervised, or cannot be found."""
-    if name in TRAINERS:
-        found = getattr(import_module(f"nnunet_dycon.trainers.{TRAINERS[name].module}"), name)
-    else:
-        try:
+    try:
+        if registered_name(name) is not None:
+            found = trainer_class(name)
+        else:
             with redirect_stdout(io.StringIO()):
                 found = recursive_find_trainer_class_by_name(name)
-        except Exception:  # of whatever lies in nnUNet_extTrainer; environment.check_look_up tells it
-            return None
+    except Exception:  # of whatever lies in nnUNet_extTrainer; environment.check_look_up reports it
+        return None
     return found if issubclass(found, SemiSupervisedTrainer) else None
 
 
@@ -117,13 +117,20 @@ def examine_training(training: Training) -> Iterator[Finding]:
     if trainer is not None:
         yield from examine("trainer", check_supported, trainer, training.unlabeled)
     yield from examine("labeled", check_labeled, training)
-    if not (training.trainer_name in TRAINERS and TRAINERS[training.trainer_name].is_supervised):
+    if not _is_supervised(training.trainer_name):
         yield from examine("unlabeled", check_unlabeled, training)
     yield from examine("split", check_folds, training)
     yield from examine("results", check_results, training)
     if trainer is not None:
         yield from examine("disk", check_disk, trainer, training.unlabeled)
         yield from examine("GPU memory", check_memory, trainer, training)
+
+
+def _is_supervised(name: str) -> bool:
+    with suppress(UnknownTrainer):
+        registered = registered_name(name)
+        return registered is not None and TRAINERS[registered].is_supervised
+    return False
 
 
 def check_supported(trainer: type[SemiSupervisedTrainer], unlabeled: UnlabeledCases) -> Iterator[Finding]:

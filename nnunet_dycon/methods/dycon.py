@@ -18,11 +18,9 @@ from nnunet_dycon.teacher import EMATeacher
 
 @dataclass(frozen=True)
 class DyCONTerms:
-    """Constants of UnCL and FeCL, whoever the student is compared with.
+    """Constants of UnCL and FeCL, for any pair of networks. The defaults are the paper's.
 
-    uncl_weight, entropy_weight and gamma are not the paper's 0.5, 1 and 2, with which nothing was gained over nnU-Net
-    without unlabeled cases (docs/methods.md); `nnUNetTrainerDyCON`, whose views are mixed, gives UnCL more weight. The
-    ramp-up is ours; top_k and the shares the paper does not give.
+    The ramp-up is ours; top_k and the two shares are not in the paper.
 
     Attributes:
         uncl_weight: of the uncertainty-aware consistency; 0 leaves it out.
@@ -39,15 +37,15 @@ class DyCONTerms:
         background_share: up to which share it is background; between the two it is ignored.
     """
 
-    uncl_weight: float = 4.0
+    uncl_weight: float = 0.5
     fecl_weight: float = 0.5
     beta_start: float = 5.0
     beta_end: float = 0.5
-    entropy_weight: float = 0.0
+    entropy_weight: float = 1.0
     rampup: float = RAMPUP
     embedding_width: int = 256
     temperature: float = 0.6
-    gamma: float = 0.0
+    gamma: float = 2.0
     top_k: int = 5
     foreground_share: float = 0.25
     background_share: float = 0.05

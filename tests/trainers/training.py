@@ -4,7 +4,6 @@ import json
 import os
 import random
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +16,7 @@ from nnunet_dycon.registry import TRAINERS
 from nnunet_dycon.trainers import semi_supervised
 from nnunet_dycon.trainers.semi_supervised import SemiSupervisedTrainer
 
-
-def trainer_class(name: str) -> type[SemiSupervisedTrainer]:
-    """Of the registry."""
-    return getattr(import_module(f"nnunet_dycon.trainers.{TRAINERS[name].module}"), name)
-
-
-# Those of the registry but for variants that only train for another time.
-METHODS = [name for name in TRAINERS if {"method_settings", "build_method"} & vars(trainer_class(name)).keys()]
+METHODS = [name for name, trainer in TRAINERS.items() if not trainer.is_supervised]
 
 
 class Interrupted(Exception):
@@ -66,7 +58,7 @@ def deterministic(base: type[SemiSupervisedTrainer], epochs: int = 2) -> type[Se
 
 
 def make_trainer(
-    trainer_class: type,
+    base: type,
     fold: int | str = "all",
     configuration: str = "3d_fullres",
     dataset: str = "Dataset901_Tiny",
@@ -78,7 +70,7 @@ def make_trainer(
     plans = json.loads((folder / "nnUNetPlans.json").read_text()) | {"continue_training": goes_on}
     dataset_json = json.loads((folder / "dataset.json").read_text())
     seed_everything(0)
-    return trainer_class(plans, configuration, fold, dataset_json, torch.device(device))
+    return base(plans, configuration, fold, dataset_json, torch.device(device))
 
 
 def narrow(base: Path) -> None:

@@ -1,0 +1,16 @@
+"""The training of `nnunet_dycon demo`."""
+
+from dataclasses import replace
+
+from nnunet_dycon.trainers.nnUNetTrainerWeakToStrong import nnUNetTrainerWeakToStrong
+
+
+class nnUNetTrainerDemo(nnUNetTrainerWeakToStrong):
+    """The recommended trainer for a few short epochs: minutes on a CPU."""
+
+    training_settings = replace(
+        nnUNetTrainerWeakToStrong.training_settings,
+        num_epochs=10,
+        num_iterations_per_epoch=40,
+        num_val_iterations_per_epoch=5,
+    )
