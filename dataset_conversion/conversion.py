@@ -87,6 +87,8 @@ def convert(
     """
     if split is not None and (protocol is not None or labeled is not None):
         raise UsageError("--split names every case's role; leave --labeled and --protocol away")
+    if source.is_file():
+        raise UserError(f"{source} is a file, but -i takes a folder; unpack an archive first, with tar -xf or unzip")
     if not source.is_dir():
         raise UserError(f"the source folder {source} does not exist; name the download with -i")
     chosen = None if protocol is None else published(converter, protocol)
@@ -97,7 +99,8 @@ def convert(
     folder = new_dataset_folder(dataset_id, plan.data_set.name)
     warnings = list(plan.warnings)
     if split is not None:
-        assignment = assign_by_file(plan.cases, split, plan.left_out)
+        held_out = [case.identifier for case in plan.test]
+        assignment = assign_by_file(plan.cases, split, plan.left_out, held_out)
         _check_copies_in_file(plan, assignment, split)
         warnings += _about_copies(plan, assignment)
     elif chosen is not None:

@@ -49,6 +49,17 @@ def read_volume(path: Path, report: CaseReport | None = None) -> sitk.Image:
     return image
 
 
+def read_3d_or_4d(path: Path) -> list[sitk.Image]:
+    """The channels of a file: the 3D images along the fourth axis of a 4D image, or a 3D image alone."""
+    with told_as_unreadable(path), _keeping_locale():
+        image = _read_file(path)
+    if image.GetDimension() not in (3, 4) or image.GetNumberOfComponentsPerPixel() != 1:
+        raise UserError(f"{path}: expected a 3D or 4D image with one value per voxel; repair it or leave the case out")
+    if image.GetDimension() == 3:
+        return [image]
+    return [image[:, :, :, channel] for channel in range(image.GetSize()[3])]
+
+
 def read_channels(paths: Sequence[Path], report: CaseReport) -> list[sitk.Image]:
     """A DataSet's `read_images` where nothing is special."""
     return [read_volume(path, report) for path in paths]

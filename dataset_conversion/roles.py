@@ -88,10 +88,13 @@ def assign_by_count(
     return Assignment(cases, rule, seed=seed if drawn else None, warnings=tuple(warnings))
 
 
-def assign_by_file(cases: Sequence[Case], split: Path, left_out: Mapping[str, str] | None = None) -> Assignment:
+def assign_by_file(
+    cases: Sequence[Case], split: Path, left_out: Mapping[str, str] | None = None, held_out: Sequence[str] = ()
+) -> Assignment:
     """Give each case the role that a JSON file with the lists labeled, unlabeled, val and test names for it.
 
-    `left_out` (identifier -> reason) tells why a case is not among those that there are.
+    `left_out` (identifier -> reason) tells why a case is not among those that there are. The test cases of the data set
+    itself, `held_out`, may be in the list test without a label.
     """
     known = {case.identifier: case for case in cases}
     roles: dict[str, str] = {}
@@ -104,7 +107,8 @@ def assign_by_file(cases: Sequence[Case], split: Path, left_out: Mapping[str, st
                 raise UserError(f"{split}: case {identifier} ({role}) is left out: {(left_out or {})[identifier]}")
             if identifier not in known:
                 raise UserError(f"{split}: case {identifier} ({role}) is not in the source; remove it from the list")
-            if role != "unlabeled" and known[identifier].label is None:
+            may_lack_label = role == "unlabeled" or (role == "test" and identifier in held_out)
+            if known[identifier].label is None and not may_lack_label:
                 raise UserError(f"{split}: case {identifier} is in {role}, but the source has no label for it")
             roles[identifier] = role
     members = {role: tuple(known[key] for key, its_role in roles.items() if its_role == role) for role in FOLDERS}

@@ -281,7 +281,8 @@ def _print_summary(
     print(f"{data_set.name}: {assignment.rule}")
     for role, folders in FOLDERS.items():
         if assignment.cases[role]:
-            print(f"  {role:9} {len(assignment.cases[role]):4}  {', '.join(filter(None, folders))}")
+            written = [name for name in folders if name and (folder / name).is_dir()]
+            print(f"  {role:9} {len(assignment.cases[role]):4}  {', '.join(written)}")
     if assignment.left_out:
         print(f"  left out  {len(assignment.left_out):4}  {some(list(assignment.left_out))}")
     print(f"  folds     {folds:4}  of the labeled cases, in splits_final.json")

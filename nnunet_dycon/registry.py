@@ -209,6 +209,21 @@ CONVERTERS: dict[str, Converter] = {
         ),
         ("dycon", "dycon_fold1", "dycon_fold2", "dycon_fold3", "mcnet"),
     ),
+    "msd": Converter(
+        "msd",
+        "Medical Segmentation Decathlon: any of its ten tasks, CT or MRI, with one channel or several",
+        "http://medicaldecathlon.com/",
+        (
+            Option(
+                "--test_as_unlabeled",
+                bool,
+                False,
+                None,
+                "make the images of imagesTs, which have no labels, unlabeled cases (imagesUn); by default they are "
+                "test cases and stay in imagesTs. With --split the lists of the file decide",
+            ),
+        ),
+    ),
     "folder": Converter(
         "folder",
         "Your own scans with and without labels: any folder, NIfTI, NRRD, DICOM and other formats, found by patterns",

@@ -19,6 +19,7 @@ COMMANDS = [
     "convert isles22",
     "convert brats19",
     "convert pancreas_ct",
+    "convert msd",
     "convert folder",
     "preprocess_unlabeled",
     "trainers_path",

@@ -88,6 +88,16 @@ def test_split_file(split_file):
     assert list(assignment.left_out) == ["d", "e"]
 
 
+def test_split_file_may_list_test_cases_of_the_data_set_without_label(split_file):
+    cases = [*CASES, case("x", label=False), case("y", label=False)]
+    assignment = assign_by_file(cases, split_file({"labeled": ["a"], "test": ["x", "b"]}), held_out=["x"])
+    assert identifiers(assignment)["test"] == "xb"
+    for role, identifier in (("test", "y"), ("val", "x"), ("labeled", "x")):
+        content = {"labeled": ["a"]} | {role: [identifier]}
+        with pytest.raises(UserError, match=f"case {identifier} is in {role}, but the source has no label"):
+            assign_by_file(cases, split_file(content), held_out=["x"])
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
