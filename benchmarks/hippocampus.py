@@ -14,10 +14,7 @@ class Hippocampus(DataSet):
     """200 of the 260 public training volumes of Task04."""
 
     def write(self, preparation: Preparation, labeled: LabeledSet) -> None:
-        preparation.convert(
-            "folder", labeled, "--name", self.name, "--channel", "MRI=imagesTr/{case}.nii.gz", "--masks",
-            "labelsTr/{case}.nii.gz", "--foreground", "Anterior=1", "--foreground", "Posterior=2",
-        )  # fmt: skip
+        preparation.convert("msd", labeled)
 
 
 HIPPOCAMPUS = Hippocampus(

@@ -184,7 +184,7 @@ def test_each_epoch_is_told_in_a_line(capsys):
     ):
         report(line)
     assert capsys.readouterr().out.strip() == (
-        f"epoch  3 of {demo.nnUNetTrainerDyCON_demo.training_settings.num_epochs}: "
+        f"epoch  3 of {demo.nnUNetTrainerDemo.training_settings.num_epochs}: "
         "supervised -0.5123, uncl 0.1000, fecl 0.2000 (12 s)"
     )
 

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -16,12 +17,10 @@ from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 names = {names!r}
 classes = [find(name) for name in names]
 for name, cls in zip(names, classes):
-    assert cls.__name__ == name, cls
-    assert cls.__module__.startswith("nnunet_dycon.trainers."), cls.__module__
+    assert cls.__name__ == cls.__qualname__ == name, cls
+    assert (cls.__module__ + ".").startswith("nnunet_dycon.trainers."), cls.__module__
     assert pickle.loads(pickle.dumps(cls)) is cls
     assert find(name) is cls
-from nnunet_dycon.trainers.nnUNetTrainerDyCON import nnUNetTrainerDyCON
-assert issubclass(find("nnUNetTrainerDyCON_noFeCL"), nnUNetTrainerDyCON)
 import nnunet_dycon
 print("FOUND", len(classes), nnunet_dycon.__file__)
 """
@@ -42,7 +41,9 @@ def trainers_path(cwd: Path, **environment: str) -> str:
     return result.stdout.strip()
 
 
-NAMES = [*TRAINERS, *BUILDERS]
+LENGTHS = [f"{name}_{length}" for name, length in zip(TRAINERS, cycle(("smoke", "7epochs")))]
+NAMES = [*TRAINERS, *BUILDERS, *LENGTHS]
+FEW = NAMES[::5]
 
 
 def test_from_the_install_of_this_environment(tmp_path):
@@ -58,7 +59,7 @@ def test_from_a_regular_install(tmp_path, installed_wheel, where):
     site = str(installed_wheel)
     path = trainers_path(tmp_path, PYTHONPATH=site)
     assert path.startswith(site)
-    result = run_python(CHECK.format(names=NAMES), cwd, nnUNet_extTrainer=path, PYTHONPATH=site)
+    result = run_python(CHECK.format(names=FEW), cwd, nnUNet_extTrainer=path, PYTHONPATH=site)
     assert result.returncode == 0, result.stderr
     assert result.stdout.split()[-1].startswith(site if where == "another folder" else str(cwd))
 
@@ -75,20 +76,75 @@ def test_from_a_folder_on_the_python_path(tmp_path):
     assert result.stdout.strip() == str(root / "trainers" / "__init__.py")
 
 
-def test_an_unknown_trainer_is_refused_by_nnunet(tmp_path):
-    code = CHECK.format(names=["nnUNetTrainerUnknown"])
+NO_TRAINER = {
+    "nnUNetTrainerUnknown": "no trainer is called nnUNetTrainerUnknown; `nnunet_dycon list` prints all of ours",
+    "nnUNetTrainerDyCOM": "no trainer is called nnUNetTrainerDyCOM; did you mean nnUNetTrainerDyCON? ",
+    "nnUNetTrainerDyCON_0epochs": "nnUNetTrainerDyCON_0epochs: the number of epochs starts with 0; use",
+    "nnUNetTrainerUXNet_05epochs": "for instance nnUNetTrainerUXNet_50epochs",
+    "nnUNetTrainerDyCON_paper": "nnUNetTrainerDyCON_paper does not exist any more; the published method is",
+    "nnUNetTrainerDyCON_noUnCL_50epochs": "derive a class from nnUNetTrainerDyCON with uncl_weight=0",
+}
+
+
+def test_a_name_without_a_trainer_is_one_line(tmp_path):
+    code = f"""
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name as find
+for name in {list(NO_TRAINER)!r}:
+    try:
+        find(name)
+    except RuntimeError as error:  # as nnU-Net's own look-up raises
+        assert isinstance(error, SystemExit)
+        print("LINE", name, error.code)
+find("nnUNetTrainerUnknown")
+"""
     result = run_python(code, tmp_path, nnUNet_extTrainer=trainers_path(tmp_path))
-    assert "Could not find requested nnunet trainer nnUNetTrainerUnknown" in result.stderr
+    lines = dict(line.split(" ", 2)[1:] for line in result.stdout.splitlines() if line.startswith("LINE"))
+    assert lines.keys() == NO_TRAINER.keys(), result.stderr
+    for name, message in NO_TRAINER.items():
+        assert lines[name].startswith("nnunet_dycon: error: ")
+        assert message in lines[name]
+        assert "\n" not in lines[name]
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[-1] == lines["nnUNetTrainerUnknown"]
+
+
+def test_a_trainer_of_a_folder_behind_ours_is_found(tmp_path):
+    """An unknown name is only ours to refuse where nnU-Net searches no further folder."""
+    source = "from nnunet_dycon.trainers.nnUNetTrainerDyCON import nnUNetTrainerDyCON\n"
+    source += "class nnUNetTrainerDyCON_tau01(nnUNetTrainerDyCON): pass\n"
+    (tmp_path / "mine.py").write_text(source)
+    code = "from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name as find\n"
+    code += "print('FOUND', find('nnUNetTrainerDyCON_tau01').__module__)"
+    result = run_python(code, tmp_path, nnUNet_extTrainer=f"{trainers_path(tmp_path)}{os.pathsep}{tmp_path}")
+    assert "FOUND mine" in result.stdout, result.stderr
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_worker_processes_unpickle_a_trainer_in_another_length(tmp_path, method):
+    code = f"""
+import multiprocessing, pathlib
+pathlib.Path("mine.py").write_text("def name(cls): return cls.__name__, cls.training_settings.num_epochs")
+if __name__ == "__main__":
+    from nnunet_dycon.trainers import trainer_class
+    import mine
+    with multiprocessing.get_context({method!r}).Pool(1) as pool:
+        print("FOUND", *pool.apply(mine.name, (trainer_class("nnUNetTrainerUGPL_3epochs"),)))
+"""
+    (tmp_path / "main.py").write_text(code)
+    run = f"import runpy, sys; sys.path.insert(0, {str(tmp_path)!r}); runpy.run_path('main.py', run_name='__main__')"
+    result = run_python(run, tmp_path, PYTHONPATH=str(tmp_path))
+    assert "FOUND nnUNetTrainerUGPL_3epochs 3" in result.stdout, result.stderr
 
 
 def test_a_trainer_that_lacks_a_package_does_not_break_the_others(tmp_path):
     code = """
 import nnunet_dycon.registry as registry
-registry.TRAINERS["nnUNetTrainerLacking"] = registry.Trainer("lacking", "needs what is not there", "")
+registry.TRAINERS["nnUNetTrainerLacking"] = registry.Trainer("baselines", "needs what is not there", "")
 import sys, types
 class Finder:
     def find_spec(self, name, path=None, target=None):
-        if name == "nnunet_dycon.trainers.lacking":
+        if name == "nnunet_dycon.trainers.nnUNetTrainerLacking":
             raise ModuleNotFoundError("No module named 'left_out'", name="left_out")
 sys.meta_path.insert(0, Finder())
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name as find

@@ -16,6 +16,7 @@ from nnunetv2.model_sharing.model_export import export_pretrained_model
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_dycon.cli import main
+from nnunet_dycon.trainers import trainer_class
 from tests.tiny import TEST, set_environment
 
 TRAINER = "nnUNetTrainerDyCON_smoke"
@@ -172,10 +173,8 @@ def test_a_trainer_of_the_users_is_found_as_nnunet_finds_it(model, tmp_path, mon
 
 
 def test_a_network_that_is_not_nnunets_is_refused(model, tmp_path, monkeypatch, capsys):
-    from nnunet_dycon.trainers import nnUNetTrainerDyCON as module
-
     own = staticmethod(lambda *arguments, **options: nnUNetTrainer.build_network_architecture(*arguments, **options))
-    monkeypatch.setattr(getattr(module, TRAINER), "build_network_architecture", own)
+    monkeypatch.setattr(trainer_class(TRAINER), "build_network_architecture", own)
     assert f"{TRAINER} builds a network of its own" in refusal(capsys, "-m", model, "-o", tmp_path / "vanilla")
     assert list(tmp_path.iterdir()) == [tmp_path / "tiny"]  # nothing half-written is left
 

@@ -1,7 +1,7 @@
 """Trainers for `nnUNetv2_train -tr`: one class a file, and each of them in every length.
 
-`nnUNetTrainerX_50epochs` trains `nnUNetTrainerX` for 50 epochs instead of 1000, `nnUNetTrainerX_smoke` for 2 epochs of 5
-iterations. These classes are made on demand and kept as attributes of this module: a name has one class, and worker
+`nnUNetTrainerX_50epochs` trains `nnUNetTrainerX` for 50 epochs instead of 1000, `nnUNetTrainerX_smoke` for 2 epochs of
+5 iterations. These classes are made on demand and kept as attributes of this module: a name has one class, and worker
 processes can unpickle it.
 """
 
@@ -14,6 +14,7 @@ from typing import Any
 from nnunet_dycon.errors import UnknownTrainer
 from nnunet_dycon.registry import BUILDERS, RETIRED, TRAINERS
 
+_PREFIX = "nnUNetTrainer"
 _LENGTH = re.compile(r"(?P<trainer>.+)_(?P<length>smoke|(?P<epochs>\d+)epochs)")
 _SMOKE = {"num_epochs": 2, "num_iterations_per_epoch": 5, "num_val_iterations_per_epoch": 2}
 
@@ -43,8 +44,9 @@ def trainer_class(name: str) -> Any:
     """
     trainer = registered_name(name)
     if trainer is None and name not in BUILDERS:
-        near = get_close_matches(name, TRAINERS, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
+        endings = [known.removeprefix(_PREFIX) for known in TRAINERS]
+        near = get_close_matches(name.removeprefix(_PREFIX), endings, n=1)
+        hint = f"did you mean {_PREFIX}{near[0]}? " if near else ""
         raise UnknownTrainer(f"no trainer is called {name}; {hint}`nnunet_dycon list` prints all of ours")
     if name in (trainer, *BUILDERS):
         return getattr(import_module(f"{__name__}.{name}"), name)

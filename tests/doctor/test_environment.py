@@ -144,7 +144,7 @@ def look_up(name: str, code: str, path: str | None, trainer: str, *finding, slow
 LOOK_UPS = [
     look_up("unset", "", None, "DyCON", FAIL, "does not find nnUNetTrainerDyCON, for nnUNet_ext", EXPORT),
     look_up("elsewhere", "", "{tmp}", "DyCON", FAIL, "nnUNetTrainerDyCON in the folders", EXPORT, slow=True),
-    look_up("unknown", "", "{ours}", "Other", FAIL, "does not find nnUNetTrainerOther", "nnunet_dycon list", slow=True),
+    look_up("unknown", "", "{ours}", "Other", FAIL, "no trainer is called nnUNetTrainerOther", "nnunet_dycon list"),
     look_up("broken", "import lost", "{tmp}:{ours}", "DyCON", FAIL, "/ext/a.py cannot be imported (Mod", "mend it"),
     look_up("behind", "import lost", "{ours}:{tmp}", "DyCON", OK, "finds nnUNetTrainerDyCON", None, slow=True),
     look_up("own", OWN, "{tmp}:{ours}", "Mine", OK, "nnU-Net finds nnUNetTrainerMine", None, slow=True),

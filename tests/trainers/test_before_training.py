@@ -11,13 +11,14 @@ import pytest
 import torch
 from dynamic_network_architectures.architectures.primus import Primus
 
+from nnunet_dycon.trainers import trainer_class
 from nnunet_dycon.trainers.nnUNetTrainerDyCON import nnUNetTrainerDyCON
 from nnunet_dycon.trainers.nnUNetTrainerDyCONCoTraining import nnUNetTrainerDyCONCoTraining
 from nnunet_dycon.trainers.nnUNetTrainerMeanTeacher import nnUNetTrainerMeanTeacher
 from nnunet_dycon.trainers.semi_supervised import SemiSupervisedTrainer
 from tests.tiny import UNLABELED
 from tests.trainers.test_contract import SEMI_SUPERVISED
-from tests.trainers.training import METHODS, deterministic, draw_no_pictures, make_trainer, narrow, trainer_class
+from tests.trainers.training import METHODS, deterministic, draw_no_pictures, make_trainer, narrow
 
 
 def remove_unlabeled(base: Path, raw: Path) -> None:

@@ -8,8 +8,8 @@ import pytest
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_dycon.registry import TRAINERS
+from nnunet_dycon.trainers import trainer_class
 from nnunet_dycon.trainers.semi_supervised import SemiSupervisedTrainer
-from tests.trainers.training import trainer_class
 
 every_trainer = pytest.mark.parametrize("name", TRAINERS)
 SEMI_SUPERVISED = [name for name, trainer in TRAINERS.items() if not trainer.is_supervised]

@@ -20,10 +20,11 @@ from nnunet_dycon.label_kinds import Classes, Regions
 from nnunet_dycon.monitoring import AGREEMENTS, SHARES, terms_of_loss
 from nnunet_dycon.registry import TRAINERS
 from nnunet_dycon.teacher import unwrap
+from nnunet_dycon.trainers import trainer_class
 from nnunet_dycon.trainers.semi_supervised import SemiSupervisedTrainer
 from tests.tiny import set_environment
 from tests.trainers.label_kinds import CONFIGURATIONS, KINDS, dataset_of
-from tests.trainers.training import METHODS, draw_no_pictures, seed_everything, trainer_class
+from tests.trainers.training import METHODS, draw_no_pictures, seed_everything
 
 EVERY = METHODS + [name for name, trainer in TRAINERS.items() if trainer.is_supervised]
 

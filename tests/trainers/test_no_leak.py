@@ -11,6 +11,7 @@ from batchgenerators.utilities.file_and_folder_operations import load_pickle, wr
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_dycon.cli import main
+from nnunet_dycon.trainers import trainer_class
 from nnunet_dycon.trainers.nnUNetTrainerDyCON import nnUNetTrainerDyCON
 from nnunet_dycon.trainers.semi_supervised import SemiSupervisedTrainer
 from tests.tiny import plan_and_preprocess, set_environment, tiny_volume, write_volume
@@ -23,7 +24,6 @@ from tests.trainers.training import (
     make_trainer,
     narrow,
     same_weights,
-    trainer_class,
 )
 
 PREPROCESSED = Path("nnUNet_preprocessed") / "Dataset901_Tiny"

@@ -15,7 +15,8 @@ from nnunet_dycon.monitoring import AGREEMENTS
 from nnunet_dycon.trainers import pseudo_label_page
 from nnunet_dycon.trainers.nnUNetTrainerCPS import nnUNetTrainerCPS
 from nnunet_dycon.trainers.nnUNetTrainerDKUXNet import nnUNetTrainerDKUXNet
-from nnunet_dycon.trainers.nnUNetTrainerDyCON import nnUNetTrainerDyCON, nnUNetTrainerDyCON_released
+from nnunet_dycon.trainers.nnUNetTrainerDyCON import nnUNetTrainerDyCON
+from nnunet_dycon.trainers.nnUNetTrainerDyCON_released import nnUNetTrainerDyCON_released
 from nnunet_dycon.trainers.nnUNetTrainerDyCONCoTraining import nnUNetTrainerDyCONCoTraining
 from nnunet_dycon.trainers.nnUNetTrainerMeanTeacher import nnUNetTrainerMeanTeacher
 from nnunet_dycon.trainers.nnUNetTrainerUGPL import nnUNetTrainerUGPL

@@ -10,7 +10,8 @@ import torch
 from nnunetv2.run.run_training import maybe_load_checkpoint
 
 from nnunet_dycon.checkpoints import KEY
-from nnunet_dycon.trainers.nnUNetTrainerDyCON import nnUNetTrainerDyCON, nnUNetTrainerDyCON_noFeCL
+from nnunet_dycon.trainers import trainer_class
+from nnunet_dycon.trainers.nnUNetTrainerDyCON import nnUNetTrainerDyCON
 from nnunet_dycon.trainers.nnUNetTrainerMeanTeacher import nnUNetTrainerMeanTeacher
 from nnunet_dycon.trainers.nnUNetTrainerUGPL import nnUNetTrainerUGPL
 from tests.trainers.training import (
@@ -21,7 +22,6 @@ from tests.trainers.training import (
     draw_no_pictures,
     make_trainer,
     narrow,
-    trainer_class,
 )
 
 
@@ -70,7 +70,7 @@ def test_the_record_of_a_run_survives_its_resumption(tiny):
         first.run_training()
     record = Path(first.output_folder) / "nnunet_dycon.json"
     written = json.loads(record.read_text())
-    assert written["method_settings"]["uncl_weight"] == 16.0
+    assert written["method_settings"]["uncl_weight"] == 0.5
     assert written["cases"]["unlabeled"] == ["scan_00", "scan_01", "scan_02", "scan_03"]
     record.write_text("as it was")
     second = make_trainer(short)
@@ -88,7 +88,7 @@ def test_progress_follows_epochs_and_steps(tiny):
 
 def test_pretrained_weights_reach_the_teacher(tiny, train):
     """They arrive after initialize, when the teacher has been made already."""
-    pretrained = train(nnUNetTrainerDyCON_noFeCL, epochs=1)
+    pretrained = train(nnUNetTrainerMeanTeacher, epochs=1)
     trainer = make_trainer(deterministic(nnUNetTrainerDyCON))
     file = Path(pretrained.output_folder) / "checkpoint_final.pth"
     maybe_load_checkpoint(trainer, False, False, str(file))

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from nnunet_dycon.data.unlabeled import UnlabeledCases
 from nnunet_dycon.monitoring import AGREEMENTS
 from nnunet_dycon.registry import TRAINERS
-from nnunet_dycon.trainers import semi_supervised
+from nnunet_dycon.trainers import semi_supervised, trainer_class
 from nnunet_dycon.trainers.semi_supervised import SemiSupervisedTrainer
 from tests.trainers.training import (
     METHODS,
@@ -25,7 +25,6 @@ from tests.trainers.training import (
     make_trainer,
     narrow,
     seed_everything,
-    trainer_class,
     weights,
 )
 
