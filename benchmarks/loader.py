@@ -8,7 +8,6 @@ with the quartiles in brackets. It varies from batch to batch, because most tran
 """
 
 import argparse
-import json
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.la import LEFT_ATRIUM
-from benchmarks.measuring import machine, summary, told
+from benchmarks.measuring import machine, summary, with_quartiles, write
 from benchmarks.preparation import SUPERVISED, add_arguments
 from benchmarks.train_step import build, prepared
 
@@ -41,11 +40,17 @@ def main() -> None:
             seconds[name].append(time.perf_counter() - start)
     results = {name: summary(values) for name, values in seconds.items()}
     if arguments.json:
-        arguments.json.write_text(json.dumps({"machine": machine("cpu"), "plans": plans, "results": results}, indent=1))
-    print("| loader | seconds a batch of 4 samples | over nnU-Net's |\n|---|---|---|")
+        write(arguments.json, results, machine=machine("cpu"), plans=plans)
+    print(as_markdown(results))
+
+
+def as_markdown(results: dict[str, dict]) -> str:
+    """Return the results as a table."""
+    rows = ["| loader | seconds a batch of 4 samples | over nnU-Net's |", "|---|---|---|"]
     for name, loader in ((SUPERVISED, "nnU-Net's"), (OURS, "two streams")):
         times = results[name]["seconds"] / results[SUPERVISED]["seconds"]
-        print(f"| {loader} | {told(results[name])} | {times:.2f} |")
+        rows.append(f"| {loader} | {with_quartiles(results[name])} | {times:.2f} |")
+    return "\n".join(rows)
 
 
 if __name__ == "__main__":

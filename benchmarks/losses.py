@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch.nn.functional import normalize
 
-from benchmarks.measuring import machine, summary, told
+from benchmarks.measuring import machine, summary, with_quartiles, write
 from nnunet_dycon.losses import fecl_loss, fecl_released_loss, uncl_loss
 
 TEMPERATURE, GAMMA, TOP_K, BETA = 0.6, 2.0, 5, 2.0
@@ -161,11 +161,17 @@ def main() -> None:
         results[name] = json.loads(done.stdout) if done.returncode == 0 else {"error": done.stderr[-200:] or "killed"}
         print(f"{name}: {results[name]}", file=sys.stderr)
     if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1, ensure_ascii=False))
-    print("| loss | seconds | MB |\n|---|---|---|")
+        write(arguments.json, results)
+    print(as_markdown(results))
+
+
+def as_markdown(results: dict[str, dict]) -> str:
+    """Return the results as a table."""
+    rows = ["| loss | seconds | MB |", "|---|---|---|"]
     for name, result in results.items():
-        figures = result.get("error") or f"{told(result)} | {result['bytes'] / 1e6:.0f}"
-        print(f"| {name} | {figures} |")
+        figures = result.get("error") or f"{with_quartiles(result)} | {result['bytes'] / 1e6:.0f}"
+        rows.append(f"| {name} | {figures} |")
+    return "\n".join(rows)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
-"""What the benchmarks of time say alike: on which machine, and how times spread."""
+"""What the benchmarks of time share: the machine, the spread of times, and the file that holds both."""
 
+import json
 import platform
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+
+from benchmarks.trainers.nnunet_dycon_benchmark_trainers import commit
 
 
 def machine(device: str) -> dict[str, str | int]:
@@ -23,13 +26,19 @@ def _processor() -> str:
     return f"{len(models)} x {models[0]}" if models else platform.processor()
 
 
+def write(file: Path, results: dict, **about: object) -> None:
+    """Write the results as JSON, with the commit and what else they depend on."""
+    content = {"commit": commit(), **about, "results": results}
+    file.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
 def summary(seconds: Sequence[float]) -> dict:
     """Median and quartiles."""
     low, median, high = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else 3 * [seconds[0]]
     return {"seconds": median, "quartiles": [low, high], "repeats": len(seconds)}
 
 
-def told(result: dict) -> str:
+def with_quartiles(result: dict) -> str:
     """The median, with the quartiles in brackets."""
     low, high = result["quartiles"]
     return f"{result['seconds']:.3f} [{low:.3f}, {high:.3f}]"

@@ -19,7 +19,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
-from benchmarks.measuring import summary, told
+from benchmarks.measuring import machine, summary, with_quartiles, write
 from nnunet_dycon.networks import KMaXUXNet, UXNet
 
 IMAGES, CLASSES = 2, 2
@@ -89,20 +89,35 @@ def main() -> None:
     parser.add_argument("--patch", type=int, nargs=3, default=[96, 96, 96])
     parser.add_argument("--timed_patch", type=int, nargs=3, default=[32, 32, 32])
     parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--json", type=Path, help="where to write the numbers, too")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     names = ("PlainConvUNet", "UXNet", "KMaXUXNet")
     memory = {name: kept_bytes(name, arguments.features, arguments.patch) for name in names}
     networks = {name: build(name, arguments.features) for name in names}
     times = take_passes(networks, arguments.timed_patch, arguments.repeats)
-    print("| network | million parameters | GB kept | over nnU-Net's | seconds | over nnU-Net's |")
-    print("|---|---|---|---|---|---|")
-    own = names[0]
-    for name in names:
-        parameters = sum(parameter.numel() for parameter in networks[name].parameters()) / 1e6
-        more, longer = memory[name] / memory[own], times[name]["seconds"] / times[own]["seconds"]
-        kept = f"{memory[name] / 1e9:.2f} | {more:.2f}"
-        print(f"| {name} | {parameters:.1f} | {kept} | {told(times[name])} | {longer:.2f} |")
+    results = {
+        name: times[name] | {"bytes_kept": memory[name], "parameters": sum(p.numel() for p in network.parameters())}
+        for name, network in networks.items()
+    }
+    if arguments.json:
+        patches = {"patch": arguments.patch, "timed_patch": arguments.timed_patch, "features": arguments.features}
+        write(arguments.json, results, machine=machine("cpu"), **patches)
+    print(as_markdown(results))
+
+
+def as_markdown(results: dict[str, dict]) -> str:
+    """Return the results as a table."""
+    own = next(iter(results.values()))
+    rows = [
+        "| network | million parameters | GB kept for the backward pass | over nnU-Net's | seconds a pass | over nnU-Net's |"
+    ]
+    rows.append("|---|---|---|---|---|---|")
+    for name, its in results.items():
+        more, longer = its["bytes_kept"] / own["bytes_kept"], its["seconds"] / own["seconds"]
+        kept = f"{its['bytes_kept'] / 1e9:.2f} | {more:.2f}"
+        rows.append(f"| `{name}` | {its['parameters'] / 1e6:.1f} | {kept} | {with_quartiles(its)} | {longer:.2f} |")
+    return "\n".join(rows)
 
 
 if __name__ == "__main__":

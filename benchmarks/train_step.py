@@ -22,9 +22,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.la import LEFT_ATRIUM
-from benchmarks.measuring import machine, summary, told
+from benchmarks.measuring import machine, summary, with_quartiles, write
 from benchmarks.preparation import SUPERVISED, LabeledSet, Preparation, add_arguments, trainer_class
-from nnunet_dycon.registry import TRAINERS
+from nnunet_dycon.registry import RECOMMENDED, TRAINERS
 
 LABELED, SAMPLES = LabeledSet(8), 4
 
@@ -89,7 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, replace(LEFT_ATRIUM, spacing=1.25, features=()))
     parser.add_argument("--trainers", nargs="+", choices=TRAINERS, metavar="TRAINER",
-                        default=["nnUNetTrainerMeanTeacher", "nnUNetTrainerDyCON"])  # fmt: skip
+                        default=[RECOMMENDED, "nnUNetTrainerDyCON", "nnUNetTrainerDyCON_adapted", "nnUNetTrainerUGPL"])  # fmt: skip
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--json", type=Path, help="where to write the numbers, too")
@@ -105,14 +105,22 @@ def main() -> None:
     for name, trainer in trainers.items():
         results[name] |= {"checkpoint_bytes": checkpoint_bytes(trainer), "gpu_bytes": memory[name]}
     if arguments.json:
-        about = {"machine": machine(arguments.device), "plans": plans}
-        arguments.json.write_text(json.dumps({**about, "results": results}, indent=1))
+        write(arguments.json, results, machine=machine(arguments.device), plans=plans)
+    print(as_markdown(results))
+
+
+def as_markdown(results: dict[str, dict]) -> str:
+    """Return the results as a table."""
     baseline = results[SUPERVISED]
-    print("| trainer | seconds a step | over nnU-Net's | GPU MB | checkpoint over nnU-Net's |\n|---|---|---|---|---|")
+    rows = [
+        "| trainer | seconds a step | over nnU-Net's | GPU MB | checkpoint over nnU-Net's |",
+        "|---|---|---|---|---|",
+    ]
     for name, its in results.items():
         times, size = its["seconds"] / baseline["seconds"], its["checkpoint_bytes"] / baseline["checkpoint_bytes"]
         gpu = f"{its['gpu_bytes'] / 1e6:.0f}" if its["gpu_bytes"] else ""
-        print(f"| {name} | {told(its)} | {times:.2f} | {gpu} | {size:.2f} |")
+        rows.append(f"| `{name}` | {with_quartiles(its)} | {times:.2f} | {gpu} | {size:.2f} |")
+    return "\n".join(rows)
 
 
 if __name__ == "__main__":

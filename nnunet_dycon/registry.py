@@ -64,8 +64,8 @@ class Converter:
 
 # Held to benchmarks/results/la.csv by tests/benchmarks/test_results.py.
 DYCON_CAVEAT = (
-    "no gain over nnUNetTrainer was measured: -0.001 Dice with 4 labels (left atrium, 1 seed, 8 cases; "
-    "docs/results.md). Recommended: nnUNetTrainerWeakToStrong; adapted to nnU-Net: nnUNetTrainerDyCON_adapted"
+    "No gain over nnUNetTrainer was measured: -0.001 Dice with 4 labels (left atrium, 1 seed, 8 cases; "
+    "docs/results.md). Recommended: nnUNetTrainerWeakToStrong; adapted to nnU-Net: nnUNetTrainerDyCON_adapted."
 )
 
 TRAINERS: dict[str, Trainer] = {

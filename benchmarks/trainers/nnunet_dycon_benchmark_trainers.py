@@ -74,7 +74,7 @@ def _with_budget(name: str, base: type[nnUNetTrainer], run: dict) -> type[nnUNet
             torch.manual_seed(run["seed"])
             super().on_train_start()
             settings = self.settings if isinstance(self, SemiSupervisedTrainer) else {}
-            record = {"run": run, "settings": settings, "commit": _commit()}
+            record = {"run": run, "settings": settings, "commit": commit()}
             (Path(self.output_folder) / "benchmark.json").write_text(json.dumps(record, indent=1))
 
         def perform_actual_validation(self, save_probabilities: bool = False):
@@ -142,8 +142,8 @@ class _Round(torch.autograd.Function):
         return gradient.bfloat16().to(gradient.dtype)
 
 
-def _commit() -> str:
-    """Of the package that trains."""
+def commit() -> str:
+    """Return the commit of the installed package, with -dirty behind it if files have changed since."""
     folder = Path(nnunet_dycon.__file__).parent
 
     def git(*arguments: str) -> str:
