@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: test test-matrix lint lint-ruff lint-format lint-mypy demo clean
+.PHONY: test test-matrix tables lint lint-ruff lint-format lint-mypy demo clean
 .DEFAULT_GOAL := test
 
 # Tests take one thread each, so that files of them run side by side.
@@ -18,6 +18,10 @@ KEEP ?=
 
 test-matrix:
 	@KEEP="$(KEEP)" .ci/matrix $(MATRIX)
+
+# The tables in docs, from benchmarks/results.
+tables: $(INSTALLED)
+	$(BIN)/python -m benchmarks.pages
 
 lint: lint-ruff lint-format lint-mypy
 

@@ -87,6 +87,7 @@ class Benchmark(Preparation):
         self.iterations: int = arguments.iterations
         self.precision: str = arguments.precision
         self.sets: list[str] = arguments.sets
+        self.student_only: bool = arguments.weights == "student"
         self._writing = Lock()
 
     def name(self, run: Run) -> str:
@@ -164,7 +165,8 @@ class Benchmark(Preparation):
     def missing(self, run: Run) -> list[tuple[str, str]]:
         """The sets and weights of a run that the CSV does not have."""
         sets = [which for which in self.sets if which != UNLABELED or run.method != UPPER_BOUND]
-        wanted = [(which, weights) for weights in run.weights for which in sets]
+        weights = ["student"] if self.student_only else list(run.weights)
+        wanted = [(which, its) for its in weights for which in sets]
         if not self.table.is_file():
             return wanted
         with self.table.open() as file:
@@ -200,6 +202,8 @@ def compare(data_set: DataSet, description: str | None) -> None:
         parser.add_argument("--draw", dest="draws", type=int, nargs="+", default=[0], metavar="K", help=draw_help)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--sets", nargs="+", choices=SETS, default=["val"], help="default: val")
+    parser.add_argument("--weights", choices=("all", "student"), default="all", help="which weights of a run to score: "
+                        "the student's, or those of teacher or second network, too (default: all)")  # fmt: skip
     parser.add_argument("--iterations", type=int, default=data_set.iterations, help="default: %(default)s")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="of products on a CPU; "
                         "bfloat16 is twice as fast where the CPU has it, and else computed with rounded float32 "

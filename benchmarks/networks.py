@@ -11,6 +11,7 @@
 
 import argparse
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -109,10 +110,8 @@ def main() -> None:
 def as_markdown(results: dict[str, dict]) -> str:
     """Return the results as a table."""
     own = next(iter(results.values()))
-    rows = [
-        "| network | million parameters | GB kept for the backward pass | over nnU-Net's | seconds a pass | over nnU-Net's |"
-    ]
-    rows.append("|---|---|---|---|---|---|")
+    columns = "million parameters | GB kept | over nnU-Net's | seconds a pass | over nnU-Net's"
+    rows = [f"| network | {columns} |", "|---|---|---|---|---|---|"]
     for name, its in results.items():
         more, longer = its["bytes_kept"] / own["bytes_kept"], its["seconds"] / own["seconds"]
         kept = f"{its['bytes_kept'] / 1e9:.2f} | {more:.2f}"

@@ -26,6 +26,7 @@ from benchmarks.measuring import machine, summary, with_quartiles, write
 from benchmarks.preparation import SUPERVISED, LabeledSet, Preparation, add_arguments, trainer_class
 from nnunet_dycon.registry import RECOMMENDED, TRAINERS
 
+MEASURED = [RECOMMENDED, "nnUNetTrainerDyCON", "nnUNetTrainerDyCON_adapted", "nnUNetTrainerUGPL"]
 LABELED, SAMPLES = LabeledSet(8), 4
 
 
@@ -88,8 +89,7 @@ def main() -> None:
     """Prepare the data, measure, and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, replace(LEFT_ATRIUM, spacing=1.25, features=()))
-    parser.add_argument("--trainers", nargs="+", choices=TRAINERS, metavar="TRAINER",
-                        default=[RECOMMENDED, "nnUNetTrainerDyCON", "nnUNetTrainerDyCON_adapted", "nnUNetTrainerUGPL"])  # fmt: skip
+    parser.add_argument("--trainers", nargs="+", choices=TRAINERS, metavar="TRAINER", default=MEASURED)
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--json", type=Path, help="where to write the numbers, too")
@@ -112,10 +112,8 @@ def main() -> None:
 def as_markdown(results: dict[str, dict]) -> str:
     """Return the results as a table."""
     baseline = results[SUPERVISED]
-    rows = [
-        "| trainer | seconds a step | over nnU-Net's | GPU MB | checkpoint over nnU-Net's |",
-        "|---|---|---|---|---|",
-    ]
+    columns = "seconds a step | over nnU-Net's | GPU MB | checkpoint over nnU-Net's"
+    rows = [f"| trainer | {columns} |", "|---|---|---|---|---|"]
     for name, its in results.items():
         times, size = its["seconds"] / baseline["seconds"], its["checkpoint_bytes"] / baseline["checkpoint_bytes"]
         gpu = f"{its['gpu_bytes'] / 1e6:.0f}" if its["gpu_bytes"] else ""

@@ -11,7 +11,7 @@ import pytest
 
 from nnunet_dycon import __version__
 from nnunet_dycon.cli import main
-from nnunet_dycon.registry import CONVERTERS, TRAINERS
+from nnunet_dycon.registry import CONVERTERS, RECOMMENDED, TRAINERS, groups
 
 COMMANDS = [
     "convert",
@@ -64,6 +64,10 @@ def test_list_names_everything(capsys):
     printed = capsys.readouterr().out
     for name in (*TRAINERS, *CONVERTERS):
         assert name in printed
+    assert RECOMMENDED in printed.splitlines()[2]  # below the heading of its group, which is the first
+    assert all(f" {group}\n" in printed for group in groups())
+    assert "NAME_50epochs" in printed
+    assert TRAINERS["nnUNetTrainerDyCON"].caveat in printed
 
 
 def test_list_as_json(capsys):

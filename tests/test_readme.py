@@ -31,7 +31,16 @@ def test_the_trainer_to_pick_is_said_first():
 def test_every_trainer_is_in_the_methods_page():
     text = (ROOT / "docs" / "methods.md").read_text()
     for name in TRAINERS:
-        assert name in text or f"`{name.removeprefix('nnUNetTrainerDyCON')}`" in text, name
+        assert re.search(rf"\b{name}\b", text), name
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/methods.md"])
+def test_nobody_picks_the_published_dycon_unwarned(page):
+    text = " ".join((ROOT / page).read_text().split())
+    caveat = TRAINERS["nnUNetTrainerDyCON"].caveat
+    assert caveat in text
+    assert RECOMMENDED in caveat
+    assert "nnUNetTrainerDyCON_adapted" in caveat
 
 
 @pytest.mark.parametrize("command", [*COMMANDS, *(f"convert {name}" for name in CONVERTERS)])

@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from benchmarks.comparison import COLUMNS, Benchmark, Run, compare
+from benchmarks.hippocampus import HIPPOCAMPUS
 from benchmarks.la import LEFT_ATRIUM
 from benchmarks.phantom import LESION_RADII, PHANTOMS, SEED, SHAPE
-from benchmarks.preparation import CEILING, Preparation, trainer_class
+from benchmarks.preparation import HERE, UPPER_BOUND, LabeledSet, Preparation, split, trainer_class
 from benchmarks.trainers.nnunet_dycon_benchmark_trainers import RoundedProducts
 from nnunet_dycon.phantom import phantom
 
@@ -29,86 +30,120 @@ def benchmark(tmp_path) -> Benchmark:
     return Benchmark(
         Namespace(
             work=tmp_path / "work", data=tmp_path, table=tmp_path / "la.csv", spacing=2.5, features=[16, 32],
-            iterations=200, device="cpu", sets=["val"], precision="float32",
+            iterations=200, device="cpu", sets=["val"], precision="float32", weights="all",
         ),
         LEFT_ATRIUM,
     )  # fmt: skip
 
 
 def test_a_method_names_its_trainer_and_settings():
-    run = Run('nnUNetTrainerDyCON:uncl_weight=0.1,fecl_form="paper"', labels=4, seed=0)
+    run = Run('nnUNetTrainerDyCON:uncl_weight=0.1,fecl_form="paper"', LabeledSet(4), seed=0)
     assert run.trainer == "nnUNetTrainerDyCON"
     assert run.settings == {"uncl_weight": 0.1, "fecl_form": "paper"}
-    assert Run("floor", 8, 0).trainer == Run(CEILING, 55, 0).trainer == "nnUNetTrainer"
+    assert (
+        Run("lower_bound", LabeledSet(8), 0).trainer == Run(UPPER_BOUND, LabeledSet(55), 0).trainer == "nnUNetTrainer"
+    )
 
 
-def test_protocols_share_held_out_cases_and_never_mix_roles():
-    protocols = {count: json.loads((BENCHMARKS / "protocols" / f"la_{count}.json").read_text()) for count in (4, 8, 55)}
-    for count, protocol in protocols.items():
-        assert len(protocol["labeled"]) == count
-        everything = [case for cases in protocol.values() for case in cases]
-        assert len(everything) == len(set(everything)) == 55 + 8 + 16
-        assert protocol["val"] == protocols[8]["val"]
-        assert protocol["test"] == protocols[8]["test"]
-    assert set(protocols[4]["labeled"]) < set(protocols[8]["labeled"])
+@pytest.mark.parametrize("data_set", [LEFT_ATRIUM, HIPPOCAMPUS], ids=lambda data_set: data_set.name)
+@pytest.mark.parametrize("draw", [0, 1, 2])
+def test_labeled_sets_are_nested_and_share_held_out_cases(data_set, draw):
+    protocol = HERE / "protocols" / f"{data_set.table}.json"
+    listed = json.loads(protocol.read_text())
+    numbers = (*data_set.labels, data_set.training_cases)
+    splits = [split(protocol, LabeledSet(labels, draw)) for labels in numbers]
+    for labels, cases in zip(numbers, splits):
+        assert len(cases["labeled"]) == labels
+        assert {*cases["labeled"], *cases["unlabeled"]} == set(listed["training"])
+        assert len(cases["labeled"]) + len(cases["unlabeled"]) == data_set.training_cases
+        assert not {*listed["val"], *listed["test"]} & set(listed["training"])
+        assert (cases["val"], cases["test"]) == (listed["val"], listed["test"])
+        assert set(splits[0]["labeled"]) <= set(cases["labeled"])
+    assert (splits[-1]["labeled"] == listed["training"]) == (draw == 0)
+
+
+def test_the_data_sets_of_labeled_sets_have_numbers_of_their_own(benchmark):
+    numbers = [benchmark.dataset_id(LabeledSet(labels, draw)) for labels in (4, 8, 55) for draw in (0, 1, 2)]
+    assert len(set(numbers)) == 9
+    assert benchmark.dataset(LabeledSet(4, 1)) == "Dataset1104_LA2018"
 
 
 def write_rows(benchmark: Benchmark, run: Run, weights: list[str]) -> None:
-    scores = {"case": "a", "dice": 0.9, "hd95_mm_max_directed": 3.0}
+    scores = {"case": "a", "label": "atrium", "dice": 0.9, "hd95_mm_max_directed": 3.0}
     benchmark._append([benchmark._row(run, name, "val", scores, "abc") for name in weights])
 
 
 def test_what_is_in_the_table_is_not_run_again(benchmark):
-    floor, semi = Run("floor", 8, 0), Run("nnUNetTrainerMeanTeacher", 8, 0)
-    assert benchmark.missing(floor) == [("val", "student")]
-    write_rows(benchmark, floor, ["student"])
+    lower, semi = Run("lower_bound", LabeledSet(8), 0), Run("nnUNetTrainerMeanTeacher", LabeledSet(8), 0)
+    assert benchmark.missing(lower) == [("val", "student")]
+    write_rows(benchmark, lower, ["student"])
     write_rows(benchmark, semi, ["student"])
-    assert not benchmark.missing(floor)
+    assert not benchmark.missing(lower)
     assert benchmark.missing(semi) == [("val", "teacher")]
-    assert benchmark.missing(Run("nnUNetTrainerDKUXNet", 8, 0)) == [("val", "student")]  # which has no teacher
-    assert benchmark.missing(Run("floor", 8, 1))
-    assert benchmark.missing(Run("floor", 4, 0))
+    assert benchmark.missing(Run("nnUNetTrainerDKUXNet", LabeledSet(8), 0)) == [
+        ("val", "student")
+    ]  # which has no teacher
+    assert benchmark.missing(Run("lower_bound", LabeledSet(8), 1))
+    assert benchmark.missing(Run("lower_bound", LabeledSet(4), 0))
     with benchmark.table.open() as file:
         rows = list(csv.DictReader(file))
     assert tuple(rows[0]) == COLUMNS
     assert [row["weights"] for row in rows] == ["student", "student"]
     benchmark.sets = ["val", "test"]  # what is scored is not scored again
-    assert benchmark.missing(floor) == [("test", "student")]
-    benchmark.sets = ["unlabeled"]  # of which the ceiling has none
-    assert benchmark.missing(floor) == [("unlabeled", "student")]
-    assert not benchmark.missing(Run(CEILING, 55, 0))
+    assert benchmark.missing(lower) == [("test", "student")]
+    benchmark.sets = ["unlabeled"]  # of which the upper bound has none
+    assert benchmark.missing(lower) == [("unlabeled", "student")]
+    assert not benchmark.missing(Run(UPPER_BOUND, LabeledSet(55), 0))
     benchmark.sets = ["val", "test"]
     benchmark.precision = "bfloat16"  # another precision is another row
-    assert ("val", "student") in benchmark.missing(floor)
+    assert ("val", "student") in benchmark.missing(lower)
     benchmark.precision, benchmark.iterations = "float32", 400  # as is another budget
-    assert ("val", "student") in benchmark.missing(floor)
+    assert ("val", "student") in benchmark.missing(lower)
+    benchmark.iterations, benchmark.sets = 200, ["val"]
+    assert not benchmark.missing(lower)
+    assert benchmark.missing(Run("lower_bound", LabeledSet(8, 1), 0))  # and another draw of labeled cases
+    assert benchmark.missing(semi) == [("val", "teacher")]
+    benchmark.student_only = True
+    assert not benchmark.missing(semi)
 
 
 def test_unlabeled_cases_are_scored_with_labels_that_no_training_sees(monkeypatch, tmp_path):
-    few = replace(PHANTOMS, labels=(1,), ceiling=3)
+    few = replace(PHANTOMS, labels=(1,), training_cases=3)
     monkeypatch.setattr("benchmarks.phantom.HELD_OUT", {"val": 1, "test": 1})
     preparation = Preparation(Namespace(work=tmp_path, data=None, spacing=1.0, features=[], device="cpu"), few)
-    few.write(preparation, 1)
-    preparation.prepare_references([1, 3])
+    few.write(preparation, LabeledSet(1))
+    preparation.prepare_references([LabeledSet(1), LabeledSet(3)])
     raw = tmp_path / "nnUNet_raw" / "Dataset201_Phantom"
     unlabeled = {path.name.replace("_0000.", ".") for path in (raw / "imagesUn").iterdir()}
-    references = preparation.references(1, "unlabeled")
+    references = preparation.references(LabeledSet(1), "unlabeled")
     assert {path.name for path in references.iterdir()} == unlabeled
     assert len(unlabeled) == 2
     assert raw not in references.parents
     assert not unlabeled & {path.name for path in (raw / "labelsTr").iterdir()}
-    assert preparation.references(1, "val") == raw / "labelsVal"
+    assert preparation.references(LabeledSet(1), "val") == raw / "labelsVal"
 
 
-def test_the_ceiling_is_run_once_whatever_the_labels(monkeypatch, tmp_path):
+def test_the_upper_bound_is_run_once_whatever_the_labels(monkeypatch, tmp_path):
     performed, prepared = [], []
     monkeypatch.setattr(Benchmark, "perform", lambda self, run: performed.append(run))
     monkeypatch.setattr(Benchmark, "prepare", lambda self, labels: prepared.extend(labels))
-    arguments = ["--work", str(tmp_path), "--table", str(tmp_path / "phantom.csv"), "--methods", "ceiling", "floor"]
+    arguments = [
+        "--work",
+        str(tmp_path),
+        "--table",
+        str(tmp_path / "phantom.csv"),
+        "--methods",
+        "upper_bound",
+        "lower_bound",
+    ]
     monkeypatch.setattr(sys, "argv", ["phantom", *arguments, "--labels", "4", "8"])
     compare(PHANTOMS, None)
-    assert performed == [Run(CEILING, PHANTOMS.ceiling, 0), Run("floor", 4, 0), Run("floor", 8, 0)]
-    assert sorted(prepared) == [4, 8, PHANTOMS.ceiling]
+    assert performed == [
+        Run(UPPER_BOUND, PHANTOMS.all_labeled, 0),
+        Run("lower_bound", LabeledSet(4), 0),
+        Run("lower_bound", LabeledSet(8), 0),
+    ]
+    assert sorted(prepared) == [LabeledSet(4), LabeledSet(8), PHANTOMS.all_labeled]
 
 
 @pytest.mark.parametrize(
@@ -117,7 +152,7 @@ def test_the_ceiling_is_run_once_whatever_the_labels(monkeypatch, tmp_path):
         ("nnUNetTrainerDyCONN", "unknown methods: nnUNetTrainerDyCONN"),
         ("nnUNetTrainerDyCON:gama=1", "nnUNetTrainerDyCON has no setting gama"),
         ("nnUNetTrainerDyCON:num_epochs=5", "nnUNetTrainerDyCON has no setting num_epochs"),
-        ("floor:gamma=1", "nnUNetTrainer has no setting gamma"),
+        ("lower_bound:gamma=1", "nnUNetTrainer has no setting gamma"),
     ],
 )
 def test_what_there_is_not_is_refused(monkeypatch, tmp_path, capsys, method, message):
@@ -129,15 +164,15 @@ def test_what_there_is_not_is_refused(monkeypatch, tmp_path, capsys, method, mes
 
 
 def test_phantoms_are_the_same_whatever_the_number_of_labels(monkeypatch, tmp_path):
-    few = replace(PHANTOMS, labels=(1, 2), ceiling=3)
+    few = replace(PHANTOMS, labels=(1, 2), training_cases=3)
     preparation = Preparation(
         Namespace(work=tmp_path, spacing=few.spacing, features=list(few.features), device="cpu"), few
     )
     monkeypatch.setattr("benchmarks.phantom.HELD_OUT", {"val": 1, "test": 1})
     images = {}
     for labels in (1, 2, 3):
-        few.write(preparation, labels)
-        folder = tmp_path / "nnUNet_raw" / preparation.dataset(labels)
+        few.write(preparation, LabeledSet(labels))
+        folder = preparation.raw(LabeledSet(labels))
         assert len(list((folder / "labelsTr").iterdir())) == labels
         assert len(list(folder.glob("imagesUn/*"))) == 3 - labels
         images[labels] = {file.name: file.read_bytes() for file in folder.glob("images*/*")}
@@ -152,18 +187,18 @@ def test_lesions_of_the_phantoms_are_small():
 
 
 def test_the_second_network_is_scored_where_there_is_one():
-    assert list(Run("floor", 8, 0).weights) == ["student"]
-    assert list(Run("nnUNetTrainerDyCON", 8, 0).weights) == ["student", "teacher"]
-    assert Run("nnUNetTrainerUGPL", 8, 0).weights == {
+    assert list(Run("lower_bound", LabeledSet(8), 0).weights) == ["student"]
+    assert list(Run("nnUNetTrainerDyCON", LabeledSet(8), 0).weights) == ["student", "teacher"]
+    assert Run("nnUNetTrainerUGPL", LabeledSet(8), 0).weights == {
         "student": "checkpoint_final.pth",
         "second": "checkpoint_final_second.pth",
     }
 
 
 def test_a_name_belongs_to_one_run_alone(benchmark):
-    methods = ("floor", "nnUNetTrainerDyCON", "nnUNetTrainerDyCON:gamma=-1", "nnUNetTrainerDyCON:gamma=1",
+    methods = ("lower_bound", "nnUNetTrainerDyCON", "nnUNetTrainerDyCON:gamma=-1", "nnUNetTrainerDyCON:gamma=1",
                'nnUNetTrainerDyCON:fecl_form="paper"')  # fmt: skip
-    runs = [Run(method, 8, seed) for method in methods for seed in (0, 1)]
+    runs = [Run(method, LabeledSet(8), seed) for method in methods for seed in (0, 1)]
     names = [benchmark.name(run) for run in runs]
     assert len(set(names)) == len(runs)
     assert all(name.isidentifier() and "__" not in name for name in names)
@@ -183,7 +218,7 @@ def test_plans_of_other_networks_have_other_names(benchmark, tmp_path):
 
 
 def test_a_model_of_other_settings_is_not_scored(benchmark, tmp_path):
-    run = Run("nnUNetTrainerDyCON:gamma=1.0", 8, 0)
+    run = Run("nnUNetTrainerDyCON:gamma=1.0", LabeledSet(8), 0)
     settings = {"method_settings": asdict(trainer_class("nnUNetTrainerDyCON").method_settings) | {"gamma": 1.0}}
     (tmp_path / "benchmark.json").write_text(json.dumps({"commit": "abc", "settings": settings}))
     assert benchmark.trained_by(run, tmp_path) == "abc"

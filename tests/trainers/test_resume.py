@@ -12,6 +12,7 @@ from nnunetv2.run.run_training import maybe_load_checkpoint
 from nnunet_dycon.checkpoints import KEY
 from nnunet_dycon.trainers import trainer_class
 from nnunet_dycon.trainers.nnUNetTrainerDyCON import nnUNetTrainerDyCON
+from nnunet_dycon.trainers.nnUNetTrainerDyCON_adapted import nnUNetTrainerDyCON_adapted
 from nnunet_dycon.trainers.nnUNetTrainerMeanTeacher import nnUNetTrainerMeanTeacher
 from nnunet_dycon.trainers.nnUNetTrainerUGPL import nnUNetTrainerUGPL
 from tests.trainers.training import (
@@ -162,7 +163,11 @@ CHECKPOINTS = {
         retemper,
         "was trained with other settings: temperature 0.1 .now 0.6.; go on with those, or start a subclass",
     ),
-    "a setting that is newer": (forget_mixing, "was trained with other settings: mixing none .now cutmix.; go on with"),
+    "a setting that is newer": (
+        forget_mixing,
+        "was trained with other settings: mixing none .now cutmix.; go on with",
+        nnUNetTrainerDyCON_adapted,
+    ),
     "no teacher": (forget_teacher, "latest.pth has no state of the teacher to go on from; start from its weights with"),
     "no head": (forget_head, "latest.pth has no state of the head to go on from; start from its weights with"),
     "no second network": (
@@ -174,7 +179,13 @@ CHECKPOINTS = {
     "other plans": (narrow_network, "latest.pth does not fit, as if plans had changed; start from its weights with"),
     "another version": (
         lambda checkpoint: checkpoint[KEY].pop("settings"),
-        "latest.pth was written by another version of nnunet-dycon; start from its weights with",
+        "latest.pth was written by nnUNetTrainerDyCON_deterministic of nnunet-dycon .*, which this version cannot",
+    ),
+    "0.1": (
+        lambda checkpoint: checkpoint[KEY].update(version="0.1.0"),
+        "latest.pth was written by nnUNetTrainerUGPL_deterministic of nnunet-dycon 0.1.0, which this version cannot "
+        "continue; start from its weights with -pretrained_weights",
+        nnUNetTrainerUGPL,
     ),
     "no state of the optimizer": (
         lambda checkpoint: checkpoint.pop("optimizer_state"),

@@ -15,6 +15,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_dycon.cli import main
 from nnunet_dycon.networks import KMaXUXNet, UXNet
+from nnunet_dycon.trainers.length import TrainingLength
 from nnunet_dycon.trainers.nnUNetTrainerDKUXNet import nnUNetTrainerDKUXNet
 from nnunet_dycon.trainers.nnUNetTrainerUXNet import nnUNetTrainerUXNet
 from tests.tiny import tiny_volume
@@ -115,9 +116,7 @@ def test_plans_of_a_network_without_stages_are_refused_in_one_line(small, traine
 
 
 class ShortUXNet(nnUNetTrainerUXNet):
-    def initialize(self):
-        self.num_epochs, self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = 1, 2, 1
-        super().initialize()
+    training_settings = TrainingLength(num_epochs=1, num_iterations_per_epoch=2, num_val_iterations_per_epoch=1)
 
 
 def test_a_supervised_training_needs_no_unlabeled_cases_and_knows_regions(small):

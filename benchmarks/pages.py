@@ -1,0 +1,166 @@
+"""Write the tables of the documentation from benchmarks/results.
+
+    python -m benchmarks.pages [--check]
+
+A page has the place of a table between two comments, of which the first names it:
+
+    <!-- results: la_3p5mm 4 -->
+    <!-- end -->
+
+- results TABLE LABELS: each trainer with its own settings against lower and upper bound;
+- trials TABLE LABELS: all methods, those with changed settings, too, on every set;
+- looks: every method that was scored on test, by day;
+- losses FILE, train_step FILE, loader FILE, networks FILE: measured times and memory.
+
+With --check nothing is written; the exit code is 1 if a page differs from what would be written.
+"""
+
+import argparse
+import csv
+import json
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from types import ModuleType
+
+from benchmarks import loader, losses, networks, report, train_step
+from benchmarks.comparison import SETS
+from benchmarks.preparation import HERE, LOWER_BOUND, UPPER_BOUND
+
+RESULTS = HERE / "results"
+PAGES = HERE.parent / "docs"
+TABLES = ("la", "la_600", "la_3p5mm", "phantom", "hippocampus")
+_BLOCK = re.compile(r"(<!-- (?P<kind>\w+):?(?P<arguments>[^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+_NAMES = {LOWER_BOUND: "lower bound", UPPER_BOUND: "upper bound"}
+Key = tuple[str, str]  # method and weights
+
+
+def results(table: str, labels: str) -> str:
+    """Return the table of the trainers with their own settings."""
+    columns = (
+        "method",
+        *SETS,
+        "difference on test",
+        "gap closed",
+        "without the most influential case",
+        "HD95 mm, test",
+    )
+    sets = {which: _groups(table, which).get(int(labels), {}) for which in SETS}
+    sets = {which: {key: its for key, its in group.items() if ":" not in key[0]} for which, group in sets.items()}
+    tested = sets["test"]
+    drawn = report.bootstrap(tested) if tested else None
+    rows = []
+    for key in _methods(sets):
+        last: tuple[str, ...] = ("",) * 4
+        if key in tested:
+            without = report.without_most_influential(tested, key)
+            last = (*report.compared(tested, drawn, key), without, report.over_seeds(tested[key].hd95_mm, 1))
+        rows.append((_name(key[0]), *(_dice(sets[which], key) for which in SETS), *last))
+    return _markdown(columns, rows)
+
+
+def trials(table: str, labels: str) -> str:
+    """Return the table of all methods with the given number of labels, on every set."""
+    sets = {which: _groups(table, which).get(int(labels), {}) for which in SETS}
+    rows = [(_name(key[0]), *(_dice(sets[which], key) for which in SETS)) for key in _methods(sets)]
+    return _markdown(("method", *SETS), rows)
+
+
+def looks() -> str:
+    """Return the table of all methods that were scored on test."""
+    found: dict[tuple[str, ...], set[str]] = defaultdict(set)
+    for table in TABLES:
+        for row in _rows(table):
+            if row["set"] == "test":
+                key = row["scored"], table, row["method"], row["labels"], row["draw"], row["commit"]
+                found[key].add(row["seed"])
+    columns = ("scored", "table", "method", "labels", "draw of labels", "trained at commit", "seeds")
+    rows = [(*key[:2], _name(key[2]), *key[3:], ", ".join(sorted(seeds))) for key, seeds in sorted(found.items())]
+    return _markdown(columns, rows)
+
+
+def measured(module: ModuleType) -> Callable[[str], str]:
+    """Return the function that makes the table of a module that measures times."""
+    return lambda file: module.as_markdown(json.loads((RESULTS / file).read_text())["results"])
+
+
+MAKERS: dict[str, Callable[..., str]] = {
+    "results": results,
+    "trials": trials,
+    "looks": looks,
+    "losses": measured(losses),
+    "train_step": measured(train_step),
+    "loader": measured(loader),
+    "networks": measured(networks),
+}
+
+
+def filled(text: str) -> str:
+    """Return a page with all of its tables made anew."""
+
+    def fill(match: re.Match) -> str:
+        return f"{match[1]}\n{MAKERS[match['kind']](*match['arguments'].split())}\n\n{match[4]}"
+
+    return _BLOCK.sub(fill, text)
+
+
+def _rows(table: str) -> list[dict[str, str]]:
+    file = RESULTS / f"{table}.csv"
+    if not file.is_file():
+        return []
+    with file.open() as content:
+        return list(csv.DictReader(content))
+
+
+def _groups(table: str, which: str) -> dict[int, report.Group]:
+    """Return the students by number of labels; nothing if the set was not scored."""
+    if not any(row["set"] == which for row in _rows(table)):
+        return {}
+    found = report.groups(report.read(RESULTS / f"{table}.csv", which))
+    return {n: {key: its for key, its in group.items() if key[1] == "student"} for n, group in found.items()}
+
+
+def _methods(sets: dict[str, report.Group]) -> list[Key]:
+    """Return the methods of any set: the lower bound first, the upper bound last, the others by their Dice."""
+
+    def order(key: Key) -> tuple:
+        place = {LOWER_BOUND: 0, UPPER_BOUND: 2}.get(key[0], 1)
+        means = [float(sets[which][key].dice.mean()) if key in sets[which] else 0.0 for which in ("test", "val")]
+        return place, *means, key[0]
+
+    return sorted({key for group in sets.values() for key in group}, key=order)
+
+
+def _name(method: str) -> str:
+    return _NAMES.get(method) or f"`{method}`"
+
+
+def _dice(group: report.Group, key: Key) -> str:
+    return f"{report.over_seeds(group[key].dice, 4)} ({len(group[key].dice)})" if key in group else ""
+
+
+def _markdown(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [columns, ("---",) * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main() -> int:
+    """Write or check all pages."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if a page would change")
+    check = parser.parse_args().check
+    stale = []
+    for page in sorted(PAGES.rglob("*.md")):
+        text = page.read_text()
+        if (new := filled(text)) != text:
+            stale.append(page)
+            if not check:
+                page.write_text(new)
+    for page in stale:
+        print(page.relative_to(PAGES.parent), "differs from its results; run: make tables" if check else "written")
+    return int(bool(stale) and check)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

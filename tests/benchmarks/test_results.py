@@ -1,0 +1,105 @@
+"""The tables of results can be read by today's programs, and what is said of them elsewhere is true."""
+
+import csv
+import json
+import re
+from argparse import Namespace
+from collections import defaultdict
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import pages
+from benchmarks.comparison import COLUMNS, Benchmark, Run
+from benchmarks.la import LEFT_ATRIUM
+from benchmarks.preparation import LOWER_BOUND, SUPERVISED, UPPER_BOUND, LabeledSet, trainer_class
+from benchmarks.report import as_markdown, read
+from nnunet_dycon.registry import DYCON_CAVEAT, TRAINERS
+
+RESULTS = sorted(pages.RESULTS.glob("*.csv"))
+REMOVED = {"mirrored"}  # settings that do not exist any more
+FORMER = {
+    "nnUNetTrainerDyCON_paper",
+    "nnUNetTrainerDyCON_noUnCL",
+    "nnUNetTrainerDyCON_noFeCL",
+    "nnUNetTrainerSelfTraining",
+}
+
+
+def rows(table: Path) -> list[dict[str, str]]:
+    with table.open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("table", RESULTS, ids=lambda table: table.stem)
+def test_methods_have_todays_names_and_settings(table):
+    found = rows(table)
+    assert tuple(found[0]) == COLUMNS
+    for method in {row["method"] for row in found}:
+        run = Run(method, LabeledSet(4), 0)
+        assert run.trainer in (SUPERVISED, *TRAINERS)
+        settings = [getattr(trainer_class(run.trainer), f"{kind}_settings", None) for kind in ("method", "training")]
+        known = {name for its in settings if its is not None for name in asdict(its)}
+        assert run.settings.keys() <= known | REMOVED
+    assert {row["trainer_at_commit"] for row in found} <= {SUPERVISED, *TRAINERS, *FORMER}
+    for row in found:
+        assert (row["trainer_at_commit"] == SUPERVISED) == (row["method"] in (LOWER_BOUND, UPPER_BOUND))
+
+
+@pytest.mark.parametrize("table", RESULTS, ids=lambda table: table.stem)
+def test_every_set_is_reported(table):
+    for which in {row["set"] for row in rows(table)}:
+        reported = as_markdown(read(table, which))
+        assert reported.count("\n") > 2
+        assert "nan" not in reported
+
+
+@pytest.mark.parametrize("table", RESULTS, ids=lambda table: table.stem)
+def test_models_of_todays_settings_are_scored_under_the_names_in_the_table(table, tmp_path):
+    benchmark = Benchmark(
+        Namespace(
+            work=tmp_path, data=tmp_path, table=table, spacing=2.5, features=[], iterations=100, device="cpu", sets=[],
+            precision="float32", weights="all",
+        ),
+        LEFT_ATRIUM,
+    )  # fmt: skip
+    for method in {row["method"] for row in rows(table)}:
+        run = Run(method, LabeledSet(4), 0)
+        if run.settings.keys() & REMOVED:
+            continue
+        settings = {}
+        for kind in ("method_settings", "training_settings"):
+            if (its := getattr(trainer_class(run.trainer), kind, None)) is not None and run.trainer in TRAINERS:
+                known = asdict(its)
+                settings[kind] = asdict(replace(its, **{k: v for k, v in run.settings.items() if k in known}))
+        (tmp_path / "benchmark.json").write_text(json.dumps({"commit": "abc", "settings": settings}))
+        assert benchmark.trained_by(run, tmp_path) == "abc"
+
+
+def test_the_caveat_of_the_published_dycon_is_what_was_measured():
+    dice: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows(pages.RESULTS / "la.csv"):
+        if (row["labels"], row["seed"], row["set"], row["weights"]) == ("4", "0", "val", "student"):
+            dice[row["method"]][row["case"]].append(float(row["dice"]))
+    cases = dice["nnUNetTrainerDyCON"].keys()
+    assert cases == dice[LOWER_BOUND].keys()
+    difference = np.mean(
+        [np.mean(dice["nnUNetTrainerDyCON"][case]) - np.mean(dice[LOWER_BOUND][case]) for case in cases]
+    )
+    stated = re.search(r"(-?[0-9.]+) Dice with 4 labels \(left atrium, 1 seed, (\d+) cases", DYCON_CAVEAT)
+    assert (float(stated[1]), int(stated[2])) == (round(difference, 3), len(cases))
+
+
+@pytest.mark.parametrize("page", sorted(pages.PAGES.rglob("*.md")), ids=lambda page: page.name)
+def test_the_tables_of_a_page_are_those_of_the_results(page):
+    text = page.read_text()
+    assert pages.filled(text) == text, f"run: make tables ({page.name} differs from benchmarks/results)"
+
+
+def test_a_table_that_differs_is_noticed():
+    text = (pages.PAGES / "results.md").read_text()
+    changed = text.replace("| lower bound | 0.", "| lower bound | 9.", 1)
+    assert changed != text
+    assert pages.filled(changed) == text
