@@ -2,24 +2,23 @@
 
     python -m benchmarks.report --set test
 
-For each number of labels, a row per method and set of weights, the ceiling last: Dice and HD95 as mean over cases, then
-mean ± standard deviation over seeds; the difference of Dice to the floor; the share that is closed of the gap between
-floor and ceiling, if that gap is surely above 0; when the runs were scored, and the commits that trained them. The
-student is what nnUNetv2_predict uses; the teacher is shown beside it.
+For each number of labels, the table has a row per method and set of weights, the upper bound last: Dice and HD95 as
+mean over cases, then mean ± standard deviation over seeds; the difference of Dice to the lower bound; the share of the
+gap between lower and upper bound that the method closes, if the interval of the gap is above 0; when the runs were
+scored, and the commits that trained them. The student is what nnUNetv2_predict uses; the teacher is shown next to it.
 
-Intervals hold 95 % of draws in which cases are drawn anew, the same for all methods, and noise of seeds is added to
-each method: with the standard deviation pooled over the methods at that number of labels, because a method's own few
-seeds do not tell it, and with t instead of normal distribution, because those of all do not tell it well. Settings that
-were chosen on a set have intervals on it that are too good.
+In the CSV, the method `floor` is the lower bound and `ceiling` the upper bound.
+
+The 95 % intervals are those of `nnunet_dycon.statistics.PairedBootstrap`: cases are resampled, the same for all
+methods, and noise of seeds is added, pooled over the students at that number of labels. Without a second seed there are
+no intervals. Settings that were chosen on a set have intervals on it that are too optimistic.
 
 Trials, whose settings were changed behind a colon, are shown with --trials only.
 """
 
 import argparse
 import csv
-import math
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,11 +26,11 @@ import numpy as np
 
 from benchmarks.comparison import SETS
 from benchmarks.preparation import CEILING, UNLABELED
-from nnunet_dycon.pictures import new_figure
+from nnunet_dycon.pictures import Panel, draw_paired_scores
+from nnunet_dycon.statistics import Estimate, PairedBootstrap, pooled_seed_noise
 
 HERE = Path(__file__).parent
-_FLOOR, _CEILING = ("floor", "student"), (CEILING, "student")
-_DRAWS = 10_000
+_LOWER, _UPPER = ("floor", "student"), (CEILING, "student")
 TERMS = ("plans", "iterations", "precision")  # which runs that are compared must have in common
 
 
@@ -90,11 +89,11 @@ def read(table: Path, which: str, **terms: str | None) -> dict[tuple[int, str, s
     }
 
 
-Group = dict[tuple[str, str], Scores]  # of one number of labels, and the ceiling, by method and weights
+Group = dict[tuple[str, str], Scores]  # of one number of labels, and the upper bound, by method and weights
 
 
 def groups(scores: dict[tuple[int, str, str], Scores]) -> dict[int, Group]:
-    """By number of labels: what is compared with each other, worst first, the ceiling last."""
+    """By number of labels: what is compared with each other, worst first, the upper bound last."""
     ceiling = {(method, weights): its for (_, method, weights), its in scores.items() if method == CEILING}
     found: dict[int, Group] = defaultdict(dict)
     for (labels, method, weights), its in sorted(scores.items(), key=lambda item: item[1].dice.mean()):
@@ -103,31 +102,23 @@ def groups(scores: dict[tuple[int, str, str], Scores]) -> dict[int, Group]:
     return {labels: group | ceiling for labels, group in sorted(found.items())}
 
 
-def draws(group: Group, rng: np.random.Generator) -> dict[tuple[str, str], np.ndarray] | None:
-    """The mean Dice of each method in each draw; None if no method has two seeds."""
-    means = {key: its.dice.mean(1) for key, its in group.items()}  # of each seed
-    # Student and teacher of a run are nearly the same: they tell of the noise of seeds but once.
-    told = [of for (method, weights), of in means.items() if weights == "student" and method != CEILING]
-    freedom = sum(len(of) - 1 for of in told)
-    if freedom == 0:
+def bootstrap(group: Group) -> PairedBootstrap | None:
+    """Return the draws of the mean Dice of each method, or None if no method has two seeds."""
+    # Student and teacher of a run are nearly the same, so that only the student counts. The upper bound is apart.
+    pooled = [its.dice for (method, weights), its in group.items() if weights == "student" and method != CEILING]
+    noise = pooled_seed_noise(pooled)
+    if noise is None:
         return None
-    pooled = math.sqrt(sum(((of - of.mean()) ** 2).sum() for of in told) / freedom)
-    noise = pooled * np.sqrt(freedom / rng.chisquare(freedom, _DRAWS))
-    number = next(iter(group.values())).dice.shape[1]
-    cases = rng.integers(number, size=(_DRAWS, number))
-    return {
-        key: its.dice.mean(0)[cases].mean(1) + rng.standard_normal(_DRAWS) * noise / math.sqrt(len(its.dice))
-        for key, its in group.items()
-    }
+    return PairedBootstrap({key: its.dice for key, its in group.items()}, noise, np.random.default_rng(0))
 
 
 def as_markdown(scores: dict[tuple[int, str, str], Scores]) -> str:
     """A table with a row per labels, method and weights."""
-    columns = ("labels", "method", "weights", "seeds", "Dice", "HD95 mm", "difference to the floor", "gap closed",
+    columns = ("labels", "method", "weights", "seeds", "Dice", "HD95 mm", "difference to the lower bound", "gap closed",
                "scored", "commit")  # fmt: skip
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for labels, group in groups(scores).items():
-        drawn = draws(group, np.random.default_rng(0))
+        drawn = bootstrap(group)
         for key, its in group.items():
             difference, closed = _compared(group, drawn, key)
             told = (_over_seeds(its.dice, 4), _over_seeds(its.hd95_mm, 2), difference, closed,
@@ -136,27 +127,21 @@ def as_markdown(scores: dict[tuple[int, str, str], Scores]) -> str:
     return "\n".join(lines)
 
 
-def _compared(group: Group, drawn: dict[tuple[str, str], np.ndarray] | None, key: tuple[str, str]) -> tuple[str, str]:
-    """A method's difference to the floor and the share of the gap that it closes, each with its interval."""
-    if _FLOOR not in group or key == _FLOOR:
+def _compared(group: Group, drawn: PairedBootstrap | None, key: tuple[str, str]) -> tuple[str, str]:
+    """A method's difference to the lower bound and the share of the gap that it closes, each with its interval."""
+    if _LOWER not in group or key == _LOWER:
         return "", ""
-    mean = group[key].dice.mean() - group[_FLOOR].dice.mean()
     if drawn is None:
-        return f"{mean:+.4f}", ""
-    difference = drawn[key] - drawn[_FLOOR]
-    told = f"{mean:+.4f} [{', '.join(f'{end:+.4f}' for end in _ends(difference))}]"
-    if _CEILING not in group or key == _CEILING:
-        return told, ""
-    gap = drawn[_CEILING] - drawn[_FLOOR]
-    if _ends(gap)[0] <= 0:
-        return told, "unsure"
-    share = mean / (group[_CEILING].dice.mean() - group[_FLOOR].dice.mean())
-    return told, f"{share:.0%} [{', '.join(f'{end:.0%}' for end in _ends(difference / gap))}]"
+        return f"{group[key].dice.mean() - group[_LOWER].dice.mean():+.4f}", ""
+    difference = _with_interval(drawn.difference(key, _LOWER), "+.4f")
+    if _UPPER not in group or key == _UPPER:
+        return difference, ""
+    share = drawn.share_of_gap(key, _LOWER, _UPPER)
+    return difference, "unsure" if share is None else _with_interval(share, ".0%")
 
 
-def _ends(values: np.ndarray) -> tuple[float, float]:
-    low, high = np.percentile(values, (2.5, 97.5))
-    return low, high
+def _with_interval(estimate: Estimate, form: str) -> str:
+    return f"{estimate.value:{form}} [{estimate.low:{form}}, {estimate.high:{form}}]"
 
 
 def _over_seeds(values: np.ndarray, digits: int) -> str:
@@ -166,27 +151,15 @@ def _over_seeds(values: np.ndarray, digits: int) -> str:
 
 
 def draw(group: Group, file: Path) -> None:
-    """Write a picture: Dice of each case, averaged over seeds, against that of the floor."""
-    floor = group[_FLOOR].dice.mean(0)
-    others: Sequence = [(key, its) for key, its in group.items() if key != _FLOOR]
-    columns = min(5, len(others))
-    rows = math.ceil(len(others) / columns)
-    figure = new_figure(2.6 * columns + 0.4, 3.2 * rows + 0.2)
-    panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-    for unused in panels.flat[len(others) :]:
-        unused.set_axis_off()
-    lowest = min(floor.min(), *(its.dice.mean(0).min() for _, its in others)) - 0.02
-    for axes, ((method, weights), its) in zip(panels.flat, others):
-        axes.plot([lowest, 1], [lowest, 1], color="gray", linewidth=0.8)
-        axes.scatter(floor, its.dice.mean(0), s=14)
-        name = method.replace(":", "\n").replace(",", "\n")
-        seeds = f"{len(its.dice)} seed" + "s" * (len(its.dice) > 1)
-        axes.set_title(f"{name}\n{weights}, {seeds}", fontsize=8)
-        axes.set(xlim=(lowest, 1), ylim=(lowest, 1), aspect="equal")
-    for axes in panels[:, 0]:
-        axes.set_ylabel("Dice")
-    figure.supxlabel("Dice of the floor", fontsize="medium")
-    figure.savefig(file)
+    """Write a picture: Dice of each case, averaged over seeds, against that of the lower bound."""
+    lower = group[_LOWER].dice.mean(0)
+    panels = []
+    for (method, weights), its in group.items():
+        if (method, weights) != _LOWER:
+            seeds = f"{len(its.dice)} seed" + "s" * (len(its.dice) > 1)
+            name = method.replace(":", "\n").replace(",", "\n")
+            panels.append(Panel(f"{name}\n{weights}, {seeds}", {"Dice": (lower, its.dice.mean(0))}))
+    draw_paired_scores(panels, "Dice of the lower bound", "Dice", file)
 
 
 def main() -> None:
@@ -211,7 +184,7 @@ def main() -> None:
     pictures: Path = arguments.output or arguments.table.parent
     pictures.mkdir(parents=True, exist_ok=True)
     for labels, group in groups(scores).items():
-        if _FLOOR in group and len(group) > 1:
+        if _LOWER in group and len(group) > 1:
             draw(group, pictures / f"{arguments.table.stem}_{labels}_{arguments.set}.png")
 
 

@@ -93,6 +93,33 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", action="store_true", help="print evaluation.json instead of the table")
     evaluate.set_defaults(run=_evaluate)
 
+    compare = commands.add_parser(
+        "compare",
+        help="compare the predictions of several models: paired differences, intervals, tests, worst cases",
+        description="Score the predictions of several models against the same references, and compare each with the "
+        "first one: means, paired differences of Dice and HD95 with bootstrap intervals, Wilcoxon tests with Holm's "
+        "correction, wins and losses, leave-one-out, the worst cases. Writes comparison.csv (a row per method, seed, "
+        "case and label), comparison.json (all statistics, and how they are defined) and comparison.png.",
+        epilog="example: nnunet_dycon compare -ref labelsTs -pred baseline=out1 ours=out2,out3,out4",
+    )
+    compare.add_argument("-ref", dest="reference", type=Path, required=True, metavar="FOLDER", help="reference labels")
+    compare.add_argument(
+        "-pred", dest="predictions", nargs="+", required=True, metavar="NAME=FOLDER[,FOLDER]",
+        help="predictions of each method, the baseline first; several folders are seeds of one method",
+    )  # fmt: skip
+    compare.add_argument(
+        "-l", dest="labels", type=int, nargs="+", default=None, metavar="VALUE",
+        help="label values to score (default: as evaluate)",
+    )  # fmt: skip
+    compare.add_argument(
+        "-o", dest="output", type=Path, default=Path("comparison"), metavar="FOLDER",
+        help="default: comparison, in the current folder",
+    )  # fmt: skip
+    compare.add_argument("--seed", type=_not_negative, default=0, help="of the bootstrap draws (default: 0)")
+    compare.add_argument("-np", dest="num_processes", type=_positive, default=None, help=_PROCESSES)
+    compare.add_argument("--json", action="store_true", help="print comparison.json instead of the tables")
+    compare.set_defaults(run=_compare)
+
     export = commands.add_parser(
         "export_vanilla",
         help="turn a trained model into one that stock nnU-Net predicts with, without this package",
@@ -333,6 +360,21 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     )
     print(json.dumps(result.as_json(), indent=2) if arguments.json else result.as_table())
     result.write(output)
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    from nnunet_dycon.comparison import compare_folders, parse_methods
+    from nnunet_dycon.tables import as_json
+
+    result = compare_folders(
+        arguments.reference,
+        parse_methods(arguments.predictions),
+        labels=arguments.labels,
+        num_processes=_num_processes(arguments),
+        seed=arguments.seed,
+    )
+    print(as_json(result.summary) if arguments.json else result.as_table())
+    result.write(arguments.output)
 
 
 def _export_vanilla(arguments: argparse.Namespace) -> None:

@@ -1,7 +1,5 @@
 """Scores predictions against references: Dice and Jaccard, HD95 and ASD in mm."""
 
-import csv
-import io
 import json
 import math
 import sys
@@ -10,7 +8,6 @@ import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -21,8 +18,9 @@ from monai.metrics import compute_average_surface_distance, compute_hausdorff_di
 from scipy.ndimage import find_objects
 
 from nnunet_dycon.errors import UsageError, UserError
-from nnunet_dycon.files import VOLUME_ENDINGS, replacing, require_whole
+from nnunet_dycon.files import VOLUME_ENDINGS, require_whole
 from nnunet_dycon.processes import map_cases
+from nnunet_dycon.tables import aligned, as_csv, as_json, nan_to_none, write_texts
 
 DEFINITIONS = {
     "dice": "2 |R and P| / (|R| + |P|) with R the voxels of the reference and P those of the prediction",
@@ -38,7 +36,7 @@ DEFINITIONS = {
     "foreground_mean": "mean over the labels of their means over the cases",
 }
 METRICS = ("dice", "jaccard", "hd95_mm_max_directed", "asd_mm_symmetric")
-_VOXELS = ("reference_voxels", "prediction_voxels")
+VOXELS = ("reference_voxels", "prediction_voxels")
 _FEW_CASES = 4  # up to here, starting workers (each imports torch and MONAI) takes longer than the scoring
 
 
@@ -50,18 +48,29 @@ def evaluate_folder(
     Without `labels`, the foreground labels and regions of dataset.json are scored, from the folder of the predictions
     or else from the folder above the references. Warnings and progress go to stderr.
     """
+    return evaluate_matched([match_folders(reference, prediction, labels=labels)], num_processes)[0]
+
+
+def match_folders(reference: Path, prediction: Path, *, labels: Sequence[int] | None = None) -> "MatchedFolders":
+    """Find the labels and the pairs of files that `evaluate_folder` scores, and compare the headers of each pair."""
     for folder in (reference, prediction):
         if not folder.is_dir():
             raise UserError(f"{folder}: there is no such folder")
     if reference.samefile(prediction):
         raise UsageError(f"references and predictions are the same folder: {reference}")
     task = _read_task(reference, prediction, labels)
-    pairs = _match(reference, prediction, task.file_ending)
-    processes = 1 if len(pairs) <= _FEW_CASES else num_processes
-    results = list(map_cases(partial(_score_case, task=task), pairs, processes, "scoring"))
-    for remark in (remark for _, remarks in results for remark in remarks):
+    return MatchedFolders(task, tuple(_match(reference, prediction, task.file_ending)))
+
+
+def evaluate_matched(matched: Sequence["MatchedFolders"], num_processes: int = 1) -> list["Evaluation"]:
+    """Score the pairs of several folders, in the same processes. Warnings and progress go to stderr."""
+    jobs = [(pair, one.task) for one in matched for pair in one.pairs]
+    processes = 1 if len(jobs) <= _FEW_CASES else num_processes
+    results = list(map_cases(_score_case, jobs, processes, "scoring"))
+    for remark in dict.fromkeys(remark for _, remarks in results for remark in remarks):
         _warn(remark)
-    return Evaluation(tuple(row for rows, _ in results for row in rows))
+    rows = iter([rows for rows, _ in results])
+    return [Evaluation(tuple(row for _ in one.pairs for row in next(rows))) for one in matched]
 
 
 def score(reference: np.ndarray, prediction: np.ndarray, spacing_mm: Sequence[float]) -> dict[str, float]:
@@ -90,7 +99,7 @@ def score(reference: np.ndarray, prediction: np.ndarray, spacing_mm: Sequence[fl
             hd95 = compute_hausdorff_distance(**given, percentile=95, directed=False)
             asd = compute_average_surface_distance(**given, symmetric=True)
         values = (2 * n_both / (n_reference + n_prediction), n_both / n_union, hd95.item(), asd.item())
-    return dict(zip(METRICS + _VOXELS, (*values, n_reference, n_prediction), strict=True))
+    return dict(zip(METRICS + VOXELS, (*values, n_reference, n_prediction), strict=True))
 
 
 @dataclass(frozen=True)
@@ -109,13 +118,13 @@ class Evaluation:
 
     def count_empty(self, masks: int) -> dict[str, int]:
         """Label -> number of cases in which just so many of the two masks are empty."""
-        found = [row["label"] for row in self.rows if sum(row[key] == 0 for key in _VOXELS) == masks]
+        found = [row["label"] for row in self.rows if sum(row[key] == 0 for key in VOXELS) == masks]
         return {label: found.count(label) for label in self.labels}
 
     def as_json(self) -> dict[str, Any]:
         """What evaluation.json holds; a score that does not exist is None."""
         means = self.over_cases(fmean)
-        return _nan_to_none(
+        return nan_to_none(
             {
                 "definitions": DEFINITIONS,
                 "labels": self.labels,
@@ -138,9 +147,7 @@ class Evaluation:
         entries += [("median", label, scores) for label, scores in self.over_cases(median).items()]
         lines = [("case", "label", *METRICS)]
         lines += [(name, label, *(f"{scores[metric]:.3f}" for metric in METRICS)) for name, label, scores in entries]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        template = "  ".join(f"{{:{'<' if i < 2 else '>'}{width}}}" for i, width in enumerate(widths))  # names left
-        text = [template.format(*line) for line in lines]
+        text = aligned(lines, left=(0, 1))
         text.insert(1 + len(self.rows), "")
         text += ["", *(f"{key}: {DEFINITIONS[key]}" for key in (*METRICS[2:], "surface"))]
         for masks, key in ((1, "one_empty"), (2, "both_empty")):
@@ -150,18 +157,22 @@ class Evaluation:
 
     def write(self, folder: Path) -> None:
         """Write evaluation.csv and evaluation.json; a reader never sees one half written."""
-        table = io.StringIO(newline="")
-        writer = csv.DictWriter(table, ("case", "label", *METRICS, *_VOXELS), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(_nan_to_none(self.rows))  # None becomes an empty field
-        summary = json.dumps(self.as_json(), indent=2, allow_nan=False) + "\n"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            for name, text in (("evaluation.csv", table.getvalue()), ("evaluation.json", summary)):
-                with replacing(folder / name) as file:
-                    file.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"{folder}: cannot write the evaluation: {error.strerror}") from error
+        columns = ("case", "label", *METRICS, *VOXELS)
+        texts = {"evaluation.csv": as_csv(columns, self.rows), "evaluation.json": as_json(self.as_json()) + "\n"}
+        write_texts(folder, texts, "evaluation")
+
+
+@dataclass(frozen=True)
+class MatchedFolders:
+    """The references and predictions of two folders: readable headers, and the same voxel grid in each pair.
+
+    Attributes:
+        task: labels and regions to score.
+        pairs: case, reference file, prediction file; sorted by case.
+    """
+
+    task: "_Task"
+    pairs: tuple[tuple[str, Path, Path], ...]
 
 
 @dataclass(frozen=True)
@@ -208,7 +219,10 @@ def _match(reference: Path, prediction: Path, file_ending: str) -> list[tuple[st
         raise UserError(f"{reference}: there are no references (files *{file_ending})")
     if missing := references - predictions:
         count = f"{len(missing)} of {len(references)}"
-        raise UserError(f"{count} references of {reference} have no prediction in {prediction}: {_enumerate(missing)}")
+        raise UserError(
+            f"{count} references of {reference} have no prediction in {prediction}: "
+            f"{_enumerate(missing)}; predict them, or move these references elsewhere"
+        )
     if extra := predictions - references:
         _warn(f"not scored, as there is no reference: {len(extra)} of {prediction}: {_enumerate(extra)}")
     pairs = [(case, reference / (case + file_ending), prediction / (case + file_ending)) for case in sorted(references)]
@@ -222,18 +236,19 @@ def _same_placement(reference: Path, prediction: Path) -> bool:
     """Compare the headers: False if origin or direction differ, an error if the grids cannot be compared at all."""
     first, second = (_open(file) for file in (reference, prediction))
     files = f"{prediction} and its reference {reference}"
+    remedy = "predict from the images that belong to the references"
     if first.GetSize() != second.GetSize():
-        raise UserError(f"{files} differ in size: {second.GetSize()} and {first.GetSize()} voxels (X, Y, Z)")
+        raise UserError(f"{files} differ in size: {second.GetSize()} and {first.GetSize()} voxels (X, Y, Z); {remedy}")
     spacing = first.GetSpacing()
     if not np.allclose(second.GetSpacing(), spacing, rtol=1e-3, atol=0):
-        raise UserError(f"{files} differ in spacing: {second.GetSpacing()} and {spacing} mm (X, Y, Z)")
+        raise UserError(f"{files} differ in spacing: {second.GetSpacing()} and {spacing} mm (X, Y, Z); {remedy}")
     same_origin = np.allclose(second.GetOrigin(), first.GetOrigin(), rtol=0, atol=0.01 * min(spacing))
     return same_origin and np.allclose(second.GetDirection(), first.GetDirection(), rtol=0, atol=1e-3)
 
 
-def _score_case(pair: tuple[str, Path, Path], task: _Task) -> tuple[list[dict[str, Any]], list[str]]:
+def _score_case(job: tuple[tuple[str, Path, Path], _Task]) -> tuple[list[dict[str, Any]], list[str]]:
     """The rows of one case, and remarks on its files."""
-    case, *files = pair
+    (case, *files), task = job
     images = [_read(file) for file in files]
     reference, prediction = arrays = [sitk.GetArrayFromImage(image) for image in images]
     spacing_mm = images[0].GetSpacing()[::-1]  # SimpleITK's order is X, Y, Z
@@ -278,14 +293,6 @@ def _told_as_unreadable(file: Path) -> Iterator[None]:
 def _reduce(rows: Collection[dict[str, Any]], statistic: Callable[[Iterable[float]], float]) -> dict[str, float]:
     columns = {metric: [row[metric] for row in rows if not math.isnan(row[metric])] for metric in METRICS}
     return {metric: statistic(values) if values else math.nan for metric, values in columns.items()}
-
-
-def _nan_to_none(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _nan_to_none(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_nan_to_none(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _enumerate(items: Collection[Any]) -> str:

@@ -1,7 +1,7 @@
 """Pictures of a training and of label maps. Drawn without pyplot, so that nothing of a user's matplotlib is touched."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -146,6 +146,51 @@ def draw_pseudo_labels(
     figure.colorbar(heat, ax=rows[:, 2], label=f"nats, at most ln {math.exp(highest_entropy):.0f}", shrink=0.8)
     handles = [Patch(color=_color(value), label=name) for value, name in enumerate(names) if value > 0]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6), fontsize=8)
+    _save(figure, file)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A method that is compared with a baseline: scores of the same cases, as (baseline, method) for each label."""
+
+    title: str
+    scores: Mapping[str, tuple[np.ndarray, np.ndarray]]
+
+
+@_in_default_style
+def draw_paired_scores(panels: Sequence[Panel], xlabel: str, ylabel: str, file: Path) -> None:
+    """Write a picture with a panel per method: a point per case, and the line on which both scores are equal.
+
+    Args:
+        panels: one or more, of the same labels; each label has a color if there are several.
+        xlabel, ylabel: of the baseline's and the method's scores, which are at most 1.
+        file: PNG to write.
+    """
+    columns = min(len(panels), 3 if len(panels) <= 6 else 5)
+    rows = math.ceil(len(panels) / columns)
+    figure = new_figure(2.9 * columns + 0.6, 3.2 * rows + 0.4, dpi=130)
+    figure.set_layout_engine("constrained", w_pad=0.08, h_pad=0.08)
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    for unused in grid.flat[len(panels) :]:
+        unused.set_axis_off()
+    for axes in grid.flat[max(0, len(panels) - columns) : len(panels)]:
+        axes.tick_params(labelbottom=True)  # also where the last row has no panel below
+    lowest = min(values.min() for panel in panels for pair in panel.scores.values() for values in pair)
+    margin = max(0.04 * (1 - lowest), 0.001)
+    ends = (lowest - margin, 1 + margin)
+    for axes, panel in zip(grid.flat, panels):
+        axes.plot(ends, ends, color="gray", linewidth=0.8)
+        for value, (label, (baseline, method)) in enumerate(panel.scores.items(), 1):
+            axes.scatter(baseline, method, s=16, alpha=0.75, linewidths=0, color=_color(value), label=label)
+        axes.set_title(panel.title, fontsize=8, parse_math=False)
+        axes.set(xlim=ends, ylim=ends, aspect="equal")
+        axes.grid(alpha=0.3)
+    figure.supxlabel(xlabel, fontsize="medium", parse_math=False)
+    for axes in grid[:, 0]:
+        axes.set_ylabel(ylabel)
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    if len(labels) > 1:
+        figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 2 * columns), fontsize=8)
     _save(figure, file)
 
 

@@ -4,8 +4,6 @@ Reads what `nnUNetv2_predict --save_probabilities` writes. With several such fol
 folds, the mean of their probabilities is looked at, and how far they disagree. DEFINITIONS says what is computed.
 """
 
-import csv
-import io
 import json
 import os
 import sys
@@ -24,9 +22,10 @@ import numpy as np
 import SimpleITK as sitk
 
 from nnunet_dycon.errors import UsageError, UserError, explained
-from nnunet_dycon.files import VOLUME_ENDINGS, replacing, require_whole
+from nnunet_dycon.files import VOLUME_ENDINGS, require_whole
 from nnunet_dycon.probabilities import Exclusive, Overlapping, Probabilities
 from nnunet_dycon.processes import map_cases
+from nnunet_dycon.tables import aligned, as_csv, as_json, write_texts
 
 POSSIBLE = 0.1  # a voxel may belong to a label from this probability on; below lies the noise of the background
 DEFINITIONS = {
@@ -104,22 +103,17 @@ class Ranking:
         for row in self.rows:
             values = [row[name] for name in self.columns]
             lines.append(["" if v is None else f"{v:.4f}" if isinstance(v, float) else str(v) for v in values])
-        widths = [max(map(len, column)) for column in zip(*lines)]
-        text = ["  ".join(value.rjust(width) for value, width in zip(line, widths)) for line in lines]
+        text = aligned(lines)
         text += ["", *(f"{name}: {meaning}" for name, meaning in self.as_json()["definitions"].items())]
         return "\n".join(text)
 
     def write(self, folder: Path) -> None:
         """Write uncertainty.csv and uncertainty.json; a reader never sees one half written."""
-        table = io.StringIO(newline="")
-        writer = csv.DictWriter(table, self.columns, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows)  # None becomes an empty field
-        summary = json.dumps(self.as_json(), indent=2, allow_nan=False) + "\n"
-        with explained(OSError, f"{folder}: cannot write the ranking"):
-            for name, text in (("uncertainty.csv", table.getvalue()), ("uncertainty.json", summary)):
-                with replacing(folder / name) as file:
-                    file.write_text(text, encoding="utf-8")
+        texts = {
+            "uncertainty.csv": as_csv(self.columns, self.rows),
+            "uncertainty.json": as_json(self.as_json()) + "\n",
+        }
+        write_texts(folder, texts, "ranking")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks.comparison import COLUMNS
-from benchmarks.report import Scores, as_markdown, draw, draws, groups, main, read
+from benchmarks.report import Scores, as_markdown, bootstrap, draw, groups, main, read
 
 CASES = [f"case_{i}" for i in range(6)]
 
@@ -65,41 +65,16 @@ def test_unlabeled_cases_are_others_with_another_number_of_labels(tmp_path):
         read(file, "unlabeled")
 
 
-def test_intervals_are_of_paired_cases_and_of_seeds():
-    def interval(floor, other):
-        group = {
-            key: Scores(np.array(dice), np.array(dice), (), ())
-            for key, dice in ((("floor", "student"), floor), (("other", "student"), other))
-        }
-        drawn = draws(group, np.random.default_rng(0))
-        return drawn and np.percentile(drawn["other", "student"] - drawn["floor", "student"], (2.5, 97.5))
-
+def test_the_noise_of_seeds_is_that_of_students_without_the_upper_bound():
     base = np.linspace(0.3, 0.9, 6)
-    # Neither seeds nor paired cases differ, so that the difference is sure, however much the cases differ.
-    assert interval([base] * 2, [base + 0.1] * 2) == pytest.approx([0.1, 0.1])
-    # Seeds of 0.7071 mm standard deviation alone: t with 2 degrees of freedom, of the difference of two means of two.
-    ends = interval([base, base + 0.01], [base, base + 0.01])
-    assert ends == pytest.approx(np.array([-1, 1]) * 4.303 * 0.01 / np.sqrt(2), rel=0.05)
-    # One seed has the noise of the others.
-    assert interval([base, base + 0.01], [base + 0.005])[0] < -0.05
-    assert interval([base], [base + 0.1]) is None
-    # Cases alone.
-    gain = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.6])
-    assert interval([base] * 2, [base + gain] * 2) == pytest.approx([0.0, 0.3], abs=0.03)
-
-
-def test_intervals_hold_what_they_promise_with_few_seeds():
-    rng, inside = np.random.default_rng(0), 0
-    for _ in range(200):
-        cases = 0.1 * rng.standard_normal(16)
-        group = {}
-        for method, seeds in (("floor", 2), ("one", 1), ("two", 2), ("three", 3)):
-            dice = cases + 0.007 * rng.standard_normal((seeds, 1)) + 0.01 * rng.standard_normal((seeds, 16))
-            group[method, "student"] = Scores(dice, dice, (), ())
-        drawn = draws(group, rng)
-        low, high = np.percentile(drawn["one", "student"] - drawn["floor", "student"], (2.5, 97.5))
-        inside += low <= 0 <= high
-    assert inside >= 185
+    spread = {"floor": 0.01, "better": 0.03, "ceiling": 0.2}
+    group = {(method, "student"): Scores(*[np.array([base, base + s])] * 2, (), ()) for method, s in spread.items()}
+    group["better", "teacher"] = Scores(*[np.array([base, base + 0.1])] * 2, (), ())
+    drawn = bootstrap(group)
+    pooled = np.sqrt((0.01**2 + 0.03**2) / 2 / 2)  # two seeds that differ by s have the standard deviation s / sqrt(2)
+    ends = drawn.difference(("better", "student"), ("floor", "student"))
+    assert ends.high - ends.low == pytest.approx(2 * 4.303 * pooled, rel=0.05)  # t with 2 degrees of freedom
+    assert bootstrap({key: Scores(its.dice[:1], its.hd95_mm[:1], (), ()) for key, its in group.items()}) is None
 
 
 def test_no_share_of_a_gap_that_may_not_be_there(table):
