@@ -8,7 +8,7 @@ A page has the place of a table between two comments, of which the first names i
     <!-- end -->
 
 - results TABLE LABELS: each trainer with its own settings against lower and upper bound;
-- trials TABLE LABELS: all methods, those with changed settings, too, on every set;
+- trials TABLE LABELS: all methods, those with changed settings, too, on every set, with the first draw of labels;
 - looks: every method that was scored on test, by day;
 - losses FILE, train_step FILE, loader FILE, networks FILE: measured times and memory.
 
@@ -23,10 +23,11 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 from benchmarks import loader, losses, networks, report, train_step
 from benchmarks.comparison import SETS
-from benchmarks.preparation import HERE, LOWER_BOUND, UPPER_BOUND
+from benchmarks.preparation import HERE, LOWER_BOUND, UNLABELED, UPPER_BOUND
 
 RESULTS = HERE / "results"
 PAGES = HERE.parent / "docs"
@@ -46,8 +47,7 @@ def results(table: str, labels: str) -> str:
         "without the most influential case",
         "HD95 mm, test",
     )
-    sets = {which: _groups(table, which).get(int(labels), {}) for which in SETS}
-    sets = {which: {key: its for key, its in group.items() if ":" not in key[0]} for which, group in sets.items()}
+    sets = {which: _groups(table, which, trials=False).get(int(labels), {}) for which in SETS}
     tested = sets["test"]
     drawn = report.bootstrap(tested) if tested else None
     rows = []
@@ -55,14 +55,14 @@ def results(table: str, labels: str) -> str:
         last: tuple[str, ...] = ("",) * 4
         if key in tested:
             without = report.without_most_influential(tested, key)
-            last = (*report.compared(tested, drawn, key), without, report.over_seeds(tested[key].hd95_mm, 1))
+            last = (*report.compared(tested, drawn, key), without, report.over_runs(tested[key].hd95_mm, 1))
         rows.append((_name(key[0]), *(_dice(sets[which], key) for which in SETS), *last))
     return _markdown(columns, rows)
 
 
 def trials(table: str, labels: str) -> str:
     """Return the table of all methods with the given number of labels, on every set."""
-    sets = {which: _groups(table, which).get(int(labels), {}) for which in SETS}
+    sets = {which: _groups(table, which, draws=(0,)).get(int(labels), {}) for which in SETS}
     rows = [(_name(key[0]), *(_dice(sets[which], key) for which in SETS)) for key in _methods(sets)]
     return _markdown(("method", *SETS), rows)
 
@@ -113,11 +113,13 @@ def _rows(table: str) -> list[dict[str, str]]:
         return list(csv.DictReader(content))
 
 
-def _groups(table: str, which: str) -> dict[int, report.Group]:
-    """Return the students by number of labels; nothing if the set was not scored."""
+def _groups(table: str, which: str, **chosen: Any) -> dict[int, report.Group]:
+    """Return the students by number of labels; nothing if the set was not scored. `report.read` takes the others."""
     if not any(row["set"] == which for row in _rows(table)):
         return {}
-    found = report.groups(report.read(RESULTS / f"{table}.csv", which))
+    if which == UNLABELED:
+        chosen["draws"] = (0,)  # the cases of other draws are others
+    found = report.groups(report.read(RESULTS / f"{table}.csv", which, **chosen))
     return {n: {key: its for key, its in group.items() if key[1] == "student"} for n, group in found.items()}
 
 
@@ -137,7 +139,7 @@ def _name(method: str) -> str:
 
 
 def _dice(group: report.Group, key: Key) -> str:
-    return f"{report.over_seeds(group[key].dice, 4)} ({len(group[key].dice)})" if key in group else ""
+    return f"{report.over_runs(group[key].dice, 4)} ({len(group[key].dice)})" if key in group else ""
 
 
 def _markdown(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

@@ -1,111 +1,154 @@
-"""Turns a table of benchmarks/results, by default la.csv, into a Markdown table and pictures.
+"""Turn a table of benchmarks/results, by default la.csv, into a Markdown table and pictures.
 
     python -m benchmarks.report --set test
 
 For each number of labels, the table has a row per method and set of weights, the upper bound last: Dice and HD95 as
-mean over cases, then mean ± standard deviation over seeds; the difference of Dice to the lower bound; the share of the
-gap between lower and upper bound that the method closes, if the interval of the gap is above 0; when the runs were
-scored, and the commits that trained them. The student is what nnUNetv2_predict uses; the teacher is shown next to it.
+mean over labels and cases, then mean ± standard deviation over runs; the difference of Dice to the lower bound; the
+share of the gap between lower and upper bound that the method closes, if the interval of the gap is above 0; when the
+runs were scored, and the commits that trained them. The student is what nnUNetv2_predict uses; the teacher is shown
+next to it.
 
-In the CSV, the method `floor` is the lower bound and `ceiling` the upper bound.
+Runs are the seeds. Where there are several draws of labeled cases, they are the draws, averaged over their seeds: seeds
+of one draw are not independent. All methods must then have the same draws; --draws chooses some.
 
 The 95 % intervals are those of `nnunet_dycon.statistics.PairedBootstrap`: cases are resampled, the same for all
-methods, and noise of seeds is added, pooled over the students at that number of labels. Without a second seed there are
+methods, and noise of runs is added, pooled over the students at that number of labels. Without a second run there are
 no intervals. Settings that were chosen on a set have intervals on it that are too optimistic.
 
-Trials, whose settings were changed behind a colon, are shown with --trials only.
+Trials, whose settings were changed after a colon, are shown with --trials only.
 """
 
 import argparse
 import csv
 from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 
 from benchmarks.comparison import SETS
-from benchmarks.preparation import CEILING, UNLABELED
+from benchmarks.preparation import HERE, LOWER_BOUND, UNLABELED, UPPER_BOUND
 from nnunet_dycon.pictures import Panel, draw_paired_scores
-from nnunet_dycon.statistics import Estimate, PairedBootstrap, pooled_seed_noise
+from nnunet_dycon.statistics import Estimate, PairedBootstrap, case_differences, leave_one_out, pooled_seed_noise
 
-HERE = Path(__file__).parent
-_LOWER, _UPPER = ("floor", "student"), (CEILING, "student")
+_LOWER, _UPPER = (LOWER_BOUND, "student"), (UPPER_BOUND, "student")
 TERMS = ("plans", "iterations", "precision")  # which runs that are compared must have in common
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Of one method with one number of labels: (seeds, cases) each."""
+    """The scores of one method with one number of labels.
+
+    Attributes:
+        dice: (runs, cases), means over the labels.
+        hd95_mm: (runs, cases), the same.
+        draws: the draws of labeled cases. A run is a seed of the only draw, or else a draw, averaged over its seeds.
+        commits: that trained the runs.
+        scored: days.
+    """
 
     dice: np.ndarray
     hd95_mm: np.ndarray
+    draws: tuple[int, ...]
     commits: tuple[str, ...]
     scored: tuple[str, ...]
 
 
-def read(table: Path, which: str, **terms: str | None) -> dict[tuple[int, str, str], Scores]:
-    """The scores by labels, method and weights, of runs on the wanted terms, or on any where they are None.
+def read(
+    table: Path, which: str, *, draws: Collection[int] | None = None, trials: bool = True, **terms: str | None
+) -> dict[tuple[int, str, str], Scores]:
+    """Read the scores by labels, method and weights, of runs on the wanted terms, or on any where they are None.
 
     Args:
         table: as `benchmarks.comparison` writes it.
         which: "val", "unlabeled" or "test".
+        draws: of labeled cases; None for all there are. The upper bound has none.
+        trials: whether to read methods with changed settings, too.
         terms: the names in `TERMS`.
 
     Raises:
-        ValueError: runs are not of the same cases, or not on the same terms.
+        ValueError: runs are not of the same cases, labels and draws, or not on the same terms.
     """
     with table.open() as file:
         rows = [row for row in csv.DictReader(file) if row["set"] == which]
     rows = [row for row in rows if all(wanted in (None, row[name]) for name, wanted in terms.items())]
+    rows = [row for row in rows if draws is None or row["method"] == UPPER_BOUND or int(row["draw"]) in draws]
+    rows = [row for row in rows if trials or ":" not in row["method"]]
     options = ", ".join(f"--{name}" for name in TERMS)
     if not rows:
         raise ValueError(f"there is no run scored on {which} with these {options}")
     if len(settings := {tuple(row[name] for name in TERMS) for row in rows}) != 1:
         raise ValueError(f"choose by {options} one of: {sorted(settings)}")
-    runs: dict[tuple[int, str, str, int], dict[str, dict]] = defaultdict(dict)
+    methods: dict[tuple[int, str, str], dict[tuple[int, int], dict[tuple[str, str], dict]]] = {}
     for row in rows:
-        run = int(row["labels"]), row["method"], row["weights"], int(row["seed"])
-        if row["case"] in runs[run]:
-            raise ValueError(f"{row['method']} with {run[0]} labels, seed {run[3]}: {row['case']} is there twice")
-        runs[run][row["case"]] = row
-    # Of what is held out all are scored on the same cases; unlabeled are others with another number of labels.
-    cases: dict[int | None, list[str]] = {}
-    groups: dict[tuple[int, str, str], list[dict[str, dict]]] = defaultdict(list)
-    for (labels, method, weights, seed), scored in sorted(runs.items()):
-        if cases.setdefault(labels if which == UNLABELED else None, sorted(scored)) != sorted(scored):
-            raise ValueError(f"{method} with {labels} labels, seed {seed}: other cases than in the other runs")
-        groups[labels, method, weights].append(scored)
+        key, run = (int(row["labels"]), row["method"], row["weights"]), (int(row["draw"]), int(row["seed"]))
+        scored = methods.setdefault(key, {}).setdefault(run, {})
+        if (place := (row["case"], row["label"])) in scored:
+            raise ValueError(f"{_told(key, run)}: {row['case']} is there twice")
+        scored[place] = row
+    # Held-out cases are the same for all runs; unlabeled ones depend on the labeled set.
+    places: dict[tuple[int, int] | None, set[tuple[str, str]]] = {}
+    for key, runs in methods.items():
+        for run, scored in runs.items():
+            if places.setdefault((key[0], run[0]) if which == UNLABELED else None, set(scored)) != set(scored):
+                raise ValueError(f"{_told(key, run)}: other cases or labels than in the other runs")
+    there = {labels: {run[0] for key in methods if key[0] == labels for run in methods[key]} for labels, *_ in methods}
+    for key, runs in methods.items():
+        if missing := there[key[0]] - {draw for draw, _ in runs}:
+            some = ", ".join(map(str, sorted(missing)))
+            raise ValueError(f"{key[1]} with {key[0]} labels lacks draw {some}; choose the draws with --draws")
+    if which == UNLABELED and any(len(found) > 1 for found in there.values()):
+        raise ValueError("unlabeled cases differ from draw to draw; choose one with --draws")
+    return {key: _scores(methods[key]) for key in sorted(methods)}
 
-    def column(group: list[dict[str, dict]], metric: str) -> np.ndarray:
-        return np.array([[float(run[case][metric]) for case in sorted(run)] for run in group])
 
-    def each(group: list[dict[str, dict]], metric: str) -> tuple[str, ...]:
-        return tuple(sorted({row[metric] for run in group for row in run.values()}))
+def _told(key: tuple[int, str, str], run: tuple[int, int]) -> str:
+    return f"{key[1]} with {key[0]} labels, draw {run[0]}, seed {run[1]}"
 
-    return {
-        key: Scores(column(group, "dice"), column(group, "hd95_mm"), each(group, "commit"), each(group, "scored"))
-        for key, group in groups.items()
-    }
+
+def _scores(runs: dict[tuple[int, int], dict[tuple[str, str], dict]]) -> Scores:
+    """Return the scores of a method from the rows of its runs."""
+    rows = [row for scored in runs.values() for row in scored.values()]
+    cases = sorted({row["case"] for row in rows})
+    found = sorted({draw for draw, _ in runs})
+
+    def column(metric: str) -> np.ndarray:
+        values = np.zeros((len(runs), len(cases)))
+        for number, run in enumerate(sorted(runs)):
+            of_case: dict[str, list[float]] = defaultdict(list)
+            for (case, _), row in runs[run].items():
+                of_case[case].append(float(row[metric]))
+            values[number] = [fmean(of_case[case]) for case in cases]
+        if len(found) == 1:
+            return values
+        draws = np.array([draw for draw, _ in sorted(runs)])
+        return np.array([values[draws == draw].mean(0) for draw in found])
+
+    def each(name: str) -> tuple[str, ...]:
+        return tuple(sorted({row[name] for row in rows}))
+
+    return Scores(column("dice"), column("hd95_mm"), tuple(found), each("commit"), each("scored"))
 
 
 Group = dict[tuple[str, str], Scores]  # of one number of labels, and the upper bound, by method and weights
 
 
 def groups(scores: dict[tuple[int, str, str], Scores]) -> dict[int, Group]:
-    """By number of labels: what is compared with each other, worst first, the upper bound last."""
-    ceiling = {(method, weights): its for (_, method, weights), its in scores.items() if method == CEILING}
+    """Return what is compared with each other, by number of labels: worst first, the upper bound last."""
+    upper = {(method, weights): its for (_, method, weights), its in scores.items() if method == UPPER_BOUND}
     found: dict[int, Group] = defaultdict(dict)
     for (labels, method, weights), its in sorted(scores.items(), key=lambda item: item[1].dice.mean()):
-        if method != CEILING:
+        if method != UPPER_BOUND:
             found[labels][method, weights] = its
-    return {labels: group | ceiling for labels, group in sorted(found.items())}
+    return {labels: group | upper for labels, group in sorted(found.items())}
 
 
 def bootstrap(group: Group) -> PairedBootstrap | None:
-    """Return the draws of the mean Dice of each method, or None if no method has two seeds."""
+    """Return the bootstrap draws of the mean Dice of each method, or None if no method has two runs."""
     # Student and teacher of a run are nearly the same, so that only the student counts. The upper bound is apart.
-    pooled = [its.dice for (method, weights), its in group.items() if weights == "student" and method != CEILING]
+    pooled = [its.dice for (method, weights), its in group.items() if weights == "student" and method != UPPER_BOUND]
     noise = pooled_seed_noise(pooled)
     if noise is None:
         return None
@@ -114,20 +157,20 @@ def bootstrap(group: Group) -> PairedBootstrap | None:
 
 def as_markdown(scores: dict[tuple[int, str, str], Scores]) -> str:
     """A table with a row per labels, method and weights."""
-    columns = ("labels", "method", "weights", "seeds", "Dice", "HD95 mm", "difference to the lower bound", "gap closed",
+    columns = ("labels", "method", "weights", "runs", "Dice", "HD95 mm", "difference to the lower bound", "gap closed",
                "scored", "commit")  # fmt: skip
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for labels, group in groups(scores).items():
         drawn = bootstrap(group)
         for key, its in group.items():
-            difference, closed = _compared(group, drawn, key)
-            told = (_over_seeds(its.dice, 4), _over_seeds(its.hd95_mm, 2), difference, closed,
+            difference, closed = compared(group, drawn, key)
+            told = (over_runs(its.dice, 4), over_runs(its.hd95_mm, 2), difference, closed,
                     ", ".join(its.scored), ", ".join(its.commits))  # fmt: skip
             lines.append(f"| {labels} | {key[0]} | {key[1]} | {len(its.dice)} | " + " | ".join(told) + " |")
     return "\n".join(lines)
 
 
-def _compared(group: Group, drawn: PairedBootstrap | None, key: tuple[str, str]) -> tuple[str, str]:
+def compared(group: Group, drawn: PairedBootstrap | None, key: tuple[str, str]) -> tuple[str, str]:
     """A method's difference to the lower bound and the share of the gap that it closes, each with its interval."""
     if _LOWER not in group or key == _LOWER:
         return "", ""
@@ -140,11 +183,19 @@ def _compared(group: Group, drawn: PairedBootstrap | None, key: tuple[str, str])
     return difference, "unsure" if share is None else _with_interval(share, ".0%")
 
 
+def without_most_influential(group: Group, key: tuple[str, str]) -> str:
+    """Return the difference of Dice to the lower bound if the case is left out that changes it most."""
+    if _LOWER not in group or key == _LOWER:
+        return ""
+    return f"{leave_one_out(case_differences(group[key].dice, group[_LOWER].dice)).without:+.4f}"
+
+
 def _with_interval(estimate: Estimate, form: str) -> str:
     return f"{estimate.value:{form}} [{estimate.low:{form}}, {estimate.high:{form}}]"
 
 
-def _over_seeds(values: np.ndarray, digits: int) -> str:
+def over_runs(values: np.ndarray, digits: int) -> str:
+    """Return the mean over runs and cases ± the standard deviation over runs, of (runs, cases)."""
     means = values.mean(1)
     spread = f" ± {means.std(ddof=1):.{digits}f}" if len(means) > 1 else ""
     return f"{means.mean():.{digits}f}{spread}"
@@ -156,9 +207,9 @@ def draw(group: Group, file: Path) -> None:
     panels = []
     for (method, weights), its in group.items():
         if (method, weights) != _LOWER:
-            seeds = f"{len(its.dice)} seed" + "s" * (len(its.dice) > 1)
+            runs = f"{len(its.dice)} run" + "s" * (len(its.dice) > 1)
             name = method.replace(":", "\n").replace(",", "\n")
-            panels.append(Panel(f"{name}\n{weights}, {seeds}", {"Dice": (lower, its.dice.mean(0))}))
+            panels.append(Panel(f"{name}\n{weights}, {runs}", {"Dice": (lower, its.dice.mean(0))}))
     draw_paired_scores(panels, "Dice of the lower bound", "Dice", file)
 
 
@@ -169,17 +220,17 @@ def main() -> None:
     parser.add_argument("--set", choices=SETS, default="val")
     for name in TERMS:
         parser.add_argument(f"--{name}", default=None, help="where the table has runs with several")
+    parser.add_argument("--draws", type=int, nargs="+", default=None, help="of labeled cases (default: all there are)")
     parser.add_argument("--trials", action="store_true", help="show trials, too")
     parser.add_argument(
         "-o", dest="output", type=Path, default=None, help="folder for pictures (default: of the table)"
     )
     arguments = parser.parse_args()
     try:
-        scores = read(arguments.table, arguments.set, **{name: getattr(arguments, name) for name in TERMS})
+        terms = {name: getattr(arguments, name) for name in TERMS}
+        scores = read(arguments.table, arguments.set, draws=arguments.draws, trials=arguments.trials, **terms)
     except (OSError, ValueError) as error:
         raise SystemExit(f"{arguments.table}: {error}") from None
-    if not arguments.trials:
-        scores = {key: its for key, its in scores.items() if ":" not in key[1]}
     print(as_markdown(scores))
     pictures: Path = arguments.output or arguments.table.parent
     pictures.mkdir(parents=True, exist_ok=True)
