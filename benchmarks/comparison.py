@@ -28,7 +28,6 @@ from filelock import FileLock
 from benchmarks.preparation import (
     HERE,
     LOWER_BOUND,
-    SCORED,
     SUPERVISED,
     UNLABELED,
     UPPER_BOUND,
@@ -47,7 +46,7 @@ from nnunet_dycon.run_record import completed
 
 COLUMNS = ("method", "labels", "draw", "seed", "weights", "set", "case", "label", "dice", "hd95_mm", "plans",
            "iterations", "precision", "commit", "trainer_at_commit", "scored")  # fmt: skip
-SETS = (*SCORED, UNLABELED)
+SETS = ("val", UNLABELED, "test")
 ITERATIONS_PER_EPOCH = 100
 _BUDGET = ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch")
 _BESIDE = {"teacher": TEACHER, "second": SECOND}

@@ -47,7 +47,7 @@ def results(table: str, labels: str) -> str:
         "without the most influential case",
         "HD95 mm, test",
     )
-    sets = {which: _groups(table, which, trials=False).get(int(labels), {}) for which in SETS}
+    sets = {which: students(table, which, trials=False).get(int(labels), {}) for which in SETS}
     tested = sets["test"]
     drawn = report.bootstrap(tested) if tested else None
     rows = []
@@ -62,7 +62,7 @@ def results(table: str, labels: str) -> str:
 
 def trials(table: str, labels: str) -> str:
     """Return the table of all methods with the given number of labels, on every set."""
-    sets = {which: _groups(table, which, draws=(0,)).get(int(labels), {}) for which in SETS}
+    sets = {which: students(table, which, draws=(0,)).get(int(labels), {}) for which in SETS}
     rows = [(_name(key[0]), *(_dice(sets[which], key) for which in SETS)) for key in _methods(sets)]
     return _markdown(("method", *SETS), rows)
 
@@ -113,7 +113,7 @@ def _rows(table: str) -> list[dict[str, str]]:
         return list(csv.DictReader(content))
 
 
-def _groups(table: str, which: str, **chosen: Any) -> dict[int, report.Group]:
+def students(table: str, which: str, **chosen: Any) -> dict[int, report.Group]:
     """Return the students by number of labels; nothing if the set was not scored. `report.read` takes the others."""
     if not any(row["set"] == which for row in _rows(table)):
         return {}
@@ -143,7 +143,9 @@ def _dice(group: report.Group, key: Key) -> str:
 
 
 def _markdown(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = [columns, ("---",) * len(columns), *rows]
+    """Return a table without the columns in which all entries are empty."""
+    kept = [number for number in range(len(columns)) if any(row[number] for row in rows)]
+    lines = [tuple(line[number] for number in kept) for line in (columns, ("---",) * len(columns), *rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

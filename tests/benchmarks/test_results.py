@@ -15,8 +15,8 @@ from benchmarks import pages
 from benchmarks.comparison import COLUMNS, Benchmark, Run
 from benchmarks.la import LEFT_ATRIUM
 from benchmarks.preparation import LOWER_BOUND, SUPERVISED, UPPER_BOUND, LabeledSet, trainer_class
-from benchmarks.report import as_markdown, read
-from nnunet_dycon.registry import DYCON_CAVEAT, TRAINERS
+from benchmarks.report import as_markdown, bootstrap, read
+from nnunet_dycon.registry import DYCON_CAVEAT, RECOMMENDED, TRAINERS
 
 RESULTS = sorted(pages.RESULTS.glob("*.csv"))
 REMOVED = {"mirrored"}  # settings that do not exist any more
@@ -90,6 +90,20 @@ def test_the_caveat_of_the_published_dycon_is_what_was_measured():
     )
     stated = re.search(r"(-?[0-9.]+) Dice with 4 labels \(left atrium, 1 seed, (\d+) cases", DYCON_CAVEAT)
     assert (float(stated[1]), int(stated[2])) == (round(difference, 3), len(cases))
+
+
+@pytest.mark.parametrize(("table", "cases"), [("la_3p5mm", 16), ("phantom", 60)])
+def test_the_gains_in_the_readme_are_those_of_the_results(table, cases):
+    readme = " ".join((pages.PAGES.parent / "README.md").read_text().split())
+    number = r"(\d\.\d+)"
+    stated = re.search(
+        rf"gained \+{number}(?: Dice)? \((?:95 % CI )?{number} to {number}; 3 seeds, {cases} cases", readme
+    )
+    group = pages.students(table, "test", trials=False)[4]
+    assert group[RECOMMENDED, "student"].dice.shape == (3, cases)
+    estimate = bootstrap(group).difference((RECOMMENDED, "student"), (LOWER_BOUND, "student"))
+    for text, value in zip(stated.groups(), (estimate.value, estimate.low, estimate.high)):
+        assert float(text) == pytest.approx(value, abs=0.51 * 10 ** (2 - len(text)))
 
 
 @pytest.mark.parametrize("page", sorted(pages.PAGES.rglob("*.md")), ids=lambda page: page.name)
