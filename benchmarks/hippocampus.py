@@ -19,7 +19,7 @@ class Hippocampus(DataSet):
 
 HIPPOCAMPUS = Hippocampus(
     "Hippocampus", "hippocampus", first_id=300, labels=(4, 8, 16), training_cases=130, spacing=2.0,
-    features=(16, 32, 64), iterations=1000, draws=True,
+    features=(16, 32, 64), iterations=2000, draws=True,
 )  # fmt: skip
 
 if __name__ == "__main__":
