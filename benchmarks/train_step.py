@@ -112,13 +112,14 @@ def main() -> None:
 def as_markdown(results: dict[str, dict]) -> str:
     """Return the results as a table."""
     baseline = results[SUPERVISED]
-    columns = "seconds a step | over nnU-Net's | GPU MB | checkpoint over nnU-Net's"
-    rows = [f"| trainer | {columns} |", "|---|---|---|---|---|"]
+    on_gpu = any(its["gpu_bytes"] for its in results.values())
+    columns = ["trainer", "seconds a step", "over nnU-Net's", *["GPU MB"] * on_gpu, "checkpoint over nnU-Net's"]
+    rows = [columns, ["---"] * len(columns)]
     for name, its in results.items():
         times, size = its["seconds"] / baseline["seconds"], its["checkpoint_bytes"] / baseline["checkpoint_bytes"]
-        gpu = f"{its['gpu_bytes'] / 1e6:.0f}" if its["gpu_bytes"] else ""
-        rows.append(f"| `{name}` | {with_quartiles(its)} | {times:.2f} | {gpu} | {size:.2f} |")
-    return "\n".join(rows)
+        gpu = [f"{its['gpu_bytes'] / 1e6:.0f}"] if on_gpu else []
+        rows.append([f"`{name}`", with_quartiles(its), f"{times:.2f}", *gpu, f"{size:.2f}"])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 if __name__ == "__main__":
