@@ -167,7 +167,7 @@ def test_other_loggers_of_nnunet_get_every_curve_and_the_settings(tiny):
     trainer.run_training()
     for name, curve in trainer.curves.items():
         assert recorder.logged[f"semi_supervised/{name}"] == list(enumerate(curve))
-    assert recorder.config["method_settings"]["uncl_weight"] == 16.0
+    assert recorder.config["method_settings"]["uncl_weight"] == 0.5
 
 
 def test_curves_of_an_older_checkpoint_are_filled_up(tiny):
