@@ -278,7 +278,7 @@ def test_the_released_form_contrasts_the_unlabeled_half_alone_by_the_teachers_la
             {"fecl_form": "released", "foreground_share": 0.5, "background_share": 0.5, "mixing": "cutmix"},
             "knows no mixed images",
         ),
-        ({"mixing": "mixup"}, "a mixture is one of"),
+        ({"mixing": "mixup"}, "mixing must be one of"),
         ({"uncl_half": "labeled"}, "uncl_half must be"),
         ({"uncl_half": "unlabeled", "mixing": "copy_paste"}, "leaves no image unlabeled"),
         ({"teacher_view": "mixed"}, "teacher_view must be"),
