@@ -17,7 +17,7 @@ def refuse_second_derivative() -> None:
     """Raise NotImplementedError in a backward pass that is itself recorded (create_graph=True).
 
     A hand-written gradient is not connected to its inputs in the graph, so the second derivative would be wrong.
-    torch's once_differentiable does not detect this if the incoming gradient is a constant, as it is for a loss.
+    torch's once_differentiable does not detect this if the incoming gradient is constant, which is the case for a loss.
     """
     if torch.is_grad_enabled():
         raise NotImplementedError("this loss can be differentiated only once; call backward without create_graph=True")
