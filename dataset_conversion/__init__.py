@@ -1,1 +1,1 @@
-"""Converters into nnU-Net's raw format, one file each. Installed as nnunet_dycon.dataset_conversion."""
+"""Converters to nnU-Net's raw format, one file each; installed as nnunet_dycon.dataset_conversion."""

@@ -3,13 +3,14 @@
 URL: https://www.med.upenn.edu/cbica/brats2019/data.html (registration; research use)
 License: the data use agreement of CBICA's image processing portal; do not redistribute
 
-The cases are found anywhere below the source: `HGG/<case>/<case>_{flair,t1,t1ce,t2,seg}.nii.gz`, or `.nii` in the
-re-upload that the semi-supervised literature points at, which may be nested once more. A case without a mask is
-unlabeled. All images of a case have one grid: 240 x 240 x 155 voxels of 1 mm. Masks: 1 necrosis and non-enhancing
-tumor, 2 edema, 4 enhancing tumor; not every case has all of them.
+Two layouts are read:
 
-Or the h5 files of that literature (SSL4MIS), `data/<case>.h5`, of axes (z, y, x): `image` is FLAIR, cropped to the
-brain and normalized, `label` the whole tumor.
+- NIfTI, anywhere below the source: `HGG/<case>/<case>_{flair,t1,t1ce,t2,seg}.nii.gz`, or `.nii` as in the re-upload
+  that the semi-supervised literature refers to, which can be nested once more. All images of a case have the same grid
+  of 240 x 240 x 155 voxels of 1 mm. Mask values: 1 necrosis and non-enhancing tumor, 2 edema, 4 enhancing tumor; not
+  every case has all of them. A case without a mask is unlabeled.
+- The h5 files of that literature (SSL4MIS), `data/<case>.h5`, with the axes (z, y, x): `image` is FLAIR, cropped to the
+  brain and normalized, `label` is the whole tumor.
 """
 
 import re
@@ -32,7 +33,7 @@ from nnunet_dycon.dataset_conversion.writer import DataSet
 from nnunet_dycon.errors import UsageError, UserError, some
 
 CHANNELS = {"t1": "T1", "t1ce": "T1ce", "t2": "T2", "flair": "FLAIR"}
-# As nnU-Net's own converter of BraTS numbers them, so that each region contains the next.
+# The values of nnU-Net's own BraTS converter, so that each region contains the next.
 REGIONS: dict[str, int | tuple[int, ...]] = {
     "background": 0,
     "whole_tumor": (1, 2, 3),
@@ -50,26 +51,37 @@ def plan(source: Path, *, protocol: Protocol | None = None, modalities: str | No
     """List the cases below `source` without opening an image.
 
     Args:
-        source: folder of the download, or one above or below it.
-        protocol: a published one; they all take FLAIR alone.
-        modalities: of t1, t1ce, t2 and flair, separated by commas. None: flair for a protocol, else all four.
-        target: "wt" for the whole tumor, or "regions" for the three nested ones.
+        source: folder of the download, or a folder above or below it.
+        protocol: a published split; all of them use FLAIR only.
+        modalities: t1, t1ce, t2 or flair, separated by commas. None: flair for a protocol or h5 files, else all four.
+        target: "wt" for the whole tumor, or "regions" for the three nested regions.
+
+    Raises:
+        UserError: files are missing or ambiguous.
+        UsageError: the options do not match the files.
     """
     entries = entries_below(source)
     h5 = _h5(entries)
     chosen = listed(modalities or ("flair" if protocol or h5 else ",".join(CHANNELS)), CHANNELS, "--modalities")
     cases = _native(entries, chosen)
     if cases and h5:
-        raise UserError(f"{source} has MRI ({cases[0].images[0]}) and normalized h5 files; take one of them")
+        raise UserError(
+            f"{source} has MRI ({cases[0].images[0]}) and normalized h5 files; name a folder with one of them by -i"
+        )
     if h5 and (chosen != ["flair"] or target != "wt"):
-        raise UsageError("the h5 files have FLAIR and the whole tumor alone; leave --modalities and --target away")
+        raise UsageError("the h5 files contain only FLAIR and the whole tumor; omit --modalities and --target")
     if not cases and not h5:
         raise UserError(f"no case found in {source}; expected {_LAYOUT}, or data/BraTS19_<case>.h5 below")
     notes = []
     if h5:
-        notes.append("h5 files: FLAIR that others have cropped and normalized; predict on images made likewise alone")
+        notes.append(
+            "h5 files: FLAIR, already cropped and normalized; a model of them can only predict images that were "
+            "processed in the same way"
+        )
     if protocol and (chosen != ["flair"] or target != "wt"):
-        notes.append("the papers take FLAIR alone and the whole tumor: leave --modalities and --target away")
+        notes.append(
+            "the papers use FLAIR only and the whole tumor; to compare with them, omit --modalities and --target"
+        )
     data_set = DataSet(
         name="BraTS2019",
         channel_names=tuple(CHANNELS[key] for key in chosen),
@@ -94,7 +106,9 @@ def _native(entries: Sequence[Path], chosen: Sequence[str]) -> tuple[Case, ...]:
         case, kind = file.parent.name, match["kind"].lower()
         known = folders.setdefault(case, {})
         if other := next((path for path in known.values() if path.parent != file.parent), None):
-            raise UserError(f"case {case} lies in {other.parent} and in {file.parent}; name a folder with one by -i")
+            raise UserError(
+                f"case {case} is in {other.parent} and in {file.parent}; name a folder with one of them by -i"
+            )
         if kind in known:
             raise UserError(f"{known[kind]} and {file} are both {kind} of case {case}; keep one; expected {_LAYOUT}")
         known[kind] = file
@@ -110,7 +124,7 @@ def _case(name: str, files: dict[str, Path], chosen: Sequence[str]) -> Case:
         )
     mask = files.get("seg")
     if mask is None:
-        # The mask of one case of a later edition has another name.
+        # In a later edition the mask of one case has a different name.
         others = sorted(file for file in folder.iterdir() if _ANY_MASK.fullmatch(file.name))
         if len(others) > 1:
             raise UserError(f"{folder}: {some([file.name for file in others])} may all be the mask; keep one")
@@ -126,6 +140,6 @@ def _h5(entries: Sequence[Path]) -> tuple[Case, ...]:
             continue
         if file.stem in cases:
             first = cases[file.stem].images[0]
-            raise UserError(f"{first} and {file} are both case {file.stem}; name a folder with one by -i")
+            raise UserError(f"{first} and {file} are both case {file.stem}; name a folder with one of them by -i")
         cases[file.stem] = Case(file.stem, (file,), file)
     return tuple(cases.values())

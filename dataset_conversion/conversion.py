@@ -1,5 +1,4 @@
-"""A conversion from beginning to end: a converter's `plan` lists the source by names alone, every case gets a role, and
-the writer does the rest."""
+"""Conversion of a dataset: list the cases of the source, assign roles to them, and write them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,20 +20,20 @@ from nnunet_dycon.registry import CONVERTERS
 
 @dataclass(frozen=True)
 class Plan:
-    """What lies in a source and what will be done with it. No image has been opened for it.
+    """Cases of a source and how to convert them, from the file names alone.
 
     Attributes:
-        data_set: how its cases are read and written.
-        training: in the published order (`ordered`), else sorted.
-        test: held out by whoever made the data set.
-        unlisted: in none of the lists that lie beside the data: only a split file or a protocol can use them.
+        data_set: how the cases are read and written.
+        training: training cases in the published order (`ordered`), else sorted.
+        test: test cases of the dataset itself.
+        unlisted: cases in none of the dataset's lists; only a split file or a protocol can use them.
         ordered: whether `training` has the published order.
-        left_out: identifier -> reason, of cases that nothing may use.
-        not_scored: identifier -> reason, of cases that a protocol's val and test do without.
-        copies: identifiers that are one scan; on two sides of a split they would be a leak.
-        keep_copies: use them all the same.
-        warnings: to be told and reported.
-        notes: to be told.
+        left_out: identifier -> reason, for cases that are never used.
+        not_scored: identifier -> reason, for cases that are excluded from val and test of a protocol.
+        copies: identifiers of copies of the same scan, which would be a leak on different sides of a split.
+        keep_copies: whether to use copies nevertheless.
+        warnings: messages to print and to write into the report.
+        notes: messages to print.
     """
 
     data_set: DataSet
@@ -54,6 +53,8 @@ class Plan:
         return self.training + self.test + self.unlisted
 
     def without(self, identifiers: Sequence[str]) -> "Plan":
+        """Return the plan without some cases."""
+
         def kept(cases: tuple[Case, ...]) -> tuple[Case, ...]:
             return tuple(case for case in cases if case.identifier not in identifiers)
 
@@ -72,21 +73,25 @@ def convert(
     num_processes: int = 1,
     **options: object,
 ) -> Path:
-    """Write nnUNet_raw/DatasetXXX_Name and return that folder.
+    """Convert a dataset to nnUNet_raw/DatasetXXX_Name and return that folder.
 
     Args:
-        converter: its name in the registry.
+        converter: name of the converter in the registry.
         source: folder of the download.
-        dataset_id: a new one.
-        labeled: how many training cases keep their label; a float is a share; None keeps all.
+        dataset_id: an unused dataset ID.
+        labeled: number of training cases that keep their label; a float is a fraction; None keeps all.
         split: a JSON file with the lists labeled, unlabeled, val and test.
-        protocol: the name of a published split.
-        seed: of the draw for `labeled`, where there is no published order.
-        num_processes: that convert cases.
-        options: the converter's own.
+        protocol: name of a published split.
+        seed: random seed of the draw for `labeled`, used if there is no published order.
+        num_processes: number of processes that convert cases.
+        options: options of the converter.
+
+    Raises:
+        UserError: the source, the split file or a case is invalid.
+        UsageError: the options contradict each other, or the dataset ID is taken.
     """
     if split is not None and (protocol is not None or labeled is not None):
-        raise UsageError("--split names every case's role; leave --labeled and --protocol away")
+        raise UsageError("--split defines the role of every case; omit --labeled and --protocol")
     if source.is_file():
         raise UserError(f"{source} is a file, but -i takes a folder; unpack an archive first, with tar -xf or unzip")
     if not source.is_dir():
@@ -122,38 +127,41 @@ def convert(
 
 
 def _assign_without_copies(plan: Plan, labeled: int | float | None, seed: int) -> Assignment:
-    """Leave all but the first of the copies out where they would be on different sides; if several are labeled, too,
-    because cross-validation would train on one and validate on the other."""
+    """Assign roles, and leave out all copies but the first if they would leak.
+
+    They leak if they are on different sides of the split, or if several are labeled: cross-validation could train on
+    one and validate on the other.
+    """
 
     def assign(cases: Plan) -> Assignment:
         return assign_by_count(cases.training, labeled, ordered=cases.ordered, seed=seed, test=cases.test)
 
-    left_out = {case.identifier: "in no list of the data set" for case in plan.unlisted}
+    left_out = {case.identifier: "in no list of the dataset" for case in plan.unlisted}
     assignment = assign(plan)
     roles = _roles_of_copies(plan, assignment)
     sides = set(roles.values())
     if len(roles) > 1 and sides not in ({"unlabeled"}, {"test"}) and not plan.keep_copies:
         first, *others = roles
         assignment = assign(plan.without(others))
-        left_out |= {other: f"a copy of {first}, which is used" for other in others}
-        for other in others:
-            print(f"note: case {other} is left out: it is a copy of {first}, which is used")
+        left_out |= {copy: f"a copy of {first}, which is used" for copy in others}
+        for copy in others:
+            print(f"note: case {copy} is left out: it is a copy of {first}, which is used")
     return replace(assignment, left_out=left_out)
 
 
 def _check_copies_in_file(plan: Plan, assignment: Assignment, split: Path) -> None:
-    """Raise UserError if copies are on two sides of a split and were not asked for."""
+    """Raise UserError if copies are on different sides of a split file, unless the plan keeps copies."""
     roles = _roles_of_copies(plan, assignment)
     if len(set(roles.values())) > 1 and not plan.keep_copies:
         remedy = " and ".join(list(roles)[1:])
-        raise UserError(f"{split}: cases {_told(roles)} are copies of one scan; remove {remedy} from the lists")
+        raise UserError(f"{split}: cases {_with_roles(roles)} are copies of one scan; remove {remedy} from the lists")
 
 
 def _about_copies(plan: Plan, assignment: Assignment) -> list[str]:
-    """Warnings about copies that are on two sides of a split, or all labeled."""
+    """Return warnings about copies on different sides of a split, or about several labeled copies."""
     roles = _roles_of_copies(plan, assignment)
     if len(set(roles.values())) > 1:
-        return [f"cases {_told(roles)} are copies of one scan on two sides of the split"]
+        return [f"cases {_with_roles(roles)} are copies of one scan on different sides of the split"]
     if len(roles) > 1 and set(roles.values()) == {"labeled"}:
         return [
             f"the labeled cases {' and '.join(roles)} are copies of one scan; a fold of the cross-validation may train "
@@ -167,15 +175,15 @@ def _roles_of_copies(plan: Plan, assignment: Assignment) -> dict[str, str]:
     return {identifier: role for identifier, role in roles.items() if role is not None}
 
 
-def _told(roles: Mapping[str, str]) -> str:
+def _with_roles(roles: Mapping[str, str]) -> str:
     return " and ".join(f"{identifier} ({role})" for identifier, role in roles.items())
 
 
 def _about_protocol(protocol: Protocol | None, labeled: int | float | None) -> list[str]:
     if protocol is None:
         return []
-    told = [f"protocol {protocol.name}: {protocol.source}"]
+    notes = [f"protocol {protocol.name}: {protocol.source}"]
     if labeled is None:
         counts = " or ".join(f"--labeled {count}" for count in protocol.published_labeled)
-        told.append(f"every training case keeps its label; published with {counts}")
-    return told
+        notes.append(f"every training case keeps its label; published with {counts}")
+    return notes

@@ -1,11 +1,11 @@
-"""Everybody's own scans: any folder, NIfTI, NRRD, DICOM and other formats, found by patterns.
+"""Own data: any folder with NIfTI, NRRD, DICOM and other formats, found by patterns.
 
-URL: none, it is yours
-License: yours
+URL: none
+License: that of your data
 
-A pattern is a path below the source in which `{case}` stands for the name of the case, `*` for anything but a slash and
-`**/` for any folders. `{case}` may stand there twice: both are the same then. A pattern that ends in a slash finds
-folders, which hold a DICOM series each.
+A pattern is a path below the source. `{case}` matches the name of the case, `*` any characters except a slash, and
+`**/` any folders. `{case}` may occur twice and then matches the same name. A pattern that ends in a slash matches
+folders with one DICOM series each.
 """
 
 import re
@@ -31,30 +31,36 @@ def plan(
     masks: str | None = None,
     foreground: Sequence[str] | None = None,
 ) -> Plan:
-    """List the cases that the patterns find, without opening an image.
+    """List the cases that match the patterns without opening an image.
 
     Args:
-        source: folder that the patterns are below.
-        protocol: none is published.
-        name: of the data set.
-        channel: NAME=PATTERN for each channel, in their order.
-        masks: PATTERN of the labels; cases that it does not find are unlabeled.
-        foreground: NAME=VALUES for each label, in the order of their new values 1, 2, ...; VALUES are those in the
+        source: folder to which the patterns are relative.
+        protocol: unused, there is no published split.
+        name: name of the dataset.
+        channel: NAME=PATTERN for each channel, in order.
+        masks: PATTERN of the labels; cases without a match are unlabeled.
+        foreground: NAME=VALUES for each label, in the order of the new values 1, 2, ...; VALUES are the values in the
             files, separated by commas. None: lesion=1.
+
+    Raises:
+        UserError: files are missing or ambiguous.
+        UsageError: an option is invalid.
     """
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-        raise UsageError(f"--name {name!r}: take letters, digits, - and _ alone, since it becomes a folder's name")
+        raise UsageError(f"--name {name!r} becomes a folder name; use only letters, digits, - and _")
     patterns = dict(_named(entry, "--channel") for entry in channel or ())
     if not patterns or len(patterns) < len(channel or ()):
-        raise UsageError("name each channel once: --channel CT='images/{case}.nii.gz'; --help says more")
-    # macOS leaves files that begin with a dot beside others.
+        raise UsageError("name each channel once, such as --channel CT='images/{case}.nii.gz'; see --help")
+    # Ignore hidden files; macOS creates them next to others.
     entries = [entry for entry in entries_below(source) if not entry.name.startswith(".")]
     found = {key: _matches(source, entries, pattern, f"--channel {key}") for key, pattern in patterns.items()}
     labels = {} if masks is None else _matches(source, entries, masks, "--masks")
     cases = _cases(found)
-    # As an image, a mask would be a label where none must be.
+    # A mask that is read as an image would leak a label into the unlabeled images.
     for mask in set(labels.values()) & {path for images in cases.values() for path in images}:
-        raise UserError(f"{mask} fits --masks and a --channel; write patterns that tell them apart")
+        raise UserError(
+            f"{mask} matches --masks and a --channel; change the patterns so that they match different files"
+        )
     warnings = []
     if stray := sorted(labels.keys() - cases.keys()):
         warnings.append(counted(stray, "label has no image and is not used", "labels have no image and are not used"))
@@ -77,14 +83,16 @@ def plan(
 def _named(entry: str, flag: str) -> tuple[str, str]:
     key, separator, value = entry.partition("=")
     if not (key and separator and value):
-        raise UsageError(f"{flag} {entry}: expected NAME=...; --help has examples")
+        raise UsageError(f"{flag} {entry}: expected NAME=...; see --help for examples")
     return key, value
 
 
 def _matches(source: Path, entries: Sequence[Path], pattern: str, flag: str) -> dict[str, Path]:
-    """Case -> the file, or the folder if the pattern ends in a slash, that the pattern finds for it."""
+    """Return case -> matching file, or matching folder if the pattern ends in a slash."""
     if "{case}" not in pattern:
-        raise UsageError(f"{flag}: the pattern {pattern} has no {{case}}, which stands for the name of the case")
+        raise UsageError(
+            f"{flag}: the pattern {pattern} has no {{case}}; write {{case}} in place of the name of the case"
+        )
     first, *others = pattern.rstrip("/").split("{case}")
     expression = re.compile(_regex(first) + r"(?P<case>[^/]+?)" + "(?P=case)".join(map(_regex, others)))
     fits = _holds_files if pattern.endswith("/") else Path.is_file
@@ -97,7 +105,7 @@ def _matches(source: Path, entries: Sequence[Path], pattern: str, flag: str) -> 
             found[case] = entry
     if not found:
         kind = "folder" if pattern.endswith("/") else "file"
-        raise UserError(f"{flag}: no {kind} in {source} fits {pattern}; correct the pattern or -i")
+        raise UserError(f"{flag}: no {kind} in {source} matches {pattern}; correct the pattern or -i")
     return found
 
 
@@ -110,19 +118,19 @@ def _regex(text: str) -> str:
 
 
 def _cases(found: dict[str, dict[str, Path]]) -> dict[str, tuple[Path, ...]]:
-    """Case -> a path per channel. UserError names a case that lacks one."""
+    """Return case -> a path per channel; raise UserError if a case has no file for a channel."""
     every = sorted(set().union(*found.values()))
     for key, paths in found.items():
         if missing := [case for case in every if case not in paths]:
-            there = next(paths[missing[0]] for paths in found.values() if missing[0] in paths)
+            existing = next(paths[missing[0]] for paths in found.values() if missing[0] in paths)
             one, many = (f"of {len(every)} cases {verb} no channel {key}" for verb in ("has", "have"))
-            remedy = f"{there} is there: add the channel, or take the case away"
+            remedy = f"{existing} exists: add the missing channel or remove the case"
             raise UserError(f"{counted(missing, one, many)}; {remedy}")
     return {case: tuple(paths[case] for paths in found.values()) for case in every}
 
 
 def _label_values(foreground: Sequence[str]) -> tuple[dict[str, int | tuple[int, ...]], dict[int, int]]:
-    """Names with their new values, and old value -> new value."""
+    """Return name -> new value, and value in the files -> new value."""
     names: dict[str, int | tuple[int, ...]] = {"background": 0}
     values = {0: 0}
     for entry in foreground:
@@ -130,14 +138,14 @@ def _label_values(foreground: Sequence[str]) -> tuple[dict[str, int | tuple[int,
         new = 0 if name == "background" else len(names)
         for text in listed.split(","):
             if not re.fullmatch(r"-?\d+", text.strip()):
-                raise UsageError(f"--foreground {entry}: {text!r} is not a whole number; give the values in the files")
+                raise UsageError(f"--foreground {entry}: {text!r} is not an integer; give the values in the files")
             if values.get(int(text), new) != new:
                 raise UsageError(f"--foreground: value {int(text)} is named twice; name it once")
             values[int(text)] = new
         if names.setdefault(name, new) != new:
             raise UsageError(f"--foreground: {name} is named twice; join its values: {name}=1,2")
     if len(names) == 1:
-        raise UsageError("--foreground: name at least one label beside background")
+        raise UsageError("--foreground: name at least one label other than background")
     if "ignore" in names and list(names)[-1] != "ignore":
-        raise UsageError("--foreground: name ignore last, since nnU-Net wants its value to be the highest")
+        raise UsageError("--foreground: name ignore last, since nnU-Net requires the highest value for it")
     return names, values

@@ -3,12 +3,13 @@
 URL: https://doi.org/10.5281/zenodo.7153326
 License: see LICENSE in the archive; CC BY-SA 4.0 according to the organizers' repository
 
-Two layouts are read, names in any case: the release (`ISLES-2022/<case>/ses-0001/anat/..._FLAIR.nii.gz` and
-`.../dwi/..._{dwi,adc}.nii.gz`) and that of the challenge (`rawdata/<case>/ses-0001/..._{dwi,adc,flair}.nii.gz`), both
-with `derivatives/<case>/ses-0001/..._msk.nii.gz`.
+Two layouts are read, with names in upper or lower case: that of the release
+(`ISLES-2022/<case>/ses-0001/anat/..._FLAIR.nii.gz` and `.../dwi/..._{dwi,adc}.nii.gz`) and that of the challenge
+(`rawdata/<case>/ses-0001/..._{dwi,adc,flair}.nii.gz`), both with `derivatives/<case>/ses-0001/..._msk.nii.gz`.
 
-- The mask lies in the space of DWI, with which ADC agrees in all cases and FLAIR in none. So DWI is the reference grid.
-- ADC comes in three units. Normalization of each image by itself hides it, a fixed window would not.
+- The masks are on the grid of DWI. ADC has the same grid in all cases, FLAIR in none. So DWI is the reference grid.
+- ADC images have one of three units. This has no influence if each image is normalized separately, but it would with a
+  fixed window.
 - Three masks are empty.
 """
 
@@ -31,7 +32,7 @@ from nnunet_dycon.errors import UsageError, UserError, counted
 MODALITIES = ("dwi", "adc", "flair")
 EMPTY_MASKS = ("sub-strokecase0150", "sub-strokecase0151", "sub-strokecase0170")
 _FILE = re.compile(r"(?P<case>sub-strokecase\d{4})_ses-\d+_(?P<kind>dwi|adc|flair|msk)\.nii\.gz", re.IGNORECASE)
-# Largest value in the brain, all but one in a thousand voxels, below which ADC is in a unit; what leads to 1e-6 mm²/s.
+# Upper limit of the 99.9th percentile of ADC in the brain, unit, and factor to 1e-6 mm²/s.
 _ADC_UNITS = ((0.1, "mm²/s", 1e6), (100.0, "1e-3 mm²/s", 1e3), (np.inf, "1e-6 mm²/s", 1.0))
 _SMALLEST_OVERLAP = 0.8
 
@@ -47,37 +48,41 @@ def plan(
     """List the cases below `source` without opening an image.
 
     Args:
-        source: folder of the download, or one above it, or its rawdata.
-        protocol: a published one; they all take DWI alone.
-        modalities: dwi, and of adc and flair, separated by commas. None: dwi for a protocol, else dwi and adc.
-        harmonize_adc: bring ADC to 1e-6 mm²/s.
-        keep_empty: score cases with an empty mask where a protocol does.
+        source: folder of the download, a folder above it, or its rawdata.
+        protocol: a published split; all of them use DWI only.
+        modalities: dwi and optionally adc and flair, separated by commas. None: dwi for a protocol, else dwi and adc.
+        harmonize_adc: convert ADC to 1e-6 mm²/s.
+        keep_empty: keep cases with an empty mask in val and test of a protocol.
+
+    Raises:
+        UserError: files are missing or ambiguous.
+        UsageError: an option is invalid.
     """
     chosen = listed(modalities or ("dwi" if protocol else "dwi,adc"), MODALITIES, "--modalities")
     if chosen[0] != "dwi":
-        raise UsageError("--modalities must begin with dwi: it has the grid of the masks")
+        raise UsageError("--modalities must begin with dwi, since the masks are on its grid")
     if harmonize_adc and "adc" not in chosen:
-        raise UsageError("--harmonize_adc needs adc among the --modalities")
+        raise UsageError("--harmonize_adc requires adc in --modalities; add it or omit --harmonize_adc")
     files = _files(source)
     if source.name.lower() == "rawdata" and (source.parent / "derivatives").is_dir():
         files |= {key: file for key, file in _files(source.parent / "derivatives").items() if key[1] == "msk"}
     names = sorted({case for case, kind in files if kind != "msk"})
     if not names:
         raise UserError(
-            f"no case found in {source}; expected 'sub-strokecase0001_ses-0001_dwi.nii.gz' and others like it below, "
-            "in ISLES-2022 (the release) or rawdata (the challenge)"
+            f"no case found in {source}; expected files such as 'sub-strokecase0001_ses-0001_dwi.nii.gz' below, "
+            "in ISLES-2022 (the release) or rawdata (the challenge); correct -i"
         )
     for name in names:
         if missing := [kind for kind in chosen if (name, kind) not in files]:
-            there = next(file for (case, kind), file in files.items() if case == name and kind != "msk")
-            raise UserError(f"{there.parent}: {name} has no {missing[0]}; download it, or choose other --modalities")
+            existing = next(file for (case, kind), file in files.items() if case == name and kind != "msk")
+            raise UserError(f"{existing.parent}: {name} has no {missing[0]}; download it or choose other --modalities")
     warnings = []
     if stray := sorted(case for case, kind in files if kind == "msk" and case not in names):
         warnings.append(counted(stray, "mask has no images and is not used", "masks have no images and are not used"))
     cases = tuple(Case(name, tuple(files[name, kind] for kind in chosen), files.get((name, "msk"))) for name in names)
     notes = []
     if protocol and chosen != ["dwi"]:
-        notes.append("the papers take DWI alone: leave --modalities away")
+        notes.append("the papers use DWI only; to compare with them, omit --modalities")
     data_set = DataSet(
         name="ISLES2022",
         channel_names=tuple(kind.upper() for kind in chosen),
@@ -90,12 +95,12 @@ def plan(
         settings={"modalities": chosen, "harmonize_adc": harmonize_adc, "keep_empty": keep_empty},
     )
     empty = () if keep_empty else EMPTY_MASKS
-    reason = "its mask is empty, so that it has no Dice; --keep_empty keeps it"
+    reason = "its mask is empty, so its Dice is undefined; --keep_empty keeps it"
     return Plan(data_set, cases, not_scored=dict.fromkeys(empty, reason), warnings=tuple(warnings), notes=tuple(notes))
 
 
 def _files(folder: Path) -> dict[tuple[str, str], Path]:
-    """(case, kind) -> file, wherever it lies."""
+    """Return (case, kind) -> file for all files below a folder."""
     found: dict[tuple[str, str], Path] = {}
     for file in entries_below(folder):
         if (match := _FILE.fullmatch(file.name)) and file.is_file():
@@ -114,10 +119,10 @@ def _read_images(
     for kind, image in zip(modalities[1:], others):
         if found := difference(dwi, image):
             image = sitk.Resample(image, dwi, sitk.Transform(), sitk.sitkLinear, 0.0, sitk.sitkFloat32)
-            report.facts[f"{kind}_resampled"] = f"{found}, by the headers alone: it is not registered"
+            report.facts[f"{kind}_resampled"] = f"{found}; by the headers only, without registration"
             _report_overlap(kind, dwi, image, report)
             if kind == "adc":
-                report.warnings.append("adc was not on the grid of dwi, as it is in the release, and was resampled")
+                report.warnings.append("adc was not on the grid of dwi, unlike in the release, and was resampled")
         if kind == "adc":
             image = _in_one_unit(image, dwi, report, harmonize_adc)
         images.append(image)
@@ -125,23 +130,24 @@ def _read_images(
 
 
 def _brain(image: sitk.Image) -> np.ndarray:
-    """A rough mask (Z, Y, X): what Otsu's threshold takes for foreground."""
+    """Return a rough mask of the brain (Z, Y, X): the foreground of Otsu's threshold."""
     return sitk.GetArrayFromImage(sitk.OtsuThreshold(image, 0, 1)) > 0
 
 
 def _report_overlap(kind: str, dwi: sitk.Image, image: sitk.Image, report: CaseReport) -> None:
-    """How well a resampled image lies on DWI: the Dice of their foregrounds, and the share of the brain without it."""
+    """Report the Dice of the foregrounds of DWI and a resampled image, and the uncovered fraction of the brain."""
     brain, other = _brain(dwi), _brain(image)
     dice = 2 * int((brain & other).sum()) / max(1, int(brain.sum()) + int(other.sum()))
     outside = float((sitk.GetArrayViewFromImage(image)[brain] == 0).mean())
     report.facts[f"{kind}_overlap"] = {"foreground_dice": round(dice, 4), "brain_without": round(outside, 4)}
     if dice < _SMALLEST_OVERLAP:
-        report.warnings.append(f"{kind} lies badly on DWI (Dice of the foregrounds {dice:.2f}); look at the overlay")
+        report.warnings.append(f"{kind} is misaligned with DWI (Dice of the foregrounds {dice:.2f}); check the overlay")
 
 
 def _in_one_unit(adc: sitk.Image, dwi: sitk.Image, report: CaseReport, harmonize: bool) -> sitk.Image:
+    """Report the unit of ADC and, with harmonize, convert it to 1e-6 mm²/s."""
     inside = sitk.GetArrayViewFromImage(adc)[_brain(dwi)]
-    largest = float(np.percentile(inside, 99.9)) if inside.size else 0.0  # a constant DWI: it is refused by name later
+    largest = float(np.percentile(inside, 99.9)) if inside.size else 0.0  # a constant DWI raises an error later
     unit, factor = next((unit, factor) for limit, unit, factor in _ADC_UNITS if largest < limit)
     report.facts["adc_unit"] = unit
     if harmonize:

@@ -3,15 +3,17 @@
 URL: https://www.cardiacatlas.org/atriaseg2018-challenge/
 License: no license file in the download; Cardiac Atlas Project data policy; do not redistribute.
 
-Two layouts are read; the source is the folder that holds the folder of cases, or that folder itself.
+Two layouts are read. The source is the folder of cases or the folder that contains it.
 
-- The challenge's NRRD: `Training Set/<id>/lgemri.nrrd` and `laendo.nrrd` (100 cases), and `Testing Set` likewise (54).
-  Label values 0 and 255. Every header says spacing 1, 1, 1, which is wrong: the truth is 0.625 mm on all axes.
-- The community's h5 (UA-MT): `2018LA_Seg_Training Set/<id>/mri_norm2.h5` (100 cases) with `image` and `label` of axes
-  (x, y, z), cropped in x and y around the label and already z-scored.
+- NRRD of the challenge: `Training Set/<id>/lgemri.nrrd` and `laendo.nrrd` (100 cases), and `Testing Set` (54 cases) in
+  the same form. Label values are 0 and 255. Every header has a spacing of 1 mm, which is wrong: it is 0.625 mm on all
+  axes.
+- h5 files of the community (UA-MT): `2018LA_Seg_Training Set/<id>/mri_norm2.h5` (100 cases) with `image` and `label`
+  with the axes (x, y, z), cropped in x and y around the label and already z-scored. So the field of view of unlabeled
+  and test cases depends on their labels.
 
-`train.list` and `test.list` beside the folder of cases (80 and 20 cases) give the published order and the test cases.
-The h5 files were cropped around the label: the field of view of unlabeled and test cases depends on their labels.
+`train.list` and `test.list` next to the folder of cases (80 and 20 cases) define the published order and the test
+cases.
 """
 
 import math
@@ -31,12 +33,22 @@ from nnunet_dycon.errors import UsageError, UserError, counted
 
 TRAINING_FOLDERS = ("Training Set", "2018LA_Seg_Training Set", "2018LA_Seg_TrainingSet", "LA_data")
 TEST_FOLDER = "Testing Set"
-# One acquisition under two names: on two sides of a split it would be a leak.
+# The same scan under two names, which would be a leak on different sides of a split.
 DUPLICATES = ("0RZDK210BSMWAA6467LU", "CMPXO4J23G58J53Q98SZ")
 
 
 def plan(source: Path, *, protocol: Protocol | None = None, spacing: float = 0.625) -> Plan:
-    """List the cases below `source` without opening an image; they will get the isotropic `spacing` in mm."""
+    """List the cases below `source` without opening an image.
+
+    Args:
+        source: folder of cases, or the folder that contains it.
+        protocol: unused; the published split needs no other options.
+        spacing: isotropic spacing in mm to write.
+
+    Raises:
+        UserError: files are missing or ambiguous.
+        UsageError: the spacing is not positive.
+    """
     if not (math.isfinite(spacing) and spacing > 0):
         raise UsageError(f"--spacing must be a positive number of mm, got {spacing}")
     folders = [source / name for name in TRAINING_FOLDERS if (source / name).is_dir()]
@@ -50,11 +62,11 @@ def plan(source: Path, *, protocol: Protocol | None = None, spacing: float = 0.6
     if (source / TEST_FOLDER).is_dir():
         _add_cases(source / TEST_FOLDER, challenge_test, warnings)
     for twice in sorted(found.keys() & challenge_test.keys()):
-        raise UserError(f"{source}: case {twice} lies in {TEST_FOLDER} and among the training cases; delete one")
+        raise UserError(f"{source}: case {twice} is in {TEST_FOLDER} and in the training cases; delete one")
     if not found and not challenge_test:
         raise UserError(
             f"no case found in {source}; expected '{TRAINING_FOLDERS[0]}/<id>/lgemri.nrrd' (the challenge) "
-            f"or '{TRAINING_FOLDERS[1]}/<id>/mri_norm2.h5' (UA-MT), or the folder of cases itself"
+            f"or '{TRAINING_FOLDERS[1]}/<id>/mri_norm2.h5' (UA-MT), or the folder of cases itself; correct -i"
         )
     places = (folders[0].parent, source) if folders else (source,)
     train_list, test_list = _read_list("train.list", places), _read_list("test.list", places)
@@ -88,7 +100,7 @@ def plan(source: Path, *, protocol: Protocol | None = None, spacing: float = 0.6
         ordered=train_list is not None,
         copies=DUPLICATES,
         warnings=tuple(warnings),
-        notes=(f"spacing {spacing:g} mm on all axes was written (the source records none that is true)",),
+        notes=(f"written with a spacing of {spacing:g} mm on all axes (the source has no correct one)",),
     )
 
 
@@ -97,7 +109,7 @@ def _add_cases(folder: Path, cases: dict[str, Case], warnings: list[str]) -> Non
     for entry in sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")):
         nrrd, label, h5 = entry / "lgemri.nrrd", entry / "laendo.nrrd", entry / "mri_norm2.h5"
         if entry.name in cases:
-            raise UserError(f"case {entry.name} lies in {cases[entry.name].images[0].parent} and {entry}; delete one")
+            raise UserError(f"case {entry.name} is in {cases[entry.name].images[0].parent} and in {entry}; delete one")
         if nrrd.is_file():
             cases[entry.name] = Case(entry.name, (nrrd,), label if label.is_file() else None)
         elif h5.is_file():
@@ -105,7 +117,7 @@ def _add_cases(folder: Path, cases: dict[str, Case], warnings: list[str]) -> Non
         else:
             without_image.append(entry.name)
     if without_image:
-        one, many = "holds no image and is skipped", "hold no image and are skipped"
+        one, many = "has no image and is skipped", "have no image and are skipped"
         warnings.append(counted(without_image, f"folder in {folder} {one}", f"folders in {folder} {many}"))
 
 
@@ -126,7 +138,7 @@ def _read_label(path: Path, images: Sequence[sitk.Image], report: CaseReport, sp
 
 
 def _read(path: Path, key: str, spacing: float) -> sitk.Image:
-    """An image from NRRD, or from the dataset `key` of an h5 file."""
+    """Read an image from NRRD, or from the dataset `key` of an h5 file, with the given spacing in mm."""
     if path.suffix == ".h5":
         return read_h5(path, key, (spacing,) * 3)
     image = read_volume(path)

@@ -7,10 +7,10 @@ A task is a folder with `imagesTr/<case>.nii.gz`, `labelsTr/<case>.nii.gz`, `ima
 and `dataset.json`.
 
 - An image with several channels (Task01, Task05) is one 4D file (x, y, z, channel). dataset.json has their names.
-- dataset.json has the label values and their names, too. nnU-Net requires consecutive values: the declared values are
+- dataset.json also has the label values and their names. nnU-Net requires consecutive values: the declared values are
   renumbered 1, 2, ... in ascending order. A label called ignore comes last, as nnU-Net requires.
 - dataset.json lists the cases, but some copies of a task lack files or have more. The files in the folders are
-  converted, and differences from the lists are reported. The order of the lists is no published split.
+  converted, and differences from the lists are reported. The order of the lists has no meaning.
 - The archives contain an AppleDouble file `._<case>.nii.gz` next to each image. Hidden files are ignored.
 """
 
@@ -33,7 +33,7 @@ from nnunet_dycon.dataset_conversion.roles import Case
 from nnunet_dycon.dataset_conversion.writer import DataSet
 from nnunet_dycon.errors import UsageError, UserError, counted, first_line, some
 
-LABEL_TOLERANCE = 1e-3  # of labels stored as floating point numbers
+LABEL_TOLERANCE = 1e-3  # rounding error of labels stored as floating point numbers
 _FILE = re.compile(r"(?P<case>[^.].*?)\.nii(?:\.gz)?", re.IGNORECASE)  # no hidden file
 _LAYOUT = "imagesTr/<case>.nii.gz, labelsTr/<case>.nii.gz and dataset.json, as in Task04_Hippocampus"
 _PARTS = {"Tr": "training", "Ts": "test"}  # end of a folder's name -> list in dataset.json
@@ -45,8 +45,12 @@ def plan(source: Path, *, protocol: Protocol | None = None, test_as_unlabeled: b
 
     Args:
         source: folder of the task, or one above it that contains no other task.
-        protocol: none is published.
+        protocol: unused, there is no published split.
         test_as_unlabeled: make the images of imagesTs unlabeled cases instead of test cases.
+
+    Raises:
+        UserError: files are missing or ambiguous, or dataset.json is invalid.
+        UsageError: there are no test images to make unlabeled.
     """
     root = _root(source)
     file = root / "dataset.json"
@@ -76,7 +80,7 @@ def plan(source: Path, *, protocol: Protocol | None = None, test_as_unlabeled: b
         label_values=values,
         reference=str(content.get("reference", "")),
         license=str(content.get("licence", content.get("license", ""))),
-        # A path per channel: the same one for all, since a file contains them all.
+        # The same path for each channel, since one file contains all channels.
         read_images=partial(_read_images, channels=channels),
         read_label=_read_label,
         settings={"test_as_unlabeled": test_as_unlabeled, "label_values": values},
@@ -89,7 +93,7 @@ def plan(source: Path, *, protocol: Protocol | None = None, test_as_unlabeled: b
 
 
 def _root(source: Path) -> Path:
-    """The source, or the only folder below it, whose imagesTr has an image."""
+    """Return the folder of the task: the source, or the only folder below it with an image in imagesTr."""
     entries = entries_below(source)
     roots = {
         entry.parent.parent
@@ -110,7 +114,7 @@ def _root(source: Path) -> Path:
 
 
 def _cases(root: Path, part: str, listed: object, warnings: list[str]) -> dict[str, Case]:
-    """The cases of imagesTr or imagesTs; appends warnings about labels without image and about dataset.json's list."""
+    """Return the cases of imagesTr or imagesTs; append warnings on unused labels and differences from dataset.json."""
     images, labels = _volumes(root / f"images{part}"), _volumes(root / f"labels{part}")
     if stray := sorted(labels.keys() - images.keys()):
         one, many = "has no image and is not used", "have no image and are not used"
@@ -127,7 +131,7 @@ def _cases(root: Path, part: str, listed: object, warnings: list[str]) -> dict[s
 
 
 def _volumes(folder: Path) -> dict[str, Path]:
-    """Case -> NIfTI file; none if there is no such folder."""
+    """Return case -> NIfTI file of a folder, which need not exist."""
     found: dict[str, Path] = {}
     for file in sorted(folder.iterdir()) if folder.is_dir() else ():
         if (match := _FILE.fullmatch(file.name)) and file.is_file():
@@ -138,7 +142,7 @@ def _volumes(folder: Path) -> dict[str, Path]:
 
 
 def _listed_cases(entries: Sequence[object]) -> set[str]:
-    """The cases of a list in dataset.json, whose entries are paths of images or {"image": path, "label": path}."""
+    """Return the cases of a list in dataset.json; entries are image paths or {"image": path, "label": path}."""
     paths = [entry.get("image") if isinstance(entry, dict) else entry for entry in entries]
     matches = [_FILE.fullmatch(PurePosixPath(path).name) for path in paths if isinstance(path, str)]
     return {match["case"] for match in matches if match}
@@ -146,7 +150,7 @@ def _listed_cases(entries: Sequence[object]) -> set[str]:
 
 def _read_description(file: Path) -> dict[str, Any]:
     if not file.is_file():
-        raise UserError(f"{file} does not exist; it names channels and labels: unpack the archive again")
+        raise UserError(f"{file} does not exist, but defines channels and labels; unpack the archive again")
     try:
         content = json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
@@ -157,7 +161,7 @@ def _read_description(file: Path) -> dict[str, Any]:
 
 
 def _name(content: Mapping[str, Any], file: Path) -> str:
-    """The name of the task, in which all but letters, digits, - and _ becomes _, as it names a folder."""
+    """Return the name of the task as a folder name: all characters except letters, digits, - and _ become _."""
     name = content.get("name")
     words = re.findall(r"[A-Za-z0-9_-]+", name) if isinstance(name, str) else []
     if not words:
@@ -166,7 +170,7 @@ def _name(content: Mapping[str, Any], file: Path) -> str:
 
 
 def _numbered(content: Mapping[str, Any], key: str, example: str, file: Path) -> dict[int, str]:
-    """An entry of dataset.json that has names by number, in ascending order."""
+    """Return an entry of dataset.json that maps numbers to names, in ascending order."""
     entry = content.get(key)
     if key == "modality" and entry is None and "channel_names" in content:
         raise UserError(f'{file} has "channel_names": data in nnU-Net\'s raw format need no conversion')
@@ -181,7 +185,7 @@ def _numbered(content: Mapping[str, Any], key: str, example: str, file: Path) ->
 
 
 def _channels(content: Mapping[str, Any], file: Path) -> tuple[str, ...]:
-    """Their names, unchanged: nnU-Net chooses the normalization by name, and normalizes "CT" as CT."""
+    """Return the names of the channels, unchanged, since nnU-Net chooses the normalization by name ("CT")."""
     channels = _numbered(content, "modality", '{"0": "CT"}', file)
     if list(channels) != list(range(len(channels))):
         raise UserError(f'{file}: the channels in "modality" must be numbered 0, 1, ... without gaps; correct it')
@@ -189,7 +193,7 @@ def _channels(content: Mapping[str, Any], file: Path) -> tuple[str, ...]:
 
 
 def _label_values(content: Mapping[str, Any], file: Path) -> tuple[dict[str, int | tuple[int, ...]], dict[int, int]]:
-    """Names with their new values, and value in the files -> new value. 0 is background, whatever its name."""
+    """Return name -> new value, and value in the files -> new value. 0 is background, whatever its name."""
     declared = _numbered(content, "labels", '{"0": "background", "1": "tumor"}', file)
     foreground = sorted((value for value in declared if value), key=lambda value: (declared[value] == "ignore", value))
     names: dict[str, int | tuple[int, ...]] = {"background": 0}
@@ -210,7 +214,7 @@ def _read_images(paths: tuple[Path, ...], report: CaseReport, channels: Sequence
 
 
 def _read_label(path: Path, images: Sequence[sitk.Image], report: CaseReport) -> sitk.Image:
-    """The label; integers stored as floating point numbers are rounded."""
+    """Read a label, rounding integers that are stored as floating point numbers."""
     label = read_volume(path)
     array = sitk.GetArrayViewFromImage(label)
     if array.dtype.kind != "f":

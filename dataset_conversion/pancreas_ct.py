@@ -1,16 +1,19 @@
-"""Pancreas: the CT of the NIH (TCIA Pancreas-CT; 82 cases at first, 80 since 2020).
+"""Pancreas: CT scans of the NIH (TCIA Pancreas-CT; 82 cases at first, 80 since 2020).
 
 URL: https://doi.org/10.7937/K9/TCIA.2016.tNB1kqBU
 License: CC BY 3.0
 
-- TCIA's DICOM in both forms, `Pancreas-CT/PANCREAS_0001/<study>/<series>/1-001.dcm` and
-  `DOI/PANCREAS_0001/<uid>/<uid>/000000.dcm`, and NIfTI re-uploads, `PANCREAS_0001.nii.gz`; the labels are
-  `label0001.nii.gz`, anywhere below the source. Read by their headers, DICOM and label have one grid. Where voxel
-  arrays seem flipped against each other, a tool on the way has turned one of them: only headers count here.
-- The community's h5 files, already normalized and resampled: `image0001_norm.h5` (MC-Net), `0001.h5` or
-  `pancreas_001.h5` (CoraNet, BCP), `PANCREAS_0001.h5` (DyCON); `image` and `label` of axes (x, y, z).
+Layouts that are read:
 
-0025 and 0070 are the scan of 0002, cropped differently, and left out unless asked for. TCIA has removed them.
+- DICOM of TCIA in both forms, `Pancreas-CT/PANCREAS_0001/<study>/<series>/1-001.dcm` and
+  `DOI/PANCREAS_0001/<uid>/<uid>/000000.dcm`, and NIfTI re-uploads, `PANCREAS_0001.nii.gz`. The labels are
+  `label0001.nii.gz`, anywhere below the source. According to their headers, DICOM and label have the same grid. If the
+  voxel arrays seem flipped relative to each other, another tool has changed the axes of one of them. Here only headers
+  are used.
+- h5 files of the community, already normalized and resampled: `image0001_norm.h5` (MC-Net), `0001.h5` or
+  `pancreas_001.h5` (CoraNet, BCP), `PANCREAS_0001.h5` (DyCON); `image` and `label` with the axes (x, y, z).
+
+0025 and 0070 are copies of the scan 0002, cropped differently. TCIA has removed them. They are left out by default.
 """
 
 import itertools
@@ -40,18 +43,18 @@ from nnunet_dycon.dataset_conversion.writer import DataSet
 from nnunet_dycon.errors import UserError, counted
 
 COPIES = ("PANCREAS_0002", "PANCREAS_0025", "PANCREAS_0070")
-FEWEST_SLICES = 10  # of a CT; fewer are scouts or remains of a download
+FEWEST_SLICES = 10  # of a CT; folders with fewer files are scouts or incomplete downloads
 _NIFTI = re.compile(r"PANCREAS_?(\d{4})\.nii(?:\.gz)?", re.IGNORECASE)
 _LABEL = re.compile(r"label_?(\d{4})\.nii(?:\.gz)?", re.IGNORECASE)
 _FOLDER = re.compile(r"PANCREAS_?(\d{4})", re.IGNORECASE)
 _H5_SPACING = (1.0, 1.0, 1.0)
 _PLAUSIBLE_HU = (-100, 250)
-_SMALLEST_SHARE = 0.9  # of the label's voxels that are plausible
+_SMALLEST_FRACTION = 0.9  # of label voxels with plausible intensity
 
 
 @dataclass(frozen=True)
 class _Family:
-    """The h5 files of one recipe."""
+    """File names of h5 files that were preprocessed by one recipe."""
 
     pattern: str
     recipe: str
@@ -59,28 +62,41 @@ class _Family:
 
 _FAMILIES = (
     _Family(
-        r"image(\d{4})_norm\.h5", "MC-Net's: 1 mm on all axes, cropped to the label's box and 25 voxels in x and y"
+        r"image(\d{4})_norm\.h5",
+        "MC-Net: 1 mm on all axes, cropped to the label's bounding box plus 25 voxels in x and y",
     ),
     _Family(
         r"(?:pancreas_(\d{3})|(\d{4}))\.h5",
-        "CoraNet's and BCP's: cropped to the label's box and 25 voxels; 1 mm in x and y, in z only nearly, since they "
-        "were resampled there with the spacing of x",
+        "CoraNet and BCP: cropped to the label's bounding box plus 25 voxels; 1 mm in x and y, but only approximately "
+        "in z, since z was resampled with the spacing of x",
     ),
-    _Family(r"PANCREAS_(\d{4})\.h5", "DyCON's: its recipe is not published, 1 mm is what the others have"),
+    _Family(r"PANCREAS_(\d{4})\.h5", "DyCON: the recipe is not published; 1 mm is assumed as for the others"),
 )
 
 
 def plan(source: Path, *, protocol: Protocol | None = None, keep_duplicates: bool = False) -> Plan:
-    """List the cases below `source` without opening an image; with `keep_duplicates` 0025 and 0070, too."""
+    """List the cases below `source` without opening an image.
+
+    Args:
+        source: folder that contains images and labels.
+        protocol: unused; the published splits need no other options.
+        keep_duplicates: keep 0025 and 0070, which are copies of 0002.
+
+    Raises:
+        UserError: files are missing or ambiguous.
+    """
     entries = entries_below(source)
     native, labels, warnings = _native(entries)
     h5, recipe = _h5(entries)
     if native and h5:
-        raise UserError(f"{source} has CT ({next(iter(native.values()))}) and normalized h5 files; take one of them")
+        raise UserError(
+            f"{source} has CT ({next(iter(native.values()))}) and normalized h5 files; name a folder with one "
+            "of them by -i"
+        )
     if not native and not h5:
         raise UserError(
             f"no case found in {source}; expected 'Pancreas-CT/PANCREAS_0001/.../1-001.dcm', 'PANCREAS_0001.nii.gz' or "
-            "h5 files below"
+            "h5 files below; correct -i"
         )
     if native and not labels:
         raise UserError(f"{source} has no label0001.nii.gz; unpack TCIA_pancreas_labels-02-05-2017.zip into it")
@@ -95,7 +111,7 @@ def plan(source: Path, *, protocol: Protocol | None = None, keep_duplicates: boo
     )
     data_set = DataSet(
         name="PancreasCT",
-        # With the name CT, nnU-Net would take what is normalized already for Hounsfield units.
+        # nnU-Net would normalize a channel called CT as Hounsfield units, but h5 files are already normalized.
         channel_names=("normalized_CT",) if h5 else ("CT",),
         labels={"background": 0, "pancreas": 1},
         label_values={0: 0, 1: 1},
@@ -117,7 +133,7 @@ def plan(source: Path, *, protocol: Protocol | None = None, keep_duplicates: boo
 
 
 def _native(entries: Sequence[Path]) -> tuple[dict[str, Path], dict[str, Path], list[str]]:
-    """Case -> NIfTI file or folder of a DICOM series; case -> label; warnings."""
+    """Return case -> NIfTI file or folder of a DICOM series, case -> label, and warnings."""
     images: dict[str, Path] = {}
     labels: dict[str, Path] = {}
     slices: dict[Path, int] = {}
@@ -137,14 +153,16 @@ def _native(entries: Sequence[Path]) -> tuple[dict[str, Path], dict[str, Path], 
         if count < FEWEST_SLICES:
             warnings.append(f"{folder} has only {count} DICOM files and is skipped")
         elif not matches:
-            raise UserError(f"{folder}: of which case are these DICOM files? They must lie in a folder PANCREAS_0001")
+            raise UserError(
+                f"{folder}: unknown case of these DICOM files; move them below a folder named like PANCREAS_0001"
+            )
         else:
             _add(images, matches[-1][1], folder, "image")
     return images, labels, warnings
 
 
 def _h5(entries: Sequence[Path]) -> tuple[dict[str, Path], str]:
-    """Case -> h5 file, and by which recipe they were made."""
+    """Return case -> h5 file, and a description of how the files were preprocessed."""
     families: dict[str, dict[str, Path]] = {}
     for file in entries:
         for family in _FAMILIES:
@@ -153,7 +171,7 @@ def _h5(entries: Sequence[Path]) -> tuple[dict[str, Path], str]:
                 _add(families.setdefault(family.recipe, {}), number, file, "image")
     if len(families) > 1:
         one, other = (next(iter(files.values())) for files in list(families.values())[:2])
-        raise UserError(f"{one} and {other} are of different recipes; convert them one by one")
+        raise UserError(f"{one} and {other} were preprocessed differently; convert them separately")
     return next(((files, recipe) for recipe, files in families.items()), ({}, ""))
 
 
@@ -165,6 +183,7 @@ def _add(found: dict[str, Path], number: str, path: Path, what: str) -> None:
 
 
 def _read_label(path: Path, images: Sequence[sitk.Image], report: CaseReport) -> sitk.Image:
+    """Read a label, reoriented to the grid of the image if their axes differ, and check the intensities under it."""
     label = read_volume(path)
     if difference(label, images[0]):
         label = reoriented(label, images[0])
@@ -175,8 +194,11 @@ def _read_label(path: Path, images: Sequence[sitk.Image], report: CaseReport) ->
 
 
 def _check_intensities(image: sitk.Image, label: sitk.Image, report: CaseReport) -> None:
-    """Warn if the label marks what cannot be a pancreas, or would mark something more uniform if it were flipped: then
-    its header is probably wrong. (PANCREAS_0001 would pass the first test however it is flipped.)"""
+    """Warn if the header of the label is probably wrong.
+
+    This is the case if the intensities under the label are implausible, or if they would be more uniform with the label
+    flipped. (PANCREAS_0001 passes the first test with any flip.)
+    """
     hounsfield = sitk.GetArrayViewFromImage(image)
     marked = np.nonzero(sitk.GetArrayViewFromImage(label))
     if not marked[0].size:
@@ -189,15 +211,17 @@ def _check_intensities(image: sitk.Image, label: sitk.Image, report: CaseReport)
         values = hounsfield[places]
         spreads[flipped] = float(values.std())
         if not any(flipped):
-            share = float(np.mean((values >= _PLAUSIBLE_HU[0]) & (values <= _PLAUSIBLE_HU[1])))
-    report.facts["share_of_label_with_plausible_hu"] = round(share, 4)
-    if share < _SMALLEST_SHARE:
+            fraction = float(np.mean((values >= _PLAUSIBLE_HU[0]) & (values <= _PLAUSIBLE_HU[1])))
+    report.facts["share_of_label_with_plausible_hu"] = round(fraction, 4)
+    if fraction < _SMALLEST_FRACTION:
         lowest, highest = _PLAUSIBLE_HU
-        report.warnings.append(f"only {share:.0%} of the label lies in {lowest} to {highest} HU; is it misaligned?")
+        report.warnings.append(
+            f"only {fraction:.0%} of the label is within {lowest} to {highest} HU; it may be misaligned"
+        )
     best = min(spreads, key=lambda flipped: spreads[flipped])
     if any(best):
         axes = " and ".join(axis for axis, flip in zip("zyx", best) if flip)
         report.warnings.append(
-            f"the label would mark more uniform tissue (standard deviation {spreads[best]:.0f} instead of "
-            f"{spreads[False, False, False]:.0f} HU) if it were flipped along {axes}; look at the overlay"
+            f"tissue under the label would be more uniform (standard deviation {spreads[best]:.0f} instead of "
+            f"{spreads[False, False, False]:.0f} HU) if it were flipped along {axes}; check the overlay"
         )

@@ -1,4 +1,4 @@
-"""Published splits: the lists lie in published_splits, one JSON file each, with the faults that are known of them."""
+"""Published splits (protocols), stored in published_splits as one JSON file each, with their known faults."""
 
 import json
 from dataclasses import dataclass
@@ -12,13 +12,13 @@ class Protocol:
     """A published split.
 
     Attributes:
-        name: what --protocol takes.
-        source: who published it.
-        published_labeled: the numbers of labeled cases in publications, always the first ones of `train`.
-        faults: what is wrong with it, or with how it was used.
-        train: identifiers in the published order.
-        val: identifiers; for choosing settings.
-        test: identifiers.
+        name: the value of --protocol.
+        source: the publication of the split.
+        published_labeled: numbers of labeled cases in publications, always the first cases of `train`.
+        faults: known faults of the split or of its use in publications.
+        train: identifiers of training cases in the published order.
+        val: identifiers of cases for choosing settings.
+        test: identifiers of test cases.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Protocol:
 
 
 def published(converter: str, name: str) -> Protocol:
-    """The protocol `name` of a converter; the registry has the names."""
+    """Load the protocol `name` of a converter; names are listed in the registry."""
     content = json.loads((_FOLDER / f"{converter}_{name}.json").read_text(encoding="utf-8"))
     source = content.pop("source")
     return Protocol(name, source, **{key: tuple(value) for key, value in content.items()})

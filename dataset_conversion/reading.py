@@ -1,4 +1,4 @@
-"""Reading the sources: whole files only, one grid for all of a case, and an error that names the file."""
+"""Reading of source files, with one-line errors that name the file, and comparison of grids."""
 
 import locale
 import os
@@ -16,15 +16,17 @@ from nnunet_dycon.dataset_conversion.report import CaseReport
 from nnunet_dycon.errors import UserError, first_line
 from nnunet_dycon.files import require_whole
 
-GEOMETRY_TOLERANCE = 1e-3  # mm, and cosines: headers store float32
-_NOTICED_ENDINGS = (".nrrd", ".nhdr", ".mha", ".mhd")  # SimpleITK itself notices that such a file is cut short
-_Z_TOLERANCE = 0.01  # of the step between DICOM slices
+GEOMETRY_TOLERANCE = 1e-3  # in mm, and for cosines; headers store float32
+_CHECKED_ENDINGS = (".nrrd", ".nhdr", ".mha", ".mhd")  # SimpleITK raises an error if such a file is truncated
+_Z_TOLERANCE = 0.01  # relative to the distance of DICOM slices
 _NUMBER, _POSITION, _ORIENTATION = "0020|0013", "0020|0032", "0020|0037"
 
 
 def entries_below(folder: Path) -> list[Path]:
-    """All files and folders below a folder, sorted. Links to folders are followed, but no folder is entered twice, nor
-    one that the folder itself lies in."""
+    """Return all files and folders below a folder, sorted.
+
+    Links to folders are followed, but no folder is entered twice, and no parent of the folder is entered.
+    """
     entries: list[Path] = []
     entered = set(folder.resolve().parents)
     waiting = [folder]
@@ -41,8 +43,8 @@ def entries_below(folder: Path) -> list[Path]:
 
 
 def read_volume(path: Path, report: CaseReport | None = None) -> sitk.Image:
-    """A 3D image with one value per voxel, from a file or from the folder of one DICOM series."""
-    with told_as_unreadable(path), _keeping_locale():
+    """Read a 3D image with one value per voxel from a file or from a folder with one DICOM series."""
+    with reading_errors(path), _keeping_locale():
         image = _read_series(path, report or CaseReport()) if path.is_dir() else _read_file(path)
     if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
         raise UserError(f"{path}: expected a 3D volume with one value per voxel; convert it or leave the case out")
@@ -50,8 +52,8 @@ def read_volume(path: Path, report: CaseReport | None = None) -> sitk.Image:
 
 
 def read_3d_or_4d(path: Path) -> list[sitk.Image]:
-    """The channels of a file: the 3D images along the fourth axis of a 4D image, or a 3D image alone."""
-    with told_as_unreadable(path), _keeping_locale():
+    """Read the channels of a file: the 3D images along the fourth axis of a 4D image, or a single 3D image."""
+    with reading_errors(path), _keeping_locale():
         image = _read_file(path)
     if image.GetDimension() not in (3, 4) or image.GetNumberOfComponentsPerPixel() != 1:
         raise UserError(f"{path}: expected a 3D or 4D image with one value per voxel; repair it or leave the case out")
@@ -61,18 +63,18 @@ def read_3d_or_4d(path: Path) -> list[sitk.Image]:
 
 
 def read_channels(paths: Sequence[Path], report: CaseReport) -> list[sitk.Image]:
-    """A DataSet's `read_images` where nothing is special."""
+    """Read one file per channel; the default `read_images` of a DataSet."""
     return [read_volume(path, report) for path in paths]
 
 
 def read_mask(path: Path, images: Sequence[sitk.Image], report: CaseReport) -> sitk.Image:
-    """A DataSet's `read_label` where nothing is special."""
+    """Read a label file; the default `read_label` of a DataSet."""
     return read_volume(path)
 
 
 def read_h5(path: Path, key: str, spacing: tuple[float, float, float], axes: str = "xyz") -> sitk.Image:
-    """An image from the dataset `key` of an h5 file with the axes "xyz" or "zyx"; the other datasets are not read."""
-    with told_as_unreadable(path), h5py.File(path, "r") as file:
+    """Read an image from the dataset `key` of an h5 file with the axes "xyz" or "zyx"; spacing in mm."""
+    with reading_errors(path), h5py.File(path, "r") as file:
         data = file[key]
         if not (isinstance(data, h5py.Dataset) and data.ndim == 3 and data.size and data.dtype.kind in "biuf"):
             raise UserError(f"{path}: expected a 3D volume in {key!r}; download it again or leave the case out")
@@ -85,7 +87,7 @@ def read_h5(path: Path, key: str, spacing: tuple[float, float, float], axes: str
 def read_h5_channels(
     paths: Sequence[Path], report: CaseReport, *, spacing: tuple[float, float, float], axes: str = "xyz"
 ) -> list[sitk.Image]:
-    """A DataSet's `read_images`, given its spacing, where each case is one h5 file of the community's."""
+    """Read the image of an h5 file; a `read_images` of a DataSet once its spacing is given."""
     return [read_h5(path, "image", spacing, axes) for path in paths]
 
 
@@ -97,12 +99,12 @@ def read_h5_mask(
     spacing: tuple[float, float, float],
     axes: str = "xyz",
 ) -> sitk.Image:
-    """A DataSet's `read_label` for the same files."""
+    """Read the label of an h5 file; a `read_label` of a DataSet once its spacing is given."""
     return read_h5(path, "label", spacing, axes)
 
 
 def _type_of_simpleitk(kind: np.dtype) -> np.dtype:
-    """The type itself, in the byte order of this machine, or the next one that SimpleITK knows."""
+    """Return a data type that SimpleITK supports: the same in native byte order, or else the nearest."""
     if kind.kind == "b":
         return np.dtype(np.uint8)
     if kind.kind == "f":
@@ -111,17 +113,19 @@ def _type_of_simpleitk(kind: np.dtype) -> np.dtype:
 
 
 def difference(first: sitk.Image, second: sitk.Image) -> str | None:
-    """In what the grids of two images differ, with both values; None if they are the same."""
+    """Return the first property in which two grids differ, with both values, or None for the same grid."""
     for what in ("Size", "Spacing", "Origin", "Direction"):
         values, others = (getattr(each, f"Get{what}")() for each in (first, second))
         if len(values) != len(others) or not np.allclose(values, others, rtol=0, atol=GEOMETRY_TOLERANCE):
-            return f"{what.lower()}: {_told(values)} and {_told(others)}"
+            return f"{what.lower()}: {_formatted(values)} and {_formatted(others)}"
     return None
 
 
 def reoriented(image: sitk.Image, reference: sitk.Image) -> sitk.Image:
-    """The image on the grid of the reference if it differs from that only by the order or direction of its axes, so
-    that no voxel is interpolated or lost; else the image as it is."""
+    """Return the image on the grid of the reference if they differ only in order or direction of the axes.
+
+    In this case no voxel is interpolated or lost. Otherwise the image is returned unchanged.
+    """
     if difference(image, reference) is None or sorted(image.GetSize()) != sorted(reference.GetSize()):
         return image
     corners = np.array([(0, 0, 0), np.array(reference.GetSize()) - 1]).tolist()
@@ -129,7 +133,7 @@ def reoriented(image: sitk.Image, reference: sitk.Image) -> sitk.Image:
         image.TransformPhysicalPointToContinuousIndex(reference.TransformIndexToPhysicalPoint(corner))
         for corner in corners
     ]
-    # Axes of the reference in voxels of the image: a permutation of the axes, with signs, and nothing else.
+    # Axes of the reference in voxels of the image must be a permutation of the axes, up to signs.
     directions = [np.reshape(each.GetDirection(), (3, 3)) * each.GetSpacing() for each in (image, reference)]
     axes = np.linalg.solve(*directions)
     lowest, highest = np.sort(np.array(places), axis=0)
@@ -143,19 +147,21 @@ def reoriented(image: sitk.Image, reference: sitk.Image) -> sitk.Image:
 
 
 @contextmanager
-def told_as_unreadable(path: Path) -> Iterator[None]:
-    """Turn what the file system, SimpleITK, nibabel and h5py raise into one line."""
+def reading_errors(path: Path) -> Iterator[None]:
+    """Turn errors of the file system, SimpleITK, nibabel and h5py into a one-line UserError that names the file."""
     try:
         yield
     except (OSError, EOFError, zlib.error, RuntimeError, KeyError, ValueError) as error:
         lines = str(error).strip().splitlines()
-        reason = lines[-1] if lines and isinstance(error, RuntimeError) else first_line(error)  # SimpleITK: a trace
+        reason = (
+            lines[-1] if lines and isinstance(error, RuntimeError) else first_line(error)
+        )  # SimpleITK prepends a trace
         raise UserError(f"cannot read {path}: {reason}; download it again or leave the case out") from None
 
 
 @contextmanager
 def _keeping_locale() -> Iterator[None]:
-    """ITK leaves the process with the locale C, in which text files are ASCII, when it reads .vtk."""
+    """Restore the locale: ITK sets it to C when it reads .vtk, in which text files are ASCII."""
     before = locale.setlocale(locale.LC_ALL)
     try:
         yield
@@ -165,36 +171,38 @@ def _keeping_locale() -> Iterator[None]:
 
 def _read_file(path: Path) -> sitk.Image:
     if path.suffix.lower() in (".tif", ".tiff"):
-        raise ValueError("TIFF holds no spacing in mm, and its end cannot be told; convert it to NRRD or NIfTI")
-    if path.suffix.lower() in _NOTICED_ENDINGS:
+        raise ValueError(
+            "TIFF has no spacing in mm, and truncated files cannot be detected; convert it to NRRD or NIfTI"
+        )
+    if path.suffix.lower() in _CHECKED_ENDINGS:
         require_whole(path)
     else:
-        from nnunet_dycon.data.images import check_file  # here: brings torch along
+        from nnunet_dycon.data.images import check_file  # imported here, since it imports torch
 
-        check_file(path)  # SimpleITK makes up the rest of one cut short, and reads 0 for NaN
+        check_file(path)  # SimpleITK fills truncated files and reads NaN as 0
     return sitk.ReadImage(str(path))
 
 
 def _read_series(folder: Path, report: CaseReport) -> sitk.Image:
-    """A DICOM series, whose slices must lie at equal distances; in the direction in which they were acquired."""
+    """Read a DICOM series with slices at equal distances, in the direction of its orientation."""
     series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
     if not series:
-        raise UserError(f"{folder} holds no DICOM series that can be read; download it again or leave the case out")
+        raise UserError(f"{folder} has no readable DICOM series; download it again or leave the case out")
     if len(series) > 1:
-        raise UserError(f"{folder}: expected one DICOM series, found {len(series)}; leave one of them there")
+        raise UserError(f"{folder}: expected one DICOM series, found {len(series)}; keep one of them")
     files = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series[0])
     if unread := sorted({str(file) for file in folder.glob("*.dcm")} - set(files)):
-        raise UserError(f"{unread[0]}: cannot be read as a slice of its series; download it again")
+        raise UserError(f"cannot read {unread[0]} as a slice of its series; download it again")
     reader = sitk.ImageSeriesReader()
-    reader.SetFileNames(_in_equal_steps(files))
+    reader.SetFileNames(_sorted_by_position(files))
     reader.MetaDataDictionaryArrayUpdateOn()
     image = reader.Execute()
     _check_numbers(reader, len(files), report)
     return image
 
 
-def _in_equal_steps(files: Sequence[str]) -> list[str]:
-    """The slices by their place. UserError, naming two, if they lie at one place or one between them is missing."""
+def _sorted_by_position(files: Sequence[str]) -> list[str]:
+    """Sort slices by position; raise UserError if two are at the same position or one is missing in between."""
     reader = sitk.ImageFileReader()
     places = {}
     for file in files:
@@ -211,7 +219,7 @@ def _in_equal_steps(files: Sequence[str]) -> list[str]:
     for (first, second), step in zip(pairwise(files), steps):
         names = f"{first} and {Path(second).name}"
         if step < GEOMETRY_TOLERANCE:
-            raise UserError(f"{names} lie at the same place; delete one")
+            raise UserError(f"{names} are at the same position; delete one")
         if abs(step - usual) > _Z_TOLERANCE * usual:
             raise UserError(
                 f"{names} are {step:g} mm apart, others {usual:g} mm: a slice is missing or displaced; download the "
@@ -221,7 +229,7 @@ def _in_equal_steps(files: Sequence[str]) -> list[str]:
 
 
 def _check_numbers(reader: sitk.ImageSeriesReader, slices: int, report: CaseReport) -> None:
-    """Warn if the numbers of the slices, where they all have one, do not begin with 0 or 1, or leave one out."""
+    """Warn if the slice numbers, if all slices have one, do not start with 0 or 1 or are not consecutive."""
     tags = [
         reader.GetMetaData(index, _NUMBER).strip() for index in range(slices) if reader.HasMetaDataKey(index, _NUMBER)
     ]
@@ -230,9 +238,9 @@ def _check_numbers(reader: sitk.ImageSeriesReader, slices: int, report: CaseRepo
     numbers = sorted(map(int, tags))
     if numbers[0] > 1 or numbers != list(range(numbers[0], numbers[0] + slices)):
         report.warnings.append(
-            f"{slices} DICOM slices are numbered {numbers[0]} to {numbers[-1]}: is one missing at an end of the scan?"
+            f"{slices} DICOM slices are numbered {numbers[0]} to {numbers[-1]}: the first or last slice may be missing"
         )
 
 
-def _told(values: Sequence[float]) -> str:
+def _formatted(values: Sequence[float]) -> str:
     return "(" + ", ".join(f"{value:.6g}" for value in values) + ")"

@@ -1,4 +1,4 @@
-"""What a conversion leaves behind beside the data: conversion_report.json and a picture of a few cases."""
+"""Report of a conversion: conversion_report.json, and conversion_overlay.png with a few labeled cases."""
 
 import platform
 from collections.abc import Mapping, Sequence
@@ -25,13 +25,13 @@ _VERSIONS_OF = ("nnunetv2", "SimpleITK", "numpy")
 
 @dataclass
 class CaseReport:
-    """What a converter has to say of one case: facts, and warnings that the user is told."""
+    """Facts and warnings of a converter about one case, for the report; warnings are also printed."""
 
     facts: dict[str, object] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
     def of_case(self, role: str, case: Case, images: Sequence[sitk.Image], label: sitk.Image | None) -> dict:
-        """The entry of the case in conversion_report.json; `intensity_under_label` has one value per channel."""
+        """Return the entry of the case in conversion_report.json; `intensity_under_label` has one entry per channel."""
         entry: dict[str, object] = {"role": role, "images": [str(path) for path in case.images]}
         if label is not None:
             entry["label"] = str(case.label)
@@ -60,15 +60,17 @@ def report_on_all(
     cases: Mapping[str, dict[str, Any]],
     warnings: Sequence[str],
 ) -> dict:
-    """What conversion_report.json holds: `cases` as they are, and above them what concerns all."""
+    """Return the content of conversion_report.json: the entries `cases`, and what applies to all of them."""
     empty = [name for name, case in cases.items() if set(case.get("label_voxels", {"1": 1})) == {"0"}]
-    told = [*warnings, *assignment.warnings]
-    told += [f"case {name}: {warning}" for name, case in cases.items() for warning in case["warnings"]]
+    all_warnings = [*warnings, *assignment.warnings]
+    all_warnings += [f"case {name}: {warning}" for name, case in cases.items() for warning in case["warnings"]]
     if scored := [name for name in empty if cases[name]["role"] in ("val", "test")]:
         one, many = "case of val or test has an empty label", "cases of val or test have an empty label"
-        told.append(counted(scored, f"{one}, so no Dice", f"{many}, so no Dice"))
+        all_warnings.append(counted(scored, f"{one}, so no Dice", f"{many}, so no Dice"))
     elif empty:
-        told.append(counted(empty, "case has an empty label and is kept", "cases have an empty label and are kept"))
+        all_warnings.append(
+            counted(empty, "case has an empty label and is kept", "cases have an empty label and are kept")
+        )
     versions = {"nnunet-dycon": __version__, "python": platform.python_version()}
     return {
         "data_set": data_set.name,
@@ -78,14 +80,14 @@ def report_on_all(
         "number_of_cases": {role: len(assignment.cases[role]) for role in FOLDERS},
         "left_out": dict(assignment.left_out),
         "empty_labels": empty,
-        "warnings": told,
+        "warnings": all_warnings,
         "versions": versions | {name: version(name) for name in _VERSIONS_OF},
         "cases": cases,
     }
 
 
 def draw_overlays(folder: Path, cases: Sequence[Case], data_set: "DataSet") -> None:
-    """Write conversion_overlay.png: a few labeled cases, each in the slice with most foreground, every channel."""
+    """Write conversion_overlay.png: all channels of a few labeled cases in the slice with most foreground."""
     from matplotlib import style
     from matplotlib.patches import Patch
 
@@ -97,7 +99,7 @@ def draw_overlays(folder: Path, cases: Sequence[Case], data_set: "DataSet") -> N
     rows = [slices_of(folder, identifier) for identifier in chosen]
     channels = len(rows[0][0])
     values = sorted({int(value) for *_, label, _ in rows for value in np.unique(label) if value})
-    # Of the regions that a value belongs to, the last one is the innermost.
+    # A value is named after the last region that contains it, the innermost one.
     names = {value: name for name, region in data_set.labels.items() for value in np.atleast_1d(region).tolist()}
     with style.context("default"):
         heights = [2.6 * aspect * images[0].shape[0] / images[0].shape[1] for images, *_, aspect in rows]
@@ -125,9 +127,12 @@ def draw_overlays(folder: Path, cases: Sequence[Case], data_set: "DataSet") -> N
 
 
 def slices_of(folder: Path, identifier: str) -> tuple[list[np.ndarray], int, np.ndarray, float]:
-    """All channels (Y, X) in the slice with most foreground, its index, the label (Y, X), and the aspect of a voxel.
+    """Return the slice of a case with most foreground.
 
-    Turned so that rows go from anterior to posterior and columns from right to left, as radiologists look at slices.
+    Rows go from anterior to posterior and columns from right to left, as usual in radiology.
+
+    Returns:
+        All channels (Y, X) of the slice, its index, the label (Y, X), and the aspect ratio of a voxel.
     """
     label = sitk.DICOMOrient(sitk.ReadImage(str(folder / "labelsTr" / f"{identifier}.nii.gz")), "LPS")
     files = sorted((folder / "imagesTr").glob(f"{escape(identifier)}_[0-9][0-9][0-9][0-9].nii.gz"))

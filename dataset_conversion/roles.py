@@ -1,4 +1,4 @@
-"""Which case gets which role: labeled, unlabeled, for choosing settings (val), or held out (test)."""
+"""Roles of cases: labeled, unlabeled, val (for choosing settings) or test."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ import numpy as np
 from nnunet_dycon.dataset_conversion.protocols import Protocol
 from nnunet_dycon.errors import UsageError, UserError, counted, first_line
 
-# Role -> folders of images and labels. A role without a label folder cannot reach a label.
+# Role -> folders of images and labels. Labels are never read for a role without a label folder.
 FOLDERS: dict[str, tuple[str, str | None]] = {
     "labeled": ("imagesTr", "labelsTr"),
     "unlabeled": ("imagesUn", None),
@@ -20,14 +20,14 @@ FOLDERS: dict[str, tuple[str, str | None]] = {
     "test": ("imagesTs", "labelsTs"),
 }
 _NOT_LISTED = "in no list"
-_ORIGIN = ("left_out", "source", "seed", "sha256")  # what split_record adds to the lists
+_ORIGIN = ("left_out", "source", "seed", "sha256")  # entries that split_record adds to the lists
 
 
 @dataclass(frozen=True)
 class Case:
-    """One scan of the source: a path per channel, and that of the label where there is one.
+    """One scan of the source: a path per channel, and the path of the label, if any.
 
-    A path is a file, or the folder of a DICOM series. `facts` go into the report.
+    A path is a file or the folder of a DICOM series. `facts` are written into the report.
     """
 
     identifier: str
@@ -38,12 +38,12 @@ class Case:
 
 @dataclass(frozen=True)
 class Assignment:
-    """The cases of each role (all keys of FOLDERS), how they were chosen, and who is left out and why."""
+    """Cases of each role (all keys of FOLDERS), how they were chosen, and which cases are left out and why."""
 
     cases: Mapping[str, tuple[Case, ...]]
     rule: str
     left_out: Mapping[str, str] = field(default_factory=dict)
-    seed: int | None = None  # None where nothing was drawn
+    seed: int | None = None  # None if nothing was drawn
     warnings: tuple[str, ...] = ()
 
     def identifiers(self, role: str) -> list[str]:
@@ -56,20 +56,26 @@ class Assignment:
 def assign_by_count(
     training: Sequence[Case], labeled: int | float | None, *, ordered: bool, seed: int, test: Sequence[Case] = ()
 ) -> Assignment:
-    """Keep some labels of the training cases: the first ones if they come in the published order (`ordered`), else a
-    draw, in which the cases of a smaller number are among those of a larger one.
+    """Keep the labels of some training cases and make the others unlabeled.
+
+    The labeled cases are the first ones in the published order (`ordered`), else a random draw. Draws with the same
+    seed are nested: the cases of a smaller number are a subset of those of a larger one.
 
     Args:
-        training: with and without label.
-        labeled: a number of labels, or a float for a share of those that there are, rounded; None keeps all.
-        ordered: the cases come in the published order.
-        seed: of the draw.
-        test: with and without label.
+        training: training cases, with and without label.
+        labeled: number of labels, or a float for a fraction of the existing labels, rounded; None keeps all.
+        ordered: whether the cases are in the published order.
+        seed: random seed of the draw.
+        test: test cases, with and without label.
+
+    Raises:
+        UserError: no training case has a label.
+        UsageError: there are fewer labels than requested.
     """
     candidates = [case for case in training if case.label]
     available, drawn = len(candidates), labeled is not None and not ordered
     if not candidates:
-        raise UserError("no training case with a label was found in the source; at least one is needed")
+        raise UserError("no training case with a label was found in the source; add at least one label or correct -i")
     count = max(1, math.floor(labeled * available + 0.5)) if isinstance(labeled, float) else labeled
     if count is not None and count > available:
         raise UsageError(f"--labeled {count}, but only {available} training cases have a label; choose fewer")
@@ -91,10 +97,16 @@ def assign_by_count(
 def assign_by_file(
     cases: Sequence[Case], split: Path, left_out: Mapping[str, str] | None = None, held_out: Sequence[str] = ()
 ) -> Assignment:
-    """Give each case the role that a JSON file with the lists labeled, unlabeled, val and test names for it.
+    """Assign roles by a JSON file with the lists labeled, unlabeled, val and test.
 
-    `left_out` (identifier -> reason) tells why a case is not among those that there are. The test cases of the data set
-    itself, `held_out`, may be in the list test without a label.
+    Args:
+        cases: all cases of the source.
+        split: the JSON file.
+        left_out: identifier -> reason, for cases that the source has but that are never used.
+        held_out: test cases of the dataset itself, which may be in the list test without a label.
+
+    Raises:
+        UserError: the file is invalid, or a case in it is unknown, left out or lacks its label.
     """
     known = {case.identifier: case for case in cases}
     roles: dict[str, str] = {}
@@ -104,12 +116,15 @@ def assign_by_file(
                 places = role if roles[identifier] == role else f"{roles[identifier]} and {role}"
                 raise UserError(f"{split}: case {identifier} is listed twice (in {places}); list it once")
             if identifier in (left_out or {}):
-                raise UserError(f"{split}: case {identifier} ({role}) is left out: {(left_out or {})[identifier]}")
+                reason = (left_out or {})[identifier]
+                raise UserError(f"{split}: case {identifier} ({role}) is left out: {reason}; remove it from the list")
             if identifier not in known:
                 raise UserError(f"{split}: case {identifier} ({role}) is not in the source; remove it from the list")
             may_lack_label = role == "unlabeled" or (role == "test" and identifier in held_out)
             if known[identifier].label is None and not may_lack_label:
-                raise UserError(f"{split}: case {identifier} is in {role}, but the source has no label for it")
+                raise UserError(
+                    f"{split}: case {identifier} is in {role}, but the source has no label for it; remove it"
+                )
             roles[identifier] = role
     members = {role: tuple(known[key] for key, its_role in roles.items() if its_role == role) for role in FOLDERS}
     return Assignment(members, f"the lists of {split.name}", {key: _NOT_LISTED for key in known if key not in roles})
@@ -122,11 +137,16 @@ def assign_by_protocol(
     not_scored: Mapping[str, str],
     left_out_before: Mapping[str, str],
 ) -> Assignment:
-    """Give each case its published role; of the training cases, the first `labeled` keep their label.
+    """Assign the published roles; the first `labeled` training cases keep their label.
 
-    Cases that the source does not have, or not with the label that val and test need, are left out and told, as are
-    those of `not_scored` (identifier -> reason) where they would be val or test. Those of `left_out_before` are not
-    among the cases, but not absent from the source either.
+    Cases that are missing in the source are reported. Val and test cases without a label are left out.
+
+    Args:
+        cases: all cases of the source.
+        protocol: the published split.
+        labeled: see `assign_by_count`.
+        not_scored: identifier -> reason, for cases to exclude from val and test.
+        left_out_before: identifier -> reason, for cases that the source has but that are never used.
     """
     known = {case.identifier: case for case in cases}
     left_out = {key: f"{_NOT_LISTED} of protocol {protocol.name}" for key in known}
@@ -134,10 +154,10 @@ def assign_by_protocol(
         left_out.pop(identifier, None)
     scored: dict[str, tuple[Case, ...]] = {}
     for role, identifiers in (("val", protocol.val), ("test", protocol.test)):
-        there = [known[key] for key in identifiers if key in known]
-        left_out |= {case.identifier: f"{role} case without a label" for case in there if case.label is None}
-        left_out |= {case.identifier: not_scored[case.identifier] for case in there if case.identifier in not_scored}
-        scored[role] = tuple(case for case in there if case.identifier not in left_out)
+        existing = [known[key] for key in identifiers if key in known]
+        left_out |= {case.identifier: f"{role} case without a label" for case in existing if case.label is None}
+        left_out |= {case.identifier: not_scored[case.identifier] for case in existing if case.identifier in not_scored}
+        scored[role] = tuple(case for case in existing if case.identifier not in left_out)
     training = [known[key] for key in protocol.train if key in known]
     assignment = assign_by_count(training, labeled, ordered=True, seed=0, test=scored["test"])
     warnings = []
@@ -155,7 +175,10 @@ def assign_by_protocol(
 
 
 def split_record(assignment: Assignment) -> dict[str, object]:
-    """Who has which role and why, with a hash by which two data sets can be compared (the order does not count)."""
+    """Return the content of ssl_split.json: the cases of each role, how they were chosen, and a hash of the lists.
+
+    The hash does not depend on the order of the cases, so the splits of two datasets can be compared.
+    """
     lists = {role: assignment.identifiers(role) for role in FOLDERS}
     canonical = json.dumps({role: sorted(lists[role]) for role in sorted(lists)}, separators=(",", ":"))
     digest = hashlib.sha256(canonical.encode()).hexdigest()
@@ -164,9 +187,13 @@ def split_record(assignment: Assignment) -> dict[str, object]:
 
 
 def cross_validation(labeled: Iterable[str]) -> list[dict[str, list[str]]]:
-    """nnU-Net's own folds over the labeled cases, or fewer where there are fewer cases than 5. A single case is both
-    trained on and validated on, because nnU-Net needs one for each."""
-    from nnunetv2.utilities.crossval_split import generate_crossval_split  # here: workers need no scikit-learn
+    """Return nnU-Net's own folds of the labeled cases, fewer than 5 if there are fewer cases.
+
+    A single case is used for training and validation, because nnU-Net requires one of each.
+    """
+    from nnunetv2.utilities.crossval_split import (
+        generate_crossval_split,
+    )  # imported here, since workers do not need scikit-learn
 
     identifiers = sorted(labeled)
     if len(identifiers) == 1:
@@ -175,10 +202,10 @@ def cross_validation(labeled: Iterable[str]) -> list[dict[str, list[str]]]:
 
 
 def listed(text: str, allowed: Iterable[str], flag: str) -> list[str]:
-    """The entries of a text with commas, each of which must be allowed, and be there once."""
+    """Split a comma-separated option; raise UsageError for entries that are not allowed or repeated."""
     entries = [entry.strip().lower() for entry in text.split(",")]
     if not set(entries) <= set(allowed) or len(set(entries)) < len(entries):
-        raise UsageError(f"{flag} {text}: choose of {', '.join(allowed)}, each once")
+        raise UsageError(f"{flag} {text}: choose from {', '.join(allowed)}, each at most once")
     return entries
 
 
@@ -186,7 +213,7 @@ def _read_split(split: Path) -> dict[str, list[str]]:
     try:
         content = json.loads(split.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the split file {split}: {first_line(error)}; name a JSON file") from None
+        raise UserError(f"cannot read the split file {split}: {first_line(error)}; name a valid JSON file") from None
     if not isinstance(content, dict):
         raise UserError(f"{split}: expected a JSON object with the lists {', '.join(FOLDERS)}")
     if unknown := sorted(content.keys() - {*FOLDERS, *_ORIGIN}):

@@ -1,7 +1,7 @@
-"""What all converters share: nnU-Net's raw format with unlabeled cases beside it, a report and a picture.
+"""Writer of all converters: nnU-Net's raw format with a folder of unlabeled cases, a report and an overlay.
 
-The labels of unlabeled cases are neither written nor opened. All is written into a hidden folder beside the final one,
-which takes its name at the end; an interrupted conversion goes on there.
+Labels of unlabeled cases are neither read nor written. All files are written into a hidden folder next to the final one
+and renamed at the end; an interrupted conversion resumes from that folder.
 """
 
 import hashlib
@@ -30,36 +30,36 @@ from nnunet_dycon.processes import map_cases
 
 FILE_ENDING = ".nii.gz"
 _KEPT_TYPES = (sitk.sitkUInt8, sitk.sitkInt8, sitk.sitkUInt16, sitk.sitkInt16, sitk.sitkFloat32)
-_FAULTS_TOLD, _WARNINGS_TOLD = 5, 20
-_RECORDS, _LOCK, _SETTINGS = ".records", ".lock", ".settings"  # in the hidden folder only
+_FAULTS_SHOWN, _WARNINGS_SHOWN = 5, 20
+_RECORDS, _LOCK, _SETTINGS = ".records", ".lock", ".settings"  # only in the hidden folder
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """What is the same for all cases. The readers must be picklable; both give images (x, y, z) with spacing in mm."""
+    """Properties common to all cases. The readers must be picklable and return images (x, y, z) with spacing in mm."""
 
     name: str
     channel_names: tuple[str, ...]
-    labels: Mapping[str, int | tuple[int, ...]]  # several values: a region
+    labels: Mapping[str, int | tuple[int, ...]]  # several values for a region
     label_values: Mapping[int, int]  # value in the source -> value in nnU-Net; any other value is an error
     reference: str
     license: str
     read_images: Callable[[tuple[Path, ...], CaseReport], Sequence[sitk.Image]]  # the first one defines the grid
-    read_label: Callable[[Path, Sequence[sitk.Image], CaseReport], sitk.Image]  # is given the images of the case
+    read_label: Callable[[Path, Sequence[sitk.Image], CaseReport], sitk.Image]  # gets the images of the case
     regions_class_order: tuple[int, ...] | None = None
-    settings: Mapping[str, object] = field(default_factory=dict)  # what the user chose, for the report
+    settings: Mapping[str, object] = field(default_factory=dict)  # options of the user, for the report
 
 
 def new_dataset_folder(dataset_id: int, name: str) -> Path:
-    """The folder nnUNet_raw/DatasetXXX_Name, which must not exist, nor any other data set of this ID. Makes nothing."""
+    """Return the path nnUNet_raw/DatasetXXX_Name without creating it; raise UsageError if the ID is already used."""
     raw = nnunet_folder("nnUNet_raw")
     if not 1 <= dataset_id <= 999:
-        raise UsageError(f"the dataset ID must lie between 1 and 999, got {dataset_id}; choose another with -d")
+        raise UsageError(f"the dataset ID must be between 1 and 999, got {dataset_id}; choose another with -d")
     folder = raw / f"Dataset{dataset_id:03d}_{name}"
     if folder.exists():
         raise UsageError(f"{folder} already exists and is not overwritten; choose another ID with -d or delete it")
-    # nnU-Net stops where an ID has two names in these folders. Preprocessed data of the same name are no better: they
-    # may hold labels that the new split hides.
+    # nnU-Net raises an error if an ID has two names in these folders. Preprocessed data of the same name are rejected,
+    # too: they may contain labels that the new split holds back.
     for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         root = Path(os.environ.get(variable) or raw)
         for other in sorted(root.glob(f"Dataset{dataset_id:03d}*")):
@@ -81,44 +81,46 @@ def write_dataset(
     """Write all cases in nnU-Net's raw format, print a summary with warnings and notes, and return the folder.
 
     Raises:
-        UserError: cases that cannot be converted are named, all at once; the others are kept for the next call.
+        UserError: some cases cannot be converted. The message names all of them; the others are kept for the next call.
     """
-    partial_folder = folder.with_name(f".{folder.name}.partial")  # nnU-Net only looks at names that begin with Dataset
-    with _failing_in_one_line("cannot write into nnUNet_raw", "change its permissions or make room"):
+    partial_folder = folder.with_name(f".{folder.name}.partial")  # nnU-Net ignores names that do not begin with Dataset
+    with _writing_errors("cannot write into nnUNet_raw", "change its permissions or free disk space"):
         partial_folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(partial_folder / _LOCK)
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            raise UserError(f"another conversion writes into {partial_folder}; wait, or take another ID") from None
+            raise UserError(
+                f"another conversion is writing to {partial_folder}; wait, or choose another ID with -d"
+            ) from None
     try:
-        with _failing_in_one_line(f"cannot write into {partial_folder}", "is the disk full?"):
-            _start_or_go_on(partial_folder, data_set, assignment, source)
+        with _writing_errors(f"cannot write into {partial_folder}", "check the free disk space"):
+            _start_or_resume(partial_folder, data_set, assignment, source)
         reports = _write_cases(data_set, assignment, partial_folder, num_processes)
         folds = cross_validation(assignment.identifiers("labeled"))
         report = report_on_all(data_set, assignment, source, reports, warnings)
-        with _failing_in_one_line(f"cannot write into {partial_folder}", "is the disk full?"):
+        with _writing_errors(f"cannot write into {partial_folder}", "check the free disk space"):
             _write_dataset_json(data_set, len(assignment.cases["labeled"]), partial_folder)
             files = {"splits_final": folds, "ssl_split": split_record(assignment), "conversion_report": report}
             for name, content in files.items():
                 _write_json(content, partial_folder / f"{name}.json")
             draw_overlays(partial_folder, assignment.cases["labeled"], data_set)
             partial_folder.rename(folder)
-        # Not before: without them the work could not be gone on with, and under the final name they do no harm.
+        # Removed last: they are needed to resume, and harmless in the final folder.
         shutil.rmtree(folder / _RECORDS, ignore_errors=True)
         for name in (_SETTINGS, _LOCK):
             with suppress(OSError):
                 (folder / name).unlink()
     finally:
         if partial_folder.is_dir() and not any((partial_folder / _RECORDS).glob("*")):
-            shutil.rmtree(partial_folder, ignore_errors=True)  # nothing to go on with
+            shutil.rmtree(partial_folder, ignore_errors=True)  # nothing to resume
         lock.release()
     _print_summary(data_set, assignment, folder, len(folds), report["warnings"], notes)
     return folder
 
 
-def _start_or_go_on(partial_folder: Path, data_set: DataSet, assignment: Assignment, source: Path) -> None:
-    """Empty the folder unless it was begun with the same source, settings and roles."""
+def _start_or_resume(partial_folder: Path, data_set: DataSet, assignment: Assignment, source: Path) -> None:
+    """Empty the folder unless it is from an interrupted conversion with the same source, settings and roles."""
     settings = {
         "source": str(source.resolve()),
         "data_set": [data_set.name, data_set.channel_names, dict(data_set.labels), dict(data_set.settings)],
@@ -141,26 +143,26 @@ def _start_or_go_on(partial_folder: Path, data_set: DataSet, assignment: Assignm
 def _write_cases(
     data_set: DataSet, assignment: Assignment, folder: Path, num_processes: int
 ) -> dict[str, dict[str, Any]]:
-    """Write what an interrupted conversion has not written; return the report of each case."""
+    """Write all cases that an interrupted conversion has not written; return the report of each case."""
     jobs = [(role, case) for role in FOLDERS for case in assignment.cases[role]]
     missing = [job for job in jobs if _recorded(folder, *job) is None]
     if len(missing) < len(jobs):
-        print(f"{len(jobs) - len(missing)} of {len(jobs)} cases are kept of an interrupted conversion, which goes on")
+        print(f"{len(jobs) - len(missing)} of {len(jobs)} cases of an interrupted conversion are kept; resuming")
     write_case = partial(_write_case, data_set, folder)
     results = map_cases(write_case, missing, num_processes, f"converting {data_set.name}")
     faults = {case.identifier: fault for fault, (_, case) in zip(results, missing) if fault}
     if len(faults) == 1:
         raise UserError(*faults.values())
     if faults:
-        told = "; ".join(list(faults.values())[:_FAULTS_TOLD])
-        if others := list(faults)[_FAULTS_TOLD:]:
-            told += f"; likewise {', '.join(others)}"
-        raise UserError(f"{len(faults)} of {len(jobs)} cases cannot be converted, the others are kept: {told}")
+        listed = "; ".join(list(faults.values())[:_FAULTS_SHOWN])
+        if others := list(faults)[_FAULTS_SHOWN:]:
+            listed += f"; also {', '.join(others)}"
+        raise UserError(f"{len(faults)} of {len(jobs)} cases cannot be converted, the others are kept: {listed}")
     return {case.identifier: _recorded(folder, role, case) or {} for role, case in jobs}
 
 
 def _recorded(folder: Path, role: str, case: Case) -> dict[str, Any] | None:
-    """The report of a case that was written from the files that there are now, else None."""
+    """Return the report of a case if it was written from the current files, else None."""
     try:
         record = json.loads((folder / _RECORDS / f"{case.identifier}.json").read_text())
         return record["report"] if record["made_from"] == _stamps(role, case) else None
@@ -169,17 +171,17 @@ def _recorded(folder: Path, role: str, case: Case) -> dict[str, Any] | None:
 
 
 def _stamps(role: str, case: Case) -> list[list[object]]:
-    """Path, size and time of all files that a case is made from."""
+    """Return path, size and modification time of all source files of a case."""
     label = (case.label,) if case.label is not None and FOLDERS[role][1] is not None else ()
     files = [file for path in (*case.images, *label) for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
     return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
 def _write_case(data_set: DataSet, folder: Path, job: tuple[str, Case]) -> str | None:
-    """Write one case, and last a record that it is complete. Return what is wrong with its files, or None.
+    """Write one case and then a record that it is complete; return an error message on its source files, or None.
 
     Raises:
-        UserError: the files are sound, but cannot be written.
+        UserError: the output cannot be written.
     """
     role, case = job
     image_folder, label_folder = FOLDERS[role]
@@ -193,18 +195,19 @@ def _write_case(data_set: DataSet, folder: Path, job: tuple[str, Case]) -> str |
     except UserError as error:
         return str(error)
     except OSError as error:
-        return f"case {case.identifier} cannot be read: {error}; has the source changed meanwhile?"
+        return f"case {case.identifier} cannot be read: {error}; check whether the source has changed meanwhile"
     for channel, image in enumerate(images):
         _write_image(image, folder / image_folder / f"{case.identifier}_{channel:04d}{FILE_ENDING}")
     if label is not None:
         _write_image(label, folder / f"{label_folder}" / f"{case.identifier}{FILE_ENDING}")
     record = {"made_from": stamps, "report": report.of_case(role, case, images, label)}
-    with _failing_in_one_line(f"cannot write into {folder}", "is the disk full?"):
+    with _writing_errors(f"cannot write into {folder}", "check the free disk space"):
         _write_json(record, folder / _RECORDS / f"{case.identifier}.json")
     return None
 
 
 def _read_images(data_set: DataSet, case: Case, report: CaseReport) -> list[sitk.Image]:
+    """Read and check the channels of a case."""
     images: list[sitk.Image] = []
     for path, image in zip(case.images, data_set.read_images(case.images, report), strict=True):
         array = sitk.GetArrayViewFromImage(image)
@@ -214,7 +217,7 @@ def _read_images(data_set: DataSet, case: Case, report: CaseReport) -> list[sitk
             raise UserError(f"{path}: the image is constant on the grid of the case; repair it or leave the case out")
         if images:
             _require_same_grid(case.images[0], images[0], path, image)
-            image.CopyInformation(images[0])  # to the last digit
+            image.CopyInformation(images[0])  # remove differences within the tolerance
         images.append(image if image.GetPixelID() in _KEPT_TYPES else sitk.Cast(image, sitk.sitkFloat32))
     return images
 
@@ -222,6 +225,7 @@ def _read_images(data_set: DataSet, case: Case, report: CaseReport) -> list[sitk
 def _read_label(
     data_set: DataSet, case: Case, path: Path, images: Sequence[sitk.Image], report: CaseReport
 ) -> sitk.Image:
+    """Read the label of a case on the grid of its images, with the values of nnU-Net."""
     label = data_set.read_label(path, images, report)
     _require_same_grid(case.images[0], images[0], path, label)
     label = _mapped(label, data_set.label_values, path)
@@ -230,19 +234,20 @@ def _read_label(
 
 
 def _write_image(image: sitk.Image, path: Path) -> None:
-    with _failing_in_one_line(f"cannot write {path}", "is the disk full?"):
+    with _writing_errors(f"cannot write {path}", "check the free disk space"):
         path.parent.mkdir(exist_ok=True)
         sitk.WriteImage(image, str(path), useCompression=True)
-        require_whole(path)  # SimpleITK does not notice a full disk
+        require_whole(path)  # SimpleITK does not detect a full disk
 
 
 def _require_same_grid(first_file: Path, first: sitk.Image, file: Path, image: sitk.Image) -> None:
-    """nnU-Net works on arrays and would not notice a label that is shifted or flipped against its image."""
+    """Raise UserError if two grids differ: nnU-Net ignores headers and would not detect a shifted or flipped label."""
     if found := difference(first, image):
-        raise UserError(f"{first_file} and {file} differ in {found}; repair or leave out the case")
+        raise UserError(f"{first_file} and {file} differ in {found}; repair the files or leave the case out")
 
 
 def _mapped(label: sitk.Image, label_values: Mapping[int, int], file: Path) -> sitk.Image:
+    """Replace the values of the source by those of nnU-Net; raise UserError for unknown values."""
     array = sitk.GetArrayViewFromImage(label)
     found = np.unique(array).tolist()
     if not set(found) <= set(label_values):
@@ -287,13 +292,13 @@ def _print_summary(
         print(f"  left out  {len(assignment.left_out):4}  {some(list(assignment.left_out))}")
     print(f"  folds     {folds:4}  of the labeled cases, in splits_final.json")
     if len(labeled) == 1:
-        print(f"  note: {labeled[0]} is the only labeled case: fold 0 trains on it and validates on it, too")
+        print(f"  note: {labeled[0]} is the only labeled case: fold 0 uses it for training and validation")
     for note in notes:
         print(f"  {note}")
-    for warning in warnings[:_WARNINGS_TOLD]:
+    for warning in warnings[:_WARNINGS_SHOWN]:
         print(f"warning: {warning}")
-    if len(warnings) > _WARNINGS_TOLD:
-        print(f"warning: {len(warnings) - _WARNINGS_TOLD} more in conversion_report.json")
+    if len(warnings) > _WARNINGS_SHOWN:
+        print(f"warning: {len(warnings) - _WARNINGS_SHOWN} more in conversion_report.json")
     print(f"written to {folder}, with conversion_report.json and conversion_overlay.png; next:")
     print(f"  nnUNetv2_plan_and_preprocess -d {dataset_id} -c 3d_fullres --verify_dataset_integrity")
     if assignment.cases["unlabeled"]:
@@ -301,8 +306,8 @@ def _print_summary(
 
 
 @contextmanager
-def _failing_in_one_line(what: str, remedy: str) -> Iterator[None]:
-    """Turn what the file system and SimpleITK raise into one line."""
+def _writing_errors(what: str, remedy: str) -> Iterator[None]:
+    """Turn errors of the file system and of SimpleITK into a one-line UserError."""
     try:
         yield
     except (OSError, RuntimeError, EOFError) as error:

@@ -1,4 +1,4 @@
-"""What goes into a method's step and what a network gives back. Unlabeled batches have no place for a label."""
+"""Batches of a training step and outputs of a network. Unlabeled batches have no field for labels."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,13 +10,13 @@ Targets = torch.Tensor | list[torch.Tensor]
 
 @dataclass(frozen=True)
 class LabeledBatch:
-    """Patches of labeled cases.
+    """Batch of patches of labeled cases.
 
     Attributes:
         weak: (B, C, *spatial), with spatial and mirror augmentation only.
         strong: (B, C, *spatial), the same patches, voxel by voxel, with nnU-Net's intensity augmentation as well.
-        targets: (B, T, *spatial), as nnU-Net gives them: a label map, T = 1, or a channel for each region, and one more
-            for what is ignored (`nnunet_dycon.label_kinds`). With deep supervision a list, highest resolution first.
+        targets: (B, T, *spatial), nnU-Net's targets: a label map (T = 1), or a channel for each region and one more for
+            ignored voxels (`nnunet_dycon.label_kinds`). With deep supervision a list, highest resolution first.
         keys: the B case identifiers.
     """
 
@@ -30,13 +30,13 @@ class LabeledBatch:
 
     @property
     def full_resolution(self) -> torch.Tensor:
-        """(B, T, *spatial), the target at full resolution."""
+        """Target at full resolution, (B, T, *spatial)."""
         return self.targets[0] if isinstance(self.targets, list) else self.targets
 
 
 @dataclass(frozen=True)
 class UnlabeledBatch:
-    """Patches of unlabeled cases: two views, and no target.
+    """Batch of patches of unlabeled cases: two views, no target.
 
     Attributes:
         weak: (B, C, *spatial), with spatial and mirror augmentation only.
@@ -54,13 +54,13 @@ class UnlabeledBatch:
 
 @dataclass(frozen=True)
 class StudentOutput:
-    """What a network says about a batch of images.
+    """Output of a network for a batch of images.
 
     Attributes:
         logits: (B, K, *spatial) each, highest resolution first; more than one with deep supervision.
-        features: (B, F, *grid) of the tapped encoder stage, or None where no stage is tapped.
-        queries: (B, K, *spatial) each, as logits: the query distribution of a mask transformer at the resolutions of
-            the logits; empty for other networks.
+        features: (B, F, *grid) of the tapped encoder stage, or None if no stage is tapped.
+        queries: (B, K, *spatial) each, the query distribution of a mask transformer as logits, at the resolutions of
+            ``logits``; empty for other networks.
     """
 
     logits: list[torch.Tensor]
@@ -71,11 +71,11 @@ class StudentOutput:
     def of(
         cls, returned: torch.Tensor | Sequence[torch.Tensor], features: torch.Tensor | None = None
     ) -> "StudentOutput":
-        """Of what a network returns: the logits, or with deep supervision a list of them."""
+        """Build the output from the return value of a network: logits, or with deep supervision a list of them."""
         return cls([returned] if isinstance(returned, torch.Tensor) else list(returned), features)
 
     def __getitem__(self, samples: slice) -> "StudentOutput":
-        """The same for some samples of the batch."""
+        """Return the output for a slice of the samples of the batch."""
         return StudentOutput(
             [level[samples] for level in self.logits],
             None if self.features is None else self.features[samples],

@@ -1,4 +1,4 @@
-"""Features for contrastive losses: where they are tapped, how they are embedded, which class a patch has."""
+"""Features for contrastive losses: feature tap, projection head, and labels of patches."""
 
 import math
 from collections.abc import Sequence
@@ -13,17 +13,17 @@ IGNORED_PATCH = -1
 
 @dataclass(frozen=True)
 class FeatureStage:
-    """An encoder stage: the name of its module in the network, and its number of channels."""
+    """Name of the module of an encoder stage in the network, and its number of channels."""
 
     name: str
     channels: int
 
 
 class FeatureTap:
-    """Keeps the output of one module of a network, until it is taken.
+    """Forward hook that stores the output of one module of a network until it is taken.
 
-    A forward hook: the network itself, its state dict and its outputs stay as they are. Nothing is kept while the
-    module is in eval mode (validation, sliding-window prediction), unless ``always`` is set.
+    The network, its state dict and its outputs are unchanged. Nothing is stored while the module is in eval mode
+    (validation, sliding-window prediction), unless ``always`` is set.
     """
 
     def __init__(self, network: nn.Module, name: str, always: bool = False) -> None:
@@ -36,19 +36,20 @@ class FeatureTap:
             self._output = output
 
     def take(self) -> Any:
-        """The output of the latest forward pass, or None; forgets it, so that the graph can be freed.
+        """Return and release the stored output of the latest forward pass, or None.
 
-        That of an encoder stage is (B, F, *grid).
+        The output of an encoder stage is (B, F, *grid).
         """
         output, self._output = self._output, None
         return output
 
 
 class ProjectionHead(nn.Module):
-    """Embeds features for a contrastive loss, patch by patch: linear, layer norm, ReLU, linear.
+    """Projection head for a contrastive loss, applied to each patch: linear, layer norm, ReLU, linear.
 
-    Deviation from the released DyCON (commit 69c1384): layer norm instead of batch norm, which would need buffers in
-    the EMA teacher and another mode in it; features are tapped at stride 8 instead of upsampled from stride 16.
+    Deviations from the released DyCON (commit 69c1384): layer norm instead of batch norm, which would need buffers in
+    the EMA teacher and behave differently in its eval mode; features are tapped at stride 8 instead of upsampled from
+    stride 16.
     """
 
     def __init__(self, channels: int, width: int = 256) -> None:
@@ -58,31 +59,34 @@ class ProjectionHead(nn.Module):
         )
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """(B, F, *grid) to (B, N, D): N is the number of cells of the grid, D the width."""
+        """Embed features (B, F, *grid) as (B, N, D) with the N cells of the grid and the width D."""
         return self.layers(features.flatten(2).transpose(1, 2))
 
 
 def pool_to_patches(volume: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
-    """The mean of (B, *spatial) over each cell of a grid: (B, N), in the order in which `ProjectionHead` flattens.
+    """Average a volume (B, *spatial) over each cell of a grid: (B, N), in the order of `ProjectionHead`.
 
     Raises:
-        ValueError: the grid does not divide the volume. That of a network of nnU-Net's plans always does.
+        ValueError: the grid does not divide the volume. The grid of a network from nnU-Net's plans always does.
     """
-    # By hand, since MPS has no 3D average pooling.
+    # Not avg_pool3d, which MPS does not support.
     split = _split(volume, grid)
     return split.mean(tuple(range(2, split.ndim, 2))).flatten(1)
 
 
 def _split(volume: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
-    """(B, X, Y, Z) to (B, cells of X, voxels a cell, cells of Y, ...)."""
+    """Reshape (B, X, Y, Z) to (B, cells along X, voxels per cell, cells along Y, ...)."""
     spatial = volume.shape[1:]
     if any(size % cells for size, cells in zip(spatial, grid)):
-        raise ValueError(f"a grid of {tuple(grid)} cells does not divide a volume of {tuple(spatial)} voxels")
+        raise ValueError(
+            f"a grid of {tuple(grid)} cells does not divide a volume of {tuple(spatial)} voxels; each size must "
+            "be a multiple of the number of cells"
+        )
     return volume.reshape(len(volume), *(n for size, cells in zip(spatial, grid) for n in (cells, size // cells)))
 
 
 def _cells(volume: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
-    """(B, *spatial) to (B, N, voxels a cell)."""
+    """Reshape (B, *spatial) to (B, N, voxels per cell)."""
     split = _split(volume, grid)
     axes = range(1, split.ndim)
     return split.permute(0, *axes[::2], *axes[1::2]).reshape(len(volume), math.prod(grid), -1)
@@ -90,12 +94,12 @@ def _cells(volume: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class DrawnVoxels:
-    """Some voxels of a batch.
+    """Indices and labels of sampled voxels of a batch.
 
     Attributes:
-        index: (M,), in a batch flattened to (B * voxels).
+        index: (M,), indices into the batch flattened to (B * voxels).
         labels: (M,), integers.
-        valid: (M,), False where there was no voxel to draw.
+        valid: (M,), False for entries without an eligible voxel.
     """
 
     index: torch.Tensor
@@ -103,7 +107,7 @@ class DrawnVoxels:
     valid: torch.Tensor
 
     def of(self, features: torch.Tensor) -> torch.Tensor:
-        """(B, F, *spatial) to (M, F)."""
+        """Return the features (M, F) of the sampled voxels, from (B, F, *spatial)."""
         flat = features.flatten(2)
         voxels = flat.shape[2]
         return flat[self.index // voxels, :, self.index % voxels]
@@ -111,15 +115,15 @@ class DrawnVoxels:
 
 @torch.no_grad()
 def draw_voxels(labels: torch.Tensor, eligible: torch.Tensor, number: int, num_classes: int) -> DrawnVoxels:
-    """Draw so many voxels of each class, or all where there are fewer, each with the same chance.
+    """Sample ``number`` eligible voxels of each class uniformly without replacement, or all if there are fewer.
 
-    M is always ``num_classes`` * ``number``, so that the host need not wait to hear how many there are.
+    M is always ``num_classes`` * ``number`` (at most the number of voxels), so the host does not wait for the device.
 
     Args:
         labels: (B, *spatial), integers.
-        eligible: (B, *spatial), which voxels may be drawn.
-        number: of each class.
-        num_classes: background included.
+        eligible: (B, *spatial), True for voxels that may be drawn.
+        number: the number of voxels per class.
+        num_classes: including background.
     """
     flat = labels.flatten()
     number = min(number, len(flat))
@@ -138,20 +142,21 @@ def patch_labels(
     background_share: float = 0.05,
     known: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Which class each cell of a feature grid belongs to, by the share of its volume.
+    """Return the class of each cell (patch) of a feature grid, by the fraction of its volume.
 
-    A cell with at least ``foreground_share`` of foreground gets the foreground class that fills most of it; one with
-    at most ``background_share`` is background; what lies between is `IGNORED_PATCH`. So a lesion smaller than a cell
-    still makes a foreground patch: 6×6×6 voxels fill 42 % of 8×8×8. Shares are of the annotated voxels; a cell of
-    which less than half is annotated is ignored.
+    A cell with a foreground fraction of at least ``foreground_share`` has the foreground class with the largest volume;
+    a cell with at most ``background_share`` is background; all others are `IGNORED_PATCH`. So a lesion smaller than a
+    cell can still make a foreground patch: 6×6×6 voxels fill 42 % of 8×8×8. The fractions are relative to the annotated
+    voxels; a cell with less than half of its voxels annotated is ignored.
 
     Args:
         label_map: (B, *spatial), integers.
         grid: the number of cells along each spatial axis.
-        num_classes: background included.
-        foreground_share: see above.
-        background_share: see above.
-        known: (B, *spatial), False where a voxel is not annotated; it is background in the label map. None for all.
+        num_classes: including background.
+        foreground_share: the smallest foreground fraction of a foreground cell.
+        background_share: the largest foreground fraction of a background cell.
+        known: (B, *spatial), False for voxels that are not annotated, which must be 0 in the label map. None: all are
+            annotated.
 
     Returns:
         (B, N) integers.
@@ -169,14 +174,14 @@ def patch_codes(
     background_share: float = 0.05,
     known: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Which combination of regions each cell of a feature grid belongs to, as `patch_labels` tells its class.
+    """Return the combination of regions of each cell of a feature grid, in analogy to `patch_labels`.
 
-    Foreground is where any region is. The combination that fills most of it is that of the cell, of equally large ones
-    that with the lowest code. It is one that voxels of the cell have, which a majority in each region by itself need
-    not be. Unlike classes, combinations are too many to be counted one by one.
+    Foreground are the voxels in any region. A foreground cell has the most frequent combination of its foreground
+    voxels, in case of a tie that with the lowest code. Unlike a majority vote for each region, this is always a
+    combination that occurs in the cell. Combinations are sorted and not counted one by one, since there can be many.
 
     Args:
-        codes: (B, *spatial), integers: the combination of each voxel, 0 where there is none.
+        codes: (B, *spatial), integers: the combination of each voxel, 0 for the background.
         grid: the number of cells along each spatial axis.
         foreground_share: as in `patch_labels`.
         background_share: as in `patch_labels`.
@@ -205,10 +210,10 @@ def _classed(
     foreground_share: float,
     background_share: float,
 ) -> torch.Tensor:
-    """The labels of cells by their shares of foreground and of annotated voxels: (B, N) each."""
+    """Return the labels of cells from their fractions of foreground and of annotated voxels: (B, N) each."""
     if annotated is not None:
         foreground = foreground / annotated.clamp(min=1e-6)
-    # A share such as 0.25 of 512 voxels must not fail by rounding.
+    # Tolerance for rounding errors of fractions such as 0.25.
     is_foreground = foreground >= foreground_share - 1e-6
     is_background = foreground <= background_share + 1e-6
     labels = torch.where(is_foreground, largest, torch.where(is_background, 0, IGNORED_PATCH))

@@ -1,6 +1,6 @@
-"""What the student sees: labeled and unlabeled images side by side, or mixed with each other.
+"""Mixing of labeled and unlabeled images in the student's batch: none, CutMix or copy-paste.
 
-A mixture is drawn once a step and then put over images, labels and whatever else lies voxel by voxel beside them.
+A mixture is drawn once per step and applied to images, labels, masks and all other volumes of the same shape.
 """
 
 from collections.abc import Sequence
@@ -15,13 +15,13 @@ MIXTURES = ("none", "cutmix", "copy_paste")
 
 
 class Mixture:
-    """Labeled images, then unlabeled ones, as they are.
+    """Concatenation of labeled and unlabeled images without mixing; base class of the mixtures.
 
     Attributes:
-        truth: (B', *spatial) of the B' images that the student sees, True where they show a labeled image.
+        truth: (B', *spatial) for the B' images of the student's batch, True for voxels from a labeled image.
     """
 
-    cuts_labeled = False  # whether labeled images are cut, too
+    cuts_labeled = False  # whether parts of labeled images are replaced
 
     def __init__(self, labeled: int, unlabeled: int, spatial: Sequence[int], device: torch.device) -> None:
         self._numbers = (labeled, unlabeled)
@@ -29,19 +29,19 @@ class Mixture:
         self.truth[:labeled] = True
 
     def __call__(self, of_labeled: torch.Tensor, of_unlabeled: torch.Tensor) -> torch.Tensor:
-        """(L, [C,] *spatial) and (U, [C,] *spatial) to (B', [C,] *spatial)."""
+        """Mix volumes of labeled (L, [C,] *spatial) and unlabeled (U, [C,] *spatial) images to (B', [C,] *spatial)."""
         return torch.cat([of_labeled, of_unlabeled])
 
     def only_labeled(self, of_labeled: torch.Tensor) -> torch.Tensor:
-        """The same, with 0 where an unlabeled image is shown."""
+        """Mix volumes of labeled images, with 0 for voxels from unlabeled images."""
         return self(of_labeled, of_labeled.new_zeros((self._numbers[1], *of_labeled.shape[1:])))
 
     def only_unlabeled(self, of_unlabeled: torch.Tensor) -> torch.Tensor:
-        """The same, with 0 where a labeled image is shown."""
+        """Mix volumes of unlabeled images, with 0 for voxels from labeled images."""
         return self(of_unlabeled.new_zeros((self._numbers[0], *of_unlabeled.shape[1:])), of_unlabeled)
 
     def on_grid(self, grid: Sequence[int]) -> "Mixture":
-        """The same mixture over a coarser grid of cells, each as its centre is."""
+        """Return the same mixture on a coarser grid: each cell is taken from the image at its center."""
         scaled = copy(self)
         for name, value in vars(self).items():
             if isinstance(value, torch.Tensor) and value.dtype == torch.bool:
@@ -50,9 +50,10 @@ class Mixture:
 
 
 class CutMix(Mixture):
-    """Labeled images as they are, then each unlabeled one with a box of the one before it (arXiv:1905.04899).
+    """CutMix (arXiv:1905.04899) of unlabeled images: each gets a box of the previous one. Labeled images are unchanged.
 
-    A single unlabeled image gets a box of the last labeled one, in which nothing is learned.
+    A single unlabeled image gets a box of the last labeled image. There `only_unlabeled` is 0, so pseudo-labels are not
+    used in the box.
     """
 
     def __init__(self, labeled: int, unlabeled: int, spatial: Sequence[int], device: torch.device, box: float) -> None:
@@ -67,9 +68,10 @@ class CutMix(Mixture):
 
 
 class CopyPaste(Mixture):
-    """Labeled images with a box of an unlabeled one, then unlabeled images with the same box of the labeled one.
+    """Bidirectional copy-paste (BCP, arXiv:2305.00673): a labeled and an unlabeled image exchange a box.
 
-    Bidirectional copy-paste (BCP, arXiv:2305.00673). Of unequal numbers, the fewer are used again.
+    The batch has first the labeled images with an unlabeled box, then the unlabeled images with a labeled box. If the
+    numbers of images differ, those of the smaller number are repeated.
     """
 
     cuts_labeled = True
@@ -89,15 +91,15 @@ class CopyPaste(Mixture):
 def mixture(
     kind: str, labeled: int, unlabeled: int, spatial: Sequence[int], device: torch.device, box: float = BOX
 ) -> Mixture:
-    """Draw one.
+    """Draw a mixture with boxes at random places.
 
     Args:
         kind: "none", "cutmix" or "copy_paste".
         labeled: the number of labeled images.
         unlabeled: the number of unlabeled images.
         spatial: the shape of an image.
-        device: where it will be used.
-        box: the share of each axis that a box takes, in [0, 1].
+        device: the device of the volumes to mix.
+        box: the length of a box as a fraction of each axis, in [0, 1].
 
     Raises:
         ValueError: see `check_mixture`.
@@ -111,18 +113,18 @@ def mixture(
 
 
 def check_mixture(kind: str, box: float) -> None:
-    """Raise ValueError if there is no such kind of mixture, or a box cannot take that share of an axis."""
+    """Raise ValueError if the kind of mixture does not exist or the length of a box is not in [0, 1]."""
     if kind not in MIXTURES:
-        raise ValueError(f"a mixture is one of {', '.join(MIXTURES)}, got {kind!r}")
+        raise ValueError(f"mixing must be one of {', '.join(MIXTURES)}, got {kind!r}")
     if not 0 <= box <= 1:
-        raise ValueError(f"the share of an axis that a box takes must lie in [0, 1], got {box}")
+        raise ValueError(f"box, the length as a fraction of an axis, must be in [0, 1], got {box}")
 
 
 def random_boxes(number: int, spatial: Sequence[int], side: float, device: torch.device) -> torch.Tensor:
-    """(number, *spatial), True inside a box at a random place, which takes the share ``side`` of each axis."""
+    """Draw masks (number, *spatial), True in a box at a random place with the fraction ``side`` of each axis."""
     inside = torch.zeros((number, *spatial), dtype=torch.bool, device=device)
     lengths = [round(side * size) for size in spatial]
-    # Drawn on the CPU: a seed then means the same on every device, and the host never waits for one.
+    # Drawn on the CPU: the same for a seed on every device, and the host does not wait for the device.
     starts = [torch.randint(size - length + 1, (number,)).tolist() for size, length in zip(spatial, lengths)]
     for image, corner in zip(inside, zip(*starts)):
         image[tuple(slice(start, start + length) for start, length in zip(corner, lengths))] = True

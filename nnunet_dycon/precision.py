@@ -1,4 +1,4 @@
-"""The precision in which losses, and similarities in networks, are computed."""
+"""Upcasting of half precision for losses and for similarities in networks."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -11,29 +11,29 @@ Result = TypeVar("Result")
 
 
 def at_least_float32(function: Callable[..., Result]) -> Callable[..., Result]:
-    """Run a loss with autocast off and its half precision tensors as float32.
+    """Decorate a function to run without autocast and with half precision tensors upcast to float32.
 
-    Entropies, exponentials and similarities lose too much in half precision: in float16, exp overflows at 12 and 1e-8
-    is 0. Tensors of higher precision stay as they are, so that gradcheck can be run in float64.
+    Entropies, exponentials and similarities are too inaccurate in half precision: in float16, exp overflows at 12 and
+    1e-8 is 0. Tensors of float32 and float64 are unchanged, so gradcheck can be run in float64.
     """
 
     @wraps(function)
     def in_float32(*arguments, **options):
         device = next(a.device.type for a in (*arguments, *options.values()) if isinstance(a, torch.Tensor))
         with without_autocast(device):
-            return function(*map(widened, arguments), **{name: widened(value) for name, value in options.items()})
+            return function(*map(upcast, arguments), **{name: upcast(value) for name, value in options.items()})
 
     return in_float32
 
 
 def without_autocast(device: str) -> AbstractContextManager:
-    """Autocast off on a type of device."""
-    # Some devices refuse to hear of autocast at all, so it is only switched off where it is on.
+    """Return a context in which autocast is off for a device type such as "cuda"."""
+    # torch.autocast raises for devices that do not support it, so it is switched off only where it is on.
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
-def widened(value):
-    """A tensor of half precision as float32, anything else as it is."""
+def upcast(value):
+    """Return a half precision tensor as float32, and anything else unchanged."""
     if isinstance(value, torch.Tensor) and value.dtype in (torch.float16, torch.bfloat16):
         return value.float()
     return value

@@ -1,4 +1,4 @@
-"""What this package offers, as data: feeds discovery, the command line and the README. Imports nothing heavy."""
+"""Registry of trainers and converters for discovery, command line and README; pure data without heavy imports."""
 
 import re
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ class Trainer:
 
 @dataclass(frozen=True)
 class Option:
-    """A command line option that only one converter has: of type bool a switch, of type list one to give repeatedly."""
+    """Command line option of a single converter; type bool is a switch, type list can be given repeatedly."""
 
     flag: str
     type: type
@@ -53,13 +53,13 @@ class Option:
 
 @dataclass(frozen=True)
 class Converter:
-    """A converter `nnunet_dycon convert NAME`, and the module below nnunet_dycon.dataset_conversion that defines it."""
+    """Converter `nnunet_dycon convert NAME`, defined in a module of nnunet_dycon.dataset_conversion."""
 
     module: str
     summary: str
     reference: str
     options: tuple[Option, ...] = ()
-    protocols: tuple[str, ...] = ()  # published splits, in nnunet_dycon.dataset_conversion
+    protocols: tuple[str, ...] = ()  # names of published splits in dataset_conversion/published_splits
 
 
 # Held to benchmarks/results/la.csv by tests/benchmarks/test_results.py.
@@ -140,7 +140,7 @@ BUILDERS = ("nnUNetTrainerSecondNetwork", "nnUNetTrainerDemo")
 CONVERTERS: dict[str, Converter] = {
     "la": Converter(
         "la",
-        "Left atrium: 100 LGE-MRI of the 2018 Atrial Segmentation Challenge, as NRRD or as the community's h5",
+        "Left atrium: 100 LGE-MRI of the 2018 Atrial Segmentation Challenge, as NRRD or as the h5 files of UA-MT",
         "https://www.cardiacatlas.org/atriaseg2018-challenge/",
         (
             Option(
@@ -148,7 +148,7 @@ CONVERTERS: dict[str, Converter] = {
                 float,
                 0.625,
                 "MM",
-                "isotropic voxel spacing in mm (default: 0.625; the files' own headers say 1.0, which is wrong)",
+                "isotropic voxel spacing in mm (default: 0.625; the headers of the files have 1.0, which is wrong)",
             ),
         ),
         ("uamt",),
@@ -163,17 +163,23 @@ CONVERTERS: dict[str, Converter] = {
                 str,
                 None,
                 "LIST",
-                "dwi, and of adc,flair (default: dwi,adc; with --protocol dwi alone, as in the papers); flair is "
-                "resampled to the grid of dwi",
+                "dwi and optionally adc and flair, separated by commas (default: dwi,adc; with --protocol dwi, as in "
+                "the papers); flair is resampled to the grid of dwi",
             ),
-            Option("--harmonize_adc", bool, False, None, "bring ADC, which comes in three units, to 1e-6 mm^2/s"),
-            Option("--keep_empty", bool, False, None, "keep cases with an empty mask among val and test of a protocol"),
+            Option(
+                "--harmonize_adc",
+                bool,
+                False,
+                None,
+                "convert ADC, which has three different units in the dataset, to 1e-6 mm^2/s",
+            ),
+            Option("--keep_empty", bool, False, None, "keep cases with an empty mask in val and test of a protocol"),
         ),
         ("dycon", "dycon_fold1", "dycon_fold2"),
     ),
     "brats19": Converter(
         "brats19",
-        "Brain tumors: 335 MRI with four modalities of BraTS 2019; .nii.gz, or .nii as re-uploaded",
+        "Brain tumors: 335 MRI with four modalities of BraTS 2019, as NIfTI or as the h5 files of SSL4MIS",
         "https://www.med.upenn.edu/cbica/brats2019/data.html",
         (
             Option(
@@ -181,14 +187,14 @@ CONVERTERS: dict[str, Converter] = {
                 str,
                 None,
                 "LIST",
-                "of t1,t1ce,t2,flair (default: all four; with --protocol flair alone, as in the papers)",
+                "modalities of t1,t1ce,t2,flair (default: all four; with --protocol flair, as in the papers)",
             ),
             Option(
                 "--target",
                 str,
                 "wt",
                 None,
-                "wt: the whole tumor, as in the papers (default); regions: whole tumor, tumor core, enhancing tumor",
+                "wt: the whole tumor, as in the papers (default); regions: whole tumor, tumor core and enhancing tumor",
                 ("wt", "regions"),
             ),
         ),
@@ -196,7 +202,7 @@ CONVERTERS: dict[str, Converter] = {
     ),
     "pancreas_ct": Converter(
         "pancreas_ct",
-        "Pancreas: 80 CT of the NIH (TCIA Pancreas-CT), as DICOM or NIfTI, or as the community's h5",
+        "Pancreas: 80 CT of the NIH (TCIA Pancreas-CT), as DICOM or NIfTI, or as h5 files of MC-Net, BCP or DyCON",
         "https://doi.org/10.7937/K9/TCIA.2016.tNB1kqBU",
         (
             Option(
@@ -204,7 +210,7 @@ CONVERTERS: dict[str, Converter] = {
                 bool,
                 False,
                 None,
-                "keep PANCREAS_0025 and PANCREAS_0070, which are the scan of PANCREAS_0002",
+                "keep PANCREAS_0025 and PANCREAS_0070, which are copies of the scan PANCREAS_0002",
             ),
         ),
         ("dycon", "dycon_fold1", "dycon_fold2", "dycon_fold3", "mcnet"),
@@ -226,33 +232,34 @@ CONVERTERS: dict[str, Converter] = {
     ),
     "folder": Converter(
         "folder",
-        "Your own scans with and without labels: any folder, NIfTI, NRRD, DICOM and other formats, found by patterns",
+        "Own scans with and without labels: any folder with NIfTI, NRRD, DICOM or other formats, found by patterns",
         "your own",
         (
-            Option("--name", str, "Own", "NAME", "of the data set: DatasetXXX_NAME (default: Own)"),
+            Option("--name", str, "Own", "NAME", "name of the dataset, DatasetXXX_NAME (default: Own)"),
             Option(
                 "--channel",
                 list,
                 None,
                 "NAME=PATTERN",
-                "a channel, such as CT='images/{case}.nrrd'; give it once per channel, in their order. In a pattern "
-                "{case} stands for the name of the case, * for anything but a slash, **/ for any folders; one that "
-                "ends in a slash finds folders with a DICOM series each. nnU-Net normalizes a channel called CT as CT",
+                "a channel, such as CT='images/{case}.nrrd'; give the option once per channel, in order. In a pattern "
+                "{case} matches the name of the case, * any characters except a slash, **/ any folders; a pattern that "
+                "ends in a slash matches folders with one DICOM series each. nnU-Net normalizes a channel called CT as "
+                "CT",
             ),
             Option(
                 "--masks",
                 str,
                 None,
                 "PATTERN",
-                "the labels, such as 'masks/{case}_seg.nrrd'; a case without one is unlabeled",
+                "pattern of the labels, such as 'masks/{case}_seg.nrrd'; a case without a label is unlabeled",
             ),
             Option(
                 "--foreground",
                 list,
                 None,
                 "NAME=VALUES",
-                "a label and its values in the files, such as tumor=2,4; give it once per label: they become 1, 2, "
-                "... in this order (default: lesion=1). background=255 adds to the background",
+                "a label and its values in the files, such as tumor=2,4; give the option once per label: labels become "
+                "1, 2, ... in this order (default: lesion=1). background=255 adds the value to the background",
             ),
         ),
     ),

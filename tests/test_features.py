@@ -1,4 +1,4 @@
-"""Where features are tapped, and which class a patch has."""
+"""Tests of feature taps, projection head, patch labels and drawn voxels."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from nnunet_dycon.features import (
 )
 
 
-def test_tap_keeps_features_in_training_only_and_gives_them_once():
+def test_tap_stores_features_in_training_mode_only_and_returns_them_once():
     network = nn.Sequential(nn.Conv3d(1, 3, 2, stride=2), nn.ReLU())
     keys = set(network.state_dict())
     tap = FeatureTap(network, "0")
@@ -29,8 +29,8 @@ def test_tap_keeps_features_in_training_only_and_gives_them_once():
     assert set(network.state_dict()) == keys
 
 
-def test_cells_are_flattened_in_one_order_everywhere():
-    """A patch's embedding, label and entropy must belong to the same cell."""
+def test_embedding_label_and_pooling_have_the_same_order_of_cells():
+    """Embedding, label and entropy with the same index must belong to the same cell."""
     volume = torch.arange(2 * 3 * 4, dtype=torch.float32).view(1, 2, 3, 4)
     fine = volume.repeat_interleave(2, 1).repeat_interleave(2, 2).repeat_interleave(2, 3)
     torch.testing.assert_close(pool_to_patches(fine, (2, 3, 4))[0], torch.arange(24.0))
@@ -42,7 +42,7 @@ def test_cells_are_flattened_in_one_order_everywhere():
 
 
 def one_cell(voxels_of: dict[int, int]) -> torch.Tensor:
-    """An 8×8×8 cell with so many voxels of each label."""
+    """Return an 8×8×8 cell with the given number of voxels of each label."""
     cell = torch.zeros(512, dtype=torch.long)
     first = 0
     for value, number in voxels_of.items():
@@ -64,25 +64,25 @@ def one_cell(voxels_of: dict[int, int]) -> torch.Tensor:
         ({1: 100, 2: 20}, -1),
     ],
 )
-def test_labels_follow_the_share_of_the_volume(voxels_of, label):
+def test_patch_label_follows_the_foreground_fraction(voxels_of, label):
     assert patch_labels(one_cell(voxels_of), (1, 1, 1), 3).tolist() == [[label]]
 
 
-def test_a_lesion_smaller_than_a_cell_is_a_foreground_patch():
-    """The released code looks at the central 2×2×2 voxels only, and misses a lesion beside them."""
+def test_lesion_smaller_than_a_cell_is_a_foreground_patch():
+    """The released code uses only the central 2×2×2 voxels of a cell and misses a lesion outside of them."""
     label_map = torch.zeros(1, 16, 16, 16, dtype=torch.long)
     label_map[0, 1:7, 1:7, 2:8] = 1
     assert patch_labels(label_map, (2, 2, 2), 2)[0].tolist() == [1, 0, 0, 0, 0, 0, 0, 0]
 
 
-def test_shares_are_of_the_annotated_voxels():
+def test_fractions_are_relative_to_annotated_voxels():
     for voxels_of, label in (({1: 70, 3: 250}, 1), ({1: 200, 3: 300}, -1), ({3: 512}, -1)):
         cell = one_cell(voxels_of)
         known = cell != 3
         assert patch_labels(cell * known, (1, 1, 1), 3, known=known).tolist() == [[label]]
 
 
-def test_a_grid_that_does_not_divide_the_volume_is_refused():
+def test_grid_that_does_not_divide_the_volume_raises():
     with pytest.raises(ValueError, match="does not divide"):
         pool_to_patches(torch.zeros(1, 7, 8), (2, 2))
 
@@ -93,14 +93,14 @@ def test_pooling_is_the_mean_of_each_cell():
     torch.testing.assert_close(pool_to_patches(volume, (2, 3, 2)), pooled)
 
 
-def test_two_dimensions():
+def test_patches_and_head_work_in_2d():
     label_map = torch.zeros(1, 8, 16, dtype=torch.long)
     label_map[0, :, 8:] = 1
     assert patch_labels(label_map, (1, 2), 2).tolist() == [[0, 1]]
     assert ProjectionHead(5, width=3)(torch.zeros(2, 5, 4, 6)).shape == (2, 24, 3)
 
 
-def test_voxels_are_drawn_in_equal_numbers_from_each_class_and_only_where_they_may_be():
+def test_same_number_of_eligible_voxels_is_drawn_from_each_class():
     torch.manual_seed(0)
     labels = torch.randint(3, (2, 5, 6, 7))
     eligible = torch.rand(labels.shape) < 0.5
@@ -118,4 +118,4 @@ def test_voxels_are_drawn_in_equal_numbers_from_each_class_and_only_where_they_m
     features = torch.randn(2, 4, 5, 6, 7)
     torch.testing.assert_close(drawn.of(features), features.movedim(1, -1).reshape(-1, 4)[drawn.index])
     assert not draw_voxels(labels, eligible & False, 20, 3).valid.any()
-    assert draw_voxels(labels, eligible, 1000, 3).valid.sum() == eligible.sum()  # fewer than are asked for
+    assert draw_voxels(labels, eligible, 1000, 3).valid.sum() == eligible.sum()  # fewer than requested

@@ -1,4 +1,4 @@
-"""What a step computes: its loss, where its gradients arrive, what it shows to whom. No nnU-Net needed."""
+"""Tests of the training step of methods: loss terms, gradients, and the views that each network sees."""
 
 import math
 from dataclasses import fields, replace
@@ -41,12 +41,12 @@ SETTINGS = DyCONSettings(uncl_weight=0.5, entropy_weight=1.0, gamma=2.0, embeddi
 def build(method, settings):
     torch.manual_seed(0)
     network = TinyUNet()
-    network.deep_supervision = False  # as the trainer does, so that the teacher has none
+    network.deep_supervision = False  # as in the trainer, so that the teacher has no deep supervision
     supervision = Supervision(supervised_loss, WeightedDiceCELoss((0.7, 0.3)), Classes(ignore_label=2))
     if method is DyCON:
         stage = STAGE if settings.fecl_weight else None
         built = DyCON(network, supervision, settings, stage)
-        # A teacher equal to the student would have a similarity of exactly 1 with it.
+        # Avoid a similarity of exactly 1 between student and teacher.
         for parameter in built.teacher.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     else:
@@ -55,7 +55,7 @@ def build(method, settings):
     return built, Student(network, STAGE if built.uses_features else None)
 
 
-def test_an_unlabeled_batch_has_no_place_for_a_label():
+def test_unlabeled_batch_has_no_field_for_labels():
     assert {field.name for field in fields(UnlabeledBatch)} == {"weak", "strong", "keys"}
 
 
@@ -91,8 +91,8 @@ def test_mean_teacher_is_the_sum_of_its_terms(labeled, unlabeled):
     torch.testing.assert_close(terms["loss"], terms["supervised"] + 3.0 * expected)
 
 
-def show(method, student, labeled, unlabeled, progress=1.0, seed=0):
-    """The terms of a step, what the student said, and how images were mixed."""
+def run_step(method, student, labeled, unlabeled, progress=1.0, seed=0):
+    """Return the terms of a step, the student's logits, and the mixture of the images."""
     torch.manual_seed(seed)
     terms = method(student, labeled, unlabeled, progress)
     torch.manual_seed(seed)
@@ -103,35 +103,35 @@ def show(method, student, labeled, unlabeled, progress=1.0, seed=0):
 
 
 @pytest.mark.parametrize("mixing", ["none", "cutmix"])
-def test_pseudo_labels_are_learned_where_the_teacher_is_confident(mixing, labeled, unlabeled):
+def test_pseudo_labels_below_the_confidence_threshold_are_excluded(mixing, labeled, unlabeled):
     method, student = build(PseudoLabels, PseudoLabelSettings(weight=2.0, confidence=0.6, mixing=mixing))
-    terms, logits, mix = show(method, student, labeled, unlabeled, progress=0.2)
+    terms, logits, mix = run_step(method, student, labeled, unlabeled, progress=0.2)
     confidence, labels = method.teacher(unlabeled.weak).logits[0].softmax(1).max(1)
-    trust = (confidence >= 0.6).float()
-    assert 0.1 < trust.mean() < 0.9
-    labels, trust = mix(labels[:2], labels)[2:], mix(trust[:2], trust)[2:]
-    loss = WeightedDiceCELoss((0.7, 0.3))([level[2:] for level in logits], labels, trust)
+    weights = (confidence >= 0.6).float()
+    assert 0.1 < weights.mean() < 0.9
+    labels, weights = mix(labels[:2], labels)[2:], mix(weights[:2], weights)[2:]
+    loss = WeightedDiceCELoss((0.7, 0.3))([level[2:] for level in logits], labels, weights)
     torch.testing.assert_close(terms["supervised"], supervised_loss([x[:2] for x in logits], labeled.targets))
-    torch.testing.assert_close(terms["pseudo"], trust.mean() * loss)
+    torch.testing.assert_close(terms["pseudo"], weights.mean() * loss)
     ramp = torch.tensor(-5 * (1 - 0.2 / 0.4) ** 2).exp()
     torch.testing.assert_close(terms["loss"], terms["supervised"] + ramp * 2.0 * terms["pseudo"])
 
 
-def test_uncertain_pseudo_labels_count_less(labeled, unlabeled):
+def test_pseudo_labels_are_weighted_by_entropy(labeled, unlabeled):
     method, student = build(PseudoLabels, PseudoLabelSettings(beta_start=4.0, beta_end=1.0))
-    terms, logits, _ = show(method, student, labeled, unlabeled, progress=0.5)
+    terms, logits, _ = run_step(method, student, labeled, unlabeled, progress=0.5)
     teacher = method.teacher(unlabeled.weak).logits[0]
-    trust = torch.exp(-2.0 * softmax_entropy(teacher))  # β has gone half the way from 4 to 1
-    loss = WeightedDiceCELoss((0.7, 0.3))([level[2:] for level in logits], teacher.argmax(1), trust)
-    torch.testing.assert_close(terms["pseudo"], trust.mean() * loss)
+    weights = torch.exp(-2.0 * softmax_entropy(teacher))  # β at half the training, between 4 and 1
+    loss = WeightedDiceCELoss((0.7, 0.3))([level[2:] for level in logits], teacher.argmax(1), weights)
+    torch.testing.assert_close(terms["pseudo"], weights.mean() * loss)
     assert terms["beta"] == pytest.approx(2.0)
 
 
-def test_copy_paste_learns_each_voxel_from_its_own_label(labeled, unlabeled):
-    """The loss of a mixed image is put together here from its two parts, each with nnU-Net's ignore label."""
-    labeled.targets[0][0, 0, :2] = 2  # which is ignored
+def test_copy_paste_supervises_each_voxel_with_its_own_label(labeled, unlabeled):
+    """The expected loss of a mixed image has two parts, each with weight 0 for the voxels of the other part."""
+    labeled.targets[0][0, 0, :2] = 2  # the ignore label
     method, student = build(PseudoLabels, PseudoLabelSettings(weight=0.5, mixing="copy_paste"))
-    terms, logits, mix = show(method, student, labeled, unlabeled)
+    terms, logits, mix = run_step(method, student, labeled, unlabeled)
     assert len(student.images[-1]) == 6
     teacher_labels = method.teacher(unlabeled.weak).logits[0].argmax(1)
     everything = mix(labeled.targets[0][:, 0], teacher_labels)
@@ -146,7 +146,7 @@ def test_copy_paste_learns_each_voxel_from_its_own_label(labeled, unlabeled):
     torch.testing.assert_close(terms["student_teacher_dice"], 2 * agreed / both)
 
 
-def test_a_teacher_without_memory_is_the_student(labeled, unlabeled):
+def test_teacher_with_decay_0_equals_the_student(labeled, unlabeled):
     method, student = build(PseudoLabels, PseudoLabelSettings(ema_decay=0.0))
     method.before_first_step()
     optimizer = torch.optim.SGD(student.network.parameters(), 0.1)
@@ -159,9 +159,9 @@ def test_a_teacher_without_memory_is_the_student(labeled, unlabeled):
 
 
 @pytest.mark.parametrize("mixing", ["cutmix", "copy_paste"])
-def test_dycon_of_mixed_images_compares_with_the_mixed_teacher(mixing, labeled, unlabeled):
+def test_dycon_mixes_the_teachers_output_like_the_images(mixing, labeled, unlabeled):
     method, student = build(DyCON, replace(SETTINGS, mixing=mixing))
-    terms, logits, mix = show(method, student, labeled, unlabeled)
+    terms, logits, mix = run_step(method, student, labeled, unlabeled)
     features = student.tap.take()
     teacher = method.teacher(torch.cat([labeled.weak, unlabeled.weak]))
     teacher_logits = mix(teacher.logits[0][:2], teacher.logits[0][2:])
@@ -185,9 +185,9 @@ def test_dycon_of_mixed_images_compares_with_the_mixed_teacher(mixing, labeled, 
 
 @pytest.mark.parametrize("half", ["both", "unlabeled"])
 @pytest.mark.parametrize("view", ["weak", "strong"])
-def test_dycon_compares_the_half_and_the_view_that_it_is_told(half, view, labeled, unlabeled):
+def test_dycon_uses_the_configured_half_and_view(half, view, labeled, unlabeled):
     method, student = build(DyCON, replace(SETTINGS, mixing="cutmix", uncl_half=half, teacher_view=view))
-    terms, logits, mix = show(method, student, labeled, unlabeled)
+    terms, logits, mix = run_step(method, student, labeled, unlabeled)
     teacher = method.teacher(torch.cat([getattr(labeled, view), getattr(unlabeled, view)])).logits[0]
     mixed = mix(teacher[:2], teacher[2:])
     first = {"both": 0, "unlabeled": 2}[half]
@@ -195,7 +195,7 @@ def test_dycon_compares_the_half_and_the_view_that_it_is_told(half, view, labele
 
 
 @pytest.mark.parametrize(("method", "settings"), [(DyCON, SETTINGS), (MeanTeacher, MeanTeacherSettings())])
-def test_the_student_sees_strong_views_once_and_the_teacher_weak_ones(method, settings, labeled, unlabeled):
+def test_student_sees_strong_views_once_and_teacher_weak_views(method, settings, labeled, unlabeled):
     built, student = build(method, settings)
     seen = []
     built.teacher.network.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
@@ -222,7 +222,7 @@ REACHED = {
     [(DyCON, SETTINGS, name) for name in ("supervised", "uncl", "fecl")]
     + [(MeanTeacher, MeanTeacherSettings(), name) for name in ("supervised", "consistency")],
 )
-def test_gradients_of_each_term_arrive_where_they_should(method, settings, term, labeled, unlabeled):
+def test_gradients_of_each_term_reach_the_expected_modules(method, settings, term, labeled, unlabeled):
     built, student = build(method, settings)
     built(student, labeled, unlabeled, progress=0.5)[term].backward()
     reached = {
@@ -236,8 +236,8 @@ def test_gradients_of_each_term_arrive_where_they_should(method, settings, term,
     assert all(parameter.grad is None for parameter in built.teacher.parameters())
 
 
-def test_unlabeled_patches_are_classed_by_the_teacher_alone(labeled, unlabeled):
-    """A teacher that sees one class only leaves nothing to contrast in the unlabeled half."""
+def test_classes_of_unlabeled_patches_come_from_the_teacher_only(labeled, unlabeled):
+    """With a teacher that predicts a single class, the unlabeled half has no negatives."""
     built, student = build(DyCON, SETTINGS)
     with torch.no_grad():
         built.teacher.network.decoder.seg_layers[1].bias[0] += 1e4
@@ -253,7 +253,7 @@ def test_unlabeled_patches_are_classed_by_the_teacher_alone(labeled, unlabeled):
     torch.testing.assert_close(fecl, expected)
 
 
-def test_the_released_form_contrasts_the_unlabeled_half_alone_by_the_teachers_labels(labeled, unlabeled):
+def test_released_form_of_fecl_uses_the_unlabeled_half_with_the_teachers_labels(labeled, unlabeled):
     settings = replace(SETTINGS, fecl_form="released", rampup=0.0, foreground_share=0.5, background_share=0.5)
     built, student = build(DyCON, settings)
     terms = built(student, labeled, unlabeled, progress=0.3)
@@ -273,24 +273,24 @@ def test_the_released_form_contrasts_the_unlabeled_half_alone_by_the_teachers_la
     ("settings", "message"),
     [
         ({"fecl_form": "published"}, "fecl_form must be"),
-        ({"fecl_form": "released"}, "needs equal shares"),
+        ({"fecl_form": "released"}, "set foreground_share and background_share equal"),
         (
             {"fecl_form": "released", "foreground_share": 0.5, "background_share": 0.5, "mixing": "cutmix"},
-            "knows no mixed images",
+            "does not support mixed images",
         ),
-        ({"mixing": "mixup"}, "a mixture is one of"),
+        ({"mixing": "mixup"}, "mixing must be one of"),
         ({"uncl_half": "labeled"}, "uncl_half must be"),
         ({"uncl_half": "unlabeled", "mixing": "copy_paste"}, "leaves no image unlabeled"),
         ({"teacher_view": "mixed"}, "teacher_view must be"),
     ],
 )
-def test_settings_that_do_not_fit_are_refused(settings, message):
+def test_invalid_settings_raise(settings, message):
     with pytest.raises(ValueError, match=message):
         DyCONSettings(**settings)
 
 
 @pytest.mark.parametrize(("weight", "term"), [("uncl_weight", "uncl"), ("fecl_weight", "fecl")])
-def test_a_term_of_no_weight_is_left_out(weight, term, labeled, unlabeled):
+def test_term_with_weight_0_is_omitted(weight, term, labeled, unlabeled):
     built, student = build(DyCON, replace(SETTINGS, **{weight: 0.0}))
     terms = built(student, labeled, unlabeled, progress=0.5)
     assert term not in terms
@@ -299,14 +299,14 @@ def test_a_term_of_no_weight_is_left_out(weight, term, labeled, unlabeled):
     terms["loss"].backward()
 
 
-def test_both_terms_off_leaves_the_supervised_loss(labeled, unlabeled):
+def test_only_the_supervised_loss_remains_without_both_terms(labeled, unlabeled):
     built, student = build(DyCON, replace(SETTINGS, uncl_weight=0.0, fecl_weight=0.0))
     terms = built(student, labeled, unlabeled, progress=1.0)
     assert terms_of_loss(terms) == ["supervised"]
     torch.testing.assert_close(terms["loss"], terms["supervised"])
 
 
-def test_the_teacher_follows_the_optimizer_and_starts_from_the_student(labeled, unlabeled):
+def test_teacher_starts_from_the_student_and_is_updated_each_step(labeled, unlabeled):
     built, student = build(DyCON, SETTINGS)
     built.before_first_step()
     torch.testing.assert_close(built.teacher.network.state_dict(), student.network.state_dict(), rtol=0, atol=0)
@@ -319,14 +319,14 @@ def test_the_teacher_follows_the_optimizer_and_starts_from_the_student(labeled, 
     assert built.teacher.updates == 3
 
 
-def test_the_state_holds_teacher_and_head_but_not_the_student(labeled, unlabeled):
+def test_state_contains_teacher_and_head_but_not_the_student(labeled, unlabeled):
     built, _ = build(DyCON, SETTINGS)
     assert {key.split(".")[0] for key in built.state_dict()} == {"head", "teacher"}
     assert not any(isinstance(module, TinyUNet) for module in built.children())
 
 
 class TinyQueries(nn.Module):
-    """A network with query distributions at two resolutions, as tensors beside its logits."""
+    """A network that returns logits and query distributions at two resolutions."""
 
     def __init__(self):
         super().__init__()
@@ -373,7 +373,7 @@ def test_query_consistency_is_the_sum_of_its_terms(labeled, unlabeled):
     torch.testing.assert_close(terms["loss"], terms["supervised"] + 0.3 * terms["query"] + ramp * consistency)
 
 
-def test_the_student_sees_both_views_of_all_images_in_one_pass(labeled, unlabeled):
+def test_query_consistency_processes_both_views_in_one_forward_pass(labeled, unlabeled):
     method, student = build_queries(QUERY_SETTINGS)
     method(student, labeled, unlabeled, progress=0.5)
     (images,) = student.images
@@ -389,8 +389,8 @@ def test_the_student_sees_both_views_of_all_images_in_one_pass(labeled, unlabele
         ("query_consistency", {"queries"}, [False, False, False, True]),
     ],
 )
-def test_gradients_of_each_term_arrive_in_its_views_alone(term, reached, views, labeled, unlabeled):
-    """Labels teach both views; of unlabeled images the weak view is followed, and not moved."""
+def test_gradients_of_each_query_consistency_term_reach_only_its_views(term, reached, views, labeled, unlabeled):
+    """Labels supervise both views; the weak view of unlabeled images gets no gradient."""
     method, student = build_queries(QUERY_SETTINGS)
     outputs = []
 
@@ -413,10 +413,10 @@ def test_gradients_of_each_term_arrive_in_its_views_alone(term, reached, views, 
     assert [bool(part.any()) for part in gradient.split([2, 2, 3, 3])] == views
 
 
-def test_ignored_voxels_do_not_count_in_the_query_loss(labeled, unlabeled):
+def test_ignored_voxels_are_excluded_from_the_query_loss(labeled, unlabeled):
     labeled.targets[0][0, 0, :2] = 2
     method, student = build_queries(QUERY_SETTINGS)
-    method.supervision = replace(method.supervision, loss=lambda logits, targets: logits[0].sum())  # not looked at here
+    method.supervision = replace(method.supervision, loss=lambda logits, targets: logits[0].sum())  # not tested here
     terms = method(student, labeled, unlabeled, progress=0.5)
     queries = student.network(torch.cat([labeled.weak, labeled.strong]))[1]
     targets = [torch.cat([level, level])[:, 0] for level in labeled.targets]
@@ -424,8 +424,7 @@ def test_ignored_voxels_do_not_count_in_the_query_loss(labeled, unlabeled):
     torch.testing.assert_close(terms["query"], (of_levels[0] + 0.5 * of_levels[1]) / 1.5)
 
 
-def test_a_single_target_is_one_of_the_highest_resolution(labeled, unlabeled):
-    """Without deep supervision."""
+def test_query_loss_without_deep_supervision(labeled, unlabeled):
     method, student = build_queries(QUERY_SETTINGS)
     method.supervision = replace(method.supervision, loss=lambda logits, target: cross_entropy(logits[0], target[:, 0]))
     whole = student.network.forward

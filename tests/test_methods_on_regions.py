@@ -1,4 +1,4 @@
-"""What a step computes where labels are regions: the same terms, put together here from the losses' sigmoid forms."""
+"""Tests of the training step of methods on regions: the terms equal the sigmoid forms of the losses."""
 
 from dataclasses import replace
 
@@ -104,8 +104,8 @@ def patches(labels, known):
 
 
 @pytest.mark.parametrize("mixing", ["none", "copy_paste"])
-def test_dycon(mixing, labeled, unlabeled):
-    settings = DyCONSettings(embedding_width=8, mixing=mixing, gamma=2.0, entropy_weight=0.5)
+def test_dycon_terms(mixing, labeled, unlabeled):
+    settings = DyCONSettings(uncl_weight=4.0, embedding_width=8, mixing=mixing, gamma=2.0, entropy_weight=0.5)
     method, student = build(DyCON, settings, labeled, STAGE)
     torch.manual_seed(5)
     terms = method(student, labeled, unlabeled, progress=1.0)
@@ -137,14 +137,14 @@ def test_dycon(mixing, labeled, unlabeled):
         )
 
 
-def test_a_patch_that_is_in_other_regions_is_a_negative(labeled, unlabeled):
-    """Outer and inner region are one class where foreground alone is told from background."""
+def test_patches_of_different_regions_have_different_classes(labeled, unlabeled):
+    """Patches of the outer and the inner region have different classes."""
     labels, known = truth(labeled)
     classes = patches(labels, known[:, 0])
     assert set(classes.flatten().tolist()) == {0, 1, 3} | ({-1} if not known.all() else set())
 
 
-def test_mean_teacher(labeled, unlabeled):
+def test_mean_teacher_terms(labeled, unlabeled):
     method, student = build(MeanTeacher, MeanTeacherSettings(), labeled)
     terms = method(student, labeled, unlabeled, progress=1.0)
     logits = student.network(torch.cat([labeled.strong, unlabeled.strong]))[0][2:]
@@ -155,7 +155,7 @@ def test_mean_teacher(labeled, unlabeled):
 
 
 @pytest.mark.parametrize("mixing", ["none", "cutmix", "copy_paste"])
-def test_pseudo_labels_are_trusted_region_by_region(mixing, labeled, unlabeled):
+def test_pseudo_labels_are_weighted_region_by_region(mixing, labeled, unlabeled):
     settings = PseudoLabelSettings(mixing=mixing, confidence=0.6, beta_start=2.0, beta_end=2.0)
     method, student = build(PseudoLabels, settings, labeled)
     torch.manual_seed(5)
@@ -165,16 +165,16 @@ def test_pseudo_labels_are_trusted_region_by_region(mixing, labeled, unlabeled):
     logits = student.network(mix(labeled.strong, unlabeled.strong))
     teacher = method.teacher(unlabeled.weak).logits[0]
     probability = teacher.sigmoid()
-    trust = (torch.maximum(probability, 1 - probability) >= 0.6) * torch.exp(-2 * sigmoid_entropy(teacher))
-    assert (trust[:, 0] != trust[:, 1]).any()
-    assert 0.05 < (trust > 0).float().mean() < 0.95
+    weights = (torch.maximum(probability, 1 - probability) >= 0.6) * torch.exp(-2 * sigmoid_entropy(teacher))
+    assert (weights[:, 0] != weights[:, 1]).any()
+    assert 0.05 < (weights > 0).float().mean() < 0.95
 
     weighted = kind_of(labeled).weighted_loss((0.7, 0.3), batch_dice=False)
     none = torch.zeros(2, 2, 8, 8, 8)
-    shown_trust = mix(none, trust)
-    loss = weighted(logits, mix(none.bool(), teacher > 0), shown_trust)
-    share = shown_trust.sum() / (2 * (~mix.truth).sum())
-    torch.testing.assert_close(terms["pseudo"], share * loss)
+    mixed_weights = mix(none, weights)
+    loss = weighted(logits, mix(none.bool(), teacher > 0), mixed_weights)
+    mean_weight = mixed_weights.sum() / (2 * (~mix.truth).sum())
+    torch.testing.assert_close(terms["pseudo"], mean_weight * loss)
     if mixing == "copy_paste":
         labels, known = truth(labeled)
         shown_known = mix(known.expand_as(labels).float(), torch.zeros(3, 2, 8, 8, 8))
@@ -187,34 +187,35 @@ def ways(outputs):
     return ("", first, second), ("_second", second, first)
 
 
-def test_cps(labeled, unlabeled):
+def test_cps_terms(labeled, unlabeled):
     built, student = build_two(CPS, CPSSettings(), labeled)
     terms = built(student, labeled, unlabeled, progress=1.0)
     weighted = kind_of(labeled).weighted_loss((0.7, 0.3), batch_dice=False)
-    for ending, own, other in ways(both_outputs(built, student, labeled, unlabeled)):
-        labels = other.logits[0] > 0
-        torch.testing.assert_close(terms[f"cross{ending}"], weighted(own.logits, labels, torch.ones(labels.shape)))
+    for suffix, own, peer in ways(both_outputs(built, student, labeled, unlabeled)):
+        labels = peer.logits[0] > 0
+        torch.testing.assert_close(terms[f"cross{suffix}"], weighted(own.logits, labels, torch.ones(labels.shape)))
 
 
-def test_cotraining(labeled, unlabeled):
-    built, student = build_two(DyCONCoTraining, DyCONTerms(embedding_width=8), labeled, STAGE)
+def test_cotraining_terms(labeled, unlabeled):
+    settings = DyCONTerms(entropy_weight=0.0, gamma=0.0, embedding_width=8)
+    built, student = build_two(DyCONCoTraining, settings, labeled, STAGE)
     terms = built(student, labeled, unlabeled, progress=1.0)
     labels, known = truth(labeled)
-    for ending, own, other in ways(both_outputs(built, student, labeled, unlabeled)):
-        uncl = uncl_loss(own.logits[0], other.logits[0], 0.5, entropy_weight=0.0, sigmoid=True)
-        torch.testing.assert_close(terms[f"uncl{ending}"], uncl)
+    for suffix, own, peer in ways(both_outputs(built, student, labeled, unlabeled)):
+        uncl = uncl_loss(own.logits[0], peer.logits[0], 0.5, entropy_weight=0.0, sigmoid=True)
+        torch.testing.assert_close(terms[f"uncl{suffix}"], uncl)
         everywhere = torch.cat([known[:, 0], torch.ones(3, 8, 8, 8, dtype=torch.bool)])
         fecl = fecl_loss(
             built.head(own.features),
-            patches(torch.cat([labels, other.logits[0][2:] > 0]), everywhere),
-            teacher_embedding=built.head(other.features),
+            patches(torch.cat([labels, peer.logits[0][2:] > 0]), everywhere),
+            teacher_embedding=built.head(peer.features),
             anchor_entropy=pool_to_patches(sigmoid_entropy(own.logits[0]).mean(1), GRID),
             gamma=0.0,
         )
-        torch.testing.assert_close(terms[f"fecl{ending}"], fecl)
+        torch.testing.assert_close(terms[f"fecl{suffix}"], fecl)
 
 
-def test_ugpl(labeled, unlabeled):
+def test_ugpl_terms(labeled, unlabeled):
     built, student = build_two(UGPL, UGPLSettings(contrast_voxels=16), labeled, FULL_RESOLUTION)
     torch.manual_seed(5)
     terms = built(student, labeled, unlabeled, progress=0.5)
@@ -224,13 +225,15 @@ def test_ugpl(labeled, unlabeled):
     drawn = [draw_voxels(pseudo[:, r].long(), ~reliable[:, r], 16, 2) for r in range(2)]
     labels, known = truth(labeled)
     known = known.expand_as(labels)
-    for ending, own, other in ways(outputs):
-        logits, others = own.logits[0], other.logits[0]
-        mistake = mistake_region_loss(logits[:2], others[:2], labels, known, sigmoid=True)
-        torch.testing.assert_close(terms[f"mistake{ending}"], mistake)
-        torch.testing.assert_close(terms[f"cross{ending}"], rectified_cross_pseudo_loss(logits, others, sigmoid=True))
+    for suffix, own, peer in ways(outputs):
+        logits, peer_logits = own.logits[0], peer.logits[0]
+        mistake = mistake_region_loss(logits[:2], peer_logits[:2], labels, known, sigmoid=True)
+        torch.testing.assert_close(terms[f"mistake{suffix}"], mistake)
+        torch.testing.assert_close(
+            terms[f"cross{suffix}"], rectified_cross_pseudo_loss(logits, peer_logits, sigmoid=True)
+        )
         filtered = entropy_filtered_loss(logits[2:], pseudo, reliable, sigmoid=True)
-        torch.testing.assert_close(terms[f"filtered{ending}"], filtered)
+        torch.testing.assert_close(terms[f"filtered{suffix}"], filtered)
         contrasts = []
         for r in range(2):
             inside = torch.cat([labels[:, r], pseudo[:, r]]).long()
@@ -239,11 +242,11 @@ def test_ugpl(labeled, unlabeled):
             )
             anchors = own.features[2:].movedim(1, -1).reshape(-1, 4)[drawn[r].index]
             contrasts.append(prototype_contrast_loss(anchors, drawn[r].labels, prototypes, present, drawn[r].valid))
-        torch.testing.assert_close(terms[f"contrast{ending}"], sum(contrasts) / 2)
+        torch.testing.assert_close(terms[f"contrast{suffix}"], sum(contrasts) / 2)
         assert all(contrast > 0 for contrast in contrasts)
 
 
-def test_query_consistency(labeled, unlabeled):
+def test_query_consistency_terms(labeled, unlabeled):
     torch.manual_seed(0)
     method = QueryConsistency(supervision(labeled), QueryConsistencySettings())
     student = QueryStudent(TinyQueries(), stage=None)
@@ -283,7 +286,7 @@ def moved(network: nn.Module) -> set[str]:
 
 
 @pytest.mark.parametrize(("method", "settings", "stage"), TEACHERS + PAIRS)
-def test_gradients_of_each_term_reach_the_one_that_learns_alone(method, settings, stage, labeled, unlabeled):
+def test_gradients_of_each_term_reach_only_the_trained_network(method, settings, stage, labeled, unlabeled):
     built, student = (build if method in {m for m, *_ in TEACHERS} else build_two)(method, settings, labeled, stage)
     terms = built(student, labeled, unlabeled, progress=0.5)
     names = terms_of_loss(terms)
@@ -300,8 +303,8 @@ def test_gradients_of_each_term_reach_the_one_that_learns_alone(method, settings
 
 
 @pytest.mark.parametrize(("method", "settings", "stage"), TEACHERS + PAIRS)
-def test_what_is_ignored_does_not_matter(method, settings, stage, unlabeled):
-    """Regions in ignored voxels, which nnU-Net's targets do not have, would change nothing."""
+def test_regions_in_ignored_voxels_do_not_change_the_loss(method, settings, stage, unlabeled):
+    """Setting the regions of ignored voxels, which nnU-Net's targets leave at 0, does not change the loss."""
     labeled = batch_of_regions(has_ignore_label=True)
     targets = []
     for target in labeled.targets:
@@ -316,7 +319,7 @@ def test_what_is_ignored_does_not_matter(method, settings, stage, unlabeled):
     torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=0)
 
 
-def test_the_ignored_part_of_these_batches_is_not_nothing():
+def test_the_test_batches_contain_ignored_voxels():
     target = batch_of_regions(has_ignore_label=True).targets[0]
     assert 0 < target[:, 2].float().mean() < 0.5
     assert not (target[:, :2] & target[:, 2:]).any()

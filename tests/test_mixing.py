@@ -1,4 +1,4 @@
-"""Mixtures of labeled and unlabeled images."""
+"""Tests of mixtures of labeled and unlabeled images."""
 
 import math
 
@@ -12,7 +12,7 @@ SPATIAL = (6, 9, 12)
 
 
 def volumes(number, first):
-    """Each voxel with a value of its own."""
+    """Return volumes in which each voxel has a unique value."""
     return first + torch.arange(number * math.prod(SPATIAL), dtype=torch.float64).view(number, *SPATIAL)
 
 
@@ -22,29 +22,29 @@ def draw(kind, labeled=2, unlabeled=2, seed=0, box=2 / 3):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_box_takes_its_share_of_each_axis_and_stays_inside(seed):
+def test_box_has_its_fraction_of_each_axis_and_lies_inside(seed):
     torch.manual_seed(seed)
     inside = random_boxes(4, SPATIAL, 2 / 3, CPU)
     for image in inside:
         corners = image.nonzero()
         lengths = corners.max(0).values - corners.min(0).values + 1
         assert lengths.tolist() == [4, 6, 8]
-        assert image.sum() == 4 * 6 * 8  # it is a box, and nothing else
+        assert image.sum() == 4 * 6 * 8  # True only in the box
     assert len({tuple(image.nonzero()[0].tolist()) for image in inside}) > 1
 
 
-def test_boxes_reach_every_place():
+def test_boxes_occur_at_every_place():
     torch.manual_seed(0)
     starts = {tuple(image.nonzero()[0].tolist()) for image in random_boxes(2000, SPATIAL, 2 / 3, CPU)}
     assert len(starts) == 3 * 4 * 5
 
 
 @pytest.mark.parametrize(("side", "expected"), [(0.0, 0), (1.0, math.prod(SPATIAL))])
-def test_a_box_may_be_empty_or_all(side, expected):
+def test_box_may_be_empty_or_the_whole_volume(side, expected):
     assert random_boxes(1, SPATIAL, side, CPU).sum() == expected
 
 
-def test_nothing_is_mixed_by_none():
+def test_none_concatenates_without_mixing():
     mix = draw("none", 2, 3)
     labeled, unlabeled = volumes(2, 0), volumes(3, 10_000)
     assert torch.equal(mix(labeled, unlabeled), torch.cat([labeled, unlabeled]))
@@ -52,7 +52,7 @@ def test_nothing_is_mixed_by_none():
     assert mix.truth.flatten(1).any(1).tolist() == [True, True, False, False, False]
 
 
-def test_cutmix_leaves_labeled_images_alone_and_puts_boxes_of_unlabeled_ones_into_each_other():
+def test_cutmix_mixes_unlabeled_images_only():
     mix = draw("cutmix", 2, 3)
     labeled, unlabeled = volumes(2, 0), volumes(3, 10_000)
     mixed = mix(labeled, unlabeled)
@@ -64,7 +64,7 @@ def test_cutmix_leaves_labeled_images_alone_and_puts_boxes_of_unlabeled_ones_int
     assert mix.truth.sum() == 2 * math.prod(SPATIAL)
 
 
-def test_cutmix_of_a_single_unlabeled_image_takes_the_box_from_a_labeled_one():
+def test_cutmix_of_a_single_unlabeled_image_pastes_a_labeled_box():
     mix = draw("cutmix", 2, 1)
     labeled, unlabeled = volumes(2, 0), volumes(1, 10_000)
     mixed = mix(labeled, unlabeled)
@@ -72,10 +72,10 @@ def test_cutmix_of_a_single_unlabeled_image_takes_the_box_from_a_labeled_one():
     assert torch.equal(mixed[2], torch.where(mix.truth[2], labeled[1], unlabeled[0]))
     assert mix.truth[:2].all()
     assert mix.truth[2].sum() == 4 * 6 * 8
-    assert not mix.only_unlabeled(unlabeled)[mix.truth].any()  # pseudo-labels are learned outside of the box
+    assert not mix.only_unlabeled(unlabeled)[mix.truth].any()  # no pseudo-labels in the box
 
 
-def test_copy_paste_shows_each_voxel_once_in_its_place():
+def test_copy_paste_exchanges_boxes_and_keeps_every_voxel():
     mix = draw("copy_paste")
     labeled, unlabeled = volumes(2, 0), volumes(2, 10_000)
     mixed = mix(labeled, unlabeled)
@@ -86,7 +86,7 @@ def test_copy_paste_shows_each_voxel_once_in_its_place():
 
 
 @pytest.mark.parametrize(("labeled", "unlabeled"), [(2, 3), (3, 1)])
-def test_copy_paste_uses_the_fewer_again(labeled, unlabeled):
+def test_copy_paste_repeats_the_smaller_number_of_images(labeled, unlabeled):
     mix = draw("copy_paste", labeled, unlabeled)
     mixed = mix(volumes(labeled, 0), volumes(unlabeled, 10_000))
     assert len(mixed) == len(mix.truth) == 6
@@ -97,7 +97,7 @@ def test_copy_paste_uses_the_fewer_again(labeled, unlabeled):
 
 
 @pytest.mark.parametrize("kind", MIXTURES)
-def test_channels_and_label_maps_are_mixed_alike(kind):
+def test_channels_and_label_maps_are_mixed_equally(kind):
     mix = draw(kind)
     labeled, unlabeled = volumes(2, 0), volumes(2, 10_000)
     channels = mix(torch.stack([labeled, -labeled], 1), torch.stack([unlabeled, -unlabeled], 1))
@@ -107,7 +107,7 @@ def test_channels_and_label_maps_are_mixed_alike(kind):
 
 
 @pytest.mark.parametrize("kind", MIXTURES)
-def test_a_grid_of_cells_shows_what_the_centres_of_its_cells_show(kind):
+def test_mixture_on_a_grid_equals_the_mixture_at_cell_centers(kind):
     mix = draw(kind, box=1 / 3)
     on_grid = mix.on_grid((2, 3, 4))
     centres = (slice(None), slice(1, None, 3), slice(1, None, 3), slice(1, None, 3))
@@ -117,8 +117,8 @@ def test_a_grid_of_cells_shows_what_the_centres_of_its_cells_show(kind):
     assert mix.truth.shape == (4, *SPATIAL)
 
 
-def test_what_does_not_exist_is_refused():
+def test_unknown_mixture_and_invalid_box_raise():
     with pytest.raises(ValueError, match="none, cutmix, copy_paste, got 'mixup'"):
         mixture("mixup", 1, 1, SPATIAL, CPU)
-    with pytest.raises(ValueError, match=r"must lie in \[0, 1\], got 1.5"):
+    with pytest.raises(ValueError, match=r"must be in \[0, 1\], got 1.5"):
         mixture("cutmix", 1, 1, SPATIAL, CPU, box=1.5)

@@ -1,4 +1,4 @@
-"""The EMA teacher equals the written-out average, with batch norm too, and leaves the student alone."""
+"""Tests of the EMA teacher against its equation."""
 
 import copy
 
@@ -17,13 +17,13 @@ def batch_norm_network() -> nn.Module:
 
 def train_a_step(network: nn.Module, step: int) -> None:
     torch.manual_seed(step)
-    network(torch.randn(2, 1, 5, 5, 5))  # moves the running statistics
+    network(torch.randn(2, 1, 5, 5, 5))  # updates the running statistics
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(torch.randn_like(parameter))
 
 
-def test_equals_the_written_out_average_over_100_steps():
+def test_equals_the_equation_over_100_steps():
     student = batch_norm_network().double().train()
     teacher = EMATeacher(student, decay=0.9)
     expected = [parameter.detach().clone() for parameter in student.parameters()]
@@ -48,7 +48,7 @@ def test_first_update_copies_the_student():
     assert_same_state(teacher.network, student)
 
 
-def test_synchronizing_starts_anew():
+def test_synchronize_resets_the_average():
     student = batch_norm_network()
     teacher = EMATeacher(student)
     for step in range(3):
@@ -60,7 +60,7 @@ def test_synchronizing_starts_anew():
     assert_same_state(teacher.network, student)
 
 
-def test_stays_in_eval_mode_and_gives_no_gradient():
+def test_stays_in_eval_mode_and_has_no_gradient():
     student = batch_norm_network().train()
     teacher = EMATeacher(student).train()
     images = torch.randn(1, 1, 5, 5, 5, requires_grad=True)
@@ -73,7 +73,7 @@ def test_stays_in_eval_mode_and_gives_no_gradient():
     assert student.training
 
 
-def test_averages_the_head_and_taps_its_own_features():
+def test_averages_the_head_and_taps_the_teachers_features():
     student, head = batch_norm_network(), ProjectionHead(4, width=8)
     teacher = EMATeacher(student, head, FeatureStage("0", 4))
     output = teacher(torch.randn(2, 1, 5, 5, 5))
@@ -85,7 +85,7 @@ def test_averages_the_head_and_taps_its_own_features():
     torch.testing.assert_close(teacher.embed(output.features), head(output.features).detach())
 
 
-def test_state_is_restored():
+def test_state_dict_restores_weights_and_number_of_updates():
     student = batch_norm_network()
     teacher = EMATeacher(student)
     for step in range(5):
@@ -97,7 +97,7 @@ def test_state_is_restored():
     assert_same_state(restored.network, teacher.network)
 
 
-def test_the_student_is_no_part_of_it():
+def test_student_is_not_a_submodule_of_the_teacher():
     student = batch_norm_network()
     teacher = EMATeacher(student)
     own = {id(parameter) for parameter in teacher.parameters()}
@@ -105,7 +105,7 @@ def test_the_student_is_no_part_of_it():
     assert len(own) == len(list(student.parameters()))
 
 
-def test_a_compiled_student_is_unwrapped():
+def test_compiled_student_is_unwrapped():
     student = batch_norm_network()
     compiled = torch.compile(student, backend="eager")
     assert unwrap(compiled) is student
@@ -116,7 +116,7 @@ def test_a_compiled_student_is_unwrapped():
     assert_same_state(teacher.network, student)
 
 
-def test_the_teacher_of_a_compiled_student_is_compiled(monkeypatch):
+def test_teacher_of_a_compiled_student_is_compiled(monkeypatch):
     compiled = []
 
     def compile_eagerly(network):
@@ -132,7 +132,7 @@ def test_the_teacher_of_a_compiled_student_is_compiled(monkeypatch):
     monkeypatch.setattr(torch, "compile", compile_eagerly)
     teacher = EMATeacher(in_wrapper, head, FeatureStage("0", 4))
     assert teacher.state_dict().keys() == plain.state_dict().keys()
-    for step in range(2):  # the second one with other weights
+    for step in range(2):  # the second step has different weights
         output, expected = teacher(torch.ones(1, 1, 5, 5, 5)), plain(torch.ones(1, 1, 5, 5, 5))
         assert len(compiled) == 1
         assert compiled[0] is teacher.network
@@ -143,7 +143,7 @@ def test_the_teacher_of_a_compiled_student_is_compiled(monkeypatch):
         plain.update()
 
 
-def test_only_the_highest_resolution_is_given():
+def test_teacher_returns_only_the_highest_resolution():
     class DeepSupervised(nn.Module):
         def __init__(self):
             super().__init__()
@@ -157,8 +157,8 @@ def test_only_the_highest_resolution_is_given():
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0])
-def test_decay_out_of_range_is_refused(decay):
-    with pytest.raises(ValueError, match="decay must lie in"):
+def test_decay_out_of_range_raises(decay):
+    with pytest.raises(ValueError, match="decay must be in"):
         EMATeacher(batch_norm_network(), decay=decay)
 
 

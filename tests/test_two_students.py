@@ -1,4 +1,4 @@
-"""Two networks that learn from each other: their loss, where gradients arrive, what the documentation says of it."""
+"""Tests of co-training methods: loss terms, gradients, and the table of gradients in docs/methods.md."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -27,11 +27,15 @@ from nnunet_dycon.monitoring import terms_of_loss
 from nnunet_dycon.registry import TRAINERS
 from tests.tiny_network import STAGE, Student, TinyUNet, both_outputs, labeled_batch, supervised_loss, unlabeled_batch
 
-FULL_RESOLUTION = FeatureStage("decoder.stages.0", 4)  # as the trainer chooses it
+FULL_RESOLUTION = FeatureStage("decoder.stages.0", 4)  # as in the trainer
 METHODS = {
     "nnUNetTrainerCPS": (CPS, CPSSettings(), None),
     "nnUNetTrainerUGPL": (UGPL, UGPLSettings(contrast_voxels=16), FULL_RESOLUTION),
-    "nnUNetTrainerDyCONCoTraining": (DyCONCoTraining, DyCONTerms(embedding_width=8), STAGE),
+    "nnUNetTrainerDyCONCoTraining": (
+        DyCONCoTraining,
+        DyCONTerms(entropy_weight=0.0, gamma=0.0, embedding_width=8),
+        STAGE,
+    ),
 }
 every_method = pytest.mark.parametrize("name", METHODS)
 WEIGHTED = WeightedDiceCELoss((0.7, 0.3))
@@ -47,13 +51,13 @@ def build(name: str, **changes):
     return built, Student(network, stage if built.uses_features else None)
 
 
-def test_there_is_a_test_for_each_of_them():
+def test_all_co_training_methods_are_tested():
     with_second = {name for name, trainer in TRAINERS.items() if trainer.beside == "second"}
     assert with_second == METHODS.keys()
 
 
 @every_method
-def test_the_loss_is_the_weighted_sum_of_both_networks_terms(name, labeled, unlabeled):
+def test_loss_is_the_weighted_sum_of_both_networks_terms(name, labeled, unlabeled):
     built, student = build(name)
     torch.manual_seed(5)
     terms = built(student, labeled, unlabeled, progress=0.2)
@@ -65,10 +69,10 @@ def test_the_loss_is_the_weighted_sum_of_both_networks_terms(name, labeled, unla
     assert len(names) == 2 * len(weights)
     expected = sum(weights[term.removesuffix("_second")] * terms[term] for term in names)
     torch.testing.assert_close(terms["loss"], expected)
-    for ending, output in zip(("", "_second"), both_outputs(built, student, labeled, unlabeled)):
+    for suffix, output in zip(("", "_second"), both_outputs(built, student, labeled, unlabeled)):
         loss = supervised_loss([level[:2] for level in output.logits], labeled.targets)
-        torch.testing.assert_close(terms[f"supervised{ending}"], loss)
-        assert all(terms[f"{term}{ending}"] > 0 for term in weights)
+        torch.testing.assert_close(terms[f"supervised{suffix}"], loss)
+        assert all(terms[f"{term}{suffix}"] > 0 for term in weights)
 
 
 def both_ways(built, student, labeled, unlabeled):
@@ -76,16 +80,16 @@ def both_ways(built, student, labeled, unlabeled):
     return ("", first, second), ("_second", second, first)
 
 
-def test_cps_learns_the_others_labels_at_all_resolutions(labeled, unlabeled):
+def test_cps_uses_the_peers_labels_at_all_resolutions(labeled, unlabeled):
     built, student = build("nnUNetTrainerCPS")
     terms = built(student, labeled, unlabeled, progress=1.0)
-    for ending, own, other in both_ways(built, student, labeled, unlabeled):
-        labels = other.logits[0].argmax(1)
-        torch.testing.assert_close(terms[f"cross{ending}"], WEIGHTED(own.logits, labels, torch.ones(labels.shape)))
+    for suffix, own, peer in both_ways(built, student, labeled, unlabeled):
+        labels = peer.logits[0].argmax(1)
+        torch.testing.assert_close(terms[f"cross{suffix}"], WEIGHTED(own.logits, labels, torch.ones(labels.shape)))
 
 
 @pytest.mark.parametrize("ignored", [False, True])
-def test_ugpl_is_made_of_its_losses(labeled, unlabeled, ignored):
+def test_ugpl_terms_equal_its_losses(labeled, unlabeled, ignored):
     if ignored:
         full = labeled.targets[0].clone()
         full[:, :, :3] = 2
@@ -100,44 +104,44 @@ def test_ugpl_is_made_of_its_losses(labeled, unlabeled, ignored):
     drawn = draw_voxels(labels, ~reliable, 16, 2)
     target, known = Classes(ignore_label=2).truth(labeled)
     assert known.all() != ignored
-    for ending, own, other in both_ways(built, student, labeled, unlabeled):
-        logits, others = own.logits[0], other.logits[0]
-        mistake = mistake_region_loss(logits[:2], others[:2], target, known)
+    for suffix, own, peer in both_ways(built, student, labeled, unlabeled):
+        logits, peer_logits = own.logits[0], peer.logits[0]
+        mistake = mistake_region_loss(logits[:2], peer_logits[:2], target, known)
         prototypes, present = class_prototypes(
             own.features, torch.cat([target, labels]), torch.cat([known, reliable]), classes=2
         )
         anchors = own.features[2:].movedim(1, -1).reshape(-1, 4)[drawn.index]
         contrast = prototype_contrast_loss(anchors, drawn.labels, prototypes, present, drawn.valid)
-        torch.testing.assert_close(terms[f"mistake{ending}"], mistake)
-        torch.testing.assert_close(terms[f"cross{ending}"], rectified_cross_pseudo_loss(logits, others))
-        torch.testing.assert_close(terms[f"filtered{ending}"], entropy_filtered_loss(logits[2:], labels, reliable))
-        torch.testing.assert_close(terms[f"contrast{ending}"], contrast)
+        torch.testing.assert_close(terms[f"mistake{suffix}"], mistake)
+        torch.testing.assert_close(terms[f"cross{suffix}"], rectified_cross_pseudo_loss(logits, peer_logits))
+        torch.testing.assert_close(terms[f"filtered{suffix}"], entropy_filtered_loss(logits[2:], labels, reliable))
+        torch.testing.assert_close(terms[f"contrast{suffix}"], contrast)
     assert terms["kept_share"] == pytest.approx(0.5, abs=0.01)
 
 
-def test_ugpl_keeps_more_and_more(labeled, unlabeled):
+def test_ugpl_kept_fraction_increases(labeled, unlabeled):
     built, student = build("nnUNetTrainerUGPL")
-    shares = [built(student, labeled, unlabeled, progress)["kept_share"].item() for progress in (0.0, 0.5, 1.0)]
-    assert shares == pytest.approx([0.2, 0.5, 0.8], abs=0.01)
+    fractions = [built(student, labeled, unlabeled, progress)["kept_share"].item() for progress in (0.0, 0.5, 1.0)]
+    assert fractions == pytest.approx([0.2, 0.5, 0.8], abs=0.01)
 
 
-def test_cotraining_compares_each_with_the_other(labeled, unlabeled):
+def test_dycon_cotraining_terms_equal_its_losses(labeled, unlabeled):
     built, student = build("nnUNetTrainerDyCONCoTraining")
     terms = built(student, labeled, unlabeled, progress=0.5)
     beta = 5.0 * 0.1**0.5
-    for ending, own, other in both_ways(built, student, labeled, unlabeled):
+    for suffix, own, peer in both_ways(built, student, labeled, unlabeled):
         torch.testing.assert_close(
-            terms[f"uncl{ending}"], uncl_loss(own.logits[0], other.logits[0], beta, entropy_weight=0.0)
+            terms[f"uncl{suffix}"], uncl_loss(own.logits[0], peer.logits[0], beta, entropy_weight=0.0)
         )
-        label_map = torch.cat([labeled.targets[0][:, 0], other.logits[0][2:].argmax(1)])
+        label_map = torch.cat([labeled.targets[0][:, 0], peer.logits[0][2:].argmax(1)])
         fecl = fecl_loss(
             built.head(own.features),
             patch_labels(label_map, (4, 4, 4), 2),
-            teacher_embedding=built.head(other.features),
+            teacher_embedding=built.head(peer.features),
             anchor_entropy=pool_to_patches(softmax_entropy(own.logits[0]), (4, 4, 4)),
             gamma=0.0,
         )
-        torch.testing.assert_close(terms[f"fecl{ending}"], fecl)
+        torch.testing.assert_close(terms[f"fecl{suffix}"], fecl)
 
 
 def reached(modules: dict[str, nn.Module]) -> set[str]:
@@ -149,7 +153,7 @@ def reached(modules: dict[str, nn.Module]) -> set[str]:
 
 
 def arrivals(name: str) -> dict[str, set[str]]:
-    """Of each term, the parts that its gradient reaches."""
+    """Return for each term the parts that its gradient reaches."""
     found = {}
     for term in terms_of_loss(build(name)[0](build(name)[1], labeled_batch(), unlabeled_batch(), 0.5)):
         built, student = build(name)
@@ -169,7 +173,7 @@ COLUMNS = ("first, encoder", "first, decoder", "second, encoder", "second, decod
 
 
 def table() -> str:
-    """Where gradients arrive, as it stands in docs/methods.md."""
+    """Return the table of gradients in docs/methods.md."""
     rows = [f"| `-tr` | term | {' | '.join(COLUMNS)} |", "|---|---|" + "---|" * len(COLUMNS)]
     for name in METHODS:
         for term, parts in arrivals(name).items():
@@ -179,19 +183,19 @@ def table() -> str:
 
 
 @every_method
-def test_gradients_of_a_term_reach_the_one_that_learns_and_never_the_other(name):
+def test_gradients_of_a_term_reach_only_the_trained_network(name):
     for term, parts in arrivals(name).items():
-        own, other = ("second", "first") if term.endswith("_second") else ("first", "second")
+        own, peer = ("second", "first") if term.endswith("_second") else ("first", "second")
         assert f"{own}, encoder" in parts, term
-        assert not any(part.startswith(other) for part in parts), term
-        of_encoder = term.removesuffix("_second") == "fecl"  # whose features are an encoder's
+        assert not any(part.startswith(peer) for part in parts), term
+        of_encoder = term.removesuffix("_second") == "fecl"  # fecl uses features of the encoder
         assert (f"{own}, decoder" in parts) != of_encoder, term
         assert ("head" in parts) == term.startswith("fecl"), term
 
 
-def test_the_documentation_shows_where_gradients_arrive():
+def test_documentation_contains_the_table_of_gradients():
     text = (Path(__file__).parents[1] / "docs" / "methods.md").read_text()
-    assert table() in text, f"put this table into docs/methods.md:\n{table()}"
+    assert table() in text, f"docs/methods.md is outdated; insert this table:\n{table()}"
 
 
 @pytest.mark.parametrize(
@@ -199,7 +203,7 @@ def test_the_documentation_shows_where_gradients_arrive():
     [("nnUNetTrainerUGPL", f"{term}_weight", term) for term in ("mistake", "cross", "filtered", "contrast")]
     + [("nnUNetTrainerDyCONCoTraining", f"{term}_weight", term) for term in ("uncl", "fecl")],
 )
-def test_a_term_of_no_weight_is_left_out(name, setting, term, labeled, unlabeled):
+def test_term_with_weight_0_is_omitted(name, setting, term, labeled, unlabeled):
     built, student = build(name, **{setting: 0.0})
     terms = built(student, labeled, unlabeled, progress=0.5)
     assert not {term, f"{term}_second"} & terms.keys()
@@ -208,7 +212,7 @@ def test_a_term_of_no_weight_is_left_out(name, setting, term, labeled, unlabeled
 
 
 @every_method
-def test_the_second_network_labels_in_eval_mode_and_trains_on(name, unlabeled):
+def test_second_network_labels_in_eval_mode_and_returns_to_training_mode(name, unlabeled):
     built, _ = build(name)
     with torch.no_grad():
         built.second.eval()
@@ -227,7 +231,7 @@ def test_the_second_network_labels_in_eval_mode_and_trains_on(name, unlabeled):
 
 
 @every_method
-def test_the_state_holds_the_second_network_but_not_the_first(name):
+def test_state_contains_the_second_network_but_not_the_first(name):
     built, student = build(name)
     children = {key for key, child in built.named_children()}
     assert children == {"second"} | ({"head"} if name == "nnUNetTrainerDyCONCoTraining" else set())
@@ -239,14 +243,14 @@ def test_the_state_holds_the_second_network_but_not_the_first(name):
 @pytest.mark.parametrize(
     ("name", "message"), [("nnUNetTrainerUGPL", "contrast needs"), ("nnUNetTrainerDyCONCoTraining", "FeCL needs")]
 )
-def test_features_that_are_needed_are_asked_for(name, message):
+def test_missing_feature_stage_raises(name, message):
     method, settings, _ = METHODS[name]
     with pytest.raises(ValueError, match=message):
         method(Supervision(supervised_loss, WEIGHTED), settings, TinyUNet())
 
 
-def test_settings_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="kept_start and kept_end must lie in"):
+def test_invalid_settings_raise():
+    with pytest.raises(ValueError, match="kept_start and kept_end must be in"):
         UGPLSettings(kept_start=0.0)
     with pytest.raises(ValueError, match="contrast_voxels must be at least 1"):
         UGPLSettings(contrast_voxels=0)

@@ -1,4 +1,4 @@
-"""A network of two stages and batches for it, by which methods are tested without nnU-Net."""
+"""A network with two stages and batches for it, to test methods without nnU-Net."""
 
 from dataclasses import replace
 
@@ -8,7 +8,7 @@ from torch.nn.functional import cross_entropy, interpolate
 
 from nnunet_dycon.batches import LabeledBatch, StudentOutput, UnlabeledBatch
 from nnunet_dycon.features import FeatureStage, FeatureTap
-from nnunet_dycon.methods import TwoStudents
+from nnunet_dycon.methods import CoTraining
 
 STAGE = FeatureStage("encoder.stages.1", 6)
 
@@ -39,7 +39,7 @@ def supervised_loss(logits, targets):
 
 
 class Student:
-    """Counts its calls and remembers what it was shown."""
+    """A student that stores the images of each call."""
 
     def __init__(self, network: nn.Module, stage: FeatureStage | None = STAGE) -> None:
         self.network, self.images = network.train(), []
@@ -50,8 +50,8 @@ class Student:
         return StudentOutput(self.network(images), self.tap.take() if self.tap else None)
 
 
-def both_outputs(method: TwoStudents, student: Student, labeled, unlabeled) -> list[StudentOutput]:
-    """What both students say of a step's images."""
+def both_outputs(method: CoTraining, student: Student, labeled, unlabeled) -> list[StudentOutput]:
+    """Return the outputs of both students for the images of a step."""
     images = torch.cat([labeled.strong, unlabeled.strong])
     taps = (student.tap, method._second_tap)
     return [
@@ -69,7 +69,7 @@ def labeled_batch() -> LabeledBatch:
 
 
 def batch_of_regions(has_ignore_label: bool = False) -> LabeledBatch:
-    """The same images with two regions, one inside of the other, and the ignored voxels in one channel more."""
+    """Return the same images with two nested regions and, if requested, a channel of ignored voxels."""
     batch = labeled_batch()
     targets = []
     for level in batch.targets:

@@ -1,4 +1,4 @@
-"""The losses: pure functions of tensors, and small modules that hold their constants."""
+"""Losses as pure functions of tensors, and small modules that store their constants."""
 
 from nnunet_dycon.losses.consistency import consistency_loss
 from nnunet_dycon.losses.cross_pseudo import rectified_cross_pseudo_loss

@@ -1,4 +1,4 @@
-"""Plain consistency between a student and its teacher."""
+"""Mean squared error consistency between student and teacher (Mean Teacher)."""
 
 import torch
 
@@ -9,17 +9,21 @@ from nnunet_dycon.precision import at_least_float32
 def consistency_loss(
     student_logits: torch.Tensor, teacher_logits: torch.Tensor, *, sigmoid: bool = False
 ) -> torch.Tensor:
-    r"""Mean squared distance of the softmax outputs of student and teacher, or of their sigmoid outputs.
+    r"""Return the mean squared error between the softmax (or sigmoid) outputs of student and teacher.
 
     .. math:: L = \frac{1}{N C} \sum_{i=1}^{N} \lVert p^s_i - p^t_i \rVert^2
 
-    with N voxels and C classes: the consistency of Mean Teacher (arXiv:1703.01780) for segmentation. The teacher gets
-    no gradient. Of regions, C is their number; one region is the same as two classes with the logits 0 and z.
+    with N voxels and C classes or regions. This is the consistency term of Mean Teacher (arXiv:1703.01780) applied to
+    segmentation. The teacher receives no gradient. One region with logit z gives the same loss as two classes with the
+    logits 0 and z.
 
     Args:
         student_logits: (B, C, *spatial), before the softmax or sigmoid.
         teacher_logits: (B, C, *spatial).
-        sigmoid: whether the C channels are regions, which may overlap, instead of classes that exclude each other.
+        sigmoid: True if the C channels are regions, which may overlap; False for mutually exclusive classes.
+
+    Returns:
+        The loss, a scalar of at least float32.
 
     Raises:
         ValueError: the shapes differ.
@@ -27,7 +31,7 @@ def consistency_loss(
     >>> a, b = torch.tensor([[[0.0], [0.0]]]), torch.tensor([[[100.0], [0.0]]])
     >>> consistency_loss(a, b).item()
     0.25
-    >>> consistency_loss(a, b, sigmoid=True).item()  # of two regions, one is agreed on
+    >>> consistency_loss(a, b, sigmoid=True).item()  # both agree on the second of two regions
     0.125
     """
     if student_logits.shape != teacher_logits.shape:

@@ -1,4 +1,4 @@
-"""nnU-Net's losses, Dice and cross-entropy of classes or of regions, with a weight for each voxel."""
+"""nnU-Net's Dice and cross-entropy loss for classes or regions, with a weight for each voxel."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ _SMOOTH = 1e-5  # nnU-Net's
 def weighted_dice_ce_loss(
     logits: torch.Tensor, target: torch.Tensor, weight: torch.Tensor, *, batch_dice: bool = False
 ) -> torch.Tensor:
-    r"""Cross-entropy minus soft Dice, in both of which a voxel counts as much as its weight says.
+    r"""Return the weighted cross-entropy minus the weighted soft Dice.
 
     .. math::
         L = \frac{\sum_i w_i \left(-\ln p_{i y_i}\right)}{\sum_i w_i}
@@ -25,21 +25,21 @@ def weighted_dice_ce_loss(
               \frac{2 \sum_{i \in b} w_i p_{ic} [y_i = c] + \epsilon}
                    {\sum_{i \in b} w_i p_{ic} + \sum_{i \in b} w_i [y_i = c] + \epsilon}
 
-    with the voxels i of those images b in which any has a weight, the softmax output p, and ε = 1e-5. With all weights
-    1 it is nnU-Net's loss, with weights of 0 and 1 nnU-Net's loss with the ignore label where the weight is 0 (which
-    counts an image that is ignored altogether as a Dice of 1).
+    with the softmax output p, the weight w of each voxel i, and ε = 1e-5. The Dice is averaged over the images b that
+    have any weight. If all weights are 1, this is nnU-Net's loss. If the weights are 0 and 1, it is nnU-Net's loss with
+    the ignore label where the weight is 0 (except that nnU-Net counts a completely ignored image as a Dice of 1).
 
     Args:
         logits: (B, C, *spatial), before the softmax.
         target: (B, *spatial), integers in [0, C).
         weight: (B, *spatial), not negative.
-        batch_dice: take the sums of the Dice over the batch, that of all ranks, not over each image.
+        batch_dice: compute one Dice per class over the batch of all ranks instead of one per class and image.
 
     Returns:
-        The loss, a scalar of at least float32; a differentiable 0 where all weights are 0.
+        The loss, a scalar of at least float32; a differentiable 0 if all weights are 0.
 
     Raises:
-        ValueError: a shape does not fit.
+        ValueError: the shapes do not match.
 
     >>> logits = torch.tensor([[[0.0, 0.0], [0.0, 100.0]]])  # one image, two classes, two voxels
     >>> round(weighted_dice_ce_loss(logits, torch.tensor([[0, 1]]), torch.tensor([[0.0, 1.0]])).item(), 4)
@@ -63,7 +63,7 @@ def weighted_dice_ce_loss(
     predicted = weighted.sum(axes)[..., 1:]
     labeled = (weight[:, None] * is_class).sum(axes)[..., 1:]
     dice = _dice(overlap, predicted, labeled, batch_dice)
-    # An image without any weight has a Dice of 1, and nothing to say.
+    # An image whose weights are all 0 has a Dice of 1 and is excluded from the mean.
     counts = (sum_over_ranks(total) > 0) if batch_dice else (weight.flatten(1).sum(1) > 0)
     dice = (dice.mean(-1) * counts).sum() / counts.sum().clamp(min=1)
     return cross_entropy - dice
@@ -78,7 +78,7 @@ def weighted_dice_bce_loss(
     batch_dice: bool = False,
     summed: bool = False,
 ) -> torch.Tensor:
-    r"""Binary cross-entropy minus soft Dice of regions, in both of which a voxel counts as much as its weight says.
+    r"""Return the weighted binary cross-entropy minus the weighted soft Dice of regions.
 
     .. math::
         L = -\frac{\sum_{i,r} w_{ir} \left(y_{ir} \ln p_{ir} + (1 - y_{ir}) \ln (1 - p_{ir})\right)}
@@ -87,23 +87,24 @@ def weighted_dice_bce_loss(
               \frac{2 \sum_{i \in b} w_{ir} p_{ir} y_{ir} + \epsilon}
                    {\sum_{i \in b} w_{ir} p_{ir} + \sum_{i \in b} w_{ir} y_{ir} + \epsilon}
 
-    with those regions r of an image b in which any voxel i has a weight, the sigmoid output p, and ε = 1e-5. With all
-    weights 1 it is nnU-Net's loss of regions, with weights of 0 and 1 nnU-Net's loss with the ignore label where the
-    weight is 0 (which counts an image that is ignored altogether as a Dice of 1), if ``summed`` is as it says.
+    with the sigmoid output p, the weight w of each voxel i and region r, and ε = 1e-5. The Dice is averaged over the
+    pairs of image b and region r that have any weight. With ``summed`` set as described below, this is nnU-Net's loss
+    for regions if all weights are 1. If the weights are 0 and 1, it is nnU-Net's loss with the ignore label where the
+    weight is 0 (except that nnU-Net counts a completely ignored image as a Dice of 1).
 
     Args:
         logits: (B, R, *spatial), before the sigmoid.
         target: (B, R, *spatial), boolean, or 0 and 1.
         weight: (B, R, *spatial), not negative.
-        batch_dice: take the sums of the Dice over the batch, that of all ranks, not over each image.
-        summed: count the cross-entropy R times. nnU-Net takes its mean over regions, but where the data set has an
-            ignore label its sum over them.
+        batch_dice: compute one Dice per region over the batch of all ranks instead of one per region and image.
+        summed: sum the cross-entropy over regions instead of averaging it. nnU-Net sums if the dataset has an ignore
+            label and averages otherwise.
 
     Returns:
-        The loss, a scalar of at least float32; a differentiable 0 where all weights are 0.
+        The loss, a scalar of at least float32; a differentiable 0 if all weights are 0.
 
     Raises:
-        ValueError: a shape does not fit.
+        ValueError: the shapes do not match.
 
     >>> logits = torch.tensor([[[0.0, 100.0]]])  # one image, one region, two voxels
     >>> round(weighted_dice_bce_loss(logits, torch.tensor([[[0, 1]]]), torch.tensor([[[0.0, 1.0]]])).item(), 4)
@@ -111,7 +112,7 @@ def weighted_dice_bce_loss(
     """
     if logits.ndim < 3 or not logits.shape == target.shape == weight.shape:
         raise ValueError(
-            "logits, target and weight must be (B, R, *spatial) of one shape, got "
+            "logits, target and weight must have the same shape (B, R, *spatial), got "
             f"{tuple(logits.shape)}, {tuple(target.shape)} and {tuple(weight.shape)}"
         )
     weight, target = weight.detach(), target.to(logits.dtype)
@@ -122,7 +123,7 @@ def weighted_dice_bce_loss(
     weighted = weight * logits.sigmoid()
     overlap, predicted, labeled = (volume.sum(axes) for volume in (weighted * target, weighted, weight * target))
     dice = _dice(overlap, predicted, labeled, batch_dice)
-    # A region without any weight has a Dice of 1, and nothing to say.
+    # A region whose weights are all 0 has a Dice of 1 and is excluded from the mean.
     total = weight.sum(axes)
     counts = (sum_over_ranks(total) if batch_dice else total) > 0
     dice = (dice * counts).sum() / counts.sum().clamp(min=1)
@@ -130,7 +131,7 @@ def weighted_dice_bce_loss(
 
 
 def _dice(overlap: torch.Tensor, predicted: torch.Tensor, labeled: torch.Tensor, batch_dice: bool) -> torch.Tensor:
-    """Of sums over an image, or over a batch: then over that of all ranks, as nnU-Net's."""
+    """Return the soft Dice from sums over an image or, with batch_dice, over the batch, summed over all ranks."""
     if batch_dice:
         overlap, predicted, labeled = sum_over_ranks(torch.stack([overlap, predicted, labeled]))
     return (2 * overlap + _SMOOTH) / (predicted + labeled + _SMOOTH)
@@ -138,10 +139,10 @@ def _dice(overlap: torch.Tensor, predicted: torch.Tensor, labeled: torch.Tensor,
 
 @dataclass(frozen=True)
 class WeightedDiceCELoss:
-    """`weighted_dice_ce_loss` at all levels of a network with deep supervision.
+    """`weighted_dice_ce_loss` over all resolutions of a network with deep supervision.
 
     Attributes:
-        level_weights: how much each level counts, highest resolution first.
+        level_weights: the weight of each resolution, highest resolution first.
         batch_dice: as in the plans.
     """
 
@@ -149,9 +150,12 @@ class WeightedDiceCELoss:
     batch_dice: bool = False
 
     def __call__(self, logits: Sequence[torch.Tensor], target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Of (B, C, *spatial) each, and target and weight (B, *spatial) at the highest resolution.
+        """Return the weighted sum of the losses at all resolutions.
 
-        They are scaled as nnU-Net scales targets: the nearest voxel.
+        Args:
+            logits: (B, C, *spatial) for each resolution, highest first.
+            target: (B, *spatial) at the highest resolution, downsampled here as in nnU-Net (nearest voxel).
+            weight: (B, *spatial), downsampled in the same way.
         """
         loss = partial(weighted_dice_ce_loss, batch_dice=self.batch_dice)
         return _of_levels(loss, self.level_weights, logits, target, weight)
@@ -159,12 +163,12 @@ class WeightedDiceCELoss:
 
 @dataclass(frozen=True)
 class WeightedDiceBCELoss:
-    """`weighted_dice_bce_loss` at all levels of a network with deep supervision.
+    """`weighted_dice_bce_loss` over all resolutions of a network with deep supervision.
 
     Attributes:
-        level_weights: how much each level counts, highest resolution first.
+        level_weights: the weight of each resolution, highest resolution first.
         batch_dice: as in the plans.
-        summed: whether the data set has an ignore label.
+        summed: whether the dataset has an ignore label.
     """
 
     level_weights: tuple[float, ...] = (1.0,)
@@ -172,7 +176,7 @@ class WeightedDiceBCELoss:
     summed: bool = False
 
     def __call__(self, logits: Sequence[torch.Tensor], target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Of (B, R, *spatial) each, and target and weight so at the highest resolution, which are scaled as above."""
+        """Return the weighted sum of the losses at all resolutions; the shapes are (B, R, *spatial), see above."""
         loss = partial(weighted_dice_bce_loss, batch_dice=self.batch_dice, summed=self.summed)
         return _of_levels(loss, self.level_weights, logits, target, weight)
 
@@ -194,7 +198,7 @@ def _of_levels(
 
 
 def _scaled(volume: torch.Tensor, spatial: torch.Size) -> torch.Tensor:
-    """(B, [R,] *size) to (B, [R,] *spatial)."""
+    """Resize (B, [R,] *size) to (B, [R,] *spatial) by nearest neighbor."""
     axes = len(spatial)
     if volume.shape[-axes:] == spatial:
         return volume

@@ -1,4 +1,4 @@
-"""The entropy of a network's output, its own measure of its uncertainty."""
+"""Entropy of a network's output, used as a measure of uncertainty."""
 
 import torch
 
@@ -7,7 +7,7 @@ from nnunet_dycon.precision import at_least_float32
 
 
 def softmax_and_entropy(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    r"""The softmax p of logits over their class axis, and its entropy :math:`H(p) = -\sum_c p_c \ln p_c` in nats.
+    r"""Return the softmax p over the class axis and its entropy :math:`H(p) = -\sum_c p_c \ln p_c` in nats.
 
     Args:
         logits: (B, C, *spatial).
@@ -22,7 +22,7 @@ def softmax_and_entropy(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
 
 @at_least_float32
 def softmax_entropy(logits: torch.Tensor) -> torch.Tensor:
-    """The entropy alone: (B, *spatial) of logits (B, C, *spatial), in nats.
+    """Return the entropy in nats of the softmax of logits (B, C, *spatial): (B, *spatial).
 
     >>> round(softmax_entropy(torch.zeros(1, 2, 1)).item(), 4)
     0.6931
@@ -32,7 +32,7 @@ def softmax_entropy(logits: torch.Tensor) -> torch.Tensor:
 
 @at_least_float32
 def sigmoid_entropy(logits: torch.Tensor) -> torch.Tensor:
-    r"""The binary entropy of each region in nats.
+    r"""Return the binary entropy of each region in nats.
 
     .. math:: h(p) = -p \ln p - (1 - p) \ln(1 - p), \qquad p = \sigma(z)
 

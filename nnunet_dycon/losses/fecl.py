@@ -1,4 +1,4 @@
-"""Focal entropy-aware contrastive loss between the patches of an image."""
+"""Focal entropy-aware contrastive loss (FeCL) between the patches of an image."""
 
 from collections.abc import Iterator
 
@@ -9,9 +9,9 @@ from torch.nn.functional import normalize
 from nnunet_dycon.losses.gradients import KeptGradient
 from nnunet_dycon.precision import at_least_float32
 
-# exp(-2/τ), the smallest factor that occurs, is 1e-29 at 0.03: still a normal float32.
+# exp(-2/τ) is the smallest factor that occurs. At τ = 0.03 it is 1e-29, still a normal float32.
 _LOWEST_TEMPERATURE = 0.03
-# Similarities of a block of anchors with all N patches: 2^20 entries are 4 MiB a matrix in float32.
+# Entries of a block of the similarity matrix (anchors × N patches): 2^20 are 4 MiB in float32.
 _BLOCK_ENTRIES = {"cpu": 2**20, "cuda": 2**22}
 
 
@@ -27,15 +27,15 @@ def fecl_loss(
     top_k: int = 5,
     ignore_label: int = -1,
 ) -> torch.Tensor:
-    r"""Pull patches of one class together and push those of different classes apart, hard ones first.
+    r"""Return the contrastive loss of DyCON, which attracts patches of one class and repels those of different classes.
 
     .. math::
         L = \operatorname*{mean}_{i} \frac{1}{|P(i)|} \sum_{k \in P(i)} -F^+_{ik} \log
             \frac{e^{S_{ik}}}{\sum_{k' \in P(i)} e^{S_{ik'}} + \sum_{q \in N(i)} F^-_{iq} \left(e^{S_{iq}} + h_i\right)}
 
-    over the anchors i of the batch that have both P(i), the other patches of their image with their label, and N(i),
-    those with another label; patches with the ignored label take part nowhere. With z the L2-normalised embeddings and
-    :math:`c_{ij} = z_i \cdot z_j`:
+    The positives P(i) of an anchor i are the other patches of its image with the same label, the negatives N(i) those
+    with a different label. The mean is over the anchors of the batch that have both. Patches with the ignored label
+    are excluded everywhere. With the L2-normalised embeddings z and :math:`c_{ij} = z_i \cdot z_j`:
 
     - :math:`S_{ij} = c_{ij} / \tau`;
     - :math:`F^+_{ik} = (1 - c^*_{ik})^\gamma e^{H(i)}` and :math:`F^-_{iq} = (c^*_{iq})^\gamma`, with c* the cosine
@@ -43,34 +43,36 @@ def fecl_loss(
     - :math:`h_i` is the mean of :math:`e^{z_i \cdot z^t_l / \tau}` over the ``top_k`` (or |N(i)|, if fewer) patches l
       of N(i) whose teacher embedding z^t is most similar to the anchor; 0 without a teacher.
 
-    DyCON, Eqs. 3-6 (arXiv:2504.04566). Gradients flow to the student's embeddings through S, F and h, and nowhere else.
+    DyCON, Eqs. 3-6 (arXiv:2504.04566). Gradients reach only the student's embeddings, through S, F and h.
 
-    The focal weights reward a collapse: where all embeddings of an image are equal, F⁺ is 0 and with it the loss,
-    whatever the classes, and a projection head gets there within tens of steps. With ``gamma=0`` the weights are 1 and
-    the loss tells classes apart.
+    The focal weights reward a collapse: if all embeddings of an image are equal, F⁺ and the loss are 0 whatever the
+    classes are, and a projection head reaches this state within tens of steps. With ``gamma=0`` all F⁻ are 1, F⁺ is
+    :math:`e^{H(i)}`, and the loss separates the classes.
 
-    Deviations: ``top_k`` and the clamp are our reading, since the paper gives neither in the form at hand. The released
-    code (commit 69c1384) has one positive at a time in the denominator, no weights F on the negatives, and a threshold
-    term in place of h.
+    Deviations:
 
-    Matrices of N × N never exist: anchors are taken in blocks, each of which adds its part of the gradient at once, so
-    that between forward and backward pass only that gradient is kept, (B, N, D).
+    - ``top_k`` and the clamp are our reading; the available version of the paper specifies neither;
+    - the released code (commit 69c1384) has one positive at a time in the denominator, no weights F on the negatives,
+      and a threshold term instead of h, see `fecl_released_loss`.
+
+    The loss is computed in blocks of anchors, so no N × N matrix is stored. The forward pass also computes the gradient
+    and keeps only that, (B, N, D), for the backward pass.
 
     Args:
-        embedding: (B, N, D), the student's embeddings of N patches; L2-normalised inside.
+        embedding: (B, N, D), the student's embeddings of N patches; they are L2-normalised here.
         patch_labels: (B, N), integers.
-        teacher_embedding: (B, N, D), the teacher's; L2-normalised inside, detached.
-        anchor_entropy: (B, N), in nats, detached; 0 if not given.
+        teacher_embedding: (B, N, D), the teacher's embeddings; they are L2-normalised and detached here.
+        anchor_entropy: (B, N), H in nats; it is detached here. None: 0.
         temperature: τ, at least 0.03.
         gamma: γ, 0 (no focal weights) or at least 1, so that the gradient is finite everywhere.
-        top_k: how many hard negatives of the teacher count, at least 1.
-        ignore_label: the label of patches to leave out.
+        top_k: the number of hard negatives from the teacher, at least 1.
+        ignore_label: the label of patches to exclude.
 
     Returns:
-        The loss, a scalar of at least float32; a differentiable 0 if no anchor has both.
+        The loss, a scalar of at least float32; a differentiable 0 if no anchor has positives and negatives.
 
     Raises:
-        ValueError: a shape or a constant does not fit.
+        ValueError: the shapes do not match, or a constant is out of range.
 
     >>> embedding = torch.tensor([[[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]]])
     >>> round(fecl_loss(embedding, torch.tensor([[0, 0, 1]]), gamma=2.0).item(), 4)
@@ -90,16 +92,16 @@ def fecl_loss(
 
 
 def blocks_of_anchors(embedding: torch.Tensor) -> Iterator[slice]:
-    """Which anchors of each image of (B, N, D) are taken at a time; it follows from B and N alone."""
+    """Yield the slices of anchors to process together; they depend only on B and N of the embedding (B, N, D)."""
     batch, patches, _ = embedding.shape
     entries = _BLOCK_ENTRIES.get(embedding.device.type, 2**20)
-    rows = max(16, entries // (batch * patches) // 16 * 16)  # a multiple of 16 for the sake of matrix units
+    rows = max(16, entries // (batch * patches) // 16 * 16)  # a multiple of 16 suits matrix units
     for first in range(0, patches, rows):
         yield slice(first, min(first + rows, patches))
 
 
 class _FeCL(KeptGradient):
-    """The loss of normalised embeddings, whose gradient is written down instead of recorded."""
+    """FeCL of normalised embeddings, with a hand-written gradient."""
 
     @staticmethod
     def forward(ctx, student, teacher, patch_labels, participates, entropy_weight, constants):
@@ -118,7 +120,7 @@ class _FeCL(KeptGradient):
 
 
 class _Block:
-    """Some anchors of each image, the rows r, against all its patches, the columns n."""
+    """A block of anchors of each image (rows R) and their pairs with all patches of the image (columns N)."""
 
     def __init__(self, block, student, teacher, patch_labels, participates, entropy_weight, temperature, gamma, top_k):
         self.block, self.student, self.teacher = block, student, teacher
@@ -134,7 +136,7 @@ class _Block:
         self.share = self.valid.to(student.dtype) / positives.clamp(min=1)  # of a positive in its anchor's mean
 
         self.cosine = student[:, block] @ student.transpose(1, 2)
-        # |S| ≤ 1/τ, so 1/τ is a shift that serves every row: no maximum has to be found, and nothing overflows.
+        # |S| ≤ 1/τ, so subtracting 1/τ prevents an overflow without searching for the maximum of each row.
         self.similarity = (self.cosine - 1.0) / temperature
         self.exponential = self.similarity.exp()
         clamped = self.cosine.clamp(0.0, 1.0)
@@ -146,29 +148,30 @@ class _Block:
             self._find_hard_negatives(top_k)
         denominator = torch.where(self.positive, self.exponential, 0.0).sum(-1, keepdim=True)
         denominator += (self.negative_weight * (self.exponential + self.hard)).sum(-1, keepdim=True)
-        # Anchors that do not take part have no denominator: give them one that has a logarithm.
+        # Anchors without positives or negatives: any positive denominator avoids log(0).
         self.denominator = torch.where(self.valid, denominator, 1.0)
         self.log_ratio = self.similarity - self.denominator.log()
 
     def _find_hard_negatives(self, top_k: int) -> None:
-        """h with the shift of 1/τ, (B, R, 1), and what its gradient needs."""
+        """Set h, shifted by 1/τ, (B, R, 1), and the values that its gradient needs."""
         similar = self.student[:, self.block] @ self.teacher.transpose(1, 2)
         similar.masked_fill_(~self.negative, -torch.inf)
         cosines, self.hardest = similar.topk(min(top_k, similar.shape[-1]), dim=-1)
-        # Of fewer negatives the rest are -inf, which counts nothing.
+        # If there are fewer than top_k negatives, the remaining entries are -inf and add 0.
         number = cosines.isfinite().sum(-1, keepdim=True).clamp(min=1)
         self.hard_parts = ((cosines - 1.0) / self.temperature).exp() / number
         self.hard = self.hard_parts.sum(-1, keepdim=True)
 
     def loss(self) -> torch.Tensor:
-        """Summed over the anchors."""
+        """Return the loss summed over the anchors of the block."""
         per_pair = torch.where(self.positive, self.positive_weight * self.log_ratio, 0.0)
         return -(self.share * per_pair.sum(-1, keepdim=True)).sum()
 
     def add_gradient(self, gradient: torch.Tensor) -> None:
-        r"""Add that of `loss` to the gradient (B, N, D) of all embeddings.
+        r"""Add the gradient of `loss` to the gradient (B, N, D) of all embeddings.
 
-        With :math:`a_i = \frac{1}{|P(i)|\, d_i} \sum_{k \in P(i)} F^+_{ik}` and d the denominator, it is, by cosines,
+        With the denominator d and :math:`a_i = \frac{1}{|P(i)|\, d_i} \sum_{k \in P(i)} F^+_{ik}`, the derivatives
+        with respect to the cosines are
 
         .. math::
             \frac{\partial L}{\partial c_{ik}} &= -\frac{1}{|P(i)|} \left(\frac{F^+_{ik}}{\tau}
@@ -182,7 +185,7 @@ class _Block:
         positive = pull * self.exponential / tau - self.share * self.positive_weight / tau
         negative = self.negative_weight * self.exponential / tau
         if self.gamma != 0:
-            # 0 where the cosine is clamped.
+            # The derivative of the clamp is 0 outside [0, 1].
             inside = (self.cosine >= 0.0) & (self.cosine <= 1.0)
             clamped = self.cosine.clamp(0.0, 1.0)
             slope = torch.where(inside, self.gamma * _power(1.0 - clamped, self.gamma - 1.0), 0.0)
@@ -211,7 +214,8 @@ def _check(embedding, patch_labels, teacher_embedding, anchor_entropy, temperatu
         raise ValueError(f"patch_labels must be integers, got {patch_labels.dtype}")
     if teacher_embedding is not None and teacher_embedding.shape != embedding.shape:
         raise ValueError(
-            f"teacher_embedding must be {tuple(embedding.shape)} as embedding, got {tuple(teacher_embedding.shape)}"
+            f"teacher_embedding must have the shape of embedding, {tuple(embedding.shape)}, got "
+            f"{tuple(teacher_embedding.shape)}"
         )
     if anchor_entropy is not None and anchor_entropy.shape != embedding.shape[:2]:
         raise ValueError(
@@ -226,7 +230,7 @@ def _check(embedding, patch_labels, teacher_embedding, anchor_entropy, temperatu
 
 
 class FeCLLoss(nn.Module):
-    """`fecl_loss` with its constants."""
+    """`fecl_loss` as a module that stores its constants."""
 
     def __init__(self, temperature: float = 0.6, gamma: float = 2.0, top_k: int = 5, ignore_label: int = -1) -> None:
         super().__init__()

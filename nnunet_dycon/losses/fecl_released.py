@@ -1,4 +1,4 @@
-"""The contrastive loss that the released DyCON code computes, which is not the paper's."""
+"""FeCL as computed by the released DyCON code, which differs from the paper."""
 
 import torch
 from torch import nn
@@ -23,37 +23,40 @@ def fecl_released_loss(
     cross_threshold: float = 0.3,
     cross_weight: float = 1.0,
 ) -> torch.Tensor:
-    r"""Number for number what `FeCLoss` of the released code gives (utils/dycon_losses.py, commit 69c1384).
+    r"""Return the value of `FeCLoss` of the released code (utils/dycon_losses.py, commit 69c1384).
 
     .. math::
         L = \operatorname*{mean}_i \frac{1}{|P(i)|} \sum_{k \in P(i)} -(1 - d_{ik})^\gamma \log d_{ik}
             + \lambda \operatorname*{mean}_{i,\, q \in N(i):\, c^{st}_{iq} > t} -\log(1 - c^{st}_{iq}),
         \qquad d_{ik} = \frac{e^{S_{ik} - m_k}}{e^{S_{ik} - m_k} + \sum_{q \in N(i)} e^{S_{iq} - m_q}}
 
-    over all patches i of the batch, with P(i) the other patches of the image with the label of i, N(i) those with
-    another label, :math:`S_{ik} = z_i \cdot z_k / \tau` (0 for i = k), :math:`m_k = \max_i S_{ik}` without gradient,
+    over all patches i of the batch, with P(i) the other patches of the image with the label of i, N(i) those with a
+    different label, :math:`S_{ik} = z_i \cdot z_k / \tau` (0 for i = k), :math:`m_k = \max_i S_{ik}` without gradient,
     and :math:`c^{st}_{iq} = z_i \cdot z^t_q` the cosine with the teacher's embedding.
 
-    That the maximum is taken over the anchors instead of over the patches of each sum is the release's: it does not
-    cancel. Its threshold t follows from the epoch: 0.3 + 0.2 exp(-5 (1 - epoch/1500)²).
+    As in the release, the maximum m is taken over the anchors instead of over the patches of each sum, so it does not
+    cancel. The release computes its threshold t from the epoch: 0.3 + 0.2 exp(-5 (1 - epoch/1500)²).
 
-    Deviations from the released code: where it gives NaN, this does not. A patch that is alone in its class adds 0
-    instead of 0/0, a batch without a hit has no second term, and 1 - c is at least 1e-6.
+    Deviations from the released code, only where it gives NaN: a patch that is alone in its class adds 0 instead of
+    0/0, a batch without a cosine above t has no second term, and 1 - c is at least 1e-6.
 
-    As in `fecl_loss`, matrices of N × N never exist.
+    As in `fecl_loss`, no N × N matrix is stored.
 
     Args:
-        embedding: (B, N, D), the student's; L2-normalised inside.
-        patch_labels: (B, N), integers; every patch takes part.
-        teacher_embedding: (B, N, D), L2-normalised inside, detached; None leaves the second term out.
+        embedding: (B, N, D), the student's embeddings; they are L2-normalised here.
+        patch_labels: (B, N), integers; no patch is ignored.
+        teacher_embedding: (B, N, D), L2-normalised and detached here; None omits the second term.
         temperature: τ, positive.
         gamma: γ of the focal weight, 0 (none) or at least 1, so that the gradient is finite everywhere.
-        use_focal: False leaves the weight (1 - d)^γ out.
+        use_focal: False omits the weight (1 - d)^γ.
         cross_threshold: t.
         cross_weight: λ.
 
+    Returns:
+        The loss, a scalar of at least float32.
+
     Raises:
-        ValueError: a shape or a constant does not fit.
+        ValueError: the shapes do not match, or a constant is out of range.
 
     >>> embedding = torch.tensor([[[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]]])
     >>> round(fecl_released_loss(embedding, torch.tensor([[0, 0, 1]])).item(), 4)
@@ -66,7 +69,8 @@ def fecl_released_loss(
         )
     if teacher_embedding is not None and teacher_embedding.shape != embedding.shape:
         raise ValueError(
-            f"teacher_embedding must be {tuple(embedding.shape)} as embedding, got {tuple(teacher_embedding.shape)}"
+            f"teacher_embedding must have the shape of embedding, {tuple(embedding.shape)}, got "
+            f"{tuple(teacher_embedding.shape)}"
         )
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
@@ -79,9 +83,10 @@ def fecl_released_loss(
 
 
 class _FeCLReleased(KeptGradient):
-    r"""The loss of normalised embeddings, whose gradient is written down instead of recorded.
+    r"""The released FeCL of normalised embeddings, with a hand-written gradient.
 
-    With E the exponentials, n their sum over negatives, and ℓ the loss of a pair, the first term has, by similarities,
+    With the exponentials E, their sum n over negatives, and the loss ℓ of a pair, the derivatives of the first term
+    with respect to the similarities are
 
     .. math::
         \frac{\partial L}{\partial S_{ik}} = n_i s_{ik},\ k \in P(i), \qquad
@@ -150,7 +155,7 @@ def _itself(student: torch.Tensor, rows: slice) -> torch.Tensor:
 
 
 class FeCLReleasedLoss(nn.Module):
-    """`fecl_released_loss` with its constants; the threshold grows with training and comes with each call."""
+    """`fecl_released_loss` as a module that stores its constants; the threshold is passed to each call."""
 
     def __init__(
         self, temperature: float = 0.6, gamma: float = 2.0, use_focal: bool = True, cross_weight: float = 1.0

@@ -1,10 +1,10 @@
-"""Gradients that a loss writes down itself, instead of having its operations recorded."""
+"""Losses with hand-written gradients instead of recorded operations."""
 
 import torch
 
 
 class KeptGradient(torch.autograd.Function):
-    """A function whose forward pass computes the gradient of its first argument, too, and saves it if it is needed."""
+    """An autograd function whose forward pass also computes the gradient of its first argument."""
 
     @staticmethod
     def backward(ctx, gradient):
@@ -16,8 +16,8 @@ class KeptGradient(torch.autograd.Function):
 def refuse_second_derivative() -> None:
     """Raise NotImplementedError in a backward pass that is itself recorded (create_graph=True).
 
-    What the gradient was computed from is not in its graph, so that the second derivative would be wrong. torch's
-    once_differentiable does not notice where the gradient that comes in is a constant, as a loss's is.
+    A hand-written gradient is not connected to its inputs in the graph, so the second derivative would be wrong.
+    torch's once_differentiable does not detect this if the incoming gradient is constant, which is the case for a loss.
     """
     if torch.is_grad_enabled():
-        raise NotImplementedError("this loss can be differentiated once only; leave create_graph away")
+        raise NotImplementedError("this loss can be differentiated only once; call backward without create_graph=True")

@@ -1,4 +1,4 @@
-"""Contrast of uncertain voxels with the prototypes of reliable ones."""
+"""Contrastive loss between uncertain voxels and class prototypes."""
 
 import torch
 from torch.nn.functional import cross_entropy, normalize
@@ -6,17 +6,16 @@ from torch.nn.functional import cross_entropy, normalize
 from nnunet_dycon.precision import at_least_float32
 from nnunet_dycon.ranks import sum_over_ranks
 
-# Shorter features are divided by this instead of their length, or the gradient of their direction would be infinite in
-# float16.
-_SHORTEST = 1e-3
-_CLASSES_AT_A_TIME = 8  # of which it is looked up for each voxel whether they are its own
+# The lower bound of the norm that features are divided by. Without it the gradient would overflow in float16.
+_SMALLEST_NORM = 1e-3
+_CLASSES_AT_A_TIME = 8  # limits the memory of the (classes, voxels) membership masks
 
 
 @torch.no_grad()
 def class_prototypes(
     features: torch.Tensor, labels: torch.Tensor, reliable: torch.Tensor, classes: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The mean feature of each class over its reliable voxels in the batch, of all ranks, without gradient.
+    """Return the mean feature of each class over its reliable voxels in the batch of all ranks, without gradient.
 
     Args:
         features: (B, F, *spatial).
@@ -25,10 +24,10 @@ def class_prototypes(
         classes: K.
 
     Returns:
-        The prototypes, (K, F) of at least float32, and the classes that have one, (K,) boolean.
+        The prototypes, (K, F) of at least float32, and a boolean mask (K,) of the classes that have one.
 
     Raises:
-        ValueError: a shape does not fit.
+        ValueError: the shapes do not match.
 
     >>> features = torch.tensor([[[1.0, 3.0, 9.0]]])  # one image, one channel, three voxels
     >>> class_prototypes(features, torch.tensor([[0, 0, 1]]), torch.tensor([[True, True, False]]), 2)
@@ -43,13 +42,13 @@ def class_prototypes(
     of_classes = []
     for of_class in torch.arange(classes, device=labels.device)[:, None].split(_CLASSES_AT_A_TIME):
         sums = counts = torch.zeros((), device=labels.device)
-        for image, label, is_reliable in zip(features, labels, reliable):  # one at a time: they are widened
+        for image, label, is_reliable in zip(features, labels, reliable):  # one at a time: upcasting needs memory
             member = (label.flatten() == of_class) & is_reliable.flatten()  # (K, N)
             sums = sums + _sums(member, image.flatten(1))
             counts = counts + member.sum(1)
         of_classes.append(torch.cat([sums, counts[:, None].to(sums.dtype)], 1))
     total = torch.cat(of_classes)
-    # A rank whose features are not finite is alone with them: its step is lost for all, but it alone is to be blamed.
+    # Do not spread non-finite features to other ranks, so that only the rank they come from reports its cases.
     total = sum_over_ranks(torch.where(total.isfinite().all(), total, 0))
     sums, counts = total[:, :-1], total[:, -1]
     return sums / counts[:, None].clamp(min=1), counts > 0
@@ -57,7 +56,7 @@ def class_prototypes(
 
 @at_least_float32
 def _sums(member: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-    """(K, N) and (F, N) to (K, F)."""
+    """Sum features (F, N) over the members (K, N) of each class: (K, F)."""
     return member.to(features.dtype) @ features.T
 
 
@@ -71,33 +70,36 @@ def prototype_contrast_loss(
     *,
     temperature: float = 0.1,
 ) -> torch.Tensor:
-    r"""Pull the features of uncertain voxels to the prototype of their class, and away from the others.
+    r"""Return the InfoNCE loss of anchor features with the prototypes of all classes.
 
     .. math::
         L = \operatorname*{mean}_{i} -\ln \frac{e^{\cos(z_i, \mu_{y_i}) / \tau}}{\sum_c e^{\cos(z_i, \mu_c) / \tau}}
 
-    over the valid anchors i whose class has a prototype, and the classes c that have one. Gradients reach the anchors
-    alone: a prototype stands for what is sure already, and is not to follow what is not.
+    over the valid anchors i whose class has a prototype, and the classes c that have one. The loss pulls the feature z
+    of an uncertain voxel to the prototype μ of its class and pushes it away from the others. Gradients reach only the
+    anchors, since prototypes of reliable voxels should not follow uncertain ones.
 
-    The alignment of arXiv:2509.13084. Deviations from the released code (AIPMLab/Semi-supervised-Segmentation), which
-    adds the distances of anchors to their prototype and the distance of the two prototypes, all without gradient:
+    This replaces the feature alignment of arXiv:2509.13084. Deviations from the released code
+    (AIPMLab/Semi-supervised-Segmentation), which adds the distances of anchors to their prototype and the distance of
+    the two prototypes, all without gradient:
 
-    - the last one is *lowered* there, which pulls the classes together. Here other prototypes push an anchor away;
-    - any number of classes, and a loss that no common direction of all features can lower: it is ln K for that.
+    - the release *minimises* the distance between prototypes, which pulls the classes together. Here other prototypes
+      push an anchor away;
+    - any number of classes, and a loss that does not reward a collapse: it is ln K if all features are equal.
 
     Args:
         anchors: (M, F), features of M uncertain voxels.
         labels: (M,), integers in [0, K).
         prototypes: (K, F), see `class_prototypes`.
-        present: (K,), which classes have one; None for all.
-        valid: (M,), which anchors count; None for all.
+        present: (K,), boolean mask of the classes that have a prototype; None for all.
+        valid: (M,), boolean mask of the anchors to use; None for all.
         temperature: τ, positive.
 
     Returns:
-        The loss, a scalar of at least float32; a differentiable 0 if no anchor counts, or one class alone is present.
+        The loss, a scalar of at least float32; a differentiable 0 if no anchor is valid or only one class is present.
 
     Raises:
-        ValueError: a shape or the temperature does not fit.
+        ValueError: the shapes do not match, or the temperature is not positive.
 
     >>> anchors, prototypes = torch.tensor([[1.0, 0.0]]), torch.tensor([[2.0, 0.0], [0.0, 3.0]])
     >>> round(prototype_contrast_loss(anchors, torch.tensor([0]), prototypes, temperature=1.0).item(), 4)
@@ -113,7 +115,7 @@ def prototype_contrast_loss(
         )
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
-    cosine = normalize(anchors, dim=1, eps=_SHORTEST) @ normalize(prototypes.detach().to(anchors.dtype), dim=1).T
+    cosine = normalize(anchors, dim=1, eps=_SMALLEST_NORM) @ normalize(prototypes.detach().to(anchors.dtype), dim=1).T
     similarity = (cosine / temperature).masked_fill(~present, torch.finfo(cosine.dtype).min)
     counts = valid & present[labels]
     each = cross_entropy(similarity, labels, reduction="none")

@@ -1,4 +1,4 @@
-"""The losses of a query distribution: how a mask transformer's queries, merged class by class, share each voxel."""
+"""Losses on the query distribution of a mask transformer: softmax over queries, summed over each class's queries."""
 
 import torch
 from torch import nn
@@ -7,76 +7,79 @@ from torch.nn.functional import cross_entropy
 from nnunet_dycon.losses.two_classes import shape_of_labels
 from nnunet_dycon.precision import at_least_float32
 
-_NO_LABEL = -100  # torch's own
+_NO_LABEL = -100  # the ignore_index of torch
 
 
 @at_least_float32
 def query_distribution_loss(
     logits: torch.Tensor, target: torch.Tensor, known: torch.Tensor | None = None, *, sigmoid: bool = False
 ) -> torch.Tensor:
-    r"""How far the queries that answer a voxel are from those of its class.
+    r"""Return the cross-entropy of the query distribution with the true class.
 
     .. math:: L_{qd} = -\frac{1}{N} \sum_{i=1}^{N} \ln q_{y_i i}, \qquad q_{ki} = \mathrm{softmax}_k(l_{ki})
 
-    over the N voxels i with a label y: the query loss of DK-UXNet (arXiv:2311.12364). There q is the sum of a softmax
-    over the queries of a group; the logarithms of such sums are logits l, too (`nnunet_dycon.networks.kmax`).
+    over the N voxels i with a label y. This is the query loss of DK-UXNet (arXiv:2311.12364), where q is a softmax over
+    all queries, summed over the queries of each group. The logarithms of these sums are valid logits l
+    (`nnunet_dycon.networks.kmax`).
 
-    Of regions, q stays a softmax, since queries share a voxel whatever their labels are; there is a group for each
-    region and none for the background. A voxel should be answered in equal parts by all regions :math:`S_i` that it
-    lies in, and does not count if it lies in none:
+    For regions, q remains a softmax over the groups; there is one group for each region and none for the background.
+    The target is the uniform distribution over the regions :math:`S_i` that contain the voxel. Voxels outside all
+    regions are excluded:
 
     .. math:: L_{qd} = -\frac{1}{N} \sum_{i=1}^{N} \frac{1}{|S_i|} \sum_{r \in S_i} \ln q_{ri}
 
-    Deviations from the released code (Rows21/DK-UXNet, e268484), the only place where the equation is given: the mean
-    over voxels instead of their sum, which would grow with the patch; logits instead of ln q, so that no logarithm
-    is taken of 0; a group for each class instead of three, for which it changes the labels in place. It knows no
-    regions.
+    Deviations from the released code (Rows21/DK-UXNet, e268484), the only source of the equation:
+
+    - the mean over voxels instead of the sum, which would grow with the patch size;
+    - logits instead of ln q, so that log(0) cannot occur;
+    - one group for each class. The release has three groups and changes the labels in place accordingly;
+    - the release does not support regions.
 
     Args:
         logits: (B, K, *spatial), l.
-        target: (B, *spatial), integers in [0, K); of regions (B, K, *spatial), boolean.
-        known: of the same shape, False where the target is not known and does not count; None for known everywhere.
-        sigmoid: whether the K groups are regions, which may overlap, instead of classes that exclude each other.
+        target: (B, *spatial), integers in [0, K); for regions (B, K, *spatial), boolean.
+        known: boolean, of the same shape as ``target``: False excludes a voxel. None: known everywhere.
+        sigmoid: True if the K groups are regions, which may overlap; False for mutually exclusive classes.
 
     Returns:
-        The loss, a scalar of at least float32; a differentiable 0 where no voxel counts.
+        The loss, a scalar of at least float32; a differentiable 0 if all voxels are excluded.
 
     Raises:
-        ValueError: a shape does not fit.
+        ValueError: the shapes do not match.
 
     >>> round(query_distribution_loss(torch.tensor([[[0.0, 0.0], [0.0, 100.0]]]), torch.tensor([[0, 1]])).item(), 4)
     0.3466
     """
     if logits.ndim < 3 or target.shape != shape_of_labels(logits, sigmoid):
         raise ValueError(
-            "logits must be (B, K, *spatial) and target (B, *spatial), or of regions as the logits, got "
+            "logits must be (B, K, *spatial) and target (B, *spatial), or (B, K, *spatial) for regions, got "
             f"{tuple(logits.shape)} and {tuple(target.shape)}"
         )
     known = torch.ones_like(target, dtype=torch.bool) if known is None else known
     if sigmoid:
         inside = target.bool() & known
         regions = inside.sum(1)
-        of_voxel = -torch.where(inside, torch.log_softmax(logits, 1), 0).sum(1) / regions.clamp(min=1)
-        return of_voxel.sum() / (regions > 0).sum().clamp(min=1)
+        per_voxel = -torch.where(inside, torch.log_softmax(logits, 1), 0).sum(1) / regions.clamp(min=1)
+        return per_voxel.sum() / (regions > 0).sum().clamp(min=1)
     target = torch.where(known, target.long(), _NO_LABEL)
     return cross_entropy(logits, target, ignore_index=_NO_LABEL, reduction="sum") / known.sum().clamp(min=1)
 
 
 @at_least_float32
 def query_consistency_loss(strong_logits: torch.Tensor, weak_logits: torch.Tensor) -> torch.Tensor:
-    r"""How far the query distribution of the strong view is from that of the weak one.
+    r"""Return the Kullback-Leibler divergence of the query distributions of a weak and a strong view.
 
     .. math:: L_{qdc} = \frac{1}{N} \sum_{i=1}^{N} \sum_k q^w_{ki} \left(\ln q^w_{ki} - \ln q^s_{ki}\right)
 
-    with N voxels i and the distributions q = softmax(l) of the weak (w) and the strong (s) view. The weak one gets no
-    gradient. Of regions it is the same: q tells which queries answer, and is a distribution over them.
+    with N voxels i and the distributions q = softmax(l) of the weak (w) and the strong (s) view. The weak view receives
+    no gradient. The equation is the same for regions, since q is a distribution over groups of queries there, too.
 
-    DK-UXNet (arXiv:2311.12364) names such a loss; that it is the Kullback-Leibler divergence is our reading: its
-    equation was not at hand, and the released code has none.
+    DK-UXNet (arXiv:2311.12364) describes such a loss. The Kullback-Leibler divergence is our reading: its equation was
+    not available to us, and the released code does not contain the loss.
 
     Args:
-        strong_logits: (B, K, *spatial), of the strong view, as in `query_distribution_loss`.
-        weak_logits: (B, K, *spatial), of the weak view.
+        strong_logits: (B, K, *spatial), logits of the strong view, as in `query_distribution_loss`.
+        weak_logits: (B, K, *spatial), logits of the weak view.
 
     Returns:
         The loss, a scalar of at least float32.
@@ -98,7 +101,7 @@ def query_consistency_loss(strong_logits: torch.Tensor, weak_logits: torch.Tenso
 
 
 class QueryDistributionLoss(nn.Module):
-    """`query_distribution_loss` of classes or regions."""
+    """`query_distribution_loss` as a module, for classes or regions."""
 
     def __init__(self, sigmoid: bool = False) -> None:
         super().__init__()

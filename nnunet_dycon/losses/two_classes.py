@@ -1,14 +1,14 @@
-"""Regions, which may overlap, as what softmax losses are written for: each one a problem of two classes."""
+"""Overlapping regions as separate two-class problems, to use softmax losses for them."""
 
 import torch
 
 
 def as_two_classes(logits: torch.Tensor) -> torch.Tensor:
-    r"""The logits of regions as those of two classes each, outside and inside.
+    r"""Convert the logits of each region to logits of the two classes "outside" and "inside".
 
     .. math:: \mathrm{softmax}(0, z) = (1 - \sigma(z), \sigma(z))
 
-    So the regions become one more spatial axis, and what is a mean over voxels becomes one over voxels and regions.
+    The regions become an additional spatial axis, so a mean over voxels becomes a mean over voxels and regions.
 
     Args:
         logits: (B, R, *spatial), before the sigmoid.
@@ -23,5 +23,5 @@ def as_two_classes(logits: torch.Tensor) -> torch.Tensor:
 
 
 def shape_of_labels(logits: torch.Tensor, sigmoid: bool) -> torch.Size:
-    """Of logits (B, C, *spatial): one label a voxel, (B, *spatial), or of regions one for each, (B, C, *spatial)."""
+    """Return the shape of the labels for logits (B, C, *spatial): (B, *spatial), or (B, C, *spatial) for regions."""
     return logits.shape if sigmoid else torch.Size((*logits.shape[:1], *logits.shape[2:]))

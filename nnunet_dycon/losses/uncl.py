@@ -1,4 +1,4 @@
-"""Uncertainty-aware consistency between a student and its teacher."""
+"""Uncertainty-aware consistency loss (UnCL) between student and teacher."""
 
 from collections.abc import Iterator
 
@@ -8,9 +8,9 @@ from torch import nn
 from nnunet_dycon.losses.entropy import softmax_and_entropy
 from nnunet_dycon.losses.gradients import refuse_second_derivative
 from nnunet_dycon.losses.two_classes import as_two_classes
-from nnunet_dycon.precision import widened
+from nnunet_dycon.precision import upcast
 
-# Entries of a block of logits: 2^18 are 1 MiB in float32, which a core's cache holds; a GPU wants fewer blocks.
+# Entries of a block of logits: 2^18 are 1 MiB in float32 and fit into a CPU cache; a GPU needs fewer, larger blocks.
 _BLOCK_ENTRIES = {"cpu": 2**18, "cuda": 2**23}
 
 
@@ -22,7 +22,7 @@ def uncl_loss(
     entropy_weight: float = 1.0,
     sigmoid: bool = False,
 ) -> torch.Tensor:
-    r"""Consistency that weighs uncertain voxels less, and entropy minimisation that keeps them from staying so.
+    r"""Return the uncertainty-aware consistency loss of DyCON.
 
     .. math::
         L_{UnCL} = \frac{1}{N} \sum_{i=1}^{N} \left[
@@ -30,37 +30,40 @@ def uncl_loss(
             + \eta \beta \left( H(p^s_i) + H(p^t_i) \right) \right],
         \qquad H(p) = -\sum_c p_c \ln p_c
 
-    with the N voxels i of the batch, and the softmax outputs p of student (s) and teacher (t).
+    with the N voxels i of the batch, and the softmax outputs p of student (s) and teacher (t). The first term weighs
+    down the consistency of uncertain voxels; the second one minimises the entropy.
 
-    Of R regions, each with a sigmoid output :math:`p_r = \sigma(z_r)` of its own, distance and entropy of a voxel are
-    the means of those of the two classes (outside, inside) of each region:
+    For R regions with the sigmoid outputs :math:`p_r = \sigma(z_r)`, distance and entropy of a voxel are the means over
+    regions of the distance and entropy of the two classes "outside" and "inside":
 
     .. math::
         \lVert p^s_i - p^t_i \rVert^2 = \frac{1}{R} \sum_{r=1}^{R} 2 \left(p^s_{ir} - p^t_{ir}\right)^2, \qquad
         H(p) = -\frac{1}{R} \sum_{r=1}^{R} \left[ p_r \ln p_r + (1 - p_r) \ln (1 - p_r) \right]
 
-    DyCON, Eq. 1 (arXiv:2504.04566), where η is 1. Gradients reach the student through both terms and the denominator;
-    the teacher gets none, so that its entropy adds a constant.
+    DyCON, Eq. 1 (arXiv:2504.04566), where η is 1. Gradients reach the student through both terms and the denominator.
+    The teacher receives no gradient, so its entropy adds a constant.
 
-    Deviations from the released code (commit 69c1384): entropies come from log_softmax instead of log(p + 1e-6); the
-    entropies are added voxel by voxel instead of broadcast over pairs of images, which has the same mean. Neither
-    paper nor code knows regions: that a voxel has one uncertainty, the mean over its regions, is our reading. For one
-    region it is the loss of two classes with the logits 0 and z.
+    Deviations from the released code (commit 69c1384):
 
-    Nothing is kept for the backward pass but the logits: it computes block by block again what it needs.
+    - entropies are computed with log_softmax instead of log(p + 1e-6);
+    - the entropies are added voxel by voxel instead of broadcast over pairs of images, which has the same mean;
+    - neither paper nor code supports regions. One uncertainty per voxel, the mean over its regions, is our reading. One
+      region with logit z gives the same loss as two classes with the logits 0 and z.
+
+    Only the logits are kept for the backward pass, which recomputes everything else in blocks.
 
     Args:
         student_logits: (B, C, *spatial), before the softmax or sigmoid.
         teacher_logits: (B, C, *spatial).
-        beta: β ≥ 0, how much the entropies count.
-        entropy_weight: η ≥ 0 of the second term; 0 leaves the weighted consistency.
-        sigmoid: whether the C channels are regions, which may overlap, instead of classes that exclude each other.
+        beta: β ≥ 0, the weight of the entropies.
+        entropy_weight: η ≥ 0, the weight of the second term; 0 leaves only the consistency.
+        sigmoid: True if the C channels are regions, which may overlap; False for mutually exclusive classes.
 
     Returns:
         The loss, a scalar of at least float32.
 
     Raises:
-        ValueError: the shapes differ, there is no axis of at least two classes or one region, or β or η is negative.
+        ValueError: the shapes differ, there are fewer than two classes or one region, or β or η is negative.
 
     >>> student = torch.tensor([[[0.0, 2.0], [0.0, 0.0]]])  # one image, two classes, two voxels
     >>> teacher = torch.tensor([[[1.0, 1.0], [0.0, 0.0]]])
@@ -83,14 +86,14 @@ def uncl_loss(
 
 
 class _UnCL(torch.autograd.Function):
-    """The loss, whose gradient is written down instead of recorded."""
+    """UnCL with a hand-written gradient."""
 
     @staticmethod
     def forward(ctx, student_logits, teacher_logits, beta, entropy_weight, sigmoid):
         ctx.save_for_backward(student_logits, teacher_logits)
         ctx.constants = beta, entropy_weight, sigmoid
         output, distance = (_of_regions, _between_regions) if sigmoid else (softmax_and_entropy, _between_classes)
-        total = widened(student_logits.new_zeros(()))
+        total = upcast(student_logits.new_zeros(()))
         for student, teacher in _blocks(student_logits, teacher_logits):
             p, entropy = output(student)
             q, teacher_entropy = output(teacher)
@@ -101,25 +104,27 @@ class _UnCL(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        """Voxel by voxel what `_slope_of_classes` or `_slope_of_regions` says."""
+        """Compute the gradient of the student's logits block by block."""
         refuse_second_derivative()
         student_logits, teacher_logits = ctx.saved_tensors
         beta, entropy_weight, sigmoid = ctx.constants
-        slope = _slope_of_regions if sigmoid else _slope_of_classes
+        gradient_of = _gradient_of_regions if sigmoid else _gradient_of_classes
         result = torch.empty_like(student_logits, memory_format=torch.contiguous_format)
         scale = gradient / (student_logits.numel() // student_logits.shape[1])
         for student, teacher, out in _blocks(student_logits, teacher_logits, result):
-            out.copy_(slope(student, teacher, beta, entropy_weight, scale))
+            out.copy_(gradient_of(student, teacher, beta, entropy_weight, scale))
         return result, None, None, None, None
 
 
 def _between_classes(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """The distance of each voxel."""
+    """Return the squared distance ‖p - q‖² of each voxel: (B, voxels)."""
     return (p - q).square_().sum(1)
 
 
-def _slope_of_classes(student, teacher, beta, entropy_weight, scale) -> torch.Tensor:
-    r"""With :math:`D = \lVert p - q \rVert^2` and :math:`E = e^{\beta H(p)} + e^{\beta H(q)}`, a voxel's loss has
+def _gradient_of_classes(student, teacher, beta, entropy_weight, scale) -> torch.Tensor:
+    r"""Return the gradient of the loss with respect to the student's logits z of classes.
+
+    With :math:`D = \lVert p - q \rVert^2` and :math:`E = e^{\beta H(p)} + e^{\beta H(q)}`, it is for each voxel
 
     .. math::
         \frac{\partial L}{\partial z_c} = p_c \left(g_c - \sum_k p_k g_k\right), \qquad
@@ -138,17 +143,20 @@ def _slope_of_classes(student, teacher, beta, entropy_weight, scale) -> torch.Te
 
 
 def _of_regions(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sigmoid (B, R, voxels), and the mean (B, voxels) of its binary entropies."""
+    """Return the sigmoid (B, R, voxels) and the mean of its binary entropies over regions (B, voxels)."""
     probabilities, entropies = softmax_and_entropy(as_two_classes(logits))
     return probabilities[:, 1], entropies.mean(1)
 
 
 def _between_regions(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """Return the squared distance of each voxel, the mean over regions: (B, voxels)."""
     return 2 * (p - q).square_().mean(1)
 
 
-def _slope_of_regions(student, teacher, beta, entropy_weight, scale) -> torch.Tensor:
-    r"""With D and E as above, and :math:`h'(z) = -p (1 - p) z` of a binary entropy, a voxel's loss has
+def _gradient_of_regions(student, teacher, beta, entropy_weight, scale) -> torch.Tensor:
+    r"""Return the gradient of the loss with respect to the student's logits z of regions.
+
+    With D and E as above and the derivative :math:`h'(z) = -p (1 - p) z` of a binary entropy, it is for each voxel
 
     .. math::
         \frac{\partial L}{\partial z_r} = \frac{p_r (1 - p_r)}{R} \left[ \frac{4 (p_r - q_r)}{E}
@@ -164,17 +172,20 @@ def _slope_of_regions(student, teacher, beta, entropy_weight, scale) -> torch.Te
 
 
 def _blocks(*volumes: torch.Tensor) -> Iterator[list[torch.Tensor]]:
-    """Parts (B, C, voxels) of (B, C, *spatial); the last volume is written to, where there are three."""
+    """Yield blocks (B, C, voxels) of volumes (B, C, *spatial), the first two upcast to at least float32.
+
+    A third volume is not converted, so that its blocks are views to write to.
+    """
     first = volumes[0]
     flat = [volume.flatten(2) for volume in volumes]
     voxels = max(1, _BLOCK_ENTRIES.get(first.device.type, 2**20) // (first.shape[0] * first.shape[1]))
     for start in range(0, flat[0].shape[2], voxels):
         parts = [volume[:, :, start : start + voxels] for volume in flat]
-        yield [widened(part) for part in parts[:2]] + parts[2:]
+        yield [upcast(part) for part in parts[:2]] + parts[2:]
 
 
 class UnCLLoss(nn.Module):
-    """`uncl_loss` with a fixed β, of classes or regions."""
+    """`uncl_loss` as a module with a fixed β, for classes or regions."""
 
     def __init__(self, beta: float, sigmoid: bool = False) -> None:
         super().__init__()

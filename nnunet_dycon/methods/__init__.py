@@ -1,18 +1,18 @@
-"""The methods, one file each: what one training step computes. They know nothing of nnU-Net.
+"""Semi-supervised methods, one per file: the loss of one training step, independent of nnU-Net.
 
-A `Method` is an nn.Module that owns what training needs beyond the student network: teachers, heads, second networks.
+A `Method` is an nn.Module that owns all that training needs in addition to the student network: teachers, heads, second
+networks.
 
 - ``method(student, labeled, unlabeled, progress)`` returns the loss under "loss", its unweighted terms by name, and
-  what is worth watching under the names in `nnunet_dycon.monitoring`: scalar tensors, or numbers.
-  ``student(images)`` gives a `StudentOutput`; a method calls it exactly once a step, after its teachers, with whatever
-  batch it needs.
+  diagnostics under the names in `nnunet_dycon.monitoring`, as scalar tensors or numbers. ``student(images)`` returns a
+  `StudentOutput`; a method calls it exactly once per step, after its teachers, with any batch of images.
 - ``method.before_first_step()`` is called once when a new training starts, ``method.after_optimizer_step()`` after each
-  step that moved the student.
-- The children of the module hold all the state that a resumed run needs; those with parameters that require a gradient
-  are trained together with the student.
-- Without a teacher a method overrides ``method.label``: what an unlabeled image is labeled with beside the student.
-- ``method.uses_features`` tells whether `StudentOutput.features` is needed.
-- Labels may be classes or regions: a method asks ``supervision.kind`` (`nnunet_dycon.label_kinds`), and knows no more.
+  step in which the optimizer updated the student.
+- The children of the module contain all state that a resumed run needs; children with parameters that require a
+  gradient are trained together with the student.
+- A method without a teacher overrides ``method.label``, which returns the pseudo-labels for plots.
+- ``method.uses_features`` is True if `StudentOutput.features` is required.
+- Labels are classes or regions: ``supervision.kind`` (`nnunet_dycon.label_kinds`) hides the difference from methods.
 """
 
 from nnunet_dycon.methods.cps import CPS, CPSSettings
@@ -22,13 +22,14 @@ from nnunet_dycon.methods.mean_teacher import MeanTeacher, MeanTeacherSettings
 from nnunet_dycon.methods.method import Method, Supervision
 from nnunet_dycon.methods.pseudo_labels import PseudoLabels, PseudoLabelSettings
 from nnunet_dycon.methods.query_consistency import QueryConsistency, QueryConsistencySettings
-from nnunet_dycon.methods.two_students import TwoStudents
+from nnunet_dycon.methods.two_students import CoTraining
 from nnunet_dycon.methods.ugpl import UGPL, UGPLSettings
 
 __all__ = [
     "CPS",
     "UGPL",
     "CPSSettings",
+    "CoTraining",
     "DyCON",
     "DyCONCoTraining",
     "DyCONSettings",
@@ -41,6 +42,5 @@ __all__ = [
     "QueryConsistency",
     "QueryConsistencySettings",
     "Supervision",
-    "TwoStudents",
     "UGPLSettings",
 ]

@@ -1,4 +1,4 @@
-"""Cross pseudo supervision: two networks label unlabeled images for each other."""
+"""Cross pseudo supervision (CPS): two networks trained with each other's pseudo-labels."""
 
 from dataclasses import dataclass
 
@@ -7,32 +7,38 @@ from torch import nn
 
 from nnunet_dycon.batches import LabeledBatch, StudentOutput
 from nnunet_dycon.methods.method import Supervision, Terms
-from nnunet_dycon.methods.two_students import TwoStudents
+from nnunet_dycon.methods.two_students import CoTraining
 from nnunet_dycon.rules import RAMPUP
 
 
 @dataclass(frozen=True)
 class CPSSettings:
-    """Constants of cross pseudo supervision.
+    """Settings of cross pseudo supervision.
 
     Attributes:
-        weight: of the loss on the other's labels once it is fully on.
-        rampup: the share of training over which it is turned on.
+        weight: the weight of the loss with the peer's pseudo-labels after the ramp-up.
+        rampup: the length of the ramp-up as a fraction of the training.
     """
 
     weight: float = 1.0
     rampup: float = RAMPUP
 
 
-class CPS(TwoStudents):
-    r"""Each network learns the labels of the other, of labeled and unlabeled images.
+class CPS(CoTraining):
+    r"""Cross pseudo supervision: each network is trained with the peer's pseudo-labels of all images.
 
     .. math:: L = \sum_s L_{sup}(s) + r(t)\, w\, L(p^s, \arg\max p^{\bar{s}})
 
+    with both networks s, the peer :math:`\bar{s}`, the ramp-up factor r and the weight w.
+
     Chen et al., "Semi-Supervised Semantic Segmentation with Cross Pseudo Supervision", CVPR 2021, arXiv:2106.01226.
 
-    Deviations: two architectures instead of two initialisations of one; the labels are learned with nnU-Net's loss
-    (Dice and cross-entropy, with deep supervision) instead of cross-entropy; the term is ramped up; no CutMix.
+    Deviations:
+
+    - two architectures instead of two initialisations of one architecture;
+    - the loss on pseudo-labels is nnU-Net's (Dice and cross-entropy, with deep supervision) instead of cross-entropy;
+    - the term is ramped up;
+    - no CutMix.
     """
 
     def __init__(self, supervision: Supervision, settings: CPSSettings, second: nn.Module) -> None:
@@ -41,11 +47,11 @@ class CPS(TwoStudents):
     def weights(self, ramp: float) -> dict[str, float]:
         return {"cross": ramp * self.settings.weight}
 
-    def lessons(
+    def mutual_losses(
         self, first: StudentOutput, second: StudentOutput, labeled: LabeledBatch, progress: float
     ) -> tuple[Terms, Terms, Terms]:
         return {"cross": self._cross(first, second)}, {"cross": self._cross(second, first)}, {}
 
-    def _cross(self, own: StudentOutput, other: StudentOutput) -> torch.Tensor:
-        labels = self.supervision.kind.labels(other.logits[0])
+    def _cross(self, own: StudentOutput, peer: StudentOutput) -> torch.Tensor:
+        labels = self.supervision.kind.labels(peer.logits[0])
         return self.supervision.weighted_loss(own.logits, labels, torch.ones_like(labels, dtype=torch.float32))

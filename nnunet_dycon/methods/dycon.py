@@ -1,4 +1,4 @@
-"""DyCON: uncertainty-aware consistency and focal entropy-aware contrast with an EMA teacher."""
+"""DyCON: uncertainty-aware consistency and focal entropy-aware contrastive loss with an EMA teacher."""
 
 from dataclasses import dataclass
 
@@ -18,23 +18,23 @@ from nnunet_dycon.teacher import EMATeacher
 
 @dataclass(frozen=True)
 class DyCONTerms:
-    """Constants of UnCL and FeCL, for any pair of networks. The defaults are the paper's.
+    """Settings of UnCL and FeCL, for any pair of networks. The defaults are the paper's.
 
-    The ramp-up is ours; top_k and the two shares are not in the paper.
+    The ramp-up is ours; top_k, foreground_share and background_share are not in the paper.
 
     Attributes:
-        uncl_weight: of the uncertainty-aware consistency; 0 leaves it out.
-        fecl_weight: of the contrastive loss; 0 leaves it and its projection head out.
-        beta_start: UnCL's β at the start of training.
-        beta_end: UnCL's β at its end.
-        entropy_weight: UnCL's η; 0 leaves its entropy term out.
-        rampup: the share of training over which both are turned on.
-        embedding_width: of the projection head's output.
-        temperature: FeCL's τ.
-        gamma: FeCL's γ; 0 leaves its focal weights out.
-        top_k: the number of FeCL's hard negatives.
-        foreground_share: from which share of foreground on a patch is foreground.
-        background_share: up to which share it is background; between the two it is ignored.
+        uncl_weight: the weight of UnCL; 0 omits it.
+        fecl_weight: the weight of FeCL; 0 omits it and its projection head.
+        beta_start: β of UnCL at the start of training.
+        beta_end: β of UnCL at the end of training.
+        entropy_weight: η of UnCL; 0 omits its entropy term.
+        rampup: the length of the ramp-up of both terms as a fraction of the training.
+        embedding_width: the width of the projection head's output.
+        temperature: τ of FeCL.
+        gamma: γ of FeCL; 0 omits its focal weights.
+        top_k: the number of hard negatives of FeCL.
+        foreground_share: the smallest foreground fraction of a foreground patch.
+        background_share: the largest foreground fraction of a background patch; patches in between are ignored.
     """
 
     uncl_weight: float = 0.5
@@ -51,27 +51,33 @@ class DyCONTerms:
     background_share: float = 0.05
 
     def beta(self, progress: float) -> float:
-        """UnCL's β."""
+        """Return β of UnCL at a training progress in [0, 1]."""
         return exponential_decay(progress, self.beta_start, self.beta_end)
 
     def build_head(self, network: nn.Module, stage: FeatureStage | None) -> ProjectionHead | None:
-        """FeCL's projection head, on the network's device; None without FeCL. ValueError if it has no stage to read."""
+        """Build the projection head of FeCL on the network's device, or return None without FeCL.
+
+        Raises:
+            ValueError: FeCL is used, but no encoder stage is given.
+        """
         if self.fecl_weight == 0:
             return None
         if stage is None:
-            raise ValueError("FeCL needs a stage of the encoder to look at")
+            raise ValueError(
+                "FeCL needs the features of an encoder stage, but stage is None; pass a stage or set fecl_weight=0"
+            )
         return ProjectionHead(stage.channels, self.embedding_width).to(next(network.parameters()).device)
 
     def consistency(
-        self, kind: LabelKind, logits: torch.Tensor, other_logits: torch.Tensor, beta: float
+        self, kind: LabelKind, logits: torch.Tensor, teacher_logits: torch.Tensor, beta: float
     ) -> torch.Tensor:
-        """UnCL of a student's logits with another's."""
-        return uncl_loss(logits, other_logits, beta, entropy_weight=self.entropy_weight, sigmoid=kind.sigmoid)
+        """Return UnCL of a student's logits with those of its teacher or peer."""
+        return uncl_loss(logits, teacher_logits, beta, entropy_weight=self.entropy_weight, sigmoid=kind.sigmoid)
 
     def patches(
         self, kind: LabelKind, labels: torch.Tensor, known: torch.Tensor, output: StudentOutput
     ) -> torch.Tensor:
-        """The class of each patch of the features, (B, N), by the labels of its voxels and where they are known."""
+        """Return the class of each patch of the features, (B, N), from voxel labels and the mask of known labels."""
         return kind.patches(
             labels,
             known,
@@ -86,14 +92,14 @@ class DyCONTerms:
         kind: LabelKind,
         output: StudentOutput,
         embedding: torch.Tensor,
-        other_embedding: torch.Tensor,
+        teacher_embedding: torch.Tensor,
         patches: torch.Tensor,
     ) -> torch.Tensor:
-        """FeCL of a student's embedding (B, N, D), with the hard negatives of another's."""
+        """Return FeCL of a student's embedding (B, N, D), with hard negatives from its teacher or peer."""
         return fecl_loss(
             embedding,
             patches,
-            teacher_embedding=other_embedding,
+            teacher_embedding=teacher_embedding,
             anchor_entropy=pool_to_patches(kind.voxel_entropy(output.logits[0].detach()), output.features.shape[2:]),
             temperature=self.temperature,
             gamma=self.gamma,
@@ -104,16 +110,17 @@ class DyCONTerms:
 
 @dataclass(frozen=True)
 class DyCONSettings(DyCONTerms):
-    """Constants of DyCON: those of its terms, and these.
+    """Settings of DyCON: those of its terms, and the following.
 
     Attributes:
-        ema_decay: of the teacher.
-        fecl_form: "paper", over both halves, or "released", which is what the released code computes, over the
-            unlabeled half. The released form knows no ignored patches: give it equal shares.
-        mixing: what the student sees, see `nnunet_dycon.mixing.mixture`.
-        box: the share of each axis that a box takes.
-        uncl_half: "both", or "unlabeled" for UnCL of the unlabeled images alone.
-        teacher_view: "weak", or "strong" for a teacher that sees the student's intensities, though nothing mixed.
+        ema_decay: the decay of the EMA teacher.
+        fecl_form: "paper" for FeCL of both halves of the batch, or "released" for the form of the released code on the
+            unlabeled half. The released form does not support ignored patches, so foreground_share and background_share
+            must be equal.
+        mixing: the mixing of the student's images, see `nnunet_dycon.mixing.mixture`.
+        box: the length of a pasted box as a fraction of each axis.
+        uncl_half: "both", or "unlabeled" for UnCL of the unlabeled images only.
+        teacher_view: "weak", or "strong" for a teacher with the student's intensity augmentation, but without mixing.
     """
 
     ema_decay: float = EMA_DECAY
@@ -128,48 +135,52 @@ class DyCONSettings(DyCONTerms):
         if self.uncl_half not in ("both", "unlabeled"):
             raise ValueError(f'uncl_half must be "both" or "unlabeled", got {self.uncl_half!r}')
         if self.uncl_half == "unlabeled" and self.mixing == "copy_paste":
-            raise ValueError("copy_paste leaves no image unlabeled: it needs uncl_half of both")
+            raise ValueError('mixing "copy_paste" leaves no image unlabeled; set uncl_half to "both"')
         if self.teacher_view not in ("weak", "strong"):
             raise ValueError(f'teacher_view must be "weak" or "strong", got {self.teacher_view!r}')
         if self.fecl_form not in ("paper", "released"):
             raise ValueError(f'fecl_form must be "paper" or "released", got {self.fecl_form!r}')
         if self.fecl_form == "released" and self.foreground_share != self.background_share:
-            raise ValueError("the released FeCL needs equal shares of foreground and background: it ignores no patch")
+            raise ValueError(
+                "the released FeCL does not support ignored patches; set foreground_share and background_share equal"
+            )
         if self.fecl_form == "released" and self.mixing != "none":
-            raise ValueError("the released FeCL knows no mixed images")
+            raise ValueError('the released FeCL does not support mixed images; set mixing to "none"')
 
 
 class DyCON(Method):
-    r"""The method of "DyCON: Dynamic Uncertainty-aware Consistency and Contrastive Learning", arXiv:2504.04566.
+    r"""DyCON, the method of "DyCON: Dynamic Uncertainty-aware Consistency and Contrastive Learning", arXiv:2504.04566.
 
     .. math::
         L = L_{sup}(\text{labeled}) + r(t) \left[ w_u L_{UnCL}(\text{all}) + w_f L_{FeCL}(\text{all}) \right]
 
-    UnCL compares student and teacher at full resolution. FeCL contrasts the patches of an encoder stage; a patch's
-    class comes from the ground truth in the labeled half and from the teacher's prediction in the unlabeled half.
+    with the ramp-up factor r and the weights w. UnCL compares student and teacher at full resolution. FeCL is computed
+    on the patches of an encoder stage. The class of a patch is taken from the ground truth in the labeled half of the
+    batch and from the teacher's prediction in the unlabeled half.
 
-    Of regions, a voxel's distance and entropy in UnCL are means over them, and a patch's class is the combination of
-    regions that fills most of its foreground (`nnunet_dycon.features.patch_codes`): nested regions make as many classes
-    as there are regions, and patches are alike only if all of their regions are.
+    For regions, distance and entropy of a voxel in UnCL are means over regions. The class of a patch is the most
+    frequent combination of regions in its foreground (`nnunet_dycon.features.patch_codes`): nested regions give as many
+    classes as there are regions, and patches are positives of each other only if all of their regions agree.
 
     Deviations from the paper and the released code (commit 69c1384):
 
-    - the released code takes the patch classes of unlabeled images from their ground truth. Here these never exist;
-    - both terms are ramped up (`DyCONSettings.rampup`), in the release they are on from the first step. Its third
-      term, a mean squared error with a weight of nearly 0, is left out;
-    - what the student sees may be mixed (`mixing`), and the teacher's output with it;
-    - the teacher sees the weak view in eval mode; in the release noise is added to it, and it keeps its dropout;
-    - patches are classed by the area of their foreground, with a band that is ignored; the release looks at the
-      central 2×2×2 voxels of each cell;
-    - an anchor's entropy is the mean over its cell of the entropy of the student's softmax. The paper's "gambling
+    - the released code takes the patch classes of unlabeled images from their ground truth. Here unlabeled images have
+      no ground truth;
+    - both terms are ramped up (`DyCONSettings.rampup`); in the release they are active from the first step. The third
+      term of the release, a mean squared error with a weight of nearly 0, is omitted;
+    - the student's images, and the teacher's output with them, can be mixed (`mixing`);
+    - the teacher sees the weak view in eval mode; the release adds noise to its input and keeps its dropout active;
+    - the class of a patch depends on its foreground fraction, and patches of an intermediate fraction are ignored; the
+      release uses the central 2×2×2 voxels of each cell;
+    - the entropy of an anchor is the mean over its cell of the entropy of the student's softmax. The paper's "gambling
       softmax" is equal to a softmax;
-    - neither paper nor code knows regions.
+    - neither paper nor code supports regions.
 
     Args:
         network: the student's network.
-        supervision: how to learn from labels.
-        settings: the constants.
-        stage: the encoder stage that FeCL looks at; not needed without FeCL.
+        supervision: losses on labels.
+        settings: see `DyCONSettings`.
+        stage: the encoder stage whose features FeCL uses; not needed without FeCL.
     """
 
     teacher: EMATeacher
@@ -200,16 +211,16 @@ class DyCON(Method):
         teacher = self.teacher(torch.cat([getattr(batch, settings.teacher_view) for batch in (labeled, unlabeled)]))
         mix = mixture(settings.mixing, half, len(strong), strong.shape[2:], strong.device, settings.box)
         output = student(mix(labeled.strong, strong))
-        # The labels of each voxel: ground truth where a labeled image shows, else the teacher's.
+        # Labels of each voxel: ground truth for voxels from labeled images, else the teacher's.
         truth, known = kind.truth(labeled)
         pseudo = kind.labels(teacher.logits[0][half:])
         labels, known = mix(truth, pseudo), mix(known, torch.ones_like(pseudo, dtype=torch.bool))
 
         supervised = self.supervised(output, labeled, mix)
         terms, weighted = {"supervised": supervised}, []
-        monitors: Terms = {}
+        diagnostics: Terms = {}
         if settings.uncl_weight != 0:
-            beta = monitors["beta"] = settings.beta(progress)
+            beta = diagnostics["beta"] = settings.beta(progress)
             teacher_logits = mix(teacher.logits[0][:half], teacher.logits[0][half:])
             compared = slice(half if settings.uncl_half == "unlabeled" else 0, None)
             terms["uncl"] = settings.consistency(kind, output.logits[0][compared], teacher_logits[compared], beta)
@@ -220,23 +231,23 @@ class DyCON(Method):
             teacher_features = on_grid(teacher.features[:half], teacher.features[half:])
             terms["fecl"] = self._contrast(output, teacher_features, patches, half, progress)
             weighted.append(settings.fecl_weight * terms["fecl"])
-            monitors["ignored_patches"] = (patches == IGNORED_PATCH).float().mean()
-        ramp = monitors["ramp"] = sigmoid_rampup(progress, end=settings.rampup)
-        monitors |= kind.monitors(kind.labels(output.logits[0]), labels, ~mix.truth)
-        return {"loss": supervised + ramp * sum(weighted), **terms, **monitors}
+            diagnostics["ignored_patches"] = (patches == IGNORED_PATCH).float().mean()
+        ramp = diagnostics["ramp"] = sigmoid_rampup(progress, end=settings.rampup)
+        diagnostics |= kind.monitors(kind.labels(output.logits[0]), labels, ~mix.truth)
+        return {"loss": supervised + ramp * sum(weighted), **terms, **diagnostics}
 
     def _contrast(
         self, output: StudentOutput, teacher_features: torch.Tensor, patches: torch.Tensor, half: int, progress: float
     ) -> torch.Tensor:
         settings = self.settings
         embedding, teacher_embedding = self.head(output.features), self.teacher.embed(teacher_features)
-        if settings.fecl_form == "released":  # the labeled half takes no part in it
+        if settings.fecl_form == "released":  # of the unlabeled half only
             return fecl_released_loss(
                 embedding[half:],
                 patches[half:],
                 teacher_embedding=teacher_embedding[half:],
                 temperature=settings.temperature,
                 gamma=settings.gamma,
-                cross_threshold=0.3 + 0.2 * sigmoid_rampup(progress),  # the release's, over all of its training
+                cross_threshold=0.3 + 0.2 * sigmoid_rampup(progress),  # as in the release, over the whole training
             )
         return settings.contrast(self.supervision.kind, output, embedding, teacher_embedding, patches)

@@ -1,4 +1,4 @@
-"""Mean Teacher: consistency with an EMA of oneself."""
+"""Mean Teacher: consistency with an exponential moving average (EMA) of the student."""
 
 from dataclasses import dataclass
 
@@ -15,12 +15,12 @@ from nnunet_dycon.teacher import EMATeacher
 
 @dataclass(frozen=True)
 class MeanTeacherSettings:
-    """Constants of Mean Teacher.
+    """Settings of Mean Teacher.
 
     Attributes:
-        consistency_weight: of the consistency term once it is fully on.
-        rampup: the share of training over which it is turned on.
-        ema_decay: of the teacher.
+        consistency_weight: the weight of the consistency term after the ramp-up.
+        rampup: the length of the ramp-up as a fraction of the training.
+        ema_decay: the decay of the EMA teacher.
     """
 
     consistency_weight: float = 1.0
@@ -29,14 +29,15 @@ class MeanTeacherSettings:
 
 
 class MeanTeacher(Method):
-    r"""The baseline that every other method has to beat.
+    r"""Mean Teacher, the baseline for semi-supervised methods.
 
     .. math:: L = L_{sup}(\text{labeled}) + r(t)\, w\, L_{MSE}(p^s, p^t)(\text{unlabeled})
 
-    Tarvainen and Valpola, arXiv:1703.01780. The student sees the strong view and the teacher the weak one.
+    with the ramp-up factor r and the weight w. Tarvainen and Valpola, arXiv:1703.01780. The student sees the strong
+    view, the teacher the weak view.
 
-    Deviations: the views differ by nnU-Net's intensity augmentation instead of independent noise, and both share the
-    spatial augmentation, so that their voxels correspond.
+    Deviations: the views differ in nnU-Net's intensity augmentation instead of independent noise. Both have the same
+    spatial augmentation, so their voxels correspond.
     """
 
     teacher: EMATeacher

@@ -1,4 +1,4 @@
-"""What all methods have in common."""
+"""Base class of all methods, and losses on labels."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,12 +18,12 @@ Terms = dict[str, torch.Tensor | float]
 
 @dataclass(frozen=True)
 class Supervision:
-    """How to learn from labels.
+    """Losses on labels, and the label space.
 
     Attributes:
-        loss: nnU-Net's, of logits (highest resolution first) and targets.
-        weighted_loss: the same for labels that are not equally good, with a weight for each.
-        kind: what labels are: classes, or regions.
+        loss: nnU-Net's loss of logits (highest resolution first) and targets.
+        weighted_loss: the same loss with a weight for each label, for pseudo-labels and mixed images.
+        kind: the label space: classes or regions.
     """
 
     loss: Callable[[list[torch.Tensor], Targets], torch.Tensor]
@@ -32,15 +32,15 @@ class Supervision:
 
 
 class Method(nn.Module):
-    """What a training step computes, and all that it needs beyond the student; see `nnunet_dycon.methods`.
+    """Base class of methods: the loss of a training step and its state; see `nnunet_dycon.methods`.
 
     Args:
-        supervision: how to learn from labels.
+        supervision: losses on labels.
 
     Attributes:
-        teacher: None in methods without one.
-        uses_features: whether `StudentOutput.features` is needed.
-        labeler: who labels unlabeled images beside the student, as a name for curves and pictures; None if nobody does.
+        teacher: the EMA teacher, or None in methods without one.
+        uses_features: whether `StudentOutput.features` is required.
+        labeler: the name, in curves and plots, of the network that makes pseudo-labels; None if there is none.
     """
 
     teacher: EMATeacher | None
@@ -56,24 +56,24 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def supervised(self, output: StudentOutput, labeled: LabeledBatch, mix: Mixture | None = None) -> torch.Tensor:
-        """The loss on ground truth: of the labeled half, the first in the batch, or wherever ``mix`` shows it."""
+        """Return the loss on ground truth: of the labeled (first) half, or of all voxels that ``mix`` took from it."""
         if mix is None or not mix.cuts_labeled:
             return self.supervision.loss(output[: len(labeled)].logits, labeled.targets)
         target, known = self.supervision.kind.truth(labeled)
         return self.supervision.weighted_loss(output.logits, mix.only_labeled(target), mix.only_labeled(known.float()))
 
     def label(self, images: torch.Tensor) -> torch.Tensor:
-        """What the `labeler` says of images (B, C, *spatial): logits (B, K, *spatial), without gradient."""
+        """Return the logits (B, K, *spatial) of the `labeler` for images (B, C, *spatial), without gradient."""
         if self.teacher is None:
-            raise NotImplementedError(f"{type(self).__name__} has no teacher, and says of no other who labels images")
+            raise NotImplementedError(f"{type(self).__name__} has no teacher; override label() or set labeler to None")
         return self.teacher(images).logits[0]
 
     def before_first_step(self) -> None:
-        """Called once when a new training starts, after pretrained weights have arrived."""
+        """Initialize the teacher; called once when a new training starts, after pretrained weights are loaded."""
         if self.teacher is not None:
             self.teacher.synchronize()
 
     def after_optimizer_step(self) -> None:
-        """Called after each step that moved the student."""
+        """Update the teacher; called after each step in which the optimizer updated the student."""
         if self.teacher is not None:
             self.teacher.update()

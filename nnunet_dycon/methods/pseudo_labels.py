@@ -1,4 +1,4 @@
-"""Learning from the teacher's labels: self-training, weak to strong, and copy-paste."""
+"""Training with a teacher's pseudo-labels: self-training, weak-to-strong consistency, and copy-paste."""
 
 from dataclasses import dataclass
 
@@ -15,17 +15,17 @@ from nnunet_dycon.teacher import EMATeacher
 
 @dataclass(frozen=True)
 class PseudoLabelSettings:
-    """How pseudo-labels are made, trusted and shown.
+    """Settings of training with pseudo-labels.
 
     Attributes:
-        weight: of the loss on pseudo-labels once it is fully on.
-        rampup: the share of training over which it is turned on.
-        ema_decay: of the teacher; 0 makes it the student itself, after its last step.
-        confidence: voxels whose pseudo-label has a lower probability do not count.
-        beta_start: β of the voxels' weights exp(-βH) at the start of training; 0 gives all the same weight.
-        beta_end: β at its end.
-        mixing: what the student sees, see `nnunet_dycon.mixing.mixture`.
-        box: the share of each axis that a box takes.
+        weight: the weight of the loss on pseudo-labels after the ramp-up.
+        rampup: the length of the ramp-up as a fraction of the training.
+        ema_decay: the decay of the EMA teacher; with 0 it equals the student after its last step.
+        confidence: the confidence threshold: voxels whose pseudo-label has a lower probability are excluded.
+        beta_start: β of the voxel weights exp(-βH) at the start of training; 0 gives all voxels the same weight.
+        beta_end: β at the end of training.
+        mixing: the mixing of the student's images, see `nnunet_dycon.mixing.mixture`.
+        box: the length of a pasted box as a fraction of each axis.
     """
 
     weight: float = 1.0
@@ -42,18 +42,18 @@ class PseudoLabelSettings:
 
 
 class PseudoLabels(Method):
-    r"""Trains on the labels that a teacher gives to unlabeled images.
+    r"""Training on ground truth and on the pseudo-labels of an EMA teacher.
 
     .. math:: L = L_{sup}(\text{ground truth}) + r(t)\, w\, \bar{\omega}\, L_{\omega}(\text{pseudo-labels})
 
-    with nnU-Net's loss L, weighted voxel by voxel with ω, whose mean over the unlabeled voxels keeps the loss small
-    where few labels are trusted. Of regions, each has a label and a ω of its own in a voxel, by its own probability and
-    entropy.
+    with nnU-Net's loss L, the ramp-up factor r and the weight w. The weight ω of a voxel is 0 below the confidence
+    threshold, else exp(-βH) with the entropy H of the teacher. Its mean over the unlabeled voxels scales the loss down
+    if few pseudo-labels are confident. For regions, label and weight are computed for each region separately.
 
     Args:
         network: the student's network.
-        supervision: how to learn from labels.
-        settings: the constants.
+        supervision: losses on labels.
+        settings: see `PseudoLabelSettings`.
     """
 
     teacher: EMATeacher
@@ -65,23 +65,23 @@ class PseudoLabels(Method):
 
     def forward(self, student: Student, labeled: LabeledBatch, unlabeled: UnlabeledBatch, progress: float) -> Terms:
         settings, kind = self.settings, self.supervision.kind
-        monitors: Terms = {}
+        diagnostics: Terms = {}
         teacher = self.teacher(unlabeled.weak).logits[0]
         labels, confidence = kind.confident_labels(teacher)
-        trust = (confidence >= settings.confidence).float()
+        weights = (confidence >= settings.confidence).float()
         if settings.beta_start > 0:
-            beta = monitors["beta"] = exponential_decay(progress, settings.beta_start, settings.beta_end)
-            trust = trust * torch.exp(-beta * kind.entropy(teacher))
+            beta = diagnostics["beta"] = exponential_decay(progress, settings.beta_start, settings.beta_end)
+            weights = weights * torch.exp(-beta * kind.entropy(teacher))
 
         strong = unlabeled.strong
         mix = mixture(settings.mixing, len(labeled), len(strong), strong.shape[2:], strong.device, settings.box)
         output = student(mix(labeled.strong, strong))
         supervised = self.supervised(output, labeled, mix)
-        labels, trust = mix.only_unlabeled(labels), mix.only_unlabeled(trust)
-        each_voxel = trust.numel() // mix.truth.numel()  # labels: one, or one of each region
-        share = trust.sum() / (each_voxel * (~mix.truth).sum())
-        pseudo = share * self.supervision.weighted_loss(output.logits, labels, trust)
-        ramp = monitors["ramp"] = sigmoid_rampup(progress, end=settings.rampup)
+        labels, weights = mix.only_unlabeled(labels), mix.only_unlabeled(weights)
+        labels_per_voxel = weights.numel() // mix.truth.numel()  # number of labels per voxel: 1, or one per region
+        mean_weight = weights.sum() / (labels_per_voxel * (~mix.truth).sum())
+        pseudo = mean_weight * self.supervision.weighted_loss(output.logits, labels, weights)
+        ramp = diagnostics["ramp"] = sigmoid_rampup(progress, end=settings.rampup)
         loss = supervised + ramp * settings.weight * pseudo
-        monitors |= kind.monitors(kind.labels(output.logits[0]), labels, ~mix.truth)
-        return {"loss": loss, "supervised": supervised, "pseudo": pseudo, **monitors}
+        diagnostics |= kind.monitors(kind.labels(output.logits[0]), labels, ~mix.truth)
+        return {"loss": loss, "supervised": supervised, "pseudo": pseudo, **diagnostics}

@@ -1,4 +1,4 @@
-"""Query distribution consistency: a weak and a strong view of all images, seen by one mask transformer."""
+"""Query distribution consistency (DK-UXNet): consistency of a mask transformer on weak and strong views."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,17 +14,17 @@ from nnunet_dycon.schedules import sigmoid_rampup
 
 @dataclass(frozen=True)
 class QueryConsistencySettings:
-    """Constants of the method and of its network.
+    """Settings of the method and of its network.
 
-    The weight of the query loss is the released one, though of a mean where that takes a sum; the paper's other weights
-    are not known.
+    The weight of the query loss is that of the released code, which, however, sums over voxels instead of averaging.
+    The other weights of the paper are not known.
 
     Attributes:
-        query_weight: of the query loss of labeled images.
-        segmentation_consistency_weight: of the segmentations' consistency once it is fully on.
-        query_consistency_weight: of the query distributions' consistency once it is fully on.
-        rampup: the share of training over which both are turned on.
-        queries: of the network, at least one for each class.
+        query_weight: the weight of the query loss on labeled images.
+        segmentation_consistency_weight: the weight of the consistency of segmentations after the ramp-up.
+        query_consistency_weight: the weight of the consistency of query distributions after the ramp-up.
+        rampup: the length of the ramp-up as a fraction of the training.
+        queries: the number of queries of the network, at least one for each class.
     """
 
     query_weight: float = 0.1
@@ -35,27 +35,27 @@ class QueryConsistencySettings:
 
 
 class QueryConsistency(Method):
-    r"""The method of "Semi-supervised Medical Image Segmentation via Query Distribution Consistency", arXiv:2311.12364.
+    r"""Method of "Semi-supervised Medical Image Segmentation via Query Distribution Consistency", arXiv:2311.12364.
 
     .. math::
         L = L_{sup} + w_q L_{qd} + r(t) \left[ w_s L_{segc} + w_c L_{qdc} \right]
 
-    The student (DK-UXNet) gives a segmentation and a query distribution of a weak and of a strong view of each image.
-    On labeled images both views learn from the labels: nnU-Net's loss of the segmentation, and the query loss, which
-    wants a voxel to be answered by the queries of its class. On unlabeled images the strong view follows the weak one,
-    which gets no gradient: in its segmentation (mean squared error of the softmax), and in its query distribution
-    (Kullback-Leibler divergence). The paper calls the sum of these two its dual-contrastive loss.
+    The student (DK-UXNet) predicts a segmentation and a query distribution for a weak and a strong view of each image.
+    On labeled images both views are supervised: with nnU-Net's loss on the segmentation and with the query loss, the
+    cross-entropy of the query distribution with the true class. On unlabeled images the prediction of the weak view,
+    without gradient, is the target of the strong view: for the segmentation (mean squared error of the softmax) and for
+    the query distribution (Kullback-Leibler divergence). The paper calls the sum of both its dual-contrastive loss.
 
-    This is our reading of the semi-supervised part. At hand were the abstract, captions of figures, and the released
+    The semi-supervised part is our reading. Available to us were the abstract, captions of figures, and the released
     code (Rows21/DK-UXNet, e268484), which has the network and the query loss, but no second view, no consistency and no
-    unlabeled images. So these are choices of ours:
+    unlabeled images. The following are our choices:
 
-    - both branches are one network with one set of weights; the paper speaks of two branches of one architecture;
-    - the two consistencies, their weights, and that they go from weak to strong;
+    - both branches are one network with shared weights; the paper describes two branches of one architecture;
+    - the two consistency terms, their weights and their direction from weak to strong;
     - the ramp-up.
 
-    Deviations from the released code: the query loss is a mean over voxels (`query_distribution_loss`), at each
-    resolution with half the weight of the one above it.
+    Deviations from the released code: the query loss is a mean over voxels (`query_distribution_loss`). It is computed
+    at each resolution, with half the weight of the next higher one.
     """
 
     labeler = None
@@ -96,7 +96,10 @@ class QueryConsistency(Method):
         }
 
     def _query_loss(self, queries: Sequence[torch.Tensor], targets: Targets) -> torch.Tensor:
-        """At all resolutions, halved from each to the next: none is left out, or its queries would not be trained."""
+        """Return the mean query loss over resolutions, with halved weight for each lower one.
+
+        No resolution is omitted, since its queries would not be trained.
+        """
         kind = self.supervision.kind
         levels = targets if isinstance(targets, list) else [targets]
         losses = [
@@ -108,7 +111,7 @@ class QueryConsistency(Method):
 
 
 def _twice(targets: Targets) -> Targets:
-    """Those of both views, which share the augmentation of space."""
+    """Repeat the targets for both views, which have the same spatial augmentation."""
     if isinstance(targets, list):
         return [torch.cat([level, level]) for level in targets]
     return torch.cat([targets, targets])

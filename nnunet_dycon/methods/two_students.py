@@ -1,4 +1,4 @@
-"""What methods have in common in which two networks learn from each other."""
+"""Base class of co-training methods, in which two networks are trained with each other's predictions."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,25 +12,26 @@ from nnunet_dycon.methods.method import Method, Student, Supervision, Terms
 from nnunet_dycon.schedules import sigmoid_rampup
 from nnunet_dycon.teacher import unwrap
 
-OF_SECOND = "_second"  # what the names of the second student's terms end in
+OF_SECOND = "_second"  # suffix of the names of the second network's terms
 
 
-class TwoStudents(Method):
-    r"""Two networks that learn side by side, each from ground truth and from what the other says.
+class CoTraining(Method):
+    r"""Base class of co-training: two networks, each trained with ground truth and with the peer's predictions.
 
     .. math:: L = \sum_{s} \sum_k w_k(t)\, L_k(s, \bar{s})
 
-    over both students s, with the other one :math:`\bar{s}`, which gets no gradient by it, and the terms k, among them
-    the supervised loss with weight 1. Both are shown the same strong views, labeled ones first. There is no teacher.
+    over both students s and the terms k, with the supervised loss as a term of weight 1. The peer :math:`\bar{s}`
+    receives no gradient from the loss of s. Both students see the same strong views, labeled images first. There is no
+    teacher.
 
-    A subclass says by which `lessons` they learn from each other, and by what `weights`. Its settings have a `rampup`,
-    the share of training over which it is turned on.
+    A subclass defines the `mutual_losses` and their `weights`. Its settings have the field ``rampup``, the length of
+    the ramp-up as a fraction of the training.
 
     Args:
-        supervision: how to learn from labels.
-        settings: the constants.
-        second: the second network; it gives as many resolutions as the first.
-        stage: where to tap the second one's features, or None.
+        supervision: losses on labels.
+        settings: the settings of the subclass.
+        second: the second network; it must return as many resolutions as the first.
+        stage: the stage of the second network whose features are tapped, or None.
 
     Attributes:
         second: the second network, in training mode.
@@ -48,19 +49,26 @@ class TwoStudents(Method):
         self._second_tap = None if stage is None else FeatureTap(unwrap(second), stage.name)
 
     def weights(self, ramp: float) -> dict[str, float]:
-        """How much each term of the lessons counts now, with a ramp from 0 to 1. One of weight 0 need not be computed.
+        """Return the weight of each mutual loss. A term of weight 0 need not be computed.
 
         Args:
-            ramp: how far what is learned without labels is turned on.
+            ramp: the ramp-up factor, from 0 to 1.
         """
         raise NotImplementedError
 
-    def lessons(
+    def mutual_losses(
         self, first: StudentOutput, second: StudentOutput, labeled: LabeledBatch, progress: float
     ) -> tuple[Terms, Terms, Terms]:
-        """What both learn from each other: the terms of the first, the same of the second, and what is worth watching.
+        """Compute the losses of both networks with the peer's predictions.
 
-        The outputs are of labeled images and then of unlabeled ones.
+        Args:
+            first: output of the first network for labeled, then unlabeled images.
+            second: output of the second network for the same images.
+            labeled: the labeled batch.
+            progress: training progress in [0, 1].
+
+        Returns:
+            The terms of the first network, the same terms of the second, and diagnostics.
         """
         raise NotImplementedError
 
@@ -69,36 +77,36 @@ class TwoStudents(Method):
         logits = self.second(images)
         second = StudentOutput.of(logits, None if self._second_tap is None else self._second_tap.take())
         first = student(images)
-        of_first, of_second, monitors = self.lessons(first, second, labeled, progress)
+        first_losses, second_losses, diagnostics = self.mutual_losses(first, second, labeled, progress)
         ramp = sigmoid_rampup(progress, end=self.settings.rampup)
         weights = {"supervised": 1.0, **self.weights(ramp)}
         loss, named = torch.zeros((), device=images.device), {}
-        for ending, output, lessons in (("", first, of_first), (OF_SECOND, second, of_second)):
-            for name, value in {"supervised": self.supervised(output, labeled), **lessons}.items():
+        for suffix, output, losses in (("", first, first_losses), (OF_SECOND, second, second_losses)):
+            for name, value in {"supervised": self.supervised(output, labeled), **losses}.items():
                 loss = loss + weights[name] * value
-                named[name + ending] = value
+                named[name + suffix] = value
         kind = self.supervision.kind
-        labels, other_labels = (kind.labels(output.logits[0][len(labeled) :]) for output in (first, second))
+        labels, peer_labels = (kind.labels(output.logits[0][len(labeled) :]) for output in (first, second))
         return {
             "loss": loss,
             **named,
             "ramp": ramp,
-            **monitors,
-            **kind.monitors(labels, other_labels, agreement="students_dice"),
+            **diagnostics,
+            **kind.monitors(labels, peer_labels, agreement="students_dice"),
         }
 
     @torch.no_grad()
     def label(self, images: torch.Tensor) -> torch.Tensor:
-        """As `Method`'s, by the second network."""
+        """Return the logits of the second network in eval mode, see `Method.label`."""
         network = unwrap(self.second)
         network.eval()
         try:
             return StudentOutput.of(network(images)).logits[0]
-        finally:  # what fails here is a picture, which does not end the training
+        finally:  # an error here only omits a plot; training continues
             network.train()
 
 
-def each_with_the_other(first: StudentOutput, second: StudentOutput) -> Iterator[tuple[StudentOutput, StudentOutput]]:
-    """Who learns, and from whom: first the first."""
+def each_with_peer(first: StudentOutput, second: StudentOutput) -> Iterator[tuple[StudentOutput, StudentOutput]]:
+    """Yield each output together with its peer's: (first, second), then (second, first)."""
     yield first, second
     yield second, first

@@ -1,4 +1,4 @@
-"""UGPL: two networks, uncertainty-guided pseudo-labels, and contrast with reliable prototypes."""
+"""UGPL: co-training with uncertainty-guided pseudo-labels and a contrastive loss with class prototypes."""
 
 from dataclasses import dataclass
 
@@ -17,28 +17,28 @@ from nnunet_dycon.losses import (
     reliable_labels,
 )
 from nnunet_dycon.methods.method import Supervision, Terms
-from nnunet_dycon.methods.two_students import TwoStudents, each_with_the_other
+from nnunet_dycon.methods.two_students import CoTraining, each_with_peer
 from nnunet_dycon.rules import RAMPUP
 from nnunet_dycon.schedules import linear
 
 
 @dataclass(frozen=True)
 class UGPLSettings:
-    """Constants of UGPL.
+    """Settings of UGPL.
 
     mistake_weight, contrast_weight, confidence and kept_start are those of the released code; the others are ours.
 
     Attributes:
-        mistake_weight: of the squared error in the mistake region; 0 leaves it out.
-        cross_weight: of the rectified cross pseudo supervision; 0 leaves it out.
-        filtered_weight: of the entropy-filtered supervision; 0 leaves it out.
-        contrast_weight: of the contrast with prototypes; 0 leaves it out.
-        confidence: from which probability a network is confident, in the mistake region.
-        kept_start: the share of each class that the entropy filter keeps at the start of training.
-        kept_end: the same at its end; between them it grows evenly.
-        contrast_voxels: how many uncertain voxels of each class are drawn in a step.
-        temperature: of the contrast.
-        rampup: the share of training over which all but the mistake region is turned on.
+        mistake_weight: the weight of the squared error in the mistake region; 0 omits it.
+        cross_weight: the weight of rectified cross pseudo supervision; 0 omits it.
+        filtered_weight: the weight of entropy-filtered supervision; 0 omits it.
+        contrast_weight: the weight of the contrastive loss with prototypes; 0 omits it.
+        confidence: the confidence threshold of the mistake region, a probability.
+        kept_start: the fraction of each class that the entropy filter keeps at the start of training.
+        kept_end: the same at the end of training, with linear interpolation in between.
+        contrast_voxels: the number of uncertain voxels of each class that are drawn in a step.
+        temperature: the temperature of the contrastive loss.
+        rampup: the length of the ramp-up of all terms except the mistake region, as a fraction of the training.
     """
 
     mistake_weight: float = 0.5
@@ -54,42 +54,44 @@ class UGPLSettings:
 
     def __post_init__(self) -> None:
         if not (0 < self.kept_start <= 1 and 0 < self.kept_end <= 1):
-            raise ValueError(f"kept_start and kept_end must lie in (0, 1], got {self.kept_start} and {self.kept_end}")
+            raise ValueError(f"kept_start and kept_end must be in (0, 1], got {self.kept_start} and {self.kept_end}")
         if self.contrast_voxels < 1:
             raise ValueError(f"contrast_voxels must be at least 1, got {self.contrast_voxels}")
 
 
-class UGPL(TwoStudents):
-    r"""The method of Lu et al., "Enhancing Dual Network Based Semi-Supervised Medical Image Segmentation with
+class UGPL(CoTraining):
+    r"""UGPL, the method of Lu et al., "Enhancing Dual Network Based Semi-Supervised Medical Image Segmentation with
     Uncertainty-Guided Pseudo-Labeling", Knowledge-Based Systems 2025, arXiv:2509.13084.
 
     .. math::
         L = \sum_s L_{sup}(s) + w_m L_{mistake}(s)
             + r(t) \left[ w_x L_{cross}(s) + w_f L_{filtered}(s) + w_c L_{contrast}(s) \right]
 
-    - mistake, on the labeled half: the squared error where both students contradict each other;
-    - cross, on all samples: the other's labels, weighted by the KL divergence of the two;
-    - filtered, on the unlabeled half: labels of which one of both is sure, by an entropy percentile in each class;
-    - contrast: features of the voxels that the filter leaves out are pulled to the prototype of their class, which is
-      the mean over labeled voxels and those that it keeps.
+    - mistake, on the labeled half: squared error where the confident predictions of both students differ;
+    - cross, on all images: cross-entropy with the peer's pseudo-labels, weighted by the KL divergence of both students;
+    - filtered, on the unlabeled half: cross-entropy with the joint pseudo-labels of lowest entropy in each class;
+    - contrast: contrastive loss between the voxels that the entropy filter excludes and the class prototypes, which are
+      means over the labeled voxels and the voxels that the filter keeps.
 
-    Deviations from the released code (AIPMLab/Semi-supervised-Segmentation; the paper's equations were not at hand in
-    full), beside those that the losses name:
+    Deviations from the released code (AIPMLab/Semi-supervised-Segmentation; the paper's equations were not available to
+    us in full), in addition to those of the losses:
 
-    - all terms teach both students. There only the one with the higher Dice loss in a batch gets contrast, and only
-      the ResNet the divergence, right or wrong;
-    - networks are nnU-Net's from the plans, plain and residual, instead of a V-Net and a ResNet-34;
-    - prototypes are of both halves; uncertain voxels are drawn in equal numbers from each class, there 1 % of all;
-    - the kept share grows from the release's 20 % to 80 %; what is learned without labels is ramped up as one;
-    - the release's cosine consistency is left out: the divergence does the same;
-    - it knows no regions. Here each is filtered alone, and has two prototypes, inside and outside, to which its own
-      uncertain voxels are pulled; the contrast is the mean over regions.
+    - all terms train both students. In the release only the student with the higher Dice loss in a batch has the
+      contrastive loss, and only the ResNet has the divergence, whichever student is right;
+    - the networks are nnU-Net's plain and residual U-Nets from the plans instead of a V-Net and a ResNet-34;
+    - prototypes are computed from both halves, and the same number of uncertain voxels is drawn from each class; the
+      release draws 1 % of all voxels;
+    - the kept fraction increases from the release's 20 % to 80 %, and one ramp-up applies to all terms that use
+      pseudo-labels;
+    - the cosine consistency of the release is omitted, since the divergence has the same effect;
+    - the release does not support regions. Here each region is filtered separately and has two prototypes, inside and
+      outside; the contrastive loss is the mean over regions.
 
     Args:
-        supervision: how to learn from labels.
-        settings: the constants.
+        supervision: losses on labels.
+        settings: see `UGPLSettings`.
         second: the second network.
-        stage: where to tap features at full resolution; not needed without contrast.
+        stage: the stage whose features, at full resolution, the contrastive loss uses; not needed without it.
     """
 
     def __init__(
@@ -97,7 +99,10 @@ class UGPL(TwoStudents):
     ) -> None:
         contrasts = settings.contrast_weight != 0
         if contrasts and stage is None:
-            raise ValueError("the contrast needs features of voxels to look at")
+            raise ValueError(
+                "the contrast needs features at full resolution, but stage is None; pass a stage or set "
+                "contrast_weight=0"
+            )
         super().__init__(supervision, settings, second, stage if contrasts else None)
 
     def weights(self, ramp: float) -> dict[str, float]:
@@ -109,7 +114,7 @@ class UGPL(TwoStudents):
             "contrast": ramp * settings.contrast_weight,
         }
 
-    def lessons(
+    def mutual_losses(
         self, first: StudentOutput, second: StudentOutput, labeled: LabeledBatch, progress: float
     ) -> tuple[Terms, Terms, Terms]:
         settings, kind, half = self.settings, self.supervision.kind, len(labeled)
@@ -118,34 +123,39 @@ class UGPL(TwoStudents):
         labels, reliable = reliable_labels(first.logits[0][half:], second.logits[0][half:], kept, sigmoid=kind.sigmoid)
         channels = first.logits[0].shape[1]
         everywhere = list(kind.exclusive(torch.cat([target, labels]), torch.cat([known, reliable]), channels))
-        # The same voxels for both students.
+        # Both students use the same voxels.
         drawn = [
             draw_voxels(uncertain.labels, uncertain.chosen, settings.contrast_voxels, uncertain.classes)
             for uncertain in kind.exclusive(labels, ~reliable, channels)
         ]
 
-        def learned(own: StudentOutput, other: StudentOutput) -> Terms:
-            logits, others = own.logits[0], other.logits[0]
+        def losses(own: StudentOutput, peer: StudentOutput) -> Terms:
+            logits, peer_logits = own.logits[0], peer.logits[0]
             terms: Terms = {}
             if settings.mistake_weight != 0:
                 terms["mistake"] = mistake_region_loss(
-                    logits[:half], others[:half], target, known, confidence=settings.confidence, sigmoid=kind.sigmoid
+                    logits[:half],
+                    peer_logits[:half],
+                    target,
+                    known,
+                    confidence=settings.confidence,
+                    sigmoid=kind.sigmoid,
                 )
             if settings.cross_weight != 0:
-                terms["cross"] = rectified_cross_pseudo_loss(logits, others, sigmoid=kind.sigmoid)
+                terms["cross"] = rectified_cross_pseudo_loss(logits, peer_logits, sigmoid=kind.sigmoid)
             if settings.filtered_weight != 0:
                 terms["filtered"] = entropy_filtered_loss(logits[half:], labels, reliable, sigmoid=kind.sigmoid)
             if self.uses_features:
                 terms["contrast"] = self._contrast(own, everywhere, drawn, half)
             return terms
 
-        of_first, of_second = (learned(own, other) for own, other in each_with_the_other(first, second))
-        return of_first, of_second, {"kept_share": reliable.float().mean()}
+        first_losses, second_losses = (losses(own, peer) for own, peer in each_with_peer(first, second))
+        return first_losses, second_losses, {"kept_share": reliable.float().mean()}
 
     def _contrast(
         self, own: StudentOutput, everywhere: list[Exclusive], drawn: list[DrawnVoxels], half: int
     ) -> torch.Tensor:
-        """Of the voxels drawn in the unlabeled images, with prototypes of both halves."""
+        """Return the contrastive loss of voxels drawn from unlabeled images, with prototypes from both halves."""
         losses = []
         for (labels, reliable, classes), voxels in zip(everywhere, drawn):
             prototypes, present = class_prototypes(own.features, labels, reliable, classes)

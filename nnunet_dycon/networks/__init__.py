@@ -1,4 +1,4 @@
-"""The networks that are not nnU-Net's own: plain torch and nnU-Net's building blocks, built from what its plans say."""
+"""Networks beyond nnU-Net's own, built from nnU-Net's building blocks and the architecture in its plans."""
 
 from nnunet_dycon.networks.kmax_uxnet import KMaXUXNet
 from nnunet_dycon.networks.uxnet import UXNet

@@ -1,4 +1,4 @@
-"""The k-means mask transformer: queries that voxels are assigned to, and that move to the mean of their voxels."""
+"""k-means mask transformer: voxels are assigned to queries, which are updated with the mean of their voxels."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -12,20 +12,21 @@ from torch.nn.functional import normalize
 from nnunet_dycon.networks.uxnet import Architecture
 from nnunet_dycon.precision import without_autocast
 
-# Entries of a block of queries × voxels: 2^18 are 1 MiB in float32, which a core's cache holds; a GPU wants fewer
+# Entries of a block of queries × voxels: 2^18 are 1 MiB in float32 and fit into a CPU cache; a GPU needs fewer, larger
 # blocks.
 _BLOCK_ENTRIES = {"cpu": 2**18, "cuda": 2**24}
 _KERNEL = 5
 _HEADS = 8
-_HIDDEN = 64  # of the class head
+_HIDDEN = 64  # hidden width of the class head
 
 
 class KMaXOutput(NamedTuple):
-    """What the decoder says at each resolution, highest first.
+    """Output of the decoder at each resolution, highest first.
 
     Attributes:
-        logits: (B, K, *spatial) each, the segmentation.
-        queries: (B, K, *spatial) each, the logarithm of the share of each class's queries in a voxel.
+        logits: (B, K, *spatial) each, the segmentation logits.
+        queries: (B, K, *spatial) each, the logarithm of the query distribution: for each voxel the sum of the softmax
+            over the queries of each class.
     """
 
     logits: list[torch.Tensor]
@@ -33,7 +34,7 @@ class KMaXOutput(NamedTuple):
 
 
 def group_sizes(queries: int, groups: int) -> list[int]:
-    """How many queries each group has: the first ones the first, and so on, as equally many as possible.
+    """Return the number of consecutive queries in each group, as equal as possible.
 
     Raises:
         ValueError: there are fewer queries than groups.
@@ -42,32 +43,35 @@ def group_sizes(queries: int, groups: int) -> list[int]:
     [43, 43, 42]
     """
     if queries < groups:
-        raise ValueError(f"each class needs a query of its own: there are {groups} classes, but only {queries} queries")
+        raise ValueError(
+            f"each class needs a query of its own: there are {groups} classes, but only {queries} queries; "
+            "increase queries"
+        )
     each, more = divmod(queries, groups)
     return [each + (group < more) for group in range(groups)]
 
 
 def merged(log_responses: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
-    r"""The queries' responses merged into one for each group.
+    r"""Merge the responses of the queries of each group.
 
     .. math:: \ln q_{gi} = \ln \sum_{n \in g} r_{ni}
 
     Args:
-        log_responses: (B, N, V) ln r, a distribution over the N queries in each of V voxels.
-        sizes: of the groups.
+        log_responses: (B, N, V) ln r, for each of V voxels a distribution over the N queries.
+        sizes: the numbers of queries of the G groups.
 
     Returns:
-        (B, G, V) ln q, a distribution over the groups.
+        (B, G, V) ln q, for each voxel a distribution over the groups.
     """
     return torch.stack([group.logsumexp(1) for group in log_responses.split(list(sizes), 1)], 1)
 
 
 def cluster_means(values: torch.Tensor, assignment: torch.Tensor, clusters: int) -> torch.Tensor:
-    """The mean of the voxels of each cluster, 0 for one that has none.
+    """Return the mean of the voxels of each cluster, 0 for an empty cluster.
 
     Args:
-        values: (B, C, V).
-        assignment: (B, V), integers in [0, N).
+        values: (B, C, V), features of V voxels.
+        assignment: (B, V), the cluster of each voxel, integers in [0, N).
         clusters: N.
 
     Returns:
@@ -81,7 +85,7 @@ def cluster_means(values: torch.Tensor, assignment: torch.Tensor, clusters: int)
 
 
 class CenterUpdate(nn.Module):
-    """One step of k-means and of a transformer: to the mean of their voxels, then attention among the queries."""
+    """Update of the queries: a k-means step (add the mean of their voxels), then self-attention among the queries."""
 
     def __init__(self, width: int, channels: int) -> None:
         super().__init__()
@@ -90,15 +94,15 @@ class CenterUpdate(nn.Module):
             width, math.gcd(_HEADS, width), 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
         )
 
-    @torch.compiler.disable  # compiled for each width anew, it would run into torch's limit
+    @torch.compiler.disable  # it would be recompiled for each width, up to torch's limit
     def forward(self, centers: torch.Tensor, values: torch.Tensor, assignment: torch.Tensor) -> torch.Tensor:
-        """(B, N, D), (B, C, V) and (B, V) to (B, N, D)."""
+        """Update the queries (B, N, D) with the values (B, C, V) of the voxels and their assignment (B, V)."""
         means = cluster_means(values, assignment, centers.shape[1])
         return self.attention(centers + self.of_voxels(means))
 
 
 class KMaXLevel(nn.Module):
-    """Voxels and queries of one resolution: embeds both, assigns, and updates the queries so many times."""
+    """One resolution of the decoder: embeds voxels and queries, and updates the queries ``updates`` times."""
 
     def __init__(self, architecture: Architecture, stage: int, width: int, updates: int) -> None:
         super().__init__()
@@ -114,7 +118,15 @@ class KMaXLevel(nn.Module):
         self.updates = nn.ModuleList(CenterUpdate(width, channels) for _ in range(updates))
 
     def forward(self, pixels: torch.Tensor, centers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(B, C, *spatial) and (B, N, D) to voxels (B, C, V) of length 1, kernels (B, N, C), and (B, N, D)."""
+        """Embed features and queries.
+
+        Args:
+            pixels: (B, C, *spatial), features of V voxels.
+            centers: (B, N, D), queries.
+
+        Returns:
+            The L2-normalised voxels (B, C, V), the kernels (B, N, C), and the updated queries (B, N, D).
+        """
         embedded = normalize(self.embedding(pixels), dim=1).flatten(2)
         if self.values is not None:
             values = self.values(pixels).flatten(2)
@@ -124,9 +136,9 @@ class KMaXLevel(nn.Module):
 
 
 @torch.no_grad()
-@torch.compiler.disable  # which would write the loop out
+@torch.compiler.disable  # the compiler would unroll the loop
 def assign(embedded: torch.Tensor, kernels: torch.Tensor) -> torch.Tensor:
-    """The query that each voxel is most similar to: (B, C, V) and (B, N, C) to (B, V); it has no gradient."""
+    """Return the index of the query most similar to each voxel, (B, V), from (B, C, V) and (B, N, C); no gradient."""
     kernels = kernels.float()
     with without_autocast(embedded.device.type):
         return torch.cat([(kernels @ block.float()).argmax(1) for block in _blocks(embedded, kernels)], 1)
@@ -136,27 +148,27 @@ def assign(embedded: torch.Tensor, kernels: torch.Tensor) -> torch.Tensor:
 def respond(
     embedded: torch.Tensor, kernels: torch.Tensor, classes: torch.Tensor, sizes: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    r"""What all queries together say of each voxel.
+    r"""Compute the segmentation logits and the query distribution of each voxel.
 
     .. math:: r_{ni} = \mathrm{softmax}_n(k_n \cdot z_i), \qquad l_{ki} = \sum_n c_{nk} r_{ni}, \qquad
         \ln q_{gi} = \ln \sum_{n \in g} r_{ni}
 
-    The responses (B, N, V) never exist as a whole: the backward pass computes them again, block by block.
+    The responses r, (B, N, V), are never stored as a whole: they are computed in blocks, and recomputed for backward.
 
     Args:
-        embedded: (B, C, V) z.
-        kernels: (B, N, C) k.
-        classes: (B, N, K) c.
-        sizes: of the groups g.
+        embedded: (B, C, V), the embedded voxels z.
+        kernels: (B, N, C), the kernels k of the queries.
+        classes: (B, N, K), the class logits c of the queries.
+        sizes: the numbers of queries of the G groups g.
 
     Returns:
-        The segmentation l and the query distribution ln q, in float32: (B, K, V) and (B, G, V).
+        The segmentation logits l, (B, K, V), and the log query distribution ln q, (B, G, V), both in float32.
     """
     return _Respond.apply(embedded, kernels.float(), classes.float(), sizes)
 
 
 class _Respond(torch.autograd.Function):
-    """The response, whose gradient is written down instead of recorded."""
+    """`respond` with a hand-written gradient."""
 
     @staticmethod
     def forward(ctx, embedded, kernels, classes, sizes):
@@ -173,7 +185,10 @@ class _Respond(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, of_logits, of_queries):
-        r"""With the gradients u of l and w of ln q, and the group g(n) of a query, a voxel's similarity s = k z has
+        r"""Compute the gradients of embedded voxels, kernels and class logits.
+
+        With the incoming gradients u of l and w of ln q, and the group g(n) of a query, the gradient with respect to
+        the similarity s = k z of a voxel is
 
         .. math:: \frac{\partial L}{\partial s_n} = r_n \left(a_n - \sum_m r_m a_m - \sum_g w_g\right)
             + \frac{r_n}{q_{g(n)}} w_{g(n)}, \qquad a_n = \sum_k c_{nk} u_k
@@ -190,8 +205,8 @@ class _Respond(torch.autograd.Function):
                 of_classes += responses @ u.transpose(1, 2)
                 a = classes @ u
                 slope = responses * (a - (responses * a).sum(1, keepdim=True) - w.sum(1, keepdim=True))
-                shares = [part.log_softmax(1).exp_() for part in log_responses.split(ctx.sizes, 1)]  # of a group
-                slope += torch.cat([share * part for share, part in zip(shares, w.split(1, 1))], 1)
+                within_group = [part.log_softmax(1).exp_() for part in log_responses.split(ctx.sizes, 1)]
+                slope += torch.cat([softmax * part for softmax, part in zip(within_group, w.split(1, 1))], 1)
                 of_kernels += slope @ voxels.transpose(1, 2)
                 of_block.copy_(kernels.transpose(1, 2) @ slope)
         return of_embedded, of_kernels, of_classes, None
@@ -203,31 +218,34 @@ def _blocks(volume: torch.Tensor, kernels: torch.Tensor) -> Iterator[torch.Tenso
 
 
 class KMaXDecoder(nn.Module):
-    """The transformer decoder of kMaX-DeepLab (Yu et al., ECCV 2022, arXiv:2207.04044) over a U-Net's decoder.
+    """Transformer decoder of kMaX-DeepLab (Yu et al., ECCV 2022, arXiv:2207.04044) on the features of a U-Net decoder.
 
-    N learned queries go from the deepest resolution to the highest. At each but the highest they are updated twice:
-    each voxel is assigned to the query most similar to it (argmax, k-means' hard assignment, without a gradient), and
-    each query moves to the mean of its voxels. A head gives each query logits of the K classes; a voxel's segmentation
-    is their mean, weighted with the voxel's softmax over queries. The queries belong to K groups, one per class; the
-    sum of that softmax over a group is the voxel's query distribution.
+    N learned queries are processed from the deepest resolution to the highest. At each resolution except the highest
+    they are updated twice: each voxel is assigned to the query most similar to it (argmax, the hard assignment of
+    k-means, without a gradient), and the mean of its voxels is added to each query. A head predicts logits of the K
+    classes for each query. The segmentation logits of a voxel are their mean, weighted with the softmax of the voxel
+    over queries. The queries form K groups, one per class. The sums of that softmax over the groups are the query
+    distribution of the voxel.
 
-    Deviations from DK-UXNet's released code (Rows21/DK-UXNet, e268484), whose network this is:
+    Deviations from the released code of DK-UXNet (Rows21/DK-UXNet, e268484), which this network reproduces:
 
     - one group for each class, equally large, instead of 16, 4 and 108 of 128 queries for background, organ and tumor;
-    - segmentation and query distribution at every resolution, for deep supervision. The release has them at the highest
-      alone, so that what assigns voxels below is never trained; here both use the same kernels, and without deep
-      supervision it is not trained, either;
-    - updates at all resolutions but the highest, as in its variant UXNET; its DKUNET leaves out the one before, too;
-    - layer norm for queries and the plans' norm for voxels instead of batch norm; a query moves to the mean of its
-      voxels instead of their sum, which would grow with the patch;
-    - widths follow the plans: voxels are embedded as wide as their features, queries as the deepest stage (256 there);
-    - one class head for all queries (width → 64 → K) instead of one over all of them flattened.
+    - segmentation and query distribution at every resolution, for deep supervision. The release computes them only at
+      the highest resolution, so the layers that assign voxels at lower resolutions are never trained. Here the
+      assignment uses the same kernels as the output; without deep supervision it is not trained, either;
+    - updates at all resolutions except the highest, as in the variant UXNET of the release; its DKUNET also skips the
+      second highest;
+    - layer norm for queries and the plans' norm for voxels instead of batch norm; the mean of the voxels is added to a
+      query instead of their sum, which would grow with the patch size;
+    - widths follow the plans: the embedding of voxels is as wide as their features, queries are as wide as the deepest
+      stage (256 in the release);
+    - one class head applied to each query (width → 64 → K) instead of one applied to all of them flattened.
 
     Args:
         architecture: as in the plans.
-        num_classes: K, background included.
+        num_classes: K, including background.
         queries: N, at least K.
-        updates: of the queries at each resolution.
+        updates: the number of updates of the queries at each resolution.
 
     Raises:
         ValueError: there are fewer queries than classes.
@@ -242,13 +260,16 @@ class KMaXDecoder(nn.Module):
         self.levels = nn.ModuleList(
             KMaXLevel(architecture, stage, width, updates if stage > 0 else 0) for stage in range(deepest, -1, -1)
         )
-        # The last layer, whose shape depends on the classes, has the name by which nnU-Net leaves such layers out of
-        # pretrained weights.
+        # nnU-Net excludes layers of the name seg_layers from pretrained weights, since their shape depends on the
+        # number of classes.
         self.class_embedding = nn.Sequential(nn.Linear(width, _HIDDEN), nn.ReLU())
         self.seg_layers = nn.Linear(_HIDDEN, num_classes)
 
     def forward(self, pixels: Sequence[torch.Tensor], all_levels: bool = True) -> KMaXOutput:
-        """Features (B, C, *spatial) of each resolution, lowest first, to the output at all of them, or the highest."""
+        """Decode features (B, C, *spatial) of each resolution, lowest first.
+
+        The output has all resolutions, or without ``all_levels`` only the highest.
+        """
         output = KMaXOutput([], [])
         centers = self.centers.expand(len(pixels[0]), -1, -1)
         for index, (level, features) in enumerate(zip(self.levels, pixels), start=1):

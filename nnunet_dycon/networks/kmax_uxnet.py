@@ -1,4 +1,4 @@
-"""The network of DK-UXNet: 3D UX-Net with a k-means mask transformer."""
+"""Network of DK-UXNet: 3D UX-Net with a k-means mask transformer."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from nnunet_dycon.networks.uxnet import Architecture, UXEncoder
 
 
 class PixelDecoder(UNetResDecoder):
-    """nnU-Net's residual decoder without its segmentation layers: gives the features of each stage, deepest first."""
+    """nnU-Net's residual decoder without segmentation layers; returns the features of each stage, deepest first."""
 
     def __init__(self, encoder: UXEncoder, num_classes: int, deep_supervision: bool) -> None:
         super().__init__(encoder, num_classes, 1, deep_supervision)
@@ -26,17 +26,18 @@ class PixelDecoder(UNetResDecoder):
 
 
 class KMaXUXNet(nn.Module):
-    """3D UX-Net whose voxels are segmented by queries: the network of DK-UXNet (Wu, Li and Zhang, arXiv:2311.12364).
+    """3D UX-Net with a k-means mask transformer: the network of DK-UXNet (Wu, Li and Zhang, arXiv:2311.12364).
 
-    `UXEncoder`, nnU-Net's residual decoder, and `KMaXDecoder` over its features. Beside the logits that forward gives,
-    the query distribution leaves through a tap on ``kmax``, whose output is a `KMaXOutput`.
+    It consists of `UXEncoder`, nnU-Net's residual decoder, and `KMaXDecoder` on the features of the latter. Forward
+    returns the logits. The query distribution is available through a `FeatureTap` on ``kmax``, whose output is a
+    `KMaXOutput`.
 
-    Deviations from the released code: those of the parts.
+    Deviations from the released code: see `UXNet` and `KMaXDecoder`.
 
     Args:
-        input_channels: of the images.
-        num_classes: background included.
-        deep_supervision: as of `UXNet`.
+        input_channels: the number of channels of the images.
+        num_classes: including background.
+        deep_supervision: see `UXNet`.
         queries: the number of queries, at least one for each class.
         **architecture: see `Architecture`.
 
@@ -58,6 +59,6 @@ class KMaXUXNet(nn.Module):
         self.kmax = KMaXDecoder(Architecture(**architecture), num_classes, queries)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
-        """(B, C, *spatial) to logits (B, K, *spatial), or with deep supervision a list of them."""
+        """Return logits (B, K, *spatial) for images (B, C, *spatial), with deep supervision as a list."""
         logits = self.kmax(self.decoder(self.encoder(images)), self.decoder.deep_supervision).logits
         return logits if self.decoder.deep_supervision else logits[0]

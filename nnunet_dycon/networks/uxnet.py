@@ -1,4 +1,4 @@
-"""3D UX-Net: an encoder of large depth-wise convolutions, and nnU-Net's residual decoder."""
+"""3D UX-Net: an encoder with large depth-wise convolutions, and nnU-Net's residual decoder."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,22 +12,22 @@ from torch import nn
 _LARGE_KERNEL = 7
 _EXPANSION = 4
 _LAYER_SCALE = 1e-6
-_BLOCKS = 2  # of each stage
+_BLOCKS = 2  # UX blocks per stage
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What nnU-Net's plans say of a network, under the names that they have there.
+    """Architecture of a network in nnU-Net's plans, with the same names.
 
     Attributes:
-        features_per_stage: channels of each stage, highest resolution first.
-        kernel_sizes: of the convolutions of each stage, along each axis.
-        strides: of each stage, along each axis.
+        features_per_stage: the number of channels of each stage, highest resolution first.
+        kernel_sizes: the kernel size of each stage along each axis.
+        strides: the stride of each stage along each axis.
         conv_op: Conv2d or Conv3d.
-        conv_bias: of residual blocks and transposed convolutions.
-        norm_op: of residual blocks: nnU-Net's is InstanceNorm.
+        conv_bias: whether residual blocks and transposed convolutions have a bias.
+        norm_op: the norm of residual blocks; InstanceNorm in nnU-Net.
         norm_op_kwargs: its arguments.
-        nonlin: of residual blocks.
+        nonlin: the activation of residual blocks.
         nonlin_kwargs: its arguments.
     """
 
@@ -42,20 +42,20 @@ class Architecture:
     nonlin_kwargs: dict[str, Any]
 
     def residual_block(self, stage: int, input_channels: int, stride: Sequence[int] | int = 1) -> nn.Module:
-        """Two convolutions, each with its norm, and a skip connection that is projected."""
+        """Build a residual block: two convolutions with norm, and a projected skip connection."""
         return BasicBlockD(
             self.conv_op, input_channels, self.features_per_stage[stage], self.kernel_sizes[stage], stride,
             self.conv_bias, self.norm_op, self.norm_op_kwargs, nonlin=self.nonlin, nonlin_kwargs=self.nonlin_kwargs,
         )  # fmt: skip
 
     def depth_wise(self, stage: int, channels: int, size: int) -> nn.Module:
-        """A convolution of each channel for itself: ``size`` voxels long wherever the plans' kernel is not flat."""
+        """Build a depth-wise convolution, ``size`` voxels along each axis where the plans' kernel is not 1."""
         kernel = widened_kernel(self.kernel_sizes[stage], size)
         return self.conv_op(channels, channels, kernel, padding=same_padding(kernel), groups=channels)
 
 
 def widened_kernel(kernel: Sequence[int], size: int) -> list[int]:
-    """The kernel with ``size`` along each axis along which it is not flat.
+    """Return the kernel with ``size`` along each axis where it is longer than 1.
 
     >>> widened_kernel([1, 3, 3], 7)
     [1, 7, 7]
@@ -64,7 +64,7 @@ def widened_kernel(kernel: Sequence[int], size: int) -> list[int]:
 
 
 def same_padding(kernel: Sequence[int]) -> list[int]:
-    """What keeps the shape of a volume under a kernel of odd lengths."""
+    """Return the padding that preserves the shape of a volume, for a kernel of odd size."""
     return [length // 2 for length in kernel]
 
 
@@ -76,12 +76,12 @@ class ChannelNorm(nn.LayerNorm):
 
 
 class UXBlock(nn.Module):
-    r"""A block of ConvNeXt's shape in which no convolution mixes channels; only its layer norm does.
+    r"""Block like ConvNeXt's, in which all convolutions are depth-wise; only the layer norm mixes channels.
 
     .. math:: y = x + \gamma \odot W_2\, \mathrm{GELU}(W_1\, \mathrm{LN}(D x))
 
-    with the depth-wise convolution D, 7 voxels long, and W_1 and W_2 that expand each channel to 4 and merge these
-    again ("depth-wise convolution scaling"); γ begins at 1e-6.
+    with the depth-wise convolution D of 7 voxels, W_1, which expands each channel to 4, and W_2, which merges these 4
+    into one again ("depth-wise convolution scaling"); γ is initialised with 1e-6.
     """
 
     def __init__(self, architecture: Architecture, stage: int, channels: int) -> None:
@@ -102,14 +102,14 @@ class UXBlock(nn.Module):
 
 
 class UXEncoder(nn.Module):
-    """The encoder of 3D UX-Net: (B, C, *spatial) to the skip connections, highest resolution first.
+    """Encoder of 3D UX-Net; returns the skip connections of images (B, C, *spatial), highest resolution first.
 
-    Stage 0 is a residual block at full resolution. Each further stage reduces what came from the one before (the first
-    time by a convolution 7 voxels long, then by one as long as its stride), has two UX blocks as wide as the stage
-    before, and a residual block that widens what goes to the decoder.
+    Stage 0 is a residual block at full resolution. Each further stage downsamples its input (the first one with a
+    convolution of 7 voxels on the image, the others with a kernel as long as the stride), and has two UX blocks as wide
+    as the stage before. A residual block with the width of the stage gives its skip connection.
 
-    What nnU-Net's decoders and `nnunet_dycon.features` ask an encoder for has the names that it has there: ``stages``
-    gives the skip connections.
+    The attributes have the names that nnU-Net's decoders and `nnunet_dycon.features` expect of an encoder; the modules
+    in ``stages`` output the skip connections.
     """
 
     def __init__(self, input_channels: int, architecture: Architecture) -> None:
@@ -122,7 +122,7 @@ class UXEncoder(nn.Module):
         self.nonlin, self.nonlin_kwargs = architecture.nonlin, architecture.nonlin_kwargs
         self.dropout_op, self.dropout_op_kwargs = None, None
 
-        widths = self.output_channels[:-1]  # of the UX blocks of stages 1, 2, ...
+        widths = self.output_channels[:-1]  # widths of the UX blocks of stages 1, 2, ...
         self.stages = nn.ModuleList([architecture.residual_block(0, input_channels, self.strides[0])])
         self.reductions, self.blocks, self.norms = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         for stage, width in enumerate(widths, start=1):
@@ -152,19 +152,24 @@ class UXEncoder(nn.Module):
 
 
 class UXNet(nn.Module):
-    """3D UX-Net (Lee et al., ICLR 2023, arXiv:2209.15076), as wide and as deep as nnU-Net's plans say.
+    """3D UX-Net (Lee et al., ICLR 2023, arXiv:2209.15076) with the depth and widths of nnU-Net's plans.
 
-    With 48, 96, 192, 384 and 768 features and strides of 2 it is the published network: 53.0 million parameters.
-    Decoder: transposed convolution, concatenation, residual block; a second block at full resolution.
+    With 48, 96, 192, 384 and 768 features and strides of 2 it is the published network with 53.0 million parameters.
+    Each stage of the decoder has a transposed convolution, concatenation and a residual block; the stage at full
+    resolution has two residual blocks.
 
-    Deviations from the released code (MASILab/3DUX-Net): as many stages as planned, and 2D, too; along an axis along
-    which a kernel of the plans is flat no kernel here is longer than 1; norm, activation and biases of residual blocks
-    are the plans' (InstanceNorm with affine parameters, where the release has none); deep supervision.
+    Deviations from the released code (MASILab/3DUX-Net):
+
+    - the number of stages follows the plans, and 2D networks are supported;
+    - along an axis where the plans have a kernel size of 1, all kernels have size 1;
+    - norm, activation and biases of residual blocks are those of the plans (InstanceNorm with affine parameters; the
+      release has none);
+    - deep supervision.
 
     Args:
-        input_channels: of the images.
-        num_classes: background included.
-        deep_supervision: whether forward gives logits of all stages of the decoder, as a list, highest resolution
+        input_channels: the number of channels of the images.
+        num_classes: including background.
+        deep_supervision: whether forward returns the logits of all stages of the decoder, as a list, highest resolution
             first. ``decoder.deep_supervision`` switches it, as in nnU-Net's own networks.
         **architecture: see `Architecture`.
     """
@@ -178,5 +183,5 @@ class UXNet(nn.Module):
         self.decoder = UNetResDecoder(self.encoder, num_classes, blocks, deep_supervision)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
-        """(B, C, *spatial) to logits (B, K, *spatial), or with deep supervision a list of them."""
+        """Return logits (B, K, *spatial) for images (B, C, *spatial), with deep supervision as a list."""
         return self.decoder(self.encoder(images))

@@ -1,4 +1,4 @@
-"""Sources in both layouts of the left atrium data, and a raw folder to convert into."""
+"""Fixtures: sources in both layouts of the left atrium data, and an nnUNet_raw folder."""
 
 import json
 import locale
@@ -21,7 +21,7 @@ def raw(tmp_path, monkeypatch):
 
 @pytest.fixture
 def nrrd_source(tmp_path):
-    """Make the challenge's layout: a case per identifier, foreground 255, spacing 1 in the header."""
+    """Return a function that writes cases in the challenge's layout: foreground 255, spacing 1 in the header."""
 
     def make(identifiers, folder="Training Set", without_label=()):
         for number, identifier in enumerate(identifiers):
@@ -36,7 +36,7 @@ def nrrd_source(tmp_path):
 
 @pytest.fixture
 def h5_source(tmp_path):
-    """Make the community's layout."""
+    """Return a function that writes cases in the layout of the h5 files."""
 
     def make(identifiers, folder="2018LA_Seg_Training Set"):
         for number, identifier in enumerate(identifiers):
@@ -57,7 +57,7 @@ def target(raw):
 
 @pytest.fixture
 def split_file(tmp_path):
-    """Write a split file: a JSON object, or text as it is."""
+    """Return a function that writes a split file from a JSON object or from text."""
 
     def write(content):
         path = tmp_path / "split.json"
@@ -69,7 +69,7 @@ def split_file(tmp_path):
 
 @pytest.fixture(autouse=True)
 def _same_locale():
-    """Writing DICOM and .vtk files, as tests do, sets it to C, in which text files are ASCII."""
+    """Restore the locale: writing DICOM and .vtk files sets it to C, in which text files are ASCII."""
     before = locale.setlocale(locale.LC_ALL)
     yield
     locale.setlocale(locale.LC_ALL, before)

@@ -1,4 +1,4 @@
-"""Tiny volumes of the left atrium data, and short ways to convert them and to look at the result."""
+"""Tiny volumes for the left atrium converter, and helpers to convert them and to read the result."""
 
 import json
 
@@ -7,11 +7,11 @@ import SimpleITK as sitk
 
 from nnunet_dycon.cli import main
 
-SHAPE = (3, 4, 5)  # x, y, z: all different, so that swapped axes show
+SHAPE = (3, 4, 5)  # x, y, z: all different, to detect swapped axes
 
 
 def volumes(number):
-    """An image and a label of axes (x, y, z); the voxel (1, 2, 3) of the image is marked, the label is off-center."""
+    """Return image and label with the axes (x, y, z); voxel (1, 2, 3) of the image is 250, the label is off-center."""
     image = np.random.default_rng(number).integers(0, 200, SHAPE).astype(np.uint8)
     image[1, 2, 3] = 250
     label = np.zeros(SHAPE, np.uint8)
@@ -30,7 +30,7 @@ def read(path):
 
 
 def convert(source, *options, processes=1):
-    """The exit code of the command; an option given twice takes its last value."""
+    """Run the command and return its exit code; for an option given twice the last value is used."""
     return main(["convert", "la", "-i", str(source), "-d", "101", "-np", str(processes), *map(str, options)])
 
 

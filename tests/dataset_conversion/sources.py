@@ -1,4 +1,4 @@
-"""Small volumes for the native layouts of data sets, and short ways to convert them and to look at the result."""
+"""Small volumes for the native layouts of datasets, and helpers to convert them and to read the result."""
 
 import json
 from pathlib import Path
@@ -9,18 +9,18 @@ import SimpleITK as sitk
 from nnunet_dycon.cli import main
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
-SHAPE = (6, 7, 8)  # x, y, z: all different, so that swapped axes show
+SHAPE = (6, 7, 8)  # x, y, z: all different, to detect swapped axes
 
 
 def image(number=0, scale=100.0, kind=np.float32, shape=SHAPE, spacing=(1.0, 1.0, 2.0), origin=(1.0, 2.0, 3.0)):
-    """Noise with positive values, one voxel of which, at index (1, 2, 3), is the brightest."""
+    """Return positive noise with its maximum at index (1, 2, 3)."""
     array = np.random.default_rng(number).uniform(0.2, 0.8, shape[::-1])
     array[3, 2, 1] = 1
     return on_grid(sitk.GetImageFromArray((array * scale).astype(kind)), spacing, origin)
 
 
 def label(value=1, kind=np.uint8, shape=SHAPE, spacing=(1.0, 1.0, 2.0), origin=(1.0, 2.0, 3.0)):
-    """A box that is off-center in all axes, of one value, or of several in turn."""
+    """Return a label with a box that is off-center along all axes, with one value or several alternating values."""
     array = np.zeros(shape[::-1], kind)
     values = np.atleast_1d(value)
     box = array[4:7, 1:4, 3:5]
@@ -40,7 +40,7 @@ def write(path, volume):
 
 
 def array(volume_or_path):
-    """Axes (x, y, z)."""
+    """Return the voxels with the axes (x, y, z)."""
     volume = volume_or_path if isinstance(volume_or_path, sitk.Image) else sitk.ReadImage(str(volume_or_path))
     return sitk.GetArrayFromImage(volume).T
 
@@ -54,12 +54,12 @@ def same_grid(path, volume):
 
 
 def convert(name, source, *options, processes=1):
-    """The exit code of the command; an option given twice takes its last value."""
+    """Run the command and return its exit code; for an option given twice the last value is used."""
     return main(["convert", name, "-i", str(source), "-d", "101", "-np", str(processes), *map(str, options)])
 
 
 def stems(folder):
-    """The cases whose first channel, or label, lies in a folder."""
+    """Return the cases whose first channel or label is in a folder."""
     names = (path.name.removesuffix(".nii.gz") for path in folder.glob("*.nii.gz"))
     return sorted({name.removesuffix("_0000") for name in names if not name.endswith(("_0001", "_0002", "_0003"))})
 
@@ -69,14 +69,14 @@ def read_json(folder, name):
 
 
 def the_one_error(capsys):
-    """The message, which must be one line."""
+    """Return the error message, which must be a single line."""
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("nnunet_dycon: error:")]
     assert len(errors) == 1
     return errors[0]
 
 
 def write_dicom(folder, volume, names="1-{:03d}.dcm", series="1.2.3"):
-    """One file per slice of an int16 image, from instance 1 on, with the position and orientation of its header."""
+    """Write one file per slice of an int16 image, numbered from 1, with position and orientation of the image."""
     folder.mkdir(parents=True, exist_ok=True)
     writer = sitk.ImageFileWriter()
     writer.KeepOriginalImageUIDOn()

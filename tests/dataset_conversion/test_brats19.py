@@ -1,4 +1,4 @@
-"""BraTS'19: both endings, nested once more, missing masks, values that not every case has, and regions."""
+"""Tests of the BraTS 2019 converter: file endings, nested folders, missing masks, label values, regions, h5 files."""
 
 import h5py
 import numpy as np
@@ -31,7 +31,7 @@ def target(raw):
 
 
 def put_case(root, name, mask=(1, 2, 4), grade="HGG", ending=".nii.gz"):
-    """All modalities of a case, each of another brightness; no mask if it is None. Return its folder."""
+    """Write all modalities of a case with different intensities; no mask if it is None. Return the folder."""
     folder = root / grade / name
     for number, modality in enumerate(MODALITIES):
         write(folder / f"{name}_{modality}{ending}", image(number, 1000 * (number + 1), np.int16, **GRID))
@@ -52,7 +52,7 @@ def found(source, **options):
 
 @pytest.mark.parametrize("ending", [".nii.gz", ".nii"])
 @pytest.mark.parametrize("root", ["", ROOT, f"{ROOT}/{ROOT}", f"archive/{ROOT}/{ROOT}"])
-def test_plan_finds_both_forms_wherever_they_are_nested(tmp_path, root, ending):
+def test_plan_finds_both_endings_in_nested_folders(tmp_path, root, ending):
     touch_case(tmp_path / root / "HGG" / "BraTS19_A_1", ending=ending)
     touch_case(tmp_path / root / "LGG" / "BraTS19_B_1", ending=ending)
     (tmp_path / root / "name_mapping.csv").touch()
@@ -64,7 +64,7 @@ def test_plan_finds_both_forms_wherever_they_are_nested(tmp_path, root, ending):
     assert [path.name for path in cases["BraTS19_A_1"].images] == [f"BraTS19_A_1_{m}{ending}" for m in MODALITIES]
 
 
-def test_plan_takes_one_mask_of_another_name(tmp_path):
+def test_plan_accepts_a_single_mask_with_a_different_name(tmp_path):
     touch_case(tmp_path / "HGG" / "A", MODALITIES)
     (tmp_path / "HGG" / "A" / "W39_1998.09.19_Segm.nii").touch()
     assert found(tmp_path)["A"].label.name == "W39_1998.09.19_Segm.nii"
@@ -73,7 +73,7 @@ def test_plan_takes_one_mask_of_another_name(tmp_path):
         plan(tmp_path)
 
 
-def test_plan_of_validation_cases_and_names_in_capitals(tmp_path):
+def test_plan_of_validation_cases_with_upper_case_names(tmp_path):
     touch_case(tmp_path / "MICCAI_BraTS_2019_Data_Validation" / "V", [m.upper() for m in MODALITIES])
     case = found(tmp_path)["V"]
     assert (case.label, case.facts, len(case.images)) == (None, {}, 4)
@@ -86,7 +86,7 @@ def test_plan_of_validation_cases_and_names_in_capitals(tmp_path):
             ["HGG/A/A_flair.nii.gz", "HGG/A/A_flair.nii"],
             r"A_flair\.nii and .*\.nii\.gz are both flair of case A",
         ),
-        (["HGG/A/A_t1.nii", "LGG/A/A_t1.nii"], r"case A lies in .*HGG/A and in .*LGG/A"),
+        (["HGG/A/A_t1.nii", "LGG/A/A_t1.nii"], r"case A is in .*HGG/A and in .*LGG/A"),
         (["HGG/A/A_t1.nii", "HGG/A/A_t1ce.nii", "HGG/A/A_flair.nii"], r"HGG/A: there is no A_t2\.nii\.gz or \.nii"),
         (["A_flair.nii", "B_flair.nii"], "are both flair of case .*; keep one; expected .* a folder per case"),
         (["x/pain_t1.nii"], "complete the case, choose other --modalities or correct -i: expected 'HGG/<case>/"),
@@ -94,7 +94,7 @@ def test_plan_of_validation_cases_and_names_in_capitals(tmp_path):
         ([], "no case found"),
     ],
 )
-def test_plan_refuses(tmp_path, files, message):
+def test_plan_raises_for_ambiguous_or_missing_files(tmp_path, files, message):
     for name in files:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
@@ -102,16 +102,16 @@ def test_plan_refuses(tmp_path, files, message):
         plan(tmp_path)
 
 
-def test_modalities_that_are_not_chosen_may_be_missing(tmp_path):
+def test_modalities_that_are_not_selected_may_be_missing(tmp_path):
     touch_case(tmp_path / "HGG" / "A", ["flair", "seg"])
     assert [path.name for path in found(tmp_path, modalities="flair")["A"].images] == ["A_flair.nii.gz"]
 
 
 @pytest.mark.parametrize("modalities", ["pd", "flair,flair", ""])
-def test_unknown_modalities(tmp_path, raw, capsys, modalities):
+def test_unknown_or_repeated_modalities_raise(tmp_path, raw, capsys, modalities):
     touch_case(tmp_path / "HGG" / "A")
     assert convert("brats19", tmp_path, "--modalities", f"t1,{modalities}") == 2
-    assert "choose of t1, t1ce, t2, flair" in the_one_error(capsys)
+    assert "choose from t1, t1ce, t2, flair" in the_one_error(capsys)
 
 
 @pytest.mark.parametrize("ending", [".nii.gz", ".nii"])
@@ -136,7 +136,7 @@ def test_whole_tumor_of_four_modalities(tmp_path, target, ending):
     assert [cases[name]["grade"] for name in "ABC"] == ["HGG", "LGG", "HGG"]
 
 
-def test_regions(tmp_path, target):
+def test_regions_are_written(tmp_path, target):
     put_case(tmp_path, "A")
     assert convert("brats19", tmp_path, "--target", "regions", "--modalities", "flair,t1") == 0
     about = read_json(target, "dataset")
@@ -150,7 +150,7 @@ def test_regions(tmp_path, target):
         assert (written[native == old] == new).all()
 
 
-def test_protocol_takes_flair_alone_and_tells_its_fault(tmp_path, target, capsys):
+def test_protocol_uses_flair_only_and_prints_its_faults(tmp_path, target, capsys):
     protocol = published("brats19", "ssl4mis")
     names = (*protocol.train[:3], protocol.val[0], protocol.test[0])
     for name in names:
@@ -165,23 +165,23 @@ def test_protocol_takes_flair_alone_and_tells_its_fault(tmp_path, target, capsys
     )
     printed = capsys.readouterr().out
     assert "DyCON's released test script scores val.txt" in printed
-    assert "leave --modalities" not in printed
+    assert "omit --modalities" not in printed
 
 
-def test_other_modalities_than_the_protocols_are_told(tmp_path, target, capsys):
+def test_protocol_with_other_modalities_prints_a_note(tmp_path, target, capsys):
     for name in published("brats19", "ssl4mis").train[:2]:
         put_case(tmp_path, name)
     assert convert("brats19", tmp_path, "--protocol", "ssl4mis", "--modalities", "t1,flair") == 0
-    assert "take FLAIR alone" in capsys.readouterr().out
+    assert "use FLAIR only" in capsys.readouterr().out
 
 
-def test_value_that_is_no_tumor_class(tmp_path, raw, capsys):
+def test_unknown_label_value_raises(tmp_path, raw, capsys):
     put_case(tmp_path, "A", mask=3)
     assert convert("brats19", tmp_path) == 1
     assert "A_seg.nii.gz: label values 0, 3, but only 0, 1, 2, 4 are known" in the_one_error(capsys)
 
 
-def test_modality_on_another_grid(tmp_path, raw, capsys):
+def test_modality_on_a_different_grid_raises(tmp_path, raw, capsys):
     folder = put_case(tmp_path, "A")
     write(folder / "A_t2.nii.gz", image(origin=(0, 0, 0), spacing=(1, 1, 1)))
     assert convert("brats19", tmp_path) == 1
@@ -204,7 +204,7 @@ def test_masks_of_unlabeled_cases_are_never_opened(tmp_path, target):
 
 
 def put_h5(file, mask=(1,)):
-    """An h5 file of SSL4MIS's recipe; return its image (x, y, z)."""
+    """Write an h5 file as in SSL4MIS and return its image (x, y, z)."""
     file.parent.mkdir(parents=True, exist_ok=True)
     values = np.random.default_rng(0).normal(size=array(label(mask)).shape).astype(np.float32)
     with h5py.File(file, "w") as content:
@@ -212,7 +212,7 @@ def put_h5(file, mask=(1,)):
     return values
 
 
-def test_h5_has_the_axes_of_simpleitk(tmp_path, target, capsys):
+def test_h5_files_are_converted_with_the_axes_zyx(tmp_path, target, capsys):
     values = put_h5(tmp_path / "BraTS2019" / "data" / "BraTS19_A.h5")
     put_h5(tmp_path / "BraTS2019" / "data" / "brats_B.h5")
     (tmp_path / "BraTS2019" / "mri_norm2.h5").touch()
@@ -224,7 +224,7 @@ def test_h5_has_the_axes_of_simpleitk(tmp_path, target, capsys):
     assert same_grid(written, image(spacing=(1, 1, 1), origin=(0, 0, 0)))
     assert read_json(target, "dataset")["channel_names"] == {"0": "FLAIR"}
     assert (stems(target / "labelsTr"), stems(target / "imagesUn")) == (["BraTS19_A"], ["brats_B"])
-    assert "others have cropped and normalized" in capsys.readouterr().out
+    assert "already cropped and normalized" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -237,11 +237,11 @@ def test_h5_has_the_axes_of_simpleitk(tmp_path, target, capsys):
             {"modalities": "flair"},
             r"has MRI \(.*B_flair\.nii\) and normalized h5 files",
         ),
-        (["BraTS_A.h5"], {"modalities": "flair,t1"}, "FLAIR and the whole tumor alone"),
-        (["BraTS_A.h5"], {"target": "regions"}, "FLAIR and the whole tumor alone"),
+        (["BraTS_A.h5"], {"modalities": "flair,t1"}, "only FLAIR and the whole tumor; omit"),
+        (["BraTS_A.h5"], {"target": "regions"}, "only FLAIR and the whole tumor; omit"),
     ],
 )
-def test_h5_refused(tmp_path, files, options, message):
+def test_invalid_h5_sources_raise(tmp_path, files, options, message):
     for name in files:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
@@ -249,8 +249,8 @@ def test_h5_refused(tmp_path, files, options, message):
         plan(tmp_path, **options)
 
 
-@pytest.mark.skipif(not (DATA / "brats19_standin").is_dir(), reason="the data beside the repository are absent")
-def test_standin(target):
+@pytest.mark.skipif(not (DATA / "brats19_standin").is_dir(), reason="the data next to the repository are missing")
+def test_stand_in_data(target):
     assert convert("brats19", DATA / "brats19_standin", "--modalities", "flair") == 0
     assert (stems(target / "imagesTr"), stems(target / "imagesUn")) == (
         ["BraTS19_STANDIN_001_1"], ["BraTS19_STANDIN_002_1"],

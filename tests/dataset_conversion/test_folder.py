@@ -1,4 +1,4 @@
-"""A user's own folder: patterns, formats, labels by value, and what can be wrong with files."""
+"""Tests of the folder converter: patterns, formats, label values, and invalid files."""
 
 import gzip
 import locale
@@ -29,7 +29,7 @@ def target(raw):
 
 @pytest.fixture
 def source(tmp_path):
-    """Cases a, b and c with two channels; a and b have a label."""
+    """Write cases a, b and c with two channels; a and b have a label."""
     folder = tmp_path / "scans"
     for number, case in enumerate("abc"):
         write(folder / "images" / f"{case}_t1.nii.gz", image(number))
@@ -68,7 +68,7 @@ def found(folder, pattern, masks=None):
         (["a+b (1).mha"], "{case} (1).mha", {"a+b": "a+b (1).mha"}),
     ],
 )
-def test_patterns(tmp_path, files, pattern, expected):
+def test_patterns_match_files_and_folders(tmp_path, files, pattern, expected):
     touch(tmp_path, *files)
     assert found(tmp_path, pattern) == expected
 
@@ -102,8 +102,8 @@ def test_label_values_are_joined_and_renumbered(tmp_path, target):
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
-def test_formats_of_simpleitk(tmp_path, target, ending):
-    """Some do not store the origin; the grid is what SimpleITK reads."""
+def test_formats_of_simpleitk_are_converted(tmp_path, target, ending):
+    """Some formats do not store the origin; the grid is that read by SimpleITK."""
     before = locale.setlocale(locale.LC_ALL)
     for folder, volume in (("i", image()), ("m", label())):
         write(tmp_path / "s" / folder / f"a{ending}", volume)
@@ -130,20 +130,20 @@ def test_draw_of_labels_and_split_file(source, target, split_file):
     )
 
 
-def test_names_of_cases_may_have_brackets(tmp_path, target):
+def test_case_names_may_contain_brackets(tmp_path, target):
     write(tmp_path / "s" / "a [1].mha", image())
     write(tmp_path / "s" / "m" / "a [1].mha", label())
     assert convert("folder", tmp_path / "s", "--channel", "CT={case}.mha", "--masks", "m/{case}.mha") == 0
     assert stems(target / "labelsTr") == ["a [1]"]
 
 
-def test_labels_without_image_are_told(source, target, capsys):
+def test_labels_without_image_are_reported(source, target, capsys):
     write(source / "masks" / "z.nrrd", label())
     assert convert("folder", source, *BOTH) == 0
     assert "1 label has no image and is not used: z" in capsys.readouterr().out
 
 
-# What goes wrong
+# Invalid input
 
 
 @pytest.mark.parametrize(
@@ -155,49 +155,49 @@ def test_labels_without_image_are_told(source, target, capsys):
         (["--channel", "T1=images/a.nii.gz"], "has no {case}"),
         (["--channel", T1, "--name", "my data"], "--name 'my data'"),
         (["--channel", T1, "--foreground", "tumor"], "expected NAME="),
-        (["--channel", T1, "--foreground", "tumor=x"], "'x' is not a whole number"),
+        (["--channel", T1, "--foreground", "tumor=x"], "'x' is not an integer"),
         (["--channel", T1, "--foreground", "a=1", "--foreground", "b=1"], "value 1 is named twice"),
         (["--channel", T1, "--foreground", "a=1", "--foreground", "a=2"], "a is named twice"),
         (["--channel", T1, "--foreground", "background=1"], "at least one label"),
         (["--channel", T1, "--foreground", "ignore=9", "--foreground", "a=1"], "name ignore last"),
     ],
 )
-def test_wrong_options(source, raw, capsys, options, message):
+def test_invalid_options_raise(source, raw, capsys, options, message):
     assert convert("folder", source, *options) == 2
     assert message in the_one_error(capsys)
     assert not raw.exists()
 
 
-def test_wrong_root(source, raw, capsys):
+def test_wrong_source_folder_raises(source, raw, capsys):
     assert convert("folder", source / "masks", *BOTH) == 1
     assert "no file in" in the_one_error(capsys)
     assert not raw.exists()
 
 
-def test_missing_channel_is_named_before_any_work(source, raw, capsys):
+def test_missing_channel_raises_before_conversion(source, raw, capsys):
     (source / "images" / "b_t2.nii.gz").unlink()
     assert convert("folder", source, *BOTH) == 1
     error = the_one_error(capsys)
     assert "1 of 3 cases has no channel T2: b" in error
-    assert "b_t1.nii.gz is there" in error
+    assert "b_t1.nii.gz exists" in error
     assert not raw.exists()
 
 
-def test_two_files_that_match(tmp_path):
+def test_two_matching_files_raise(tmp_path):
     touch(tmp_path, "x/a.mha", "y/a.mha")
     with pytest.raises(UserError, match=r"x/a\.mha and .*y/a\.mha are both for case a"):
         found(tmp_path, "*/{case}.mha")
 
 
-def test_masks_that_are_images_too_are_refused(tmp_path):
-    """Else the mask of case a would be the image of an unlabeled case a_seg."""
+def test_files_matching_masks_and_channel_raise(tmp_path):
+    """Otherwise the mask of case a would be the image of an unlabeled case a_seg."""
     touch(tmp_path, "a.mha", "a_seg.mha")
-    with pytest.raises(UserError, match=r"a_seg\.mha fits --masks and a --channel"):
+    with pytest.raises(UserError, match=r"a_seg\.mha matches --masks and a --channel"):
         found(tmp_path, "{case}.mha", masks="{case}_seg.mha")
 
 
 def cut(path, by):
-    """Take away the last so many bytes: of a compressed file's content, or of the file with the voxels."""
+    """Truncate a file by a number of bytes (0: to half): the content of a compressed file, or the voxel data."""
     path = path.with_suffix({".hdr": ".img", ".mhd": ".raw", ".nhdr": ".raw"}.get(path.suffix, path.suffix))
     if by and path.suffix == ".gz":
         path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes())[:-by]))
@@ -208,8 +208,8 @@ def cut(path, by):
 
 @pytest.mark.parametrize("by", [0, 1])  # 0: half
 @pytest.mark.parametrize("ending", ENDINGS)
-def test_truncated_file_is_named(tmp_path, raw, capsys, ending, by):
-    """SimpleITK alone would fill some up with zeros, or with what lies in the memory."""
+def test_truncated_file_raises(tmp_path, raw, capsys, ending, by):
+    """SimpleITK would fill some formats with zeros or with arbitrary memory."""
     for folder, volume in (("i", image()), ("m", label())):
         write(tmp_path / "s" / folder / f"a{ending}", volume)
     cut(tmp_path / "s" / "i" / f"a{ending}", by)
@@ -220,7 +220,7 @@ def test_truncated_file_is_named(tmp_path, raw, capsys, ending, by):
 
 
 @pytest.mark.parametrize("ending", [".nii", ".nii.gz", ".mha"])
-def test_nan_is_named(source, raw, capsys, ending):
+def test_nan_raises(source, raw, capsys, ending):
     bad = image()
     bad[1, 1, 1] = float("nan")
     write(source / f"a{ending}", bad)
@@ -231,9 +231,9 @@ def test_nan_is_named(source, raw, capsys, ending):
 
 
 @pytest.mark.parametrize(
-    ("ending", "message"), [(".tif", "TIFF holds no spacing in mm"), (".vtk", "it holds text, of which SimpleITK")]
+    ("ending", "message"), [(".tif", "TIFF has no spacing in mm"), (".vtk", "it holds text, of which SimpleITK")]
 )
-def test_formats_whose_end_cannot_be_told(tmp_path, raw, capsys, ending, message):
+def test_unsupported_formats_raise(tmp_path, raw, capsys, ending, message):
     file = tmp_path / "i" / f"a{ending}"
     write(file, image())
     write(tmp_path / "m" / "a.mha", label())
@@ -262,14 +262,14 @@ def turned(volume):
         (label()[:, :, 3], "a.nrrd: expected a 3D volume with one value per voxel"),
     ],
 )
-def test_bad_label(source, target, capsys, other, message):
+def test_invalid_label_raises(source, target, capsys, other, message):
     write(source / "masks" / "a.nrrd", other)
     assert convert("folder", source, *BOTH) == 1
     assert message in the_one_error(capsys)
     assert not target.exists()
 
 
-def test_channels_on_two_grids(source, target, capsys):
+def test_channels_on_different_grids_raise(source, target, capsys):
     write(source / "images" / "b_t2.nii.gz", image(spacing=(1, 1.1, 2)))
     assert convert("folder", source, *BOTH) == 1
     error = the_one_error(capsys)
@@ -277,7 +277,7 @@ def test_channels_on_two_grids(source, target, capsys):
     assert "b_t2.nii.gz differ in spacing: (1, 1, 2) and (1, 1.1, 2)" in error
 
 
-def test_gzip_with_garbage_behind_a_sound_beginning(source, target, capsys):
+def test_gzip_with_wrong_checksum_raises(source, target, capsys):
     file = source / "images" / "a_t1.nii.gz"
     content = bytearray(file.read_bytes())
     content[-8] ^= 1  # the checksum

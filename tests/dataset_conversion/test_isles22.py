@@ -1,4 +1,4 @@
-"""ISLES'22: both layouts, the grid of DWI, resampled FLAIR, ADC's units, types, and empty masks."""
+"""Tests of the ISLES 2022 converter: layouts, grids, resampled FLAIR, units of ADC, data types, empty masks."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ from tests.dataset_conversion.sources import (
 
 SHAPE = (12, 14, 10)
 GRID = {"spacing": (2, 2, 2), "origin": (-10, 5, 3)}
-NAMES = {  # layout -> where the images of a case lie
+NAMES = {  # layout -> paths of a case
     "release": {"dwi": "ISLES-2022/{}/ses-0001/dwi/{}_ses-0001_dwi.nii.gz",
                 "adc": "ISLES-2022/{}/ses-0001/dwi/{}_ses-0001_adc.nii.gz",
                 "flair": "ISLES-2022/{}/ses-0001/anat/{}_ses-0001_FLAIR.nii.gz",
@@ -47,7 +47,7 @@ def target(raw):
 
 
 def head(brightness, shape=SHAPE, spacing=GRID["spacing"], origin=GRID["origin"], noise=0.0):
-    """A bright ball in the dark, the same in mm on every grid, float64."""
+    """Return a bright ball on a dark background, at the same position in mm on every grid, float64."""
     indices = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1)
     distance = np.linalg.norm(indices * spacing + origin - np.array([1.0, 18.0, 12.0]), axis=-1)
     values = np.where(distance < 8, brightness, 0.0) + noise
@@ -58,7 +58,7 @@ def head(brightness, shape=SHAPE, spacing=GRID["spacing"], origin=GRID["origin"]
 
 
 def put_case(root, number, layout="challenge", mask=1, **others):
-    """DWI and ADC of one grid in float64, FLAIR on another, the mask in uint16; no mask if it is None."""
+    """Write DWI and ADC on one grid in float64, FLAIR on another, the mask in uint16; no mask if it is None."""
     volumes = {
         "dwi": head(1000, noise=-5),
         "adc": head(0.8),
@@ -93,15 +93,17 @@ def test_plan_finds_images_and_masks_from_each_root(tmp_path, layout, root):
     assert (first.label, second.label) == (path(tmp_path, case(2), "msk", layout), None)
 
 
-def test_plan_for_a_protocol_takes_dwi_alone(tmp_path):
+def test_plan_for_a_protocol_uses_dwi_only(tmp_path):
     touch_case(tmp_path, 1)
     assert plan(tmp_path, protocol=published("isles22", "dycon")).data_set.channel_names == ("DWI",)
     assert plan(tmp_path).data_set.channel_names == ("DWI", "ADC")
     assert plan(tmp_path, modalities="dwi,FLAIR").data_set.channel_names == ("DWI", "FLAIR")
 
 
-def test_plan_refuses(tmp_path):
-    with pytest.raises(UserError, match=r"no case found in .*; expected 'sub-strokecase0001_ses-0001_dwi\.nii\.gz'"):
+def test_plan_raises_for_ambiguous_or_missing_files(tmp_path):
+    with pytest.raises(
+        UserError, match=r"no case found in .*; expected files such as 'sub-strokecase0001_ses-0001_dwi"
+    ):
         plan(tmp_path)
     touch_case(tmp_path, 1, kinds=("dwi", "msk"))
     with pytest.raises(UserError, match=r"rawdata/.*/ses-0001: sub-strokecase0001 has no adc"):
@@ -111,7 +113,7 @@ def test_plan_refuses(tmp_path):
         plan(tmp_path)
 
 
-def test_masks_without_images_are_told(tmp_path):
+def test_masks_without_images_are_reported(tmp_path):
     touch_case(tmp_path, 1)
     touch_case(tmp_path, 2, kinds=("msk",))
     assert plan(tmp_path).warnings == (f"1 mask has no images and is not used: {case(2)}",)
@@ -120,14 +122,14 @@ def test_masks_without_images_are_told(tmp_path):
 @pytest.mark.parametrize(
     "options", [("--modalities", "adc"), ("--modalities", "adc,dwi"), ("--modalities", "dwi", "--harmonize_adc")]
 )
-def test_wrong_modalities(tmp_path, raw, capsys, options):
+def test_invalid_modalities_raise(tmp_path, raw, capsys, options):
     touch_case(tmp_path, 1)
     assert convert("isles22", tmp_path, *options) == 2
     assert "--modalities" in the_one_error(capsys)
 
 
 @pytest.mark.parametrize("layout", ["release", "challenge"])
-def test_types_grids_and_labels(tmp_path, target, capsys, layout):
+def test_data_types_grids_and_labels_are_written(tmp_path, target, capsys, layout):
     put_case(tmp_path, 9, layout)
     put_case(tmp_path, 1, layout, mask=None)
     assert convert("isles22", tmp_path) == 0
@@ -145,7 +147,7 @@ def test_types_grids_and_labels(tmp_path, target, capsys, layout):
     assert "flair_resampled" not in read_json(target, "conversion_report")["cases"][case(9)]
 
 
-def test_flair_is_resampled_to_dwi_and_its_overlap_told(tmp_path, target, capsys):
+def test_flair_is_resampled_to_dwi_and_its_overlap_is_reported(tmp_path, target, capsys):
     put_case(tmp_path, 9)
     shifted = head(500, shape=(40, 40, 5), spacing=(0.6, 0.7, 5), origin=(-25, 4, 1))
     put_case(tmp_path, 10, flair=shifted)
@@ -160,13 +162,13 @@ def test_flair_is_resampled_to_dwi_and_its_overlap_told(tmp_path, target, capsys
     assert cases[case(9)]["warnings"] == []
     assert cases[case(9)]["flair_resampled"].startswith("size: (12, 14, 10) and (40, 40, 5)")
     assert cases[case(10)]["flair_overlap"]["brain_without"] > 0.3
-    assert f"warning: case {case(10)}: flair lies badly on DWI" in capsys.readouterr().out
+    assert f"warning: case {case(10)}: flair is misaligned with DWI" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("value", "unit", "factor"), [(0.0008, "mm²/s", 1e6), (0.8, "1e-3 mm²/s", 1e3), (800.0, "1e-6 mm²/s", 1)]
 )
-def test_three_units_of_adc(tmp_path, target, value, unit, factor):
+def test_units_of_adc_are_detected_and_harmonized(tmp_path, target, value, unit, factor):
     put_case(tmp_path, 9, adc=head(value))
     assert convert("isles22", tmp_path, "--harmonize_adc") == 0
     np.testing.assert_allclose(array(target / "imagesTr" / f"{case(9)}_0001.nii.gz").max(), 800, rtol=1e-5)
@@ -174,7 +176,7 @@ def test_three_units_of_adc(tmp_path, target, value, unit, factor):
     assert (facts["adc_unit"], facts["adc_factor"]) == (unit, factor)
 
 
-def test_adc_keeps_its_unit_unless_asked_and_air_does_not_count(tmp_path, target):
+def test_adc_keeps_its_unit_by_default_and_air_is_ignored(tmp_path, target):
     adc = head(0.8)
     adc[0, 0, 0] = 5000.0
     put_case(tmp_path, 9, adc=adc)
@@ -184,7 +186,7 @@ def test_adc_keeps_its_unit_unless_asked_and_air_does_not_count(tmp_path, target
     np.testing.assert_array_equal(array(target / "imagesTr" / f"{case(9)}_0001.nii.gz"), array(adc).astype(np.float32))
 
 
-def test_adc_on_another_grid_is_resampled_and_told(tmp_path, target, capsys):
+def test_adc_on_a_different_grid_is_resampled_and_reported(tmp_path, target, capsys):
     put_case(tmp_path, 9, adc=head(0.8, origin=(-11, 5, 3)))
     assert convert("isles22", tmp_path) == 0
     assert same_grid(target / "imagesTr" / f"{case(9)}_0001.nii.gz", head(1))
@@ -192,19 +194,19 @@ def test_adc_on_another_grid_is_resampled_and_told(tmp_path, target, capsys):
 
 
 @pytest.mark.parametrize(("kind", "value"), [("dwi", 0), ("dwi", 7), ("adc", 0)])
-def test_constant_images_are_named(tmp_path, raw, capsys, kind, value):
+def test_constant_images_raise(tmp_path, raw, capsys, kind, value):
     put_case(tmp_path, 9, **{kind: head(0, noise=value)})
     assert convert("isles22", tmp_path, "--harmonize_adc") == 1
     assert f"{path(tmp_path, case(9), kind)}: the image is constant" in the_one_error(capsys)
 
 
-def test_mask_on_another_grid_is_refused(tmp_path, target, capsys):
+def test_mask_on_a_different_grid_raises(tmp_path, target, capsys):
     put_case(tmp_path, 9, msk=label(shape=SHAPE, spacing=(2, 2, 2), origin=(-10, 5, 4)))
     assert convert("isles22", tmp_path) == 1
     assert "_msk.nii.gz differ in origin" in the_one_error(capsys)
 
 
-def test_empty_masks_are_kept_and_listed(tmp_path, target, capsys):
+def test_empty_masks_are_kept_and_reported(tmp_path, target, capsys):
     put_case(tmp_path, 150, mask=0)
     put_case(tmp_path, 9)
     assert convert("isles22", tmp_path) == 0
@@ -213,8 +215,8 @@ def test_empty_masks_are_kept_and_listed(tmp_path, target, capsys):
     assert f"1 case has an empty label and is kept: {case(150)}" in capsys.readouterr().out
 
 
-def test_empty_masks_are_not_scored_unless_asked(tmp_path, target, capsys):
-    """In fold 1, 0150 is a test case, 0151 and 0170 are training cases."""
+def test_empty_masks_are_excluded_from_val_and_test_by_default(tmp_path, target, capsys):
+    """In fold 1, 0150 is a test case, and 0151 and 0170 are training cases."""
     protocol = published("isles22", "dycon_fold1")
     other = int(next(name for name in protocol.test if name != case(150))[-4:])
     put_case(tmp_path, 150, mask=0)
@@ -231,7 +233,7 @@ def test_empty_masks_are_not_scored_unless_asked(tmp_path, target, capsys):
     assert f"1 case of val or test has an empty label, so no Dice: {case(150)}" in capsys.readouterr().out
 
 
-real = pytest.mark.skipif(not (DATA / "isles22").is_dir(), reason="the real data beside the repository are absent")
+real = pytest.mark.skipif(not (DATA / "isles22").is_dir(), reason="the real data next to the repository are missing")
 
 
 @real
@@ -248,7 +250,7 @@ def test_real_cases(target, capsys):
 
 
 @real
-def test_real_flair_in_the_layout_of_the_release(tmp_path, target):
+def test_real_flair_in_the_release_layout(tmp_path, target):
     for kind in ("dwi", "adc", "flair", "msk"):
         file = path(tmp_path, case(9), kind, "release")
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,7 @@
-"""The left atrium converter, to the end through the command line: layouts, axes, spacing, errors, and that
-labels of unlabeled cases are never opened."""
+"""Tests of the left atrium converter through the command line: layouts, axes, spacing, errors.
+
+Labels of unlabeled cases are never read.
+"""
 
 import hashlib
 import json
@@ -33,10 +35,10 @@ def checksums(folder):
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-# What plan makes of names alone
+# Listing of cases
 
 
-def test_plan_of_the_challenge(tmp_path):
+def test_plan_of_the_challenge_layout(tmp_path):
     training, testing = tmp_path / "Training Set", tmp_path / "Testing Set"
     touch(training / "B" / "lgemri.nrrd", training / "B" / "laendo.nrrd", training / "B" / "lawall.nrrd")
     touch(training / "A" / "lgemri.nrrd", training / "A" / "desktop.ini", tmp_path / "Unet.py")
@@ -52,7 +54,7 @@ def test_plan_of_the_challenge(tmp_path):
 
 @pytest.mark.parametrize("folder", ["2018LA_Seg_Training Set", "2018LA_Seg_TrainingSet", "LA_data"])
 @pytest.mark.parametrize("inside", [False, True])
-def test_plan_of_the_community_with_its_lists(tmp_path, folder, inside):
+def test_plan_of_the_h5_layout_with_lists(tmp_path, folder, inside):
     for identifier in "ABCDE":
         touch(tmp_path / folder / identifier / "mri_norm2.h5")
     (tmp_path / "train.list").write_text("C\nA\n\nX\n")
@@ -63,22 +65,22 @@ def test_plan_of_the_community_with_its_lists(tmp_path, folder, inside):
     assert found.warnings == ("2 of the cases of train.list and test.list are absent and not used: X, Y",)
 
 
-def test_plan_names_folders_without_image(tmp_path):
+def test_plan_reports_folders_without_image(tmp_path):
     touch(tmp_path / "Training Set" / "A" / "lgemri.nrrd", tmp_path / "Training Set" / "B" / "desktop.ini")
     assert "1 folder in" in plan(tmp_path).warnings[0]
     assert plan(tmp_path).warnings[0].endswith(": B")
 
 
-def test_plan_refuses_a_case_in_two_places(tmp_path):
+def test_case_in_two_folders_raises(tmp_path):
     touch(tmp_path / "Training Set" / "A" / "lgemri.nrrd", tmp_path / "Testing Set" / "A" / "lgemri.nrrd")
-    with pytest.raises(UserError, match="case A lies in Testing Set and among the training cases"):
+    with pytest.raises(UserError, match="case A is in Testing Set and in the training cases"):
         plan(tmp_path)
     touch(tmp_path / "LA_data" / "A" / "mri_norm2.h5")
-    with pytest.raises(UserError, match="case A lies in"):
+    with pytest.raises(UserError, match="case A is in"):
         plan(tmp_path)
 
 
-def test_plan_refuses_a_case_in_both_lists(tmp_path):
+def test_case_in_both_lists_raises(tmp_path):
     touch(tmp_path / "LA_data" / "A" / "mri_norm2.h5")
     for name in ("train.list", "test.list"):
         (tmp_path / name).write_text("A\n")
@@ -86,7 +88,7 @@ def test_plan_refuses_a_case_in_both_lists(tmp_path):
         plan(tmp_path)
 
 
-def test_plan_of_nothing(tmp_path):
+def test_empty_source_raises(tmp_path):
     with pytest.raises(UserError, match=r"expected 'Training Set/<id>/lgemri\.nrrd'"):
         plan(tmp_path)
 
@@ -105,9 +107,9 @@ def test_published_protocol(h5_source, target, capsys):
     assert "18 of the 100 cases of protocol uamt are absent" in printed
 
 
-@pytest.mark.parametrize(("share", "labels"), [("10%", 1), ("50%", 3), ("100%", 5), ("1%", 1)])
-def test_share_of_the_labels(nrrd_source, target, share, labels):
-    assert convert(nrrd_source("ABCDEF", without_label="C"), "--labeled", share) == 0
+@pytest.mark.parametrize(("fraction", "labels"), [("10%", 1), ("50%", 3), ("100%", 5), ("1%", 1)])
+def test_labeled_fraction(nrrd_source, target, fraction, labels):
+    assert convert(nrrd_source("ABCDEF", without_label="C"), "--labeled", fraction) == 0
     assert len(record(target)["labeled"]) == labels
 
 
@@ -132,10 +134,10 @@ def test_h5_axes_and_type(h5_source, target, capsys):
     np.testing.assert_array_equal(array, volumes(0)[0].astype(np.float32) / 100 - 1)
     np.testing.assert_array_equal(read(target / "labelsTr" / "A.nii.gz")[1], volumes(0)[1])
     assert (image.GetPixelID(), image.GetSize(), image.GetSpacing()) == (sitk.sitkFloat32, SHAPE, (0.625,) * 3)
-    assert "spacing 0.625 mm" in capsys.readouterr().out
+    assert "spacing of 0.625 mm" in capsys.readouterr().out
 
 
-def test_labels_of_one_are_accepted(nrrd_source, target):
+def test_label_value_1_is_accepted(nrrd_source, target):
     source = nrrd_source(["A"])
     write_nrrd(source / "Training Set" / "A" / "laendo.nrrd", volumes(0)[1])
     assert convert(source) == 0
@@ -171,7 +173,7 @@ def test_all_labels_are_kept_by_default(nrrd_source, target, capsys):
     assert not (target / "labelsTs").exists()
 
 
-def test_draw_is_recorded_with_its_seed(nrrd_source, target):
+def test_seed_of_the_draw_is_recorded(nrrd_source, target):
     assert convert(nrrd_source("ABCDEF"), "--labeled", 2, "--seed", 5) == 0
     assert record(target)["seed"] == 5
     assert len(record(target)["labeled"]) == 2
@@ -190,13 +192,13 @@ def test_labels_of_unlabeled_cases_are_never_opened(nrrd_source, tmp_path, monke
     assert [path.name for path in target.rglob("*B*")] == ["B_0000.nii.gz"]
 
 
-def test_labels_of_unlabeled_cases_in_h5_are_not_needed(h5_source, target):
+def test_labels_of_unlabeled_cases_in_h5_are_not_required(h5_source, target):
     source = h5_source("AB")
     (source / "train.list").write_text("A\nB\n")
     with h5py.File(source / "2018LA_Seg_Training Set" / "B" / "mri_norm2.h5", "a") as file:
         del file["label"]
     assert convert(source, "--labeled", 1) == 0
-    assert convert(source, "--spacing", 1, "-d", 102) == 1  # all labels: now it is needed
+    assert convert(source, "--spacing", 1, "-d", 102) == 1  # all cases labeled: now the label is required
 
 
 def test_two_processes_write_the_same_bytes(nrrd_source, tmp_path, monkeypatch, target):
@@ -207,11 +209,11 @@ def test_two_processes_write_the_same_bytes(nrrd_source, tmp_path, monkeypatch, 
     assert checksums(tmp_path / "again" / target.name) == checksums(target)
 
 
-# What goes wrong
+# Invalid input
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_failure_half_way_leaves_nothing_under_the_final_name(nrrd_source, target, raw, capsys, processes):
+def test_failed_conversion_keeps_finished_cases_and_resumes(nrrd_source, target, raw, capsys, processes):
     source = nrrd_source("ABC")
     (source / "Training Set" / "C" / "lgemri.nrrd").write_bytes(b"garbage")
     assert convert(source, processes=processes) == 1
@@ -222,11 +224,11 @@ def test_failure_half_way_leaves_nothing_under_the_final_name(nrrd_source, targe
     assert [path.name for path in raw.iterdir()] == [f".{target.name}.partial"]
     write_nrrd(source / "Training Set" / "C" / "lgemri.nrrd", volumes(2)[0])
     assert convert(source, processes=processes) == 0
-    assert "2 of 3 cases are kept of an interrupted conversion" in capsys.readouterr().out
+    assert "2 of 3 cases of an interrupted conversion are kept" in capsys.readouterr().out
     assert stems(target / "imagesTr") == ["A", "B", "C"]
 
 
-def test_all_bad_cases_are_told_at_once(nrrd_source, raw, capsys):
+def test_all_invalid_cases_are_reported_at_once(nrrd_source, raw, capsys):
     source = nrrd_source("ABC")
     for name in "AC":
         (source / "Training Set" / name / "lgemri.nrrd").write_bytes(b"garbage")
@@ -237,7 +239,7 @@ def test_all_bad_cases_are_told_at_once(nrrd_source, raw, capsys):
     assert "C/lgemri.nrrd" in error
 
 
-def test_every_bad_case_is_named(nrrd_source, raw, capsys):
+def test_every_invalid_case_is_named(nrrd_source, raw, capsys):
     source = nrrd_source("ABCDEFGH")
     for name in "BCDEFGH":
         (source / "Training Set" / name / "lgemri.nrrd").write_bytes(b"garbage")
@@ -245,17 +247,17 @@ def test_every_bad_case_is_named(nrrd_source, raw, capsys):
     error = capsys.readouterr().err.splitlines()[-1]
     assert "7 of 8 cases cannot be converted" in error
     assert error.count("cannot read") == 5
-    assert error.endswith("; likewise G, H")
+    assert error.endswith("; also G, H")
 
 
-def test_unknown_label_value_names_the_file(nrrd_source, raw, capsys):
+def test_unknown_label_value_raises(nrrd_source, raw, capsys):
     source = nrrd_source("A")
     write_nrrd(source / "Training Set" / "A" / "laendo.nrrd", volumes(0)[1] * 7)
     assert convert(source) == 1
     assert "A/laendo.nrrd: label values 0, 7, but only 0, 1, 255 are known" in capsys.readouterr().err
 
 
-def test_sizes_that_differ_name_both_files(nrrd_source, raw, capsys):
+def test_different_sizes_of_image_and_label_raise(nrrd_source, raw, capsys):
     source = nrrd_source("A")
     write_nrrd(source / "Training Set" / "A" / "laendo.nrrd", np.zeros((3, 4, 6), np.uint8))
     assert convert(source) == 1
@@ -265,7 +267,7 @@ def test_sizes_that_differ_name_both_files(nrrd_source, raw, capsys):
 
 
 @pytest.mark.parametrize("spacing", ["0", "-1", "nan", "inf"])
-def test_wrong_spacing(nrrd_source, raw, capsys, spacing):
+def test_invalid_spacing_raises(nrrd_source, raw, capsys, spacing):
     assert convert(nrrd_source("A"), f"--spacing={spacing}") == 2
     assert "--spacing must be a positive number of mm" in capsys.readouterr().err
 
@@ -280,13 +282,13 @@ def test_wrong_spacing(nrrd_source, raw, capsys, spacing):
         ("101%", "must be a share above 0%"),
     ],
 )
-def test_wrong_count(tmp_path, capsys, labeled, message):
+def test_invalid_number_of_labels_raises(tmp_path, capsys, labeled, message):
     with pytest.raises(SystemExit, match="2"):
         convert(tmp_path, "--labeled", labeled)
     assert f"argument --labeled: {message}" in capsys.readouterr().err
 
 
-def test_wrong_use_is_told_before_any_work(nrrd_source, raw, tmp_path, monkeypatch, capsys):
+def test_usage_errors_are_raised_before_conversion(nrrd_source, raw, tmp_path, monkeypatch, capsys):
     assert convert(tmp_path / "nowhere") == 1
     source = nrrd_source("AB")
     assert convert(source, "--labeled", 3) == 2
@@ -302,7 +304,7 @@ def test_wrong_use_is_told_before_any_work(nrrd_source, raw, tmp_path, monkeypat
 # Real data
 
 
-@pytest.mark.skipif(not (DATA / "la_h5").is_dir(), reason="the real data beside the repository are absent")
+@pytest.mark.skipif(not (DATA / "la_h5").is_dir(), reason="the real data next to the repository are missing")
 def test_real_h5(target, capsys):
     assert convert(DATA / "la_h5", "--labeled", 1) == 0
     assert "78 of the cases of train.list and test.list are absent" in capsys.readouterr().out
@@ -312,7 +314,7 @@ def test_real_h5(target, capsys):
             np.testing.assert_array_equal(read(target / folder / f"{identifier}_0000.nii.gz")[1], file["image"][()])
 
 
-@pytest.mark.skipif(not (DATA / "la_125mm").is_dir(), reason="the real data beside the repository are absent")
+@pytest.mark.skipif(not (DATA / "la_125mm").is_dir(), reason="the real data next to the repository are missing")
 def test_real_nrrd(target, split_file):
     labeled, unlabeled = "06SR5RBREL16DQ6M8LWS", "0RZDK210BSMWAA6467LU"
     split = split_file({"labeled": [labeled], "unlabeled": [unlabeled]})

@@ -1,4 +1,4 @@
-"""The left atrium converter's roles: split files, and one scan under two names, which must not be on two sides."""
+"""Tests of split files and of copies of one scan, which must not be on different sides of a split."""
 
 import pytest
 
@@ -12,7 +12,7 @@ FIRST, SECOND = DUPLICATES
     ("order", "count", "labeled", "unlabeled"),
     [
         ([FIRST, SECOND, "Z"], 1, [FIRST], ["Z"]),  # labeled and unlabeled
-        ([SECOND, FIRST, "Z"], 1, [FIRST], ["Z"]),  # the other way round: still one labeled case
+        ([SECOND, FIRST, "Z"], 1, [FIRST], ["Z"]),  # reverse order: still one labeled case
         ([FIRST, SECOND, "Z"], 2, [FIRST, "Z"], []),  # both labeled: two folds would share a scan
     ],
 )
@@ -25,7 +25,7 @@ def test_second_duplicate_is_left_out(nrrd_source, target, capsys, order, count,
     assert f"case {SECOND} is left out: it is a copy of {FIRST}" in capsys.readouterr().out
 
 
-def test_second_duplicate_is_left_out_of_the_test_cases(nrrd_source, target):
+def test_second_duplicate_is_left_out_of_test_cases(nrrd_source, target):
     source = nrrd_source([FIRST])
     nrrd_source([SECOND, "T"], folder="Testing Set")
     assert convert(source) == 0
@@ -40,7 +40,7 @@ def test_duplicates_on_one_side_are_kept(nrrd_source, target, capsys):
     assert "copy" not in capsys.readouterr().out
 
 
-def test_split_file_with_duplicates_on_two_sides(nrrd_source, split_file, raw, capsys):
+def test_split_file_with_duplicates_on_different_sides_raises(nrrd_source, split_file, raw, capsys):
     split = split_file({"labeled": ["A"], "unlabeled": [SECOND], "test": [FIRST]})
     assert convert(nrrd_source(["A", FIRST, SECOND]), "--split", split) == 1
     error = capsys.readouterr().err
@@ -56,7 +56,7 @@ def test_split_file_with_both_duplicates_labeled_warns(nrrd_source, split_file, 
     assert f"warning: the labeled cases {FIRST} and {SECOND} are copies" in capsys.readouterr().out
 
 
-def test_split_file_gives_all_roles(nrrd_source, split_file, target):
+def test_split_file_assigns_all_roles(nrrd_source, split_file, target):
     split = split_file({"labeled": ["E"], "unlabeled": ["A"], "val": ["B"], "test": ["C"]})
     assert convert(nrrd_source("ABCDE"), "--split", split) == 0
     folders = {folder: stems(target / folder) for folder in ("imagesTr", "imagesUn", "imagesVal", "imagesTs")}

@@ -1,4 +1,4 @@
-"""Medical Segmentation Decathlon: 4D images, label values by name, test images without labels, and damaged copies."""
+"""Tests of the Medical Segmentation Decathlon converter: 4D images, label values, test images, damaged copies."""
 
 import json
 import shutil
@@ -33,7 +33,7 @@ DELETE = object()
 
 
 def channel(number, index):
-    """Channel `index` of image `number`."""
+    """Return channel `index` of image `number`."""
     return image(number, scale=100 * (index + 1))
 
 
@@ -43,7 +43,7 @@ def volume(number, channels):
 
 
 def put_task(folder, task=HIPPOCAMPUS, training=("a", "b", "c"), test=("t",)):
-    """A task as its archive is unpacked, with an AppleDouble file next to each image. Return its folder."""
+    """Write a task like its unpacked archive, with an AppleDouble file next to each image, and return its folder."""
     name, channels, foreground = TASKS[task]
     root = folder / task
     for number, case in enumerate((*training, *test)):
@@ -124,7 +124,7 @@ def test_4d_image_keeps_an_oblique_grid(tmp_path, raw):
         assert same_grid(raw / "Dataset101_PROSTATE" / file, mask)
 
 
-def test_ct_is_normalized_as_ct(tmp_path, target):
+def test_channel_name_ct_is_kept_without_spaces(tmp_path, target):
     root = put_task(tmp_path)
     edit(root, modality={"0": " CT "})
     assert convert("msd", root) == 0
@@ -172,7 +172,7 @@ def test_renumbered_labels_are_written_and_reported(tmp_path, target, capsys):
 
 
 @pytest.mark.parametrize("kind", [np.float32, np.float64, np.int16])
-def test_labels_of_other_types(tmp_path, target, kind):
+def test_labels_of_other_data_types_are_converted(tmp_path, target, kind):
     root = put_task(tmp_path)
     stored = sitk.Cast(label((1, 2)), sitk.sitkFloat64) + (0 if kind is np.int16 else 1e-5)
     write(
@@ -234,12 +234,12 @@ def test_interrupted_conversion_resumes(tmp_path, raw, target, capsys):
     assert "imagesTr/b.nii.gz" in the_one_error(capsys)
     sound.write_bytes(content)
     assert convert("msd", root) == 0
-    assert "3 of 4 cases are kept of an interrupted conversion" in capsys.readouterr().out
+    assert "3 of 4 cases of an interrupted conversion are kept" in capsys.readouterr().out
     assert stems(raw / "Dataset101_PROSTATE" / "labelsTr") == ["a", "b", "c"]
 
 
 def test_other_label_values_restart_an_interrupted_conversion(tmp_path, target, capsys):
-    """The names and their new values would be the same."""
+    """Both settings have the same names and new values."""
     root = put_task(tmp_path, training=("a", "b"))
     edit(root, labels={"0": "background", "1": "x", "2": "y", "3": "z"})
     (root / "labelsTr" / "b.nii.gz").write_bytes(b"")
@@ -251,7 +251,7 @@ def test_other_label_values_restart_an_interrupted_conversion(tmp_path, target, 
     assert set(np.unique(array(target / "labelsTr" / "b.nii.gz"))) == {0, 3}
 
 
-# Folders, and what dataset.json lists
+# Folders and the lists in dataset.json
 
 
 @pytest.mark.parametrize("below", ["", "download", "a/b"])
@@ -271,13 +271,13 @@ def test_folders_behind_links(tmp_path):
     assert len(plan(tmp_path / "source").training) == 3
 
 
-def test_task_that_contains_another(tmp_path):
+def test_task_folder_that_contains_another_task(tmp_path):
     root = put_task(tmp_path)
     put_task(root / "backup", PROSTATE)
     assert plan(root).data_set.name == "Hippocampus"
 
 
-def test_unpacked_files(tmp_path):
+def test_uncompressed_files(tmp_path):
     """Some copies are not compressed."""
     root = put_task(tmp_path, training=("a",))
     for folder in ("imagesTr", "labelsTr"):
@@ -322,7 +322,7 @@ def test_entries_that_name_no_image_are_ignored(tmp_path):
     assert plan(root).warnings == ()
 
 
-# What goes wrong
+# Invalid input
 
 
 def rewritten(text):
@@ -348,7 +348,7 @@ def copied(file, to):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (removed("dataset.json"), r"dataset\.json does not exist; .* unpack the archive again"),
+        (removed("dataset.json"), r"dataset\.json does not exist, .*; unpack the archive again"),
         (rewritten("{"), r"cannot read .*dataset\.json: .*; unpack the archive again"),
         (rewritten(""), r"cannot read .*dataset\.json: .*; unpack the archive again"),
         (rewritten("[]"), r"dataset\.json: expected a JSON object; unpack"),
@@ -378,7 +378,7 @@ def copied(file, to):
         (copied("labelsTr/a.nii.gz", "labelsTr/a.NII"), r"a\.NII and .*a\.nii\.gz are both case a; delete one"),
     ],
 )
-def test_damaged_task(tmp_path, damage, message):
+def test_damaged_task_raises(tmp_path, damage, message):
     root = put_task(tmp_path)
     damage(root)
     with pytest.raises(UserError, match=message) as error:
@@ -387,7 +387,7 @@ def test_damaged_task(tmp_path, damage, message):
     assert str(root) in str(error.value)
 
 
-def test_several_tasks(tmp_path, raw, capsys):
+def test_folder_with_several_tasks_raises(tmp_path, raw, capsys):
     for task in TASKS:
         put_task(tmp_path / "msd", task)
     assert convert("msd", tmp_path / "msd") == 1
@@ -397,14 +397,14 @@ def test_several_tasks(tmp_path, raw, capsys):
 
 
 @pytest.mark.parametrize("converter", ["msd", "la"])
-def test_archive_as_source(tmp_path, raw, capsys, converter):
+def test_archive_as_source_raises(tmp_path, raw, capsys, converter):
     archive = tmp_path / f"{HIPPOCAMPUS}.tar"
     archive.touch()
     assert convert(converter, archive) == 1
     assert f"{archive} is a file, but -i takes a folder; unpack an archive first, with tar -xf" in the_one_error(capsys)
 
 
-def test_folder_with_nothing_but_the_archive(tmp_path, raw, capsys):
+def test_folder_that_contains_only_the_archive_raises(tmp_path, raw, capsys):
     archive = tmp_path / f"{HIPPOCAMPUS}.tar"
     archive.touch()
     (tmp_path / f"._{HIPPOCAMPUS}.tar").touch()
@@ -412,7 +412,7 @@ def test_folder_with_nothing_but_the_archive(tmp_path, raw, capsys):
     assert f"unpack it: tar -xf {archive}" in the_one_error(capsys)
 
 
-def test_no_test_images_to_make_unlabeled(tmp_path, raw, capsys):
+def test_missing_test_images_with_test_as_unlabeled_raise(tmp_path, raw, capsys):
     root = put_task(tmp_path, test=())
     assert convert("msd", root, "--test_as_unlabeled") == 2
     assert f"there is no image in {root / 'imagesTs'}; omit the option" in the_one_error(capsys)
@@ -436,7 +436,7 @@ BAD_FLOAT[4, 2, 5] = 1.5
         ("labelsTr/a", label(origin=(1, 2, 4)), "differ in origin"),
     ],
 )  # fmt: skip
-def test_bad_file_is_named(tmp_path, raw, capsys, file, other, message):
+def test_invalid_file_raises(tmp_path, raw, capsys, file, other, message):
     root = put_task(tmp_path, PROSTATE)
     write(root / f"{file}.nii.gz", other)
     assert convert("msd", root) == 1
@@ -454,8 +454,8 @@ def test_labels_of_unlabeled_cases_are_never_opened(tmp_path, target):
     assert len(stems(target / "labelsTr")) == 1
 
 
-@pytest.mark.skipif(not (DATA / "hippocampus").is_dir(), reason="the data beside the repository are absent")
-def test_hippocampus():
+@pytest.mark.skipif(not (DATA / "hippocampus").is_dir(), reason="the data next to the repository are missing")
+def test_real_hippocampus_task():
     found = plan(DATA / "hippocampus")
     assert (len(found.training), found.test, found.warnings, found.notes) == (200, (), (), ())
     case = found.training[0]

@@ -1,4 +1,4 @@
-"""Pancreas-CT: DICOM in both forms, NIfTI, labels by their headers, one scan under three names, and the h5 families."""
+"""Tests of the Pancreas-CT converter: DICOM, NIfTI, orientation of labels, copies of one scan, h5 files."""
 
 import re
 
@@ -24,7 +24,7 @@ from tests.dataset_conversion.sources import (
 
 SHAPE = (6, 7, 12)
 SPACING = (0.5, 0.75, 1.0)
-# As TCIA's: rows go from posterior to anterior, slices from head to foot.
+# As in the TCIA data: rows from posterior to anterior, slices from head to foot.
 DIRECTION = (1, 0, 0, 0, -1, 0, 0, 0, -1)
 DICOM = "Pancreas-CT/{}/11-24-2015-study/Pancreas-99667"
 
@@ -42,7 +42,7 @@ def volume(values, kind):
 
 
 def organ():
-    """A block that is off-center in all axes, with a corner missing so that it has no symmetry."""
+    """Return an off-center block without one corner, so that it has no symmetry."""
     mask = np.zeros(SHAPE, bool)
     mask[1:3, 4:7, 2:6] = True
     mask[1, 4, 2] = False
@@ -50,7 +50,7 @@ def organ():
 
 
 def scan_values(number=0):
-    """Tissue of -50 HU and noise around an organ of 100 HU."""
+    """Return an organ of 100 HU in tissue of -50 HU with noise."""
     noise = np.random.default_rng(number).normal(scale=60, size=SHAPE)
     return np.where(organ(), 100, noise - 50)
 
@@ -84,13 +84,13 @@ def found(source, **options):
     return {case.identifier: case for case in plan(source, **options).training}
 
 
-# What plan makes of names alone
+# Listing of cases
 
 
 @pytest.mark.parametrize(
     "folder", ["manifest-1/" + DICOM, "DOI/{}/1.3.6.1/1.3.6.2", "{}", "'{}'/study/series", "pancreas/{}/x"]
 )
-def test_plan_finds_dicom_in_all_forms(tmp_path, folder):
+def test_plan_finds_dicom_in_all_layouts(tmp_path, folder):
     touch_dicom(tmp_path, folder.format("PANCREAS_0003"))
     touch_dicom(tmp_path, folder.format("PANCREAS_0001"))
     touch(tmp_path, "labels/label0001.nii.gz", "labels/label0009.nii.gz", "labels/label0025.nii.gz", "LICENSE")
@@ -109,7 +109,7 @@ def test_plan_finds_nifti(tmp_path):
     assert found(tmp_path)["PANCREAS_0002"].label is None
 
 
-def test_copies_are_left_out_with_the_reason_unless_asked_for(tmp_path):
+def test_copies_are_left_out_by_default_with_a_reason(tmp_path):
     for number in (1, 2, 25, 70):
         touch(tmp_path, f"PANCREAS_{number:04d}.nii.gz", f"label{number:04d}.nii.gz")
     assert list(found(tmp_path)) == ["PANCREAS_0001", "PANCREAS_0002"]
@@ -119,7 +119,7 @@ def test_copies_are_left_out_with_the_reason_unless_asked_for(tmp_path):
     assert plan(tmp_path, keep_duplicates=True).left_out == {}
 
 
-def test_remains_of_a_download_are_skipped_and_told(tmp_path):
+def test_incomplete_series_are_skipped_and_reported(tmp_path):
     touch_dicom(tmp_path, DICOM.format("PANCREAS_0001"))
     touch_dicom(tmp_path, DICOM.format("PANCREAS_0003"), count=9)
     touch(tmp_path, "label0001.nii.gz")
@@ -136,18 +136,18 @@ def test_remains_of_a_download_are_skipped_and_told(tmp_path):
         (["a/PANCREAS_0001.nii.gz", "b/PANCREAS_0001.nii"], "are both the image of PANCREAS_0001; delete one"),
         (["PANCREAS_0001.nii", "a/label0001.nii.gz", "b/label0001.nii.gz"], "are both the label of PANCREAS_0001"),
         (["PANCREAS_0001.nii", "label0001.nii.gz", "0001.h5"], "has CT .* and normalized h5 files"),
-        (["image0001_norm.h5", "0002.h5"], "are of different recipes"),
+        (["image0001_norm.h5", "0002.h5"], "were preprocessed differently"),
         (["0001.h5", "pancreas_001.h5"], "are both the image of PANCREAS_0001"),
-        ([f"series/{number}.dcm" for number in range(12)], "of which case are these DICOM files"),
+        ([f"series/{number}.dcm" for number in range(12)], "unknown case of these DICOM files"),
     ],
 )
-def test_plan_refuses(tmp_path, files, message):
+def test_plan_raises_for_ambiguous_or_missing_files(tmp_path, files, message):
     touch(tmp_path, *files)
     with pytest.raises(UserError, match=message):
         plan(tmp_path)
 
 
-def test_two_series_of_one_case_are_refused(tmp_path):
+def test_two_series_of_one_case_raise(tmp_path):
     touch_dicom(tmp_path, "PANCREAS_0001/study/one")
     touch_dicom(tmp_path, "PANCREAS_0001/study/two")
     with pytest.raises(UserError, match=r"study/one and .*study/two are both the image of PANCREAS_0001"):
@@ -177,7 +177,7 @@ def test_dicom_is_read_in_hounsfield_units_on_the_grid_of_the_label(tmp_path, ta
 
 @pytest.mark.parametrize("orientation", ["RAS", "LPS", "RPI", "SAL", "PIR"])
 @pytest.mark.parametrize("kind", [np.uint8, np.uint16])
-def test_label_in_another_orientation_with_a_true_header_gives_the_same(tmp_path, target, orientation, kind):
+def test_label_in_another_orientation_with_correct_header_is_reoriented(tmp_path, target, orientation, kind):
     put_case(tmp_path / "source", 1)
     turned = sitk.DICOMOrient(label(kind=kind), orientation)
     assert array(turned).shape != SHAPE or not np.array_equal(array(turned), organ())
@@ -190,20 +190,20 @@ def test_label_in_another_orientation_with_a_true_header_gives_the_same(tmp_path
     assert (case["label_reoriented"], case["warnings"]) == (True, [])
 
 
-@pytest.mark.parametrize(("axis", "told"), [(0, "x"), (1, "y"), (2, "z")])
-def test_label_that_is_flipped_without_its_header_is_told(tmp_path, target, capsys, axis, told):
+@pytest.mark.parametrize(("axis", "expected"), [(0, "x"), (1, "y"), (2, "z")])
+def test_label_flipped_without_its_header_is_reported(tmp_path, target, capsys, axis, expected):
     put_case(tmp_path / "source", 1)
     flipped = label(np.flip(organ(), axis))
     write(tmp_path / "source" / "TCIA_pancreas_labels-02-05-2017" / "label0001.nii.gz", flipped)
     assert convert("pancreas_ct", tmp_path / "source") == 0
-    assert f"if it were flipped along {told}; look at the overlay" in capsys.readouterr().out
+    assert f"if it were flipped along {expected}; check the overlay" in capsys.readouterr().out
 
 
-def test_label_of_air_is_told(tmp_path, target, capsys):
+def test_label_of_air_is_reported(tmp_path, target, capsys):
     write(tmp_path / "s" / "PANCREAS_0001.nii.gz", volume(np.where(organ(), -900, -1000), np.int16))
     write(tmp_path / "s" / "label0001.nii.gz", label())
     assert convert("pancreas_ct", tmp_path / "s") == 0
-    assert "only 0% of the label lies in -100 to 250 HU" in capsys.readouterr().out
+    assert "only 0% of the label is within -100 to 250 HU" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_label_of_air_is_told(tmp_path, target, capsys):
         (lambda mask: mask * 5, "label values 0, 5, but only 0, 1 are known"),
     ],
 )
-def test_label_on_another_grid_or_with_other_values_fails_the_case(tmp_path, target, capsys, change, message):
+def test_label_on_another_grid_or_with_unknown_values_raises(tmp_path, target, capsys, change, message):
     put_case(tmp_path / "source", 1)
     write(tmp_path / "source" / "TCIA_pancreas_labels-02-05-2017" / "label0001.nii.gz", change(label()))
     assert convert("pancreas_ct", tmp_path / "source") == 1
@@ -265,14 +265,14 @@ def remove_last(folder):
     ("damage", "messages"),
     [
         (remove, ["1-004.dcm and 1-006.dcm are 2 mm apart, others 1 mm: a slice is missing or displaced"]),
-        (copy, ["1-005.dcm and 1-100.dcm lie at the same place; delete one"]),
+        (copy, ["1-005.dcm and 1-100.dcm are at the same position; delete one"]),
         (cut, ["1-005.dcm"]),
         (empty, ["1-005.dcm"]),
         (add_series, ["Pancreas-99667: expected one DICOM series, found 2"]),
         (remove_last, ["Pancreas-99667 and ", "label0001.nii.gz differ in size: (6, 7, 11) and (6, 7, 12)"]),
     ],
 )
-def test_damaged_dicom_is_refused_by_name(tmp_path, target, capsys, damage, messages):
+def test_damaged_dicom_raises(tmp_path, target, capsys, damage, messages):
     put_case(tmp_path / "source", 1)
     damage(tmp_path / "source" / DICOM.format("PANCREAS_0001"))
     assert convert("pancreas_ct", tmp_path / "source") == 1
@@ -282,22 +282,22 @@ def test_damaged_dicom_is_refused_by_name(tmp_path, target, capsys, damage, mess
 
 
 @pytest.mark.parametrize(
-    ("missing", "told"),
+    ("missing", "expected"),
     [
-        ("1-001.dcm", ["11 DICOM slices are numbered 2 to 12: is one missing at an end of the scan?"]),
-        ("1-012.dcm", []),  # cannot be told
+        ("1-001.dcm", ["11 DICOM slices are numbered 2 to 12: the first or last slice may be missing"]),
+        ("1-012.dcm", []),  # cannot be detected
     ],
 )
-def test_missing_slice_at_an_end_of_an_unlabeled_scan(tmp_path, target, missing, told):
+def test_missing_first_slice_of_an_unlabeled_scan_is_reported(tmp_path, target, missing, expected):
     put_case(tmp_path / "source", 1)
     put_case(tmp_path / "source", 3, labeled=False)
     (tmp_path / "source" / DICOM.format("PANCREAS_0003") / missing).unlink()
     assert convert("pancreas_ct", tmp_path / "source") == 0
     cases = read_json(target, "conversion_report")["cases"]
-    assert [cases[f"PANCREAS_{number:04d}"]["warnings"] for number in (1, 3)] == [[], told]
+    assert [cases[f"PANCREAS_{number:04d}"]["warnings"] for number in (1, 3)] == [[], expected]
 
 
-def test_slices_are_ordered_by_position_not_by_name(tmp_path, target):
+def test_slices_are_sorted_by_position_not_by_name(tmp_path, target):
     put_case(tmp_path / "source", 1)
     folder = tmp_path / "source" / DICOM.format("PANCREAS_0001")
     (folder / "1-001.dcm").rename(folder / "9-999.dcm")
@@ -305,7 +305,7 @@ def test_slices_are_ordered_by_position_not_by_name(tmp_path, target):
     np.testing.assert_array_equal(array(target / "imagesTr" / "PANCREAS_0001_0000.nii.gz"), array(scan(1)))
 
 
-def test_dicom_in_the_folder_converter(tmp_path, raw):
+def test_dicom_with_the_folder_converter(tmp_path, raw):
     put_case(tmp_path / "source", 1)
     patterns = ("--channel", "CT=**/{case}/*/*/", "--masks", "*/{case}.nii.gz")
     labels = tmp_path / "source" / "TCIA_pancreas_labels-02-05-2017"
@@ -325,7 +325,7 @@ def put_nifti(root, *numbers):
         write(root / f"label{number:04d}.nii.gz", label())
 
 
-def test_protocol_without_the_copies(tmp_path, target, capsys):
+def test_protocol_leaves_out_copies(tmp_path, target, capsys):
     put_nifti(tmp_path / "s", 1, 2, 25, 63, 70)
     assert convert("pancreas_ct", tmp_path / "s", "--protocol", "dycon", "--labeled", 1) == 0
     split = read_json(target, "ssl_split")
@@ -340,7 +340,7 @@ def test_protocol_without_the_copies(tmp_path, target, capsys):
     assert read_json(target, "conversion_report")["left_out"]["PANCREAS_0070"] == "a copy of PANCREAS_0002"
 
 
-def test_copies_that_were_asked_for_keep_their_published_roles(tmp_path, target):
+def test_kept_duplicates_have_their_published_roles(tmp_path, target):
     put_nifti(tmp_path / "s", 1, 2, 25, 70)
     assert convert("pancreas_ct", tmp_path / "s", "--protocol", "mcnet", "--keep_duplicates") == 0
     split = read_json(target, "ssl_split")
@@ -351,7 +351,7 @@ def test_copies_that_were_asked_for_keep_their_published_roles(tmp_path, target)
     assert ("PANCREAS_0002" in split["labeled"], "PANCREAS_0025" in split["test"]) == (True, True)
 
 
-def test_split_file_with_copies(tmp_path, split_file, target, capsys):
+def test_split_file_with_copies_raises_without_keep_duplicates(tmp_path, split_file, target, capsys):
     put_nifti(tmp_path / "s", 1, 2, 25)
     split = split_file({"labeled": ["PANCREAS_0001", "PANCREAS_0002"], "test": ["PANCREAS_0025"]})
     assert convert("pancreas_ct", tmp_path / "s", "--split", split) == 1
@@ -361,34 +361,34 @@ def test_split_file_with_copies(tmp_path, split_file, target, capsys):
 
 
 @pytest.mark.parametrize(
-    ("labeled", "told"),
+    ("labeled", "expected"),
     [
-        ("50%", r"cases PANCREAS_0002 \(\w+\) and .* are copies of one scan on two sides of the split"),
+        ("50%", r"cases PANCREAS_0002 \(\w+\) and .* are copies of one scan on different sides of the split"),
         ("100%", "the labeled cases PANCREAS_0002 and PANCREAS_0025 and PANCREAS_0070 are copies of one scan; a fold"),
     ],
 )
-def test_draw_among_copies_that_were_asked_for_warns(tmp_path, target, labeled, told):
+def test_draw_with_kept_duplicates_warns(tmp_path, target, labeled, expected):
     put_nifti(tmp_path / "s", 1, 2, 3, 25, 70)
     assert convert("pancreas_ct", tmp_path / "s", "--labeled", labeled, "--keep_duplicates") == 0
     split = read_json(target, "ssl_split")
     assert len(split["labeled"] + split["unlabeled"]) == 5
     (warning,) = read_json(target, "conversion_report")["warnings"]
-    assert re.match(told, warning)
+    assert re.match(expected, warning)
 
 
 # h5
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "expected"),
     [
-        ("Pancreas_h5/image0001_norm.h5", "MC-Net's: 1 mm on all axes"),
-        ("0001.h5", "CoraNet's and BCP's: cropped"),
-        ("pancreas_001.h5", "in z only nearly"),
-        ("Pancreas_data/PANCREAS_0001.h5", "DyCON's: its recipe is not published"),
+        ("Pancreas_h5/image0001_norm.h5", "MC-Net: 1 mm on all axes"),
+        ("0001.h5", "CoraNet and BCP: cropped"),
+        ("pancreas_001.h5", "only approximately in z"),
+        ("Pancreas_data/PANCREAS_0001.h5", "DyCON: the recipe is not published"),
     ],
 )
-def test_h5_families(tmp_path, target, capsys, name, told):
+def test_h5_families(tmp_path, target, capsys, name, expected):
     file = tmp_path / "s" / name
     file.parent.mkdir(parents=True)
     values = np.random.default_rng(0).normal(size=SHAPE)
@@ -400,7 +400,7 @@ def test_h5_families(tmp_path, target, capsys, name, told):
     np.testing.assert_array_equal(array(target / "labelsTr" / "PANCREAS_0001.nii.gz"), organ())
     assert sitk.ReadImage(str(image)).GetSpacing() == (1, 1, 1)
     assert read_json(target, "dataset")["channel_names"] == {"0": "normalized_CT"}
-    assert told in capsys.readouterr().out
+    assert expected in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -413,7 +413,7 @@ def test_h5_families(tmp_path, target, capsys, name, told):
         ("longdouble", np.float32),
     ],
 )
-def test_h5_of_types_that_simpleitk_does_not_know(tmp_path, target, kind, written):
+def test_h5_of_data_types_that_simpleitk_does_not_support(tmp_path, target, kind, written):
     values = scan_values().astype(kind)
     with h5py.File(tmp_path / "0001.h5", "w") as content:
         content["image"], content["label"] = values, organ()
@@ -427,7 +427,7 @@ def test_h5_of_types_that_simpleitk_does_not_know(tmp_path, target, kind, writte
 @pytest.mark.parametrize(
     "image", [None, np.zeros((3, 4)), np.zeros((3, 0, 4)), np.full((3, 4, 5), b"a"), np.ones((3, 4, 5), complex), 7]
 )
-def test_h5_without_a_volume_is_named(tmp_path, raw, capsys, image):
+def test_h5_without_a_volume_raises(tmp_path, raw, capsys, image):
     with h5py.File(tmp_path / "0001.h5", "w") as content:
         content["label"] = organ()
         if image is None:
@@ -441,7 +441,7 @@ def test_h5_without_a_volume_is_named(tmp_path, raw, capsys, image):
 # Real data
 
 
-@pytest.mark.skipif(not (DATA / "pancreas_ct").is_dir(), reason="the real data beside the repository are absent")
+@pytest.mark.skipif(not (DATA / "pancreas_ct").is_dir(), reason="the real data next to the repository are missing")
 def test_real_case(target):
     assert convert("pancreas_ct", DATA / "pancreas_ct") == 0
     case = read_json(target, "conversion_report")["cases"]["PANCREAS_0001"]

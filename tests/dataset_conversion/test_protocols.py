@@ -1,4 +1,4 @@
-"""Published splits: counts, disjointness, the registry's names, and that the lists are in the wheel."""
+"""Tests of published splits: counts, disjointness, names in the registry, and inclusion in the wheel."""
 
 import json
 import zipfile
@@ -31,13 +31,13 @@ def names():
     return [f"{converter}_{protocol}" for converter, protocol in PROTOCOLS]
 
 
-def test_the_registry_has_every_list_that_is_shipped():
+def test_registry_names_all_published_splits():
     folder = Path(nnunet_dycon.dataset_conversion.__file__).parent / "published_splits"
     assert sorted(file.stem for file in folder.glob("*.json")) == sorted(names())
 
 
 @pytest.mark.parametrize(("converter", "name"), PROTOCOLS)
-def test_lists_are_whole_and_disjoint(converter, name):
+def test_lists_are_complete_and_disjoint(converter, name):
     protocol = published(converter, name)
     assert (len(protocol.train), len(protocol.val), len(protocol.test)) == COUNTS[f"{converter}_{name}"]
     assert len(set(protocol.identifiers)) == len(protocol.identifiers)
@@ -57,8 +57,8 @@ LISTS = [
 
 
 @pytest.mark.parametrize(("converter", "name", "files"), [row for row in LISTS if row[0] in CONVERTERS])
-@pytest.mark.skipif(not SPLITS.is_dir(), reason="the published lists beside the repository are absent")
-def test_lists_are_the_published_ones_in_their_order(converter, name, files):
+@pytest.mark.skipif(not SPLITS.is_dir(), reason="the published lists next to the repository are missing")
+def test_lists_equal_the_published_lists_in_order(converter, name, files):
     protocol = published(converter, name)
     for list_name, ours in zip(files, (protocol.train, protocol.val, protocol.test)):
         lines = (SPLITS / list_name).read_text().split() if list_name else []
@@ -66,7 +66,7 @@ def test_lists_are_the_published_ones_in_their_order(converter, name, files):
         assert list(ours) == theirs
 
 
-def test_the_lists_are_in_the_wheel(wheel):
+def test_wheel_contains_the_lists(wheel):
     shipped = {Path(name).stem for name in zipfile.ZipFile(wheel).namelist() if "published_splits/" in name}
     assert shipped == set(names())
     archive = zipfile.ZipFile(wheel)
@@ -74,7 +74,7 @@ def test_the_lists_are_in_the_wheel(wheel):
     assert len(content["train"]) == 80
 
 
-def test_absent_cases_and_those_without_label_are_told_and_left_out():
+def test_missing_cases_are_reported_and_cases_without_label_are_left_out():
     protocol = Protocol("p", "us", (2,), (), train=tuple("abcd"), val=("e", "f"), test=("g", "h", "i"))
     cases = [Case(name, (Path(name),), None if name in "bh" else Path(name)) for name in "xcbagfeh"]
     assignment = assign_by_protocol(cases, protocol, 2, {"e": "empty", "a": "empty"}, {"i": "a copy"})

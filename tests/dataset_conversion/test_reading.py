@@ -1,4 +1,4 @@
-"""What lies below a folder, behind links, too."""
+"""Tests of listing the files below a folder, including links."""
 
 import pytest
 

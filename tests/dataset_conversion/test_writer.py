@@ -1,6 +1,8 @@
-"""Roles of cases, split files, folds, and the promises of the writer: nothing overwritten, nothing left half-way,
-labels of unlabeled cases never opened, and an
-interrupted conversion that goes on."""
+"""Tests of roles, split files, folds and the writer.
+
+The writer overwrites nothing, leaves no incomplete dataset, never reads labels of unlabeled cases, and resumes an
+interrupted conversion.
+"""
 
 import json
 import resource
@@ -41,19 +43,19 @@ def identifiers(assignment):
     return {role: "".join(assignment.identifiers(role)) for role in FOLDERS}
 
 
-def test_count_takes_the_first_of_the_published_order():
+def test_number_of_labels_keeps_the_first_cases_in_published_order():
     assignment = assign_by_count(CASES, 2, ordered=True, seed=0, test=[case("t")])
     assert identifiers(assignment) == {"labeled": "da", "unlabeled": "cbe", "val": "", "test": "t"}
     assert assignment.seed is None
 
 
-def test_count_skips_cases_without_label():
+def test_number_of_labels_skips_cases_without_label():
     assignment = assign_by_count([case("a", label=False), case("b"), case("c")], 1, ordered=True, seed=0)
     assert identifiers(assignment)["labeled"] == "b"
     assert identifiers(assignment)["unlabeled"] == "ac"
 
 
-def test_draw_depends_on_the_seed_alone_and_is_nested():
+def test_draw_depends_only_on_the_seed_and_is_nested():
     def draw(cases, count, seed):
         return assign_by_count(cases, count, ordered=False, seed=seed).identifiers("labeled")
 
@@ -64,23 +66,23 @@ def test_draw_depends_on_the_seed_alone_and_is_nested():
     assert assign_by_count(many, 5, ordered=False, seed=3).seed == 3
 
 
-def test_without_count_every_label_is_kept():
+def test_all_labels_are_kept_by_default():
     assignment = assign_by_count([*CASES, case("x", label=False)], None, ordered=False, seed=0)
     assert identifiers(assignment) == {"labeled": "dacbe", "unlabeled": "x", "val": "", "test": ""}
     assert assignment.seed is None
 
 
-def test_count_beyond_the_labels_names_both_numbers():
+def test_more_labels_than_available_raise():
     with pytest.raises(UsageError, match=r"--labeled 6, but only 5 "):
         assign_by_count([*CASES, case("x", label=False)], 6, ordered=True, seed=0)
 
 
-def test_no_label_at_all():
+def test_source_without_labels_raises():
     with pytest.raises(UserError, match="no training case with a label"):
         assign_by_count([case("x", label=False)], None, ordered=True, seed=0)
 
 
-def test_split_file(split_file):
+def test_split_file_assigns_roles(split_file):
     origin = split_record(Assignment(dict.fromkeys(FOLDERS, ()), "rule"))
     split = split_file({**origin, "labeled": ["c"], "unlabeled": ["a", "x"], "test": ["b"]})
     assignment = assign_by_file([*CASES, case("x", label=False)], split)
@@ -88,7 +90,7 @@ def test_split_file(split_file):
     assert list(assignment.left_out) == ["d", "e"]
 
 
-def test_split_file_may_list_test_cases_of_the_data_set_without_label(split_file):
+def test_split_file_may_list_test_cases_without_label(split_file):
     cases = [*CASES, case("x", label=False), case("y", label=False)]
     assignment = assign_by_file(cases, split_file({"labeled": ["a"], "test": ["x", "b"]}), held_out=["x"])
     assert identifiers(assignment)["test"] == "xb"
@@ -116,13 +118,13 @@ def test_split_file_may_list_test_cases_of_the_data_set_without_label(split_file
         ({"labeled": ["a"], "test": ["x"]}, "case x is in test, but the source has no label"),
     ],
 )
-def test_split_file_errors(split_file, content, message):
+def test_invalid_split_file_raises(split_file, content, message):
     with pytest.raises(UserError, match=message) as error:
         assign_by_file([*CASES, case("x", label=False)], split_file(content))
     assert "\n" not in str(error.value)
 
 
-def test_missing_split_file(tmp_path):
+def test_missing_split_file_raises(tmp_path):
     with pytest.raises(UserError, match=r"cannot read the split file .*nowhere\.json"):
         assign_by_file(CASES, tmp_path / "nowhere.json")
 
@@ -138,11 +140,11 @@ def test_every_labeled_case_is_validated_once(count, folds):
     json.dumps(splits)
 
 
-def test_single_labeled_case_is_trained_on_and_validated_on():
+def test_single_labeled_case_is_used_for_training_and_validation():
     assert cross_validation(["a"]) == [{"train": ["a"], "val": ["a"]}]
 
 
-def test_record_hashes_the_lists_not_their_order():
+def test_hash_of_the_split_does_not_depend_on_the_order():
     def record(*labeled):
         cases = {"labeled": tuple(map(case, labeled)), "unlabeled": (case("u"),), "val": (), "test": ()}
         return split_record(Assignment(cases, "rule", {"z": "why"}))
@@ -159,17 +161,17 @@ def test_raw_folder_must_be_set(monkeypatch):
 
 
 @pytest.mark.parametrize("dataset_id", [0, 1000])
-def test_id_out_of_range(raw, dataset_id):
+def test_dataset_id_out_of_range_raises(raw, dataset_id):
     with pytest.raises(UsageError, match="between 1 and 999"):
         new_dataset_folder(dataset_id, "Name")
 
 
-def test_new_folder_makes_nothing(raw):
+def test_new_dataset_folder_is_not_created(raw):
     assert new_dataset_folder(7, "Name") == raw / "Dataset007_Name"
     assert not raw.exists()
 
 
-def test_existing_target(raw):
+def test_existing_dataset_folder_raises(raw):
     (raw / "Dataset007_Name").mkdir(parents=True)
     with pytest.raises(UsageError, match=r"Dataset007_Name already exists"):
         new_dataset_folder(7, "Name")
@@ -180,11 +182,11 @@ def test_existing_target(raw):
     [
         ("nnUNet_raw", "Dataset007_Other"),
         ("nnUNet_preprocessed", "Dataset007_Other"),
-        ("nnUNet_preprocessed", "Dataset007_Name"),  # of an earlier conversion: may hold labels that are now hidden
+        ("nnUNet_preprocessed", "Dataset007_Name"),  # may contain labels that are now held back
         ("nnUNet_results", "Dataset007_Other"),
     ],
 )
-def test_taken_id(raw, tmp_path, monkeypatch, variable, taken):
+def test_used_dataset_id_raises(raw, tmp_path, monkeypatch, variable, taken):
     root = raw if variable == "nnUNet_raw" else tmp_path / variable
     monkeypatch.setenv(variable, str(root))
     (root / taken).mkdir(parents=True)
@@ -192,13 +194,13 @@ def test_taken_id(raw, tmp_path, monkeypatch, variable, taken):
         new_dataset_folder(7, "Name")
 
 
-def test_id_of_other_data_sets_is_free(raw):
+def test_similar_dataset_id_is_not_used(raw):
     (raw / "Dataset070_Other").mkdir(parents=True)
     assert new_dataset_folder(7, "Name").name == "Dataset007_Name"
 
 
 def volume(value=1.0, size=(3, 4, 5), spacing=(1.0, 1.0, 2.0), origin=(1.0, 2.0, 3.0), kind=sitk.sitkFloat32):
-    """One value, but 0 in the last voxel."""
+    """Return a volume with one value except for 0 in the last voxel."""
     image = sitk.Image(size, kind) + value
     image[size[0] - 1, size[1] - 1, size[2] - 1] = 0
     image.SetSpacing(spacing)
@@ -232,7 +234,7 @@ def data_set(second=None, label=None, **others):
 
 @pytest.fixture
 def write(raw, tmp_path, monkeypatch):
-    """Write one labeled case of two channels whose files are called one, two and label."""
+    """Return a function that writes one labeled case with two channels; its files are named one, two and label."""
     monkeypatch.chdir(tmp_path)
     for name in ("one", "two", "label"):
         Path(name).touch()
@@ -261,7 +263,7 @@ def test_channels_label_values_and_geometry(write, capsys):
     assert (about["numTraining"], about["file_ending"], about["name"]) == (1, ".nii.gz", "Name")
     assert (about["reference"], about["licence"]) == ("https://example.org", "CC0")
     printed = capsys.readouterr().out
-    assert "a is the only labeled case: fold 0 trains on it and validates on it, too" in printed
+    assert "a is the only labeled case: fold 0 uses it for training and validation" in printed
     assert "a note" in printed
     assert "warning: a warning" in printed
     assert "warning: case a: looks odd" in printed
@@ -283,7 +285,7 @@ NAN[0, 0, 0] = float("nan")
         ({"label": volume(3.5)}, r"label: label values 0, 3\.5, but only 0, 4 are known"),
     ],
 )
-def test_bad_volumes_are_named_and_nothing_is_left(raw, write, wrong, message):
+def test_invalid_volumes_raise_and_leave_no_files(raw, write, wrong, message):
     with pytest.raises(UserError, match=message):
         write(data_set(**wrong))
     assert list(raw.iterdir()) == []
@@ -293,13 +295,13 @@ def interrupt(paths, report):
     raise KeyboardInterrupt
 
 
-def test_interruption_leaves_nothing_where_there_is_nothing_to_go_on_with(raw, write):
+def test_interruption_before_the_first_case_leaves_no_files(raw, write):
     with pytest.raises(KeyboardInterrupt):
         write(data_set(read_images=interrupt))
     assert list(raw.iterdir()) == []
 
 
-def test_labels_are_whole_numbers_of_any_type(write):
+def test_labels_of_integer_values_may_have_any_data_type(write):
     folder = write(data_set(label=volume(4.0)))
     label = sitk.GetArrayFromImage(sitk.ReadImage(str(folder / "labelsTr" / "a.nii.gz")))
     assert label.dtype == np.uint8
@@ -310,28 +312,28 @@ def test_labels_are_whole_numbers_of_any_type(write):
     ("kind", "kept"),
     [("Float64", "Float32"), ("Int32", "Float32"), ("UInt16", "UInt16"), ("Int16", "Int16"), ("UInt8", "UInt8")],
 )
-def test_types_that_nnunet_has_no_use_for_become_float32(write, kind, kept):
+def test_other_data_types_are_converted_to_float32(write, kind, kept):
     folder = write(data_set(second=volume(2, kind=getattr(sitk, f"sitk{kind}"))))
     written = sitk.ReadImage(str(folder / "imagesTr" / "a_0001.nii.gz"))
     assert (written.GetPixelID(), written[0, 0, 0]) == (getattr(sitk, f"sitk{kept}"), 2)
 
 
-def test_second_channel_gets_the_grid_of_the_first_to_the_last_digit(write):
+def test_second_channel_has_exactly_the_grid_of_the_first(write):
     folder = write(data_set(second=volume(2.0, origin=(1.0004, 2.0, 3.0))))
     assert sitk.ReadImage(str(folder / "imagesTr" / "a_0001.nii.gz")).GetOrigin() == (1, 2, 3)
 
 
-def test_regions(write):
+def test_regions_are_written_to_dataset_json(write):
     labels = {"background": 0, "whole": (1, 2), "core": 2}
     folder = write(data_set(labels=labels, label_values={0: 0, 4: 2}, regions_class_order=(1, 2)))
     about = json.loads((folder / "dataset.json").read_text())
     assert (about["labels"], about["regions_class_order"]) == ({"background": 0, "whole": [1, 2], "core": 2}, [1, 2])
 
 
-# Report, picture and bytes
+# Report, overlay and file content
 
 
-def test_report(write, tmp_path):
+def test_conversion_report(write, tmp_path):
     folder = write(data_set(settings={"spacing": 2}), warnings=["a warning"])
     report = json.loads((folder / "conversion_report.json").read_text())
     assert (report["data_set"], report["source"], report["settings"]) == ("Name", str(tmp_path), {"spacing": 2})
@@ -345,14 +347,14 @@ def test_report(write, tmp_path):
     assert (case["second"], case["grade"], case["warnings"]) == (2, "high", ["looks odd"])
 
 
-def test_empty_label_is_kept_and_listed(write):
+def test_empty_label_is_kept_and_reported(write):
     report = json.loads((write(data_set(label=volume(0))) / "conversion_report.json").read_text())
     assert report["empty_labels"] == ["a"]
     assert report["cases"]["a"]["label_voxels"] == {"0": 60}
     assert report["warnings"] == ["1 case has an empty label and is kept: a"]
 
 
-def test_overlay_is_drawn_in_the_slice_with_most_foreground(write):
+def test_overlay_shows_the_slice_with_most_foreground(write):
     label = volume(0, kind=sitk.sitkUInt8)
     label[1, 2, 3] = 4
     folder = write(data_set(label=label))
@@ -380,8 +382,8 @@ def test_overlay_names_channels_and_labels(write, monkeypatch, labels, legend):
     assert [text.get_text() for text in figures[0].legends[0].get_texts()] == legend
 
 
-def test_overlay_is_turned_as_radiologists_look_at_it(write):
-    """The first axis from the patient's right to the left, the second from anterior to posterior."""
+def test_overlay_has_the_radiological_orientation(write):
+    """Columns go from the patient's right to left, rows from anterior to posterior."""
     flipped = volume(1.0)
     flipped.SetDirection((-1, 0, 0, 0, -1, 0, 0, 0, 1))
     label = sitk.Cast(flipped, sitk.sitkUInt8) * 0
@@ -390,7 +392,7 @@ def test_overlay_is_turned_as_radiologists_look_at_it(write):
     assert np.argwhere(slices_of(folder, "a")[2]).tolist() == [[3, 2]]
 
 
-def test_gzip_holds_no_time(write):
+def test_gzip_header_has_no_timestamp(write):
     for file in write(data_set()).rglob("*.nii.gz"):
         assert file.read_bytes()[4:8] == bytes(4), file
 
@@ -410,9 +412,10 @@ def two_cases(paths, report):
 
 @pytest.fixture
 def write_two(raw, tmp_path, monkeypatch):
-    """Write cases a and b, whose files hold the value of their voxels, or stop. Which were read lies in reads.log.
+    """Return a function that writes cases a and b after an interruption at b.
 
-    The label of b does not exist, which nobody may notice while b is unlabeled.
+    Their files contain the value of their voxels; reads.log lists which of them were read. The label of b does not
+    exist, which must not matter as long as b is unlabeled.
     """
     monkeypatch.chdir(tmp_path)
     Path("a").write_text("1")
@@ -438,7 +441,7 @@ def write_two(raw, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("reason", "expected"), [(OSError("busy"), UserError), (KeyboardInterrupt(), KeyboardInterrupt)]
 )
-def test_data_set_that_does_not_get_its_name_is_kept(write_two, raw, monkeypatch, reason, expected):
+def test_dataset_is_kept_if_the_final_rename_fails(write_two, raw, monkeypatch, reason, expected):
     def fail(*arguments):
         raise reason
 
@@ -455,10 +458,10 @@ def reads():
     return Path("reads.log").read_text()
 
 
-def test_interrupted_conversion_goes_on(write_two, raw, capsys):
+def test_interrupted_conversion_resumes(write_two, raw, capsys):
     folder = write_two()
     assert reads() == "ab"
-    assert "1 of 2 cases are kept of an interrupted conversion" in capsys.readouterr().out
+    assert "1 of 2 cases of an interrupted conversion are kept" in capsys.readouterr().out
     assert sorted(json.loads((folder / "conversion_report.json").read_text())["cases"]) == ["a", "b"]
     assert sorted(path.name for path in folder.iterdir()) == [
         "conversion_overlay.png", "conversion_report.json", "dataset.json", "imagesTr", "imagesUn", "labelsTr",
@@ -475,14 +478,14 @@ def test_case_that_changed_since_the_interruption_is_read_again(write_two):
 
 
 @pytest.mark.parametrize("other", [{"labeled": 2}, {"settings": {"spacing": 3}}])
-def test_other_roles_or_settings_begin_anew(write_two, other):
-    """Else a label that is held back now would lie in the folder still."""
+def test_other_roles_or_settings_restart_the_conversion(write_two, other):
+    """Otherwise a label that is now held back would remain in the folder."""
     Path("label_b").touch()
     write_two(**other)
     assert reads() == "aab"
 
 
-def test_labels_of_an_interrupted_conversion_do_not_survive_another_split(write_two, raw):
+def test_labels_of_an_interrupted_conversion_are_removed_for_another_split(write_two, raw):
     assert list(raw.rglob("labelsTr/a.nii.gz"))
     Path("a").rename("c")
     with pytest.raises(UserError, match="case a cannot be read"):
@@ -490,7 +493,7 @@ def test_labels_of_an_interrupted_conversion_do_not_survive_another_split(write_
     assert not list(raw.rglob("labelsTr/a.nii.gz"))
 
 
-def test_two_conversions_into_one_folder(write_two, raw):
+def test_second_conversion_into_the_same_folder_raises(write_two, raw):
     with FileLock(raw / ".Dataset007_Name.partial" / ".lock"), pytest.raises(UserError, match="another conversion"):
         write_two()
     assert (raw / ".Dataset007_Name.partial" / "imagesTr" / "a_0000.nii.gz").is_file()
@@ -498,7 +501,7 @@ def test_two_conversions_into_one_folder(write_two, raw):
 
 @contextmanager
 def files_of_at_most(size):
-    """Like a full disk."""
+    """Limit the file size, to simulate a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
@@ -509,17 +512,20 @@ def files_of_at_most(size):
         signal.signal(signal.SIGXFSZ, previous)
 
 
-def test_full_disk_at_the_very_start(raw, write):
-    with files_of_at_most(10), pytest.raises(UserError, match=r"cannot write into .*partial: .*; is the disk full\?"):
+def test_full_disk_at_the_start_raises(raw, write):
+    with (
+        files_of_at_most(10),
+        pytest.raises(UserError, match=r"cannot write into .*partial: .*; check the free disk space"),
+    ):
         write(data_set())
     assert list(raw.iterdir()) == []
 
 
-def test_full_disk_is_told_and_what_was_written_is_kept(write_two, raw):
-    """SimpleITK itself does not notice."""
+def test_full_disk_raises_and_finished_cases_are_kept(write_two, raw):
+    """SimpleITK does not detect a full disk."""
     Path("b").write_text("noise")
-    told = r"cannot write .*b_0000\.nii\.gz: .*; is the disk full\?"
-    with files_of_at_most(50_000), pytest.raises(UserError, match=told):
+    message = r"cannot write .*b_0000\.nii\.gz: .*; check the free disk space"
+    with files_of_at_most(50_000), pytest.raises(UserError, match=message):
         write_two()
     assert [path.name for path in raw.iterdir()] == [".Dataset007_Name.partial"]
     Path("b").write_text("2")

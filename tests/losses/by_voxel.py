@@ -1,4 +1,4 @@
-"""What the oracles of losses on two networks share: a softmax written with the math module, voxel by voxel."""
+"""Helpers of the reference implementations in these tests: softmax and entropy with the math module, voxel by voxel."""
 
 import math
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ def entropy(probabilities: list[float]) -> float:
 
 
 def voxels(logits: torch.Tensor) -> Iterator[list[float]]:
-    """The softmax of each voxel of (B, C, *spatial), image by image."""
+    """Yield the softmax of each voxel of (B, C, *spatial), image by image."""
     for image in logits.detach().double():
         for values in image.flatten(1).T.tolist():
             yield softmax(values)
@@ -36,18 +36,18 @@ def sigmoid(value: float) -> float:
 
 
 def regions(logits: torch.Tensor) -> Iterator[list[float]]:
-    """The sigmoid of each region in each voxel of (B, R, *spatial), image by image."""
+    """Yield the sigmoid of all regions for each voxel of (B, R, *spatial), image by image."""
     for image in logits.detach().double():
         for values in image.flatten(1).T.tolist():
             yield [sigmoid(value) for value in values]
 
 
 def of_regions(labels: torch.Tensor) -> Iterator[list]:
-    """The labels (B, R, *spatial) in the same order."""
+    """Yield the labels (B, R, *spatial) in the same order."""
     for image in labels:
         yield from image.flatten(1).T.tolist()
 
 
 def as_classes(logits: torch.Tensor) -> torch.Tensor:
-    """One region, (B, 1, *spatial), as two classes."""
+    """Return the logits of one region, (B, 1, *spatial), as logits of two classes."""
     return torch.cat([torch.zeros_like(logits), logits], 1)

@@ -1,4 +1,4 @@
-"""The plain consistency of Mean Teacher."""
+"""Tests of the mean squared error consistency of Mean Teacher."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ def test_equals_the_definition():
     torch.testing.assert_close(consistency_loss(student, teacher), expected)
 
 
-def test_gradient_reaches_the_student_and_never_the_teacher():
+def test_gradient_reaches_only_the_student():
     student, teacher = torch.randn(1, 2, 4, requires_grad=True), torch.randn(1, 2, 4, requires_grad=True)
     consistency_loss(student, teacher).backward()
     assert student.grad.abs().min() > 0
@@ -28,13 +28,13 @@ def test_half_precision_with_extreme_logits_is_finite():
     assert torch.isfinite(student.grad).all()
 
 
-def test_different_shapes_are_refused():
+def test_different_shapes_raise():
     with pytest.raises(ValueError, match="same shape"):
         consistency_loss(torch.zeros(1, 2, 3), torch.zeros(1, 2, 4))
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 5), (2, 3, 4, 3)])
-def test_of_regions_equals_the_definition(shape):
+def test_regions_equal_the_definition(shape):
     student, teacher = some_logits(*shape), some_logits(*shape, seed=1)
     pairs = [pair for voxels in zip(regions(student), regions(teacher)) for pair in zip(*voxels)]
     expected = sum((p - q) ** 2 for p, q in pairs) / len(pairs)
@@ -42,7 +42,7 @@ def test_of_regions_equals_the_definition(shape):
     assert torch.autograd.gradcheck(lambda x: consistency_loss(x, teacher, sigmoid=True), student.requires_grad_())
 
 
-def test_one_region_is_two_classes():
+def test_one_region_equals_two_classes():
     student, teacher = some_logits(2, 1, 4), some_logits(2, 1, 4, seed=1)
     of_region = consistency_loss(student, teacher, sigmoid=True)
     torch.testing.assert_close(of_region, consistency_loss(as_classes(student), as_classes(teacher)))

@@ -1,4 +1,4 @@
-"""The rectified cross pseudo supervision equals its equation, computed here voxel by voxel."""
+"""Tests of rectified cross pseudo supervision against a voxel-by-voxel reference."""
 
 import math
 
@@ -21,8 +21,8 @@ def by_voxels(logits: torch.Tensor, other: torch.Tensor) -> float:
     return sum(each) / len(each)
 
 
-def test_value_worked_out_by_hand():
-    """p = (1/4, 3/4), q = (1/2, 1/2) but for a hair, so that y = 0.
+def test_value_computed_by_hand():
+    """p = (1/4, 3/4), q = (1/2, 1/2) up to a difference of 1e-13, so that y = 0.
 
     D = 1/2 ln 2 + 1/2 ln(2/3) = ln 2 - 1/2 ln 3; e^-D = √3 / 2; CE = ln 4. L = √3 ln 2 + ln 2 - 1/2 ln 3.
     """
@@ -48,25 +48,25 @@ def by_regions(logits: torch.Tensor, other: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 5), *SHAPES])
-def test_equals_the_equation_of_regions(shape):
+def test_regions_equal_the_equation(shape):
     logits, other = some_logits(*shape), some_logits(*shape, seed=1)
     ours = rectified_cross_pseudo_loss(logits, other, sigmoid=True)
     assert ours.item() == pytest.approx(by_regions(logits, other), rel=1e-9)
 
 
-def test_one_region_is_two_classes():
+def test_one_region_equals_two_classes():
     logits, other = some_logits(2, 1, 4), some_logits(2, 1, 4, seed=1)
     of_region = rectified_cross_pseudo_loss(logits, other, sigmoid=True)
     torch.testing.assert_close(of_region, rectified_cross_pseudo_loss(as_classes(logits), as_classes(other)))
 
 
 @pytest.mark.parametrize("sigmoid", [False, True])
-def test_gradient_is_that_of_the_value(sigmoid):
+def test_gradient_matches_finite_differences(sigmoid):
     logits, other = some_logits(2, 3, 2, 2).requires_grad_(), some_logits(2, 3, 2, 2, seed=1)
     assert torch.autograd.gradcheck(lambda x: rectified_cross_pseudo_loss(x, other, sigmoid=sigmoid), logits)
 
 
-def test_gradient_reaches_the_one_that_learns_and_never_the_other():
+def test_gradient_reaches_only_the_trained_network():
     logits, other = some_logits(1, 2, 4).requires_grad_(), some_logits(1, 2, 4, seed=1).requires_grad_()
     before = logits.detach().clone(), other.detach().clone()
     rectified_cross_pseudo_loss(logits, other).backward()
@@ -83,13 +83,13 @@ def test_order_of_voxels_and_classes_does_not_matter(seed, order, classes):
     torch.testing.assert_close(rectified_cross_pseudo_loss(*changed), rectified_cross_pseudo_loss(logits, other))
 
 
-def test_a_batch_is_the_mean_of_its_images():
+def test_batch_loss_is_the_mean_over_images():
     logits, other = some_logits(4, 2, 3, 3), some_logits(4, 2, 3, 3, seed=1)
     each = [rectified_cross_pseudo_loss(logits[i : i + 1], other[i : i + 1]) for i in range(4)]
     torch.testing.assert_close(rectified_cross_pseudo_loss(logits, other), torch.stack(each).mean())
 
 
-def test_agreement_leaves_the_cross_entropy():
+def test_identical_networks_give_the_cross_entropy():
     logits = some_logits(2, 3, 7)
     expected = torch.nn.functional.cross_entropy(logits, logits.argmax(1))
     torch.testing.assert_close(rectified_cross_pseudo_loss(logits, logits), expected)
@@ -116,6 +116,6 @@ def test_autocast_does_not_lower_the_precision():
 
 
 @pytest.mark.parametrize("shapes", [((1, 2, 3), (1, 2, 4)), ((1, 1, 3), (1, 1, 3)), ((1, 2), (1, 2))])
-def test_wrong_shapes_are_named(shapes):
-    with pytest.raises(ValueError, match="of one shape with at least two classes, got"):
+def test_wrong_shapes_raise(shapes):
+    with pytest.raises(ValueError, match=r"same shape .* with at least two classes, got"):
         rectified_cross_pseudo_loss(*map(torch.zeros, shapes))

@@ -1,4 +1,4 @@
-"""The weighted losses equal nnU-Net's where nnU-Net has one, and their equations elsewhere."""
+"""Tests of the weighted Dice and cross-entropy losses against nnU-Net's losses and their equations."""
 
 import math
 
@@ -34,14 +34,14 @@ def case():
 
 
 @pytest.mark.parametrize("batch_dice", [False, True])
-def test_without_weights_it_is_nnunets(case, batch_dice):
+def test_unit_weights_equal_nnunets_loss(case, batch_dice):
     logits, target, _ = case
     loss = weighted_dice_ce_loss(logits, target, torch.ones(SHAPE), batch_dice=batch_dice)
     torch.testing.assert_close(loss, nnunets_loss(batch_dice)(logits, target[:, None]), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("batch_dice", [False, True])
-def test_a_weight_of_nothing_is_nnunets_ignore_label(case, batch_dice):
+def test_zero_weights_equal_nnunets_ignore_label(case, batch_dice):
     logits, target, weight = case
     ignored = weight < 0.4
     expected = nnunets_loss(batch_dice, ignore_label=3)(logits, target.masked_fill(ignored, 3)[:, None])
@@ -68,7 +68,7 @@ def test_equals_the_equation(case):
     assert loss.item() == pytest.approx(entropies / total - sum(dices) / 4, rel=1e-12)
 
 
-def test_only_the_proportions_of_weights_count(case):
+def test_scaling_all_weights_does_not_change_the_loss(case):
     logits, target, weight = case
     torch.testing.assert_close(
         weighted_dice_ce_loss(logits, target, 0.5 * weight), weighted_dice_ce_loss(logits, target, weight),
@@ -76,14 +76,14 @@ def test_only_the_proportions_of_weights_count(case):
     )  # fmt: skip
 
 
-def test_an_image_without_weight_might_as_well_not_be_there(case):
+def test_image_with_zero_weight_does_not_contribute(case):
     logits, target, weight = case
     weight[0] = 0
     loss = weighted_dice_ce_loss(logits, target, weight)
     torch.testing.assert_close(loss, weighted_dice_ce_loss(logits[1:], target[1:], weight[1:]))
 
 
-def test_voxels_without_weight_get_no_gradient(case):
+def test_voxels_with_zero_weight_get_no_gradient(case):
     logits, target, weight = case
     weight[0] = 0
     weighted_dice_ce_loss(logits.requires_grad_(), target, weight).backward()
@@ -91,7 +91,7 @@ def test_voxels_without_weight_get_no_gradient(case):
     assert logits.grad[1].abs().min() > 0
 
 
-def test_no_weight_at_all_is_a_differentiable_zero(case):
+def test_all_weights_zero_give_a_differentiable_zero(case):
     logits, target, weight = case
     loss = weighted_dice_ce_loss(logits.requires_grad_(), target, 0 * weight)
     loss.backward()
@@ -99,7 +99,7 @@ def test_no_weight_at_all_is_a_differentiable_zero(case):
     assert logits.grad.abs().max() == 0
 
 
-def test_gradient_is_that_of_the_value_and_the_weight_has_none():
+def test_gradient_matches_finite_differences_and_weight_has_none():
     torch.manual_seed(0)
     logits = torch.randn(1, 2, 2, 3, 2, dtype=torch.float64, requires_grad=True)
     target, weight = torch.randint(0, 2, (1, 2, 3, 2)), torch.rand(1, 2, 3, 2, dtype=torch.float64, requires_grad=True)
@@ -116,7 +116,7 @@ def test_half_precision_gives_a_finite_float32(dtype):
     assert loss.isfinite()
 
 
-def test_levels_are_nnunets_deep_supervision(case):
+def test_all_resolutions_equal_nnunets_deep_supervision(case):
     logits, target, _ = case
     scales = [[1, 1, 1], [0.5, 0.5, 1], [0.25, 0.25, 0.5]]
     factors = (0.6, 0.4, 0.0)
@@ -128,7 +128,7 @@ def test_levels_are_nnunets_deep_supervision(case):
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
 
 
-def test_shapes_that_do_not_fit_are_named(case):
+def test_wrong_shapes_raise(case):
     logits, target, weight = case
     with pytest.raises(ValueError, match=r"got \(2, 3, 6, 8, 4\), \(2, 1, 6, 8, 4\) and \(2, 6, 8, 4\)"):
         weighted_dice_ce_loss(logits, target[:, None], weight)
@@ -152,7 +152,7 @@ def regions():
 
 
 @pytest.mark.parametrize("batch_dice", [False, True])
-def test_of_regions_without_weights_it_is_nnunets(regions, batch_dice):
+def test_regions_with_unit_weights_equal_nnunets_loss(regions, batch_dice):
     logits, target, _ = regions
     loss = weighted_dice_bce_loss(logits, target, torch.ones(REGIONS), batch_dice=batch_dice)
     assert loss.item() == pytest.approx(nnunets_loss_of_regions(batch_dice)(logits, target).item(), rel=1e-6)
@@ -160,8 +160,8 @@ def test_of_regions_without_weights_it_is_nnunets(regions, batch_dice):
 
 @pytest.mark.parametrize("batch_dice", [False, True])
 @pytest.mark.parametrize("share", [0.0, 0.4], ids=["none ignored", "some ignored"])
-def test_of_regions_a_weight_of_nothing_is_nnunets_ignore_label(regions, batch_dice, share):
-    """With an ignore label, nnU-Net sums the cross-entropy over regions, whether or not a voxel has it."""
+def test_regions_with_zero_weights_equal_nnunets_ignore_label(regions, batch_dice, share):
+    """If the dataset has an ignore label, nnU-Net sums the cross-entropy over regions, even if no voxel is ignored."""
     logits, target, weight = regions
     ignored = weight[:, :1] < share
     with_ignored = torch.cat([target, ignored], 1)
@@ -172,8 +172,8 @@ def test_of_regions_a_weight_of_nothing_is_nnunets_ignore_label(regions, batch_d
 
 
 @pytest.mark.parametrize("ignore", [False, True])
-def test_levels_of_regions_are_nnunets_deep_supervision(regions, ignore):
-    """From the target as nnU-Net gives it, by what methods make of it."""
+def test_regions_at_all_resolutions_equal_nnunets_deep_supervision(regions, ignore):
+    """Labels and mask are split from nnU-Net's target as the methods do it."""
     logits, target, weight = regions
     target = torch.cat([target, weight[:, :1] < 0.3], 1) if ignore else target
     scales = [[1, 1, 1], [0.5, 0.5, 1], [0.25, 0.25, 0.5]]
@@ -190,9 +190,9 @@ def test_levels_of_regions_are_nnunets_deep_supervision(regions, ignore):
 
 @pytest.mark.parametrize("batch_dice", [False, True])
 @pytest.mark.parametrize("summed", [False, True])
-def test_of_regions_equals_the_equation(regions, batch_dice, summed):
+def test_regions_equal_the_equation(regions, batch_dice, summed):
     logits, target, weight = regions
-    weight[0, 1] = 0  # which has nothing to say in the Dice of its image
+    weight[0, 1] = 0  # excludes this region from the Dice of its image
     terms, total, sums = 0.0, 0.0, {}
     for place in torch.ones(REGIONS).nonzero().tolist():
         w, y, p = (volume[tuple(place)].item() for volume in (weight, target, logits.sigmoid()))
@@ -207,14 +207,14 @@ def test_of_regions_equals_the_equation(regions, batch_dice, summed):
     assert loss.item() == pytest.approx((3 if summed else 1) * terms / total - sum(dices) / len(dices), rel=1e-12)
 
 
-def test_one_region_is_two_classes(regions):
-    """Of which nnU-Net counts the foreground in the Dice."""
+def test_one_region_equals_two_classes(regions):
+    """nnU-Net's Dice of two classes is that of the foreground."""
     logits, target, weight = (volume[:, :1] for volume in regions)
     of_region = weighted_dice_bce_loss(logits, target, weight)
     torch.testing.assert_close(of_region, weighted_dice_ce_loss(as_classes(logits), target[:, 0], weight[:, 0]))
 
 
-def test_gradient_of_regions(regions):
+def test_gradient_of_regions_matches_finite_differences(regions):
     logits, target, weight = (volume[:, :2, :2, :2] for volume in regions)
     logits = logits.clone().requires_grad_()
     weight.requires_grad_()
@@ -228,22 +228,22 @@ def test_gradient_of_regions(regions):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_of_regions_gives_a_finite_float32(dtype):
+def test_half_precision_regions_give_a_finite_float32(dtype):
     logits = torch.tensor([[[200.0, -200.0], [-200.0, 200.0]]], dtype=dtype)
     loss = weighted_dice_bce_loss(logits, torch.ones(1, 2, 2, dtype=torch.bool), torch.ones(1, 2, 2))
     assert loss.dtype == torch.float32
     assert loss.isfinite()
 
 
-def test_shapes_of_regions_that_do_not_fit_are_named(regions):
+def test_wrong_shapes_of_regions_raise(regions):
     logits, target, weight = regions
-    with pytest.raises(ValueError, match="of one shape, got"):
+    with pytest.raises(ValueError, match="must have the same shape"):
         weighted_dice_bce_loss(logits, target[:, :1], weight)
     with pytest.raises(ValueError, match="zip"):
         WeightedDiceBCELoss((0.5, 0.5))([logits], target, weight)
 
 
-def test_each_kind_of_labels_has_its_loss():
+def test_classes_and_regions_select_their_loss():
     assert Classes().weighted_loss((0.5,), True) == WeightedDiceCELoss((0.5,), batch_dice=True)
     assert Regions().weighted_loss((0.5,), True) == WeightedDiceBCELoss((0.5,), batch_dice=True, summed=False)
     assert Regions(True).weighted_loss((0.5,), True) == WeightedDiceBCELoss((0.5,), batch_dice=True, summed=True)

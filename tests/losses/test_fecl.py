@@ -1,4 +1,4 @@
-"""FeCL equals its equation, computed here by a double loop over pairs of patches with the math module."""
+"""Tests of FeCL against a reference with a double loop over pairs of patches, written with the math module."""
 
 import math
 
@@ -12,7 +12,7 @@ from nnunet_dycon.losses import FeCLLoss, fecl, fecl_loss
 
 
 def fecl_by_pairs(embedding, labels, teacher=None, entropy=None, *, tau=0.6, gamma=2.0, top_k=5, ignore=-1) -> float:
-    """Eqs. 3-6: every anchor of every image, every pair."""
+    """Compute Eqs. 3-6 of DyCON with a loop over all anchors and pairs of each image."""
 
     def unit(vector):
         length = math.sqrt(sum(x * x for x in vector))
@@ -61,7 +61,7 @@ def patches(batch=2, number=12, width=6, classes=3, seed=0, dtype=torch.float64)
     return embedding, labels, teacher, entropy
 
 
-def test_value_worked_out_by_hand():
+def test_value_computed_by_hand():
     """Cosines: c01 = 0.6 (the positive pair), c02 = 0, c12 = 0.8; anchor 2 has no positive. τ = 1, γ = 2.
 
     Anchor 0: 0.4² · -ln(e^0.6 / (e^0.6 + 0)) = 0. Anchor 1: 0.16 · -(0.6 - ln(e^0.6 + 0.64 e^0.8)).
@@ -86,8 +86,8 @@ def test_equals_the_equation(with_teacher, with_entropy, tau, gamma, top_k):
     assert loss.item() == pytest.approx(expected, rel=1e-9)
 
 
-def test_without_focal_weights_and_teacher_it_is_supcon():
-    """An oracle written by others: SupConLoss has the same numerator and denominator when every weight is 1."""
+def test_equals_supcon_without_focal_weights_and_teacher():
+    """With all weights 1, FeCL equals SupConLoss of pytorch-metric-learning, an independent implementation."""
     SupConLoss = pytest.importorskip("pytorch_metric_learning.losses").SupConLoss
     embedding, labels, *_ = patches(batch=1, number=20, classes=2, seed=3)
     labels = labels.abs()
@@ -110,14 +110,14 @@ def test_blocks_change_neither_value_nor_gradient(monkeypatch, block_entries):
 
 @pytest.mark.parametrize("with_teacher", [False, True])
 @pytest.mark.parametrize(("tau", "gamma", "top_k"), [(0.6, 2.0, 5), (0.1, 1.0, 1), (1.0, 0.0, 100), (0.3, 3.5, 2)])
-def test_gradient_is_that_of_the_value(with_teacher, tau, gamma, top_k):
+def test_gradient_matches_finite_differences(with_teacher, tau, gamma, top_k):
     embedding, labels, teacher, entropy = patches(number=7, width=4)
     constants = {"temperature": tau, "gamma": gamma, "top_k": top_k, "anchor_entropy": entropy}
     constants["teacher_embedding"] = teacher if with_teacher else None
     assert torch.autograd.gradcheck(lambda e: fecl_loss(e, labels, **constants), embedding.requires_grad_())
 
 
-def test_gradient_reaches_the_student_and_nothing_else():
+def test_gradient_reaches_only_the_student():
     embedding, labels, teacher, entropy = patches()
     for tensor in (embedding, teacher, entropy):
         tensor.requires_grad_()
@@ -145,7 +145,7 @@ def test_order_of_patches_and_names_of_classes_do_not_matter(seed, order, names)
 
 
 @pytest.mark.parametrize(("gamma", "collapses"), [(2.0, True), (0.0, False)])
-def test_focal_weights_let_a_head_collapse(gamma, collapses):
+def test_focal_weights_cause_a_collapse_of_the_head(gamma, collapses):
     generator = torch.Generator().manual_seed(0)
     labels = (torch.arange(32) % 4 == 0).long().repeat(2, 1)
     centres = torch.randn(2, 16, generator=generator)
@@ -169,8 +169,8 @@ def test_length_of_embeddings_does_not_matter():
     torch.testing.assert_close(fecl_loss(7 * embedding, labels, teacher_embedding=0.1 * teacher), expected)
 
 
-def test_every_part_of_the_equation_counts():
-    """In the released code the negatives' weights and the entropy never reach the loss."""
+def test_every_term_of_the_equation_changes_the_loss():
+    """In the released code the weights of the negatives and the entropy have no influence on the loss."""
     embedding, labels, teacher, entropy = patches()
     values = {
         fecl_loss(embedding, labels).item(),
@@ -192,7 +192,7 @@ def test_every_part_of_the_equation_counts():
     ],
     ids=["one class", "all ignored", "no positives", "single patches"],
 )
-def test_nothing_to_contrast_is_a_differentiable_zero(labels):
+def test_no_valid_anchor_gives_a_differentiable_zero(labels):
     embedding, _, teacher, entropy = patches(number=labels.shape[1])
     embedding.requires_grad_()
     loss = fecl_loss(embedding, labels, teacher_embedding=teacher, anchor_entropy=entropy)
@@ -204,7 +204,7 @@ def test_nothing_to_contrast_is_a_differentiable_zero(labels):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("temperature", [0.03, 0.6])
 def test_half_precision_and_equal_embeddings_stay_finite(dtype, temperature):
-    """Teacher equal to the student, all embeddings on one line: cosines of ±1, or a hair beyond by rounding."""
+    """Teacher equal to the student, all embeddings on one line: cosines of ±1, slightly beyond due to rounding."""
     direction = torch.randn(8, generator=torch.Generator().manual_seed(0))
     signs = torch.tensor([1.0, 1, -1, -1, 1, -1])
     embedding = (signs[None, :, None] * direction * 100).to(dtype).requires_grad_()
@@ -247,11 +247,11 @@ def test_module_calls_the_function():
         ({"embedding": torch.zeros(3, 4)}, r"embedding must be \(B, N, D\)"),
         ({"patch_labels": torch.zeros(2, 3, dtype=torch.long)}, "patch_labels must be"),
         ({"patch_labels": torch.zeros(2, 12)}, "patch_labels must be integers"),
-        ({"teacher_embedding": torch.zeros(2, 12, 5)}, "teacher_embedding must be"),
+        ({"teacher_embedding": torch.zeros(2, 12, 5)}, "teacher_embedding must have the shape"),
         ({"anchor_entropy": torch.zeros(2, 11)}, "anchor_entropy must be"),
     ],
 )
-def test_wrong_arguments_are_named(change, message):
+def test_invalid_arguments_raise(change, message):
     embedding, labels, *_ = patches()
     with pytest.raises(ValueError, match=message):
         fecl_loss(**{"embedding": embedding, "patch_labels": labels} | change)

@@ -1,4 +1,4 @@
-"""The released FeCL, held to the numbers that the released code itself gave, and without its NaN."""
+"""Tests of the released FeCL against values and gradients computed by the released code."""
 
 import json
 import math
@@ -21,7 +21,7 @@ def golden_embedding(whose: str) -> torch.Tensor:
 @pytest.mark.parametrize(
     "entry", GOLDEN["fecl"], ids=lambda e: f"focal={e['use_focal']},teacher={e['teacher']},epoch={e['epoch']}"
 )
-def test_value_and_gradient_are_those_of_the_released_code(entry):
+def test_value_and_gradient_equal_the_released_code(entry):
     student = golden_embedding("student").requires_grad_()
     loss = fecl_released_loss(
         student,
@@ -45,8 +45,8 @@ def random_patches(number=7):
 
 @pytest.mark.parametrize("changes", [{}, {"use_focal": False}, {"gamma": 1.0}, {"teacher_embedding": None},
                                      {"temperature": 0.1, "cross_weight": 3.0}])  # fmt: skip
-def test_gradient_is_that_of_the_value_but_for_the_maximum(changes, monkeypatch):
-    """The maximum has no gradient: it is held fast here."""
+def test_gradient_matches_finite_differences_with_constant_maximum(changes, monkeypatch):
+    """The maximum has no gradient, so it is kept constant for the finite differences."""
     student, arguments = random_patches()
     arguments |= changes
     maximum = fecl_released._column_maximum(normalize(student, dim=-1), arguments.get("temperature", 0.6))
@@ -67,7 +67,7 @@ def test_blocks_change_neither_value_nor_gradient(monkeypatch, entries):
     torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-15)
 
 
-def test_value_worked_out_by_hand():
+def test_value_computed_by_hand():
     """τ = 1. S: s01 = 0.6, s02 = 0, s12 = 0.8. Column maxima: 0.6, 0.8, 0.8.
 
     d01 = e^(0.6-0.8) / (e^(0.6-0.8) + e^(0-0.8)), d10 = e^0 / (e^0 + e^0) = 1/2; patch 2 is alone and adds 0.
@@ -79,7 +79,7 @@ def test_value_worked_out_by_hand():
     assert loss.item() == pytest.approx(expected, rel=1e-12)
 
 
-def test_the_teacher_gets_no_gradient():
+def test_teacher_gets_no_gradient():
     student, teacher = golden_embedding("student").requires_grad_(), golden_embedding("teacher").requires_grad_()
     fecl_released_loss(student, LABELS, teacher_embedding=teacher).backward()
     assert student.grad.abs().max() > 0
@@ -91,7 +91,7 @@ def test_the_teacher_gets_no_gradient():
 )
 @pytest.mark.parametrize("teacher", ["none", "the student itself"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_where_the_released_code_gives_nan_this_does_not(labels, teacher, dtype):
+def test_finite_where_the_released_code_gives_nan(labels, teacher, dtype):
     student = golden_embedding("student").to(dtype).requires_grad_()
     other = None if teacher == "none" else student.detach()
     loss = fecl_released_loss(student, labels.long(), teacher_embedding=other, cross_threshold=-1.0)
@@ -113,11 +113,11 @@ def test_module_calls_the_function():
     [
         ({"embedding": torch.zeros(3, 4)}, r"embedding must be \(B, N, D\)"),
         ({"patch_labels": torch.zeros(2, 3)}, "patch_labels"),
-        ({"teacher_embedding": torch.zeros(2, 24, 5)}, "teacher_embedding must be"),
+        ({"teacher_embedding": torch.zeros(2, 24, 5)}, "teacher_embedding must have the shape"),
         ({"temperature": 0.0}, "temperature must be positive"),
     ],
 )
-def test_wrong_arguments_are_named(change, message):
+def test_invalid_arguments_raise(change, message):
     arguments = {"embedding": golden_embedding("student"), "patch_labels": LABELS} | change
     with pytest.raises(ValueError, match=message):
         fecl_released_loss(**arguments)

@@ -1,4 +1,4 @@
-"""What holds for every loss that writes its gradient down itself."""
+"""Tests common to all losses with a hand-written gradient."""
 
 import pytest
 import torch
@@ -32,14 +32,14 @@ LOSSES = [(fecl, (1, 12, 3)), (released_fecl, (1, 12, 3)), (uncl, (1, 2, 9)), (u
 
 
 @pytest.mark.parametrize(("loss", "shape"), LOSSES)
-def test_a_second_derivative_is_refused(loss, shape):
+def test_second_derivative_raises(loss, shape):
     student = torch.randn(shape, requires_grad=True)
-    with pytest.raises(NotImplementedError, match="differentiated once only"):
+    with pytest.raises(NotImplementedError, match="differentiated only once"):
         torch.autograd.grad(loss(student * 2), student, create_graph=True)
 
 
 @pytest.mark.parametrize(("loss", "shape"), LOSSES)
-def test_torch_compiles_it_whole(loss, shape):
+def test_torch_compile_needs_no_graph_break(loss, shape):
     student = torch.randn(shape, requires_grad=True)
     torch._dynamo.reset()
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
@@ -50,7 +50,7 @@ def test_torch_compiles_it_whole(loss, shape):
 
 
 @pytest.mark.parametrize("gamma", [0.0, 2.0])
-def test_fecl_is_what_the_benchmark_holds_it_against(gamma):
+def test_fecl_equals_the_dense_version_of_the_benchmark(gamma):
     tensors = {name: value.double() if value.is_floating_point() else value
                for name, value in patches(2, 40, 4, "cpu").items()}  # fmt: skip
     tensors["embedding"].requires_grad_()
@@ -61,7 +61,7 @@ def test_fecl_is_what_the_benchmark_holds_it_against(gamma):
     torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
 
 
-def test_uncl_is_what_the_benchmark_holds_it_against():
+def test_uncl_equals_the_released_version_of_the_benchmark():
     student, teacher = (torch.randn(3, 2, 5, 5, dtype=torch.float64) for _ in range(2))
     student.requires_grad_()
     ours, released = uncl_loss(student, teacher, 2.0), released_uncl(student, teacher)

@@ -1,4 +1,4 @@
-"""The mistake region and its error equal their equations, computed here voxel by voxel."""
+"""Tests of the mistake region loss against a voxel-by-voxel reference."""
 
 import math
 
@@ -30,10 +30,10 @@ def some_case(*shape: int, seed: int = 0):
     return logits, other, some_labels(*spatial, classes=shape[1], seed=seed), some_labels(*spatial, classes=5).bool()
 
 
-def test_value_worked_out_by_hand():
-    """Confidence 0.6, truth 0. Both are sure of 1, one alone, none.
+def test_value_computed_by_hand():
+    """Confidence 0.6, true class 0. Voxel 1: both networks are confident of class 1; voxel 2: one; voxel 3: none.
 
-    The second alone is of the region: p = (1/5, 4/5), error (4/5)² = 0.64. In the third p = (1/2, 1/2).
+    Only voxel 2 is in the region: p = (1/5, 4/5), error (4/5)² = 0.64. In voxel 3 p = (1/2, 1/2).
     """
     four = math.log(4)
     logits = torch.tensor([[[0.0, 0.0, 0.0], [four, four, 0.0]]], dtype=torch.float64)
@@ -52,7 +52,7 @@ def test_equals_the_equation(shape, confidence):
 
 @pytest.mark.parametrize("shape", [(1, 1, 9), *SHAPES])
 @pytest.mark.parametrize("confidence", [0.5, 0.6, 0.9])
-def test_equals_the_equation_of_regions(shape, confidence):
+def test_regions_equal_the_equation(shape, confidence):
     logits, other = some_logits(*shape), some_logits(*shape, seed=1)
     target, known = (some_labels(*shape, classes=classes, seed=classes).bool() for classes in (2, 5))
     each = []
@@ -67,14 +67,14 @@ def test_equals_the_equation_of_regions(shape, confidence):
     assert torch.autograd.gradcheck(lambda x: mistake_region_loss(x, other, target, known, **options), logits)
 
 
-def test_one_region_is_two_classes():
+def test_one_region_equals_two_classes():
     logits, other, target = some_logits(2, 1, 30), some_logits(2, 1, 30, seed=1), some_labels(2, 1, 30, classes=2)
     of_region = mistake_region_loss(logits, other, target.bool(), sigmoid=True)
     of_classes = mistake_region_loss(as_classes(logits), as_classes(other), target[:, 0])
     torch.testing.assert_close(of_region, of_classes)
 
 
-def test_of_two_classes_it_is_the_exclusive_or_of_confident_foregrounds():
+def test_region_of_two_classes_is_the_exclusive_or_of_confident_foregrounds():
     logits, other, target, _ = some_case(2, 2, 50)
     p, q = logits.softmax(1)[:, 1], other.softmax(1)[:, 1]
     region = (p >= 0.6) ^ (q >= 0.6)
@@ -82,12 +82,12 @@ def test_of_two_classes_it_is_the_exclusive_or_of_confident_foregrounds():
     torch.testing.assert_close(mistake_region_loss(logits, other, target), expected)
 
 
-def test_gradient_is_that_of_the_value():
+def test_gradient_matches_finite_differences():
     logits, other, target, known = some_case(2, 3, 3, 2)
     assert torch.autograd.gradcheck(lambda x: mistake_region_loss(x, other, target, known), logits.requires_grad_())
 
 
-def test_gradient_reaches_the_region_of_the_one_that_learns_and_nothing_is_changed():
+def test_gradient_reaches_only_the_region_and_inputs_are_unchanged():
     logits, other, target, known = some_case(1, 3, 20)
     before = [tensor.clone() for tensor in (logits, other, target, known)]
     mistake_region_loss(logits.requires_grad_(), other.requires_grad_(), target, known).backward()
@@ -109,7 +109,7 @@ def test_order_of_voxels_and_foreground_classes_does_not_matter(seed, order, cla
 
 
 @pytest.mark.parametrize("equal", [True, False], ids=["networks agree", "nothing is known"])
-def test_an_empty_region_is_a_differentiable_zero(equal):
+def test_empty_region_gives_a_differentiable_zero(equal):
     logits, other, target, known = some_case(1, 3, 20)
     loss = mistake_region_loss(logits.requires_grad_(), logits if equal else other, target, known & equal)
     loss.backward()
@@ -136,13 +136,13 @@ def test_autocast_does_not_lower_the_precision():
     torch.testing.assert_close(inside, mistake_region_loss(logits.float(), other.float(), target, known))
 
 
-def test_wrong_arguments_are_named():
+def test_invalid_arguments_raise():
     logits, other, target, known = some_case(1, 3, 20)
-    with pytest.raises(ValueError, match="of one shape with at least two classes"):
+    with pytest.raises(ValueError, match=r"same shape .* with at least two classes"):
         mistake_region_loss(logits, other[:, 1:], target)
     with pytest.raises(ValueError, match="target and known"):
         mistake_region_loss(logits, other, target[:, 1:])
     with pytest.raises(ValueError, match="target and known"):
         mistake_region_loss(logits, other, target, known[:, 1:])
-    with pytest.raises(ValueError, match=r"confidence must lie in \[0.5, 1\], got 0.4"):
+    with pytest.raises(ValueError, match=r"confidence must be in \[0.5, 1\], got 0.4"):
         mistake_region_loss(logits, other, target, confidence=0.4)

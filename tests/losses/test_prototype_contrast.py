@@ -1,4 +1,4 @@
-"""Prototypes and the contrast with them equal their equations, computed here voxel by voxel."""
+"""Tests of class prototypes and their contrastive loss against loops over voxels and anchors."""
 
 import math
 
@@ -50,7 +50,7 @@ def test_prototypes_are_means_over_reliable_voxels(shape):
     assert prototypes[2].tolist() == [0.0] * shape[1]
 
 
-def test_prototypes_of_more_classes_than_are_looked_up_at_a_time():
+def test_prototypes_of_more_classes_than_one_block():
     features, labels = some_logits(1, 3, 40), torch.arange(40)[None] // 2
     prototypes, present = class_prototypes(features, labels, torch.ones_like(labels, dtype=torch.bool), 20)
     torch.testing.assert_close(prototypes, features[0].unflatten(1, (20, 2)).mean(2).T)
@@ -59,7 +59,7 @@ def test_prototypes_of_more_classes_than_are_looked_up_at_a_time():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_prototypes_of_many_half_precision_voxels_are_summed_in_float32(dtype):
-    """In float16 a sum of 2^17 ones would be infinite, in bfloat16 256."""
+    """A sum of 2^17 ones would be infinite in float16 and 256 in bfloat16."""
     features, labels = torch.ones(1, 2, 2**17, dtype=dtype), torch.zeros(1, 2**17, dtype=torch.long)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         prototypes, _ = class_prototypes(features, labels, labels == 0, 2)
@@ -67,8 +67,8 @@ def test_prototypes_of_many_half_precision_voxels_are_summed_in_float32(dtype):
     assert prototypes[0].tolist() == [1.0, 1.0]
 
 
-def test_value_worked_out_by_hand():
-    """τ = 1/2; an anchor at 60° to its prototype and 90° to the other: e^1 against e^0. L = ln(1 + 1/e)."""
+def test_value_computed_by_hand():
+    """τ = 1/2; an anchor at 60° to its prototype and 90° to the other one: e^1 and e^0. L = ln(1 + 1/e)."""
     anchors = torch.tensor([[math.sqrt(3), 1.0]], dtype=torch.float64)
     prototypes = torch.tensor([[0.0, 2.0], [1.0, -math.sqrt(3)]], dtype=torch.float64)
     loss = prototype_contrast_loss(anchors, torch.tensor([0]), prototypes, temperature=0.5)
@@ -82,14 +82,14 @@ def test_equals_the_equation(temperature):
     assert loss.item() == pytest.approx(by_voxels(*case, temperature), rel=1e-9)
 
 
-def test_gradient_is_that_of_the_value():
+def test_gradient_matches_finite_differences():
     anchors, *rest = some_case()
     assert torch.autograd.gradcheck(
         lambda x: prototype_contrast_loss(x, *rest, temperature=0.5), anchors.requires_grad_()
     )
 
 
-def test_gradient_reaches_anchors_that_count_and_never_the_prototypes():
+def test_gradient_reaches_only_valid_anchors():
     anchors, labels, prototypes, present, valid = some_case()
     before = [tensor.clone() for tensor in (anchors, labels, prototypes, present, valid)]
     prototype_contrast_loss(anchors.requires_grad_(), labels, prototypes.requires_grad_(), present, valid).backward()
@@ -113,7 +113,7 @@ def test_order_of_anchors_and_classes_and_lengths_do_not_matter(seed, order, cla
 
 
 @pytest.mark.parametrize("case", ["no anchor counts", "no prototype", "one prototype", "no anchor"])
-def test_nothing_to_contrast_is_a_differentiable_zero(case):
+def test_no_valid_anchor_gives_a_differentiable_zero(case):
     anchors, labels, prototypes, present, valid = some_case()
     if case == "no anchor counts":
         valid = valid & False
@@ -147,8 +147,8 @@ def test_autocast_does_not_lower_the_precision():
     torch.testing.assert_close(inside, prototype_contrast_loss(*case), rtol=0, atol=0)
 
 
-def test_it_tells_classes_apart_where_the_released_sum_of_distances_lets_them_collapse():
-    """One linear layer, two classes: with the release's terms both classes end in one direction, with ours apart."""
+def test_separates_classes_where_the_released_terms_collapse():
+    """One linear layer, two classes: the released terms make both directions equal, this loss separates them."""
 
     def cosine_after(loss_of) -> float:
         torch.manual_seed(0)
@@ -177,7 +177,7 @@ def test_it_tells_classes_apart_where_the_released_sum_of_distances_lets_them_co
     assert cosine_after(released) > 0.99
 
 
-def test_wrong_arguments_are_named():
+def test_invalid_arguments_raise():
     anchors, labels, prototypes, present, valid = some_case()
     for wrong in (
         (anchors[:, 1:], labels, prototypes),

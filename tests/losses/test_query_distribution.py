@@ -1,4 +1,4 @@
-"""The losses of the query distribution equal their equations, computed here voxel by voxel with the math module."""
+"""Tests of the query distribution losses against voxel-by-voxel references, written with the math module."""
 
 import math
 
@@ -26,7 +26,7 @@ def softmax(values: list[float]) -> list[float]:
 
 
 def by_voxels(volume: torch.Tensor) -> list[list[float]]:
-    """The distribution of each voxel of the batch."""
+    """Return the distribution of each voxel of the batch."""
     return [softmax(voxel) for image in volume for voxel in image.flatten(1).T.tolist()]
 
 
@@ -47,14 +47,14 @@ def consistency_loss(strong: torch.Tensor, weak: torch.Tensor) -> float:
     return sum(terms) / len(terms)
 
 
-def test_query_loss_worked_out_by_hand():
+def test_query_loss_computed_by_hand():
     """q = (1/4, 3/4) in both voxels; their classes are 0 and 1: (ln 4 + ln 4/3) / 2."""
     volume = torch.tensor([[[0.0, 0.0], [math.log(3), math.log(3)]]], dtype=torch.float64)
     loss = query_distribution_loss(volume, torch.tensor([[0, 1]]))
     assert loss.item() == pytest.approx((math.log(4) + math.log(4 / 3)) / 2, rel=1e-12)
 
 
-def test_consistency_worked_out_by_hand():
+def test_consistency_computed_by_hand():
     """Weak (3/4, 1/4), strong (1/2, 1/2): 3/4 ln 3/2 + 1/4 ln 1/2."""
     weak, strong = torch.tensor([[[math.log(3)], [0.0]]]), torch.zeros(1, 2, 1)
     expected = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
@@ -78,8 +78,8 @@ def test_query_loss_equals_the_equation(shape):
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 5), *SHAPES])
-def test_query_loss_equals_the_equation_of_regions(shape):
-    """A voxel is to be answered by all regions it is in, and one in none does not count."""
+def test_query_loss_of_regions_equals_the_equation(shape):
+    """The target is uniform over the regions that contain a voxel; voxels outside all regions are excluded."""
     volume, target = logits(*shape), labels(*shape, classes=2, seed=1).bool()
     known = labels(shape[0], 1, *shape[2:], classes=4, seed=2).bool().expand(shape)
     terms = []
@@ -95,7 +95,7 @@ def test_query_loss_equals_the_equation_of_regions(shape):
     )
 
 
-def test_regions_that_exclude_each_other_are_classes():
+def test_mutually_exclusive_regions_equal_classes():
     volume, target = logits(2, 3, 4, 3), labels(2, 4, 3, classes=3)
     regions = torch.stack([target == region for region in range(3)], 1)
     torch.testing.assert_close(
@@ -103,7 +103,7 @@ def test_regions_that_exclude_each_other_are_classes():
     )
 
 
-def test_no_region_anywhere_is_a_differentiable_zero():
+def test_voxels_outside_all_regions_give_a_differentiable_zero():
     volume = logits(1, 2, 4).requires_grad_()
     loss = query_distribution_loss(volume, torch.zeros(1, 2, 4, dtype=torch.bool), sigmoid=True)
     loss.backward()
@@ -119,21 +119,21 @@ def test_consistency_equals_the_equation(shape):
     assert query_consistency_loss(strong, strong).item() == pytest.approx(0, abs=1e-15)
 
 
-def test_gradients_are_those_of_the_values():
+def test_gradients_match_finite_differences():
     volume, target = logits(2, 3, 2, 2).requires_grad_(), labels(2, 2, 2, classes=3)
     assert torch.autograd.gradcheck(lambda x: query_distribution_loss(x, target), volume)
     assert torch.autograd.gradcheck(lambda x: query_consistency_loss(x, logits(2, 3, 2, 2, seed=1)), volume)
 
 
-def test_gradient_reaches_the_strong_view_and_never_the_weak_one():
+def test_gradient_reaches_only_the_strong_view():
     strong, weak = logits(1, 2, 4).requires_grad_(), logits(1, 2, 4, seed=1).requires_grad_()
     query_consistency_loss(strong, weak).backward()
     assert strong.grad.abs().min() > 0
     assert weak.grad is None
 
 
-def test_labels_and_logits_stay_as_they_are():
-    """The released code sets labels above 2 to 2, in the batch that the next loss reads."""
+def test_inputs_are_unchanged():
+    """The released code sets labels above 2 to 2 in place, before the next loss reads them."""
     volume, target = logits(2, 4, 3, 3), labels(2, 3, 3, classes=4)
     copies = volume.clone(), target.clone()
     query_distribution_loss(volume, target, target != 1)
@@ -153,8 +153,8 @@ def test_order_of_voxels_and_classes_does_not_matter(seed, voxels, classes):
     torch.testing.assert_close(query_distribution_loss(changed[0], renamed), query_distribution_loss(strong, target))
 
 
-def test_neither_depends_on_the_size_of_the_patch():
-    """Both are means, where the released code takes a sum."""
+def test_losses_do_not_depend_on_the_patch_size():
+    """Both losses are means; the released code takes a sum."""
     strong, weak, target = logits(2, 3, 4), logits(2, 3, 4, seed=1), labels(2, 4, classes=3)
     larger = [torch.cat([x, x, x], -1) for x in (strong, weak, target)]
     torch.testing.assert_close(query_consistency_loss(*larger[:2]), query_consistency_loss(strong, weak))
@@ -165,7 +165,7 @@ def test_neither_depends_on_the_size_of_the_patch():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("scale", [1.0, 1e4])
 def test_extreme_logits_stay_finite(dtype, scale):
-    """The released code takes the logarithm of a softmax, which is 0 here."""
+    """The released code takes the logarithm of a softmax, which is log(0) for these logits."""
     strong = (torch.sign(logits(2, 3, 4)) * scale).to(dtype).requires_grad_()
     weak = (torch.sign(logits(2, 3, 4, seed=1)) * scale).to(dtype)
     loss = query_consistency_loss(strong, weak) + query_distribution_loss(strong, labels(2, 4, classes=3))
@@ -184,7 +184,7 @@ def test_autocast_does_not_lower_the_precision():
     torch.testing.assert_close(inside, outside, rtol=0, atol=0)
 
 
-def test_without_a_labeled_voxel_the_loss_is_a_differentiable_0():
+def test_no_known_voxel_gives_a_differentiable_zero():
     volume = logits(1, 2, 4).requires_grad_()
     loss = query_distribution_loss(volume, torch.full((1, 4), 2), torch.zeros(1, 4, dtype=torch.bool))
     loss.backward()
@@ -192,8 +192,8 @@ def test_without_a_labeled_voxel_the_loss_is_a_differentiable_0():
     assert not volume.grad.any()
 
 
-def test_wrong_shapes_are_named():
-    with pytest.raises(ValueError, match=r"target \(B, \*spatial\), or of regions .*, got \(1, 2, 3\) and \(1, 4\)"):
+def test_wrong_shapes_raise():
+    with pytest.raises(ValueError, match=r"target \(B, \*spatial\), or .* for regions, got \(1, 2, 3\) and \(1, 4\)"):
         query_distribution_loss(torch.zeros(1, 2, 3), torch.zeros(1, 4))
     with pytest.raises(ValueError, match="must have the same shape"):
         query_consistency_loss(torch.zeros(1, 2, 3), torch.zeros(1, 2, 4))

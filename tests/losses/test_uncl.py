@@ -1,4 +1,4 @@
-"""UnCL equals its equation, computed here voxel by voxel with the math module."""
+"""Tests of UnCL against a voxel-by-voxel reference, written with the math module."""
 
 import json
 import math
@@ -16,7 +16,7 @@ GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "dycon_released_69c1
 
 
 def uncl_by_voxels(student: torch.Tensor, teacher: torch.Tensor, beta: float, entropy_weight: float = 1.0) -> float:
-    """Eq. 1, one voxel after another."""
+    """Compute Eq. 1 of DyCON with a loop over voxels."""
 
     def softmax(values):
         largest = max(values)
@@ -39,7 +39,7 @@ def uncl_by_voxels(student: torch.Tensor, teacher: torch.Tensor, beta: float, en
 
 
 def uncl_by_regions(student: torch.Tensor, teacher: torch.Tensor, beta: float, entropy_weight: float = 1.0) -> float:
-    """The same of regions: each voxel has the mean distance and the mean entropy of its regions."""
+    """Compute UnCL of regions: mean distance and mean entropy over the regions of each voxel."""
     each = []
     for p, q in zip(regions(student), regions(teacher)):
         distance = sum(2 * (x - y) ** 2 for x, y in zip(p, q)) / len(p)
@@ -52,8 +52,8 @@ def logits(*shape: int, seed: int = 0, dtype=torch.float64) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype) * 2
 
 
-def test_value_worked_out_by_hand():
-    """Voxel 1: p_s = p_t = (1/2, 1/2). Voxel 2: the student is sure (logits 100, 0), the teacher halves.
+def test_value_computed_by_hand():
+    """Voxel 1: p_s = p_t = (1/2, 1/2). Voxel 2: p_s = (1, 0) (logits 100, 0), p_t = (1/2, 1/2).
 
     β = 1, H = ln 2 or 0. Voxel 1: 0/(2+2) + 2 ln 2. Voxel 2: (1/4 + 1/4)/(1 + 2) + ln 2. Mean: 1/12 + 3/2 ln 2.
     """
@@ -73,8 +73,8 @@ def test_equals_the_equation(shape, beta):
         assert ours == pytest.approx(uncl_by_voxels(student, teacher, beta, weight), rel=1e-9)
 
 
-def test_value_of_regions_worked_out_by_hand():
-    """One voxel, two regions. Student: p = 1/2 in the first, sure of the second; teacher: sure of both, inside.
+def test_value_of_regions_computed_by_hand():
+    """One voxel, two regions. Student: p = 1/2 and 1; teacher: p = 1 and 1.
 
     β = 1. D = (2/4 + 0) / 2 = 1/4; H = ln 2 / 2 or 0. L = (1/4) / (√2 + 1) + ln 2 / 2.
     """
@@ -87,21 +87,21 @@ def test_value_of_regions_worked_out_by_hand():
 @pytest.mark.parametrize("shape", [(1, 1, 5), (2, 3, 4, 3), (3, 4, 2, 3, 2)])
 @pytest.mark.parametrize("beta", [0.0, 0.5, 5.0])
 @pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
-def test_equals_the_equation_of_regions(shape, beta, weight):
+def test_regions_equal_the_equation(shape, beta, weight):
     student, teacher = logits(*shape), logits(*shape, seed=1)
     ours = uncl_loss(student, teacher, beta, entropy_weight=weight, sigmoid=True).item()
     assert ours == pytest.approx(uncl_by_regions(student, teacher, beta, weight), rel=1e-9)
 
 
-def test_one_region_is_two_classes():
+def test_one_region_equals_two_classes():
     student, teacher = logits(2, 1, 4, 3), logits(2, 1, 4, 3, seed=1)
     of_region = uncl_loss(student, teacher, 1.5, sigmoid=True)
     torch.testing.assert_close(of_region, uncl_loss(as_classes(student), as_classes(teacher), 1.5))
 
 
 @pytest.mark.parametrize("entry", GOLDEN["uncl"], ids=lambda entry: f"beta={entry['beta']}")
-def test_agrees_with_the_released_code(entry):
-    """The released code adds 1e-6 inside the logarithm, which is worth up to 1e-4."""
+def test_equals_the_released_code(entry):
+    """The released code adds 1e-6 inside the logarithm, which changes the loss by up to 1e-4."""
     student = torch.tensor(GOLDEN["uncl_inputs"]["student_logits"], dtype=torch.float64)
     teacher = torch.tensor(GOLDEN["uncl_inputs"]["teacher_logits"], dtype=torch.float64)
     assert uncl_loss(student, teacher, entry["beta"]).item() == pytest.approx(entry["loss"], rel=1e-4)
@@ -109,7 +109,7 @@ def test_agrees_with_the_released_code(entry):
 
 @pytest.mark.parametrize("entropy_weight", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("sigmoid", [False, True])
-def test_gradient_is_that_of_the_value(entropy_weight, sigmoid):
+def test_gradient_matches_finite_differences(entropy_weight, sigmoid):
     student, teacher = logits(2, 3, 2, 2).requires_grad_(), logits(2, 3, 2, 2, seed=1)
     options = {"entropy_weight": entropy_weight, "sigmoid": sigmoid}
     assert torch.autograd.gradcheck(lambda s: uncl_loss(s, teacher, 2.0, **options), student)
@@ -132,7 +132,7 @@ def test_blocks_change_neither_value_nor_gradient(monkeypatch, entries, sigmoid)
 
 
 @pytest.mark.parametrize("sigmoid", [False, True])
-def test_nothing_is_kept_for_the_backward_pass_but_the_logits(sigmoid):
+def test_only_the_logits_are_saved_for_the_backward_pass(sigmoid):
     student, teacher = logits(2, 3, 5, 7).requires_grad_(), logits(2, 3, 5, 7, seed=1)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
@@ -141,14 +141,14 @@ def test_nothing_is_kept_for_the_backward_pass_but_the_logits(sigmoid):
 
 
 @pytest.mark.parametrize("order", [(0, 1, 3, 2), (1, 0, 2, 3), (3, 2, 1, 0)])
-def test_the_layout_in_memory_does_not_matter(order):
+def test_memory_layout_does_not_matter(order):
     student, teacher = logits(3, 3, 3, 3).permute(order), logits(3, 3, 3, 3, seed=1).permute(order)
     expected = value_and_gradient(student.contiguous(), teacher.contiguous())
     torch.testing.assert_close(value_and_gradient(student, teacher), expected)
 
 
-def test_half_precision_has_the_gradient_of_float32_under_a_loss_scale():
-    """Scaled as nnU-Net's GradScaler does; unscaled, a gradient of 1e-8 would be 0 in float16."""
+def test_half_precision_gradient_equals_float32_with_a_loss_scale():
+    """Scaled as by nnU-Net's GradScaler; unscaled, a gradient of 1e-8 would be 0 in float16."""
     student, teacher = logits(1, 2, 64, 64, dtype=torch.float32), logits(1, 2, 64, 64, seed=1, dtype=torch.float32)
     half, half_teacher = student.half(), teacher.half()
     gradients = []
@@ -159,7 +159,7 @@ def test_half_precision_has_the_gradient_of_float32_under_a_loss_scale():
     torch.testing.assert_close(*gradients, rtol=2e-3, atol=1e-3)
 
 
-def test_gradient_reaches_the_student_and_never_the_teacher():
+def test_gradient_reaches_only_the_student():
     student, teacher = logits(1, 2, 4).requires_grad_(), logits(1, 2, 4, seed=1).requires_grad_()
     uncl_loss(student, teacher, 1.0).backward()
     assert student.grad.abs().min() > 0
@@ -174,7 +174,7 @@ def test_order_of_voxels_and_classes_does_not_matter(seed, voxels, classes):
     torch.testing.assert_close(uncl_loss(*changed, 1.5), uncl_loss(student, teacher, 1.5))
 
 
-def test_batch_is_the_mean_of_its_images():
+def test_batch_loss_is_the_mean_over_images():
     student, teacher = logits(4, 2, 3, 3), logits(4, 2, 3, 3, seed=1)
     each = torch.stack([uncl_loss(student[i : i + 1], teacher[i : i + 1], 0.7) for i in range(4)])
     torch.testing.assert_close(uncl_loss(student, teacher, 0.7), each.mean())
@@ -217,16 +217,16 @@ def test_module_calls_the_function():
         (((1, 2, 3), (1, 2, 3)), math.nan, "beta must not be negative"),
     ],
 )
-def test_wrong_arguments_are_named(shapes, beta, message):
+def test_invalid_arguments_raise(shapes, beta, message):
     with pytest.raises(ValueError, match=message):
         uncl_loss(torch.zeros(shapes[0]), torch.zeros(shapes[1]), beta)
 
 
-def test_no_region_at_all_is_refused():
+def test_zero_regions_raise():
     with pytest.raises(ValueError, match="at least one region, got"):
         uncl_loss(torch.zeros(1, 0, 3), torch.zeros(1, 0, 3), 1.0, sigmoid=True)
 
 
-def test_a_negative_entropy_weight_is_refused():
+def test_negative_entropy_weight_raises():
     with pytest.raises(ValueError, match="entropy_weight must not be negative, got -1"):
         uncl_loss(logits(1, 2, 3), logits(1, 2, 3), 1.0, entropy_weight=-1.0)

@@ -1,4 +1,4 @@
-"""Architectures as nnU-Net's plans would have them, small enough for a CPU."""
+"""Architectures as in nnU-Net's plans, small enough for a CPU."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ def architecture(
     kernels: list | None = None,
     **changes: Any,
 ) -> dict[str, Any]:
-    """Isotropic, with strides of 2, unless it is told otherwise."""
+    """Return an architecture, by default with isotropic kernels of 3 and strides of 2."""
     stages = len(features)
     return {
         "features_per_stage": features,
@@ -28,7 +28,7 @@ def architecture(
     } | changes
 
 
-# Of several anisotropic strides, as nnU-Net plans them for thick slices: flat kernels until the spacing is isotropic.
+# Anisotropic strides and kernels, as nnU-Net plans them for thick slices: flat kernels until the spacing is isotropic.
 THICK_SLICES = {
     "strides": [[1, 1, 1], [1, 2, 2], [1, 2, 2], [2, 2, 2]],
     "kernels": [[1, 3, 3], [1, 3, 3], [3, 3, 3], [3, 3, 3]],

@@ -1,4 +1,4 @@
-"""The k-means mask transformer against plain loops over its equations."""
+"""Tests of the k-means mask transformer against loops over its equations."""
 
 import math
 
@@ -19,19 +19,19 @@ from nnunet_dycon.networks.kmax import (
 from nnunet_dycon.networks.uxnet import Architecture
 from tests.networks.architectures import architecture
 
-SIZES = [2, 2, 1]  # of the groups of 5 queries
+SIZES = [2, 2, 1]  # numbers of queries of the groups, 5 in total
 
 
 @pytest.fixture
 def parts():
-    """Embedded voxels (2, 3, 7), kernels (2, 5, 3) and class logits (2, 5, 4)."""
+    """Return embedded voxels (2, 3, 7), kernels (2, 5, 3) and class logits (2, 5, 4)."""
     torch.manual_seed(0)
     shapes = ((2, 3, 7), (2, 5, 3), (2, 5, 4))
     return [torch.randn(*shape).mul(2).requires_grad_() for shape in shapes]
 
 
 def by_voxels(embedded, kernels, classes):
-    """Segmentation and query distribution, one voxel after another."""
+    """Compute segmentation and query distribution with a loop over voxels."""
     logits, shares = torch.zeros(2, 4, 7), torch.zeros(2, 3, 7)
     for b in range(2):
         for i in range(7):
@@ -45,21 +45,21 @@ def by_voxels(embedded, kernels, classes):
     return logits, shares
 
 
-def test_the_response_equals_its_equations(parts):
+def test_response_equals_the_equations(parts):
     torch.testing.assert_close(respond(*parts, SIZES), by_voxels(*parts), rtol=1e-4, atol=1e-5)
 
 
-def test_the_query_distribution_is_one(parts):
+def test_query_distribution_sums_to_1(parts):
     torch.testing.assert_close(respond(*parts, SIZES)[1].exp().sum(1), torch.ones(2, 7))
 
 
 def dense(embedded, kernels, classes):
-    """The same with all responses at once, recorded by autograd."""
+    """Compute the same with all responses at once and the gradient of autograd."""
     log_responses = (kernels @ embedded).log_softmax(1)
     return classes.transpose(1, 2) @ log_responses.exp(), merged(log_responses, SIZES)
 
 
-def test_its_gradient_is_that_of_its_equations(parts):
+def test_gradient_equals_autograd(parts):
     weights = torch.randn(2, 4, 7), torch.randn(2, 3, 7)
     gradients = []
     for function in (lambda *parts: respond(*parts, SIZES), dense):
@@ -80,7 +80,7 @@ def test_blocks_change_neither_value_nor_gradient(parts, entries, monkeypatch):
     torch.testing.assert_close(value_and_gradients(), whole)
 
 
-def test_no_matrix_of_queries_and_voxels_is_kept_for_the_backward_pass(monkeypatch):
+def test_no_matrix_of_queries_and_voxels_is_saved_for_the_backward_pass(monkeypatch):
     monkeypatch.setitem(kmax._BLOCK_ENTRIES, "cpu", 64 * 100)
     embedded, kernels, classes = (
         torch.randn(*shape, requires_grad=True) for shape in ((1, 4, 5000), (1, 64, 4), (1, 64, 2))
@@ -91,7 +91,7 @@ def test_no_matrix_of_queries_and_voxels_is_kept_for_the_backward_pass(monkeypat
     assert 0 < max(kept) <= 4 * 5000
 
 
-def test_shares_that_float32_cannot_hold_have_a_finite_logarithm():
+def test_query_distribution_below_the_float32_range_has_a_finite_logarithm():
     embedded = torch.tensor([[[1.0], [0.0]]])
     kernels = torch.tensor([[[500.0, 0.0], [0.0, 0.0]]]).requires_grad_()
     _, queries = respond(embedded, kernels, torch.zeros(1, 2, 2), [1, 1])
@@ -118,7 +118,7 @@ def test_queries_are_merged_group_by_group():
 
 
 @pytest.mark.parametrize(("queries", "groups"), [(128, 2), (128, 3), (7, 7), (9, 4)])
-def test_groups_hold_all_queries_and_are_nearly_equal(queries, groups):
+def test_groups_contain_all_queries_and_differ_by_at_most_1(queries, groups):
     sizes = group_sizes(queries, groups)
     assert sum(sizes) == queries
     assert len(sizes) == groups
@@ -126,7 +126,7 @@ def test_groups_hold_all_queries_and_are_nearly_equal(queries, groups):
     assert min(sizes) >= 1
 
 
-def test_too_few_queries_are_refused():
+def test_too_few_queries_raise():
     with pytest.raises(ValueError, match="a query of its own: there are 4 classes, but only 3 queries"):
         KMaXDecoder(Architecture(**architecture([4, 8])), num_classes=4, queries=3)
 
@@ -143,7 +143,7 @@ def test_a_voxel_is_assigned_to_the_query_most_similar_to_it(parts, monkeypatch)
         assert not assignment.requires_grad
 
 
-def test_clusters_move_to_the_mean_of_their_voxels():
+def test_cluster_means_equal_a_loop_over_voxels():
     torch.manual_seed(0)
     values, assignment = torch.randn(2, 3, 7), torch.tensor([[0, 0, 2, 2, 2, 0, 4], [1, 1, 1, 1, 1, 1, 1]])
     means = cluster_means(values, assignment, 5)
@@ -154,7 +154,7 @@ def test_clusters_move_to_the_mean_of_their_voxels():
             torch.testing.assert_close(means[b, n], expected)
 
 
-def test_an_update_has_a_gradient_by_the_values_and_does_not_depend_on_the_patch_size():
+def test_update_has_a_gradient_and_does_not_depend_on_the_patch_size():
     torch.manual_seed(0)
     update = CenterUpdate(width=8, channels=3)
     centers, values = torch.randn(1, 5, 8), torch.randn(1, 3, 7, requires_grad=True)
@@ -166,7 +166,7 @@ def test_an_update_has_a_gradient_by_the_values_and_does_not_depend_on_the_patch
     assert (values.grad.abs().sum(1) > 0).all()
 
 
-def test_the_order_of_voxels_does_not_matter(parts):
+def test_order_of_voxels_does_not_matter(parts):
     embedded, kernels, classes = parts
     order = torch.randperm(7)
     there = respond(embedded[:, :, order], kernels, classes, SIZES)
@@ -180,7 +180,7 @@ def network():
     return KMaXUXNet(1, 3, deep_supervision=True, queries=12, **architecture([4, 8, 16]))
 
 
-def test_the_queries_leave_through_the_tap_at_all_resolutions_and_in_training_only(network):
+def test_tap_returns_queries_at_all_resolutions_in_training_mode_only(network):
     tap = FeatureTap(network, "kmax")
     keys, images = set(network.state_dict()), torch.randn(2, 1, 8, 8, 16)
     logits = network(images)
@@ -193,8 +193,8 @@ def test_the_queries_leave_through_the_tap_at_all_resolutions_and_in_training_on
     assert tap.take() is None
 
 
-def test_the_assignment_is_learned_from_segmentation_and_queries_alike(network):
-    """In the release it is not learned at all: nothing reaches what embeds voxels below the highest resolution."""
+def test_gradients_of_segmentation_and_queries_reach_the_assignment(network):
+    """In the release no gradient reaches the embedding of voxels below the highest resolution."""
     tap = FeatureTap(network, "kmax")
     logits = network(torch.randn(2, 1, 8, 8, 16))
     queries = tap.take().queries
@@ -205,8 +205,8 @@ def test_the_assignment_is_learned_from_segmentation_and_queries_alike(network):
             assert all(gradient.abs().max() > 0 for gradient in gradients)
 
 
-def test_voxels_learn_to_be_answered_by_the_queries_of_their_class(network):
-    """Three stripes of brightness, one for each group."""
+def test_query_distribution_can_be_trained(network):
+    """The image has three stripes of different brightness, one for each class."""
     tap = FeatureTap(network, "kmax")
     target = torch.arange(16).mul(3).div(16, rounding_mode="floor").expand(1, 8, 8, 16)
     images = target[:, None].float() + 0.1 * torch.randn(1, 1, 8, 8, 16)
@@ -222,7 +222,7 @@ def test_voxels_learn_to_be_answered_by_the_queries_of_their_class(network):
     assert shares[0] < 0.6 < 0.9 < shares[-1]
 
 
-def test_a_compiled_network_gives_the_same_logits_and_queries(network):
+def test_compiled_network_returns_the_same_logits_and_queries(network):
     images = torch.randn(2, 1, 8, 8, 16)
     tap = FeatureTap(network, "kmax")
     network(images)

@@ -1,4 +1,4 @@
-"""3D UX-Net is the published one where the plans say so, and what the plans say elsewhere."""
+"""Tests of 3D UX-Net against the published network and against nnU-Net's plans."""
 
 import pytest
 import torch
@@ -14,11 +14,11 @@ from tests.networks.architectures import THICK_SLICES, architecture
 PLAIN = {"conv_bias": False, "norm_op_kwargs": {"affine": False}}
 
 
-def test_the_published_network_has_53_million_parameters():
+def test_published_network_has_53_million_parameters():
     with torch.device("meta"):
         network = UXNet(1, 5, **architecture([48, 96, 192, 384, 768], **PLAIN))
     published = [layer for name, layer in network.named_parameters() if not name.startswith("decoder.seg_layers")]
-    last = network.decoder.seg_layers[-1].parameters()  # the release has no others
+    last = network.decoder.seg_layers[-1].parameters()  # the release has no further segmentation layers
     assert sum(p.numel() for p in [*published, *last]) == 53_006_069
 
 
@@ -31,7 +31,7 @@ def ux_block(volume: torch.Tensor, block: nn.Module) -> torch.Tensor:
     depth_wise, norm, expand, _, merge = block.layers
     inner = conv3d(volume, depth_wise.weight, depth_wise.bias, padding=3, groups=volume.shape[1])
     inner = norm_of_channels(inner, norm)
-    # Each channel by itself: to 4 and back, voxel by voxel.
+    # Each channel is expanded to 4 and merged again, separately for each voxel.
     wide = inner.repeat_interleave(4, 1) * expand.weight.view(1, -1, 1, 1, 1) + expand.bias.view(1, -1, 1, 1, 1)
     parts = gelu(wide) * merge.weight.view(1, -1, 1, 1, 1)
     inner = parts.unflatten(1, (-1, 4)).sum(2) + merge.bias.view(1, -1, 1, 1, 1)
@@ -39,7 +39,7 @@ def ux_block(volume: torch.Tensor, block: nn.Module) -> torch.Tensor:
 
 
 def residual_block(block: nn.Module) -> UnetResBlock:
-    """MONAI's block, which the release takes, with the weights of nnU-Net's."""
+    """Return MONAI's residual block, which the release uses, with the weights of nnU-Net's block."""
     channels = block.conv1.conv.in_channels, block.conv1.conv.out_channels
     theirs = UnetResBlock(3, *channels, kernel_size=3, stride=1, norm_name="instance")
     copy(block, theirs)
@@ -61,13 +61,13 @@ def enlarge(decoder: nn.Module, stage: int, below: torch.Tensor, skip: torch.Ten
     return theirs(below, skip)
 
 
-def test_it_computes_what_the_release_is_put_together_from():
-    """MONAI's residual blocks, and UX blocks spelt out."""
+def test_output_equals_the_building_blocks_of_the_release():
+    """The reference uses MONAI's residual blocks, and UX blocks written with torch functions."""
     torch.manual_seed(0)
     network = UXNet(2, 3, **architecture([6, 8, 12, 16], **PLAIN))
     for block in network.modules():
         if hasattr(block, "scale"):
-            nn.init.normal_(block.scale)  # 1e-6 would hide what the block computes
+            nn.init.normal_(block.scale)  # the initial 1e-6 would hide errors
     images = torch.randn(2, 2, 16, 16, 24)
     encoder, decoder = network.encoder, network.decoder
 
@@ -115,20 +115,20 @@ def test_logits_of_each_stage_have_the_shape_of_nnunets_targets(network_class, p
         shape = tuple(size // step for size, step in zip(shape, stride))
         shapes.append((2, 3, *shape))
     assert [tuple(level.shape) for level in logits] == shapes
-    # Which nothing is left out of, or two processes would wait for its gradient for ever.
+    # Every parameter needs a gradient, or DDP would wait for it forever.
     torch.stack([level.square().mean() for level in logits]).sum().backward()
     without = [name for name, p in network.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
     assert not without
 
     network.decoder.deep_supervision = False
     torch.testing.assert_close(network(images), logits[0])
-    again = network_class(channels, 3, **planned)  # as nnU-Net builds it to predict
+    again = network_class(channels, 3, **planned)  # as nnU-Net builds it for prediction
     again.load_state_dict(network.state_dict())
     with torch.no_grad():
         torch.testing.assert_close(again.eval()(images), logits[0], rtol=1e-4, atol=1e-5)
 
 
-def test_no_kernel_is_longer_than_1_along_an_axis_that_the_plans_leave_flat():
+def test_kernels_are_1_along_axes_where_the_plans_have_1():
     network = UXNet(1, 2, **architecture([4, 8, 12, 16], **THICK_SLICES))
     first = [module for module in network.encoder.blocks[0].modules() if isinstance(module, nn.Conv3d)]
     assert {conv.kernel_size for conv in first} == {(1, 7, 7), (1, 1, 1)}
@@ -138,8 +138,8 @@ def test_no_kernel_is_longer_than_1_along_an_axis_that_the_plans_leave_flat():
 
 
 @NETWORKS
-def test_the_image_of_a_batch_is_seen_alone(network_class):
-    """No statistic is taken over the batch, whose views and halves are to be compared."""
+def test_images_of_a_batch_do_not_influence_each_other(network_class):
+    """No statistics are computed over the batch, whose views and halves are compared with each other."""
     torch.manual_seed(0)
     network = network_class(1, 2, **architecture([4, 6, 8]))
     images = torch.randn(3, 1, 16, 16, 16)
@@ -148,8 +148,8 @@ def test_the_image_of_a_batch_is_seen_alone(network_class):
 
 @NETWORKS
 @torch.no_grad()
-def test_autocast_gives_nearly_the_same(network_class):
-    """Without a backward pass, in which torch's own convolutions of bfloat16 crash now and then on a CPU."""
+def test_autocast_output_is_close_to_float32(network_class):
+    """No backward pass: torch's bfloat16 convolutions occasionally crash there on a CPU."""
     torch.manual_seed(0)
     network = network_class(1, 2, deep_supervision=True, **architecture([8, 12, 16]))
     images = torch.randn(2, 1, 16, 16, 16)
