@@ -48,7 +48,8 @@ def test_a_results_folder_that_cannot_be_made(tiny, monkeypatch):
         make_trainer(deterministic(nnUNetTrainerDyCON))
 
 
-def test_few_labeled_cases_with_a_split_or_fold_all_do_train(base, raw, train):
+def test_few_labeled_cases_with_a_split_or_fold_all_do_train(base, raw, train, monkeypatch):
+    draw_no_pictures(monkeypatch)
     few_labeled(base, raw)
     train(epochs=1, fold="all")
     (base / "splits_final.json").write_text(json.dumps([{"train": ["case_01"], "val": ["case_01"]}]))
