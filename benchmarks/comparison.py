@@ -37,12 +37,12 @@ from benchmarks.preparation import (
     add_arguments,
     trainer_class,
 )
-from nnunet_dycon.checkpoints import SECOND, STUDENT, TEACHER
 from nnunet_dycon.dataset_conversion.writer import FOLDERS
 from nnunet_dycon.evaluation import evaluate_folder
 from nnunet_dycon.files import replacing
 from nnunet_dycon.registry import TRAINERS
-from nnunet_dycon.run_record import completed
+from nnunet_dycon.training.checkpoints import SECOND, STUDENT, TEACHER
+from nnunet_dycon.training.run_record import completed
 
 COLUMNS = ("method", "labels", "draw", "seed", "weights", "set", "case", "label", "dice", "hd95_mm", "plans",
            "iterations", "precision", "commit", "trainer_at_commit", "scored")  # fmt: skip

@@ -379,8 +379,8 @@ def _compare(arguments: argparse.Namespace) -> None:
 
 def _export_vanilla(arguments: argparse.Namespace) -> None:
     require_nnunet()
-    from nnunet_dycon.checkpoints import STUDENT, TEACHER
     from nnunet_dycon.export import export_vanilla
+    from nnunet_dycon.training.checkpoints import STUDENT, TEACHER
 
     checkpoint = arguments.checkpoint or (TEACHER if arguments.teacher else STUDENT)
     folds = export_vanilla(arguments.model, arguments.output, folds=arguments.folds, checkpoint=checkpoint)

@@ -15,12 +15,12 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_dycon import __version__
-from nnunet_dycon.checkpoints import STUDENT
 from nnunet_dycon.errors import UserError, explained
 from nnunet_dycon.files import new_folder
 from nnunet_dycon.models import find_folds, load_checkpoint, trainer_class
-from nnunet_dycon.run_record import record_file
 from nnunet_dycon.trainers.nnUNetTrainerSecondNetwork import nnUNetTrainerSecondNetwork, second_architecture
+from nnunet_dycon.training.checkpoints import STUDENT
+from nnunet_dycon.training.run_record import record_file
 
 _OF_MODEL = ("plans.json", "dataset.json", "dataset_fingerprint.json")
 _OF_FOLD = ("progress.png", "network_architecture.pdf")

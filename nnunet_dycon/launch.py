@@ -23,10 +23,10 @@ from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as trainer_module
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from nnunet_dycon.checkpoints import RESUMABLE, set_aside
 from nnunet_dycon.environment import require_nnunet
 from nnunet_dycon.errors import UsageError, ends_in_one_line
-from nnunet_dycon.ranks import first_does, highest_of_ranks, ids_for_ddp
+from nnunet_dycon.ranks import ids_for_ddp, on_any_rank, on_rank_zero
+from nnunet_dycon.training.checkpoints import RESUMABLE, set_aside
 
 MARK = "torchrun_id.txt"  # in the folder of a fold: whose checkpoints lie there
 
@@ -57,8 +57,8 @@ def _train(train, *arguments, **options) -> None:
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=_empty_store(rank, ranks), rank=rank, world_size=ranks)
-    # Any of them: torchrun on a machine that has joined since knows of no restart.
-    is_restarted = bool(highest_of_ranks(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), device))
+    # On any rank: torchrun on a machine that has joined since then counts no restart.
+    is_restarted = on_any_rank(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0", device)
     _give(device)
     is_asked = given["continue_training"]
     run_training.maybe_load_checkpoint = partial(_load, run_training.maybe_load_checkpoint, is_restarted, is_asked)
@@ -133,7 +133,7 @@ def _load(
 ) -> None:
     """nnU-Net's maybe_load_checkpoint, which after a restart goes on from what this training has written."""
     if not validation_only and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
-        continue_training = first_does(partial(_goes_on, Path(trainer.output_folder), is_restarted, is_asked))
+        continue_training = on_rank_zero(partial(_goes_on, Path(trainer.output_folder), is_restarted, is_asked))
         pretrained = None if is_restarted and continue_training else pretrained
         if is_restarted and dist.get_rank() == 0:
             trainer.print_to_log_file(

@@ -12,9 +12,9 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
 from nnunet_dycon import trainers
-from nnunet_dycon.checkpoints import STUDENT, TEACHER
 from nnunet_dycon.errors import UnknownTrainer, UsageError, UserError, explained
 from nnunet_dycon.registry import BUILDERS
+from nnunet_dycon.training.checkpoints import STUDENT, TEACHER
 
 
 def find_folds(model: Path, folds: Sequence[str] | None = None) -> list[str]:

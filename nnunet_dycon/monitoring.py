@@ -1,8 +1,6 @@
-"""What a training tells of itself beside its loss: curves, one value an epoch, and how they are measured."""
+"""Diagnostics: names of the curves of a training, foreground of pseudo-labels, agreement of predictions."""
 
-import math
 from collections.abc import Iterable
-from time import perf_counter
 
 import torch
 
@@ -72,53 +70,7 @@ def pseudo_region_monitors(
     return {"pseudo_foreground": teacher.any(1).sum() / voxels, agreement: dice.nanmean()}
 
 
-def mean_of_finite(values: Iterable[float]) -> float:
-    """The mean of those values that are neither NaN nor infinite; NaN if there are none."""
-    finite = [float(value) for value in values if math.isfinite(value)]
-    return sum(finite) / len(finite) if finite else math.nan
-
-
 def terms_of_loss(names: Iterable[str]) -> list[str]:
     """Those names of curves that are terms of the loss."""
     others = {"loss", *SCHEDULES, *SHARES, *AGREEMENTS}
     return [name for name in names if name not in others and not name.startswith(SECONDS)]
-
-
-def append_epoch(curves: dict[str, list[float]], epoch: int, values: dict[str, float]) -> None:
-    """Add an epoch's values to the curves; a curve that begins or pauses later than others is NaN until then."""
-    for name, value in values.items():
-        curve = curves.setdefault(name, [])
-        curve.extend([math.nan] * (epoch - len(curve)))
-        curve.append(value)
-
-
-class StepTimer:
-    """Times the parts of training steps, on a GPU without making the host wait for it."""
-
-    def __init__(self, device: torch.device) -> None:
-        """The first part begins at this moment."""
-        self._device = device
-        self._marks = [("", self._now())]
-
-    def mark(self, part: str) -> None:
-        """The part that began with the last mark ends at this moment."""
-        self._marks.append((part, self._now()))
-
-    def totals(self) -> dict[str, float]:
-        """Seconds spent in each part, over all steps. Waits for the GPU."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        totals: dict[str, float] = {}
-        for (_, begin), (part, end) in zip(self._marks, self._marks[1:]):
-            totals[part] = totals.get(part, 0.0) + self._between(begin, end)
-        return totals
-
-    def _now(self) -> object:
-        if self._device.type != "cuda":
-            return perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def _between(self, begin, end) -> float:
-        return begin.elapsed_time(end) / 1000 if self._device.type == "cuda" else end - begin

@@ -10,12 +10,12 @@ import torch
 from nnunetv2.ensembling.ensemble import ensemble_folders
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
-from nnunet_dycon.checkpoints import SECOND, STUDENT, TEACHER
 from nnunet_dycon.data.unlabeled import image_files
 from nnunet_dycon.environment import DISCOVERY
 from nnunet_dycon.errors import UsageError, UserError, explained
 from nnunet_dycon.files import new_folder
 from nnunet_dycon.models import find_folds, load_checkpoint, read_json
+from nnunet_dycon.training.checkpoints import SECOND, STUDENT, TEACHER
 
 _FAILURES = (OSError, RuntimeError, ValueError, KeyError, AssertionError, EOFError)
 

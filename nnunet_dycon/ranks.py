@@ -1,4 +1,4 @@
-"""What the processes that train together, torch's ranks, must do once, or agree on. Without any it is done at once."""
+"""Distributed helpers. In a training of a single process they return at once."""
 
 from collections.abc import Callable
 from datetime import timedelta
@@ -9,37 +9,42 @@ from torch import distributed as dist
 
 from nnunet_dycon.errors import UserError
 
-_PATIENCE = timedelta(days=7)  # for what the first rank does; torch's groups give up after 10 to 30 minutes
+_RANK_ZERO_TIMEOUT = timedelta(days=7)  # torch's own are 10 to 30 minutes
 
 Result = TypeVar("Result")
 
 
 def number_of_ranks() -> int:
-    """1 where there is only this process."""
+    """Return the number of ranks; 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def first_does(work: Callable[[], Result]) -> Result:
-    """Have the first rank do something, however long it takes, and tell the others what came of it.
+def rank() -> int:
+    """Return the rank of this process among all; 0 without a process group."""
+    return dist.get_rank() if number_of_ranks() > 1 else 0
 
-    All ranks call it. The others wait in a group of their own: in the one that networks are synchronised in, they would
-    give up after some minutes.
+
+def on_rank_zero(work: Callable[[], Result]) -> Result:
+    """Call a function on rank 0 and return its result on all ranks.
+
+    All ranks must call it. The others wait in a process group of their own with a timeout of 7 days; in the default
+    group they would time out after some minutes.
 
     Args:
-        work: what it returns must be picklable.
+        work: its result must be picklable.
 
     Raises:
-        UserError: on the first rank, what is wrong.
-        SystemExit: on the others, without a word: it is told once.
+        UserError: on rank 0, if the function raises it.
+        SystemExit: on the other ranks if the function fails; without a message, so that the error is printed once.
     """
     if number_of_ranks() == 1:
         return work()
-    group: Any = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    group: Any = dist.new_group(backend="gloo", timeout=_RANK_ZERO_TIMEOUT)
     outcome: list = [None, False]
     if dist.get_rank() == 0:
         try:
             outcome = [work(), True]
-        finally:  # failed or not: nobody shall wait for what will not come
+        finally:  # also after an error, or the other ranks would wait
             dist.broadcast_object_list(outcome, src=0, group=group)
     else:
         dist.broadcast_object_list(outcome, src=0, group=group)
@@ -48,20 +53,25 @@ def first_does(work: Callable[[], Result]) -> Result:
     return outcome[0]
 
 
-def highest_of_ranks(value: float, device: torch.device) -> torch.Tensor:
-    """The highest value that any rank calls this with, a scalar on the device. The host does not wait for it."""
-    highest = torch.full((), float(value), device=device)  # a copy of a number would be waited for
-    if number_of_ranks() > 1:
-        dist.all_reduce(highest, dist.ReduceOp.MAX)
+def all_reduce_max(values: torch.Tensor) -> torch.Tensor:
+    """Return the elementwise maximum of a tensor over all ranks. The host does not wait for the device."""
+    if number_of_ranks() == 1:
+        return values
+    highest = values.clone()
+    dist.all_reduce(highest, dist.ReduceOp.MAX)
     return highest
 
 
-def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum over all ranks of a tensor that has the same shape on each.
+def on_any_rank(flag: bool, device: torch.device) -> bool:
+    """Return whether a flag is set on any rank."""
+    return bool(all_reduce_max(torch.full((), float(flag), device=device)))
 
-    A gradient goes back to all of them: that of a tensor is the sum of what the ranks send back. When the gradients of
-    weights are averaged over ranks afterwards, as DistributedDataParallel does, what comes out is the gradient that one
-    process with the whole batch would have.
+
+def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the sum over all ranks of a tensor of the same shape on each rank.
+
+    The gradient with respect to the tensor is summed over all ranks, too. DistributedDataParallel then averages the
+    gradients of the weights, which yields the gradient of a single process with the whole batch.
     """
     return _SumOverRanks.apply(tensor) if number_of_ranks() > 1 else tensor
 
@@ -83,20 +93,20 @@ def _summed(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def ids_for_ddp(device: torch.device) -> list[int] | None:
-    """What DistributedDataParallel wants to hear of the device that a module is on."""
+    """Return the `device_ids` of DistributedDataParallel for a module on a device."""
     return [device.index] if device.type == "cuda" else None
 
 
 def require_even_batch(batch_size: int) -> None:
-    """Raise UserError if a batch cannot be shared evenly by the ranks.
+    """Raise UserError if a batch cannot be divided evenly among the ranks.
 
-    nnU-Net would give some of them a patch more: with another batch each, a mean over ranks is no mean over patches,
-    and its Dice of a whole batch dies of shapes that differ.
+    nnU-Net would give some ranks an additional patch. A mean over ranks would then differ from the mean over patches,
+    and nnU-Net's batch Dice would fail because shapes differ.
     """
     ranks = number_of_ranks()
     if batch_size % ranks:
         fitting = " or ".join(str(number) for number in range(1, batch_size + 1) if batch_size % number == 0)
         raise UserError(
-            f"a batch of {batch_size} cannot be shared evenly by {ranks} processes; use {fitting} of them, or add a "
-            f"configuration to the plans with a batch_size that is a multiple of {ranks}, see docs/distributed.md"
+            f"a batch of {batch_size} cannot be divided evenly among {ranks} processes; use {fitting} of them, or add "
+            f"a configuration to the plans with a batch_size that is a multiple of {ranks}, see docs/distributed.md"
         )

@@ -11,9 +11,9 @@ import pytest
 import torch
 from nnunetv2.run import run_training
 
-from nnunet_dycon.checkpoints import KEY
 from nnunet_dycon.errors import UsageError
 from nnunet_dycon.launch import MARK, _goes_on, _own_device, main
+from nnunet_dycon.training.checkpoints import KEY
 from tests.launched.nnunet_dycon_test_trainers import EPOCHS, STEPS
 from tests.trainers.training import narrow
 
@@ -58,15 +58,15 @@ def test_a_killed_worker_and_one_that_is_asked_to_end_do_not_end_the_training(re
     assert "checkpoint_final.pth, of an earlier training, is renamed to earlier_checkpoint_final.pth" in output
     # Killed after the first step of epoch 1: that epoch is trained again.
     assert steps_of(output, 0, rank=1) == [(0, 1), (0, 2), (0, 3), (1, 1)]
-    # Asked to end in the middle of epoch 2: both end after the same step, and lose nothing.
+    # Stopped in the middle of epoch 2: both end after the same step, and that epoch is repeated.
     for rank in (0, 1):
         assert steps_of(output, 1, rank) == [(1, 1), (1, 2), (1, 3), (2, 1)]
-        assert steps_of(output, 2, rank) == [(2, 3), (3, 1), (3, 2), (3, 3)]
+        assert steps_of(output, 2, rank) == [(2, 1), (2, 2), (2, 3), (3, 1), (3, 2), (3, 3)]
     assert f"stopped by SIGTERM in epoch 2, after 2 of {STEPS} steps; checkpoint_latest.pth is written" in output
     assert output.count("torchrun has started this training again; it goes on") == 2
     final = torch.load(fold / "checkpoint_final.pth", weights_only=False)
     assert final["current_epoch"] == EPOCHS
-    assert int(final[KEY]["method"]["teacher"]["_extra_state"]) == EPOCHS * STEPS
+    assert int(final[KEY]["method"]["teacher"]["_extra_state"]) == EPOCHS * STEPS + 2  # steps that were repeated
     assert {len(curve) for curve in final[KEY]["curves"].values()} == {EPOCHS}
     assert {len(curve) for curve in final["logging"].values()} == {EPOCHS}
     assert not list(fold.glob("checkpoint_previous*"))

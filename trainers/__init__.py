@@ -36,6 +36,12 @@ def registered_name(name: str) -> str | None:
     return trainer
 
 
+def caveat_of(name: str) -> str | None:
+    """Return a line with the caveat of a registered trainer, in any length; None if it has none."""
+    trainer = registered_name(name)
+    return f"{trainer}: {TRAINERS[trainer].caveat}" if trainer is not None and TRAINERS[trainer].caveat else None
+
+
 def trainer_class(name: str) -> Any:
     """Return the class of a registered trainer, in any length, or of a builder of the registry.
 

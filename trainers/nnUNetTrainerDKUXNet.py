@@ -19,17 +19,17 @@ class nnUNetTrainerDKUXNet(UXNetTraining, SemiSupervisedTrainer):
     """Query distribution consistency (arXiv:2311.12364): see `nnunet_dycon.methods.query_consistency`."""
 
     network_class = "nnunet_dycon.networks.KMaXUXNet"
-    patch_memory = 4.5  # two views, measured in docs/cost.md
+    activation_memory_factor = 4.5  # two views, measured in docs/cost.md
     method_settings = QueryConsistencySettings()
 
     @classmethod
-    def _refuse_unsupported(cls, plans: dict, configuration: str, dataset_json: dict) -> None:
-        super()._refuse_unsupported(plans, configuration, dataset_json)
+    def check_compatibility(cls, plans: dict, configuration: str, dataset_json: dict) -> None:
+        super().check_compatibility(plans, configuration, dataset_json)
         labels = PlansManager(plans).get_label_manager(dataset_json)
         if labels.has_regions and labels.num_segmentation_heads == 1:
             raise NotSupported(
-                f"{cls.__name__} cannot train on a single region: all of its queries would be that region's, and their "
-                "distribution the same everywhere. Make it a label without regions in dataset.json."
+                f"{cls.__name__} cannot train on a single region: all queries would belong to it, and their "
+                "distribution would be the same everywhere. Make it a label without regions in dataset.json."
             )
 
     @classmethod
@@ -44,10 +44,10 @@ class nnUNetTrainerDKUXNet(UXNetTraining, SemiSupervisedTrainer):
         return QueryConsistency(supervision, self.method_settings)
 
     def initialize(self) -> None:
-        """As of any, and tap the queries.
+        """As for every method, and tap the queries.
 
         Raises:
-            NotSupported: deep supervision is off, without which nothing would teach the network to assign voxels.
+            NotSupported: deep supervision is off. The assignment of voxels to queries is learned by it alone.
         """
         if not self.enable_deep_supervision:
             raise NotSupported(f"{type(self).__name__} needs deep supervision: leave enable_deep_supervision on")

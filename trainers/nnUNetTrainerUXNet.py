@@ -2,8 +2,8 @@
 
 import torch
 
-from nnunet_dycon.trainers.length import TrainingLength
 from nnunet_dycon.trainers.uxnet_training import UXNetTraining
+from nnunet_dycon.training.settings import TrainingLength
 
 
 class nnUNetTrainerUXNet(UXNetTraining):

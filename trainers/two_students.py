@@ -1,4 +1,4 @@
-"""What trainers of two networks share: the second one, beside nnU-Net's own."""
+"""The base of the co-training trainers, which train a second network."""
 
 from typing import Any
 
@@ -6,25 +6,25 @@ import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 
-from nnunet_dycon import checkpoints
 from nnunet_dycon.teacher import unwrap
 from nnunet_dycon.trainers.nnUNetTrainerSecondNetwork import nnUNetTrainerSecondNetwork, second_architecture
 from nnunet_dycon.trainers.semi_supervised import SemiSupervisedTrainer
+from nnunet_dycon.training import checkpoints
 
 
 class TwoStudentsTrainer(SemiSupervisedTrainer):
-    """Trains a second network of the same plans, which its method holds as a child named `second`."""
+    """A semi-supervised trainer with a second network of the same plans, the child `second` of its method."""
 
     second_network = nnUNetTrainerSecondNetwork
-    patch_memory = 2.3  # of a plain and a residual-encoder U-Net, by the shapes of what they keep
+    activation_memory_factor = 2.3  # a plain and a residual-encoder U-Net, by the shapes of their activations
 
     @classmethod
-    def _refuse_unsupported(cls, plans: dict, configuration: str, dataset_json: dict) -> None:
-        super()._refuse_unsupported(plans, configuration, dataset_json)
+    def check_compatibility(cls, plans: dict, configuration: str, dataset_json: dict) -> None:
+        super().check_compatibility(plans, configuration, dataset_json)
         second_architecture(PlansManager(plans).get_configuration(configuration).configuration["architecture"])
 
     def build_second_network(self) -> nn.Module:
-        """On the device, with deep supervision and compiled as the first one is."""
+        """Return the second network on the device; deep supervision and compilation are those of the first."""
         network = self.second_network.build_network_architecture(
             self.plans_manager,
             self.configuration_manager,

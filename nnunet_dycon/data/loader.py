@@ -10,10 +10,12 @@ read is handed to it in place of a batch.
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from time import sleep
+from typing import Any
 
 import blosc2
 import numpy as np
@@ -23,10 +25,12 @@ from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMu
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
 from batchgenerators.utilities.file_and_folder_operations import load_pickle
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from threadpoolctl import ThreadpoolController
 
 from nnunet_dycon.batches import LabeledBatch, UnlabeledBatch
-from nnunet_dycon.data.views import TwoViews, split_views
+from nnunet_dycon.data.views import TwoViews, split_views, stronger
 from nnunet_dycon.errors import UserError, explained
 
 _REMEDY = "preprocess it again"
@@ -57,6 +61,17 @@ def require_readable(folder: str, cases: Sequence[str], remedy: str) -> None:
     for file in (Path(folder, case + ending) for case in dict.fromkeys(cases) for ending in endings):
         with explained(Exception, f"{file} cannot be read; {remedy}"):
             load_pickle(str(file)) if file.suffix == ".pkl" else blosc2.open(str(file), mode="r")[:]
+
+
+@contextmanager
+def naming_unreadable_cases(trainer: nnUNetTrainer) -> Iterator[None]:
+    """If nnU-Net's validation fails, raise UserError if that is because a validation case cannot be read."""
+    try:
+        yield
+    except Exception:
+        cases = trainer.do_split()[1]
+        require_readable(trainer.preprocessed_dataset_folder, cases, trainer.unlabeled_cases.labeled_remedy)
+        raise
 
 
 def _end_with_parent() -> None:
@@ -193,11 +208,11 @@ class InProcess(SingleThreadedAugmenter):
 class Workers(NonDetMultiThreadedAugmenter):
     """Draws from a loader in worker processes. UserError if a case cannot be read, or a process was killed.
 
-    A scheduler that wants a training to end signals all of its processes. Then the workers are dead, but the training
-    is to finish its step, at the same one on all ranks: it gets the last batch once more.
+    A scheduler that stops a training signals all of its processes. The workers then end at once, while the training
+    finishes its step, the same one on all ranks: it gets the last batch again.
 
     Args:
-        is_ending: whether this process has been asked to end.
+        is_ending: whether this process has received SIGTERM.
     """
 
     def __init__(self, *arguments, is_ending: Callable[[], bool] = lambda: False, **options) -> None:
@@ -215,8 +230,8 @@ class Workers(NonDetMultiThreadedAugmenter):
             self._wait_for_request()
             if not self._is_ending() or self._latest is None:
                 raise UserError(
-                    "a process that prepares batches was killed, perhaps for want of memory; lower nnUNet_n_proc_DA, "
-                    "if nothing above says why it died, and go on with --c"
+                    "a process that prepares batches was killed, perhaps for lack of memory; unless a line above gives "
+                    "the reason, lower nnUNet_n_proc_DA; resume with --c"
                 ) from None
         return self._latest
 
@@ -255,3 +270,68 @@ def augmenter(
         wait_time=0.002,
         is_ending=is_ending,
     )
+
+
+def make_loaders(
+    trainer: nnUNetTrainer, labeled: Any, unlabeled: UnlabeledDataset, validation: Any
+) -> tuple[TwoStreamLoader, LabeledLoader]:
+    """Return the loaders of training and validation: those of nnU-Net's get_dataloaders, the first with two streams.
+
+    Args:
+        trainer: a semi-supervised one; its plans, transforms, batch sizes and settings are used.
+        labeled: nnU-Net's dataset of the training cases.
+        unlabeled: the unlabeled cases.
+        validation: nnU-Net's dataset of the validation cases.
+    """
+    plan, labels, scales = trainer.configuration_manager, trainer.label_manager, trainer._get_deep_supervision_scales()
+    rotation, dummy_2d, initial_size, mirror_axes = trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+    about_labels = {
+        "is_cascaded": trainer.is_cascaded,
+        "foreground_labels": labels.foreground_labels,
+        "regions": labels.foreground_regions if labels.has_regions else None,
+        "ignore_label": labels.ignore_label,
+    }
+    transforms = trainer.get_training_transforms(
+        plan.patch_size, rotation, scales, mirror_axes, dummy_2d, use_mask_for_norm=plan.use_mask_for_norm,
+        **about_labels,
+    )  # fmt: skip
+    views = TwoViews(stronger(transforms) if trainer.training_settings.strong_intensities else transforms)
+    options = {
+        "remedy": trainer.unlabeled_cases.labeled_remedy,
+        "oversample_foreground_percent": trainer.oversample_foreground_percent,
+        "probabilistic_oversampling": trainer.probabilistic_oversampling,
+    }
+    sizes = (initial_size, plan.patch_size, labels)
+    unlabeled_loader = UnlabeledLoader(
+        unlabeled, trainer.unlabeled_batch_size, *sizes, transforms=views, mask_channels=plan.use_mask_for_norm,
+        remedy=trainer.unlabeled_cases.remedy,
+    )  # fmt: skip
+    return (
+        TwoStreamLoader(labeled, trainer.batch_size, *sizes, transforms=views, unlabeled=unlabeled_loader, **options),
+        LabeledLoader(
+            validation, trainer.batch_size, plan.patch_size, plan.patch_size, labels,
+            transforms=trainer.get_validation_transforms(scales, **about_labels), **options,
+        ),
+    )  # fmt: skip
+
+
+def start_augmenters(
+    training: TwoStreamLoader, validation: LabeledLoader, pin_memory: bool, is_ending: Callable[[], bool]
+) -> tuple[InProcess | Workers, InProcess | Workers]:
+    """Start drawing from both loaders, with as many processes and cached batches as nnU-Net has."""
+    processes = get_allowed_n_proc_DA()
+    for_validation = min(processes, max(1, processes // 2))
+    augmenters = (
+        augmenter(training, processes, max(6, processes // 2), pin_memory, is_ending),
+        augmenter(validation, for_validation, max(3, processes // 4), pin_memory, is_ending),
+    )
+    for started in augmenters:
+        next(started)
+    return augmenters
+
+
+def shut_down(*augmenters: Any) -> None:
+    """End the worker processes of augmenters, if they have any."""
+    for started in augmenters:
+        if isinstance(started, Workers):
+            started._finish()

@@ -102,9 +102,19 @@ class UnlabeledCases:
 
     @property
     def arguments(self) -> str:
-        """How preprocessing commands, nnU-Net's and ours, are told what to preprocess."""
+        """The arguments of preprocessing commands, nnU-Net's and ours, for this configuration."""
         plans = "" if self.plans.plans_name == "nnUNetPlans" else f" -plans_name {self.plans.plans_name}"
         return f"-d {self.dataset_id} -c {self.configuration_name}{plans}"
+
+    @property
+    def remedy(self) -> str:
+        """The remedy for a preprocessed unlabeled case that cannot be read."""
+        return f"remove {self.folder.name}, and run: nnunet_dycon preprocess_unlabeled {self.arguments}"
+
+    @property
+    def labeled_remedy(self) -> str:
+        """The remedy for a preprocessed labeled case that cannot be read."""
+        return f"run: nnUNetv2_preprocess {self.arguments}"
 
     def lock(self) -> FileLock:
         """Held while the folder is made: a second training waits. It is freed when its process dies.

@@ -135,7 +135,7 @@ def _is_supervised(name: str) -> bool:
 
 def check_supported(trainer: type[SemiSupervisedTrainer], unlabeled: UnlabeledCases) -> Iterator[Finding]:
     """The trainer does not refuse the configuration or the labels."""
-    trainer._refuse_unsupported(unlabeled.plans.plans, unlabeled.configuration_name, unlabeled.dataset_json)
+    trainer.check_compatibility(unlabeled.plans.plans, unlabeled.configuration_name, unlabeled.dataset_json)
     yield Finding("trainer", OK, f"{trainer.__name__} trains {unlabeled.configuration_name}")
 
 
@@ -310,7 +310,7 @@ def check_memory(trainer: type[SemiSupervisedTrainer], training: Training) -> It
     dimensions = len(configuration.patch_size)
     planned = [_PLANNED_FEATURE_MAPS.get(type(student).__name__, {}).get(dimensions) for student in students]
     if None in planned:
-        factor = trainer.patch_memory * (labeled + unlabeled) / labeled
+        factor = trainer.activation_memory_factor * (labeled + unlabeled) / labeled
         yield Finding("GPU memory", NOTE, f"{patches}: about {factor:.3g} times what the plans were made for")
         return
     sizes = [student.compute_conv_feature_map_size(configuration.patch_size) for student in students]

@@ -11,8 +11,8 @@ from dataclasses import replace
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import distributed as dist
 
-from nnunet_dycon.trainers import semi_supervised
 from nnunet_dycon.trainers.nnUNetTrainerMeanTeacher import nnUNetTrainerMeanTeacher
+from nnunet_dycon.training import plots, pseudo_label_page
 
 _ATTEMPT = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 EPOCHS, STEPS = 4, 3
@@ -35,7 +35,7 @@ class nnUNetTrainerHit(nnUNetTrainerMeanTeacher):
     def initialize(self):
         super().initialize()
         self.save_every = 1
-        semi_supervised.draw_page = semi_supervised.draw_progress = lambda *arguments: None
+        plots.draw_curves = pseudo_label_page.draw = lambda *arguments: None
         self.logger.plot_progress_png = lambda *arguments: None
 
     def train_step(self, batch):

@@ -1,7 +1,6 @@
-"""What a user may have got wrong is told in one line, before any work starts."""
+"""Mistakes of a user are named in one line, before a training starts."""
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,147 +15,21 @@ from nnunet_dycon.trainers.nnUNetTrainerDyCON import nnUNetTrainerDyCON
 from nnunet_dycon.trainers.nnUNetTrainerDyCONCoTraining import nnUNetTrainerDyCONCoTraining
 from nnunet_dycon.trainers.nnUNetTrainerMeanTeacher import nnUNetTrainerMeanTeacher
 from nnunet_dycon.trainers.semi_supervised import SemiSupervisedTrainer
-from tests.tiny import UNLABELED
 from tests.trainers.test_contract import SEMI_SUPERVISED
 from tests.trainers.training import METHODS, deterministic, draw_no_pictures, make_trainer, narrow
+from tests.training.test_preflight import few_labeled
 
 
-def remove_unlabeled(base: Path, raw: Path) -> None:
-    shutil.rmtree(base / "nnUNetPlans_3d_fullres_unlabeled")
-    shutil.rmtree(raw / "imagesUn")
-
-
-def rename_labeled_to_unlabeled(base: Path, raw: Path) -> None:
-    """The images of an unlabeled case have been annotated since, but were not taken away from imagesUn."""
-    for file in (base / "nnUNetPlans_3d_fullres").glob("case_00*"):
-        file.rename(file.with_name(file.name.replace("case_00", UNLABELED[0])))
-
-
-def few_labeled(base: Path, raw: Path) -> None:
-    (base / "splits_final.json").unlink(missing_ok=True)
-    for file in (base / "nnUNetPlans_3d_fullres").glob("case_00*"):
-        file.unlink()
-    forget_in_fingerprint(base)
-
-
-def forget_in_fingerprint(base: Path) -> None:
-    """As if it had been planned on one case less; all have the same shape."""
-    file = base / "dataset_fingerprint.json"
-    fingerprint = json.loads(file.read_text())
-    fingerprint["shapes_after_crop"].pop()
-    file.write_text(json.dumps(fingerprint))
-
-
-def few_splits(base: Path, raw: Path) -> None:
-    few_labeled(base, raw)
-    (base / "splits_final.json").write_text("[]")
-
-
-def lost_label(base: Path, raw: Path) -> None:
-    """Planned on 5 cases; then one of them became unlabeled."""
-    for file in (base / "nnUNetPlans_3d_fullres").glob("case_04*"):
-        file.unlink()
-    (base / "splits_final.json").write_text(json.dumps([{"train": ["case_00"], "val": ["case_01"]}]))
-
-
-def other_plans(base: Path, raw: Path) -> None:
-    file = base / "nnUNetPlans.json"
-    plans = json.loads(file.read_text())
-    plans["configurations"]["3d_fullres"]["spacing"] = [2.0, 1.0, 1.0]
-    file.write_text(json.dumps(plans))
-
-
-def not_preprocessed(base: Path, raw: Path) -> None:
-    shutil.rmtree(base / "nnUNetPlans_3d_fullres")
-
-
-def write_split(*folds: dict):
-    return lambda base, raw: (base / "splits_final.json").write_text(json.dumps(folds))
-
-
-def damage_split(base: Path, raw: Path) -> None:
-    (base / "splits_final.json").write_text('[{"train": ["case_00"')
-
-
-def damage_manifest(base: Path, raw: Path) -> None:
-    (base / "nnUNetPlans_3d_fullres_unlabeled.json").write_text("{")
-
-
-def bad_image(base: Path, raw: Path) -> None:
-    """As it is met by a training that preprocesses the unlabeled images itself."""
-    shutil.rmtree(base / "nnUNetPlans_3d_fullres_unlabeled")
-    image = raw / "imagesUn" / "scan_01_0000.nii.gz"
-    image.write_bytes(image.read_bytes()[:3000])
-
-
-FAULTS = {
-    "no unlabeled cases": (remove_unlabeled, "no unlabeled cases: .*imagesUn"),
-    "labeled and unlabeled": (rename_labeled_to_unlabeled, "1 cases are both labeled and unlabeled, scan_00 the first"),
-    "too few for a split": (few_labeled, "4 labeled cases are too few for nnU-Net's split into 5 folds, .*fold 'all'"),
-    "fold not in the split": (few_splits, "4 labeled cases are too few .*: fold 0 does not exist; train on all"),
-    "stale fingerprint": (lost_label, "fingerprint.json was made from 5 cases, which are not the 4 .* -d 901 --clean"),
-    "stale": (
-        other_plans,
-        "is stale: the plans have changed; run: nnunet_dycon preprocess_unlabeled -d 901 -c 3d_full",
-    ),
-    "split of absent cases": (
-        write_split({"train": ["case_00", "gone"], "val": ["case_01"]}),
-        r"splits_final.json names 1 cases in fold 0 that are not among the labeled, preprocessed ones, gone the first",
-    ),
-    "split of unlabeled cases": (
-        write_split({"train": ["case_00"], "val": ["scan_00"]}),
-        r"names 1 cases in fold 0 .*, scan_00 the first \(cases of imagesUn do not belong there.*; mend it, or remove",
-    ),
-    "split without validation": (
-        write_split({"train": ["case_00"], "val": []}),
-        "splits_final.json has no cases to validate on in fold 0; mend it",
-    ),
-    "malformed split": (
-        write_split({"train": ["case_00"], "val": [["case_01"]]}),
-        "splits_final.json is no list of splits, .*; mend it, or remove it",
-    ),
-    "damaged fingerprint": (
-        lambda base, raw: (base / "dataset_fingerprint.json").write_text("{"),
-        "dataset_fingerprint.json is damaged; run: nnUNetv2_plan_and_preprocess -d 901 --clean",
-    ),
-    "damaged labeled case": (
-        lambda base, raw: (base / "nnUNetPlans_3d_fullres" / "case_00.pkl").write_bytes(b""),
-        "case_00.pkl is damaged; run: nnUNetv2_preprocess -d 901",
-    ),
-    "empty unlabeled case": (
-        lambda base, raw: (base / "nnUNetPlans_3d_fullres_unlabeled" / "scan_01.b2nd").write_bytes(b""),
-        "is stale: scan_01.b2nd is missing or empty; run: nnunet_dycon preprocess_unlabeled -d 901",
-    ),
-    "manifest without files": (
-        lambda base, raw: (base / "nnUNetPlans_3d_fullres_unlabeled.json").write_text(
-            json.dumps(json.loads((base / "nnUNetPlans_3d_fullres_unlabeled.json").read_text()) | {"files": None})
-        ),
-        "is stale: nnUNetPlans_3d_fullres_unlabeled.json is damaged; run: nnunet_dycon preprocess_unlabeled -d 901",
-    ),
-    "damaged split": (damage_split, "splits_final.json is no list of splits, .*; mend it, or remove it"),
-    "damaged manifest": (
-        damage_manifest,
-        "is stale: nnUNetPlans_3d_fullres_unlabeled.json is damaged; run: nnunet_dycon preprocess_unlabeled -d 901",
-    ),
-    "damaged unlabeled image": (
-        bad_image,
-        r"1 of 4 unlabeled cases cannot be used; repair or remove them: .*imagesUn/scan_01_0000.nii.gz \(Compressed",
-    ),
-    "not preprocessed": (not_preprocessed, "does not exist; run: nnUNetv2_preprocess -d 901"),
-}
-
-
-@pytest.mark.parametrize(("break_it", "message"), FAULTS.values(), ids=FAULTS.keys())
-def test_faults_end_every_training_in_one_line(base, raw, break_it, message):
-    break_it(base, raw)
-    for name in METHODS:
-        trainer = make_trainer(deterministic(trainer_class(name)), fold=0)
-        with pytest.raises(SystemExit, match=message) as stopped:
-            trainer.run_training()
-        assert "\n" not in str(stopped.value)
-        assert trainer.network is None  # nothing was begun
-        assert not list(Path(trainer.output_folder).glob("*.pth"))
-        assert not (break_it is bad_image and (base / "nnUNetPlans_3d_fullres_unlabeled").exists())
+@pytest.mark.parametrize("name", METHODS)
+def test_a_fault_ends_every_training_in_one_line_before_it_starts(base, name):
+    """All faults are in tests/training/test_preflight.py."""
+    (base / "dataset_fingerprint.json").write_text("{")
+    trainer = make_trainer(deterministic(trainer_class(name)), fold=0)
+    with pytest.raises(SystemExit, match=r"dataset_fingerprint.json is damaged; run: nnUNetv2_plan_and_pr") as stopped:
+        trainer.run_training()
+    assert "\n" not in str(stopped.value)
+    assert trainer.network is None
+    assert not list(Path(trainer.output_folder).glob("*.pth"))
 
 
 def test_a_results_folder_that_cannot_be_written_to(tiny):
@@ -175,7 +48,8 @@ def test_a_results_folder_that_cannot_be_made(tiny, monkeypatch):
         make_trainer(deterministic(nnUNetTrainerDyCON))
 
 
-def test_few_labeled_cases_with_a_split_or_fold_all_do_train(base, raw, train):
+def test_few_labeled_cases_with_a_split_or_fold_all_do_train(base, raw, train, monkeypatch):
+    draw_no_pictures(monkeypatch)
     few_labeled(base, raw)
     train(epochs=1, fold="all")
     (base / "splits_final.json").write_text(json.dumps([{"train": ["case_01"], "val": ["case_01"]}]))
@@ -288,10 +162,3 @@ def test_plans_of_primus_are_refused_in_one_line(base, name):
     with pytest.raises(NotImplementedError, match=message) as refused:
         make_trainer(trainer_class(name)).run_training()
     assert refused.value.code.startswith("nnunet_dycon: error: ")
-
-
-def test_the_start_tells_batch_memory_steps_and_remedy(tiny, train):
-    log = next(Path(train(epochs=1).output_folder).glob("training_log*")).read_text()
-    assert "5 labeled and 4 unlabeled cases. Each of the 3 steps trains on 2 labeled and 2 unlabeled patches" in log
-    assert "-gpu_memory_target" in log
-    assert "unlabeled_batch_size=1" in log

@@ -2,17 +2,13 @@
 
 import math
 from pathlib import Path
-from types import SimpleNamespace
 
 import matplotlib.image
 import numpy as np
 import pytest
 import torch
-from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
-from nnunet_dycon.checkpoints import KEY
 from nnunet_dycon.monitoring import AGREEMENTS
-from nnunet_dycon.trainers import pseudo_label_page
 from nnunet_dycon.trainers.nnUNetTrainerCPS import nnUNetTrainerCPS
 from nnunet_dycon.trainers.nnUNetTrainerDKUXNet import nnUNetTrainerDKUXNet
 from nnunet_dycon.trainers.nnUNetTrainerDyCON import nnUNetTrainerDyCON
@@ -20,6 +16,8 @@ from nnunet_dycon.trainers.nnUNetTrainerDyCON_released import nnUNetTrainerDyCON
 from nnunet_dycon.trainers.nnUNetTrainerDyCONCoTraining import nnUNetTrainerDyCONCoTraining
 from nnunet_dycon.trainers.nnUNetTrainerMeanTeacher import nnUNetTrainerMeanTeacher
 from nnunet_dycon.trainers.nnUNetTrainerUGPL import nnUNetTrainerUGPL
+from nnunet_dycon.training import pseudo_label_page
+from nnunet_dycon.training.checkpoints import KEY
 from tests.tiny import UNLABELED
 from tests.trainers.training import deterministic, make_trainer, narrow
 
@@ -117,57 +115,23 @@ def test_the_page_shows_what_the_teacher_says(tiny, train, monkeypatch):
     assert case.foreground == pytest.approx((probabilities.argmax(0) > 0).float().mean().item(), abs=0.01)
 
 
-@pytest.mark.parametrize(
-    ("labels", "has_regions", "names"),
-    [
-        ({"b": 2, "background": 0, "a": 1, "ignore": 3}, False, ["background", "a", "b"]),
-        ({"b": [2], "background": 0, "a": [1]}, False, ["background", "a", "b"]),
-        ({"all": [1, 2], "inner": 2, "background": 0, "ignore": 3}, True, ["background", "all", "inner"]),
-        ({"background": 0, "first": [2, 3], "second": [1, 2]}, True, ["background", "first", "second"]),
-    ],
-)
-def test_the_names_on_the_page_are_in_the_order_of_what_is_drawn(labels, has_regions, names):
-    dataset_json = {"labels": labels, "regions_class_order": [1, 2]}
-    manager = LabelManager(labels, [1, 2] if has_regions else None)
-    assert manager.has_regions == has_regions
-    trainer = SimpleNamespace(dataset_json=dataset_json, label_manager=manager)
-    assert pseudo_label_page._names(trainer) == names
-    assert len(names) == manager.num_segmentation_heads + has_regions
-
-
-def test_a_page_that_cannot_be_drawn_does_not_end_the_training(tiny, train, monkeypatch):
-    def out_of_memory(*arguments):
-        raise torch.OutOfMemoryError("no memory left")
-
-    monkeypatch.setattr("nnunet_dycon.trainers.semi_supervised.draw_page", out_of_memory)
-    trainer = train(epochs=1)
-    folder = Path(trainer.output_folder)
-    assert (folder / "checkpoint_final_teacher.pth").is_file()
-    log = next(folder.glob("training_log*")).read_text()
-    assert "WARNING: no pseudo_labels_epoch_0000.png: no memory left" in log
-
-
-def test_other_loggers_of_nnunet_get_every_curve_and_the_settings(tiny):
+def test_settings_are_logged_to_other_loggers_of_nnunet(tiny):
     class Recorder:
         def __init__(self):
-            self.logged, self.config = {}, {}
+            self.config = {}
 
         def log(self, key, value, step):
-            self.logged.setdefault(key, []).append((step, value))
+            pass
 
         def update_config(self, config):
             self.config |= config
 
-        def log_summary(self, key, value):
-            pass
-
     trainer = make_trainer(deterministic(nnUNetTrainerDyCON, 2))
     recorder = Recorder()
     trainer.logger.loggers.append(recorder)
-    trainer.run_training()
-    for name, curve in trainer.curves.items():
-        assert recorder.logged[f"semi_supervised/{name}"] == list(enumerate(curve))
+    trainer.on_train_start()
     assert recorder.config["method_settings"]["uncl_weight"] == 0.5
+    assert recorder.config["training_settings"]["num_epochs"] == 2
 
 
 def test_curves_of_an_older_checkpoint_are_filled_up(tiny):

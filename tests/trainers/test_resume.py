@@ -1,7 +1,8 @@
-"""A resumed training goes on where it was; validation and pretrained weights work as with nnU-Net's own trainer."""
+"""A resumed training equals an uninterrupted one; validation and pretrained weights work as with nnU-Net's trainer."""
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +10,13 @@ import pytest
 import torch
 from nnunetv2.run.run_training import maybe_load_checkpoint
 
-from nnunet_dycon.checkpoints import KEY
 from nnunet_dycon.trainers import trainer_class
 from nnunet_dycon.trainers.nnUNetTrainerDyCON import nnUNetTrainerDyCON
 from nnunet_dycon.trainers.nnUNetTrainerDyCON_adapted import nnUNetTrainerDyCON_adapted
 from nnunet_dycon.trainers.nnUNetTrainerMeanTeacher import nnUNetTrainerMeanTeacher
 from nnunet_dycon.trainers.nnUNetTrainerUGPL import nnUNetTrainerUGPL
+from nnunet_dycon.training.checkpoints import KEY
+from tests.tiny import set_environment
 from tests.trainers.training import (
     METHODS,
     Interrupted,
@@ -24,6 +26,11 @@ from tests.trainers.training import (
     make_trainer,
     narrow,
 )
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    draw_no_pictures(monkeypatch)
 
 
 def interrupt_and_resume(base: type, epochs: int, after: int):
@@ -42,8 +49,7 @@ def interrupt_and_resume(base: type, epochs: int, after: int):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_resumed_equals_uninterrupted(tiny, train, monkeypatch, name):
-    draw_no_pictures(monkeypatch)
+def test_resumed_equals_uninterrupted(tiny, train, name):
     narrow(tiny / "nnUNet_preprocessed" / "Dataset901_Tiny")
     base = trainer_class(name)
     whole = train(base, epochs=2)
@@ -132,7 +138,7 @@ def retemper(checkpoint: dict) -> None:
 
 
 def forget_mixing(checkpoint: dict) -> None:
-    """As if it had been written before there was such a setting: what was seen then was not mixed."""
+    """As written before there was such a setting, when nothing was mixed."""
     del checkpoint[KEY]["settings"]["method_settings"]["mixing"]
 
 
@@ -157,26 +163,36 @@ def narrow_network(checkpoint: dict) -> None:
     checkpoint["network_weights"][name] = weight[:4]
 
 
-# A message, and where it is not DyCON's, the trainer that says it.
+# A change, the message, and the trainer unless it is DyCON's.
 CHECKPOINTS = {
     "other settings": (
         retemper,
-        "was trained with other settings: temperature 0.1 .now 0.6.; go on with those, or start a subclass",
+        "was trained with other settings: temperature 0.1 .now 0.6.; resume with those, or start a subclass",
     ),
     "a setting that is newer": (
         forget_mixing,
-        "was trained with other settings: mixing none .now cutmix.; go on with",
+        "was trained with other settings: mixing none .now cutmix.; resume with",
         nnUNetTrainerDyCON_adapted,
     ),
-    "no teacher": (forget_teacher, "latest.pth has no state of the teacher to go on from; start from its weights with"),
-    "no head": (forget_head, "latest.pth has no state of the head to go on from; start from its weights with"),
+    "no teacher": (
+        forget_teacher,
+        "latest.pth has no state of the teacher to resume from; start from its weights with",
+    ),
+    "no head": (forget_head, "latest.pth has no state of the head to resume from; start from its weights with"),
     "no second network": (
         forget_second,
-        "latest.pth has no state of the second to go on from; start from its weights with",
+        "latest.pth has no state of the second to resume from; start from its weights with",
         nnUNetTrainerUGPL,
     ),
-    "another second network": (swap_second, "latest.pth does not fit, as if plans had changed", nnUNetTrainerUGPL),
-    "other plans": (narrow_network, "latest.pth does not fit, as if plans had changed; start from its weights with"),
+    "another second network": (
+        swap_second,
+        "latest.pth does not fit the networks; perhaps the plans have changed",
+        nnUNetTrainerUGPL,
+    ),
+    "other plans": (
+        narrow_network,
+        "latest.pth does not fit the networks; perhaps the plans have changed; start from its weights with",
+    ),
     "another version": (
         lambda checkpoint: checkpoint[KEY].pop("settings"),
         "latest.pth was written by nnUNetTrainerDyCON_deterministic of nnunet-dycon .*, which this version cannot",
@@ -184,30 +200,48 @@ CHECKPOINTS = {
     "0.1": (
         lambda checkpoint: checkpoint[KEY].update(version="0.1.0"),
         "latest.pth was written by nnUNetTrainerUGPL_deterministic of nnunet-dycon 0.1.0, which this version cannot "
-        "continue; start from its weights with -pretrained_weights",
+        "resume; start from its weights with -pretrained_weights",
         nnUNetTrainerUGPL,
     ),
     "no state of the optimizer": (
         lambda checkpoint: checkpoint.pop("optimizer_state"),
-        "latest.pth does not fit, as if plans had changed; start from its weights with",
+        "latest.pth does not fit the networks; perhaps the plans have changed; start from its weights with",
     ),
 }
 
 
+@pytest.fixture(scope="module")
+def interrupted(tiny_root, tmp_path_factory) -> Callable[[type], Path]:
+    """interrupted(trainer) is the tiny data set with a training that ended after its first epoch. Do not change it."""
+    roots: dict[type, Path] = {}
+
+    def root_of(base: type) -> Path:
+        if base not in roots:
+            roots[base] = tmp_path_factory.mktemp("interrupted") / "tiny"
+            shutil.copytree(tiny_root, roots[base])
+            with pytest.MonkeyPatch.context() as patch:
+                set_environment(patch, roots[base])
+                draw_no_pictures(patch)
+                first = make_trainer(deterministic(base, 2))
+                first.save_every, first.interrupt_before_epoch = 1, 1
+                with pytest.raises(Interrupted):
+                    first.run_training()
+        return roots[base]
+
+    return root_of
+
+
 @pytest.mark.parametrize("fault", CHECKPOINTS.values(), ids=CHECKPOINTS.keys())
-def test_a_checkpoint_that_cannot_be_gone_on_from_is_refused_in_one_line(tiny, fault):
+def test_a_checkpoint_that_cannot_be_resumed_is_refused_in_one_line(interrupted, tmp_path, monkeypatch, fault):
     change, message, base = (*fault, nnUNetTrainerDyCON)[:3]
-    short = deterministic(base, 2)
-    first = make_trainer(short)
-    first.save_every, first.interrupt_before_epoch = 1, 1
-    with pytest.raises(Interrupted):
-        first.run_training()
-    file = Path(first.output_folder) / "checkpoint_latest.pth"
+    root = shutil.copytree(interrupted(base), tmp_path / "tiny")
+    set_environment(monkeypatch, root)
+    second = make_trainer(deterministic(base, 2))
+    file = Path(second.output_folder) / "checkpoint_latest.pth"
     checkpoint = torch.load(file, weights_only=False)
     change(checkpoint)
     torch.save(checkpoint, file)
     before = file.read_bytes()
-    second = make_trainer(short)
 
     def resume():
         maybe_load_checkpoint(second, continue_training=True, validation_only=False)
@@ -219,7 +253,7 @@ def test_a_checkpoint_that_cannot_be_gone_on_from_is_refused_in_one_line(tiny, f
     assert file.read_bytes() == before
 
 
-def test_a_longer_training_goes_on_with_a_warning(tiny):
+def test_a_longer_training_resumes_with_a_warning(tiny):
     first = make_trainer(deterministic(nnUNetTrainerDyCON, 2))
     first.save_every, first.interrupt_before_epoch = 1, 1
     with pytest.raises(Interrupted):
@@ -233,7 +267,7 @@ def test_a_longer_training_goes_on_with_a_warning(tiny):
     second.run_training()
     assert second.current_epoch == 3
     logs = "".join(file.read_text() for file in Path(second.output_folder).glob("training_log*"))
-    assert "WARNING: the training that is gone on with had other settings: num_epochs 2 (now 3)" in logs
+    assert "WARNING: the resumed training had other settings: num_epochs 2 (now 3)" in logs
 
 
 def test_validation_alone_does_not_mind_other_settings(tiny, train):
@@ -247,27 +281,13 @@ def test_validation_alone_does_not_mind_other_settings(tiny, train):
     assert (file.parent / "validation" / "summary.json").is_file()
 
 
-def test_a_full_disk_keeps_the_previous_checkpoint(tiny, train):
-    trainer = train(epochs=1)
-    file = Path(trainer.output_folder) / "checkpoint_final.pth"
-    before = file.read_bytes()
-    file.with_name(f".{file.name}.partial").symlink_to("/dev/full")  # every write to it says that there is no room
-    with pytest.raises(
-        SystemExit, match=r"checkpoint_final.pth cannot be written; what was there before stays"
-    ) as full:
-        trainer.save_checkpoint(str(file))
-    assert "\n" not in str(full.value)
-    assert file.read_bytes() == before
-    assert not list(file.parent.glob(".*partial"))
-
-
-def test_a_full_disk_at_the_end_leaves_a_training_that_can_be_gone_on_with(tiny):
+def test_a_full_disk_at_the_end_leaves_a_training_that_can_be_resumed(tiny):
     """The student is there by then; --c writes the teacher, too."""
     short = deterministic(nnUNetTrainerDyCON, 1)
     first = make_trainer(short)
     teacher = Path(first.output_folder) / "checkpoint_final_teacher.pth"
     teacher.with_name(f".{teacher.name}.partial").symlink_to("/dev/full")
-    with pytest.raises(SystemExit, match=r"checkpoint_final_teacher.pth cannot be written; .*go on with --c"):
+    with pytest.raises(SystemExit, match=r"checkpoint_final_teacher.pth cannot be written; .*resume with --c"):
         first.run_training()
     second = make_trainer(short)
     maybe_load_checkpoint(second, continue_training=True, validation_only=False)
@@ -284,22 +304,3 @@ def test_checkpoints_hold_plain_things_only(tiny, train):
     teacher = torch.load(folder / "checkpoint_final_teacher.pth", weights_only=False)
     assert "optimizer_state" not in teacher
     assert not list(folder.glob(".*partial"))
-
-
-def test_a_failed_write_keeps_the_previous_checkpoint(tiny, train, monkeypatch):
-    trainer = train(epochs=1)
-    file = Path(trainer.output_folder) / "checkpoint_final.pth"
-    before = file.read_bytes()
-    save, calls = torch.save, []
-
-    def full_disk(checkpoint, target, *arguments):
-        calls.append(target)
-        if len(calls) == 2:
-            raise OSError(28, "No space left on device")
-        save(checkpoint, target, *arguments)
-
-    monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(SystemExit, match=r"checkpoint_final.pth cannot be written; .* --c .*No space left on device"):
-        trainer.save_checkpoint(str(file))
-    assert file.read_bytes() == before
-    assert not list(file.parent.glob(".*partial"))

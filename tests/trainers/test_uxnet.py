@@ -15,9 +15,9 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_dycon.cli import main
 from nnunet_dycon.networks import KMaXUXNet, UXNet
-from nnunet_dycon.trainers.length import TrainingLength
 from nnunet_dycon.trainers.nnUNetTrainerDKUXNet import nnUNetTrainerDKUXNet
 from nnunet_dycon.trainers.nnUNetTrainerUXNet import nnUNetTrainerUXNet
+from nnunet_dycon.training.settings import TrainingLength
 from tests.tiny import tiny_volume
 from tests.trainers.test_no_leak import PREPROCESSED
 from tests.trainers.training import make_trainer, narrow

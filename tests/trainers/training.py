@@ -13,8 +13,8 @@ from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransfo
 from nnunetv2.training.logging.nnunet_logger import MetaLogger
 
 from nnunet_dycon.registry import TRAINERS
-from nnunet_dycon.trainers import semi_supervised
 from nnunet_dycon.trainers.semi_supervised import SemiSupervisedTrainer
+from nnunet_dycon.training import plots, pseudo_label_page
 
 METHODS = [name for name, trainer in TRAINERS.items() if not trainer.is_supervised]
 
@@ -63,11 +63,11 @@ def make_trainer(
     configuration: str = "3d_fullres",
     dataset: str = "Dataset901_Tiny",
     device: str = "cpu",
-    goes_on: bool = False,
+    resume: bool = False,
 ) -> SemiSupervisedTrainer:
-    """What nnUNetv2_train does before it trains, or, if it goes on, before it loads a checkpoint."""
+    """Return a trainer as nnUNetv2_train makes it, before it trains or, with resume (--c), loads a checkpoint."""
     folder = Path(os.environ["nnUNet_preprocessed"]) / dataset
-    plans = json.loads((folder / "nnUNetPlans.json").read_text()) | {"continue_training": goes_on}
+    plans = json.loads((folder / "nnUNetPlans.json").read_text()) | {"continue_training": resume}
     dataset_json = json.loads((folder / "dataset.json").read_text())
     seed_everything(0)
     return base(plans, configuration, fold, dataset_json, torch.device(device))
@@ -85,8 +85,8 @@ def narrow(base: Path) -> None:
 
 def draw_no_pictures(patch: pytest.MonkeyPatch) -> None:
     """They take most of the time of a tiny training."""
-    for name in ("draw_progress", "draw_page"):
-        patch.setattr(semi_supervised, name, lambda *arguments: None)
+    patch.setattr(plots, "draw_curves", lambda *arguments: None)
+    patch.setattr(pseudo_label_page, "draw", lambda *arguments: None)
     patch.setattr(MetaLogger, "plot_progress_png", lambda *arguments: None)
 
 

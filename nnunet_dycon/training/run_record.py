@@ -1,4 +1,4 @@
-"""What a model was trained with, written into its folder: settings, cases, seed, versions."""
+"""The record of a run, written to the folder of the fold: settings, cases, seed, versions."""
 
 import hashlib
 import json
@@ -15,8 +15,13 @@ from nnunet_dycon.files import replacing
 _VERSIONS_OF = ("nnunetv2", "torch", "batchgeneratorsv2", "numpy")
 
 
+def record_file(folder: Path) -> Path:
+    """Return the file of the record in the folder of a fold."""
+    return folder / "nnunet_dycon.json"
+
+
 def write_record(folder: Path, trainer: str, settings: dict[str, dict], cases: dict[str, list[str]]) -> None:
-    """Write nnunet_dycon.json: the settings, the cases of each kind with a hash over all, torch's seed, versions."""
+    """Write nnunet_dycon.json: the settings, the cases by role with a hash of all, torch's seed, versions."""
     record = {
         "trainer": trainer,
         **settings,
@@ -30,16 +35,12 @@ def write_record(folder: Path, trainer: str, settings: dict[str, dict], cases: d
 
 
 def completed(recorded: dict[str, Any], settings: Any) -> dict[str, Any]:
-    """Recorded settings, with the defaults of those that are newer.
+    """Return recorded settings, completed with the defaults of settings that did not exist when they were recorded.
 
-    A new setting's default is therefore what was done before there was a choice.
+    The default of a new setting is therefore the behavior before the setting existed.
 
     Args:
-        recorded: by name, as they were when a model was trained.
-        settings: a dataclass of today's.
+        recorded: the settings of a trained model, by name.
+        settings: a dataclass of current settings.
     """
     return {field.name: field.default for field in fields(settings)} | recorded
-
-
-def record_file(folder: Path) -> Path:
-    return folder / "nnunet_dycon.json"

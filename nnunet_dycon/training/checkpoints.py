@@ -1,0 +1,216 @@
+"""nnU-Net's checkpoint files with the state of the method under one additional key; written completely or not at all.
+
+The state holds only tensors and plain dicts, lists and numbers, so that nnUNetv2_predict loads it without this package.
+"""
+
+import os
+import shutil
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from nnunet_dycon import __version__
+from nnunet_dycon.errors import UserError, explained, first_line
+from nnunet_dycon.files import replacing
+from nnunet_dycon.ranks import on_rank_zero
+from nnunet_dycon.teacher import unwrap
+
+KEY = "nnunet_dycon"
+# Of a finished training: the student, and its companion.
+STUDENT, TEACHER, SECOND = "checkpoint_final.pth", "checkpoint_final_teacher.pth", "checkpoint_final_second.pth"
+# Of an unfinished one. nnU-Net has no previous checkpoint.
+LATEST, PREVIOUS, BEST = "checkpoint_latest.pth", "checkpoint_previous.pth", "checkpoint_best.pth"
+RESUMABLE = (STUDENT, LATEST, PREVIOUS, BEST)
+_ASIDE = "earlier_"  # prefix of the names of an earlier training's checkpoints
+_PARTS = {"version", "settings", "method", "curves"}
+_REMEDY = "start from its weights with -pretrained_weights instead"
+
+
+class Damaged(UserError):
+    """A checkpoint that cannot be read."""
+
+
+def save_extended(filename: Path | str, save: Callable[[str], None], state: dict) -> None:
+    """Write nnU-Net's checkpoint with an additional state to a temporary file and rename it.
+
+    The latest checkpoint becomes the previous one when it is replaced.
+
+    Args:
+        filename: of the checkpoint.
+        save: the save_checkpoint of nnU-Net's trainer.
+        state: with the keys settings, method, curves.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    with _written_completely(filename) as partial:
+        save(str(partial))
+        checkpoint = torch.load(partial, map_location="cpu", weights_only=False)
+        checkpoint[KEY] = {"version": __version__, **state}
+        torch.save(checkpoint, partial)
+        if Path(filename).name == LATEST and Path(filename).is_file():
+            with replacing(Path(filename).with_name(PREVIOUS)) as kept:
+                _link(filename, kept)
+
+
+def _link(file: Path | str, link: Path) -> None:
+    link.unlink(missing_ok=True)
+    try:
+        os.link(file, link)
+    except OSError:  # some file systems have no links
+        shutil.copyfile(file, link)
+
+
+def set_aside(folder: Path, log: Callable[[str], None]) -> None:
+    """Rename the checkpoints of an earlier training, so that no later training resumes from them.
+
+    Args:
+        folder: of the fold.
+        log: called with a line for each.
+    """
+    for file in (folder / name for name in (*RESUMABLE, TEACHER, SECOND)):
+        if file.is_file():
+            log(f"{file}, of an earlier training, is renamed to {_ASIDE}{file.name}")
+            file.replace(file.with_name(_ASIDE + file.name))
+
+
+def find_readable(filename: str, log: Callable[[str], None]) -> str:
+    """Return a checkpoint to resume from: the given one, or if it is damaged the newest readable one in its folder.
+
+    Rank 0 searches; all ranks must call it.
+
+    Args:
+        filename: of the checkpoint.
+        log: called with a line for each damaged checkpoint.
+
+    Raises:
+        Damaged: none is readable.
+    """
+    return str(on_rank_zero(partial(_find_readable, Path(filename), log)))
+
+
+def _find_readable(file: Path, log: Callable[[str], None]) -> Path:
+    others = [other for name in RESUMABLE if (other := file.with_name(name)) != file and other.is_file()]
+    others.sort(key=lambda other: other.stat().st_mtime, reverse=True)
+    for candidate, following in zip([file, *others], [*others, None]):
+        try:
+            _load(candidate)
+        except Damaged as error:
+            if following is None:
+                raise
+            log(f"WARNING: {error}. Trying {following.name}, the newest of the others")
+        else:
+            break
+    return candidate
+
+
+def load_state(filename: Path | str, trainer_name: str) -> dict:
+    """Return the additional state of a checkpoint, on the CPU.
+
+    Raises:
+        UserError: the file is damaged, or was written by another trainer or by version 0.1.
+    """
+    checkpoint = _load(filename)
+    writer = checkpoint.get("trainer_name", "another program") if isinstance(checkpoint, dict) else "another program"
+    if writer != trainer_name or KEY not in checkpoint:
+        raise UserError(f"{filename} was written by {writer}, so {trainer_name} cannot resume from it; {_REMEDY}")
+    state = checkpoint[KEY] if isinstance(checkpoint[KEY], dict) else {}
+    version = state.get("version", "unknown")
+    if version.startswith("0.1.") or not state.keys() >= _PARTS:
+        raise UserError(
+            f"{filename} was written by {trainer_name} of nnunet-dycon {version}, which this version cannot resume; "
+            "start from its weights with -pretrained_weights, or finish the training with that version"
+        )
+    return state
+
+
+def _load(filename: Path | str) -> Any:
+    try:
+        with zipfile.ZipFile(filename) as archive:
+            if (name := archive.testzip()) is not None:  # torch does not compare checksums
+                raise ValueError(f"the checksum of {name} is wrong")
+        return torch.load(filename, map_location="cpu", weights_only=False)
+    except Exception as error:  # of all kinds, according to what is damaged
+        remedy = "replace it by another checkpoint of this training"
+        raise Damaged(f"{filename} cannot be loaded ({first_line(error)}); {remedy}") from None
+
+
+def method_state(method: nn.Module) -> dict[str, dict]:
+    """Return the state dict of each child of a method, without the wrappers of DDP and torch.compile."""
+    return {name: unwrap(child).state_dict() for name, child in method.named_children()}
+
+
+def load_method_state(method: nn.Module, state: dict[str, dict], filename: Path | str) -> None:
+    """Load the state dict of each child of a method.
+
+    Args:
+        method: the method.
+        state: as `method_state` returns it.
+        filename: of the checkpoint, for the error message.
+
+    Raises:
+        UserError: the state lacks a child.
+    """
+    for name, child in method.named_children():
+        if name not in state:
+            raise UserError(f"{filename} has no state of the {name} to resume from; {_REMEDY}")
+        unwrap(child).load_state_dict(state[name])
+
+
+@contextmanager
+def fitting(filename: Path | str) -> Iterator[None]:
+    """Turn the errors of loading a state that does not fit the networks into a UserError."""
+    unfit = (RuntimeError, KeyError, ValueError, TypeError)
+    with explained(unfit, f"{filename} does not fit the networks; perhaps the plans have changed; {_REMEDY}"):
+        yield
+
+
+def save_companions(folder: Path, companions: dict[str, tuple[str, nn.Module]]) -> None:
+    """Write a checkpoint for prediction of each companion of the student, and remove the previous checkpoint.
+
+    Args:
+        folder: of a fold whose training is finished.
+        companions: by name of the checkpoint, the trainer that builds the network, and the network.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
+    for file, (trainer_name, network) in companions.items():
+        save_for_prediction(folder / file, folder / STUDENT, network.state_dict(), trainer_name)
+    (folder / PREVIOUS).unlink(missing_ok=True)  # as nnU-Net does with the latest
+
+
+def save_for_prediction(
+    filename: Path, source: Path, network_weights: dict[str, torch.Tensor], trainer_name: str
+) -> None:
+    """Write a copy of a checkpoint with other weights and without the state that only training needs.
+
+    Args:
+        filename: of the new checkpoint.
+        source: a checkpoint of the same training.
+        network_weights: the other weights.
+        trainer_name: the trainer that builds their network.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    checkpoint = torch.load(source, map_location="cpu", weights_only=False)
+    checkpoint |= {"network_weights": network_weights, "trainer_name": trainer_name}
+    for key in (KEY, "optimizer_state"):
+        del checkpoint[key]
+    with _written_completely(filename) as partial:
+        torch.save(checkpoint, partial)
+
+
+@contextmanager
+def _written_completely(filename: Path | str) -> Iterator[Path]:
+    problem = f"{filename} cannot be written; the previous file is unchanged. Free disk space and resume with --c"
+    # torch.save raises a RuntimeError if the disk is full.
+    with explained((OSError, RuntimeError), problem), replacing(filename) as partial:
+        yield partial

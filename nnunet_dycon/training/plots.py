@@ -1,0 +1,146 @@
+"""The plots of a training: curves over the epochs, and pseudo-labels of a few unlabeled cases."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+
+from nnunet_dycon.monitoring import AGREEMENTS, SCHEDULES, SECONDS, SHARES, terms_of_loss
+from nnunet_dycon.pictures import class_color, in_default_style, new_figure, overlay, save
+
+
+def draw_or_warn(file: Path, draw: Callable[[Path], None], log: Callable[[str], None]) -> None:
+    """Draw a plot. If that fails, also for lack of memory or disk space, log a warning: training continues."""
+    try:
+        draw(file)
+    except (RuntimeError, MemoryError, OSError) as error:
+        log(f"WARNING: {file.name} could not be drawn: {' '.join(str(error).split())}")
+
+
+def draw_curves(folder: Path, curves: dict[str, list[float]], log: Callable[[str], None]) -> None:
+    """Write ssl_progress.png to a folder; a failure is logged as a warning."""
+    draw_or_warn(folder / "ssl_progress.png", partial(draw_progress, curves), log)
+
+
+@in_default_style
+def draw_progress(curves: dict[str, list[float]], file: Path) -> None:
+    """Write a plot of all curves over the epochs, grouped as in `nnunet_dycon.monitoring`."""
+    seconds = {name.removeprefix(SECONDS): curve for name, curve in curves.items() if name.startswith(SECONDS)}
+    figure = new_figure(11, 7.5)
+    (losses, schedules), (shares, times) = figure.subplots(2, 2)
+
+    for name in terms_of_loss(curves):
+        _plot(losses, curves[name], name)
+    _plot(losses, curves["loss"], "loss (weighted sum)", color="black", linewidth=2)
+    losses.set(title="loss terms, unweighted", ylabel="loss")
+
+    for name, color, axes in zip(SCHEDULES, ("black", "#e8590c"), (schedules, schedules.twinx())):
+        if name in curves:
+            _plot(axes, curves[name], name, color=color)
+        axes.set_ylabel(name, color=color)
+        axes.yaxis.set_visible(name in curves)
+    schedules.set(title="schedules", ylim=(-0.05, 1.05))
+
+    for name, color in zip(SHARES, ("#1c7ed6", "#1faa59", "#ae3ec9")):
+        if name in curves:
+            _plot(shares, curves[name], name.replace("_", " "), color=color)
+    agreement = shares.twinx()
+    for name in AGREEMENTS.keys() & curves.keys():
+        _plot(agreement, curves[name], name, color="#e8590c")
+        agreement.set_ylabel(AGREEMENTS[name], color="#e8590c")
+    shares.set(title="pseudo-labels", ylabel="share of voxels, or of patches")
+    shares.set_ylim(bottom=0)
+    agreement.set_ylim(0, 1.02)
+
+    parts = [np.nan_to_num(curve) for curve in seconds.values()]
+    if parts:
+        # Steps, because each value is the mean of an epoch, and because a single epoch would have no area.
+        edges = np.arange(len(parts[0]) + 1)
+        times.stackplot(edges, [np.append(part, part[-1]) for part in parts], labels=list(seconds), step="post")
+    times.set(title="time per step", ylabel="seconds")
+
+    for axes in (losses, shares):
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8)
+    if parts:
+        times.legend(fontsize=8, loc="lower left", reverse=True)
+    for axes in (losses, schedules, shares, times):
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+    save(figure, file)
+
+
+def _plot(axes: Axes, curve: Sequence[float], label: str, **style) -> None:
+    # Markers, because a single epoch is not visible as a line.
+    axes.plot(curve, label=label, marker="." if len(curve) < 30 else None, **style)
+
+
+@dataclass(frozen=True)
+class PseudoLabel:
+    """One slice of an unlabeled case with its pseudo-label.
+
+    Attributes:
+        case: identifier.
+        index: of the slice, along the first axis.
+        foreground: the fraction of all voxels of the case that are labeled as foreground.
+        image: (Y, X), preprocessed.
+        label: (Y, X), classes.
+        entropy: (Y, X), in nats.
+    """
+
+    case: str
+    index: int
+    foreground: float
+    image: np.ndarray
+    label: np.ndarray
+    entropy: np.ndarray
+
+
+@in_default_style
+def draw_pseudo_labels(
+    cases: Sequence[PseudoLabel],
+    names: Sequence[str],
+    labeler: str,
+    highest_entropy: float,
+    aspect: float,
+    title: str,
+    file: Path,
+) -> None:
+    """Write a plot with a row per case: image, pseudo-label and entropy.
+
+    Args:
+        cases: one or more.
+        names: of the labels, background first.
+        labeler: the network that predicts the pseudo-labels, for the headings.
+        highest_entropy: the maximum entropy of a voxel, in nats.
+        aspect: height of a voxel in a slice, divided by its width.
+        title: of the plot.
+        file: PNG to write.
+    """
+    heights = [2.7 * aspect * case.image.shape[0] / case.image.shape[1] for case in cases]
+    figure = new_figure(9.6, 1.2 + 0.1 * len(cases) + sum(heights))
+    rows = figure.subplots(len(cases), 3, squeeze=False, height_ratios=heights)
+    figure.suptitle(title, fontsize=11)
+    for axes, heading in zip(rows[0], ("image", f"label of the {labeler}", f"entropy of the {labeler}")):
+        axes.set_title(heading, fontsize=10)
+    for row, case in zip(rows, cases):
+        darkest, brightest = np.percentile(case.image, (0.5, 99.5))
+        for axes in row[:2]:
+            axes.imshow(case.image, cmap="gray", vmin=darkest, vmax=brightest, aspect=aspect)
+        for value in np.unique(case.label[case.label > 0]):
+            overlay(row[1], case.label == value, class_color(value))
+        heat = row[2].imshow(case.entropy, cmap="magma", vmin=0, vmax=highest_entropy, aspect=aspect)
+        row[0].set_ylabel(f"{case.case}\nslice {case.index}, {case.foreground:.2%} foreground in all", fontsize=8)
+        for axes in row:
+            axes.set(xticks=[], yticks=[])
+    figure.colorbar(heat, ax=rows[:, 2], label=f"nats, at most ln {math.exp(highest_entropy):.0f}", shrink=0.8)
+    handles = [Patch(color=class_color(value), label=name) for value, name in enumerate(names) if value > 0]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6), fontsize=8)
+    save(figure, file)

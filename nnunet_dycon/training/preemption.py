@@ -1,0 +1,106 @@
+"""Preemption: job schedulers send SIGTERM some time before they kill a training."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from torch import distributed as dist
+
+from nnunet_dycon.data.loader import shut_down
+from nnunet_dycon.ranks import number_of_ranks
+from nnunet_dycon.training.checkpoints import LATEST
+
+EXIT_CODE = 128 + signal.SIGTERM  # the exit code of a process that the signal has ended
+
+
+class StopRequest:
+    """A handler of SIGTERM that records the signal, so that the training can finish its step and write a checkpoint.
+
+    Attributes:
+        can_wait: False before the first step. Until it is True, the signal ends the process at once.
+        is_made: whether the signal has arrived.
+    """
+
+    def __init__(self) -> None:
+        self.can_wait = False
+        self.is_made = False
+        self._previous_handler: Any = None
+        self._process: int | None = None
+
+    @contextmanager
+    def listening(self, is_on: bool = True) -> Iterator[None]:
+        """Install the handler, and restore the previous one at the end.
+
+        Args:
+            is_on: False does nothing.
+        """
+        if is_on:
+            self.listen()
+        try:
+            yield
+        finally:
+            self.ignore()
+
+    def listen(self) -> None:
+        """Install the handler. Only the main thread can; in others, the signal keeps its effect."""
+        if threading.current_thread() is threading.main_thread():
+            self._process = os.getpid()
+            self._previous_handler = signal.signal(signal.SIGTERM, self._record)
+
+    def ignore(self) -> None:
+        """Restore the previous handler."""
+        if self._process is not None:
+            signal.signal(signal.SIGTERM, self._previous_handler)
+            self._process = None
+
+    def _record(self, number: int, frame: FrameType | None) -> None:
+        if self.can_wait and os.getpid() == self._process:
+            self.is_made = True
+        else:  # also in forked processes, which have nothing to save
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+
+def save_and_exit(trainer: nnUNetTrainer, curves: dict[str, list[float]], steps_done: int) -> NoReturn:
+    """Write the current weights to checkpoint_latest.pth and exit. All ranks must call it after the same step.
+
+    A resumed run repeats the interrupted epoch, so what this epoch has logged is removed.
+
+    Args:
+        trainer: in the middle of an epoch.
+        curves: over the epochs.
+        steps_done: of the interrupted epoch.
+
+    Raises:
+        SystemExit: always.
+    """
+    for logged in (*trainer.logger.get_checkpoint().values(), *curves.values()):
+        del logged[trainer.current_epoch :]
+    trainer.current_epoch -= 1  # nnU-Net saves the number of the next epoch
+    trainer.save_checkpoint(str(Path(trainer.output_folder) / LATEST))
+    trainer.current_epoch += 1
+    if number_of_ranks() > 1:
+        dist.barrier()  # an early exit makes torchrun kill rank 0 while it writes the checkpoint
+    shut_down(trainer.dataloader_train, trainer.dataloader_val)
+    saved = f"{LATEST} is written; resume with --c, which repeats this epoch"
+    end(
+        trainer,
+        f"stopped by SIGTERM in epoch {trainer.current_epoch}, after {steps_done} of "
+        f"{trainer.num_iterations_per_epoch} steps; {'nothing is saved' if trainer.disable_checkpointing else saved}",
+    )
+
+
+def end(trainer: nnUNetTrainer, message: str) -> NoReturn:
+    """Log a message and exit with the exit code of SIGTERM.
+
+    Raises:
+        SystemExit: always.
+    """
+    trainer.print_to_log_file(message)
+    raise SystemExit(EXIT_CODE)

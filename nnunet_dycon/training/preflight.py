@@ -1,0 +1,81 @@
+"""Preflight checks: what is verified before a training starts, so that no time is lost on a mistake."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+from nnunetv2.configuration import default_num_processes
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+from nnunet_dycon.data.labeled import check_fingerprint, check_split, labeled_identifiers
+from nnunet_dycon.data.unlabeled import UnlabeledCases
+from nnunet_dycon.errors import UserError
+from nnunet_dycon.training.run_record import completed
+
+
+def check_cases(folder: Path, fold: int | Literal["all"], unlabeled: UnlabeledCases) -> None:
+    """Check labeled and unlabeled cases. Preprocess the unlabeled ones if that has not been done.
+
+    Args:
+        folder: nnUNet_preprocessed/DatasetXXX/<data_identifier>, of the labeled cases.
+        fold: to train.
+        unlabeled: the unlabeled cases.
+
+    Raises:
+        UserError: the training cannot start.
+    """
+    labeled = labeled_identifiers(folder, unlabeled.arguments)
+    check_split(folder, labeled, fold)
+    check_fingerprint(folder.parent, folder.name, unlabeled.dataset_id)
+    unlabeled.require(default_num_processes)
+    unlabeled.check_not_labeled(labeled, set(unlabeled.identifiers()))
+
+
+def check_settings(
+    recorded: dict[str, dict], current: dict[str, Any], folder: Path | str, log: Callable[[str], None]
+) -> None:
+    """Compare the settings of a checkpoint with those of the training that resumes from it.
+
+    Settings of the method must be equal. Other differences are logged.
+
+    Args:
+        recorded: the settings in the checkpoint: by kind, such as "method_settings", a dict.
+        current: by kind, a dataclass.
+        folder: of the checkpoint, for the message.
+        log: called with a line for each kind that differs.
+
+    Raises:
+        UserError: the settings of the method differ.
+    """
+    for kind, settings in current.items():
+        before, now = completed(recorded.get(kind, {}), settings), asdict(settings)
+        changed = [f"{name} {before[name]} (now {value})" for name, value in now.items() if before[name] != value]
+        if not changed:
+            continue
+        if kind == "method_settings":
+            raise UserError(
+                f"the checkpoint in {folder} was trained with other settings: {', '.join(changed)}; resume with those, "
+                "or start a subclass with another name from its weights with -pretrained_weights"
+            )
+        log(f"WARNING: the resumed training had other settings: {', '.join(changed)}")
+
+
+def describe_batch(trainer: nnUNetTrainer, cases: dict[str, list[str]]) -> str:
+    """Return a line on the batch of a semi-supervised trainer, its memory, and how to reduce it.
+
+    Args:
+        trainer: initialized.
+        cases: identifiers by role, "labeled" and "unlabeled".
+    """
+    labeled, unlabeled = trainer.batch_size, trainer.unlabeled_batch_size
+    planned = trainer.configuration_manager.batch_size  # of all GPUs together
+    memory = trainer.activation_memory_factor * (labeled + unlabeled) / planned
+    steps = trainer.num_epochs * trainer.num_iterations_per_epoch
+    return (
+        f"{len(cases['labeled'])} labeled and {len(cases['unlabeled'])} unlabeled cases. Each of the {steps} steps "
+        f"trains on {labeled} labeled and {unlabeled} unlabeled patches: about {memory:.3g} times the memory that the "
+        f"plans were made for. To reduce it: nnUNetv2_plan_experiment with -gpu_memory_target at 1/{memory:.3g} of the "
+        "GPU's memory and a new -overwrite_plans_name, preprocess, and train with -p; or train a subclass with "
+        "unlabeled_batch_size=1."
+    )

@@ -1,0 +1,104 @@
+"""A page with the pseudo-labels of a few unlabeled cases, to see early whether a training goes wrong."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from torch import nn
+
+from nnunet_dycon.data.loader import UnlabeledDataset
+from nnunet_dycon.data.unlabeled import UnlabeledCases
+from nnunet_dycon.label_kinds import LabelKind
+from nnunet_dycon.methods import Method
+from nnunet_dycon.training.plots import PseudoLabel, draw_or_warn, draw_pseudo_labels
+
+_CASES = 3
+
+
+def draw(trainer: nnUNetTrainer, method: Method, unlabeled: UnlabeledCases) -> None:
+    """Draw the page of the last epoch, unless the method has no labeler. A failure is logged as a warning.
+
+    Args:
+        trainer: after the end of an epoch.
+        method: that labels the cases.
+        unlabeled: the preprocessed cases.
+    """
+    if method.labeler is not None:
+        epoch, cases = trainer.current_epoch - 1, UnlabeledDataset(unlabeled.folder, unlabeled.identifiers())
+        file = Path(trainer.output_folder) / f"pseudo_labels_epoch_{epoch:04d}.png"
+        draw_or_warn(file, partial(draw_page, trainer, method, cases, epoch), trainer.print_to_log_file)
+
+
+def draw_page(trainer: nnUNetTrainer, method: Method, cases: UnlabeledDataset, epoch: int, file: Path) -> None:
+    """Predict a few complete unlabeled cases, the same ones in each epoch, and draw them."""
+    predictor = nnUNetPredictor(
+        tile_step_size=1.0,  # no overlap: a plot does not justify the time
+        use_mirroring=False,
+        perform_everything_on_device=trainer.device.type == "cuda",
+        device=trainer.device,
+        allow_tqdm=False,
+    )
+    predictor.manual_initialization(
+        _Labeler(method),
+        trainer.plans_manager,
+        trainer.configuration_manager,
+        None,
+        trainer.dataset_json,
+        type(trainer).__name__,
+        None,
+    )
+    height, width = trainer.configuration_manager.spacing[-2:]
+    kind, channels = method.supervision.kind, trainer.label_manager.num_segmentation_heads
+    draw_pseudo_labels(
+        [_predict(predictor, kind, cases, case) for case in _spread(cases.identifiers)],
+        label_names(trainer.dataset_json, trainer.label_manager),
+        labeler=str(method.labeler).replace("_", " "),
+        highest_entropy=kind.highest_entropy(channels),
+        aspect=height / width,
+        title=f"{type(trainer).__name__}, epoch {epoch}",
+        file=file,
+    )
+
+
+class _Labeler(nn.Module):
+    """The labeling network of a method, for nnU-Net's predictor. The method is no child: its mode does not change."""
+
+    def __init__(self, method: Method) -> None:
+        super().__init__()
+        self._method = (method,)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self._method[0].label(images)
+
+
+def label_names(dataset_json: dict, labels: LabelManager) -> list[str]:
+    """Return the names of the values of `LabelKind.shown`: background, then classes by value or regions in order."""
+    values = {name: np.ravel(value).tolist() for name, value in dataset_json["labels"].items()}  # 1 or [1]
+    names = [name for name in values if name not in ("background", "ignore")]
+    return ["background", *(names if labels.has_regions else sorted(names, key=values.__getitem__))]
+
+
+@torch.inference_mode()
+def _predict(predictor: nnUNetPredictor, kind: LabelKind, cases: UnlabeledDataset, case: str) -> PseudoLabel:
+    """Predict a case; return the slice with most foreground, or the middle slice if there is none."""
+    image = torch.from_numpy(cases.load_image(case)[:])
+    logits = predictor.predict_sliding_window_return_logits(image)
+    label = kind.shown(logits[None])[0]
+    foreground = (label > 0).sum((1, 2))
+    index = int(foreground.argmax()) if foreground.any() else len(foreground) // 2
+    # The entropy of one slice only: that of a whole CT in float32 with many classes might exceed the memory.
+    entropy = kind.voxel_entropy(logits[None, :, index].float())[0]
+    fraction = float(foreground.sum()) / label.numel()
+    slices = (image[0, index], label[index], entropy)
+    return PseudoLabel(case, index, fraction, *(tensor.cpu().numpy() for tensor in slices))
+
+
+def _spread(identifiers: Sequence[str]) -> list[str]:
+    """Return a few cases, evenly spaced from the first to the last."""
+    chosen = np.linspace(0, len(identifiers) - 1, min(_CASES, len(identifiers))).round().astype(int)
+    return [identifiers[index] for index in chosen]

@@ -1,0 +1,159 @@
+"""The record of an epoch: means over its steps, curves over the epochs, seconds of each part of a step."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import distributed as dist
+
+from nnunet_dycon.monitoring import SECONDS, terms_of_loss
+from nnunet_dycon.ranks import number_of_ranks
+
+Values = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """The values of an epoch.
+
+    Attributes:
+        number: of the epoch, from 0.
+        means: of what the steps returned, over steps and ranks.
+        seconds: per step, by part.
+    """
+
+    number: int
+    means: Values
+    seconds: Values
+
+    @property
+    def values(self) -> Values:
+        """All values, by name of their curve."""
+        return self.means | {SECONDS + part: mean for part, mean in self.seconds.items()}
+
+    @property
+    def lines(self) -> list[str]:
+        """Lines for the log: terms of the loss, diagnostics, seconds."""
+        terms = terms_of_loss(self.means)
+        diagnostics = [name for name in self.means if name != "loss" and name not in terms]
+        lines = [" ".join(f"{name} {self.means[name]:.4f}" for name in names) for names in (terms, diagnostics)]
+        seconds = " ".join(f"{part} {mean:.3f}" for part, mean in self.seconds.items())
+        return [line for line in lines if line] + [f"seconds a step: {seconds}"]
+
+    def log(self, loggers: Iterable[Any], log: Callable[[str], None]) -> None:
+        """Log all values.
+
+        Args:
+            loggers: nnU-Net's additional loggers, without the local one, which accepts nnU-Net's own curves only.
+            log: called with each of `lines`.
+        """
+        for name, value in self.values.items():
+            for logger in loggers:
+                logger.log(f"semi_supervised/{name}", value, self.number)
+        for line in self.lines:
+            log(line)
+
+
+class EpochRecorder:
+    """Curves over the epochs, and the stopwatch of the current one.
+
+    Attributes:
+        curves: by name, one value per epoch; NaN where there is none.
+    """
+
+    def __init__(self) -> None:
+        self.curves: dict[str, list[float]] = {}
+        self._timer: StepTimer
+
+    def start(self, device: torch.device) -> None:
+        """Start an epoch."""
+        self._timer = StepTimer(device)
+
+    def mark(self, part: str) -> None:
+        """End a part of a step, see `StepTimer.mark`."""
+        self._timer.mark(part)
+
+    def end(self, number: int, outputs: Sequence[Values]) -> Epoch:
+        """End an epoch and append its values to the curves. All ranks must call it.
+
+        Args:
+            number: of the epoch, from 0.
+            outputs: what each step returned.
+        """
+        seconds = {part: total / max(1, len(outputs)) for part, total in self._timer.totals().items()}
+        epoch = Epoch(number, mean_over_ranks(mean_of_steps(outputs)), seconds)
+        append_epoch(self.curves, number, epoch.values)
+        return epoch
+
+
+def mean_of_steps(outputs: Sequence[Values]) -> Values:
+    """Return the mean of each value over the steps with a finite loss, or over all steps if there is none."""
+    steps = [output for output in outputs if math.isfinite(output["loss"])] or outputs
+    return {name: mean_of_finite(step[name] for step in steps) for name in steps[0]}
+
+
+def replace_lost(outputs: Sequence[Values]) -> list[Values]:
+    """Return the outputs with those of lost steps replaced by the mean of the others.
+
+    nnU-Net averages the loss over all steps, and requires the same number of steps on all ranks.
+    """
+    mean = mean_of_steps(outputs)
+    return [output if math.isfinite(output["loss"]) else mean for output in outputs]
+
+
+def mean_over_ranks(values: Values) -> Values:
+    """Return the mean of each value over all ranks."""
+    if number_of_ranks() == 1:
+        return values
+    ranks: list[Any] = [None] * number_of_ranks()
+    dist.all_gather_object(ranks, values)
+    return {name: mean_of_finite(rank[name] for rank in ranks) for name in values}
+
+
+def mean_of_finite(values: Iterable[float]) -> float:
+    """Return the mean of the values that are neither NaN nor infinite; NaN if there are none."""
+    finite = [float(value) for value in values if math.isfinite(value)]
+    return sum(finite) / len(finite) if finite else math.nan
+
+
+def append_epoch(curves: dict[str, list[float]], epoch: int, values: Values) -> None:
+    """Append the values of an epoch to the curves; a curve is NaN in the epochs that it lacks."""
+    for name, value in values.items():
+        curve = curves.setdefault(name, [])
+        curve.extend([math.nan] * (epoch - len(curve)))
+        curve.append(value)
+
+
+class StepTimer:
+    """A stopwatch for the parts of training steps. The host does not wait for a GPU until `totals`."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Start the first part."""
+        self._device = device
+        self._marks = [("", self._now())]
+
+    def mark(self, part: str) -> None:
+        """End the part that started with the previous mark, and start the next one."""
+        self._marks.append((part, self._now()))
+
+    def totals(self) -> dict[str, float]:
+        """Return the seconds spent in each part, over all steps. Waits for the GPU."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        totals: dict[str, float] = {}
+        for (_, begin), (part, end) in zip(self._marks, self._marks[1:]):
+            totals[part] = totals.get(part, 0.0) + self._between(begin, end)
+        return totals
+
+    def _now(self) -> object:
+        if self._device.type != "cuda":
+            return perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _between(self, begin, end) -> float:
+        return begin.elapsed_time(end) / 1000 if self._device.type == "cuda" else end - begin

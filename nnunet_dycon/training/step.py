@@ -1,0 +1,208 @@
+"""The guarded training step: nnU-Net's backward pass and optimizer step, unless a loss or gradient is not finite.
+
+Rules for lost steps:
+
+- A step is lost on all ranks if the loss is not finite on any rank.
+- Without a GradScaler, it is lost if the gradient norm is not finite.
+- With a GradScaler, a step with a non-finite norm is skipped, and the scaler lowers its scale. It counts as lost only
+  at a scale of 1 or less.
+- A lost or skipped step changes neither weights nor optimizer. `GuardedStep.update` returns False, and no EMA may be
+  updated.
+- Ten lost steps in a row end the training.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from nnunet_dycon.errors import UserError
+from nnunet_dycon.ranks import all_reduce_max, ids_for_ddp, rank
+
+MAX_GRADIENT_NORM = 12  # nnU-Net's
+MAX_LOST_STEPS = 10  # in a row
+
+Terms = dict[str, Any]  # tensors or numbers by name; "loss" is the one to minimize
+
+
+class Cause(Enum):
+    """The cause of a lost step."""
+
+    LOSS = "the loss was not finite"
+    OVERFLOW = "gradients overflowed in half precision at a loss scale of 1 or less"
+    DIVERGENCE = "the loss was finite, but its gradient was not"
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """The result of a backward pass, on the host.
+
+    Attributes:
+        values: the terms as numbers.
+        norm: of the gradients, before clipping. The same on all ranks.
+        loss_is_finite: on all ranks.
+        stop: whether a stop is requested on any rank.
+    """
+
+    values: dict[str, float]
+    norm: float
+    loss_is_finite: bool
+    stop: bool
+
+
+def autocast(device: torch.device) -> AbstractContextManager:
+    """Return nnU-Net's autocast: half precision on CUDA only."""
+    return torch.autocast("cuda") if device.type == "cuda" else nullcontext()
+
+
+def optimize_with_network(
+    method: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device, is_ddp: bool
+) -> None:
+    """Add the trainable children of a method to the optimizer, and wrap them in DDP like the network.
+
+    Args:
+        method: its children are replaced by wrapped ones.
+        optimizer: of the network.
+        device: of the children.
+        is_ddp: whether several ranks train together.
+    """
+    for name, child in method.named_children():
+        trainable = [parameter for parameter in child.parameters() if parameter.requires_grad]
+        if not trainable:
+            continue
+        optimizer.add_param_group({"params": trainable})
+        if is_ddp:
+            child = nn.SyncBatchNorm.convert_sync_batchnorm(child)  # as nnU-Net does with the network
+            setattr(method, name, DistributedDataParallel(child, device_ids=ids_for_ddp(device)))
+
+
+class GuardedStep:
+    """Backward pass, gradient clipping and optimizer step, with the rules for lost steps above.
+
+    Args:
+        log: called on rank 0 with a line for each lost step whose cause may be on this rank; other ranks print it.
+    """
+
+    def __init__(self, log: Callable[[str], None]) -> None:
+        self._log = log
+        self._lost: list[tuple[Cause, set[str]]] = []  # causes of the lost steps in a row, and their suspicious cases
+
+    def backward(
+        self,
+        terms: Terms,
+        optimizer: torch.optim.Optimizer,
+        grad_scaler: torch.amp.GradScaler | None,
+        stop: bool = False,
+    ) -> Gradients:
+        """Compute the gradients of all optimized parameters, and clip them together.
+
+        All ranks must call it. It is the only place in a step where the host waits for the device.
+
+        Args:
+            terms: scalars, among them the "loss".
+            optimizer: of the parameters.
+            grad_scaler: None without half precision.
+            stop: whether this rank requests a stop.
+        """
+        loss = terms["loss"]
+        if grad_scaler is None:
+            loss.backward()
+        else:
+            grad_scaler.scale(loss).backward()
+            grad_scaler.unscale_(optimizer)
+        optimized = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        norm = nn.utils.clip_grad_norm_(optimized, MAX_GRADIENT_NORM)
+        flags = torch.stack([~torch.isfinite(loss.detach()), torch.full_like(loss.detach(), stop, dtype=torch.bool)])
+        tensors = {name: value for name, value in terms.items() if isinstance(value, torch.Tensor)}
+        on_device = [norm, *all_reduce_max(flags.float()), *tensors.values()]
+        norm, is_lost, stop, *numbers = torch.stack([value.detach().float() for value in on_device]).cpu().numpy()
+        return Gradients({**terms, **dict(zip(tensors, numbers))}, float(norm), not is_lost, bool(stop))
+
+    def update(
+        self,
+        gradients: Gradients,
+        optimizer: torch.optim.Optimizer,
+        grad_scaler: torch.amp.GradScaler | None,
+        cases: Sequence[str],
+    ) -> bool:
+        """Move the parameters, unless the step is lost or skipped. All ranks return the same.
+
+        Args:
+            gradients: the result of `backward`.
+            optimizer: of the parameters.
+            grad_scaler: None without half precision.
+            cases: the identifiers of the batch.
+
+        Returns:
+            Whether the parameters have moved.
+
+        Raises:
+            UserError: this is the tenth lost step in a row.
+        """
+        is_finite = gradients.loss_is_finite and bool(np.isfinite(gradients.norm))
+        if is_finite:
+            _step(optimizer, grad_scaler)
+            self._lost = []
+        elif (cause := _skip(gradients, grad_scaler)) is not None:
+            self._lose(cause, gradients.values["loss"], cases)
+        return is_finite
+
+    def _lose(self, cause: Cause, loss: float, cases: Sequence[str]) -> None:
+        """Count a lost step, log it, and raise UserError at the tenth in a row."""
+        is_suspicious = cause is not Cause.LOSS or not np.isfinite(loss)  # otherwise another rank has the bad loss
+        self._lost.append((cause, set(cases) if is_suspicious else set()))
+        if is_suspicious:
+            names = ", ".join(cases)
+            line = f"WARNING: step lost: {cause.value}; loss {loss:.4g}. Nothing was updated. Cases: {names}"
+            self._log(line) if rank() == 0 else print(f"rank {rank()}: {line}")
+        if len(self._lost) == MAX_LOST_STEPS:
+            raise UserError(f"{MAX_LOST_STEPS} steps in a row were lost. {self._advice()}")
+
+    def _advice(self) -> str:
+        causes = {cause for cause, _ in self._lost}
+        resume = "resume from the last checkpoint with --c, or start again with a lower learning rate"
+        if Cause.LOSS not in causes:
+            if Cause.OVERFLOW not in causes:
+                return f"The gradients were not finite, so training has diverged: {resume}"
+            return (
+                "Gradients overflowed in half precision: check the cases in the training log for extreme intensities. "
+                f"If there are none, {resume}"
+            )
+        suspects = [cases for _, cases in self._lost if cases]
+        common = sorted(set.intersection(*suspects)) if suspects else []
+        if common:
+            problem = f"All had {', '.join(common)} in the batch: repair or remove what is damaged and resume with --c"
+        else:
+            problem = "Their cases are in the training log: repair or remove those that are damaged and resume with --c"
+        return f"{problem}. If no case is damaged, training has diverged: {resume}"
+
+
+def _step(optimizer: torch.optim.Optimizer, grad_scaler: torch.amp.GradScaler | None) -> None:
+    if grad_scaler is None:
+        optimizer.step()
+    else:
+        grad_scaler.step(optimizer)
+        grad_scaler.update()
+
+
+def _skip(gradients: Gradients, grad_scaler: torch.amp.GradScaler | None) -> Cause | None:
+    """Update the scaler after a step that must not move anything; return why it is lost, or None if it is skipped."""
+    if grad_scaler is None:
+        return Cause.DIVERGENCE if gradients.loss_is_finite else Cause.LOSS
+    scale = grad_scaler.get_scale()
+    if not gradients.loss_is_finite:
+        # The scale stays: a damaged case would lower it at each step, until all gradients vanish.
+        grad_scaler.update(scale)
+        return Cause.LOSS
+    # Without `step`, which would skip the optimizer: `unscale_` has recorded the overflow that lowers the scale.
+    grad_scaler.update()
+    lowered = grad_scaler.get_scale() < scale
+    if not lowered:  # of finite gradients, only the norm overflows
+        return Cause.DIVERGENCE
+    return Cause.OVERFLOW if scale <= 1 else None

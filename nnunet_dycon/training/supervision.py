@@ -1,0 +1,20 @@
+"""The supervision of a method, as nnU-Net's trainer is configured."""
+
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+from nnunet_dycon.batches import Targets
+from nnunet_dycon.label_kinds import Classes, Regions
+from nnunet_dycon.methods import Supervision
+
+
+def make_supervision(trainer: nnUNetTrainer) -> Supervision:
+    """Return the supervision of a method: the trainer's loss, with deep supervision if it is on, and its labels."""
+
+    def loss(logits: list[torch.Tensor], targets: Targets) -> torch.Tensor:
+        return trainer.loss(logits if trainer.enable_deep_supervision else logits[0], targets)
+
+    level_weights = tuple(trainer.loss.weight_factors) if trainer.enable_deep_supervision else (1.0,)
+    labels = trainer.label_manager
+    kind = Regions(labels.has_ignore_label) if labels.has_regions else Classes(labels.ignore_label)
+    return Supervision(loss, kind.weighted_loss(level_weights, trainer.configuration_manager.batch_dice), kind)

@@ -1,0 +1,90 @@
+"""Preemption by SIGTERM."""
+
+import os
+import signal
+from types import SimpleNamespace
+
+import pytest
+
+from nnunet_dycon.training.preemption import EXIT_CODE, StopRequest, save_and_exit
+
+
+@pytest.mark.parametrize("can_wait", [False, True])
+def test_the_signal_ends_a_process_at_once_unless_there_is_something_to_save(can_wait):
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        request = StopRequest()
+        request.can_wait = can_wait
+        with request.listening():
+            os.kill(os.getpid(), signal.SIGTERM)
+            os._exit(7 if request.is_made else 8)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == (7 if can_wait else -signal.SIGTERM)
+
+
+def test_a_forked_process_has_nothing_to_save():
+    request = StopRequest()
+    request.can_wait = True
+    with request.listening():
+        child = os.fork()
+        if child == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os._exit(8)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+    assert not request.is_made
+
+
+def test_the_previous_handler_is_restored():
+    before = signal.getsignal(signal.SIGTERM)
+    request = StopRequest()
+    request.can_wait = True
+    with request.listening():
+        assert signal.getsignal(signal.SIGTERM) is not before
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert request.is_made
+    assert signal.getsignal(signal.SIGTERM) is before
+    with pytest.raises(KeyError), request.listening():
+        raise KeyError
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_nothing_is_installed_where_the_signal_must_end_the_process():
+    before = signal.getsignal(signal.SIGTERM)
+    with StopRequest().listening(False):
+        assert signal.getsignal(signal.SIGTERM) is before
+
+
+class Trainer(SimpleNamespace):
+    """In step 2 of epoch 1, whose first values are logged."""
+
+    def __init__(self, **attributes):
+        self.lines, self.saved = [], []
+        self.logs = {"lrs": [0.1, 0.05], "mean_fg_dice": [0.5]}
+        self.logger = SimpleNamespace(get_checkpoint=lambda: self.logs)
+        self.print_to_log_file = self.lines.append
+        defaults = {"current_epoch": 1, "num_iterations_per_epoch": 3, "disable_checkpointing": False}
+        loaders = {"dataloader_train": None, "dataloader_val": None}
+        super().__init__(**(defaults | loaders | {"output_folder": "fold_0"} | attributes))
+
+    def save_checkpoint(self, filename):
+        self.saved.append((filename, self.current_epoch + 1, {name: list(log) for name, log in self.logs.items()}))
+
+
+def test_a_stop_saves_the_number_of_the_interrupted_epoch_without_its_logs():
+    trainer, curves = Trainer(), {"loss": [1.0, 2.0], "beta": [5.0]}
+    with pytest.raises(SystemExit) as end:
+        save_and_exit(trainer, curves, 2)
+    assert end.value.code == EXIT_CODE == 143
+    assert trainer.saved == [("fold_0/checkpoint_latest.pth", 1, {"lrs": [0.1], "mean_fg_dice": [0.5]})]
+    assert curves == {"loss": [1.0], "beta": [5.0]}
+    assert trainer.lines == [
+        "stopped by SIGTERM in epoch 1, after 2 of 3 steps; checkpoint_latest.pth is written; resume with --c, which "
+        "repeats this epoch"
+    ]
+
+
+def test_without_checkpoints_a_stop_saves_nothing():
+    trainer = Trainer(disable_checkpointing=True)
+    with pytest.raises(SystemExit):
+        save_and_exit(trainer, {}, 2)
+    assert trainer.lines == ["stopped by SIGTERM in epoch 1, after 2 of 3 steps; nothing is saved"]

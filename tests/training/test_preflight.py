@@ -1,0 +1,230 @@
+"""Preflight checks: mistakes are named in one line, before a training starts."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from nnunet_dycon.data.unlabeled import UnlabeledCases
+from nnunet_dycon.errors import UserError
+from nnunet_dycon.training import preflight
+from nnunet_dycon.training.preflight import check_cases, check_settings, describe_batch
+from tests.tiny import UNLABELED
+
+
+def remove_unlabeled(base: Path, raw: Path) -> None:
+    shutil.rmtree(base / "nnUNetPlans_3d_fullres_unlabeled")
+    shutil.rmtree(raw / "imagesUn")
+
+
+def rename_labeled_to_unlabeled(base: Path, raw: Path) -> None:
+    """An unlabeled case was annotated later, but not removed from imagesUn."""
+    for file in (base / "nnUNetPlans_3d_fullres").glob("case_00*"):
+        file.rename(file.with_name(file.name.replace("case_00", UNLABELED[0])))
+
+
+def few_labeled(base: Path, raw: Path) -> None:
+    (base / "splits_final.json").unlink(missing_ok=True)
+    for file in (base / "nnUNetPlans_3d_fullres").glob("case_00*"):
+        file.unlink()
+    forget_in_fingerprint(base)
+
+
+def forget_in_fingerprint(base: Path) -> None:
+    """As if one case less had been planned on; all have the same shape."""
+    file = base / "dataset_fingerprint.json"
+    fingerprint = json.loads(file.read_text())
+    fingerprint["shapes_after_crop"].pop()
+    file.write_text(json.dumps(fingerprint))
+
+
+def few_splits(base: Path, raw: Path) -> None:
+    few_labeled(base, raw)
+    (base / "splits_final.json").write_text("[]")
+
+
+def lost_label(base: Path, raw: Path) -> None:
+    """Planned on 5 cases; then one of them became unlabeled."""
+    for file in (base / "nnUNetPlans_3d_fullres").glob("case_04*"):
+        file.unlink()
+    (base / "splits_final.json").write_text(json.dumps([{"train": ["case_00"], "val": ["case_01"]}]))
+
+
+def other_plans(base: Path, raw: Path) -> None:
+    file = base / "nnUNetPlans.json"
+    plans = json.loads(file.read_text())
+    plans["configurations"]["3d_fullres"]["spacing"] = [2.0, 1.0, 1.0]
+    file.write_text(json.dumps(plans))
+
+
+def not_preprocessed(base: Path, raw: Path) -> None:
+    shutil.rmtree(base / "nnUNetPlans_3d_fullres")
+
+
+def write_split(*folds: dict):
+    return lambda base, raw: (base / "splits_final.json").write_text(json.dumps(folds))
+
+
+def damage_split(base: Path, raw: Path) -> None:
+    (base / "splits_final.json").write_text('[{"train": ["case_00"')
+
+
+def damage_manifest(base: Path, raw: Path) -> None:
+    (base / "nnUNetPlans_3d_fullres_unlabeled.json").write_text("{")
+
+
+def bad_image(base: Path, raw: Path) -> None:
+    """Found by a training that preprocesses the unlabeled images itself."""
+    shutil.rmtree(base / "nnUNetPlans_3d_fullres_unlabeled")
+    image = raw / "imagesUn" / "scan_01_0000.nii.gz"
+    image.write_bytes(image.read_bytes()[:3000])
+
+
+FAULTS = {
+    "no unlabeled cases": (remove_unlabeled, "no unlabeled cases: .*imagesUn"),
+    "labeled and unlabeled": (rename_labeled_to_unlabeled, "1 cases are both labeled and unlabeled, scan_00 the first"),
+    "too few for a split": (few_labeled, "4 labeled cases are too few for nnU-Net's split into 5 folds, .*fold 'all'"),
+    "fold not in the split": (few_splits, "4 labeled cases are too few .*: fold 0 does not exist; train on all"),
+    "stale fingerprint": (lost_label, "fingerprint.json was made from 5 cases, which are not the 4 .* -d 901 --clean"),
+    "stale": (
+        other_plans,
+        "is stale: the plans have changed; run: nnunet_dycon preprocess_unlabeled -d 901 -c 3d_full",
+    ),
+    "split of absent cases": (
+        write_split({"train": ["case_00", "gone"], "val": ["case_01"]}),
+        r"splits_final.json names 1 cases in fold 0 that are not among the labeled, preprocessed ones, gone the first",
+    ),
+    "split of unlabeled cases": (
+        write_split({"train": ["case_00"], "val": ["scan_00"]}),
+        r"names 1 cases in fold 0 .*, scan_00 the first \(cases of imagesUn do not belong there.*; mend it, or remove",
+    ),
+    "split without validation": (
+        write_split({"train": ["case_00"], "val": []}),
+        "splits_final.json has no cases to validate on in fold 0; mend it",
+    ),
+    "malformed split": (
+        write_split({"train": ["case_00"], "val": [["case_01"]]}),
+        "splits_final.json is no list of splits, .*; mend it, or remove it",
+    ),
+    "damaged fingerprint": (
+        lambda base, raw: (base / "dataset_fingerprint.json").write_text("{"),
+        "dataset_fingerprint.json is damaged; run: nnUNetv2_plan_and_preprocess -d 901 --clean",
+    ),
+    "damaged labeled case": (
+        lambda base, raw: (base / "nnUNetPlans_3d_fullres" / "case_00.pkl").write_bytes(b""),
+        "case_00.pkl is damaged; run: nnUNetv2_preprocess -d 901",
+    ),
+    "empty unlabeled case": (
+        lambda base, raw: (base / "nnUNetPlans_3d_fullres_unlabeled" / "scan_01.b2nd").write_bytes(b""),
+        "is stale: scan_01.b2nd is missing or empty; run: nnunet_dycon preprocess_unlabeled -d 901",
+    ),
+    "manifest without files": (
+        lambda base, raw: (base / "nnUNetPlans_3d_fullres_unlabeled.json").write_text(
+            json.dumps(json.loads((base / "nnUNetPlans_3d_fullres_unlabeled.json").read_text()) | {"files": None})
+        ),
+        "is stale: nnUNetPlans_3d_fullres_unlabeled.json is damaged; run: nnunet_dycon preprocess_unlabeled -d 901",
+    ),
+    "damaged split": (damage_split, "splits_final.json is no list of splits, .*; mend it, or remove it"),
+    "damaged manifest": (
+        damage_manifest,
+        "is stale: nnUNetPlans_3d_fullres_unlabeled.json is damaged; run: nnunet_dycon preprocess_unlabeled -d 901",
+    ),
+    "damaged unlabeled image": (
+        bad_image,
+        r"1 of 4 unlabeled cases cannot be used; repair or remove them: .*imagesUn/scan_01_0000.nii.gz \(Compressed",
+    ),
+    "not preprocessed": (not_preprocessed, "does not exist; run: nnUNetv2_preprocess -d 901"),
+}
+
+
+def check() -> None:
+    unlabeled = UnlabeledCases.of_dataset("901", "3d_fullres", "nnUNetPlans")
+    check_cases(unlabeled.folder.with_name("nnUNetPlans_3d_fullres"), 0, unlabeled)
+
+
+def test_a_sound_data_set_passes(base):
+    check()
+
+
+@pytest.mark.parametrize(("break_it", "message"), FAULTS.values(), ids=FAULTS.keys())
+def test_a_fault_is_named_in_one_line(base, raw, monkeypatch, break_it, message):
+    monkeypatch.setattr(preflight, "default_num_processes", 1)
+    break_it(base, raw)
+    with pytest.raises(UserError, match=message) as fault:
+        check()
+    assert "\n" not in str(fault.value)
+    assert not (break_it is bad_image and (base / "nnUNetPlans_3d_fullres_unlabeled").exists())
+
+
+@dataclass(frozen=True)
+class MethodSettings:
+    temperature: float = 0.6
+    mixing: str = "none"
+
+
+@dataclass(frozen=True)
+class Length:
+    num_epochs: int = 1000
+
+
+CURRENT = {"training_settings": Length(), "method_settings": MethodSettings()}
+RECORDED = {"training_settings": {"num_epochs": 1000}, "method_settings": {"temperature": 0.6, "mixing": "none"}}
+
+
+def changed(kind: str, **settings) -> dict:
+    return {**RECORDED, kind: {**RECORDED[kind], **settings}}
+
+
+def test_equal_settings_are_fine():
+    lines = []
+    check_settings(RECORDED, CURRENT, "fold_0", lines.append)
+    assert not lines
+
+
+def test_a_new_setting_at_its_default_is_fine():
+    recorded = {"training_settings": {}, "method_settings": {"temperature": 0.6}}
+    check_settings(recorded, CURRENT, "fold_0", pytest.fail)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "current", "message"),
+    [
+        (
+            changed("method_settings", temperature=0.1),
+            CURRENT,
+            r"temperature 0.1 \(now 0.6\); resume with those, or star",
+        ),
+        (
+            {**RECORDED, "method_settings": {"temperature": 0.6}},
+            {**CURRENT, "method_settings": MethodSettings(mixing="cutmix")},
+            r"mixing none \(now cutmix\); resume with those",
+        ),
+    ],
+)
+def test_other_settings_of_the_method_are_refused(recorded, current, message):
+    """A setting that is newer than the checkpoint had its default."""
+    with pytest.raises(UserError, match=f"the checkpoint in fold_0 was trained with other settings: {message}"):
+        check_settings(recorded, current, "fold_0", pytest.fail)
+
+
+def test_another_length_is_a_warning():
+    lines = []
+    check_settings(changed("training_settings", num_epochs=2), CURRENT, "fold_0", lines.append)
+    assert lines == ["WARNING: the resumed training had other settings: num_epochs 2 (now 1000)"]
+
+
+def test_the_batch_is_described_with_steps_memory_and_remedy():
+    trainer = SimpleNamespace(
+        batch_size=2, unlabeled_batch_size=1, configuration_manager=SimpleNamespace(batch_size=4),
+        activation_memory_factor=2.0, num_epochs=10, num_iterations_per_epoch=25,
+    )  # fmt: skip
+    line = describe_batch(trainer, {"labeled": ["a", "b", "c"], "unlabeled": ["d"]})
+    assert line.startswith(
+        "3 labeled and 1 unlabeled cases. Each of the 250 steps trains on 2 labeled and 1 unlabeled patches: about 1.5 "
+        "times the memory"
+    )
+    assert "-gpu_memory_target at 1/1.5 " in line
+    assert "unlabeled_batch_size=1" in line
