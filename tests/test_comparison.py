@@ -314,8 +314,8 @@ def test_equals_sign_in_a_folder():
 @pytest.mark.parametrize("number", [1, 4, 6, 8])
 def test_picture_has_a_panel_per_method_and_a_point_per_case(tmp_path, monkeypatch, number):
     figures = []
-    save_figure = pictures._save
-    monkeypatch.setattr(pictures, "_save", lambda figure, file: figures.append(figure) or save_figure(figure, file))
+    save_figure = pictures.save
+    monkeypatch.setattr(pictures, "save", lambda figure, file: figures.append(figure) or save_figure(figure, file))
     rng = np.random.default_rng(0)
     panels = [
         Panel(f"method $x^ {i}", {"organ": (rng.random(9), rng.random(9)), "tumor": (rng.random(5), rng.random(5))})
