@@ -1,4 +1,4 @@
-"""Losses as pure functions of tensors, and small modules that store their constants."""
+"""Losses as pure functions of tensors. Where speed matters, the work is done in `nnunet_dycon.losses.kernels`."""
 
 from nnunet_dycon.losses.consistency import consistency_loss
 from nnunet_dycon.losses.cross_pseudo import rectified_cross_pseudo_loss
@@ -10,28 +10,24 @@ from nnunet_dycon.losses.dice_ce import (
 )
 from nnunet_dycon.losses.entropy import sigmoid_entropy, softmax_entropy
 from nnunet_dycon.losses.entropy_filter import entropy_filtered_loss, reliable_labels
-from nnunet_dycon.losses.fecl import FeCLLoss, fecl_loss
-from nnunet_dycon.losses.fecl_released import FeCLReleasedLoss, fecl_released_loss
+from nnunet_dycon.losses.fecl import fecl_loss, fecl_reference
+from nnunet_dycon.losses.fecl_released import fecl_released_loss
 from nnunet_dycon.losses.mistake_region import mistake_region_loss
 from nnunet_dycon.losses.prototype_contrast import class_prototypes, prototype_contrast_loss
 from nnunet_dycon.losses.query_distribution import (
-    QueryDistributionLoss,
     query_consistency_loss,
     query_distribution_loss,
 )
-from nnunet_dycon.losses.uncl import UnCLLoss, uncl_loss
+from nnunet_dycon.losses.uncl import uncl_loss, uncl_reference
 
 __all__ = [
-    "FeCLLoss",
-    "FeCLReleasedLoss",
-    "QueryDistributionLoss",
-    "UnCLLoss",
     "WeightedDiceBCELoss",
     "WeightedDiceCELoss",
     "class_prototypes",
     "consistency_loss",
     "entropy_filtered_loss",
     "fecl_loss",
+    "fecl_reference",
     "fecl_released_loss",
     "mistake_region_loss",
     "prototype_contrast_loss",
@@ -42,6 +38,7 @@ __all__ = [
     "sigmoid_entropy",
     "softmax_entropy",
     "uncl_loss",
+    "uncl_reference",
     "weighted_dice_bce_loss",
     "weighted_dice_ce_loss",
 ]

@@ -1,7 +1,6 @@
 """Losses on the query distribution of a mask transformer: softmax over queries, summed over each class's queries."""
 
 import torch
-from torch import nn
 from torch.nn.functional import cross_entropy
 
 from nnunet_dycon.losses.two_classes import shape_of_labels
@@ -98,14 +97,3 @@ def query_consistency_loss(strong_logits: torch.Tensor, weak_logits: torch.Tenso
         )
     weak, strong = torch.log_softmax(weak_logits.detach(), 1), torch.log_softmax(strong_logits, 1)
     return (weak.exp() * (weak - strong)).sum(1).mean()
-
-
-class QueryDistributionLoss(nn.Module):
-    """`query_distribution_loss` as a module, for classes or regions."""
-
-    def __init__(self, sigmoid: bool = False) -> None:
-        super().__init__()
-        self.sigmoid = sigmoid
-
-    def forward(self, logits: torch.Tensor, target: torch.Tensor, known: torch.Tensor | None = None) -> torch.Tensor:
-        return query_distribution_loss(logits, target, known, sigmoid=self.sigmoid)

@@ -1,17 +1,19 @@
 """Uncertainty-aware consistency loss (UnCL) between student and teacher."""
 
-from collections.abc import Iterator
-
 import torch
-from torch import nn
 
 from nnunet_dycon.losses.entropy import softmax_and_entropy
-from nnunet_dycon.losses.gradients import refuse_second_derivative
-from nnunet_dycon.losses.two_classes import as_two_classes
-from nnunet_dycon.precision import upcast
+from nnunet_dycon.losses.kernels.uncl import UnCL
 
-# Entries of a block of logits: 2^18 are 1 MiB in float32 and fit into a CPU cache; a GPU needs fewer, larger blocks.
-_BLOCK_ENTRIES = {"cpu": 2**18, "cuda": 2**23}
+
+def uncl_reference(
+    student_logits: torch.Tensor, teacher_logits: torch.Tensor, beta: float, entropy_weight: float = 1.0
+) -> torch.Tensor:
+    """Return Eq. 1 of DyCON for classes, written as in the paper. Tests hold `uncl_loss` to it, which is faster."""
+    p_s, h_s = softmax_and_entropy(student_logits)
+    p_t, h_t = softmax_and_entropy(teacher_logits.detach())
+    consistency = (p_s - p_t).square().sum(1) / (torch.exp(beta * h_s) + torch.exp(beta * h_t))
+    return (consistency + entropy_weight * beta * (h_s + h_t)).mean()
 
 
 def uncl_loss(
@@ -50,7 +52,7 @@ def uncl_loss(
     - neither paper nor code supports regions. One uncertainty per voxel, the mean over its regions, is our reading. One
       region with logit z gives the same loss as two classes with the logits 0 and z.
 
-    Only the logits are kept for the backward pass, which recomputes everything else in blocks.
+    `uncl_reference` is the equation; it is computed by `nnunet_dycon.losses.kernels.uncl` in blocks.
 
     Args:
         student_logits: (B, C, *spatial), before the softmax or sigmoid.
@@ -82,114 +84,4 @@ def uncl_loss(
         raise ValueError(f"beta must not be negative, got {beta}")
     if not entropy_weight >= 0:
         raise ValueError(f"entropy_weight must not be negative, got {entropy_weight}")
-    return _UnCL.apply(student_logits, teacher_logits.detach(), float(beta), float(entropy_weight), sigmoid)
-
-
-class _UnCL(torch.autograd.Function):
-    """UnCL with a hand-written gradient."""
-
-    @staticmethod
-    def forward(ctx, student_logits, teacher_logits, beta, entropy_weight, sigmoid):
-        ctx.save_for_backward(student_logits, teacher_logits)
-        ctx.constants = beta, entropy_weight, sigmoid
-        output, distance = (_of_regions, _between_regions) if sigmoid else (softmax_and_entropy, _between_classes)
-        total = upcast(student_logits.new_zeros(()))
-        for student, teacher in _blocks(student_logits, teacher_logits):
-            p, entropy = output(student)
-            q, teacher_entropy = output(teacher)
-            spread = torch.exp(beta * entropy) + torch.exp(beta * teacher_entropy)
-            uncertainty = entropy_weight * beta * (entropy + teacher_entropy)
-            total += (distance(p, q) / spread + uncertainty).sum()
-        return total / (student_logits.numel() // student_logits.shape[1])
-
-    @staticmethod
-    def backward(ctx, gradient):
-        """Compute the gradient of the student's logits block by block."""
-        refuse_second_derivative()
-        student_logits, teacher_logits = ctx.saved_tensors
-        beta, entropy_weight, sigmoid = ctx.constants
-        gradient_of = _gradient_of_regions if sigmoid else _gradient_of_classes
-        result = torch.empty_like(student_logits, memory_format=torch.contiguous_format)
-        scale = gradient / (student_logits.numel() // student_logits.shape[1])
-        for student, teacher, out in _blocks(student_logits, teacher_logits, result):
-            out.copy_(gradient_of(student, teacher, beta, entropy_weight, scale))
-        return result, None, None, None, None
-
-
-def _between_classes(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """Return the squared distance ‖p - q‖² of each voxel: (B, voxels)."""
-    return (p - q).square_().sum(1)
-
-
-def _gradient_of_classes(student, teacher, beta, entropy_weight, scale) -> torch.Tensor:
-    r"""Return the gradient of the loss with respect to the student's logits z of classes.
-
-    With :math:`D = \lVert p - q \rVert^2` and :math:`E = e^{\beta H(p)} + e^{\beta H(q)}`, it is for each voxel
-
-    .. math::
-        \frac{\partial L}{\partial z_c} = p_c \left(g_c - \sum_k p_k g_k\right), \qquad
-        g_c = \frac{2 (p_c - q_c)}{E} - \beta \left(\eta - \frac{D e^{\beta H(p)}}{E^2}\right) \ln p_c
-    """
-    log_p = torch.log_softmax(student, 1)
-    p = log_p.exp()
-    entropy = -(p * log_p).sum(1, keepdim=True)
-    q, teacher_entropy = softmax_and_entropy(teacher)
-    own = torch.exp(beta * entropy)
-    spread = own + torch.exp(beta * teacher_entropy)[:, None]
-    difference = p - q
-    distance = difference.square().sum(1, keepdim=True)
-    g = 2 * difference / spread - beta * (entropy_weight - distance * own / spread.square()) * log_p
-    return scale * p * (g - (p * g).sum(1, keepdim=True))
-
-
-def _of_regions(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the sigmoid (B, R, voxels) and the mean of its binary entropies over regions (B, voxels)."""
-    probabilities, entropies = softmax_and_entropy(as_two_classes(logits))
-    return probabilities[:, 1], entropies.mean(1)
-
-
-def _between_regions(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """Return the squared distance of each voxel, the mean over regions: (B, voxels)."""
-    return 2 * (p - q).square_().mean(1)
-
-
-def _gradient_of_regions(student, teacher, beta, entropy_weight, scale) -> torch.Tensor:
-    r"""Return the gradient of the loss with respect to the student's logits z of regions.
-
-    With D and E as above and the derivative :math:`h'(z) = -p (1 - p) z` of a binary entropy, it is for each voxel
-
-    .. math::
-        \frac{\partial L}{\partial z_r} = \frac{p_r (1 - p_r)}{R} \left[ \frac{4 (p_r - q_r)}{E}
-            - \beta \left(\eta - \frac{D e^{\beta H(p)}}{E^2}\right) z_r \right]
-    """
-    p, entropy = _of_regions(student)
-    q, teacher_entropy = _of_regions(teacher)
-    own = torch.exp(beta * entropy)
-    spread = own + torch.exp(beta * teacher_entropy)
-    of_entropy = beta * (entropy_weight - _between_regions(p, q) * own / spread.square())
-    g = 4 * (p - q) / spread[:, None] - of_entropy[:, None] * student
-    return scale / student.shape[1] * p * (1 - p) * g
-
-
-def _blocks(*volumes: torch.Tensor) -> Iterator[list[torch.Tensor]]:
-    """Yield blocks (B, C, voxels) of volumes (B, C, *spatial), the first two upcast to at least float32.
-
-    A third volume is not converted, so that its blocks are views to write to.
-    """
-    first = volumes[0]
-    flat = [volume.flatten(2) for volume in volumes]
-    voxels = max(1, _BLOCK_ENTRIES.get(first.device.type, 2**20) // (first.shape[0] * first.shape[1]))
-    for start in range(0, flat[0].shape[2], voxels):
-        parts = [volume[:, :, start : start + voxels] for volume in flat]
-        yield [upcast(part) for part in parts[:2]] + parts[2:]
-
-
-class UnCLLoss(nn.Module):
-    """`uncl_loss` as a module with a fixed β, for classes or regions."""
-
-    def __init__(self, beta: float, sigmoid: bool = False) -> None:
-        super().__init__()
-        self.beta, self.sigmoid = beta, sigmoid
-
-    def forward(self, student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
-        return uncl_loss(student_logits, teacher_logits, self.beta, sigmoid=self.sigmoid)
+    return UnCL.apply(student_logits, teacher_logits.detach(), float(beta), float(entropy_weight), sigmoid)

@@ -6,9 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.functional import normalize
 
 from nnunet_dycon.features import ProjectionHead
-from nnunet_dycon.losses import FeCLLoss, fecl, fecl_loss
+from nnunet_dycon.losses import fecl_loss, fecl_reference
+from nnunet_dycon.losses.kernels import fecl
 
 
 def fecl_by_pairs(embedding, labels, teacher=None, entropy=None, *, tau=0.6, gamma=2.0, top_k=5, ignore=-1) -> float:
@@ -59,6 +61,22 @@ def patches(batch=2, number=12, width=6, classes=3, seed=0, dtype=torch.float64)
     labels = torch.randint(-1, classes, (batch, number), generator=generator)
     entropy = torch.rand(batch, number, generator=generator, dtype=dtype)
     return embedding, labels, teacher, entropy
+
+
+@pytest.mark.parametrize("gamma", [0.0, 1.0, 2.0])
+@pytest.mark.parametrize("top_k", [1, 5, 30])
+def test_reference_equals_the_loop_over_pairs_and_the_kernel_its_gradient(gamma, top_k):
+    embedding, labels, teacher, entropy = patches(batch=1)
+    embedding.requires_grad_()
+    labels = labels.clamp(min=0)  # the reference has no ignored patches
+    z, z_t = (normalize(its[0], dim=-1) for its in (embedding, teacher))
+    reference = fecl_reference(z, labels[0], z_t, entropy[0], 0.6, gamma, top_k)
+    expected = fecl_by_pairs(embedding.detach(), labels, teacher, entropy, gamma=gamma, top_k=top_k)
+    assert reference.item() == pytest.approx(expected, rel=1e-9)
+    constants = {"teacher_embedding": teacher, "anchor_entropy": entropy, "gamma": gamma, "top_k": top_k}
+    (of_reference,) = torch.autograd.grad(reference, embedding)
+    (of_kernel,) = torch.autograd.grad(fecl_loss(embedding, labels, **constants), embedding)
+    torch.testing.assert_close(of_kernel, of_reference, rtol=1e-8, atol=1e-12)
 
 
 def test_value_computed_by_hand():
@@ -226,15 +244,6 @@ def test_autocast_does_not_lower_the_precision():
         loss.backward()
         results.append((loss.detach(), student.grad))
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
-
-
-def test_module_calls_the_function():
-    embedding, labels, teacher, entropy = patches()
-    module = FeCLLoss(temperature=0.3, gamma=1.0, top_k=2)
-    expected = fecl_loss(
-        embedding, labels, teacher_embedding=teacher, anchor_entropy=entropy, temperature=0.3, gamma=1.0, top_k=2
-    )
-    assert module(embedding, labels, teacher, entropy) == expected
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nnunet_dycon.losses import UnCLLoss, uncl, uncl_loss
+from nnunet_dycon.losses import uncl_loss, uncl_reference
+from nnunet_dycon.losses.kernels import uncl
 from tests.losses.by_voxel import as_classes, entropy, regions
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "dycon_released_69c1384.json").read_text())
@@ -50,6 +51,18 @@ def uncl_by_regions(student: torch.Tensor, teacher: torch.Tensor, beta: float, e
 
 def logits(*shape: int, seed: int = 0, dtype=torch.float64) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype) * 2
+
+
+@pytest.mark.parametrize("entropy_weight", [0.0, 1.0, 0.3])
+@pytest.mark.parametrize("classes", [2, 4])
+def test_reference_equals_the_loop_over_voxels_and_the_kernel_its_gradient(classes, entropy_weight):
+    student, teacher = logits(2, classes, 3, 4, 5).requires_grad_(), logits(2, classes, 3, 4, 5, seed=1)
+    reference = uncl_reference(student, teacher, 1.7, entropy_weight)
+    expected = uncl_by_voxels(student.detach(), teacher, 1.7, entropy_weight)
+    assert reference.item() == pytest.approx(expected, rel=1e-9)
+    loss = uncl_loss(student, teacher, 1.7, entropy_weight=entropy_weight)
+    (of_reference,), (of_kernel,) = (torch.autograd.grad(value, student) for value in (reference, loss))
+    torch.testing.assert_close(of_kernel, of_reference, rtol=1e-9, atol=1e-12)
 
 
 def test_value_computed_by_hand():
@@ -200,12 +213,6 @@ def test_autocast_does_not_lower_the_precision(sigmoid):
         inside = uncl_loss(student, teacher, 3.0, sigmoid=sigmoid)
     assert inside.dtype == torch.float32
     torch.testing.assert_close(inside, uncl_loss(student, teacher, 3.0, sigmoid=sigmoid), rtol=0, atol=0)
-
-
-def test_module_calls_the_function():
-    student, teacher = logits(1, 2, 4), logits(1, 2, 4, seed=1)
-    assert UnCLLoss(0.9)(student, teacher) == uncl_loss(student, teacher, 0.9)
-    assert UnCLLoss(0.9, sigmoid=True)(student, teacher) == uncl_loss(student, teacher, 0.9, sigmoid=True)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,124 @@
+"""FeCL in blocks of anchors: no N × N matrix is stored, and the forward pass also computes the gradient."""
+
+from collections.abc import Iterator
+
+import torch
+
+from nnunet_dycon.losses.kernels.gradients import KeptGradient
+
+# Entries of a block of the similarity matrix (anchors × N patches): 2^20 are 4 MiB in float32.
+_BLOCK_ENTRIES = {"cpu": 2**20, "cuda": 2**22}
+
+
+def blocks_of_anchors(embedding: torch.Tensor) -> Iterator[slice]:
+    """Yield the slices of anchors to process together; they depend only on B and N of the embedding (B, N, D)."""
+    batch, patches, _ = embedding.shape
+    entries = _BLOCK_ENTRIES.get(embedding.device.type, 2**20)
+    rows = max(16, entries // (batch * patches) // 16 * 16)  # a multiple of 16 suits matrix units
+    for first in range(0, patches, rows):
+        yield slice(first, min(first + rows, patches))
+
+
+class FeCL(KeptGradient):
+    """FeCL of normalised embeddings, with a hand-written gradient."""
+
+    @staticmethod
+    def forward(ctx, student, teacher, patch_labels, participates, entropy_weight, constants):
+        gradient = torch.zeros_like(student) if ctx.needs_input_grad[0] else None
+        total, anchors = student.new_zeros(()), student.new_zeros(())
+        for rows in blocks_of_anchors(student):
+            block = _Block(rows, student, teacher, patch_labels, participates, entropy_weight, *constants)
+            total += block.loss()
+            anchors += block.valid.sum()
+            if gradient is not None:
+                block.add_gradient(gradient)
+        anchors = anchors.clamp(min=1)
+        if gradient is not None:
+            ctx.save_for_backward(gradient.div_(anchors))
+        return total / anchors
+
+
+class _Block:
+    """A block of anchors of each image (rows R) and their pairs with all patches of the image (columns N)."""
+
+    def __init__(self, block, student, teacher, patch_labels, participates, entropy_weight, temperature, gamma, top_k):
+        self.block, self.student, self.teacher = block, student, teacher
+        self.temperature, self.gamma = temperature, gamma
+        both = participates[:, block, None] & participates[:, None, :]
+        same = patch_labels[:, block, None] == patch_labels[:, None, :]
+        self.negative = both & ~same
+        self.positive = both & same
+        columns = torch.arange(student.shape[1], device=student.device)
+        self.positive &= columns[block, None] != columns  # an anchor is not its own positive
+        positives = self.positive.sum(-1, keepdim=True)
+        self.valid = (positives > 0) & self.negative.any(-1, keepdim=True)
+        self.share = self.valid.to(student.dtype) / positives.clamp(min=1)  # of a positive in its anchor's mean
+
+        self.cosine = student[:, block] @ student.transpose(1, 2)
+        # |S| ≤ 1/τ, so subtracting 1/τ prevents an overflow without searching for the maximum of each row.
+        self.similarity = (self.cosine - 1.0) / temperature
+        self.exponential = self.similarity.exp()
+        clamped = self.cosine.clamp(0.0, 1.0)
+        self.entropy_weight = entropy_weight[:, block, None]
+        self.positive_weight = _power(1.0 - clamped, gamma) * self.entropy_weight
+        self.negative_weight = torch.where(self.negative, _power(clamped, gamma), 0.0)
+        self.hard = 0.0
+        if teacher is not None:
+            self._find_hard_negatives(top_k)
+        denominator = torch.where(self.positive, self.exponential, 0.0).sum(-1, keepdim=True)
+        denominator += (self.negative_weight * (self.exponential + self.hard)).sum(-1, keepdim=True)
+        # Anchors without positives or negatives: any positive denominator avoids log(0).
+        self.denominator = torch.where(self.valid, denominator, 1.0)
+        self.log_ratio = self.similarity - self.denominator.log()
+
+    def _find_hard_negatives(self, top_k: int) -> None:
+        """Set h, shifted by 1/τ, (B, R, 1), and the values that its gradient needs."""
+        similar = self.student[:, self.block] @ self.teacher.transpose(1, 2)
+        similar.masked_fill_(~self.negative, -torch.inf)
+        cosines, self.hardest = similar.topk(min(top_k, similar.shape[-1]), dim=-1)
+        # If there are fewer than top_k negatives, the remaining entries are -inf and add 0.
+        number = cosines.isfinite().sum(-1, keepdim=True).clamp(min=1)
+        self.hard_parts = ((cosines - 1.0) / self.temperature).exp() / number
+        self.hard = self.hard_parts.sum(-1, keepdim=True)
+
+    def loss(self) -> torch.Tensor:
+        """Return the loss summed over the anchors of the block."""
+        per_pair = torch.where(self.positive, self.positive_weight * self.log_ratio, 0.0)
+        return -(self.share * per_pair.sum(-1, keepdim=True)).sum()
+
+    def add_gradient(self, gradient: torch.Tensor) -> None:
+        r"""Add the gradient of `loss` to the gradient (B, N, D) of all embeddings.
+
+        With the denominator d and :math:`a_i = \frac{1}{|P(i)|\, d_i} \sum_{k \in P(i)} F^+_{ik}`, the derivatives
+        with respect to the cosines are
+
+        .. math::
+            \frac{\partial L}{\partial c_{ik}} &= -\frac{1}{|P(i)|} \left(\frac{F^+_{ik}}{\tau}
+                + \dot F^+_{ik} \log\frac{e^{S_{ik}}}{d_i}\right) + a_i \frac{e^{S_{ik}}}{\tau}, \quad k \in P(i) \\
+            \frac{\partial L}{\partial c_{iq}} &= a_i \left(\dot F^-_{iq} (e^{S_{iq}} + h_i)
+                + F^-_{iq} \frac{e^{S_{iq}}}{\tau}\right), \quad q \in N(i)
+        """
+        tau, student = self.temperature, self.student
+        summed = torch.where(self.positive, self.positive_weight, 0.0).sum(-1, keepdim=True)
+        pull = self.share * summed / self.denominator
+        positive = pull * self.exponential / tau - self.share * self.positive_weight / tau
+        negative = self.negative_weight * self.exponential / tau
+        if self.gamma != 0:
+            # The derivative of the clamp is 0 outside [0, 1].
+            inside = (self.cosine >= 0.0) & (self.cosine <= 1.0)
+            clamped = self.cosine.clamp(0.0, 1.0)
+            slope = torch.where(inside, self.gamma * _power(1.0 - clamped, self.gamma - 1.0), 0.0)
+            positive += self.share * self.entropy_weight * slope * self.log_ratio
+            slope = torch.where(inside, self.gamma * _power(clamped, self.gamma - 1.0), 0.0)
+            negative += slope * (self.exponential + self.hard)
+        by_cosine = torch.where(self.positive, positive, torch.where(self.negative, pull * negative, 0.0))
+        gradient.baddbmm_(by_cosine.transpose(1, 2), student[:, self.block])
+        gradient[:, self.block] += by_cosine @ student
+        if self.teacher is not None:
+            by_hard = pull * self.negative_weight.sum(-1, keepdim=True) * self.hard_parts / tau
+            images = torch.arange(len(student), device=student.device)[:, None, None]
+            gradient[:, self.block] += (by_hard[..., None] * self.teacher[images, self.hardest]).sum(-2)
+
+
+def _power(base: torch.Tensor, gamma: float) -> torch.Tensor:
+    return torch.ones_like(base) if gamma == 0 else base.pow(gamma)
