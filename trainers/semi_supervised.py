@@ -11,7 +11,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 
 from nnunet_dycon.batches import StudentOutput
-from nnunet_dycon.data import loader
+from nnunet_dycon.data import augmenters, loader
 from nnunet_dycon.data.unlabeled import UnlabeledCases
 from nnunet_dycon.environment import require_nnunet
 from nnunet_dycon.errors import ends_in_one_line, explained
@@ -153,7 +153,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         streams = {"labeled": labeled, "unlabeled": unlabeled, "validation": validation}
         self._cases = {role: list(dataset.identifiers) for role, dataset in streams.items()}
         loaders = loader.make_loaders(self, labeled, unlabeled, validation)
-        return loader.start_augmenters(*loaders, self.device.type == "cuda", lambda: self._stop_request.is_made)
+        return augmenters.start(*loaders, self.device.type == "cuda", lambda: self._stop_request.is_made)
 
     def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()

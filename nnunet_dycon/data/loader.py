@@ -1,32 +1,27 @@
-"""The two-stream loader: nnU-Net's batch of labeled patches, and beside it one of unlabeled patches.
+"""The two-stream loader: nnU-Net's batch of labeled patches with a batch of unlabeled patches.
 
-One loader, not two: composition is fixed, no further worker processes are needed, and nnU-Net's loop, pinning and
-shut-down work as they are. It is defined in an importable module because worker processes may be spawned.
+A single loader keeps the composition of a batch fixed, needs no additional worker processes, and works with nnU-Net's
+loop, pinning and shutdown. It is defined in an importable module because worker processes may be spawned.
 
-Of an exception in a worker process, nnU-Net's training hears only that the process is dead. So a case that cannot be
-read is handed to it in place of a batch.
+nnU-Net does not report the exception of a worker process, only that it ended. Therefore a loader returns a fault in
+place of a batch if a case cannot be read, and `nnunet_dycon.data.augmenters` raises it.
 """
 
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from time import sleep
 from typing import Any
 
 import blosc2
-import numpy as np
 import torch
 from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
-from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
-from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
 from batchgenerators.utilities.file_and_folder_operations import load_pickle
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from threadpoolctl import ThreadpoolController
 
 from nnunet_dycon.batches import LabeledBatch, UnlabeledBatch
@@ -34,8 +29,7 @@ from nnunet_dycon.data.views import TwoViews, split_views, stronger
 from nnunet_dycon.errors import UserError, explained
 
 _REMEDY = "preprocess it again"
-_FAULT = "fault"  # the key of what is handed over in place of a batch
-_SIGNAL_DELAY = 2.0  # seconds, between processes that a scheduler signals all at once
+FAULT = "fault"  # the only key of what is returned in place of a batch
 
 
 class UnlabeledDataset:
@@ -99,7 +93,7 @@ class LabeledLoader(nnUNetDataLoader):
         try:
             return super().__next__()
         except UserError as error:
-            return {_FAULT: str(error)}
+            return {FAULT: str(error)}
 
     def set_thread_id(self, thread_id: int) -> None:
         """Called where a worker process begins: let it end with its parent."""
@@ -198,80 +192,6 @@ def to_batches(batch: dict, device: torch.device) -> tuple[LabeledBatch, Unlabel
     )
 
 
-class InProcess(SingleThreadedAugmenter):
-    """Draws from a loader in this process. UserError if a case cannot be read."""
-
-    def __next__(self) -> dict:
-        return _batch(super().__next__())
-
-
-class Workers(NonDetMultiThreadedAugmenter):
-    """Draws from a loader in worker processes. UserError if a case cannot be read, or a process was killed.
-
-    A scheduler that stops a training signals all of its processes. The workers then end at once, while the training
-    finishes its step, the same one on all ranks: it gets the last batch again.
-
-    Args:
-        is_ending: whether this process has received SIGTERM.
-    """
-
-    def __init__(self, *arguments, is_ending: Callable[[], bool] = lambda: False, **options) -> None:
-        super().__init__(*arguments, **options)
-        self._is_ending = is_ending
-        self._latest: dict | None = None
-
-    def __next__(self) -> dict:
-        processes = list(self._processes)
-        try:
-            self._latest = _batch(super().__next__())
-        except RuntimeError:  # a worker is no longer alive, and the others have been ended
-            if not any(process.exitcode not in (None, 0) for process in processes):
-                raise  # of an exception, which was printed
-            self._wait_for_request()
-            if not self._is_ending() or self._latest is None:
-                raise UserError(
-                    "a process that prepares batches was killed, perhaps for lack of memory; unless a line above gives "
-                    "the reason, lower nnUNet_n_proc_DA; resume with --c"
-                ) from None
-        return self._latest
-
-    def _wait_for_request(self) -> None:
-        for _ in range(20):
-            if self._is_ending():
-                return
-            sleep(_SIGNAL_DELAY / 20)
-
-
-def _batch(item: dict) -> dict:
-    if _FAULT in item:
-        raise UserError(item[_FAULT])
-    return item
-
-
-def augmenter(
-    loader: nnUNetDataLoader,
-    processes: int,
-    cached: int,
-    pin_memory: bool,
-    is_ending: Callable[[], bool] = lambda: False,
-) -> InProcess | Workers:
-    """Draw from a loader in this process (0) or in worker processes, as nnU-Net does."""
-    if processes == 0:
-        return InProcess(loader, None)
-    # Forked workers inherit one state of torch's generator, so without seeds all would flip the same coins.
-    seeds = [int(seed) for seed in np.random.default_rng().integers(2**31, size=processes)]
-    return Workers(
-        loader,
-        None,
-        processes,
-        num_cached=cached,
-        seeds=seeds,
-        pin_memory=pin_memory,
-        wait_time=0.002,
-        is_ending=is_ending,
-    )
-
-
 def make_loaders(
     trainer: nnUNetTrainer, labeled: Any, unlabeled: UnlabeledDataset, validation: Any
 ) -> tuple[TwoStreamLoader, LabeledLoader]:
@@ -313,25 +233,3 @@ def make_loaders(
             transforms=trainer.get_validation_transforms(scales, **about_labels), **options,
         ),
     )  # fmt: skip
-
-
-def start_augmenters(
-    training: TwoStreamLoader, validation: LabeledLoader, pin_memory: bool, is_ending: Callable[[], bool]
-) -> tuple[InProcess | Workers, InProcess | Workers]:
-    """Start drawing from both loaders, with as many processes and cached batches as nnU-Net has."""
-    processes = get_allowed_n_proc_DA()
-    for_validation = min(processes, max(1, processes // 2))
-    augmenters = (
-        augmenter(training, processes, max(6, processes // 2), pin_memory, is_ending),
-        augmenter(validation, for_validation, max(3, processes // 4), pin_memory, is_ending),
-    )
-    for started in augmenters:
-        next(started)
-    return augmenters
-
-
-def shut_down(*augmenters: Any) -> None:
-    """End the worker processes of augmenters, if they have any."""
-    for started in augmenters:
-        if isinstance(started, Workers):
-            started._finish()

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import distributed as dist
 
-from nnunet_dycon.data.loader import shut_down
+from nnunet_dycon.data.augmenters import shut_down
 from nnunet_dycon.ranks import number_of_ranks
 from nnunet_dycon.training.checkpoints import LATEST
 

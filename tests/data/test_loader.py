@@ -17,12 +17,12 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_dycon.batches import LabeledBatch, UnlabeledBatch
+from nnunet_dycon.data.augmenters import augmenter
 from nnunet_dycon.data.loader import (
     LabeledLoader,
     TwoStreamLoader,
     UnlabeledDataset,
     UnlabeledLoader,
-    augmenter,
     to_batches,
 )
 from nnunet_dycon.data.views import TwoViews, split_views, stronger

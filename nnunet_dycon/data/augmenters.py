@@ -1,0 +1,112 @@
+"""Drawing batches from a loader, in this process or in worker processes, with errors that name a case."""
+
+from collections.abc import Callable
+from time import sleep
+from typing import Any
+
+import numpy as np
+from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
+from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
+from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+
+from nnunet_dycon.data.loader import FAULT, LabeledLoader, TwoStreamLoader
+from nnunet_dycon.errors import UserError
+
+_SIGNAL_DELAY = 2.0  # seconds between the signals to the processes of a training
+
+
+class InProcess(SingleThreadedAugmenter):
+    """Draws from a loader in this process. Raises UserError if a case cannot be read."""
+
+    def __next__(self) -> dict:
+        return _batch(super().__next__())
+
+
+class Workers(NonDetMultiThreadedAugmenter):
+    """Draws from a loader in worker processes. Raises UserError if a case cannot be read or a process was killed.
+
+    A scheduler that stops a training signals all of its processes. The workers then end at once, while the training
+    finishes its step, the same one on all ranks: it gets the last batch again.
+
+    Args:
+        is_ending: whether this process has received SIGTERM.
+    """
+
+    def __init__(self, *arguments, is_ending: Callable[[], bool] = lambda: False, **options) -> None:
+        super().__init__(*arguments, **options)
+        self._is_ending = is_ending
+        self._latest: dict | None = None
+
+    def __next__(self) -> dict:
+        processes = list(self._processes)
+        try:
+            self._latest = _batch(super().__next__())
+        except RuntimeError:  # a worker has ended, and nnU-Net has ended the others
+            if not any(process.exitcode not in (None, 0) for process in processes):
+                raise  # it ended with an exception, which was printed
+            self._wait_for_request()
+            if not self._is_ending() or self._latest is None:
+                raise UserError(
+                    "a process that prepares batches was killed, perhaps for lack of memory; unless a line above gives "
+                    "the reason, lower nnUNet_n_proc_DA; resume with --c"
+                ) from None
+        return self._latest
+
+    def _wait_for_request(self) -> None:
+        for _ in range(20):
+            if self._is_ending():
+                return
+            sleep(_SIGNAL_DELAY / 20)
+
+
+def _batch(item: dict) -> dict:
+    if FAULT in item:
+        raise UserError(item[FAULT])
+    return item
+
+
+def augmenter(
+    loader: nnUNetDataLoader,
+    processes: int,
+    cached: int,
+    pin_memory: bool,
+    is_ending: Callable[[], bool] = lambda: False,
+) -> InProcess | Workers:
+    """Return an augmenter that draws from a loader in this process (0 processes) or in workers, as nnU-Net does."""
+    if processes == 0:
+        return InProcess(loader, None)
+    # Without seeds, all forked workers would draw the same numbers from the inherited state of torch's generator.
+    seeds = [int(seed) for seed in np.random.default_rng().integers(2**31, size=processes)]
+    return Workers(
+        loader,
+        None,
+        processes,
+        num_cached=cached,
+        seeds=seeds,
+        pin_memory=pin_memory,
+        wait_time=0.002,
+        is_ending=is_ending,
+    )
+
+
+def start(
+    training: TwoStreamLoader, validation: LabeledLoader, pin_memory: bool, is_ending: Callable[[], bool]
+) -> tuple[InProcess | Workers, InProcess | Workers]:
+    """Start drawing from both loaders, with as many processes and cached batches as nnU-Net has."""
+    processes = get_allowed_n_proc_DA()
+    for_validation = min(processes, max(1, processes // 2))
+    augmenters = (
+        augmenter(training, processes, max(6, processes // 2), pin_memory, is_ending),
+        augmenter(validation, for_validation, max(3, processes // 4), pin_memory, is_ending),
+    )
+    for started in augmenters:
+        next(started)
+    return augmenters
+
+
+def shut_down(*augmenters: Any) -> None:
+    """End the worker processes of augmenters, if they have any."""
+    for started in augmenters:
+        if isinstance(started, Workers):
+            started._finish()
