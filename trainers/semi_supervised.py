@@ -238,8 +238,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         """nnU-Net's; then write checkpoints of the companions, for nnUNetv2_predict -chk."""
         super().on_train_end()
         if self.local_rank == 0 and not self.disable_checkpointing:
-            pseudo_label_page.draw(self, self.method, self.unlabeled_cases)
             checkpoints.save_companions(Path(self.output_folder), self.companions())
+            pseudo_label_page.draw(self, self.method, self.unlabeled_cases)
         if on_any_rank(self._stop_request.is_made, self.device):
             preemption.end(self, "stopped by SIGTERM after the training, which is complete; --val runs its validation")
 

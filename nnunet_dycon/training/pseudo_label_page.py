@@ -21,14 +21,16 @@ _CASES = 3
 
 
 def draw(trainer: nnUNetTrainer, method: Method, unlabeled: UnlabeledCases) -> None:
-    """Draw the page of the last epoch, unless the method has no labeler. A failure is logged as a warning.
+    """Draw the page of the last epoch, unless the method has no labeler or checkpoints are disabled.
+
+    A failure is logged as a warning.
 
     Args:
         trainer: after the end of an epoch.
         method: that labels the cases.
         unlabeled: the preprocessed cases.
     """
-    if method.labeler is not None:
+    if method.labeler is not None and not trainer.disable_checkpointing:
         epoch, cases = trainer.current_epoch - 1, UnlabeledDataset(unlabeled.folder, unlabeled.identifiers())
         file = Path(trainer.output_folder) / f"pseudo_labels_epoch_{epoch:04d}.png"
         draw_or_warn(file, partial(draw_page, trainer, method, cases, epoch), trainer.print_to_log_file)

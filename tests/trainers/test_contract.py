@@ -45,8 +45,9 @@ def test_the_network_is_nnunets_own_or_built_by_the_class(name):
     assert [(p.name, p.default) for p in ours.values()] == [(p.name, p.default) for p in theirs.values()]
 
 
-# What we had to write again because nnU-Net has no hook inside it. If one of these fails, read what nnU-Net has
-# changed, follow it in trainers/semi_supervised.py, and add the new hash.
+# Methods of nnU-Net that are written again because they have no hooks inside. If one of these tests fails, read what
+# nnU-Net has changed, follow it in nnunet_dycon/data (loader.make_loaders, augmenters.start) or in
+# nnunet_dycon/training/step.py, and add the new hash.
 KNOWN = {
     "get_dataloaders": {"5f59e2b907cfa2d1eb1e77ab2a5b8893161e7af8567fc5669c62a4810334899e"},
     "train_step": {"c8993de84c8c419f6471f619f82839931c8e7d1bae0b0eddca42951fcab90819"},

@@ -72,6 +72,20 @@ def test_a_training_with_a_damaged_case_continues_and_names_it(tiny, train):
     assert np.isfinite(trainer.curves["loss"]).tolist() == [steps < 3 for steps in lost]
 
 
+def test_an_overflow_with_a_gradient_scaler_moves_no_ema(tiny):
+    trainer = start_trainer()
+    trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    loss = trainer.loss
+    trainer.loss = lambda *arguments: 100 * loss(*arguments)  # finite, but not when it is scaled
+    trainer.train_step(next(trainer.dataloader_train))
+    assert trainer.method.teacher.updates == 0
+    assert trainer.grad_scaler.get_scale() == 2.0**126
+    assert "WARNING" not in next(Path(trainer.output_folder).glob("training_log*")).read_text()
+    trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    trainer.train_step(next(trainer.dataloader_train))
+    assert trainer.method.teacher.updates == 1
+
+
 @pytest.mark.gpu
 def test_two_epochs_on_a_gpu(tiny):
     """Half precision, its gradient scaler, and torch.compile with the feature tap."""

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from nnunet_dycon.training import pseudo_label_page
@@ -26,19 +27,43 @@ def test_names_are_in_the_order_of_the_values_drawn(labels, has_regions, names):
     assert len(names) == manager.num_segmentation_heads + has_regions
 
 
-@pytest.mark.parametrize("labeler", ["teacher", None])
-def test_a_page_is_drawn_for_methods_with_a_labeler(tmp_path, monkeypatch, labeler):
-    drawn, lines = [], []
-    monkeypatch.setattr(
-        pseudo_label_page, "draw_page", lambda trainer, method, cases, *rest: drawn.append((cases, rest))
+@pytest.fixture
+def trainer(tmp_path) -> SimpleNamespace:
+    """At the end of epoch 49, as far as it is used."""
+    lines: list[str] = []
+    return SimpleNamespace(
+        current_epoch=50,
+        output_folder=tmp_path,
+        disable_checkpointing=False,
+        lines=lines,
+        print_to_log_file=lines.append,
     )
-    trainer = SimpleNamespace(current_epoch=50, output_folder=tmp_path, print_to_log_file=lines.append)
-    unlabeled = SimpleNamespace(folder=tmp_path, identifiers=lambda: ["b", "a"])
+
+
+@pytest.fixture
+def unlabeled(tmp_path) -> SimpleNamespace:
+    return SimpleNamespace(folder=tmp_path, identifiers=lambda: ["b", "a"])
+
+
+@pytest.mark.parametrize(("labeler", "disabled"), [("teacher", False), (None, False), ("teacher", True)])
+def test_a_page_is_drawn_for_methods_with_a_labeler(trainer, unlabeled, tmp_path, monkeypatch, labeler, disabled):
+    drawn = []
+    monkeypatch.setattr(pseudo_label_page, "draw_page", lambda *arguments: drawn.append(arguments[2:]))
+    trainer.disable_checkpointing = disabled
     pseudo_label_page.draw(trainer, SimpleNamespace(labeler=labeler), unlabeled)
-    if labeler is None:
+    if labeler is None or disabled:
         assert not drawn
     else:
-        ((cases, rest),) = drawn
+        ((cases, epoch, file),) = drawn
         assert cases.identifiers == ["a", "b"]
-        assert rest == (49, tmp_path / "pseudo_labels_epoch_0049.png")
-    assert not lines
+        assert (epoch, file) == (49, tmp_path / "pseudo_labels_epoch_0049.png")
+    assert not trainer.lines
+
+
+def test_a_page_that_cannot_be_drawn_is_a_warning(trainer, unlabeled, monkeypatch):
+    def fail(*arguments):
+        raise torch.OutOfMemoryError("no memory left")
+
+    monkeypatch.setattr(pseudo_label_page, "draw_page", fail)
+    pseudo_label_page.draw(trainer, SimpleNamespace(labeler="teacher"), unlabeled)
+    assert trainer.lines == ["WARNING: pseudo_labels_epoch_0049.png could not be drawn: no memory left"]
