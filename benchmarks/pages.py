@@ -31,7 +31,6 @@ from benchmarks.preparation import HERE, LOWER_BOUND, UNLABELED, UPPER_BOUND
 
 RESULTS = HERE / "results"
 PAGES = HERE.parent / "docs"
-TABLES = ("la", "la_600", "la_3p5mm", "phantom", "hippocampus")
 _BLOCK = re.compile(r"(<!-- (?P<kind>\w+):?(?P<arguments>[^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 _NAMES = {LOWER_BOUND: "lower bound", UPPER_BOUND: "upper bound"}
 Key = tuple[str, str]  # method and weights
@@ -70,7 +69,7 @@ def trials(table: str, labels: str) -> str:
 def looks() -> str:
     """Return the table of all methods that were scored on test."""
     found: dict[tuple[str, ...], set[str]] = defaultdict(set)
-    for table in TABLES:
+    for table in sorted(file.stem for file in RESULTS.glob("*.csv")):
         for row in _rows(table):
             if row["set"] == "test":
                 key = row["scored"], table, row["method"], row["labels"], row["draw"], row["commit"]
@@ -106,10 +105,7 @@ def filled(text: str) -> str:
 
 
 def _rows(table: str) -> list[dict[str, str]]:
-    file = RESULTS / f"{table}.csv"
-    if not file.is_file():
-        return []
-    with file.open() as content:
+    with (RESULTS / f"{table}.csv").open() as content:
         return list(csv.DictReader(content))
 
 
@@ -143,7 +139,9 @@ def _dice(group: report.Group, key: Key) -> str:
 
 
 def _markdown(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """Return a table without the columns in which all entries are empty."""
+    """Return a table without the columns in which all entries are empty. ValueError if there are no rows."""
+    if not rows:
+        raise ValueError("there are no results for this table; correct its name or its number of labels")
     kept = [number for number in range(len(columns)) if any(row[number] for row in rows)]
     lines = [tuple(line[number] for number in kept) for line in (columns, ("---",) * len(columns), *rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -64,7 +64,7 @@ class Converter:
 
 # Held to benchmarks/results/la.csv by tests/benchmarks/test_results.py.
 DYCON_CAVEAT = (
-    "No gain over nnUNetTrainer was measured: -0.001 Dice with 4 labels (left atrium, 1 seed, 8 cases; "
+    "No gain over nnUNetTrainer was measured: -0.001 Dice with 4 labels (left atrium, 1 seed, 8 cases of val; "
     "docs/results.md). Recommended: nnUNetTrainerWeakToStrong; adapted to nnU-Net: nnUNetTrainerDyCON_adapted."
 )
 

@@ -38,8 +38,10 @@ def registered_name(name: str) -> str | None:
 
 def caveat_of(name: str) -> str | None:
     """Return a line with the caveat of a registered trainer, in any length; None if it has none."""
-    trainer = registered_name(name)
-    return f"{trainer}: {TRAINERS[trainer].caveat}" if trainer is not None and TRAINERS[trainer].caveat else None
+    match = _LENGTH.fullmatch(name)
+    trainer = match["trainer"] if match else name
+    caveat = TRAINERS[trainer].caveat if trainer in TRAINERS else ""
+    return f"{trainer}: {caveat}" if caveat else None
 
 
 def trainer_class(name: str) -> Any:
@@ -51,7 +53,7 @@ def trainer_class(name: str) -> Any:
     trainer = registered_name(name)
     if trainer is None and name not in BUILDERS:
         endings = [known.removeprefix(_PREFIX) for known in TRAINERS]
-        near = get_close_matches(name.removeprefix(_PREFIX), endings, n=1)
+        near = get_close_matches(name.removeprefix(_PREFIX).partition("epoch")[0].rstrip("_0123456789"), endings, n=1)
         hint = f"did you mean {_PREFIX}{near[0]}? " if near else ""
         raise UnknownTrainer(f"no trainer is called {name}; {hint}`nnunet_dycon list` prints all of ours")
     if name in (trainer, *BUILDERS):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from nnunet_dycon import __version__, environment, trainers
 from nnunet_dycon.doctor.findings import FAIL, NOTE, OK, WARNING, Finding, as_finding
-from nnunet_dycon.errors import ONE_LINE, UserError, first_line
+from nnunet_dycon.errors import ONE_LINE, UnknownTrainer, UserError, first_line
 from nnunet_dycon.files import require_writable
 
 GIB = 2**30
@@ -279,6 +279,11 @@ print(json.dumps({
 
 def check_look_up(trainer: str) -> Iterator[Finding]:
     """Have nnU-Net look the trainer up, as nnUNetv2_train does."""
+    try:
+        trainers.registered_name(trainer)
+    except UnknownTrainer as error:  # a retired name, or a wrong number of epochs
+        yield _unknown(str(error))
+        return
     result = subprocess.run([sys.executable, "-c", _LOOK_UP, trainer], capture_output=True, text=True)
     if result.returncode != 0:
         yield _failed_look_up(trainer, result.stdout, result.stderr)
@@ -294,11 +299,15 @@ def check_look_up(trainer: str) -> Iterator[Finding]:
         yield Finding("trainer", OK, f"nnU-Net finds {trainer}")
 
 
+def _unknown(reason: str) -> Finding:
+    message, _, remedy = reason.partition("; ")
+    return Finding("trainer", FAIL, message, remedy)
+
+
 def _failed_look_up(trainer: str, output: str, errors: str) -> Finding:
     error = next((line for line in reversed(errors.splitlines()) if line.strip()), "it ended without a word")
     if error.startswith(ONE_LINE):  # of our own look-up
-        message, _, remedy = error.removeprefix(ONE_LINE).partition("; ")
-        return Finding("trainer", FAIL, message, remedy)
+        return _unknown(error.removeprefix(ONE_LINE))
     if "Could not find requested nnunet trainer" in error:
         message = f"nnU-Net does not find {trainer}"
         if not os.environ.get("nnUNet_extTrainer"):

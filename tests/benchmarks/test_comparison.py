@@ -264,15 +264,15 @@ print(*multiplied)
 @pytest.mark.parametrize(
     ("method", "precision"),
     [
-        ("floor", "float32"),
-        ("floor", "bfloat16"),
+        ("lower_bound", "float32"),
+        ("lower_bound", "bfloat16"),
         ("nnUNetTrainerDyCON:entropy_weight=0.25", "float32"),
         ("nnUNetTrainerDyCON:entropy_weight=0.25", "bfloat16"),
         ("nnUNetTrainerUGPL", "bfloat16"),
     ],
 )
 def test_nnunet_finds_the_trainers_with_their_budget_and_settings(tiny, benchmark, method, precision):
-    run = Run(method, 8, 3)
+    run = Run(method, LabeledSet(8), 3)
     benchmark.precision = precision
     benchmark.work.mkdir()
     benchmark.declare([run])
@@ -293,7 +293,7 @@ def test_nnunet_finds_the_trainers_with_their_budget_and_settings(tiny, benchmar
     assert record["run"] == benchmark.declaration(run)
     assert (
         record["settings"] == {}
-        if method == "floor"
+        if method == "lower_bound"
         else record["settings"]["method_settings"].items() >= (run.settings.items())
     )
     assert record["commit"]

@@ -145,6 +145,10 @@ LOOK_UPS = [
     look_up("unset", "", None, "DyCON", FAIL, "does not find nnUNetTrainerDyCON, for nnUNet_ext", EXPORT),
     look_up("elsewhere", "", "{tmp}", "DyCON", FAIL, "nnUNetTrainerDyCON in the folders", EXPORT, slow=True),
     look_up("unknown", "", "{ours}", "Other", FAIL, "no trainer is called nnUNetTrainerOther", "nnunet_dycon list"),
+    look_up(
+        "retired", "", "{tmp}", "DyCON_paper", FAIL, "nnUNetTrainerDyCON_paper does not exist any", "nnUNetTrainerDyCON"
+    ),
+    look_up("no length", "", None, "UGPL_05epochs", FAIL, "number of epochs starts with 0", "use for instance"),
     look_up("broken", "import lost", "{tmp}:{ours}", "DyCON", FAIL, "/ext/a.py cannot be imported (Mod", "mend it"),
     look_up("behind", "import lost", "{ours}:{tmp}", "DyCON", OK, "finds nnUNetTrainerDyCON", None, slow=True),
     look_up("own", OWN, "{tmp}:{ours}", "Mine", OK, "nnU-Net finds nnUNetTrainerMine", None, slow=True),
