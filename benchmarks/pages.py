@@ -22,6 +22,7 @@ import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -104,6 +105,7 @@ def filled(text: str) -> str:
     return _BLOCK.sub(fill, text)
 
 
+@cache
 def _rows(table: str) -> list[dict[str, str]]:
     with (RESULTS / f"{table}.csv").open() as content:
         return list(csv.DictReader(content))

@@ -19,14 +19,19 @@ _LENGTH = re.compile(r"(?P<trainer>.+)_(?P<length>smoke|(?P<epochs>\d+)epochs)")
 _SMOKE = {"num_epochs": 2, "num_iterations_per_epoch": 5, "num_val_iterations_per_epoch": 2}
 
 
+def _split(name: str) -> tuple[str, re.Match | None]:
+    """Return the name without its length, and the match of a name with a length."""
+    match = _LENGTH.fullmatch(name)
+    return (match["trainer"] if match else name), match
+
+
 def registered_name(name: str) -> str | None:
     """Return the registered trainer that `name` is, in any length; None if it is none.
 
     Raises:
         UnknownTrainer: the name is retired, or its number of epochs cannot be read.
     """
-    match = _LENGTH.fullmatch(name)
-    trainer = match["trainer"] if match else name
+    trainer, match = _split(name)
     if trainer in RETIRED:
         raise UnknownTrainer(f"{trainer} does not exist any more; {RETIRED[trainer]}")
     if trainer not in TRAINERS:
@@ -38,8 +43,7 @@ def registered_name(name: str) -> str | None:
 
 def caveat_of(name: str) -> str | None:
     """Return a line with the caveat of a registered trainer, in any length; None if it has none."""
-    match = _LENGTH.fullmatch(name)
-    trainer = match["trainer"] if match else name
+    trainer, _ = _split(name)
     caveat = TRAINERS[trainer].caveat if trainer in TRAINERS else ""
     return f"{trainer}: {caveat}" if caveat else None
 
@@ -63,10 +67,10 @@ def trainer_class(name: str) -> Any:
 
 def __getattr__(name: str) -> Any:
     """Make and keep the class of a registered trainer in another length."""
-    match = _LENGTH.fullmatch(name)
-    if match is None or match["trainer"] not in TRAINERS:
+    trainer, match = _split(name)
+    if match is None or trainer not in TRAINERS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    base = trainer_class(match["trainer"])
+    base = trainer_class(trainer)
     registered_name(name)  # raises for a wrong number of epochs
     length = {"num_epochs": int(match["epochs"])} if match["epochs"] else _SMOKE
     settings = replace(base.training_settings, **length)

@@ -1,11 +1,10 @@
 """What is preprocessed, split, written and needed in memory by one training."""
 
-import io
 import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import redirect_stdout, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -14,7 +13,6 @@ from typing import Any, Literal
 
 import torch
 from filelock import Timeout
-from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 
 from nnunet_dycon.data.labeled import check_fingerprint, check_split, labeled_identifiers
@@ -26,9 +24,10 @@ from nnunet_dycon.doctor.images import read_header
 from nnunet_dycon.environment import nnunet_folder
 from nnunet_dycon.errors import UnknownTrainer, UserError, some
 from nnunet_dycon.files import require_writable
+from nnunet_dycon.models import trainer_class
 from nnunet_dycon.registry import TRAINERS
 from nnunet_dycon.rules import unlabeled_patches
-from nnunet_dycon.trainers import registered_name, trainer_class
+from nnunet_dycon.trainers import registered_name
 from nnunet_dycon.trainers.semi_supervised import SemiSupervisedTrainer
 
 # The value of compute_conv_feature_map_size for which nnU-Net's planners expect 8 GB, in 2D and 3D, and the number of
@@ -79,11 +78,7 @@ class Training:
 def find_trainer(name: str) -> type[SemiSupervisedTrainer] | None:
     """The class that nnU-Net would train with; None if it is not semi-supervised, or cannot be found."""
     try:
-        if registered_name(name) is not None:
-            found = trainer_class(name)
-        else:
-            with redirect_stdout(io.StringIO()):
-                found = recursive_find_trainer_class_by_name(name)
+        found = trainer_class(name)
     except Exception:  # of whatever lies in nnUNet_extTrainer; environment.check_look_up reports it
         return None
     return found if issubclass(found, SemiSupervisedTrainer) else None
