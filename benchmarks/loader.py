@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.la import LEFT_ATRIUM
-from benchmarks.measuring import machine, summary, with_quartiles, write
+from benchmarks.measuring import machine, markdown, summary, with_quartiles, write
 from benchmarks.preparation import SUPERVISED, add_arguments
 from benchmarks.train_step import build, prepared
 
@@ -46,11 +46,11 @@ def main() -> None:
 
 def as_markdown(results: dict[str, dict]) -> str:
     """Return the results as a table."""
-    rows = ["| loader | seconds a batch of 4 samples | over nnU-Net's |", "|---|---|---|"]
+    rows = []
     for name, loader in ((SUPERVISED, "nnU-Net's"), (OURS, "two streams")):
         times = results[name]["seconds"] / results[SUPERVISED]["seconds"]
-        rows.append(f"| {loader} | {with_quartiles(results[name])} | {times:.2f} |")
-    return "\n".join(rows)
+        rows.append((loader, with_quartiles(results[name]), f"{times:.2f}"))
+    return markdown(("loader", "seconds a batch of 4 samples", "over nnU-Net's"), rows)
 
 
 if __name__ == "__main__":

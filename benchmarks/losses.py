@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch.nn.functional import normalize
 
-from benchmarks.measuring import machine, summary, with_quartiles, write
+from benchmarks.measuring import machine, markdown, summary, with_quartiles, write
 from nnunet_dycon.losses import fecl_loss, fecl_released_loss, uncl_loss
 
 TEMPERATURE, GAMMA, TOP_K, BETA = 0.6, 2.0, 5, 2.0
@@ -167,11 +167,11 @@ def main() -> None:
 
 def as_markdown(results: dict[str, dict]) -> str:
     """Return the results as a table."""
-    rows = ["| loss | seconds | MB |", "|---|---|---|"]
-    for name, result in results.items():
-        figures = result.get("error") or f"{with_quartiles(result)} | {result['bytes'] / 1e6:.0f}"
-        rows.append(f"| {name} | {figures} |")
-    return "\n".join(rows)
+    rows = []
+    for name, its in results.items():
+        measured = (its["error"], "") if "error" in its else (with_quartiles(its), f"{its['bytes'] / 1e6:.0f}")
+        rows.append((name, *measured))
+    return markdown(("loss", "seconds", "MB"), rows)
 
 
 if __name__ == "__main__":

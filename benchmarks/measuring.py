@@ -3,7 +3,7 @@
 import json
 import platform
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -42,3 +42,9 @@ def with_quartiles(result: dict) -> str:
     """The median, with the quartiles in brackets."""
     low, high = result["quartiles"]
     return f"{result['seconds']:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def markdown(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Return a Markdown table."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)

@@ -20,7 +20,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
-from benchmarks.measuring import machine, summary, with_quartiles, write
+from benchmarks.measuring import machine, markdown, summary, with_quartiles, write
 from nnunet_dycon.networks import KMaXUXNet, UXNet
 
 IMAGES, CLASSES = 2, 2
@@ -110,13 +110,13 @@ def main() -> None:
 def as_markdown(results: dict[str, dict]) -> str:
     """Return the results as a table."""
     own = next(iter(results.values()))
-    columns = "million parameters | GB kept | over nnU-Net's | seconds a pass | over nnU-Net's"
-    rows = [f"| network | {columns} |", "|---|---|---|---|---|---|"]
+    columns = ("network", "million parameters", "GB kept", "over nnU-Net's", "seconds a pass", "over nnU-Net's")
+    rows = []
     for name, its in results.items():
         more, longer = its["bytes_kept"] / own["bytes_kept"], its["seconds"] / own["seconds"]
-        kept = f"{its['bytes_kept'] / 1e9:.2f} | {more:.2f}"
-        rows.append(f"| `{name}` | {its['parameters'] / 1e6:.1f} | {kept} | {with_quartiles(its)} | {longer:.2f} |")
-    return "\n".join(rows)
+        kept = f"{its['bytes_kept'] / 1e9:.2f}", f"{more:.2f}"
+        rows.append((f"`{name}`", f"{its['parameters'] / 1e6:.1f}", *kept, with_quartiles(its), f"{longer:.2f}"))
+    return markdown(columns, rows)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,9 @@ A page has the place of a table between two comments, of which the first names i
 - results TABLE LABELS: each trainer with its own settings against lower and upper bound;
 - trials TABLE LABELS: all methods, those with changed settings, too, on every set, with the first draw of labels;
 - looks: every method that was scored on test, by day;
-- losses FILE, train_step FILE, loader FILE, networks FILE: measured times and memory.
+- losses FILE, train_step FILE, loader FILE, networks FILE: measured times and memory;
+- coverage FILE: coverage of the confidence intervals in simulations;
+- scaling: calculated steps on 1 to 64 GPUs.
 
 With --check nothing is written; the exit code is 1 if a page differs from what would be written.
 """
@@ -26,8 +28,9 @@ from functools import cache
 from types import ModuleType
 from typing import Any
 
-from benchmarks import loader, losses, networks, report, train_step
+from benchmarks import coverage, loader, losses, networks, report, scaling, train_step
 from benchmarks.comparison import SETS
+from benchmarks.measuring import markdown
 from benchmarks.preparation import HERE, LOWER_BOUND, UNLABELED, UPPER_BOUND
 
 RESULTS = HERE / "results"
@@ -57,14 +60,14 @@ def results(table: str, labels: str) -> str:
             without = report.without_most_influential(tested, key)
             last = (*report.compared(tested, drawn, key), without, report.over_runs(tested[key].hd95_mm, 1))
         rows.append((_name(key[0]), *(_dice(sets[which], key) for which in SETS), *last))
-    return _markdown(columns, rows)
+    return _without_empty_columns(columns, rows)
 
 
 def trials(table: str, labels: str) -> str:
     """Return the table of all methods with the given number of labels, on every set."""
     sets = {which: students(table, which, draws=(0,)).get(int(labels), {}) for which in SETS}
     rows = [(_name(key[0]), *(_dice(sets[which], key) for which in SETS)) for key in _methods(sets)]
-    return _markdown(("method", *SETS), rows)
+    return _without_empty_columns(("method", *SETS), rows)
 
 
 def looks() -> str:
@@ -77,11 +80,11 @@ def looks() -> str:
                 found[key].add(row["seed"])
     columns = ("scored", "table", "method", "labels", "draw of labels", "trained at commit", "seeds")
     rows = [(*key[:2], _name(key[2]), *key[3:], ", ".join(sorted(seeds))) for key, seeds in sorted(found.items())]
-    return _markdown(columns, rows)
+    return _without_empty_columns(columns, rows)
 
 
 def measured(module: ModuleType) -> Callable[[str], str]:
-    """Return the function that makes the table of a module that measures times."""
+    """Return the function that makes the table of a module from a file of its results."""
     return lambda file: module.as_markdown(json.loads((RESULTS / file).read_text())["results"])
 
 
@@ -93,6 +96,8 @@ MAKERS: dict[str, Callable[..., str]] = {
     "train_step": measured(train_step),
     "loader": measured(loader),
     "networks": measured(networks),
+    "coverage": measured(coverage),
+    "scaling": lambda: scaling.as_markdown(scaling.Cluster()),
 }
 
 
@@ -140,13 +145,12 @@ def _dice(group: report.Group, key: Key) -> str:
     return f"{report.over_runs(group[key].dice, 4)} ({len(group[key].dice)})" if key in group else ""
 
 
-def _markdown(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _without_empty_columns(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     """Return a table without the columns in which all entries are empty. ValueError if there are no rows."""
     if not rows:
         raise ValueError("there are no results for this table; correct its name or its number of labels")
     kept = [number for number in range(len(columns)) if any(row[number] for row in rows)]
-    lines = [tuple(line[number] for number in kept) for line in (columns, ("---",) * len(columns), *rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown([columns[number] for number in kept], [[row[number] for number in kept] for row in rows])
 
 
 def main() -> int:

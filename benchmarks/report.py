@@ -29,6 +29,7 @@ from statistics import fmean
 import numpy as np
 
 from benchmarks.comparison import SETS
+from benchmarks.measuring import markdown
 from benchmarks.preparation import HERE, LOWER_BOUND, UNLABELED, UPPER_BOUND
 from nnunet_dycon.pictures import Panel, draw_paired_scores
 from nnunet_dycon.statistics import Estimate, PairedBootstrap, case_differences, leave_one_out, pooled_seed_noise
@@ -156,18 +157,18 @@ def bootstrap(group: Group) -> PairedBootstrap | None:
 
 
 def as_markdown(scores: dict[tuple[int, str, str], Scores]) -> str:
-    """A table with a row per labels, method and weights."""
+    """Return a table with a row per labels, method and weights."""
     columns = ("labels", "method", "weights", "runs", "Dice", "HD95 mm", "difference to the lower bound", "gap closed",
                "scored", "commit")  # fmt: skip
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    rows: list[tuple[object, ...]] = []
     for labels, group in groups(scores).items():
         drawn = bootstrap(group)
         for key, its in group.items():
             difference, closed = compared(group, drawn, key)
-            told = (over_runs(its.dice, 4), over_runs(its.hd95_mm, 2), difference, closed,
-                    ", ".join(its.scored), ", ".join(its.commits))  # fmt: skip
-            lines.append(f"| {labels} | {key[0]} | {key[1]} | {len(its.dice)} | " + " | ".join(told) + " |")
-    return "\n".join(lines)
+            scores_of_runs = over_runs(its.dice, 4), over_runs(its.hd95_mm, 2)
+            about = ", ".join(its.scored), ", ".join(its.commits)
+            rows.append((labels, *key, len(its.dice), *scores_of_runs, difference, closed, *about))
+    return markdown(columns, rows)
 
 
 def compared(group: Group, drawn: PairedBootstrap | None, key: tuple[str, str]) -> tuple[str, str]:

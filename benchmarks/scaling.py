@@ -19,6 +19,8 @@ Each GPU has its own batch, of the same size however many there are. With N GPUs
 import argparse
 from dataclasses import dataclass
 
+from benchmarks.measuring import markdown
+
 _BUCKET = 25e6  # bytes, DDP's
 _MARGIN = 1.5  # voxels read against those of a patch
 _BYTES = 2  # a voxel, compressed
@@ -99,19 +101,19 @@ def step(cluster: Cluster, gpus: int) -> Step:
 
 
 def as_markdown(cluster: Cluster, numbers: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)) -> str:
-    """A table of steps; times in milliseconds."""
-    rows = [
-        "| GPUs | MB over a machine's network | exchange | of it waited for | loader | reading | step "
-        "| patches a second | of N times one GPU | bottleneck |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    """Return a table of steps; times in milliseconds."""
+    columns = (
+        "GPUs", "MB over a machine's network", "exchange", "of it waited for", "loader", "reading", "step",
+        "patches a second", "of N times one GPU", "bottleneck",
+    )  # fmt: skip
     one = step(cluster, 1)
+    rows = []
     for at in (step(cluster, number) for number in numbers):
         times = (at.exchange, at.waited, at.loader, at.reading, at.seconds)
-        cells = [at.gpus, f"{at.traffic / 1e6:.0f}", *(f"{1e3 * seconds:.0f}" for seconds in times)]
-        cells += [f"{at.gpus * cluster.patches / at.seconds:.0f}", f"{one.seconds / at.seconds:.0%}", at.bottleneck]
-        rows.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(rows)
+        throughput = f"{at.gpus * cluster.patches / at.seconds:.0f}", f"{one.seconds / at.seconds:.0%}"
+        traffic = f"{at.traffic / 1e6:.0f}"
+        rows.append((at.gpus, traffic, *(f"{1e3 * seconds:.0f}" for seconds in times), *throughput, at.bottleneck))
+    return markdown(columns, rows)
 
 
 def main() -> None:

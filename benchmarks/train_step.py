@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.la import LEFT_ATRIUM
-from benchmarks.measuring import machine, summary, with_quartiles, write
+from benchmarks.measuring import machine, markdown, summary, with_quartiles, write
 from benchmarks.preparation import SUPERVISED, LabeledSet, Preparation, add_arguments, trainer_class
 from nnunet_dycon.registry import RECOMMENDED, TRAINERS
 
@@ -114,12 +114,12 @@ def as_markdown(results: dict[str, dict]) -> str:
     baseline = results[SUPERVISED]
     on_gpu = any(its["gpu_bytes"] for its in results.values())
     columns = ["trainer", "seconds a step", "over nnU-Net's", *["GPU MB"] * on_gpu, "checkpoint over nnU-Net's"]
-    rows = [columns, ["---"] * len(columns)]
+    rows = []
     for name, its in results.items():
         times, size = its["seconds"] / baseline["seconds"], its["checkpoint_bytes"] / baseline["checkpoint_bytes"]
         gpu = [f"{its['gpu_bytes'] / 1e6:.0f}"] if on_gpu else []
         rows.append([f"`{name}`", with_quartiles(its), f"{times:.2f}", *gpu, f"{size:.2f}"])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown(columns, rows)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
-"""The calculation of scaling: by hand, and the table that the documentation has."""
+"""The calculation of scaling, by hand."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
-from benchmarks.scaling import Cluster, as_markdown, step
+from benchmarks.scaling import Cluster, step
 
 # 100 MB of gradients, in buckets of 25 MB; 1 s a step, half of it the backward pass; 2 patches of 1 million voxels.
 CLUSTER = Cluster(
@@ -52,8 +51,3 @@ def test_what_is_slowest_decides(change, bottleneck, seconds):
     at = step(replace(CLUSTER, **change), 4)
     assert at.bottleneck == bottleneck
     assert at.seconds == pytest.approx(seconds)
-
-
-def test_the_documentation_has_the_table():
-    page = Path(__file__).parents[2] / "docs" / "distributed.md"
-    assert as_markdown(Cluster()) in page.read_text()

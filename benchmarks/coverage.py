@@ -1,0 +1,139 @@
+"""Coverage of the 95 % intervals of `nnunet_dycon.statistics`, in simulated experiments.
+
+    python -m benchmarks.coverage
+
+The result is written to benchmarks/results/coverage.json. It takes about 5 minutes on one core.
+"""
+
+import argparse
+import json
+import math
+
+import numpy as np
+
+from benchmarks.measuring import markdown
+from benchmarks.preparation import HERE
+from nnunet_dycon.statistics import PairedBootstrap, pooled_seed_noise
+
+SIMULATIONS = 2000
+# The name of a setting and its arguments to `simulate`. Three seeds of all methods unless stated otherwise.
+SETTINGS: dict[str, dict] = {
+    "1 seed, 60 cases": {"seeds": (1, 1), "cases": 60, "seed": 0},
+    "1 seed, 16 cases": {"seeds": (1, 1), "cases": 16, "seed": 0},
+    "1 seed, 10 cases": {"seeds": (1, 1), "cases": 10, "seed": 0},
+    "1 seed, 6 cases": {"seeds": (1, 1), "cases": 6, "seed": 0},
+    "1 seed, 16 cases, skewed (lognormal) differences": {
+        "seeds": (1, 1), "cases": 16, "seed": 0, "skewed": True, "own": 0.08,
+    },
+    "2 seeds, 16 cases": {"seeds": (2, 2), "cases": 16},
+    "3 seeds, 16 cases": {"seeds": (3, 3), "cases": 16},
+    "5 seeds, 16 cases": {"seeds": (5, 5), "cases": 16},
+    "3 seeds, 60 cases": {"seeds": (3, 3), "cases": 60},
+    "3 seeds, 6 methods, 16 cases": {"seeds": (3,) * 6, "cases": 16},
+    "3 seeds, 16 cases, seeds differ more than cases": {"seeds": (3, 3), "cases": 16, "own": 0.005, "seed": 0.01},
+    "3 seeds, 16 cases, seeds differ in single cases only": {
+        "seeds": (3, 3), "cases": 16, "own": 0.005, "seed": 0, "residual": 0.04,
+    },
+    "3 seeds, 16 cases, skewed (lognormal) differences": {"seeds": (3, 3), "cases": 16, "skewed": True, "own": 0.08},
+    "3 draws of labeled cases, 16 cases": {"seeds": (3, 3), "cases": 16, "draw": 0.02},
+    "3 seeds, 6 methods, 4 of them with a quarter of the noise, 16 cases": {
+        "seeds": (3,) * 6, "cases": 16, "factor": 4,
+    },
+}  # fmt: skip
+
+
+def simulate(
+    rng: np.random.Generator,
+    seeds: tuple[int, ...],
+    cases: int,
+    *,
+    own: float = 0.014,
+    seed: float = 0.005,
+    residual: float = 0.01,
+    draw: float = 0.0,
+    skewed: bool = False,
+    factor: float = 1.0,
+) -> dict[int, np.ndarray]:
+    """Return simulated scores (seeds, cases) of methods whose true means are equal.
+
+    Args:
+        rng: random number generator.
+        seeds: number of seeds of each method.
+        cases: number of cases.
+        own: standard deviation over cases of the difference between a method and the others.
+        seed: standard deviation over seeds of the mean over cases.
+        residual: standard deviation of each score around the former.
+        draw: standard deviation over the draws of labeled cases, equal for all methods.
+        skewed: draw the differences of all methods but 0 from a lognormal distribution instead of a normal one.
+        factor: multiplies `seed` for methods 0 and 1.
+    """
+    case = 0.1 * rng.standard_normal(cases)
+    common = draw * rng.standard_normal((max(seeds), 1))
+    scores = {}
+    for method, number in enumerate(seeds):
+        noise = rng.standard_normal(cases)
+        if skewed and method:
+            noise = (np.exp(noise) - math.exp(0.5)) / math.sqrt((math.e - 1) * math.e)
+        scores[method] = case + own * noise + common[:number]
+        scores[method] = scores[method] + (factor if method < 2 else 1) * seed * rng.standard_normal((number, 1))
+        scores[method] = scores[method] + residual * rng.standard_normal((number, cases))
+    return scores
+
+
+def coverage(simulations: int, *, draws: int = 1000, resample_seeds: bool = False, **setting) -> float:
+    """Return the fraction of simulations whose interval of the difference of methods 1 and 0 contains 0.
+
+    Args:
+        simulations: number of simulated experiments.
+        draws: number of bootstrap draws.
+        resample_seeds: resample the seeds like the cases, which `PairedBootstrap` does not, for comparison.
+        setting: arguments of `simulate`.
+    """
+    rng, inside = np.random.default_rng(0), 0
+    for _ in range(simulations):
+        scores = simulate(rng, **setting)
+        if resample_seeds:
+            low, high = np.percentile(_with_resampled_seeds(scores, rng, draws), (2.5, 97.5))
+        else:
+            bootstrap = PairedBootstrap(scores, pooled_seed_noise(scores.values()), rng, draws=draws)
+            estimate = bootstrap.difference(1, 0)
+            low, high = estimate.low, estimate.high
+        inside += low <= 0 <= high
+    return inside / simulations
+
+
+def _with_resampled_seeds(scores: dict[int, np.ndarray], rng: np.random.Generator, draws: int) -> np.ndarray:
+    """Return bootstrap draws of the difference of methods 1 and 0, with cases and seeds resampled."""
+    cases = scores[0].shape[1]
+    weights = rng.multinomial(cases, np.full(cases, 1 / cases), draws) / cases
+    first, second = (
+        np.einsum("dc,dc->d", its[rng.integers(len(its), size=(draws, len(its)))].mean(1), weights)
+        for its in (scores[0], scores[1])
+    )
+    return second - first
+
+
+def as_markdown(results: dict[str, dict]) -> str:
+    """Return the results as a table."""
+    rows = [
+        (name, f"{its['coverage']:.3f}", f"{its['resampled']:.3f}" if its["resampled"] is not None else "")
+        for name, its in results.items()
+    ]
+    return markdown(("setting", "coverage", "with resampled seeds"), rows)
+
+
+def main() -> None:
+    """Simulate all settings, and write and print their coverage."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    results = {}
+    for name, setting in SETTINGS.items():
+        several = max(setting["seeds"]) > 1
+        resampled = coverage(SIMULATIONS, resample_seeds=True, **setting) if several else None
+        results[name] = {"coverage": coverage(SIMULATIONS, **setting), "resampled": resampled}
+    content = {"simulations": SIMULATIONS, "results": results}
+    (HERE / "results" / "coverage.json").write_text(json.dumps(content, indent=1) + "\n")
+    print(as_markdown(results))
+
+
+if __name__ == "__main__":
+    main()
