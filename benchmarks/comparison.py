@@ -38,11 +38,10 @@ from benchmarks.preparation import (
     trainer_class,
 )
 from nnunet_dycon.dataset_conversion.writer import FOLDERS
-from nnunet_dycon.evaluation import evaluate_folder
-from nnunet_dycon.files import replacing
+from nnunet_dycon.inference.evaluation import evaluate_folder
 from nnunet_dycon.registry import TRAINERS
+from nnunet_dycon.system.files import replacing
 from nnunet_dycon.training.checkpoints import SECOND, STUDENT, TEACHER
-from nnunet_dycon.training.run_record import completed
 
 COLUMNS = ("method", "labels", "draw", "seed", "weights", "set", "case", "label", "dice", "hd95_mm", "plans",
            "iterations", "precision", "commit", "trainer_at_commit", "scored")  # fmt: skip
@@ -142,8 +141,7 @@ class Benchmark(Preparation):
         if run.trainer in TRAINERS:
             trainer = trainer_class(run.trainer)
             settings = {kind: asdict(getattr(trainer, kind)) for kind in record["settings"]}
-            for kind, its in settings.items():
-                record["settings"][kind] = completed(record["settings"][kind], getattr(trainer, kind))
+            for its in settings.values():
                 its |= {name: value for name, value in run.settings.items() if name in its}
             if record["settings"] != json.loads(json.dumps(settings)):
                 raise SystemExit(f"{folder} was trained with other settings of {run.trainer}; delete it and its rows")

@@ -1,4 +1,4 @@
-"""Coverage of the 95 % intervals of `nnunet_dycon.statistics`, in simulated experiments.
+"""Coverage of the 95 % intervals of `nnunet_dycon.inference.statistics`, in simulated experiments.
 
     python -m benchmarks.coverage
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from benchmarks.measuring import markdown
 from benchmarks.preparation import HERE
-from nnunet_dycon.statistics import PairedBootstrap, pooled_seed_noise
+from nnunet_dycon.inference.statistics import PairedBootstrap, pooled_seed_noise
 
 SIMULATIONS = 2000
 # The name of a setting and its arguments to `simulate`. Three seeds of all methods unless stated otherwise.

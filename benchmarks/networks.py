@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
 from benchmarks.measuring import machine, markdown, summary, with_quartiles, write
-from nnunet_dycon.networks import KMaXUXNet, UXNet
+from nnunet_dycon.networks import DKUXNet, UXNet
 
 IMAGES, CLASSES = 2, 2
 
@@ -43,7 +43,7 @@ def build(name: str, features: list[int]) -> nn.Module:
     }
     if name == "PlainConvUNet":
         return PlainConvUNet(1, stages, num_classes=CLASSES, n_conv_per_stage=2, n_conv_per_stage_decoder=2, **planned)
-    return {"UXNet": UXNet, "KMaXUXNet": KMaXUXNet}[name](1, CLASSES, **planned)
+    return {"UXNet": UXNet, "DKUXNet": DKUXNet}[name](1, CLASSES, **planned)
 
 
 def kept_bytes(name: str, features: list[int], patch: list[int]) -> int:
@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to write the numbers, too")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    names = ("PlainConvUNet", "UXNet", "KMaXUXNet")
+    names = ("PlainConvUNet", "UXNet", "DKUXNet")
     memory = {name: kept_bytes(name, arguments.features, arguments.patch) for name in names}
     networks = {name: build(name, arguments.features) for name in names}
     times = take_passes(networks, arguments.timed_patch, arguments.repeats)

@@ -8,7 +8,7 @@ They are drawn, not measured: what helps here has to show on scans, too, but noi
 
 from benchmarks.comparison import compare
 from benchmarks.preparation import DataSet, LabeledSet, Preparation
-from nnunet_dycon.phantom import write_dataset
+from nnunet_dycon.demo.phantom import write_dataset
 
 SEED = 7  # of the cases
 SHAPE = (24, 32, 40)

@@ -19,8 +19,8 @@ import numpy as np
 from filelock import FileLock
 
 from nnunet_dycon.dataset_conversion.writer import FOLDERS
-from nnunet_dycon.environment import DISCOVERY
-from nnunet_dycon.files import replacing
+from nnunet_dycon.system.environment import DISCOVERY
+from nnunet_dycon.system.files import replacing
 
 HERE = Path(__file__).parent
 LOWER_BOUND, UPPER_BOUND = "lower_bound", "upper_bound"  # methods: labeled cases only, all training cases with labels

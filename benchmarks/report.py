@@ -11,9 +11,9 @@ next to it.
 Runs are the seeds. Where there are several draws of labeled cases, they are the draws, averaged over their seeds: seeds
 of one draw are not independent. All methods must then have the same draws; --draws chooses some.
 
-The 95 % intervals are those of `nnunet_dycon.statistics.PairedBootstrap`: cases are resampled, the same for all
-methods, and noise of runs is added, pooled over the students at that number of labels. Without a second run there are
-no intervals. Settings that were chosen on a set have intervals on it that are too optimistic.
+The 95 % intervals are those of `nnunet_dycon.inference.statistics.PairedBootstrap`: cases are resampled, the same for
+all methods, and noise of runs is added, pooled over the students at that number of labels. Without a second run there
+are no intervals. Settings that were chosen on a set have intervals on it that are too optimistic.
 
 Trials, whose settings were changed after a colon, are shown with --trials only.
 """
@@ -31,8 +31,14 @@ import numpy as np
 from benchmarks.comparison import SETS
 from benchmarks.measuring import markdown
 from benchmarks.preparation import HERE, LOWER_BOUND, UNLABELED, UPPER_BOUND
-from nnunet_dycon.pictures import Panel, draw_paired_scores
-from nnunet_dycon.statistics import Estimate, PairedBootstrap, case_differences, leave_one_out, pooled_seed_noise
+from nnunet_dycon.inference.statistics import (
+    Estimate,
+    PairedBootstrap,
+    case_differences,
+    leave_one_out,
+    pooled_seed_noise,
+)
+from nnunet_dycon.system.pictures import Panel, draw_paired_scores
 
 _LOWER, _UPPER = (LOWER_BOUND, "student"), (UPPER_BOUND, "student")
 TERMS = ("plans", "iterations", "precision")  # which runs that are compared must have in common

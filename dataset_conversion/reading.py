@@ -14,7 +14,7 @@ import SimpleITK as sitk
 
 from nnunet_dycon.dataset_conversion.report import CaseReport
 from nnunet_dycon.errors import UserError, first_line
-from nnunet_dycon.files import require_whole
+from nnunet_dycon.system.files import require_whole
 
 GEOMETRY_TOLERANCE = 1e-3  # in mm, and for cosines; headers store float32
 _CHECKED_ENDINGS = (".nrrd", ".nhdr", ".mha", ".mhd")  # SimpleITK raises an error if such a file is truncated
@@ -177,7 +177,7 @@ def _read_file(path: Path) -> sitk.Image:
     if path.suffix.lower() in _CHECKED_ENDINGS:
         require_whole(path)
     else:
-        from nnunet_dycon.data.images import check_file  # imported here, since it imports torch
+        from nnunet_dycon.data.image_checks import check_file  # imported here, since it imports torch
 
         check_file(path)  # SimpleITK fills truncated files and reads NaN as 0
     return sitk.ReadImage(str(path))

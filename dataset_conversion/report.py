@@ -91,8 +91,8 @@ def draw_overlays(folder: Path, cases: Sequence[Case], data_set: "DataSet") -> N
     from matplotlib import style
     from matplotlib.patches import Patch
 
-    from nnunet_dycon.files import replacing
-    from nnunet_dycon.pictures import new_figure, overlay
+    from nnunet_dycon.system.files import replacing
+    from nnunet_dycon.system.pictures import new_figure, overlay
 
     step = max(1, len(cases) // _PICTURES)
     chosen = sorted(case.identifier for case in cases)[::step][:_PICTURES]

@@ -23,10 +23,10 @@ from nnunet_dycon import __version__
 from nnunet_dycon.dataset_conversion.reading import difference
 from nnunet_dycon.dataset_conversion.report import CaseReport, draw_overlays, report_on_all
 from nnunet_dycon.dataset_conversion.roles import FOLDERS, Assignment, Case, cross_validation, split_record
-from nnunet_dycon.environment import nnunet_folder
 from nnunet_dycon.errors import UsageError, UserError, first_line, some
-from nnunet_dycon.files import replacing, require_whole
-from nnunet_dycon.processes import map_cases
+from nnunet_dycon.system.environment import nnunet_folder
+from nnunet_dycon.system.files import replacing, require_whole
+from nnunet_dycon.system.processes import map_cases
 
 FILE_ENDING = ".nii.gz"
 _KEPT_TYPES = (sitk.sitkUInt8, sitk.sitkInt8, sitk.sitkUInt16, sitk.sitkInt16, sitk.sitkFloat32)

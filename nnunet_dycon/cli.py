@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 from nnunet_dycon import __version__
-from nnunet_dycon.environment import DISCOVERY, require_nnunet
 from nnunet_dycon.errors import UsageError, UserError
 from nnunet_dycon.registry import CONVERTERS, LENGTHS, RECOMMENDED, TRAINERS, groups
+from nnunet_dycon.system.environment import DISCOVERY, require_nnunet
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -352,7 +352,7 @@ def _list(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    from nnunet_dycon.evaluation import evaluate_folder
+    from nnunet_dycon.inference.evaluation import evaluate_folder
 
     output = arguments.output or arguments.prediction
     result = evaluate_folder(
@@ -363,8 +363,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _compare(arguments: argparse.Namespace) -> None:
-    from nnunet_dycon.comparison import compare_folders, parse_methods
-    from nnunet_dycon.tables import as_json
+    from nnunet_dycon.inference.comparison import compare_folders, parse_methods
+    from nnunet_dycon.inference.tables import as_json
 
     result = compare_folders(
         arguments.reference,
@@ -379,7 +379,7 @@ def _compare(arguments: argparse.Namespace) -> None:
 
 def _export_vanilla(arguments: argparse.Namespace) -> None:
     require_nnunet()
-    from nnunet_dycon.export import export_vanilla
+    from nnunet_dycon.inference.export import export_vanilla
     from nnunet_dycon.training.checkpoints import STUDENT, TEACHER
 
     checkpoint = arguments.checkpoint or (TEACHER if arguments.teacher else STUDENT)
@@ -391,7 +391,7 @@ def _export_vanilla(arguments: argparse.Namespace) -> None:
 
 def _predict_both(arguments: argparse.Namespace) -> None:
     require_nnunet()
-    from nnunet_dycon.prediction import predict_both
+    from nnunet_dycon.inference.ensemble import predict_both
 
     pair = predict_both(
         arguments.model,
@@ -408,7 +408,7 @@ def _predict_both(arguments: argparse.Namespace) -> None:
 
 
 def _predict_uncertainty(arguments: argparse.Namespace) -> None:
-    from nnunet_dycon.uncertainty import rank_predictions
+    from nnunet_dycon.inference.uncertainty import rank_predictions
 
     output = arguments.output or arguments.predictions[0] / "uncertainty"
     ranking = rank_predictions(arguments.predictions, output, num_processes=_num_processes(arguments))
@@ -427,7 +427,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 def _demo(arguments: argparse.Namespace) -> None:
     require_nnunet()
-    from nnunet_dycon.demo import run_demo
+    from nnunet_dycon.demo.demo import run_demo
 
     run_demo(arguments.output, seed=arguments.seed, device=arguments.device)
 

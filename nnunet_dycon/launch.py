@@ -23,9 +23,9 @@ from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as trainer_module
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from nnunet_dycon.environment import require_nnunet
 from nnunet_dycon.errors import UsageError, ends_in_one_line
-from nnunet_dycon.ranks import ids_for_ddp, on_any_rank, on_rank_zero
+from nnunet_dycon.system.distributed import ids_for_ddp, on_any_rank, on_rank_zero
+from nnunet_dycon.system.environment import require_nnunet
 from nnunet_dycon.training.checkpoints import RESUMABLE, set_aside
 
 MARK = "torchrun_id.txt"  # in the folder of a fold: whose checkpoints lie there

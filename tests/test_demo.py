@@ -10,10 +10,10 @@ import torch
 from matplotlib.image import imread
 from scipy import ndimage
 
-from nnunet_dycon import demo
 from nnunet_dycon.cli import main
+from nnunet_dycon.demo import demo
+from nnunet_dycon.demo.phantom import SHAPE, phantom, write_dataset
 from nnunet_dycon.errors import UserError
-from nnunet_dycon.phantom import SHAPE, phantom, write_dataset
 
 COUNTS = {"labeled": 2, "unlabeled": 3, "test": 1}
 

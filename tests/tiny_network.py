@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, interpolate
 
-from nnunet_dycon.batches import LabeledBatch, StudentOutput, UnlabeledBatch
-from nnunet_dycon.features import FeatureStage, FeatureTap
+from nnunet_dycon.components.batches import LabeledBatch, StudentOutput, UnlabeledBatch
+from nnunet_dycon.components.features import FeatureStage, FeatureTap
 from nnunet_dycon.methods import CoTraining
 
 STAGE = FeatureStage("encoder.stages.1", 6)

@@ -1,10 +1,10 @@
 """Cross pseudo supervision."""
 
 from nnunet_dycon.methods import CPS, CPSSettings
-from nnunet_dycon.trainers.two_students import TwoStudentsTrainer
+from nnunet_dycon.trainers.two_networks import TwoNetworksTrainer
 
 
-class nnUNetTrainerCPS(TwoStudentsTrainer):
+class nnUNetTrainerCPS(TwoNetworksTrainer):
     """Two networks that label for each other (arXiv:2106.01226): see `nnunet_dycon.methods.cps`."""
 
     method_settings = CPSSettings()

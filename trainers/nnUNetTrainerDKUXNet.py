@@ -6,21 +6,21 @@ from typing import Any
 import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunet_dycon.batches import StudentOutput
+from nnunet_dycon.components.batches import StudentOutput
+from nnunet_dycon.components.ema_teacher import unwrap
+from nnunet_dycon.components.features import FeatureTap
 from nnunet_dycon.errors import NotSupported
-from nnunet_dycon.features import FeatureTap
-from nnunet_dycon.methods import QueryConsistency, QueryConsistencySettings
-from nnunet_dycon.teacher import unwrap
+from nnunet_dycon.methods import DKUXNet, DKUXNetSettings
 from nnunet_dycon.trainers.semi_supervised import SemiSupervisedTrainer
 from nnunet_dycon.trainers.uxnet_training import UXNetTraining
 
 
 class nnUNetTrainerDKUXNet(UXNetTraining, SemiSupervisedTrainer):
-    """Query distribution consistency (arXiv:2311.12364): see `nnunet_dycon.methods.query_consistency`."""
+    """Query distribution consistency (arXiv:2311.12364): see `nnunet_dycon.methods.dkuxnet`."""
 
-    network_class = "nnunet_dycon.networks.KMaXUXNet"
+    network_class = "nnunet_dycon.networks.DKUXNet"
     activation_memory_factor = 4.5  # two views, measured in docs/cost.md
-    method_settings = QueryConsistencySettings()
+    method_settings = DKUXNetSettings()
 
     @classmethod
     def check_compatibility(cls, plans: dict, configuration: str, dataset_json: dict) -> None:
@@ -40,8 +40,8 @@ class nnUNetTrainerDKUXNet(UXNetTraining, SemiSupervisedTrainer):
     def settings(self) -> dict[str, dict]:
         return super().settings | {"optimizer_settings": asdict(self.optimizer_settings)}
 
-    def build_method(self, network, supervision) -> QueryConsistency:
-        return QueryConsistency(supervision, self.method_settings)
+    def build_method(self, network, supervision) -> DKUXNet:
+        return DKUXNet(supervision, self.method_settings)
 
     def initialize(self) -> None:
         """As for every method, and tap the queries.

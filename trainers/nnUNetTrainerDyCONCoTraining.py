@@ -1,10 +1,10 @@
 """DyCON in co-training."""
 
 from nnunet_dycon.methods import DyCONCoTraining, DyCONTerms
-from nnunet_dycon.trainers.two_students import TwoStudentsTrainer
+from nnunet_dycon.trainers.two_networks import TwoNetworksTrainer
 
 
-class nnUNetTrainerDyCONCoTraining(TwoStudentsTrainer):
+class nnUNetTrainerDyCONCoTraining(TwoNetworksTrainer):
     """DyCON's losses in co-training (arXiv:2504.04566): see `nnunet_dycon.methods.dycon_cotraining`.
 
     As in `nnUNetTrainerDyCON_adapted`, UnCL has a larger weight and no entropy term, and FeCL no focal weights.

@@ -12,5 +12,5 @@ class nnUNetTrainerDyCON_adapted(nnUNetTrainerDyCON):
     (γ = 0), the student's views are mixed by CutMix and have stronger intensity augmentation.
     """
 
-    training_settings = TrainingSettings(strong_intensities=True)
+    training_settings = TrainingSettings(strong_intensity_augmentation=True)
     method_settings = DyCONSettings(uncl_weight=16.0, entropy_weight=0.0, gamma=0.0, mixing="cutmix")

@@ -23,6 +23,6 @@ class nnUNetTrainerDyCON_released(nnUNetTrainerDyCON):
         nnUNetTrainerDyCON.method_settings,
         fecl_form="released",
         rampup=0.0,
-        foreground_share=0.5,
-        background_share=0.5,
+        foreground_fraction=0.5,
+        background_fraction=0.5,
     )

@@ -1,11 +1,11 @@
 """UGPL: the dual network with uncertainty-guided pseudo-labels."""
 
-from nnunet_dycon.features import FeatureStage
+from nnunet_dycon.components.features import FeatureStage
 from nnunet_dycon.methods import UGPL, UGPLSettings
-from nnunet_dycon.trainers.two_students import TwoStudentsTrainer
+from nnunet_dycon.trainers.two_networks import TwoNetworksTrainer
 
 
-class nnUNetTrainerUGPL(TwoStudentsTrainer):
+class nnUNetTrainerUGPL(TwoNetworksTrainer):
     """Two networks, uncertainty-guided (arXiv:2509.13084): see `nnunet_dycon.methods.ugpl`."""
 
     method_settings = UGPLSettings()

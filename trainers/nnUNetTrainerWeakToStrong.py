@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from nnunet_dycon.rules import PSEUDO_LABEL_WEIGHT
+from nnunet_dycon.components.defaults import PSEUDO_LABEL_WEIGHT
 from nnunet_dycon.trainers.nnUNetTrainerFixMatch import nnUNetTrainerFixMatch
 
 

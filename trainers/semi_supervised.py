@@ -10,17 +10,17 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 
-from nnunet_dycon.batches import StudentOutput
+from nnunet_dycon.components.batches import StudentOutput
+from nnunet_dycon.components.defaults import unlabeled_patches
+from nnunet_dycon.components.ema_teacher import unwrap
+from nnunet_dycon.components.features import FeatureStage, FeatureTap
 from nnunet_dycon.data import augmenters, loader
 from nnunet_dycon.data.unlabeled import UnlabeledCases
-from nnunet_dycon.environment import require_nnunet
 from nnunet_dycon.errors import ends_in_one_line, explained
-from nnunet_dycon.features import FeatureStage, FeatureTap
-from nnunet_dycon.files import require_writable
 from nnunet_dycon.methods import Method, Supervision
-from nnunet_dycon.ranks import on_any_rank, on_rank_zero, require_even_batch
-from nnunet_dycon.rules import unlabeled_patches
-from nnunet_dycon.teacher import unwrap
+from nnunet_dycon.system.distributed import on_any_rank, on_rank_zero, require_even_batch
+from nnunet_dycon.system.environment import require_nnunet
+from nnunet_dycon.system.files import require_writable
 from nnunet_dycon.trainers import caveat_of
 from nnunet_dycon.training import checkpoints, compatibility, plots, preemption, preflight, pseudo_label_page
 from nnunet_dycon.training.recorder import EpochRecorder, replace_lost

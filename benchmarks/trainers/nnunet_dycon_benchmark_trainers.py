@@ -21,7 +21,7 @@ from torch.nn.functional import instance_norm, linear
 from torch.overrides import TorchFunctionMode
 
 import nnunet_dycon
-from nnunet_dycon.features import ProjectionHead
+from nnunet_dycon.components.features import ProjectionHead
 from nnunet_dycon.trainers import trainer_class
 from nnunet_dycon.trainers.semi_supervised import SemiSupervisedTrainer
 

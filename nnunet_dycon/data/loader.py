@@ -24,7 +24,7 @@ from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from threadpoolctl import ThreadpoolController
 
-from nnunet_dycon.batches import LabeledBatch, UnlabeledBatch
+from nnunet_dycon.components.batches import LabeledBatch, UnlabeledBatch
 from nnunet_dycon.data.views import TwoViews, split_views, stronger
 from nnunet_dycon.errors import UserError, explained
 
@@ -215,7 +215,7 @@ def make_loaders(
         plan.patch_size, rotation, scales, mirror_axes, dummy_2d, use_mask_for_norm=plan.use_mask_for_norm,
         **about_labels,
     )  # fmt: skip
-    views = TwoViews(stronger(transforms) if trainer.training_settings.strong_intensities else transforms)
+    views = TwoViews(stronger(transforms) if trainer.training_settings.strong_intensity_augmentation else transforms)
     options = {
         "remedy": trainer.unlabeled_cases.labeled_remedy,
         "oversample_foreground_percent": trainer.oversample_foreground_percent,

@@ -18,12 +18,12 @@ from filelock import FileLock
 from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id, maybe_convert_to_dataset_name
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
-from nnunet_dycon.data.images import check_file, check_image
+from nnunet_dycon.data.image_checks import check_file, check_image
 from nnunet_dycon.data.labeled import check_fingerprint
-from nnunet_dycon.environment import nnunet_folder
 from nnunet_dycon.errors import UsageError, UserError
-from nnunet_dycon.files import replacing, require_writable
-from nnunet_dycon.processes import map_cases
+from nnunet_dycon.system.environment import nnunet_folder
+from nnunet_dycon.system.files import replacing, require_writable
+from nnunet_dycon.system.processes import map_cases
 
 _MANIFEST_FORMAT = 1  # to be raised whenever cases come out differently
 _FAULTS_TOLD = 10

@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from nnunet_dycon import __version__
-from nnunet_dycon.doctor import environment
+from nnunet_dycon.doctor import installation
 from nnunet_dycon.doctor.findings import FAIL, NOTE, STATUSES, WARNING, Finding, as_finding, count, examine, named
-from nnunet_dycon.environment import nnunet_folder
 from nnunet_dycon.errors import UserError
+from nnunet_dycon.system.environment import nnunet_folder
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,12 @@ def _each_once(findings: Iterator[Finding]) -> Iterator[Finding]:
 
 def diagnose(question: Question) -> Iterator[Finding]:
     """Look at everything; never raises."""
-    yield from examine("versions", environment.check_versions)
-    yield from examine("device", environment.check_device)
-    yield from examine("settings", environment.check_settings)
-    yield from examine("folders", environment.check_folders)
-    yield from examine("nnUNet_extTrainer", environment.check_ext_trainer)
-    yield from examine("trainer", environment.check_look_up, question.trainer)
+    yield from examine("versions", installation.check_versions)
+    yield from examine("device", installation.check_device)
+    yield from examine("settings", installation.check_settings)
+    yield from examine("folders", installation.check_folders)
+    yield from examine("nnUNet_extTrainer", installation.check_ext_trainer)
+    yield from examine("trainer", installation.check_look_up, question.trainer)
     if question.dataset is None:
         return
     try:

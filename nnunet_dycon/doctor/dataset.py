@@ -12,13 +12,13 @@ from statistics import geometric_mean, median
 
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
-from nnunet_dycon.data.images import check_unit
+from nnunet_dycon.data.image_checks import check_unit
 from nnunet_dycon.data.unlabeled import image_files
 from nnunet_dycon.dataset_conversion.writer import FOLDERS
 from nnunet_dycon.doctor.findings import FAIL, NOTE, OK, WARNING, Finding, as_finding, examine
-from nnunet_dycon.doctor.images import Header, hash_voxels, read_header
+from nnunet_dycon.doctor.image_files import Header, hash_voxels, read_header
 from nnunet_dycon.errors import UserError, counted, some
-from nnunet_dycon.processes import map_cases
+from nnunet_dycon.system.processes import map_cases
 
 _FORMAT = "https://github.com/MIC-DKFZ/nnUNet/blob/master/documentation/dataset_format.md"
 _HELD_OUT = ("val", "test")

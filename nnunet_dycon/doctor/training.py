@@ -15,18 +15,18 @@ import torch
 from filelock import Timeout
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 
+from nnunet_dycon.components.defaults import unlabeled_patches
 from nnunet_dycon.data.labeled import check_fingerprint, check_split, labeled_identifiers
 from nnunet_dycon.data.unlabeled import UnlabeledCases
 from nnunet_dycon.doctor.dataset import label_names
-from nnunet_dycon.doctor.environment import GIB, existing_part
 from nnunet_dycon.doctor.findings import FAIL, NOTE, OK, WARNING, Finding, examine
-from nnunet_dycon.doctor.images import read_header
-from nnunet_dycon.environment import nnunet_folder
+from nnunet_dycon.doctor.image_files import read_header
+from nnunet_dycon.doctor.installation import GIB, existing_part
 from nnunet_dycon.errors import UnknownTrainer, UserError, some
-from nnunet_dycon.files import require_writable
-from nnunet_dycon.models import trainer_class
+from nnunet_dycon.inference.model_folders import trainer_class
 from nnunet_dycon.registry import TRAINERS
-from nnunet_dycon.rules import unlabeled_patches
+from nnunet_dycon.system.environment import nnunet_folder
+from nnunet_dycon.system.files import require_writable
 from nnunet_dycon.trainers import registered_name
 from nnunet_dycon.trainers.semi_supervised import SemiSupervisedTrainer
 
@@ -79,7 +79,7 @@ def find_trainer(name: str) -> type[SemiSupervisedTrainer] | None:
     """The class that nnU-Net would train with; None if it is not semi-supervised, or cannot be found."""
     try:
         found = trainer_class(name)
-    except Exception:  # of whatever lies in nnUNet_extTrainer; environment.check_look_up reports it
+    except Exception:  # of whatever lies in nnUNet_extTrainer; installation.check_look_up reports it
         return None
     return found if issubclass(found, SemiSupervisedTrainer) else None
 

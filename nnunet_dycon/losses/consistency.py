@@ -2,7 +2,7 @@
 
 import torch
 
-from nnunet_dycon.precision import at_least_float32
+from nnunet_dycon.system.precision import at_least_float32
 
 
 @at_least_float32

@@ -4,7 +4,7 @@ import torch
 from torch.nn.functional import nll_loss
 
 from nnunet_dycon.losses.two_classes import as_two_classes
-from nnunet_dycon.precision import at_least_float32
+from nnunet_dycon.system.precision import at_least_float32
 
 
 @at_least_float32

@@ -7,8 +7,8 @@ from functools import partial
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, interpolate
 
-from nnunet_dycon.precision import at_least_float32
-from nnunet_dycon.ranks import sum_over_ranks
+from nnunet_dycon.system.distributed import sum_over_ranks
+from nnunet_dycon.system.precision import at_least_float32
 
 _SMOOTH = 1e-5  # nnU-Net's
 

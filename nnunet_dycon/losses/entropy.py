@@ -3,7 +3,7 @@
 import torch
 
 from nnunet_dycon.losses.two_classes import as_two_classes
-from nnunet_dycon.precision import at_least_float32
+from nnunet_dycon.system.precision import at_least_float32
 
 
 def softmax_and_entropy(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,7 +6,7 @@ from torch.nn.functional import cross_entropy
 from nnunet_dycon.losses.cross_pseudo import check_pair
 from nnunet_dycon.losses.entropy import softmax_entropy
 from nnunet_dycon.losses.two_classes import as_two_classes, shape_of_labels
-from nnunet_dycon.precision import at_least_float32
+from nnunet_dycon.system.precision import at_least_float32
 
 
 @torch.no_grad()

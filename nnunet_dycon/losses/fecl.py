@@ -4,7 +4,7 @@ import torch
 from torch.nn.functional import normalize
 
 from nnunet_dycon.losses.kernels.fecl import FeCL
-from nnunet_dycon.precision import at_least_float32
+from nnunet_dycon.system.precision import at_least_float32
 
 # exp(-2/τ) is the smallest factor that occurs. At τ = 0.03 it is 1e-29, still a normal float32.
 _LOWEST_TEMPERATURE = 0.03

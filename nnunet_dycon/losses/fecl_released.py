@@ -4,7 +4,7 @@ import torch
 from torch.nn.functional import normalize
 
 from nnunet_dycon.losses.kernels.fecl_released import FeCLReleased
-from nnunet_dycon.precision import at_least_float32
+from nnunet_dycon.system.precision import at_least_float32
 
 
 @at_least_float32

@@ -3,8 +3,8 @@
 import torch
 from torch.nn.functional import cross_entropy, normalize
 
-from nnunet_dycon.precision import at_least_float32
-from nnunet_dycon.ranks import sum_over_ranks
+from nnunet_dycon.system.distributed import sum_over_ranks
+from nnunet_dycon.system.precision import at_least_float32
 
 # The lower bound of the norm that features are divided by. Without it the gradient would overflow in float16.
 _SMALLEST_NORM = 1e-3

@@ -4,7 +4,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from nnunet_dycon.losses.two_classes import shape_of_labels
-from nnunet_dycon.precision import at_least_float32
+from nnunet_dycon.system.precision import at_least_float32
 
 _NO_LABEL = -100  # the ignore_index of torch
 

@@ -4,25 +4,26 @@ A `Method` is an nn.Module that owns all that training needs in addition to the 
 networks.
 
 - ``method(student, labeled, unlabeled, progress)`` returns the loss under "loss", its unweighted terms by name, and
-  diagnostics under the names in `nnunet_dycon.monitoring`, as scalar tensors or numbers. ``student(images)`` returns a
-  `StudentOutput`; a method calls it exactly once per step, after its teachers, with any batch of images.
+  diagnostics under the names in `nnunet_dycon.components.diagnostics`, as scalar tensors or numbers.
+  ``student(images)`` returns a `StudentOutput`; a method calls it exactly once per step, after its teachers, with any
+  batch of images.
 - ``method.before_first_step()`` is called once when a new training starts, ``method.after_optimizer_step()`` after each
   step in which the optimizer updated the student.
 - The children of the module contain all state that a resumed run needs; children with parameters that require a
   gradient are trained together with the student.
 - A method without a teacher overrides ``method.label``, which returns the pseudo-labels for plots.
 - ``method.uses_features`` is True if `StudentOutput.features` is required.
-- Labels are classes or regions: ``supervision.kind`` (`nnunet_dycon.label_kinds`) hides the difference from methods.
+- Labels are classes or regions: ``supervision.label_space`` (a `LabelSpace`) hides the difference from methods.
 """
 
+from nnunet_dycon.components.co_training import CoTraining
+from nnunet_dycon.components.method import Method, Supervision
 from nnunet_dycon.methods.cps import CPS, CPSSettings
+from nnunet_dycon.methods.dkuxnet import DKUXNet, DKUXNetSettings
 from nnunet_dycon.methods.dycon import DyCON, DyCONSettings, DyCONTerms
 from nnunet_dycon.methods.dycon_cotraining import DyCONCoTraining
 from nnunet_dycon.methods.mean_teacher import MeanTeacher, MeanTeacherSettings
-from nnunet_dycon.methods.method import Method, Supervision
 from nnunet_dycon.methods.pseudo_labels import PseudoLabels, PseudoLabelSettings
-from nnunet_dycon.methods.query_consistency import QueryConsistency, QueryConsistencySettings
-from nnunet_dycon.methods.two_students import CoTraining
 from nnunet_dycon.methods.ugpl import UGPL, UGPLSettings
 
 __all__ = [
@@ -30,6 +31,8 @@ __all__ = [
     "UGPL",
     "CPSSettings",
     "CoTraining",
+    "DKUXNet",
+    "DKUXNetSettings",
     "DyCON",
     "DyCONCoTraining",
     "DyCONSettings",
@@ -39,8 +42,6 @@ __all__ = [
     "Method",
     "PseudoLabelSettings",
     "PseudoLabels",
-    "QueryConsistency",
-    "QueryConsistencySettings",
     "Supervision",
     "UGPLSettings",
 ]

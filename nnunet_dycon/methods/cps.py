@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from nnunet_dycon.batches import LabeledBatch, StudentOutput
-from nnunet_dycon.methods.method import Supervision, Terms
-from nnunet_dycon.methods.two_students import CoTraining
-from nnunet_dycon.rules import RAMPUP
+from nnunet_dycon.components.batches import LabeledBatch, StudentOutput
+from nnunet_dycon.components.co_training import CoTraining
+from nnunet_dycon.components.defaults import RAMPUP
+from nnunet_dycon.components.method import Supervision, Terms
 
 
 @dataclass(frozen=True)
@@ -53,5 +53,5 @@ class CPS(CoTraining):
         return {"cross": self._cross(first, second)}, {"cross": self._cross(second, first)}, {}
 
     def _cross(self, own: StudentOutput, peer: StudentOutput) -> torch.Tensor:
-        labels = self.supervision.kind.labels(peer.logits[0])
+        labels = self.supervision.label_space.labels(peer.logits[0])
         return self.supervision.weighted_loss(own.logits, labels, torch.ones_like(labels, dtype=torch.float32))

@@ -5,22 +5,22 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from nnunet_dycon.batches import LabeledBatch, StudentOutput, UnlabeledBatch
-from nnunet_dycon.features import IGNORED_PATCH, FeatureStage, ProjectionHead, pool_to_patches
-from nnunet_dycon.label_kinds import LabelKind
+from nnunet_dycon.components.batches import LabeledBatch, StudentOutput, UnlabeledBatch
+from nnunet_dycon.components.defaults import BOX_FRACTION, EMA_DECAY, RAMPUP
+from nnunet_dycon.components.ema_teacher import EMATeacher
+from nnunet_dycon.components.features import IGNORED_PATCH, FeatureStage, ProjectionHead, pool_to_patches
+from nnunet_dycon.components.label_space import LabelSpace
+from nnunet_dycon.components.method import Method, Student, Supervision, Terms
+from nnunet_dycon.components.mixing import check_mixture, mixture
+from nnunet_dycon.components.schedules import exponential_decay, sigmoid_rampup
 from nnunet_dycon.losses import fecl_loss, fecl_released_loss, uncl_loss
-from nnunet_dycon.methods.method import Method, Student, Supervision, Terms
-from nnunet_dycon.mixing import check_mixture, mixture
-from nnunet_dycon.rules import BOX, EMA_DECAY, RAMPUP
-from nnunet_dycon.schedules import exponential_decay, sigmoid_rampup
-from nnunet_dycon.teacher import EMATeacher
 
 
 @dataclass(frozen=True)
 class DyCONTerms:
     """Settings of UnCL and FeCL, for any pair of networks. The defaults are the paper's.
 
-    The ramp-up is ours; top_k, foreground_share and background_share are not in the paper.
+    The ramp-up is ours; top_k, foreground_fraction and background_fraction are not in the paper.
 
     Attributes:
         uncl_weight: the weight of UnCL; 0 omits it.
@@ -33,8 +33,8 @@ class DyCONTerms:
         temperature: τ of FeCL.
         gamma: γ of FeCL; 0 omits its focal weights.
         top_k: the number of hard negatives of FeCL.
-        foreground_share: the smallest foreground fraction of a foreground patch.
-        background_share: the largest foreground fraction of a background patch; patches in between are ignored.
+        foreground_fraction: the smallest foreground fraction of a foreground patch.
+        background_fraction: the largest foreground fraction of a background patch; patches in between are ignored.
     """
 
     uncl_weight: float = 0.5
@@ -47,8 +47,8 @@ class DyCONTerms:
     temperature: float = 0.6
     gamma: float = 2.0
     top_k: int = 5
-    foreground_share: float = 0.25
-    background_share: float = 0.05
+    foreground_fraction: float = 0.25
+    background_fraction: float = 0.05
 
     def beta(self, progress: float) -> float:
         """Return β of UnCL at a training progress in [0, 1]."""
@@ -69,38 +69,39 @@ class DyCONTerms:
         return ProjectionHead(stage.channels, self.embedding_width).to(next(network.parameters()).device)
 
     def consistency(
-        self, kind: LabelKind, logits: torch.Tensor, teacher_logits: torch.Tensor, beta: float
+        self, label_space: LabelSpace, logits: torch.Tensor, teacher_logits: torch.Tensor, beta: float
     ) -> torch.Tensor:
         """Return UnCL of a student's logits with those of its teacher or peer."""
-        return uncl_loss(logits, teacher_logits, beta, entropy_weight=self.entropy_weight, sigmoid=kind.sigmoid)
+        return uncl_loss(logits, teacher_logits, beta, entropy_weight=self.entropy_weight, sigmoid=label_space.sigmoid)
 
     def patches(
-        self, kind: LabelKind, labels: torch.Tensor, known: torch.Tensor, output: StudentOutput
+        self, label_space: LabelSpace, labels: torch.Tensor, known: torch.Tensor, output: StudentOutput
     ) -> torch.Tensor:
         """Return the class of each patch of the features, (B, N), from voxel labels and the mask of known labels."""
-        return kind.patches(
+        return label_space.patches(
             labels,
             known,
             output.features.shape[2:],
             output.logits[0].shape[1],
-            foreground_share=self.foreground_share,
-            background_share=self.background_share,
+            foreground_fraction=self.foreground_fraction,
+            background_fraction=self.background_fraction,
         )
 
     def contrast(
         self,
-        kind: LabelKind,
+        label_space: LabelSpace,
         output: StudentOutput,
         embedding: torch.Tensor,
         teacher_embedding: torch.Tensor,
         patches: torch.Tensor,
     ) -> torch.Tensor:
         """Return FeCL of a student's embedding (B, N, D), with hard negatives from its teacher or peer."""
+        entropy = label_space.voxel_entropy(output.logits[0].detach())
         return fecl_loss(
             embedding,
             patches,
             teacher_embedding=teacher_embedding,
-            anchor_entropy=pool_to_patches(kind.voxel_entropy(output.logits[0].detach()), output.features.shape[2:]),
+            anchor_entropy=pool_to_patches(entropy, output.features.shape[2:]),
             temperature=self.temperature,
             gamma=self.gamma,
             top_k=self.top_k,
@@ -115,34 +116,25 @@ class DyCONSettings(DyCONTerms):
     Attributes:
         ema_decay: the decay of the EMA teacher.
         fecl_form: "paper" for FeCL of both halves of the batch, or "released" for the form of the released code on the
-            unlabeled half. The released form does not support ignored patches, so foreground_share and background_share
-            must be equal.
-        mixing: the mixing of the student's images, see `nnunet_dycon.mixing.mixture`.
-        box: the length of a pasted box as a fraction of each axis.
-        uncl_half: "both", or "unlabeled" for UnCL of the unlabeled images only.
-        teacher_view: "weak", or "strong" for a teacher with the student's intensity augmentation, but without mixing.
+            unlabeled half. The released form does not support ignored patches, so foreground_fraction and
+            background_fraction must be equal.
+        mixing: the mixing of the student's images, see `nnunet_dycon.components.mixing.mixture`.
+        box_fraction: the length of a pasted box as a fraction of each axis.
     """
 
     ema_decay: float = EMA_DECAY
     fecl_form: str = "paper"
     mixing: str = "none"
-    box: float = BOX
-    uncl_half: str = "both"
-    teacher_view: str = "weak"
+    box_fraction: float = BOX_FRACTION
 
     def __post_init__(self) -> None:
-        check_mixture(self.mixing, self.box)
-        if self.uncl_half not in ("both", "unlabeled"):
-            raise ValueError(f'uncl_half must be "both" or "unlabeled", got {self.uncl_half!r}')
-        if self.uncl_half == "unlabeled" and self.mixing == "copy_paste":
-            raise ValueError('mixing "copy_paste" leaves no image unlabeled; set uncl_half to "both"')
-        if self.teacher_view not in ("weak", "strong"):
-            raise ValueError(f'teacher_view must be "weak" or "strong", got {self.teacher_view!r}')
+        check_mixture(self.mixing, self.box_fraction)
         if self.fecl_form not in ("paper", "released"):
             raise ValueError(f'fecl_form must be "paper" or "released", got {self.fecl_form!r}')
-        if self.fecl_form == "released" and self.foreground_share != self.background_share:
+        if self.fecl_form == "released" and self.foreground_fraction != self.background_fraction:
             raise ValueError(
-                "the released FeCL does not support ignored patches; set foreground_share and background_share equal"
+                "the released FeCL does not support ignored patches; set foreground_fraction and background_fraction "
+                "equal"
             )
         if self.fecl_form == "released" and self.mixing != "none":
             raise ValueError('the released FeCL does not support mixed images; set mixing to "none"')
@@ -159,8 +151,8 @@ class DyCON(Method):
     batch and from the teacher's prediction in the unlabeled half.
 
     For regions, distance and entropy of a voxel in UnCL are means over regions. The class of a patch is the most
-    frequent combination of regions in its foreground (`nnunet_dycon.features.patch_codes`): nested regions give as many
-    classes as there are regions, and patches are positives of each other only if all of their regions agree.
+    frequent combination of regions in its foreground (`patch_codes`): nested regions give as many classes as there are
+    regions, and patches are positives of each other only if all of their regions agree.
 
     Deviations from the paper and the released code (commit 69c1384):
 
@@ -206,14 +198,14 @@ class DyCON(Method):
         unlabeled: UnlabeledBatch,
         progress: float,
     ) -> Terms:
-        settings, kind = self.settings, self.supervision.kind
+        settings, label_space = self.settings, self.supervision.label_space
         half, strong = len(labeled), unlabeled.strong
-        teacher = self.teacher(torch.cat([getattr(batch, settings.teacher_view) for batch in (labeled, unlabeled)]))
-        mix = mixture(settings.mixing, half, len(strong), strong.shape[2:], strong.device, settings.box)
+        teacher = self.teacher(torch.cat([labeled.weak, unlabeled.weak]))
+        mix = mixture(settings.mixing, half, len(strong), strong.shape[2:], strong.device, settings.box_fraction)
         output = student(mix(labeled.strong, strong))
         # Labels of each voxel: ground truth for voxels from labeled images, else the teacher's.
-        truth, known = kind.truth(labeled)
-        pseudo = kind.labels(teacher.logits[0][half:])
+        truth, known = label_space.truth(labeled)
+        pseudo = label_space.labels(teacher.logits[0][half:])
         labels, known = mix(truth, pseudo), mix(known, torch.ones_like(pseudo, dtype=torch.bool))
 
         supervised = self.supervised(output, labeled, mix)
@@ -222,18 +214,17 @@ class DyCON(Method):
         if settings.uncl_weight != 0:
             beta = diagnostics["beta"] = settings.beta(progress)
             teacher_logits = mix(teacher.logits[0][:half], teacher.logits[0][half:])
-            compared = slice(half if settings.uncl_half == "unlabeled" else 0, None)
-            terms["uncl"] = settings.consistency(kind, output.logits[0][compared], teacher_logits[compared], beta)
+            terms["uncl"] = settings.consistency(label_space, output.logits[0], teacher_logits, beta)
             weighted.append(settings.uncl_weight * terms["uncl"])
         if self.uses_features:
-            patches = settings.patches(kind, labels, known, output)
+            patches = settings.patches(label_space, labels, known, output)
             on_grid = mix.on_grid(output.features.shape[2:])
             teacher_features = on_grid(teacher.features[:half], teacher.features[half:])
             terms["fecl"] = self._contrast(output, teacher_features, patches, half, progress)
             weighted.append(settings.fecl_weight * terms["fecl"])
             diagnostics["ignored_patches"] = (patches == IGNORED_PATCH).float().mean()
         ramp = diagnostics["ramp"] = sigmoid_rampup(progress, end=settings.rampup)
-        diagnostics |= kind.monitors(kind.labels(output.logits[0]), labels, ~mix.truth)
+        diagnostics |= label_space.diagnostics(label_space.labels(output.logits[0]), labels, ~mix.truth)
         return {"loss": supervised + ramp * sum(weighted), **terms, **diagnostics}
 
     def _contrast(
@@ -250,4 +241,4 @@ class DyCON(Method):
                 gamma=settings.gamma,
                 cross_threshold=0.3 + 0.2 * sigmoid_rampup(progress),  # as in the release, over the whole training
             )
-        return settings.contrast(self.supervision.kind, output, embedding, teacher_embedding, patches)
+        return settings.contrast(self.supervision.label_space, output, embedding, teacher_embedding, patches)

@@ -3,11 +3,11 @@
 import torch
 from torch import nn
 
-from nnunet_dycon.batches import LabeledBatch, StudentOutput
-from nnunet_dycon.features import IGNORED_PATCH, FeatureStage, ProjectionHead
+from nnunet_dycon.components.batches import LabeledBatch, StudentOutput
+from nnunet_dycon.components.co_training import CoTraining, each_with_peer
+from nnunet_dycon.components.features import IGNORED_PATCH, FeatureStage, ProjectionHead
+from nnunet_dycon.components.method import Supervision, Terms
 from nnunet_dycon.methods.dycon import DyCONTerms
-from nnunet_dycon.methods.method import Supervision, Terms
-from nnunet_dycon.methods.two_students import CoTraining, each_with_peer
 
 
 class DyCONCoTraining(CoTraining):
@@ -50,26 +50,26 @@ class DyCONCoTraining(CoTraining):
     def mutual_losses(
         self, first: StudentOutput, second: StudentOutput, labeled: LabeledBatch, progress: float
     ) -> tuple[Terms, Terms, Terms]:
-        settings, kind, half = self.settings, self.supervision.kind, len(labeled)
+        settings, label_space, half = self.settings, self.supervision.label_space, len(labeled)
         first_losses: Terms = {}
         second_losses: Terms = {}
         diagnostics: Terms = {}
         if settings.uncl_weight != 0:
             beta = diagnostics["beta"] = settings.beta(progress)
             for terms, (own, peer) in zip((first_losses, second_losses), each_with_peer(first, second)):
-                terms["uncl"] = settings.consistency(kind, own.logits[0], peer.logits[0], beta)
+                terms["uncl"] = settings.consistency(label_space, own.logits[0], peer.logits[0], beta)
         if self.head is not None:
             ignored = []
-            truth, known = kind.truth(labeled)
+            truth, known = label_space.truth(labeled)
             # One call for both networks: DDP would synchronise the gradients once per call.
             embeddings = self.head(torch.cat([first.features, second.features])).chunk(2)
             for terms, (own, peer), (embedding, peer_embedding) in zip(
                 (first_losses, second_losses), each_with_peer(first, second), (embeddings, embeddings[::-1])
             ):
-                pseudo = kind.labels(peer.logits[0][half:])
+                pseudo = label_space.labels(peer.logits[0][half:])
                 everywhere = torch.cat([known, torch.ones_like(pseudo, dtype=torch.bool)])
-                patches = settings.patches(kind, torch.cat([truth, pseudo]), everywhere, own)
-                terms["fecl"] = settings.contrast(kind, own, embedding, peer_embedding, patches)
+                patches = settings.patches(label_space, torch.cat([truth, pseudo]), everywhere, own)
+                terms["fecl"] = settings.contrast(label_space, own, embedding, peer_embedding, patches)
                 ignored.append((patches == IGNORED_PATCH).float().mean())
             diagnostics["ignored_patches"] = torch.stack(ignored).mean()
         return first_losses, second_losses, diagnostics

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from nnunet_dycon.batches import LabeledBatch, UnlabeledBatch
+from nnunet_dycon.components.batches import LabeledBatch, UnlabeledBatch
+from nnunet_dycon.components.defaults import EMA_DECAY, RAMPUP
+from nnunet_dycon.components.ema_teacher import EMATeacher
+from nnunet_dycon.components.method import Method, Student, Supervision, Terms
+from nnunet_dycon.components.schedules import sigmoid_rampup
 from nnunet_dycon.losses import consistency_loss
-from nnunet_dycon.methods.method import Method, Student, Supervision, Terms
-from nnunet_dycon.rules import EMA_DECAY, RAMPUP
-from nnunet_dycon.schedules import sigmoid_rampup
-from nnunet_dycon.teacher import EMATeacher
 
 
 @dataclass(frozen=True)
@@ -54,17 +54,17 @@ class MeanTeacher(Method):
         unlabeled: UnlabeledBatch,
         progress: float,
     ) -> Terms:
-        kind = self.supervision.kind
+        label_space = self.supervision.label_space
         teacher = self.teacher(unlabeled.weak)
         output = student(torch.cat([labeled.strong, unlabeled.strong]))
         supervised = self.supervised(output, labeled)
         unlabeled_logits = output.logits[0][len(labeled) :]
-        consistency = consistency_loss(unlabeled_logits, teacher.logits[0], sigmoid=kind.sigmoid)
+        consistency = consistency_loss(unlabeled_logits, teacher.logits[0], sigmoid=label_space.sigmoid)
         ramp = sigmoid_rampup(progress, end=self.settings.rampup)
         return {
             "loss": supervised + ramp * self.settings.consistency_weight * consistency,
             "supervised": supervised,
             "consistency": consistency,
             "ramp": ramp,
-            **kind.monitors(kind.labels(unlabeled_logits), kind.labels(teacher.logits[0])),
+            **label_space.diagnostics(label_space.labels(unlabeled_logits), label_space.labels(teacher.logits[0])),
         }

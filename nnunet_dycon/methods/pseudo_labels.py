@@ -2,15 +2,14 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
-from nnunet_dycon.batches import LabeledBatch, UnlabeledBatch
-from nnunet_dycon.methods.method import Method, Student, Supervision, Terms
-from nnunet_dycon.mixing import check_mixture, mixture
-from nnunet_dycon.rules import BOX, EMA_DECAY, RAMPUP
-from nnunet_dycon.schedules import exponential_decay, sigmoid_rampup
-from nnunet_dycon.teacher import EMATeacher
+from nnunet_dycon.components.batches import LabeledBatch, UnlabeledBatch
+from nnunet_dycon.components.defaults import BOX_FRACTION, EMA_DECAY, RAMPUP
+from nnunet_dycon.components.ema_teacher import EMATeacher
+from nnunet_dycon.components.method import Method, Student, Supervision, Terms
+from nnunet_dycon.components.mixing import check_mixture, mixture
+from nnunet_dycon.components.schedules import sigmoid_rampup
 
 
 @dataclass(frozen=True)
@@ -22,23 +21,19 @@ class PseudoLabelSettings:
         rampup: the length of the ramp-up as a fraction of the training.
         ema_decay: the decay of the EMA teacher; with 0 it equals the student after its last step.
         confidence: the confidence threshold: voxels whose pseudo-label has a lower probability are excluded.
-        beta_start: β of the voxel weights exp(-βH) at the start of training; 0 gives all voxels the same weight.
-        beta_end: β at the end of training.
-        mixing: the mixing of the student's images, see `nnunet_dycon.mixing.mixture`.
-        box: the length of a pasted box as a fraction of each axis.
+        mixing: the mixing of the student's images, see `nnunet_dycon.components.mixing.mixture`.
+        box_fraction: the length of a pasted box as a fraction of each axis.
     """
 
     weight: float = 1.0
     rampup: float = RAMPUP
     ema_decay: float = EMA_DECAY
     confidence: float = 0.0
-    beta_start: float = 0.0
-    beta_end: float = 0.0
     mixing: str = "none"
-    box: float = BOX
+    box_fraction: float = BOX_FRACTION
 
     def __post_init__(self) -> None:
-        check_mixture(self.mixing, self.box)
+        check_mixture(self.mixing, self.box_fraction)
 
 
 class PseudoLabels(Method):
@@ -47,8 +42,8 @@ class PseudoLabels(Method):
     .. math:: L = L_{sup}(\text{ground truth}) + r(t)\, w\, \bar{\omega}\, L_{\omega}(\text{pseudo-labels})
 
     with nnU-Net's loss L, the ramp-up factor r and the weight w. The weight ω of a voxel is 0 below the confidence
-    threshold, else exp(-βH) with the entropy H of the teacher. Its mean over the unlabeled voxels scales the loss down
-    if few pseudo-labels are confident. For regions, label and weight are computed for each region separately.
+    threshold, else 1. Its mean over the unlabeled voxels scales the loss down if few pseudo-labels are confident. For
+    regions, label and weight are computed for each region separately.
 
     Args:
         network: the student's network.
@@ -64,24 +59,20 @@ class PseudoLabels(Method):
         self.teacher = EMATeacher(network, decay=settings.ema_decay)
 
     def forward(self, student: Student, labeled: LabeledBatch, unlabeled: UnlabeledBatch, progress: float) -> Terms:
-        settings, kind = self.settings, self.supervision.kind
-        diagnostics: Terms = {}
+        settings, label_space = self.settings, self.supervision.label_space
         teacher = self.teacher(unlabeled.weak).logits[0]
-        labels, confidence = kind.confident_labels(teacher)
+        labels, confidence = label_space.confident_labels(teacher)
         weights = (confidence >= settings.confidence).float()
-        if settings.beta_start > 0:
-            beta = diagnostics["beta"] = exponential_decay(progress, settings.beta_start, settings.beta_end)
-            weights = weights * torch.exp(-beta * kind.entropy(teacher))
 
-        strong = unlabeled.strong
-        mix = mixture(settings.mixing, len(labeled), len(strong), strong.shape[2:], strong.device, settings.box)
+        strong, half = unlabeled.strong, len(labeled)
+        mix = mixture(settings.mixing, half, len(strong), strong.shape[2:], strong.device, settings.box_fraction)
         output = student(mix(labeled.strong, strong))
         supervised = self.supervised(output, labeled, mix)
         labels, weights = mix.only_unlabeled(labels), mix.only_unlabeled(weights)
         labels_per_voxel = weights.numel() // mix.truth.numel()  # number of labels per voxel: 1, or one per region
         mean_weight = weights.sum() / (labels_per_voxel * (~mix.truth).sum())
         pseudo = mean_weight * self.supervision.weighted_loss(output.logits, labels, weights)
-        ramp = diagnostics["ramp"] = sigmoid_rampup(progress, end=settings.rampup)
+        ramp = sigmoid_rampup(progress, end=settings.rampup)
         loss = supervised + ramp * settings.weight * pseudo
-        diagnostics |= kind.monitors(kind.labels(output.logits[0]), labels, ~mix.truth)
-        return {"loss": loss, "supervised": supervised, "pseudo": pseudo, **diagnostics}
+        diagnostics = label_space.diagnostics(label_space.labels(output.logits[0]), labels, ~mix.truth)
+        return {"loss": loss, "supervised": supervised, "pseudo": pseudo, "ramp": ramp, **diagnostics}

@@ -5,9 +5,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from nnunet_dycon.batches import LabeledBatch, StudentOutput
-from nnunet_dycon.features import DrawnVoxels, FeatureStage, draw_voxels
-from nnunet_dycon.label_kinds import Exclusive
+from nnunet_dycon.components.batches import LabeledBatch, StudentOutput
+from nnunet_dycon.components.co_training import CoTraining, each_with_peer
+from nnunet_dycon.components.defaults import RAMPUP
+from nnunet_dycon.components.features import DrawnVoxels, FeatureStage, draw_voxels
+from nnunet_dycon.components.label_space import ClassMap
+from nnunet_dycon.components.method import Supervision, Terms
+from nnunet_dycon.components.schedules import linear
 from nnunet_dycon.losses import (
     class_prototypes,
     entropy_filtered_loss,
@@ -16,10 +20,6 @@ from nnunet_dycon.losses import (
     rectified_cross_pseudo_loss,
     reliable_labels,
 )
-from nnunet_dycon.methods.method import Supervision, Terms
-from nnunet_dycon.methods.two_students import CoTraining, each_with_peer
-from nnunet_dycon.rules import RAMPUP
-from nnunet_dycon.schedules import linear
 
 
 @dataclass(frozen=True)
@@ -117,16 +117,17 @@ class UGPL(CoTraining):
     def mutual_losses(
         self, first: StudentOutput, second: StudentOutput, labeled: LabeledBatch, progress: float
     ) -> tuple[Terms, Terms, Terms]:
-        settings, kind, half = self.settings, self.supervision.kind, len(labeled)
-        target, known = kind.truth(labeled)
+        settings, label_space, half = self.settings, self.supervision.label_space, len(labeled)
+        target, known = label_space.truth(labeled)
         kept = linear(progress, settings.kept_start, settings.kept_end)
-        labels, reliable = reliable_labels(first.logits[0][half:], second.logits[0][half:], kept, sigmoid=kind.sigmoid)
+        sigmoid = label_space.sigmoid
+        labels, reliable = reliable_labels(first.logits[0][half:], second.logits[0][half:], kept, sigmoid=sigmoid)
         channels = first.logits[0].shape[1]
-        everywhere = list(kind.exclusive(torch.cat([target, labels]), torch.cat([known, reliable]), channels))
+        everywhere = list(label_space.class_maps(torch.cat([target, labels]), torch.cat([known, reliable]), channels))
         # Both students use the same voxels.
         drawn = [
-            draw_voxels(uncertain.labels, uncertain.chosen, settings.contrast_voxels, uncertain.classes)
-            for uncertain in kind.exclusive(labels, ~reliable, channels)
+            draw_voxels(uncertain.labels, uncertain.mask, settings.contrast_voxels, uncertain.classes)
+            for uncertain in label_space.class_maps(labels, ~reliable, channels)
         ]
 
         def losses(own: StudentOutput, peer: StudentOutput) -> Terms:
@@ -139,21 +140,21 @@ class UGPL(CoTraining):
                     target,
                     known,
                     confidence=settings.confidence,
-                    sigmoid=kind.sigmoid,
+                    sigmoid=sigmoid,
                 )
             if settings.cross_weight != 0:
-                terms["cross"] = rectified_cross_pseudo_loss(logits, peer_logits, sigmoid=kind.sigmoid)
+                terms["cross"] = rectified_cross_pseudo_loss(logits, peer_logits, sigmoid=sigmoid)
             if settings.filtered_weight != 0:
-                terms["filtered"] = entropy_filtered_loss(logits[half:], labels, reliable, sigmoid=kind.sigmoid)
+                terms["filtered"] = entropy_filtered_loss(logits[half:], labels, reliable, sigmoid=sigmoid)
             if self.uses_features:
                 terms["contrast"] = self._contrast(own, everywhere, drawn, half)
             return terms
 
         first_losses, second_losses = (losses(own, peer) for own, peer in each_with_peer(first, second))
-        return first_losses, second_losses, {"kept_share": reliable.float().mean()}
+        return first_losses, second_losses, {"kept_fraction": reliable.float().mean()}
 
     def _contrast(
-        self, own: StudentOutput, everywhere: list[Exclusive], drawn: list[DrawnVoxels], half: int
+        self, own: StudentOutput, everywhere: list[ClassMap], drawn: list[DrawnVoxels], half: int
     ) -> torch.Tensor:
         """Return the contrastive loss of voxels drawn from unlabeled images, with prototypes from both halves."""
         losses = []

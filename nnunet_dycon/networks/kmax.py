@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import normalize
 
 from nnunet_dycon.networks.uxnet import Architecture
-from nnunet_dycon.precision import without_autocast
+from nnunet_dycon.system.precision import without_autocast
 
 # Entries of a block of queries × voxels: 2^18 are 1 MiB in float32 and fit into a CPU cache; a GPU needs fewer, larger
 # blocks.

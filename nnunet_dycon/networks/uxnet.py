@@ -108,8 +108,8 @@ class UXEncoder(nn.Module):
     convolution of 7 voxels on the image, the others with a kernel as long as the stride), and has two UX blocks as wide
     as the stage before. A residual block with the width of the stage gives its skip connection.
 
-    The attributes have the names that nnU-Net's decoders and `nnunet_dycon.features` expect of an encoder; the modules
-    in ``stages`` output the skip connections.
+    The attributes have the names that nnU-Net's decoders expect of an encoder; the modules in ``stages`` output the
+    skip connections.
     """
 
     def __init__(self, input_channels: int, architecture: Architecture) -> None:

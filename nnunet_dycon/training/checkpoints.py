@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 from nnunet_dycon import __version__
+from nnunet_dycon.components.ema_teacher import unwrap
 from nnunet_dycon.errors import UserError, explained, first_line
-from nnunet_dycon.files import replacing
-from nnunet_dycon.ranks import on_rank_zero
-from nnunet_dycon.teacher import unwrap
+from nnunet_dycon.system.distributed import on_rank_zero
+from nnunet_dycon.system.files import replacing
 
 KEY = "nnunet_dycon"
 # Of a finished training: the student, and its companion.

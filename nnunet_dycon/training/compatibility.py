@@ -9,10 +9,10 @@ from typing import Any
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
+from nnunet_dycon.components.defaults import nearest_stage
+from nnunet_dycon.components.ema_teacher import unwrap
+from nnunet_dycon.components.features import FeatureStage
 from nnunet_dycon.errors import NotSupported
-from nnunet_dycon.features import FeatureStage
-from nnunet_dycon.rules import nearest_stage
-from nnunet_dycon.teacher import unwrap
 
 _REMEDY = "Use nnU-Net's default or residual-encoder plans."
 

@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from nnunet_dycon.monitoring import AGREEMENTS, SCHEDULES, SECONDS, SHARES, terms_of_loss
-from nnunet_dycon.pictures import class_color, in_default_style, new_figure, overlay, save
+from nnunet_dycon.components.diagnostics import AGREEMENTS, FRACTIONS, SCHEDULES, SECONDS, terms_of_loss
+from nnunet_dycon.system.pictures import class_color, in_default_style, new_figure, overlay, save
 
 
 def draw_or_warn(file: Path, draw: Callable[[Path], None], log: Callable[[str], None]) -> None:
@@ -30,7 +30,7 @@ def draw_curves(folder: Path, curves: dict[str, list[float]], log: Callable[[str
 
 @in_default_style
 def draw_progress(curves: dict[str, list[float]], file: Path) -> None:
-    """Write a plot of all curves over the epochs, grouped as in `nnunet_dycon.monitoring`."""
+    """Write a plot of all curves over the epochs, grouped as in `nnunet_dycon.components.diagnostics`."""
     seconds = {name.removeprefix(SECONDS): curve for name, curve in curves.items() if name.startswith(SECONDS)}
     figure = new_figure(11, 7.5)
     (losses, schedules), (shares, times) = figure.subplots(2, 2)
@@ -47,7 +47,7 @@ def draw_progress(curves: dict[str, list[float]], file: Path) -> None:
         axes.yaxis.set_visible(name in curves)
     schedules.set(title="schedules", ylim=(-0.05, 1.05))
 
-    for name, color in zip(SHARES, ("#1c7ed6", "#1faa59", "#ae3ec9")):
+    for name, color in zip(FRACTIONS, ("#1c7ed6", "#1faa59", "#ae3ec9")):
         if name in curves:
             _plot(shares, curves[name], name.replace("_", " "), color=color)
     agreement = shares.twinx()

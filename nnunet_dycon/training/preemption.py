@@ -13,7 +13,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import distributed as dist
 
 from nnunet_dycon.data.augmenters import shut_down
-from nnunet_dycon.ranks import number_of_ranks
+from nnunet_dycon.system.distributed import number_of_ranks
 from nnunet_dycon.training.checkpoints import LATEST
 
 EXIT_CODE = 128 + signal.SIGTERM  # the exit code of a process that the signal has ended

@@ -11,7 +11,6 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunet_dycon.data.labeled import check_fingerprint, check_split, labeled_identifiers
 from nnunet_dycon.data.unlabeled import UnlabeledCases
 from nnunet_dycon.errors import UserError
-from nnunet_dycon.training.run_record import completed
 
 
 def check_cases(folder: Path, fold: int | Literal["all"], unlabeled: UnlabeledCases) -> None:
@@ -49,8 +48,10 @@ def check_settings(
         UserError: the settings of the method differ.
     """
     for kind, settings in current.items():
-        before, now = completed(recorded.get(kind, {}), settings), asdict(settings)
-        changed = [f"{name} {before[name]} (now {value})" for name, value in now.items() if before[name] != value]
+        before, now = recorded.get(kind, {}), asdict(settings)
+        changed = [
+            f"{name} {before.get(name)} (now {value})" for name, value in now.items() if before.get(name) != value
+        ]
         if not changed:
             continue
         if kind == "method_settings":

@@ -11,9 +11,9 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import nn
 
+from nnunet_dycon.components.label_space import LabelSpace
 from nnunet_dycon.data.loader import UnlabeledDataset
 from nnunet_dycon.data.unlabeled import UnlabeledCases
-from nnunet_dycon.label_kinds import LabelKind
 from nnunet_dycon.methods import Method
 from nnunet_dycon.training.plots import PseudoLabel, draw_or_warn, draw_pseudo_labels
 
@@ -55,12 +55,12 @@ def draw_page(trainer: nnUNetTrainer, method: Method, cases: UnlabeledDataset, e
         None,
     )
     height, width = trainer.configuration_manager.spacing[-2:]
-    kind, channels = method.supervision.kind, trainer.label_manager.num_segmentation_heads
+    label_space, channels = method.supervision.label_space, trainer.label_manager.num_segmentation_heads
     draw_pseudo_labels(
-        [_predict(predictor, kind, cases, case) for case in _spread(cases.identifiers)],
+        [_predict(predictor, label_space, cases, case) for case in _spread(cases.identifiers)],
         label_names(trainer.dataset_json, trainer.label_manager),
         labeler=str(method.labeler).replace("_", " "),
-        highest_entropy=kind.highest_entropy(channels),
+        highest_entropy=label_space.highest_entropy(channels),
         aspect=height / width,
         title=f"{type(trainer).__name__}, epoch {epoch}",
         file=file,
@@ -79,22 +79,22 @@ class _Labeler(nn.Module):
 
 
 def label_names(dataset_json: dict, labels: LabelManager) -> list[str]:
-    """Return the names of the values of `LabelKind.shown`: background, then classes by value or regions in order."""
+    """Return the names of the values of `LabelSpace.shown`: background, then classes by value or regions in order."""
     values = {name: np.ravel(value).tolist() for name, value in dataset_json["labels"].items()}  # 1 or [1]
     names = [name for name in values if name not in ("background", "ignore")]
     return ["background", *(names if labels.has_regions else sorted(names, key=values.__getitem__))]
 
 
 @torch.inference_mode()
-def _predict(predictor: nnUNetPredictor, kind: LabelKind, cases: UnlabeledDataset, case: str) -> PseudoLabel:
+def _predict(predictor: nnUNetPredictor, label_space: LabelSpace, cases: UnlabeledDataset, case: str) -> PseudoLabel:
     """Predict a case; return the slice with most foreground, or the middle slice if there is none."""
     image = torch.from_numpy(cases.load_image(case)[:])
     logits = predictor.predict_sliding_window_return_logits(image)
-    label = kind.shown(logits[None])[0]
+    label = label_space.shown(logits[None])[0]
     foreground = (label > 0).sum((1, 2))
     index = int(foreground.argmax()) if foreground.any() else len(foreground) // 2
     # The entropy of one slice only: that of a whole CT in float32 with many classes might exceed the memory.
-    entropy = kind.voxel_entropy(logits[None, :, index].float())[0]
+    entropy = label_space.voxel_entropy(logits[None, :, index].float())[0]
     fraction = float(foreground.sum()) / label.numel()
     slices = (image[0, index], label[index], entropy)
     return PseudoLabel(case, index, fraction, *(tensor.cpu().numpy() for tensor in slices))

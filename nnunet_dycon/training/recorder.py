@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
-from nnunet_dycon.monitoring import SECONDS, terms_of_loss
-from nnunet_dycon.ranks import number_of_ranks
+from nnunet_dycon.components.diagnostics import SECONDS, terms_of_loss
+from nnunet_dycon.system.distributed import number_of_ranks
 
 Values = dict[str, float]
 

@@ -2,15 +2,13 @@
 
 import hashlib
 import json
-from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from nnunet_dycon import __version__
-from nnunet_dycon.files import replacing
+from nnunet_dycon.system.files import replacing
 
 _VERSIONS_OF = ("nnunetv2", "torch", "batchgeneratorsv2", "numpy")
 
@@ -32,15 +30,3 @@ def write_record(folder: Path, trainer: str, settings: dict[str, dict], cases: d
     }
     with replacing(record_file(folder)) as partial:
         partial.write_text(json.dumps(record, indent=2))
-
-
-def completed(recorded: dict[str, Any], settings: Any) -> dict[str, Any]:
-    """Return recorded settings, completed with the defaults of settings that did not exist when they were recorded.
-
-    The default of a new setting is therefore the behavior before the setting existed.
-
-    Args:
-        recorded: the settings of a trained model, by name.
-        settings: a dataclass of current settings.
-    """
-    return {field.name: field.default for field in fields(settings)} | recorded

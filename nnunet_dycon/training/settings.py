@@ -25,10 +25,10 @@ class TrainingSettings(TrainingLength):
     """Length, unlabeled batch and augmentation of a semi-supervised training.
 
     Attributes:
-        unlabeled_batch_size: unlabeled patches per step and GPU; None for `nnunet_dycon.rules.unlabeled_patches`.
-        strong_intensities: whether the strong view has more intensity augmentation than nnU-Net's, see
+        unlabeled_batch_size: unlabeled patches per step and GPU; None for `defaults.unlabeled_patches`.
+        strong_intensity_augmentation: whether the strong view has more intensity augmentation than nnU-Net's, see
             `nnunet_dycon.data.views.stronger`.
     """
 
     unlabeled_batch_size: int | None = None
-    strong_intensities: bool = False
+    strong_intensity_augmentation: bool = False

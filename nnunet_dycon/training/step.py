@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_dycon.errors import UserError
-from nnunet_dycon.ranks import all_reduce_max, ids_for_ddp, rank
+from nnunet_dycon.system.distributed import all_reduce_max, ids_for_ddp, rank
 
 MAX_GRADIENT_NORM = 12  # nnU-Net's
 MAX_LOST_STEPS = 10  # in a row

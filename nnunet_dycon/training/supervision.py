@@ -3,8 +3,8 @@
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-from nnunet_dycon.batches import Targets
-from nnunet_dycon.label_kinds import Classes, Regions
+from nnunet_dycon.components.batches import Targets
+from nnunet_dycon.components.label_space import ClassLabels, RegionLabels
 from nnunet_dycon.methods import Supervision
 
 
@@ -16,5 +16,7 @@ def make_supervision(trainer: nnUNetTrainer) -> Supervision:
 
     level_weights = tuple(trainer.loss.weight_factors) if trainer.enable_deep_supervision else (1.0,)
     labels = trainer.label_manager
-    kind = Regions(labels.has_ignore_label) if labels.has_regions else Classes(labels.ignore_label)
-    return Supervision(loss, kind.weighted_loss(level_weights, trainer.configuration_manager.batch_dice), kind)
+    label_space = RegionLabels(labels.has_ignore_label) if labels.has_regions else ClassLabels(labels.ignore_label)
+    return Supervision(
+        loss, label_space.weighted_loss(level_weights, trainer.configuration_manager.batch_dice), label_space
+    )

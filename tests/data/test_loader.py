@@ -16,7 +16,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunet_dycon.batches import LabeledBatch, UnlabeledBatch
+from nnunet_dycon.components.batches import LabeledBatch, UnlabeledBatch
 from nnunet_dycon.data.augmenters import augmenter
 from nnunet_dycon.data.loader import (
     LabeledLoader,

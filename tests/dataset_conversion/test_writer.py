@@ -16,7 +16,6 @@ import pytest
 import SimpleITK as sitk
 from filelock import FileLock
 
-from nnunet_dycon import pictures
 from nnunet_dycon.dataset_conversion.report import slices_of
 from nnunet_dycon.dataset_conversion.roles import (
     FOLDERS,
@@ -29,7 +28,8 @@ from nnunet_dycon.dataset_conversion.roles import (
 )
 from nnunet_dycon.dataset_conversion.writer import DataSet, new_dataset_folder, write_dataset
 from nnunet_dycon.errors import UsageError, UserError
-from nnunet_dycon.pictures import new_figure
+from nnunet_dycon.system import pictures
+from nnunet_dycon.system.pictures import new_figure
 
 
 def case(identifier, label=True):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nnunet_dycon.cli import main
-from nnunet_dycon.doctor import environment
+from nnunet_dycon.doctor import installation
 from nnunet_dycon.doctor.findings import Finding
 
 
@@ -37,7 +37,7 @@ def pretend_a_gpu(monkeypatch) -> Callable:
 @pytest.fixture
 def no_look_up(monkeypatch):
     """The look-up starts a process, which takes seconds."""
-    monkeypatch.setattr(environment, "check_look_up", lambda trainer: [])
+    monkeypatch.setattr(installation, "check_look_up", lambda trainer: [])
 
 
 @pytest.fixture

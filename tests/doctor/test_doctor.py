@@ -9,7 +9,7 @@ import pytest
 
 import nnunet_dycon
 from nnunet_dycon.cli import main
-from nnunet_dycon.doctor import environment
+from nnunet_dycon.doctor import installation
 from nnunet_dycon.doctor.findings import FAIL, NOTE, OK, WARNING
 
 
@@ -75,10 +75,10 @@ def test_broken_packages_are_findings(tiny, tmp_path):
 
 def test_a_check_that_breaks_is_a_warning_and_the_others_go_on(tiny, doctor, find, monkeypatch):
     def check_settings():
-        yield environment.Finding("settings", OK, "before")
+        yield installation.Finding("settings", OK, "before")
         raise ZeroDivisionError("float division\nmore")
 
-    monkeypatch.setattr(environment, "check_settings", check_settings)
+    monkeypatch.setattr(installation, "check_settings", check_settings)
     code, findings = doctor("")
     find(findings, "settings", OK, "before")
     find(findings, "settings", WARNING, "could not be checked (ZeroDivisionError: float division)")

@@ -9,7 +9,7 @@ from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss, DC_and_CE_lo
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 
-from nnunet_dycon.label_kinds import Classes, Regions
+from nnunet_dycon.components.label_space import ClassLabels, RegionLabels
 from nnunet_dycon.losses import (
     WeightedDiceBCELoss,
     WeightedDiceCELoss,
@@ -182,9 +182,9 @@ def test_regions_at_all_resolutions_equal_nnunets_deep_supervision(regions, igno
     downsample = DownsampleSegForDSTransform(scales)
     targets = [torch.stack(level) for level in zip(*(downsample._apply_to_segmentation(t) for t in target))]
     expected = DeepSupervisionWrapper(nnunets_loss_of_regions(ignore=ignore), factors)(levels, targets)
-    kind = Regions(has_ignore_label=ignore)
-    labels, known = kind.split(target)
-    loss = kind.weighted_loss(factors, batch_dice=False)(levels, labels, known.float())
+    label_space = RegionLabels(has_ignore_label=ignore)
+    labels, known = label_space.split(target)
+    loss = label_space.weighted_loss(factors, batch_dice=False)(levels, labels, known.float())
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)  # nnU-Net's sums are in float32
 
 
@@ -244,6 +244,6 @@ def test_wrong_shapes_of_regions_raise(regions):
 
 
 def test_classes_and_regions_select_their_loss():
-    assert Classes().weighted_loss((0.5,), True) == WeightedDiceCELoss((0.5,), batch_dice=True)
-    assert Regions().weighted_loss((0.5,), True) == WeightedDiceBCELoss((0.5,), batch_dice=True, summed=False)
-    assert Regions(True).weighted_loss((0.5,), True) == WeightedDiceBCELoss((0.5,), batch_dice=True, summed=True)
+    assert ClassLabels().weighted_loss((0.5,), True) == WeightedDiceCELoss((0.5,), batch_dice=True)
+    assert RegionLabels().weighted_loss((0.5,), True) == WeightedDiceBCELoss((0.5,), batch_dice=True, summed=False)
+    assert RegionLabels(True).weighted_loss((0.5,), True) == WeightedDiceBCELoss((0.5,), batch_dice=True, summed=True)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
-from nnunet_dycon.features import ProjectionHead
+from nnunet_dycon.components.features import ProjectionHead
 from nnunet_dycon.losses import fecl_loss, fecl_reference
 from nnunet_dycon.losses.kernels import fecl
 

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from nnunet_dycon.features import FeatureTap
-from nnunet_dycon.networks import KMaXUXNet, kmax
+from nnunet_dycon.components.features import FeatureTap
+from nnunet_dycon.networks import DKUXNet, kmax
 from nnunet_dycon.networks.kmax import (
     CenterUpdate,
     KMaXDecoder,
@@ -177,7 +177,7 @@ def test_order_of_voxels_does_not_matter(parts):
 @pytest.fixture
 def network():
     torch.manual_seed(0)
-    return KMaXUXNet(1, 3, deep_supervision=True, queries=12, **architecture([4, 8, 16]))
+    return DKUXNet(1, 3, deep_supervision=True, queries=12, **architecture([4, 8, 16]))
 
 
 def test_tap_returns_queries_at_all_resolutions_in_training_mode_only(network):

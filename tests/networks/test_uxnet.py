@@ -7,7 +7,7 @@ from monai.networks.blocks.unetr_block import UnetrUpBlock
 from torch import nn
 from torch.nn.functional import conv3d, gelu, layer_norm
 
-from nnunet_dycon.networks import KMaXUXNet, UXNet
+from nnunet_dycon.networks import DKUXNet, UXNet
 from tests.networks.architectures import THICK_SLICES, architecture
 
 # As published: no biases in residual blocks, and norms without parameters.
@@ -90,7 +90,7 @@ def test_output_equals_the_building_blocks_of_the_release():
     torch.testing.assert_close(network(images), expected, rtol=1e-4, atol=1e-5)
 
 
-NETWORKS = pytest.mark.parametrize("network_class", [UXNet, KMaXUXNet])
+NETWORKS = pytest.mark.parametrize("network_class", [UXNet, DKUXNet])
 
 
 @NETWORKS

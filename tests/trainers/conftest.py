@@ -8,7 +8,7 @@ import pytest
 
 from nnunet_dycon.trainers.nnUNetTrainerDyCON import nnUNetTrainerDyCON
 from tests.tiny import set_environment
-from tests.trainers.label_kinds import write_all
+from tests.trainers.label_spaces import write_all
 from tests.trainers.training import deterministic, make_trainer
 
 

@@ -82,7 +82,7 @@ def test_a_cascade_is_one_line_for_a_user(base):
 
 
 def test_an_old_nnunet_is_refused_in_one_line(tiny, monkeypatch):
-    monkeypatch.setattr("nnunet_dycon.environment.metadata.version", lambda name: "2.7.0")
+    monkeypatch.setattr("nnunet_dycon.system.environment.metadata.version", lambda name: "2.7.0")
     with pytest.raises(SystemExit, match=r"nnunet_dycon: error: nnU-Net 2.7.0 is too old"):
         make_trainer(nnUNetTrainerDyCON)
 

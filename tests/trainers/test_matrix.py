@@ -15,15 +15,15 @@ from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import nn
 
+from nnunet_dycon.components.diagnostics import AGREEMENTS, FRACTIONS, terms_of_loss
+from nnunet_dycon.components.ema_teacher import unwrap
+from nnunet_dycon.components.label_space import ClassLabels, RegionLabels
 from nnunet_dycon.data.loader import to_batches
-from nnunet_dycon.label_kinds import Classes, Regions
-from nnunet_dycon.monitoring import AGREEMENTS, SHARES, terms_of_loss
 from nnunet_dycon.registry import TRAINERS
-from nnunet_dycon.teacher import unwrap
 from nnunet_dycon.trainers import trainer_class
 from nnunet_dycon.trainers.semi_supervised import SemiSupervisedTrainer
 from tests.tiny import set_environment
-from tests.trainers.label_kinds import CONFIGURATIONS, KINDS, dataset_of
+from tests.trainers.label_spaces import CONFIGURATIONS, KINDS, dataset_of
 from tests.trainers.training import METHODS, draw_no_pictures, seed_everything
 
 EVERY = METHODS + [name for name, trainer in TRAINERS.items() if trainer.is_supervised]
@@ -122,7 +122,7 @@ def test_two_steps(start, name, kind, configuration):
         values = trainer.train_step(next(trainer.dataloader_train))
         for value, number in values.items():
             assert np.isfinite(number) or value in AGREEMENTS, value  # two empty label maps have no Dice
-            assert value not in SHARES or 0 <= number <= 1
+            assert value not in FRACTIONS or 0 <= number <= 1
     for part, module in trained(trainer).items():
         assert moved(before[part], module), part
     assert np.isfinite(trainer.validation_step(next(trainer.dataloader_val))["loss"])
@@ -143,11 +143,11 @@ def _check_configuration(trainer: nnUNetTrainer, kind: str, configuration: str) 
 
 
 def _check_kind(trainer: SemiSupervisedTrainer, kind: str) -> None:
-    found, ignored = trainer.method.supervision.kind, "ignore label" in kind
+    found, ignored = trainer.method.supervision.label_space, "ignore label" in kind
     if "regions" in kind:
-        assert found == Regions(has_ignore_label=ignored)
+        assert found == RegionLabels(has_ignore_label=ignored)
     else:
-        assert found == Classes(ignore_label=KINDS[kind][1].get("ignore"))
+        assert found == ClassLabels(ignore_label=KINDS[kind][1].get("ignore"))
 
 
 def _check_terms(trainer: SemiSupervisedTrainer) -> None:

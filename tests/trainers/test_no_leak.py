@@ -15,7 +15,7 @@ from nnunet_dycon.trainers import trainer_class
 from nnunet_dycon.trainers.nnUNetTrainerDyCON import nnUNetTrainerDyCON
 from nnunet_dycon.trainers.semi_supervised import SemiSupervisedTrainer
 from tests.tiny import plan_and_preprocess, set_environment, tiny_volume, write_volume
-from tests.trainers.label_kinds import dataset_of
+from tests.trainers.label_spaces import dataset_of
 from tests.trainers.training import (
     METHODS,
     assert_same_weights,

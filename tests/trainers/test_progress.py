@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from nnunet_dycon.monitoring import AGREEMENTS
+from nnunet_dycon.components.diagnostics import AGREEMENTS
 from nnunet_dycon.trainers.nnUNetTrainerCPS import nnUNetTrainerCPS
 from nnunet_dycon.trainers.nnUNetTrainerDKUXNet import nnUNetTrainerDKUXNet
 from nnunet_dycon.trainers.nnUNetTrainerDyCON import nnUNetTrainerDyCON
@@ -24,7 +24,7 @@ from tests.trainers.training import deterministic, make_trainer, narrow
 SECONDS = {f"seconds_{part}" for part in ("data", "teacher", "student", "losses", "backward", "update")}
 PSEUDO_LABELS = {"pseudo_foreground", "student_teacher_dice"}
 OF_TWO = {"pseudo_foreground", "students_dice", "ramp"}
-SHARED = PSEUDO_LABELS | OF_TWO | {"views_dice", "kept_share", "ignored_patches"}
+SHARED = PSEUDO_LABELS | OF_TWO | {"views_dice", "kept_fraction", "ignored_patches"}
 
 
 def of_both(*terms: str) -> set[str]:
@@ -45,7 +45,7 @@ CURVES = {
         "views_dice",
     },
     nnUNetTrainerCPS: of_both("cross") | OF_TWO,
-    nnUNetTrainerUGPL: of_both("mistake", "cross", "filtered", "contrast") | OF_TWO | {"kept_share"},
+    nnUNetTrainerUGPL: of_both("mistake", "cross", "filtered", "contrast") | OF_TWO | {"kept_fraction"},
     nnUNetTrainerDyCONCoTraining: of_both("uncl", "fecl") | OF_TWO | {"beta", "ignored_patches"},
 }
 

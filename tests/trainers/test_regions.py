@@ -12,11 +12,11 @@ import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from nnunet_dycon.cli import main
-from nnunet_dycon.evaluation import evaluate_folder
+from nnunet_dycon.inference.evaluation import evaluate_folder
 from nnunet_dycon.trainers.nnUNetTrainerDyCON import nnUNetTrainerDyCON
 from nnunet_dycon.training import pseudo_label_page
 from tests.tiny import set_environment
-from tests.trainers.label_kinds import dataset_of
+from tests.trainers.label_spaces import dataset_of
 from tests.trainers.training import Interrupted, assert_same_weights, deterministic, make_trainer
 
 DATASET = dataset_of("regions, ignore label")

@@ -13,8 +13,8 @@ from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as nnunet_module
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from nnunet_dycon.components.diagnostics import AGREEMENTS
 from nnunet_dycon.data.unlabeled import UnlabeledCases
-from nnunet_dycon.monitoring import AGREEMENTS
 from nnunet_dycon.registry import TRAINERS
 from nnunet_dycon.trainers import trainer_class
 from nnunet_dycon.trainers.semi_supervised import SemiSupervisedTrainer

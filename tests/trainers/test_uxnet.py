@@ -14,7 +14,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_dycon.cli import main
-from nnunet_dycon.networks import KMaXUXNet, UXNet
+from nnunet_dycon.networks import DKUXNet, UXNet
 from nnunet_dycon.trainers.nnUNetTrainerDKUXNet import nnUNetTrainerDKUXNet
 from nnunet_dycon.trainers.nnUNetTrainerUXNet import nnUNetTrainerUXNet
 from nnunet_dycon.training.settings import TrainingLength
@@ -52,7 +52,7 @@ def test_the_network_is_as_the_plans_and_the_settings_say(small):
 
     trainer = make_trainer(FewQueries)
     trainer.initialize()
-    assert type(trainer.network) is KMaXUXNet
+    assert type(trainer.network) is DKUXNet
     assert trainer.network.kmax.centers.shape == (9, 8)
     assert trainer.network.encoder.output_channels == [4, 6, 8, 8]
     assert trainer.settings["method_settings"]["queries"] == 9

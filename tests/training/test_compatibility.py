@@ -8,8 +8,8 @@ from dynamic_network_architectures.architectures.primus import Primus
 from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from torch import nn
 
+from nnunet_dycon.components.features import FeatureStage
 from nnunet_dycon.errors import NotSupported
-from nnunet_dycon.features import FeatureStage
 from nnunet_dycon.training import compatibility
 
 

@@ -1,15 +1,8 @@
 """The record of a run."""
 
 import json
-from dataclasses import dataclass
 
-from nnunet_dycon.training.run_record import completed, record_file, write_record
-
-
-@dataclass(frozen=True)
-class Settings:
-    weight: float = 0.5
-    mixing: str = "none"  # a newer setting
+from nnunet_dycon.training.run_record import record_file, write_record
 
 
 def test_the_record_has_settings_cases_seed_and_versions(tmp_path):
@@ -23,7 +16,3 @@ def test_the_record_has_settings_cases_seed_and_versions(tmp_path):
     digest = record["cases_sha256"]
     write_record(tmp_path, "nnUNetTrainerX", {}, {"labeled": ["a"], "unlabeled": ["b", "d"]})
     assert json.loads(record_file(tmp_path).read_text())["cases_sha256"] != digest
-
-
-def test_recorded_settings_are_completed_with_defaults():
-    assert completed({"weight": 1.0}, Settings(mixing="cutmix")) == {"weight": 1.0, "mixing": "none"}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
-from nnunet_dycon.label_kinds import Classes, Regions
+from nnunet_dycon.components.label_space import ClassLabels, RegionLabels
 from nnunet_dycon.training.supervision import make_supervision
 
 CLASSES = LabelManager({"background": 0, "a": 1, "ignore": 2}, None)
@@ -24,10 +24,10 @@ def trainer(labels: LabelManager, deep_supervision: bool) -> SimpleNamespace:
 
 
 @pytest.mark.parametrize(
-    ("labels", "kind"), [(CLASSES, Classes(ignore_label=2)), (REGIONS, Regions(has_ignore_label=False))]
+    ("labels", "label_space"), [(CLASSES, ClassLabels(ignore_label=2)), (REGIONS, RegionLabels(has_ignore_label=False))]
 )
-def test_labels_are_classes_or_regions(labels, kind):
-    assert make_supervision(trainer(labels, True)).kind == kind
+def test_labels_are_classes_or_regions(labels, label_space):
+    assert make_supervision(trainer(labels, True)).label_space == label_space
 
 
 @pytest.mark.parametrize("deep_supervision", [False, True])

@@ -7,7 +7,7 @@ import torch
 from nnunet_dycon.losses.entropy import softmax_and_entropy
 from nnunet_dycon.losses.kernels.gradients import refuse_second_derivative
 from nnunet_dycon.losses.two_classes import as_two_classes
-from nnunet_dycon.precision import upcast
+from nnunet_dycon.system.precision import upcast
 
 # Entries of a block of logits: 2^18 are 1 MiB in float32 and fit into a CPU cache; a GPU needs fewer, larger blocks.
 _BLOCK_ENTRIES = {"cpu": 2**18, "cuda": 2**23}

@@ -1,0 +1,112 @@
+"""Base class of co-training methods, in which two networks are trained with each other's predictions."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from nnunet_dycon.components.batches import LabeledBatch, StudentOutput, UnlabeledBatch
+from nnunet_dycon.components.ema_teacher import unwrap
+from nnunet_dycon.components.features import FeatureStage, FeatureTap
+from nnunet_dycon.components.method import Method, Student, Supervision, Terms
+from nnunet_dycon.components.schedules import sigmoid_rampup
+
+OF_SECOND = "_second"  # suffix of the names of the second network's terms
+
+
+class CoTraining(Method):
+    r"""Base class of co-training: two networks, each trained with ground truth and with the peer's predictions.
+
+    .. math:: L = \sum_{s} \sum_k w_k(t)\, L_k(s, \bar{s})
+
+    over both students s and the terms k, with the supervised loss as a term of weight 1. The peer :math:`\bar{s}`
+    receives no gradient from the loss of s. Both students see the same strong views, labeled images first. There is no
+    teacher.
+
+    A subclass defines the `mutual_losses` and their `weights`. Its settings have the field ``rampup``, the length of
+    the ramp-up as a fraction of the training.
+
+    Args:
+        supervision: losses on labels.
+        settings: the settings of the subclass.
+        second: the second network; it must return as many resolutions as the first.
+        stage: the stage of the second network whose features are tapped, or None.
+
+    Attributes:
+        second: the second network, in training mode.
+    """
+
+    labeler = "second_network"
+
+    def __init__(
+        self, supervision: Supervision, settings: Any, second: nn.Module, stage: FeatureStage | None = None
+    ) -> None:
+        super().__init__(supervision)
+        self.settings = settings
+        self.second = second.train()
+        self.uses_features = stage is not None
+        self._second_tap = None if stage is None else FeatureTap(unwrap(second), stage.name)
+
+    def weights(self, ramp: float) -> dict[str, float]:
+        """Return the weight of each mutual loss. A term of weight 0 need not be computed.
+
+        Args:
+            ramp: the ramp-up factor, from 0 to 1.
+        """
+        raise NotImplementedError
+
+    def mutual_losses(
+        self, first: StudentOutput, second: StudentOutput, labeled: LabeledBatch, progress: float
+    ) -> tuple[Terms, Terms, Terms]:
+        """Compute the losses of both networks with the peer's predictions.
+
+        Args:
+            first: output of the first network for labeled, then unlabeled images.
+            second: output of the second network for the same images.
+            labeled: the labeled batch.
+            progress: training progress in [0, 1].
+
+        Returns:
+            The terms of the first network, the same terms of the second, and diagnostics.
+        """
+        raise NotImplementedError
+
+    def forward(self, student: Student, labeled: LabeledBatch, unlabeled: UnlabeledBatch, progress: float) -> Terms:
+        images = torch.cat([labeled.strong, unlabeled.strong])
+        logits = self.second(images)
+        second = StudentOutput.of(logits, None if self._second_tap is None else self._second_tap.take())
+        first = student(images)
+        first_losses, second_losses, diagnostics = self.mutual_losses(first, second, labeled, progress)
+        ramp = sigmoid_rampup(progress, end=self.settings.rampup)
+        weights = {"supervised": 1.0, **self.weights(ramp)}
+        loss, named = torch.zeros((), device=images.device), {}
+        for suffix, output, losses in (("", first, first_losses), (OF_SECOND, second, second_losses)):
+            for name, value in {"supervised": self.supervised(output, labeled), **losses}.items():
+                loss = loss + weights[name] * value
+                named[name + suffix] = value
+        label_space = self.supervision.label_space
+        labels, peer_labels = (label_space.labels(output.logits[0][len(labeled) :]) for output in (first, second))
+        return {
+            "loss": loss,
+            **named,
+            "ramp": ramp,
+            **diagnostics,
+            **label_space.diagnostics(labels, peer_labels, agreement="students_dice"),
+        }
+
+    @torch.no_grad()
+    def label(self, images: torch.Tensor) -> torch.Tensor:
+        """Return the logits of the second network in eval mode, see `Method.label`."""
+        network = unwrap(self.second)
+        network.eval()
+        try:
+            return StudentOutput.of(network(images)).logits[0]
+        finally:  # an error here only omits a plot; training continues
+            network.train()
+
+
+def each_with_peer(first: StudentOutput, second: StudentOutput) -> Iterator[tuple[StudentOutput, StudentOutput]]:
+    """Yield each output together with its peer's: (first, second), then (second, first)."""
+    yield first, second
+    yield second, first

@@ -1,0 +1,114 @@
+"""EMA teacher: the exponential moving average of a student's weights."""
+
+from copy import deepcopy
+
+import torch
+from torch import nn
+
+from nnunet_dycon.components.batches import StudentOutput
+from nnunet_dycon.components.features import FeatureStage, FeatureTap, ProjectionHead
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """Return the module inside the wrappers of DistributedDataParallel and torch.compile."""
+    return _unwrapped(module)[0]
+
+
+def _unwrapped(module: nn.Module) -> tuple[nn.Module, bool]:
+    """Return the module inside the wrappers, and whether it is compiled."""
+    is_compiled = False
+    while True:
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            module = module.module
+        elif (compiled := module._modules.get("_orig_mod")) is not None:
+            module, is_compiled = compiled, True
+        else:
+            return module, is_compiled
+
+
+class EMATeacher(nn.Module):
+    r"""Exponential moving average of a student network and, if given, its projection head.
+
+    .. math:: \theta^t_{n} = \alpha_n \theta^t_{n-1} + (1 - \alpha_n)\,\theta^s_n,
+        \qquad \alpha_n = \min\left(1 - \frac{1}{n + 1}, \alpha\right)
+
+    for the updates n = 0, 1, ...: the first update copies the student, and the average is the arithmetic mean until
+    the decay α is reached (Mean Teacher, arXiv:1703.01780; as in the released DyCON). Buffers are copied, not averaged.
+
+    An update is one fused operation over all weights, without synchronization of host and device. torch's own
+    `AveragedModel` synchronizes, because it copies its counter to the device.
+
+    Args:
+        network: the student; may be wrapped by DDP or torch.compile. If it is compiled, the teacher is compiled, too.
+            Hooks are copied, so taps must be registered afterwards.
+        head: the student's projection head, or None.
+        stage: the encoder stage whose features the head embeds; required with a head.
+        decay: α, in [0, 1).
+
+    Raises:
+        ValueError: the decay is not in [0, 1).
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        head: ProjectionHead | None = None,
+        stage: FeatureStage | None = None,
+        decay: float = 0.99,
+    ) -> None:
+        super().__init__()
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay must be in [0, 1), got {decay}")
+        student, is_compiled = _unwrapped(network)
+        # Tuples keep the student and the compiled network from being registered as submodules of the teacher.
+        self._students = (student,) if head is None else (student, unwrap(head))
+        self._averages = nn.ModuleList(map(deepcopy, self._students)).requires_grad_(False)
+        self._decay = decay
+        self.updates = 0  # number of updates so far
+        self._tap = None if head is None or stage is None else FeatureTap(self.network, stage.name, always=True)
+        self._forward = (torch.compile(self.network) if is_compiled else self.network,)
+        self.eval()
+
+    @property
+    def network(self) -> nn.Module:
+        """The teacher's network."""
+        return self._averages[0]
+
+    def get_extra_state(self) -> torch.Tensor:
+        """Return the number of updates for the state dict, as a tensor like its other entries."""
+        return torch.tensor(self.updates)
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        """Restore the number of updates from a state dict."""
+        self.updates = int(state)
+
+    def train(self, mode: bool = True) -> "EMATeacher":
+        """Stay in eval mode regardless of ``mode``: a teacher uses no dropout and no batch statistics."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: torch.Tensor) -> StudentOutput:
+        """Return logits at full resolution and, with a head, features of the tapped stage; without gradient."""
+        logits = StudentOutput.of(self._forward[0](images)).logits
+        return StudentOutput(logits[:1], None if self._tap is None else self._tap.take())
+
+    @torch.no_grad()
+    def embed(self, features: torch.Tensor) -> torch.Tensor:
+        """Embed features with the averaged head."""
+        return self._averages[1](features)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Update the average with the student's current weights; to be called after each optimizer step."""
+        weight = 1 - min(1 - 1 / (self.updates + 1), self._decay)
+        for student, average in zip(self._students, self._averages):
+            torch._foreach_lerp_(list(average.parameters()), list(student.parameters()), weight)
+            if buffers := list(average.buffers()):
+                torch._foreach_copy_(buffers, list(student.buffers()))
+        self.updates += 1
+
+    def synchronize(self) -> None:
+        """Reset the average to the student's weights."""
+        self.updates = 0
+        self.update()
+        self.updates = 0

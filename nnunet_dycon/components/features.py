@@ -1,0 +1,220 @@
+"""Features for contrastive losses: feature tap, projection head, and labels of patches."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+IGNORED_PATCH = -1
+
+
+@dataclass(frozen=True)
+class FeatureStage:
+    """Name of the module of an encoder stage in the network, and its number of channels."""
+
+    name: str
+    channels: int
+
+
+class FeatureTap:
+    """Forward hook that stores the output of one module of a network until it is taken.
+
+    The network, its state dict and its outputs are unchanged. Nothing is stored while the module is in eval mode
+    (validation, sliding-window prediction), unless ``always`` is set.
+    """
+
+    def __init__(self, network: nn.Module, name: str, always: bool = False) -> None:
+        self._always = always
+        self._output: Any = None
+        network.get_submodule(name).register_forward_hook(self._keep)
+
+    def _keep(self, module: nn.Module, inputs: tuple, output: Any) -> None:
+        if self._always or module.training:
+            self._output = output
+
+    def take(self) -> Any:
+        """Return and release the stored output of the latest forward pass, or None.
+
+        The output of an encoder stage is (B, F, *grid).
+        """
+        output, self._output = self._output, None
+        return output
+
+
+class ProjectionHead(nn.Module):
+    """Projection head for a contrastive loss, applied to each patch: linear, layer norm, ReLU, linear.
+
+    Deviations from the released DyCON (commit 69c1384): layer norm instead of batch norm, which would need buffers in
+    the EMA teacher and behave differently in its eval mode; features are tapped at stride 8 instead of upsampled from
+    stride 16.
+    """
+
+    def __init__(self, channels: int, width: int = 256) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(channels, 2 * width), nn.LayerNorm(2 * width), nn.ReLU(), nn.Linear(2 * width, width)
+        )
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Embed features (B, F, *grid) as (B, N, D) with the N cells of the grid and the width D."""
+        return self.layers(features.flatten(2).transpose(1, 2))
+
+
+def pool_to_patches(volume: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
+    """Average a volume (B, *spatial) over each cell of a grid: (B, N), in the order of `ProjectionHead`.
+
+    Raises:
+        ValueError: the grid does not divide the volume. The grid of a network from nnU-Net's plans always does.
+    """
+    # Not avg_pool3d, which MPS does not support.
+    split = _split(volume, grid)
+    return split.mean(tuple(range(2, split.ndim, 2))).flatten(1)
+
+
+def _split(volume: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
+    """Reshape (B, X, Y, Z) to (B, cells along X, voxels per cell, cells along Y, ...)."""
+    spatial = volume.shape[1:]
+    if any(size % cells for size, cells in zip(spatial, grid)):
+        raise ValueError(
+            f"a grid of {tuple(grid)} cells does not divide a volume of {tuple(spatial)} voxels; each size must "
+            "be a multiple of the number of cells"
+        )
+    return volume.reshape(len(volume), *(n for size, cells in zip(spatial, grid) for n in (cells, size // cells)))
+
+
+def _cells(volume: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
+    """Reshape (B, *spatial) to (B, N, voxels per cell)."""
+    split = _split(volume, grid)
+    axes = range(1, split.ndim)
+    return split.permute(0, *axes[::2], *axes[1::2]).reshape(len(volume), math.prod(grid), -1)
+
+
+@dataclass(frozen=True)
+class DrawnVoxels:
+    """Indices and labels of sampled voxels of a batch.
+
+    Attributes:
+        index: (M,), indices into the batch flattened to (B * voxels).
+        labels: (M,), integers.
+        valid: (M,), False for entries without an eligible voxel.
+    """
+
+    index: torch.Tensor
+    labels: torch.Tensor
+    valid: torch.Tensor
+
+    def of(self, features: torch.Tensor) -> torch.Tensor:
+        """Return the features (M, F) of the sampled voxels, from (B, F, *spatial)."""
+        flat = features.flatten(2)
+        voxels = flat.shape[2]
+        return flat[self.index // voxels, :, self.index % voxels]
+
+
+@torch.no_grad()
+def draw_voxels(labels: torch.Tensor, eligible: torch.Tensor, number: int, num_classes: int) -> DrawnVoxels:
+    """Sample ``number`` eligible voxels of each class uniformly without replacement, or all if there are fewer.
+
+    M is always ``num_classes`` * ``number`` (at most the number of voxels), so the host does not wait for the device.
+
+    Args:
+        labels: (B, *spatial), integers.
+        eligible: (B, *spatial), True for voxels that may be drawn.
+        number: the number of voxels per class.
+        num_classes: including background.
+    """
+    flat = labels.flatten()
+    number = min(number, len(flat))
+    chance = torch.rand(len(flat), device=flat.device).masked_fill(~eligible.flatten(), -1.0)
+    drawn = [torch.where(flat == c, chance, -1.0).topk(number) for c in range(num_classes)]
+    classes = torch.arange(num_classes, device=flat.device).repeat_interleave(number)
+    return DrawnVoxels(torch.cat([d.indices for d in drawn]), classes, torch.cat([d.values for d in drawn]) >= 0)
+
+
+def patch_labels(
+    label_map: torch.Tensor,
+    grid: Sequence[int],
+    num_classes: int,
+    *,
+    foreground_fraction: float = 0.25,
+    background_fraction: float = 0.05,
+    known: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return the class of each cell (patch) of a feature grid, by the fraction of its volume.
+
+    A cell with at least ``foreground_fraction`` of foreground has the foreground class with the largest volume; a cell
+    with at most ``background_fraction`` is background; all others are `IGNORED_PATCH`. So a lesion smaller than a cell
+    can still make a foreground patch: 6×6×6 voxels fill 42 % of 8×8×8. The fractions are relative to the annotated
+    voxels; a cell with less than half of its voxels annotated is ignored.
+
+    Args:
+        label_map: (B, *spatial), integers.
+        grid: the number of cells along each spatial axis.
+        num_classes: including background.
+        foreground_fraction: the smallest foreground fraction of a foreground cell.
+        background_fraction: the largest foreground fraction of a background cell.
+        known: (B, *spatial), False for voxels that are not annotated, which must be 0 in the label map. None: all are
+            annotated.
+
+    Returns:
+        (B, N) integers.
+    """
+    shares = torch.stack([pool_to_patches((label_map == c).float(), grid) for c in range(1, num_classes)])
+    largest = shares.argmax(0) + 1
+    return _classed(shares.sum(0), largest, _annotated(known, grid), foreground_fraction, background_fraction)
+
+
+def patch_codes(
+    codes: torch.Tensor,
+    grid: Sequence[int],
+    *,
+    foreground_fraction: float = 0.25,
+    background_fraction: float = 0.05,
+    known: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return the combination of regions of each cell of a feature grid, in analogy to `patch_labels`.
+
+    Foreground are the voxels in any region. A foreground cell has the most frequent combination of its foreground
+    voxels, in case of a tie that with the lowest code. Unlike a majority vote for each region, this is always a
+    combination that occurs in the cell. Combinations are sorted and not counted one by one, since there can be many.
+
+    Args:
+        codes: (B, *spatial), integers: the combination of each voxel, 0 for the background.
+        grid: the number of cells along each spatial axis.
+        foreground_fraction: as in `patch_labels`.
+        background_fraction: as in `patch_labels`.
+        known: as in `patch_labels`.
+
+    Returns:
+        (B, N) integers.
+    """
+    foreground = pool_to_patches((codes > 0).float(), grid)
+    ordered = _cells(codes, grid).sort(-1).values
+    number = torch.searchsorted(ordered, ordered, right=True) - torch.searchsorted(ordered, ordered)
+    most = number.masked_fill(ordered == 0, 0).argmax(-1, keepdim=True)
+    return _classed(
+        foreground, ordered.gather(-1, most)[..., 0], _annotated(known, grid), foreground_fraction, background_fraction
+    )
+
+
+def _annotated(known: torch.Tensor | None, grid: Sequence[int]) -> torch.Tensor | None:
+    return None if known is None else pool_to_patches(known.float(), grid)
+
+
+def _classed(
+    foreground: torch.Tensor,
+    largest: torch.Tensor,
+    annotated: torch.Tensor | None,
+    foreground_fraction: float,
+    background_fraction: float,
+) -> torch.Tensor:
+    """Return the labels of cells from their fractions of foreground and of annotated voxels: (B, N) each."""
+    if annotated is not None:
+        foreground = foreground / annotated.clamp(min=1e-6)
+    # Tolerance for rounding errors of fractions such as 0.25.
+    is_foreground = foreground >= foreground_fraction - 1e-6
+    is_background = foreground <= background_fraction + 1e-6
+    labels = torch.where(is_foreground, largest, torch.where(is_background, 0, IGNORED_PATCH))
+    return labels if annotated is None else torch.where(annotated < 0.5, IGNORED_PATCH, labels)

@@ -1,0 +1,266 @@
+"""Label spaces: classes, of which a voxel has one, and regions, of which it can be in several.
+
+Methods use a `LabelSpace` and need not distinguish the two. *Labels* are (B, *spatial) integers for classes, and
+(B, R, *spatial) booleans for R regions. Masks and weights of labels have the same shape.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from nnunet_dycon.components.batches import LabeledBatch
+from nnunet_dycon.components.diagnostics import AGREEMENT, pseudo_label_diagnostics, pseudo_region_diagnostics
+from nnunet_dycon.components.features import patch_codes, patch_labels
+from nnunet_dycon.losses import WeightedDiceBCELoss, WeightedDiceCELoss, sigmoid_entropy, softmax_entropy
+
+MOST_REGIONS = 62  # bits of an int64 that are always non-negative
+
+
+class ClassMap(NamedTuple):
+    """A map of mutually exclusive classes.
+
+    Attributes:
+        labels: (B, *spatial), integers.
+        mask: (B, *spatial), boolean: the voxels to use.
+        classes: the number of classes, including background.
+    """
+
+    labels: torch.Tensor
+    mask: torch.Tensor
+    classes: int
+
+
+class LabelSpace:
+    """Base class of label spaces.
+
+    Attributes:
+        sigmoid: whether losses use the sigmoid of each channel instead of the softmax over channels.
+    """
+
+    sigmoid: bool
+
+    def weighted_loss(
+        self, level_weights: tuple[float, ...], batch_dice: bool
+    ) -> WeightedDiceCELoss | WeightedDiceBCELoss:
+        """Return nnU-Net's loss with a weight for each label.
+
+        Args:
+            level_weights: the weight of each resolution of deep supervision.
+            batch_dice: whether Dice is computed over the batch instead of each image.
+        """
+        raise NotImplementedError
+
+    def split(self, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return labels and their mask of known labels from nnU-Net's target (B, T, *spatial). Unknown labels are 0."""
+        raise NotImplementedError
+
+    def truth(self, labeled: LabeledBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return labels and mask of known labels of a labeled batch, at full resolution."""
+        return self.split(labeled.full_resolution)
+
+    def labels(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return the labels that are predicted by logits (B, C, *spatial)."""
+        raise NotImplementedError
+
+    def confident_labels(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the predicted labels, and the probability of each."""
+        raise NotImplementedError
+
+    def voxel_entropy(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return the entropy of each voxel in nats, (B, *spatial)."""
+        raise NotImplementedError
+
+    def highest_entropy(self, channels: int) -> float:
+        """Return the upper bound of `voxel_entropy` in nats, for logits with this number of channels."""
+        raise NotImplementedError
+
+    def shown(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return one label per voxel for plots, (B, *spatial) integers, 0 for background."""
+        raise NotImplementedError
+
+    def class_maps(self, labels: torch.Tensor, mask: torch.Tensor, channels: int) -> Iterator[ClassMap]:
+        """Yield the map of classes, or for each region a map of two classes: outside and inside.
+
+        Args:
+            labels: labels.
+            mask: boolean, of the same shape.
+            channels: the number of channels of the logits.
+        """
+        raise NotImplementedError
+
+    def patches(
+        self,
+        labels: torch.Tensor,
+        known: torch.Tensor,
+        grid: Sequence[int],
+        channels: int,
+        *,
+        foreground_fraction: float,
+        background_fraction: float,
+    ) -> torch.Tensor:
+        """Return the class of each patch as an integer, (B, N); see `patch_labels` and `patch_codes`."""
+        raise NotImplementedError
+
+    @staticmethod
+    def diagnostics(
+        student: torch.Tensor,
+        teacher: torch.Tensor,
+        where: torch.Tensor | None = None,
+        agreement: str = AGREEMENT,
+    ) -> dict[str, torch.Tensor]:
+        """Return the agreement of two predictions; see `pseudo_label_diagnostics` and `pseudo_region_diagnostics`."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class ClassLabels(LabelSpace):
+    """Mutually exclusive classes, background first: softmax over channels.
+
+    Attributes:
+        ignore_label: nnU-Net's ignore label, or None if the data set has none.
+    """
+
+    ignore_label: int | None = None
+    sigmoid = False
+
+    def weighted_loss(self, level_weights: tuple[float, ...], batch_dice: bool) -> WeightedDiceCELoss:
+        return WeightedDiceCELoss(level_weights, batch_dice)
+
+    def split(self, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        labels = target[:, 0].long()
+        if self.ignore_label is None:
+            return labels, torch.ones_like(labels, dtype=torch.bool)
+        known = labels != self.ignore_label
+        return torch.where(known, labels, 0), known
+
+    def labels(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits.argmax(1)
+
+    def confident_labels(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        confidence, labels = logits.float().softmax(1).max(1)
+        return labels, confidence
+
+    def voxel_entropy(self, logits: torch.Tensor) -> torch.Tensor:
+        return softmax_entropy(logits)
+
+    def highest_entropy(self, channels: int) -> float:
+        return math.log(channels)
+
+    def shown(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits.argmax(1)
+
+    def class_maps(self, labels: torch.Tensor, mask: torch.Tensor, channels: int) -> Iterator[ClassMap]:
+        yield ClassMap(labels, mask, channels)
+
+    def patches(
+        self,
+        labels: torch.Tensor,
+        known: torch.Tensor,
+        grid: Sequence[int],
+        channels: int,
+        *,
+        foreground_fraction: float,
+        background_fraction: float,
+    ) -> torch.Tensor:
+        return patch_labels(
+            labels,
+            grid,
+            channels,
+            foreground_fraction=foreground_fraction,
+            background_fraction=background_fraction,
+            known=None if self.ignore_label is None else known,
+        )
+
+    diagnostics = staticmethod(pseudo_label_diagnostics)
+
+
+@dataclass(frozen=True)
+class RegionLabels(LabelSpace):
+    """Regions, which may overlap: sigmoid of each channel. Background is the voxels outside all regions.
+
+    Attributes:
+        has_ignore_label: whether nnU-Net's targets have an additional last channel, True for ignored voxels.
+    """
+
+    has_ignore_label: bool = False
+    sigmoid = True
+
+    def weighted_loss(self, level_weights: tuple[float, ...], batch_dice: bool) -> WeightedDiceBCELoss:
+        return WeightedDiceBCELoss(level_weights, batch_dice, summed=self.has_ignore_label)
+
+    def split(self, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        target = target.bool()
+        if not self.has_ignore_label:
+            return target, torch.ones_like(target)
+        labels, known = target[:, :-1], ~target[:, -1:]
+        return labels & known, known.expand_as(labels)
+
+    def labels(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits > 0
+
+    def confident_labels(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return logits > 0, logits.float().abs().sigmoid()
+
+    def voxel_entropy(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return the mean over regions of the binary entropy of each voxel in nats, (B, *spatial)."""
+        return sigmoid_entropy(logits).mean(1)
+
+    def highest_entropy(self, channels: int) -> float:
+        return math.log(2)
+
+    def shown(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return the number of the last region that contains each voxel, counted from 1; inner regions come last."""
+        shown = torch.zeros_like(logits[:, 0], dtype=torch.int16)  # one volume for all regions of a whole case
+        for number, of_region in enumerate(logits.unbind(1), 1):
+            shown[of_region > 0] = number
+        return shown
+
+    def class_maps(self, labels: torch.Tensor, mask: torch.Tensor, channels: int) -> Iterator[ClassMap]:
+        for inside, of_region in zip(labels.unbind(1), mask.unbind(1)):
+            yield ClassMap(inside.long(), of_region, 2)
+
+    def patches(
+        self,
+        labels: torch.Tensor,
+        known: torch.Tensor,
+        grid: Sequence[int],
+        channels: int,
+        *,
+        foreground_fraction: float,
+        background_fraction: float,
+    ) -> torch.Tensor:
+        return patch_codes(
+            region_codes(labels),
+            grid,
+            foreground_fraction=foreground_fraction,
+            background_fraction=background_fraction,
+            known=known[:, 0] if self.has_ignore_label else None,  # equal for all regions
+        )
+
+    diagnostics = staticmethod(pseudo_region_diagnostics)
+
+
+def region_codes(labels: torch.Tensor) -> torch.Tensor:
+    """Return the combination of regions of each voxel as an integer: bit r is set inside region r.
+
+    Args:
+        labels: (B, R, *spatial), boolean.
+
+    Returns:
+        (B, *spatial), 0 for background.
+
+    Raises:
+        ValueError: there are more than 62 regions.
+
+    >>> region_codes(torch.tensor([[[False, True, True], [False, False, True]]]))  # two regions, three voxels
+    tensor([[0, 1, 3]])
+    """
+    if labels.shape[1] > MOST_REGIONS:
+        raise ValueError(f"at most {MOST_REGIONS} regions are supported, got {labels.shape[1]}; set fecl_weight=0")
+    codes = labels.new_zeros((len(labels), *labels.shape[2:]), dtype=torch.long)
+    for bit, inside in enumerate(labels.unbind(1)):
+        codes = codes | inside.long() << bit
+    return codes

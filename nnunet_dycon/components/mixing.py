@@ -1,0 +1,144 @@
+"""Mixing of labeled and unlabeled images in the student's batch: none, CutMix or copy-paste.
+
+A mixture is drawn once per step and applied to images, labels, masks and all other volumes of the same shape.
+"""
+
+from collections.abc import Sequence
+from copy import copy
+
+import torch
+from torch.nn.functional import interpolate
+
+from nnunet_dycon.components.defaults import BOX_FRACTION
+
+MIXTURES = ("none", "cutmix", "copy_paste")
+
+
+class Mixture:
+    """Concatenation of labeled and unlabeled images without mixing; base class of the mixtures.
+
+    Attributes:
+        truth: (B', *spatial) for the B' images of the student's batch, True for voxels from a labeled image.
+    """
+
+    cuts_labeled = False  # whether parts of labeled images are replaced
+
+    def __init__(self, labeled: int, unlabeled: int, spatial: Sequence[int], device: torch.device) -> None:
+        self._numbers = (labeled, unlabeled)
+        self.truth = torch.zeros((labeled + unlabeled, *spatial), dtype=torch.bool, device=device)
+        self.truth[:labeled] = True
+
+    def __call__(self, of_labeled: torch.Tensor, of_unlabeled: torch.Tensor) -> torch.Tensor:
+        """Mix volumes of labeled (L, [C,] *spatial) and unlabeled (U, [C,] *spatial) images to (B', [C,] *spatial)."""
+        return torch.cat([of_labeled, of_unlabeled])
+
+    def only_labeled(self, of_labeled: torch.Tensor) -> torch.Tensor:
+        """Mix volumes of labeled images, with 0 for voxels from unlabeled images."""
+        return self(of_labeled, of_labeled.new_zeros((self._numbers[1], *of_labeled.shape[1:])))
+
+    def only_unlabeled(self, of_unlabeled: torch.Tensor) -> torch.Tensor:
+        """Mix volumes of unlabeled images, with 0 for voxels from labeled images."""
+        return self(of_unlabeled.new_zeros((self._numbers[0], *of_unlabeled.shape[1:])), of_unlabeled)
+
+    def on_grid(self, grid: Sequence[int]) -> "Mixture":
+        """Return the same mixture on a coarser grid: each cell is taken from the image at its center."""
+        scaled = copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Tensor) and value.dtype == torch.bool:
+                setattr(scaled, name, interpolate(value[:, None].float(), grid, mode="nearest-exact")[:, 0].bool())
+        return scaled
+
+
+class CutMix(Mixture):
+    """CutMix (arXiv:1905.04899) of unlabeled images: each gets a box of the previous one. Labeled images are unchanged.
+
+    A single unlabeled image gets a box of the last labeled image. There `only_unlabeled` is 0, so pseudo-labels are not
+    used in the box.
+    """
+
+    def __init__(
+        self, labeled: int, unlabeled: int, spatial: Sequence[int], device: torch.device, box_fraction: float
+    ) -> None:
+        super().__init__(labeled, unlabeled, spatial, device)
+        self._inside = random_boxes(unlabeled, spatial, box_fraction, device)
+        if unlabeled == 1:
+            self.truth[labeled:] = self._inside
+
+    def __call__(self, of_labeled: torch.Tensor, of_unlabeled: torch.Tensor) -> torch.Tensor:
+        pasted = of_labeled[-1:] if len(of_unlabeled) == 1 else of_unlabeled.roll(1, 0)
+        return torch.cat([of_labeled, _paste(pasted, of_unlabeled, self._inside)])
+
+
+class CopyPaste(Mixture):
+    """Bidirectional copy-paste (BCP, arXiv:2305.00673): a labeled and an unlabeled image exchange a box.
+
+    The batch has first the labeled images with an unlabeled box, then the unlabeled images with a labeled box. If the
+    numbers of images differ, those of the smaller number are repeated.
+    """
+
+    cuts_labeled = True
+
+    def __init__(
+        self, labeled: int, unlabeled: int, spatial: Sequence[int], device: torch.device, box_fraction: float
+    ) -> None:
+        self._numbers = (labeled, unlabeled)
+        pairs = torch.arange(max(labeled, unlabeled), device=device)
+        self._of_labeled, self._of_unlabeled = pairs % labeled, pairs % unlabeled
+        self._inside = random_boxes(len(pairs), spatial, box_fraction, device)
+        self.truth = torch.cat([~self._inside, self._inside])
+
+    def __call__(self, of_labeled: torch.Tensor, of_unlabeled: torch.Tensor) -> torch.Tensor:
+        labeled, unlabeled = of_labeled[self._of_labeled], of_unlabeled[self._of_unlabeled]
+        return torch.cat([_paste(unlabeled, labeled, self._inside), _paste(labeled, unlabeled, self._inside)])
+
+
+def mixture(
+    kind: str,
+    labeled: int,
+    unlabeled: int,
+    spatial: Sequence[int],
+    device: torch.device,
+    box_fraction: float = BOX_FRACTION,
+) -> Mixture:
+    """Draw a mixture with boxes at random places.
+
+    Args:
+        kind: "none", "cutmix" or "copy_paste".
+        labeled: the number of labeled images.
+        unlabeled: the number of unlabeled images.
+        spatial: the shape of an image.
+        device: the device of the volumes to mix.
+        box_fraction: the length of a box as a fraction of each axis, in [0, 1].
+
+    Raises:
+        ValueError: see `check_mixture`.
+    """
+    check_mixture(kind, box_fraction)
+    if kind == "none":
+        return Mixture(labeled, unlabeled, spatial, device)
+    if kind == "cutmix":
+        return CutMix(labeled, unlabeled, spatial, device, box_fraction)
+    return CopyPaste(labeled, unlabeled, spatial, device, box_fraction)
+
+
+def check_mixture(kind: str, box_fraction: float) -> None:
+    """Raise ValueError if the kind of mixture does not exist or the length of a box is not in [0, 1]."""
+    if kind not in MIXTURES:
+        raise ValueError(f"mixing must be one of {', '.join(MIXTURES)}, got {kind!r}")
+    if not 0 <= box_fraction <= 1:
+        raise ValueError(f"box_fraction, the length as a fraction of an axis, must be in [0, 1], got {box_fraction}")
+
+
+def random_boxes(number: int, spatial: Sequence[int], side: float, device: torch.device) -> torch.Tensor:
+    """Draw masks (number, *spatial), True in a box at a random place with the fraction ``side`` of each axis."""
+    inside = torch.zeros((number, *spatial), dtype=torch.bool, device=device)
+    lengths = [round(side * size) for size in spatial]
+    # Drawn on the CPU: the same for a seed on every device, and the host does not wait for the device.
+    starts = [torch.randint(size - length + 1, (number,)).tolist() for size, length in zip(spatial, lengths)]
+    for image, corner in zip(inside, zip(*starts)):
+        image[tuple(slice(start, start + length) for start, length in zip(corner, lengths))] = True
+    return inside
+
+
+def _paste(pasted: torch.Tensor, onto: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
+    return torch.where(inside if pasted.ndim == inside.ndim else inside[:, None], pasted, onto)

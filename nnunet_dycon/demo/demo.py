@@ -1,0 +1,274 @@
+"""`nnunet_dycon demo`: phantoms, and then nnU-Net's own commands from planning to a picture of the predictions."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+import numpy as np
+import SimpleITK as sitk
+from scipy.special import entr
+
+from nnunet_dycon.demo.phantom import write_dataset
+from nnunet_dycon.errors import UsageError, UserError
+from nnunet_dycon.inference.ensemble import choose_device
+from nnunet_dycon.system.environment import DISCOVERY
+from nnunet_dycon.system.pictures import new_figure, outline, overlay
+from nnunet_dycon.trainers.nnUNetTrainerDemo import nnUNetTrainerDemo
+
+DATASET = "Dataset900_Phantom"
+COUNTS = {"labeled": 6, "unlabeled": 18, "test": 6}
+TRAINER = nnUNetTrainerDemo.__name__
+# What is changed in the plans so that a CPU trains it in minutes. Multiples of 16 channels are fast there.
+FEATURES_PER_STAGE = (16, 32, 48, 64)
+PATCH_SIZE = (32, 32, 40)
+_STEPS = 8
+_INDENT = " " * 6
+_LINES_AFTER_FAILURE = 15
+_REFERENCE, _PREDICTION = "#1faa59", "#e8590c"  # colors
+
+
+def run_demo(output: Path, *, seed: int = 0, device: str | None = None) -> None:
+    """Make phantoms, train on them, predict the held-out ones, and print what they score.
+
+    Args:
+        output: a new or empty folder, which everything goes into.
+        seed: of the phantoms. Training itself is not seeded, as it never is in nnU-Net.
+        device: cuda or cpu; None for cuda where there is one.
+
+    Raises:
+        UsageError: the folder is not empty, the seed is negative, or there is no such device.
+        UserError: a command failed; the message names it and its log.
+    """
+    start = time.monotonic()
+    if seed < 0:
+        raise UsageError(f"--seed must be at least 0, got {seed}")
+    device = choose_device(device)
+    output = Path(os.path.abspath(output))
+    _make_empty(output)
+    run = _Run(output, _variables(output, device))
+    run.print_variables()
+    raw, predictions = output / "nnUNet_raw" / DATASET, output / "predictions"
+    which = ["-d", "900", "-c", "3d_fullres"]
+
+    with run.step("phantom data set: {labeled} labeled, {unlabeled} unlabeled, {test} held-out cases".format(**COUNTS)):
+        write_dataset(raw, seed, COUNTS)
+    run.command("nnUNetv2_plan_and_preprocess", *which, "--verify_dataset_integrity", "-npfp", "1", "-np", "1")
+    plans = output / "nnUNet_preprocessed" / DATASET / "nnUNetPlans.json"
+    with run.step(f"a narrower network and smaller patches, so that a CPU trains it in minutes: {plans.name}"):
+        _shrink(plans)
+    run.command("nnunet_dycon", "preprocess_unlabeled", *which, "-np", "1")
+    run.command("nnUNetv2_train", "900", "3d_fullres", "all", "-tr", TRAINER, "-device", device, report=_Epochs())
+    # Without processes of its own, each of which would first have to import torch.
+    run.command(
+        "nnUNetv2_predict", *which, "-f", "all", "-tr", TRAINER, "-i", str(raw / "imagesTs"), "-o", str(predictions),
+        "--save_probabilities", "-npp", "0", "-nps", "0", "-device", device,
+    )  # fmt: skip
+    run.command(
+        "nnunet_dycon", "evaluate", "-ref", str(raw / "labelsTs"), "-pred", str(predictions), "-np", "1", report=_show
+    )
+    picture = output / "demo.png"
+    with run.step("picture"):
+        draw(read_examples(raw, predictions), picture)
+
+    print(f"\nall in {time.monotonic() - start:.0f} s")
+    print(f"picture: {picture}")
+    print(f"model:   {output / 'nnUNet_results' / DATASET / f'{TRAINER}__nnUNetPlans__3d_fullres'}")
+    print("This shows that everything runs, on phantoms and for a few short epochs; not how good the method is.")
+
+
+@dataclass(frozen=True)
+class Example:
+    """A predicted case, as it is drawn.
+
+    Attributes:
+        name: the case.
+        dice: of its lesions.
+        image: (Z, Y, X).
+        reference: (Z, Y, X), 1 is lesion.
+        prediction: (Z, Y, X), 1 is lesion.
+        entropy: (Z, Y, X), of the predicted probabilities, in nats.
+    """
+
+    name: str
+    dice: float
+    image: np.ndarray
+    reference: np.ndarray
+    prediction: np.ndarray
+    entropy: np.ndarray
+
+
+def read_examples(raw: Path, predictions: Path, limit: int = 4) -> list[Example]:
+    """The first held-out cases, with their scores from evaluation.json in the folder of the predictions."""
+
+    def read(file: Path) -> np.ndarray:
+        return sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
+
+    examples = []
+    for row in json.loads((predictions / "evaluation.json").read_text())["cases"][:limit]:
+        name = row["case"]
+        with np.load(predictions / f"{name}.npz") as archive:
+            entropy = entr(archive["probabilities"].astype(float)).sum(0)  # nnU-Net saves (K, Z, Y, X)
+        image = read(raw / "imagesTs" / f"{name}_0000.nii.gz")
+        reference, prediction = (read(folder / f"{name}.nii.gz") for folder in (raw / "labelsTs", predictions))
+        examples.append(Example(name, row["dice"], image, reference, prediction, entropy))
+    return examples
+
+
+def draw(examples: Sequence[Example], file: Path) -> None:
+    """Write a picture: a row per case, in the slice with most lesion; image, reference, prediction and entropy."""
+    figure = new_figure(10.6, 0.4 + 2.05 * len(examples), dpi=150)
+    rows = figure.subplots(len(examples), 4, squeeze=False)
+    titles = {"image": "black", "reference": _REFERENCE, "prediction": _PREDICTION, "uncertainty": "black"}
+    for axes, (title, color) in zip(rows[0], titles.items()):
+        axes.set_title(title, color=color, fontsize=12, fontweight="bold")
+    for row, example in zip(rows, examples):
+        z = int(example.reference.sum((1, 2)).argmax())
+        reference, prediction = example.reference[z] > 0, example.prediction[z] > 0
+        darkest, brightest = np.percentile(example.image, (0.5, 99.8))
+        for axes in row[:3]:
+            axes.imshow(example.image[z], cmap="gray", vmin=darkest, vmax=brightest)
+        overlay(row[1], reference, _REFERENCE)
+        overlay(row[2], prediction, _PREDICTION)
+        heat = row[3].imshow(example.entropy[z], cmap="magma", vmin=0, vmax=np.log(2))
+        for axes in row[2:]:
+            outline(axes, reference, _REFERENCE)
+        row[0].set_ylabel(f"{example.name}\nDice {example.dice:.2f}, slice {z}", fontsize=10)
+        for axes in row:
+            axes.set(xticks=[], yticks=[])
+    figure.colorbar(heat, ax=rows[:, 3], label="entropy of the prediction [nats], at most ln 2", shrink=0.8)
+    figure.savefig(file)
+
+
+def _make_empty(folder: Path) -> None:
+    try:
+        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+            raise UsageError(f"{folder} is there already, and not empty; name a new folder with -o, or delete this one")
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot make this folder: {error.strerror}; name another with -o") from None
+
+
+def _variables(output: Path, device: str) -> dict[str, str]:
+    """What the commands find in their environment; a user's own nnU-Net variables are neither used nor changed."""
+    workers = 1 if device == "cpu" else min(8, os.cpu_count() or 1)  # on a CPU the network is what takes time
+    return {
+        **{name: str(output / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")},
+        "nnUNet_extTrainer": str(DISCOVERY),
+        "nnUNet_n_proc_DA": str(workers),
+        "nnUNet_def_n_proc": "2",
+        "nnUNet_compile": "f",  # takes longer than it saves here, and needs a C compiler
+        "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads are slow where another program uses a core
+    }
+
+
+def _shrink(plans_file: Path) -> None:
+    """Change the plans, and print what was changed. What has been preprocessed stays valid: it depends on neither."""
+    plans = json.loads(plans_file.read_text())
+    configuration = plans["configurations"]["3d_fullres"]
+    architecture = configuration["architecture"]["arch_kwargs"]
+    for where, key, value in (
+        (architecture, "features_per_stage", list(FEATURES_PER_STAGE)),
+        (configuration, "patch_size", list(PATCH_SIZE)),
+    ):
+        print(f"{_INDENT}{key}: {where[key]} -> {value}")
+        where[key] = value
+    plans_file.write_text(json.dumps(plans, indent=4))
+
+
+@dataclass
+class _Run:
+    """Numbers the steps, times them, and runs commands with their output in a log."""
+
+    output: Path
+    variables: dict[str, str]
+    number: int = 0
+
+    def print_variables(self) -> None:
+        print("To repeat a command below by hand, first run:")
+        folder = Path(sys.executable).parent
+        if shutil.which("nnUNetv2_train") != str(folder / "nnUNetv2_train"):
+            print(f'export PATH={shlex.quote(str(folder))}:"$PATH"')
+        for name, value in self.variables.items():
+            print(f"export {name}={shlex.quote(value)}")
+        print(flush=True)
+
+    @contextmanager
+    def step(self, title: str) -> Iterator[None]:
+        self.number += 1
+        print(f"[{self.number}/{_STEPS}] {title}", flush=True)
+        start = time.monotonic()
+        yield
+        print(f"{_INDENT}{time.monotonic() - start:.0f} s", flush=True)
+
+    def command(self, *command: str, report: Callable[[str], None] | None = None) -> None:
+        """Run a command as a step. Each line of its output goes to its log, and to `report`."""
+        name = command[:2] if command[0] == "nnunet_dycon" else command[:1]
+        with self.step(shlex.join(command)):
+            log = self.output / "logs" / f"{self.number:02d}_{name[-1].removeprefix('nnUNetv2_')}.log"
+            log.parent.mkdir(exist_ok=True)
+            with log.open("w", encoding="utf-8") as file:
+                exit_code = _stream([_find(command[0]), *command[1:]], self._environment(), file, report)
+            if exit_code != 0:
+                for line in log.read_text(encoding="utf-8").splitlines()[-_LINES_AFTER_FAILURE:]:
+                    print(_INDENT + line)
+                raise UserError(f"{' '.join(name)} failed with exit code {exit_code}; its output is in {log}")
+
+    def _environment(self) -> dict[str, str]:
+        others = {name: value for name, value in os.environ.items() if not name.startswith("nnUNet_")}
+        return {**others, **self.variables, "PYTHONUNBUFFERED": "1"}  # unbuffered, so that epochs are told as they end
+
+
+def _find(name: str) -> str:
+    beside = Path(sys.executable).with_name(name)
+    found = str(beside) if beside.is_file() else shutil.which(name)
+    if found is None:
+        raise UserError(f"the command {name} is neither in {beside.parent} nor in PATH; run: pip install nnunet-dycon")
+    return found
+
+
+def _stream(command: list[str], environment: dict[str, str], log: TextIO, report: Callable[[str], None] | None) -> int:
+    """Run a command and hand on its lines as they come; return its exit code."""
+    pipe, both = subprocess.PIPE, subprocess.STDOUT
+    with subprocess.Popen(
+        command, env=environment, stdout=pipe, stderr=both, encoding="utf-8", errors="replace"
+    ) as process:
+        try:
+            for line in process.stdout or ():
+                log.write(line)
+                if report is not None:
+                    report(line.rstrip())
+        except BaseException:
+            process.terminate()
+            raise
+    return process.returncode
+
+
+def _show(line: str) -> None:
+    print(f"{_INDENT}{line}".rstrip())
+
+
+class _Epochs:
+    """Finds the epochs in the output of nnUNetv2_train, and prints a line for each."""
+
+    def __init__(self) -> None:
+        self._epoch, self._losses = 0, ""
+
+    def __call__(self, line: str) -> None:
+        if re.search(r": supervised \S+ ", line):
+            self._losses = re.sub(r" (?=[a-z])", ", ", line.split(": ", 1)[1].strip())
+        elif found := re.search(r": Epoch (\d+)$", line):
+            self._epoch = int(found[1]) + 1
+        elif found := re.search(r": Epoch time: (\S+) s", line):
+            total = nnUNetTrainerDemo.training_settings.num_epochs
+            _show(f"epoch {self._epoch:2d} of {total}: {self._losses} ({float(found[1]):.0f} s)")
+            sys.stdout.flush()

@@ -1,0 +1,136 @@
+"""Phantoms: textured 3D volumes with lesions of very different sizes, and a data set of them in nnU-Net's raw format.
+
+They look like nothing in particular. What they have in common with real scans is what makes segmentation hard: lesions
+differ in size and contrast, other structures are as bright as they are, and borders are blurred.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+from nnunetv2.dataset_conversion.generate_dataset_json import generate_dataset_json
+from scipy.ndimage import distance_transform_edt, gaussian_filter
+
+from nnunet_dycon.dataset_conversion.writer import FILE_ENDING, FOLDERS
+from nnunet_dycon.system.files import new_folder
+
+SHAPE = (32, 48, 56)
+LESION_RADII = (2.0, 8.0)  # voxels
+
+
+def phantom(
+    rng: np.random.Generator,
+    shape: tuple[int, int, int] = SHAPE,
+    lesion_radii: tuple[float, float] = LESION_RADII,
+) -> tuple[np.ndarray, np.ndarray]:
+    """A volume and its lesions.
+
+    An organ lies in a darker background. It holds 1 to 5 lesions, and vessels that are as bright; outside of it there
+    are bright lumps of a lesion's size. So neither a threshold nor the shape alone tells what a lesion is.
+
+    Args:
+        rng: what it is drawn from.
+        shape: (Z, Y, X).
+        lesion_radii: the smallest and the largest in voxels, before the border is made irregular.
+
+    Returns:
+        The image (Z, Y, X), float32 in arbitrary units, and the label (Z, Y, X), uint8: 1 is lesion.
+    """
+    center = np.array(shape) / 2 + rng.uniform(-2, 2, 3)
+    organ = _blob(rng, shape, center, np.array(shape) * rng.uniform(0.36, 0.44, 3), roughness=0.08)
+    lesions = _lesions(rng, organ, lesion_radii)
+    vessels = organ & ~lesions & (_noise(rng, shape, 5) ** 2 + _noise(rng, shape, 5) ** 2 < 0.07)
+    lumps = _lumps(rng, ~organ, lesion_radii)
+
+    texture = 0.1 * sum(_noise(rng, shape, scale) for scale in (1, 2, 5))
+    contrast = rng.uniform(0.8, 1.2)  # of lesions, which differ from case to case, and of what looks like them
+    image = rng.uniform(0.8, 1.2) * organ * (1 + texture) + 0.5 * texture
+    for structure, share in ((lesions, 1.0), (vessels, 1.1), (lumps, 1.8)):
+        image += share * contrast * gaussian_filter(structure.astype(float), 0.7)  # blurred: partial volume
+    image *= np.exp(0.15 * _noise(rng, shape, 16))  # bias field
+    image += rng.normal(scale=rng.uniform(0.05, 0.15), size=shape)
+    return (100 * image).astype(np.float32), lesions.astype(np.uint8)
+
+
+def write_dataset(
+    folder: Path,
+    seed: int,
+    counts: Mapping[str, int],
+    *,
+    shape: tuple[int, int, int] = SHAPE,
+    lesion_radii: tuple[float, float] = LESION_RADII,
+) -> None:
+    """Write phantoms in nnU-Net's raw format.
+
+    The n-th case of a data set is `phantom(default_rng([seed, n]), shape, lesion_radii)`. Labels of unlabeled
+    cases are not written.
+
+    Args:
+        folder: DatasetXXX_Name, which must not exist, or be empty. It appears when all is written.
+        seed: of the data set.
+        counts: how many cases there are of each role (labeled, unlabeled, val, test), in the order of their numbers.
+        shape: of a case, see `phantom`.
+        lesion_radii: of its lesions, see `phantom`.
+    """
+    roles = [role for role, count in counts.items() for _ in range(count)]
+    with new_folder(folder) as partial:
+        for index, role in enumerate(roles):
+            image, label = phantom(np.random.default_rng([seed, index]), shape, lesion_radii)
+            images, labels = FOLDERS[role]
+            _write(image, partial / images / f"phantom_{index:03d}_0000{FILE_ENDING}")
+            if labels is not None:
+                _write(label, partial / labels / f"phantom_{index:03d}{FILE_ENDING}")
+        generate_dataset_json(
+            str(partial),
+            {"0": "phantom"},
+            {"background": 0, "lesion": 1},
+            counts["labeled"],
+            FILE_ENDING,
+            dataset_name="Phantom",
+            description=f"random phantoms, seed {seed}",
+            license="none needed",
+            converted_by="nnunet_dycon demo",
+        )
+
+
+def _write(array: np.ndarray, file: Path) -> None:
+    file.parent.mkdir(exist_ok=True)
+    sitk.WriteImage(sitk.GetImageFromArray(array), str(file), useCompression=True)  # spacing 1 mm
+
+
+def _lesions(rng: np.random.Generator, organ: np.ndarray, lesion_radii: tuple[float, float]) -> np.ndarray:
+    """1 to 5 lesions, apart from each other. Sizes are drawn on a logarithmic scale: small ones are as frequent."""
+    lesions = np.zeros_like(organ)
+    smallest, largest = np.log(lesion_radii)
+    radii = np.exp(rng.uniform(smallest, largest, size=rng.integers(1, 6)))
+    for radius in sorted(radii, reverse=True):  # large ones first, while there is room
+        free = distance_transform_edt(organ & ~lesions)
+        candidates = np.argwhere(free > radius + 2)
+        if len(candidates):
+            half_axes = radius * rng.uniform(0.8, 1.25, 3)
+            lesions |= organ & _blob(rng, organ.shape, rng.choice(candidates), half_axes, roughness=0.15)
+    return lesions
+
+
+def _lumps(rng: np.random.Generator, outside: np.ndarray, lesion_radii: tuple[float, float]) -> np.ndarray:
+    """Lumps in the background, of the lesions' sizes."""
+    lumps = np.zeros_like(outside)
+    for center in rng.choice(np.argwhere(distance_transform_edt(outside) > 3), 8):
+        lumps |= _blob(rng, outside.shape, center, rng.uniform(*lesion_radii, 3) * 0.6, roughness=0.15)
+    return lumps & outside
+
+
+def _blob(
+    rng: np.random.Generator, shape: tuple[int, ...], center: np.ndarray, radii: np.ndarray, roughness: float
+) -> np.ndarray:
+    """An ellipsoid with an irregular border, as a mask (Z, Y, X)."""
+    offsets = np.moveaxis(np.indices(shape), 0, -1) - center
+    distance = np.linalg.norm(offsets / radii, axis=-1)
+    return distance + roughness * _noise(rng, shape, max(1.0, np.min(radii) / 2)) < 1
+
+
+def _noise(rng: np.random.Generator, shape: tuple[int, ...], scale: float) -> np.ndarray:
+    """Smooth noise (Z, Y, X) with mean 0 and standard deviation 1; scale is its length in voxels."""
+    noise = gaussian_filter(rng.normal(size=shape), scale, mode="wrap")
+    return (noise - noise.mean()) / noise.std()

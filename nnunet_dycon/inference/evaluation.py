@@ -1,0 +1,303 @@
+"""Scores predictions against references: Dice and Jaccard, HD95 and ASD in mm."""
+
+import json
+import math
+import sys
+import warnings
+import zlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import numpy as np
+import SimpleITK as sitk
+from monai.metrics import compute_average_surface_distance, compute_hausdorff_distance
+from scipy.ndimage import find_objects
+
+from nnunet_dycon.errors import UsageError, UserError
+from nnunet_dycon.inference.tables import aligned, as_csv, as_json, nan_to_none, write_texts
+from nnunet_dycon.system.files import VOLUME_ENDINGS, require_whole
+from nnunet_dycon.system.processes import map_cases
+
+DEFINITIONS = {
+    "dice": "2 |R and P| / (|R| + |P|) with R the voxels of the reference and P those of the prediction",
+    "jaccard": "|R and P| / |R or P|",
+    "hd95_mm_max_directed": "95th percentile (linearly interpolated) of the distances from each surface voxel of one "
+    "mask to the nearest of the other, taken in both directions; the larger of the two",
+    "asd_mm_symmetric": "mean of the same distances, both directions in one pool: each surface voxel counts once, so "
+    "the mask with the larger surface weighs more",
+    "surface": "mask voxels with a face neighbor outside the mask or the image; distances go from center to center",
+    "ignored": "where the reference has the ignore label of dataset.json, both masks are empty",
+    "one_empty": "if just one mask is empty, Dice and Jaccard are 0, and HD95 and ASD are the image's diagonal",
+    "both_empty": "if both masks are empty, nothing is scored, and the case is left out of mean and median",
+    "foreground_mean": "mean over the labels of their means over the cases",
+}
+METRICS = ("dice", "jaccard", "hd95_mm_max_directed", "asd_mm_symmetric")
+VOXELS = ("reference_voxels", "prediction_voxels")
+_FEW_CASES = 4  # up to here, starting workers (each imports torch and MONAI) takes longer than the scoring
+
+
+def evaluate_folder(
+    reference: Path, prediction: Path, *, labels: Sequence[int] | None = None, num_processes: int = 1
+) -> "Evaluation":
+    """Score every reference of a folder against the file of the same name in the folder of predictions.
+
+    Without `labels`, the foreground labels and regions of dataset.json are scored, from the folder of the predictions
+    or else from the folder above the references. Warnings and progress go to stderr.
+    """
+    return evaluate_matched([match_folders(reference, prediction, labels=labels)], num_processes)[0]
+
+
+def match_folders(reference: Path, prediction: Path, *, labels: Sequence[int] | None = None) -> "MatchedFolders":
+    """Find the labels and the pairs of files that `evaluate_folder` scores, and compare the headers of each pair."""
+    for folder in (reference, prediction):
+        if not folder.is_dir():
+            raise UserError(f"{folder}: there is no such folder")
+    if reference.samefile(prediction):
+        raise UsageError(f"references and predictions are the same folder: {reference}")
+    task = _read_task(reference, prediction, labels)
+    return MatchedFolders(task, tuple(_match(reference, prediction, task.file_ending)))
+
+
+def evaluate_matched(matched: Sequence["MatchedFolders"], num_processes: int = 1) -> list["Evaluation"]:
+    """Score the pairs of several folders, in the same processes. Warnings and progress go to stderr."""
+    jobs = [(pair, one.task) for one in matched for pair in one.pairs]
+    processes = 1 if len(jobs) <= _FEW_CASES else num_processes
+    results = list(map_cases(_score_case, jobs, processes, "scoring"))
+    for remark in dict.fromkeys(remark for _, remarks in results for remark in remarks):
+        _warn(remark)
+    rows = iter([rows for rows, _ in results])
+    return [Evaluation(tuple(row for _ in one.pairs for row in next(rows))) for one in matched]
+
+
+def score(reference: np.ndarray, prediction: np.ndarray, spacing_mm: Sequence[float]) -> dict[str, float]:
+    """The four METRICS of one pair of masks, and the number of voxels in each mask.
+
+    `reference` and `prediction` are boolean of shape (Z, Y, X) or (Y, X), `spacing_mm` follows the same axis order.
+    DEFINITIONS says what is computed, also for empty masks.
+    """
+    if reference.shape != prediction.shape or reference.ndim != len(spacing_mm):
+        raise ValueError(f"shapes {reference.shape} and {prediction.shape}, spacing {tuple(spacing_mm)}")
+    union = reference | prediction
+    n_reference, n_prediction, n_union = (int(np.count_nonzero(mask)) for mask in (reference, prediction, union))
+    n_both = n_reference + n_prediction - n_union
+    if n_union == 0:
+        values = (math.nan,) * 4
+    elif n_reference == 0 or n_prediction == 0:
+        diagonal = math.hypot(*np.multiply(reference.shape, spacing_mm))
+        values = (0.0, 0.0, diagonal, diagonal)
+    else:
+        # Only for speed: MONAI converts the whole of what it is given, and outside of this box there is no surface.
+        box = tuple(slice(max(s.start - 1, 0), s.stop + 1) for s in find_objects(union.view(np.uint8))[0])
+        given: dict[str, Any] = {"y_pred": prediction[box][None, None], "y": reference[box][None, None]}
+        given |= {"include_background": True, "spacing": [float(s) for s in spacing_mm]}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*always_return_as_numpy", FutureWarning)  # MONAI 1.5 and 1.6, of itself
+            hd95 = compute_hausdorff_distance(**given, percentile=95, directed=False)
+            asd = compute_average_surface_distance(**given, symmetric=True)
+        values = (2 * n_both / (n_reference + n_prediction), n_both / n_union, hd95.item(), asd.item())
+    return dict(zip(METRICS + VOXELS, (*values, n_reference, n_prediction), strict=True))
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of a folder. Each row has the keys case and label, the METRICS, reference_voxels, prediction_voxels."""
+
+    rows: tuple[dict[str, Any], ...]
+
+    @property
+    def labels(self) -> list[str]:
+        return list(dict.fromkeys(row["label"] for row in self.rows))
+
+    def over_cases(self, statistic: Callable[[Iterable[float]], float]) -> dict[str, dict[str, float]]:
+        """Label -> metric -> statistic (fmean, say) over the cases in which the label was scored; else NaN."""
+        return {label: _reduce([r for r in self.rows if r["label"] == label], statistic) for label in self.labels}
+
+    def count_empty(self, masks: int) -> dict[str, int]:
+        """Label -> number of cases in which just so many of the two masks are empty."""
+        found = [row["label"] for row in self.rows if sum(row[key] == 0 for key in VOXELS) == masks]
+        return {label: found.count(label) for label in self.labels}
+
+    def as_json(self) -> dict[str, Any]:
+        """What evaluation.json holds; a score that does not exist is None."""
+        means = self.over_cases(fmean)
+        return nan_to_none(
+            {
+                "definitions": DEFINITIONS,
+                "labels": self.labels,
+                "foreground_mean": _reduce(means.values(), fmean),
+                "mean": means,
+                "median": self.over_cases(median),
+                "one_empty": self.count_empty(1),
+                "both_empty": self.count_empty(2),
+                "cases": self.rows,
+            }
+        )
+
+    def as_table(self) -> str:
+        """A line per case and label, then mean and median per label, then what the columns mean."""
+        means = self.over_cases(fmean)
+        entries = [(row["case"], row["label"], row) for row in self.rows]
+        entries += [("mean", label, scores) for label, scores in means.items()]
+        if len(means) > 1:
+            entries.append(("mean", "of all labels", _reduce(means.values(), fmean)))
+        entries += [("median", label, scores) for label, scores in self.over_cases(median).items()]
+        lines = [("case", "label", *METRICS)]
+        lines += [(name, label, *(f"{scores[metric]:.3f}" for metric in METRICS)) for name, label, scores in entries]
+        text = aligned(lines, left=(0, 1))
+        text.insert(1 + len(self.rows), "")
+        text += ["", *(f"{key}: {DEFINITIONS[key]}" for key in (*METRICS[2:], "surface"))]
+        for masks, key in ((1, "one_empty"), (2, "both_empty")):
+            if count := sum(self.count_empty(masks).values()):
+                text.append(f"{key.replace('_', ' ')}: {count} ({DEFINITIONS[key]})")
+        return "\n".join(text)
+
+    def write(self, folder: Path) -> None:
+        """Write evaluation.csv and evaluation.json; a reader never sees one half written."""
+        columns = ("case", "label", *METRICS, *VOXELS)
+        texts = {"evaluation.csv": as_csv(columns, self.rows), "evaluation.json": as_json(self.as_json()) + "\n"}
+        write_texts(folder, texts, "evaluation")
+
+
+@dataclass(frozen=True)
+class MatchedFolders:
+    """The references and predictions of two folders: readable headers, and the same voxel grid in each pair.
+
+    Attributes:
+        task: labels and regions to score.
+        pairs: case, reference file, prediction file; sorted by case.
+    """
+
+    task: "_Task"
+    pairs: tuple[tuple[str, Path, Path], ...]
+
+
+@dataclass(frozen=True)
+class _Task:
+    regions: dict[str, tuple[int, ...]]  # name of a label or region -> its values
+    ignore: int | None
+    known: frozenset[int]  # values that may occur in a file
+    file_ending: str
+
+
+def _read_task(reference: Path, prediction: Path, chosen: Sequence[int] | None) -> _Task:
+    candidates = [folder / "dataset.json" for folder in (prediction, reference.resolve().parent)]
+    file = next((candidate for candidate in candidates if candidate.is_file()), None)
+    declared, file_ending = {}, ".nii.gz"
+    if file is not None:
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            declared = {name: tuple(int(v) for v in np.ravel(values)) for name, values in content["labels"].items()}
+            file_ending = content.get("file_ending", file_ending)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(f'{file}: cannot read "labels" ({type(error).__name__}: {error})') from error
+    if file_ending not in VOLUME_ENDINGS:
+        raise UserError(f"{file}: files {file_ending} hold no spacing; can score {', '.join(VOLUME_ENDINGS)}")
+    ignore = declared.get("ignore", (None,))[0]
+    if chosen is not None:
+        if any(value <= 0 or value == ignore for value in chosen):
+            raise UsageError("-l takes values above 0, and not the ignore label: the background is not scored")
+        regions: dict[str, tuple[int, ...]] = {str(value): (value,) for value in chosen}
+    else:
+        regions = {name: v for name, v in declared.items() if name not in ("background", "ignore") and any(v)}
+    if not regions:
+        where = f"{file} has no foreground labels" if file else f"found neither {candidates[0]} nor {candidates[1]}"
+        raise UsageError(f"which labels to score? {where}; give the values with -l")
+    return _Task(regions, ignore, frozenset({0}.union(*declared.values(), *regions.values())), file_ending)
+
+
+def _match(reference: Path, prediction: Path, file_ending: str) -> list[tuple[str, Path, Path]]:
+    """(case, reference file, prediction file) for all cases, sorted, and known to share one voxel grid."""
+    references, predictions = (
+        {f.name.removesuffix(file_ending) for f in folder.glob(f"*{file_ending}") if not f.name.startswith(".")}
+        for folder in (reference, prediction)
+    )
+    if not references:
+        raise UserError(f"{reference}: there are no references (files *{file_ending})")
+    if missing := references - predictions:
+        count = f"{len(missing)} of {len(references)}"
+        raise UserError(
+            f"{count} references of {reference} have no prediction in {prediction}: "
+            f"{_enumerate(missing)}; predict them, or move these references elsewhere"
+        )
+    if extra := predictions - references:
+        _warn(f"not scored, as there is no reference: {len(extra)} of {prediction}: {_enumerate(extra)}")
+    pairs = [(case, reference / (case + file_ending), prediction / (case + file_ending)) for case in sorted(references)]
+    if shifted := [case for case, *files in pairs if not _same_placement(*files)]:
+        count = f"{len(shifted)} of {len(pairs)} cases"
+        _warn(f"origin or direction differ from the reference, scored all the same: {count}: {_enumerate(shifted)}")
+    return pairs
+
+
+def _same_placement(reference: Path, prediction: Path) -> bool:
+    """Compare the headers: False if origin or direction differ, an error if the grids cannot be compared at all."""
+    first, second = (_open(file) for file in (reference, prediction))
+    files = f"{prediction} and its reference {reference}"
+    remedy = "predict from the images that belong to the references"
+    if first.GetSize() != second.GetSize():
+        raise UserError(f"{files} differ in size: {second.GetSize()} and {first.GetSize()} voxels (X, Y, Z); {remedy}")
+    spacing = first.GetSpacing()
+    if not np.allclose(second.GetSpacing(), spacing, rtol=1e-3, atol=0):
+        raise UserError(f"{files} differ in spacing: {second.GetSpacing()} and {spacing} mm (X, Y, Z); {remedy}")
+    same_origin = np.allclose(second.GetOrigin(), first.GetOrigin(), rtol=0, atol=0.01 * min(spacing))
+    return same_origin and np.allclose(second.GetDirection(), first.GetDirection(), rtol=0, atol=1e-3)
+
+
+def _score_case(job: tuple[tuple[str, Path, Path], _Task]) -> tuple[list[dict[str, Any]], list[str]]:
+    """The rows of one case, and remarks on its files."""
+    (case, *files), task = job
+    images = [_read(file) for file in files]
+    reference, prediction = arrays = [sitk.GetArrayFromImage(image) for image in images]
+    spacing_mm = images[0].GetSpacing()[::-1]  # SimpleITK's order is X, Y, Z
+    remarks = []
+    for file, array in zip(files, arrays, strict=True):
+        if (unknown := np.unique(array[~np.isin(array, list(task.known))])).size:
+            remarks.append(f"{file}: values that are not among the labels: {_enumerate(unknown.tolist())}")
+    valid = True if task.ignore is None else reference != task.ignore
+    rows = []
+    for label, values in task.regions.items():
+        first, second = (np.isin(array, values) & valid for array in (reference, prediction))
+        rows.append({"case": case, "label": label, **score(first, second, spacing_mm)})
+    return rows, remarks
+
+
+def _open(file: Path) -> sitk.ImageFileReader:
+    """A reader that knows the grid of an image, without having read the voxels."""
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(file))
+    with _told_as_unreadable(file):
+        reader.ReadImageInformation()
+    if reader.GetDimension() not in (2, 3) or reader.GetNumberOfComponents() != 1:
+        raise UserError(f"{file}: not a label map of two or three dimensions")
+    return reader
+
+
+def _read(file: Path) -> sitk.Image:
+    reader = _open(file)
+    with _told_as_unreadable(file):
+        require_whole(file)
+        return reader.Execute()
+
+
+@contextmanager
+def _told_as_unreadable(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, EOFError, OSError, zlib.error) as error:
+        raise UserError(f"{file}: cannot be read: {str(error).strip().splitlines()[-1]}") from error
+
+
+def _reduce(rows: Collection[dict[str, Any]], statistic: Callable[[Iterable[float]], float]) -> dict[str, float]:
+    columns = {metric: [row[metric] for row in rows if not math.isnan(row[metric])] for metric in METRICS}
+    return {metric: statistic(values) if values else math.nan for metric, values in columns.items()}
+
+
+def _enumerate(items: Collection[Any]) -> str:
+    return ", ".join(map(str, sorted(items)[:5])) + (", ..." if len(items) > 5 else "")
+
+
+def _warn(text: str) -> None:
+    print(f"nnunet_dycon: warning: {text}", file=sys.stderr)

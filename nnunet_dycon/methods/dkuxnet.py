@@ -1,0 +1,119 @@
+"""Query distribution consistency (DK-UXNet): consistency of a mask transformer on weak and strong views."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from nnunet_dycon.components.batches import LabeledBatch, Targets, UnlabeledBatch
+from nnunet_dycon.components.defaults import RAMPUP
+from nnunet_dycon.components.method import Method, Student, Supervision, Terms
+from nnunet_dycon.components.schedules import sigmoid_rampup
+from nnunet_dycon.losses import consistency_loss, query_consistency_loss, query_distribution_loss
+
+
+@dataclass(frozen=True)
+class DKUXNetSettings:
+    """Settings of the method and of its network.
+
+    The weight of the query loss is that of the released code, which, however, sums over voxels instead of averaging.
+    The other weights of the paper are not known.
+
+    Attributes:
+        query_weight: the weight of the query loss on labeled images.
+        segmentation_consistency_weight: the weight of the consistency of segmentations after the ramp-up.
+        query_consistency_weight: the weight of the consistency of query distributions after the ramp-up.
+        rampup: the length of the ramp-up as a fraction of the training.
+        queries: the number of queries of the network, at least one for each class.
+    """
+
+    query_weight: float = 0.1
+    segmentation_consistency_weight: float = 1.0
+    query_consistency_weight: float = 0.1
+    rampup: float = RAMPUP
+    queries: int = 128
+
+
+class DKUXNet(Method):
+    r"""Method of "Semi-supervised Medical Image Segmentation via Query Distribution Consistency", arXiv:2311.12364.
+
+    .. math::
+        L = L_{sup} + w_q L_{qd} + r(t) \left[ w_s L_{segc} + w_c L_{qdc} \right]
+
+    The student (DK-UXNet) predicts a segmentation and a query distribution for a weak and a strong view of each image.
+    On labeled images both views are supervised: with nnU-Net's loss on the segmentation and with the query loss, the
+    cross-entropy of the query distribution with the true class. On unlabeled images the prediction of the weak view,
+    without gradient, is the target of the strong view: for the segmentation (mean squared error of the softmax) and for
+    the query distribution (Kullback-Leibler divergence). The paper calls the sum of both its dual-contrastive loss.
+
+    The semi-supervised part is our reading. Available to us were the abstract, captions of figures, and the released
+    code (Rows21/DK-UXNet, e268484), which has the network and the query loss, but no second view, no consistency and no
+    unlabeled images. The following are our choices:
+
+    - both branches are one network with shared weights; the paper describes two branches of one architecture;
+    - the two consistency terms, their weights and their direction from weak to strong;
+    - the ramp-up.
+
+    Deviations from the released code: the query loss is a mean over voxels (`query_distribution_loss`). It is computed
+    at each resolution, with half the weight of the next higher one.
+    """
+
+    labeler = None
+
+    def __init__(self, supervision: Supervision, settings: DKUXNetSettings) -> None:
+        super().__init__(supervision)
+        self.settings = settings
+
+    def forward(
+        self,
+        student: Student,
+        labeled: LabeledBatch,
+        unlabeled: UnlabeledBatch,
+        progress: float,
+    ) -> Terms:
+        settings, label_space, with_label = self.settings, self.supervision.label_space, 2 * len(labeled)
+        output = student(torch.cat([labeled.weak, labeled.strong, unlabeled.weak, unlabeled.strong]))
+        of_labeled, targets = output[:with_label], _twice(labeled.targets)
+        weak, strong = output[with_label : with_label + len(unlabeled)], output[with_label + len(unlabeled) :]
+
+        supervised = self.supervision.loss(of_labeled.logits, targets)
+        query = self._query_loss(of_labeled.queries, targets)
+        segmentation_consistency = consistency_loss(strong.logits[0], weak.logits[0], sigmoid=label_space.sigmoid)
+        query_consistency = query_consistency_loss(strong.queries[0], weak.queries[0])
+        ramp = sigmoid_rampup(progress, end=settings.rampup)
+        consistency = (
+            settings.segmentation_consistency_weight * segmentation_consistency
+            + settings.query_consistency_weight * query_consistency
+        )
+        return {
+            "loss": supervised + settings.query_weight * query + ramp * consistency,
+            "supervised": supervised,
+            "query": query,
+            "segmentation_consistency": segmentation_consistency,
+            "query_consistency": query_consistency,
+            "ramp": ramp,
+            **label_space.diagnostics(
+                label_space.labels(strong.logits[0]), label_space.labels(weak.logits[0]), agreement="views_dice"
+            ),
+        }
+
+    def _query_loss(self, queries: Sequence[torch.Tensor], targets: Targets) -> torch.Tensor:
+        """Return the mean query loss over resolutions, with halved weight for each lower one.
+
+        No resolution is omitted, since its queries would not be trained.
+        """
+        label_space = self.supervision.label_space
+        levels = targets if isinstance(targets, list) else [targets]
+        losses = [
+            query_distribution_loss(level, *label_space.split(target), sigmoid=label_space.sigmoid)
+            for level, target in zip(queries, levels, strict=True)
+        ]
+        weights = [0.5**level for level in range(len(losses))]
+        return torch.stack([weight * loss for weight, loss in zip(weights, losses)]).sum() / sum(weights)
+
+
+def _twice(targets: Targets) -> Targets:
+    """Repeat the targets for both views, which have the same spatial augmentation."""
+    if isinstance(targets, list):
+        return [torch.cat([level, level]) for level in targets]
+    return torch.cat([targets, targets])

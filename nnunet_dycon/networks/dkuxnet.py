@@ -1,0 +1,64 @@
+"""Network of DK-UXNet: 3D UX-Net with a k-means mask transformer."""
+
+from typing import Any
+
+import torch
+from dynamic_network_architectures.building_blocks.unet_residual_decoder import UNetResDecoder
+from torch import nn
+
+from nnunet_dycon.networks.kmax import KMaXDecoder
+from nnunet_dycon.networks.uxnet import Architecture, UXEncoder
+
+
+class PixelDecoder(UNetResDecoder):
+    """nnU-Net's residual decoder without segmentation layers; returns the features of each stage, deepest first."""
+
+    def __init__(self, encoder: UXEncoder, num_classes: int, deep_supervision: bool) -> None:
+        super().__init__(encoder, num_classes, 1, deep_supervision)
+        del self.seg_layers
+
+    def forward(self, skips: list[torch.Tensor]) -> list[torch.Tensor]:
+        features, below = [], skips[-1]
+        for enlarge, stage, skip in zip(self.transpconvs, self.stages, reversed(skips[:-1])):
+            below = stage(torch.cat([enlarge(below), skip], 1))
+            features.append(below)
+        return features
+
+
+class DKUXNet(nn.Module):
+    """3D UX-Net with a k-means mask transformer: the network of DK-UXNet (Wu, Li and Zhang, arXiv:2311.12364).
+
+    It consists of `UXEncoder`, nnU-Net's residual decoder, and `KMaXDecoder` on the features of the latter. Forward
+    returns the logits. The query distribution is available through a `FeatureTap` on ``kmax``, whose output is a
+    `KMaXOutput`.
+
+    Deviations from the released code: see `UXNet` and `KMaXDecoder`.
+
+    Args:
+        input_channels: the number of channels of the images.
+        num_classes: including background.
+        deep_supervision: see `UXNet`.
+        queries: the number of queries, at least one for each class.
+        **architecture: see `Architecture`.
+
+    Raises:
+        ValueError: there are fewer queries than classes.
+    """
+
+    def __init__(
+        self,
+        input_channels: int,
+        num_classes: int,
+        deep_supervision: bool = False,
+        queries: int = 128,
+        **architecture: Any,
+    ) -> None:
+        super().__init__()
+        self.encoder = UXEncoder(input_channels, Architecture(**architecture))
+        self.decoder = PixelDecoder(self.encoder, num_classes, deep_supervision)
+        self.kmax = KMaXDecoder(Architecture(**architecture), num_classes, queries)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
+        """Return logits (B, K, *spatial) for images (B, C, *spatial), with deep supervision as a list."""
+        logits = self.kmax(self.decoder(self.encoder(images)), self.decoder.deep_supervision).logits
+        return logits if self.decoder.deep_supervision else logits[0]

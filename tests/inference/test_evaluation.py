@@ -1,0 +1,401 @@
+"""Scores: against hand counts, an independent brute force, and MONAI without the crop; folders, files, exit codes."""
+
+import csv
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from monai.metrics import compute_average_surface_distance, compute_hausdorff_distance
+
+from nnunet_dycon.cli import main
+from nnunet_dycon.errors import UsageError, UserError
+from nnunet_dycon.inference.evaluation import METRICS, Evaluation, evaluate_folder, score
+
+DICE, JACCARD, HD95, ASD = METRICS
+SPACING = (3.0, 0.5, 0.8)  # Z, Y, X in mm
+SHAPE = (6, 12, 10)
+DIAGONAL = math.sqrt((6 * 3.0) ** 2 + (12 * 0.5) ** 2 + (10 * 0.8) ** 2)
+
+
+def box(*bounds, shape=SHAPE):
+    mask = np.zeros(shape, bool)
+    mask[tuple(slice(*b) for b in bounds)] = True
+    return mask
+
+
+def blobs(seed, shape=SHAPE):
+    """Random smooth objects; with other seeds they overlap in part."""
+    noise = np.random.default_rng(seed).normal(size=shape)
+    for axis in range(len(shape)):
+        noise = noise + np.roll(noise, 1, axis)
+    return noise > 2
+
+
+def surface_points(mask, spacing):
+    """Coordinates in mm, (N, axes), of the voxels of a mask with a face neighbour outside; the border is outside."""
+    padded = np.pad(mask, 1)
+    inner = padded.copy()
+    for axis in range(mask.ndim):
+        for step in (-1, 1):
+            inner &= np.roll(padded, step, axis)
+    return np.argwhere(padded & ~inner) * np.array(spacing)
+
+
+def brute_force(reference, prediction, spacing):
+    first, second = surface_points(reference, spacing), surface_points(prediction, spacing)
+    table = np.sqrt(((first[:, None] - second[None]) ** 2).sum(-1))
+    forth, back = table.min(1), table.min(0)
+    return max(np.percentile(forth, 95), np.percentile(back, 95)), (forth.sum() + back.sum()) / (len(forth) + len(back))
+
+
+def save(file, array, spacing=SPACING, origin=(0.0, 0.0, 0.0)):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    image = sitk.GetImageFromArray(np.asarray(array).astype(np.uint8))
+    image.SetSpacing(spacing[::-1])
+    image.SetOrigin(origin)
+    sitk.WriteImage(image, str(file))
+
+
+def declare(folder, labels, **entries):
+    (folder / "dataset.json").write_text(json.dumps({"labels": {"background": 0, **labels}, **entries}))
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """(reference, prediction) with three cases of two labels; dataset.json lies beside the predictions."""
+    reference, prediction = tmp_path / "raw" / "labelsTs", tmp_path / "out"
+    for seed, case in enumerate(("case_a", "case_b", "case_c")):
+        for folder, shift in ((reference, 0), (prediction, 10)):
+            organ = blobs(seed + shift)
+            save(folder / f"{case}.nii.gz", 1 * organ + (organ & blobs(seed + shift + 5)))
+    declare(prediction, {"organ": 1, "tumor": 2}, file_ending=".nii.gz")
+    return reference, prediction
+
+
+def test_overlap_by_hand():
+    scores = score(box((0, 2), (0, 2), (0, 4)), box((0, 2), (0, 2), (2, 4)), SPACING)
+    assert scores[DICE] == pytest.approx(2 * 8 / (16 + 8))
+    assert scores[JACCARD] == pytest.approx(8 / 16)
+    assert (scores["reference_voxels"], scores["prediction_voxels"]) == (16, 8)
+
+
+def test_distances_by_hand():
+    """One voxel against two: the far one is 3 steps of 0.8 mm away."""
+    reference, prediction = box((2, 3), (4, 5), (1, 2)), box((2, 3), (4, 5), (1, 2)) | box((2, 3), (4, 5), (4, 5))
+    scores = score(reference, prediction, SPACING)
+    assert scores[HD95] == pytest.approx(0.95 * 2.4)  # between the distances 0 and 2.4 of the prediction's voxels
+    assert scores[ASD] == pytest.approx((0 + 0 + 2.4) / 3)  # in one pool, not the mean 0.6 of the directions' means
+    assert score(prediction, reference, SPACING)[HD95] == scores[HD95]
+
+
+@pytest.mark.filterwarnings("error")
+def test_identical_masks_are_perfect():
+    scores = score(blobs(0), blobs(0), SPACING)
+    assert [scores[metric] for metric in METRICS] == [1, 1, 0, 0]
+
+
+@pytest.mark.parametrize("spacing", [SPACING, (1.0, 1.0, 1.0), (0.7, 2.5, 0.7)])
+@pytest.mark.parametrize("seed", range(4))
+def test_distances_as_brute_force(seed, spacing):
+    reference, prediction = blobs(seed), blobs(seed + 20)
+    assert reference[0].any()  # objects at the border are among them
+    scores = score(reference, prediction, spacing)
+    assert (scores[HD95], scores[ASD]) == pytest.approx(brute_force(reference, prediction, spacing), rel=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_two_dimensions(seed):
+    reference, prediction = blobs(seed, (20, 15)), blobs(seed + 20, (20, 15))
+    scores = score(reference, prediction, (0.5, 0.8))
+    assert (scores[HD95], scores[ASD]) == pytest.approx(brute_force(reference, prediction, (0.5, 0.8)), rel=1e-5)
+
+
+SMALL, FAR = box((2, 4), (3, 6), (4, 7)), box((3, 5), (7, 9), (2, 5))
+
+
+@pytest.mark.parametrize(
+    ("reference", "prediction"),
+    [
+        (SMALL, FAR),
+        (box((0, 2), (0, 5), (0, 3)), SMALL),  # touches three faces of the image
+        (box((4, 6), (9, 12), (8, 10)), box((4, 6), (7, 12), (7, 10))),  # the other three, both masks
+        (box((0, 6), (0, 12), (0, 10)), SMALL),  # the whole image
+        (box((0, 6), (0, 12), (0, 10)), box((0, 6), (0, 12), (0, 10))),
+        (box((0, 1), (0, 12), (0, 10)), box((5, 6), (0, 12), (0, 10))),  # first and last slice
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*always_return_as_numpy:FutureWarning")
+def test_crop_changes_nothing(reference, prediction):
+    given = {"y_pred": prediction[None, None], "y": reference[None, None], "spacing": SPACING}
+    hd95 = compute_hausdorff_distance(**given, include_background=True, percentile=95)
+    asd = compute_average_surface_distance(**given, include_background=True, symmetric=True)
+    scores = score(reference, prediction, SPACING)
+    assert (scores[HD95], scores[ASD]) == (hd95.item(), asd.item())
+    assert (scores[HD95], scores[ASD]) == pytest.approx(brute_force(reference, prediction, SPACING), rel=1e-5)
+
+
+@pytest.mark.parametrize("empty", ["reference", "prediction"])
+def test_one_empty_scores_the_diagonal(empty):
+    masks = {"reference": SMALL, "prediction": SMALL, empty: np.zeros(SHAPE, bool)}
+    scores = score(**masks, spacing_mm=SPACING)
+    assert [scores[metric] for metric in METRICS] == pytest.approx([0, 0, DIAGONAL, DIAGONAL])
+
+
+@pytest.mark.filterwarnings("error")
+def test_both_empty_scores_nothing():
+    scores = score(np.zeros(SHAPE, bool), np.zeros(SHAPE, bool), SPACING)
+    assert all(math.isnan(scores[metric]) for metric in METRICS)
+
+
+def test_score_refuses_other_shapes():
+    with pytest.raises(ValueError, match="shapes"):
+        score(SMALL, SMALL[:-1], SPACING)
+    with pytest.raises(ValueError, match="spacing"):
+        score(SMALL, SMALL, (1.0, 1.0))
+
+
+def test_folder_labels_of_the_predictions(folders):
+    result = evaluate_folder(*folders)
+    assert result.labels == ["organ", "tumor"]
+    assert [(row["case"], row["label"]) for row in result.rows] == [
+        (case, label) for case in ("case_a", "case_b", "case_c") for label in ("organ", "tumor")
+    ]
+    reference, prediction = (blobs(1 + s) & blobs(6 + s) for s in (0, 10))  # label 2 of case_b
+    assert result.rows[3] == {"case": "case_b", "label": "tumor", **score(reference, prediction, SPACING)}
+
+
+def test_labels_of_the_raw_data_set(folders):
+    reference, prediction = folders
+    (prediction / "dataset.json").rename(reference.parent / "dataset.json")
+    assert evaluate_folder(reference, prediction).labels == ["organ", "tumor"]
+
+
+def test_labels_beside_the_predictions_come_first(folders):
+    declare(folders[0].parent, {"other": 1})
+    assert evaluate_folder(*folders).labels == ["organ", "tumor"]
+
+
+@pytest.mark.parametrize("remove", [True, False])
+def test_chosen_labels(folders, remove):
+    by_name = evaluate_folder(*folders).rows
+    if remove:
+        (folders[1] / "dataset.json").unlink()
+    rows = evaluate_folder(*folders, labels=[2, 2]).rows
+    assert rows == tuple({**row, "label": "2"} for row in by_name if row["label"] == "tumor")
+
+
+def test_no_labels_found(folders):
+    (folders[1] / "dataset.json").unlink()
+    with pytest.raises(UsageError, match="-l"):
+        evaluate_folder(*folders)
+    declare(folders[1], {})
+    with pytest.raises(UsageError, match="no foreground"):
+        evaluate_folder(*folders)
+
+
+@pytest.mark.parametrize("labels", [[0], [1, 0], [-1], [3]])
+def test_background_and_ignore_label_cannot_be_chosen(folders, labels):
+    declare(folders[1], {"organ": 1, "tumor": 2, "ignore": 3})
+    with pytest.raises(UsageError, match="-l"):
+        evaluate_folder(*folders, labels=labels)
+
+
+def test_regions_are_unions(tmp_path):
+    reference, prediction = tmp_path / "labelsTs", tmp_path / "out"
+    save(reference / "a.nii.gz", 1 * box((1, 4), (2, 6), (2, 6)) + box((2, 3), (3, 5), (3, 5)))
+    save(prediction / "a.nii.gz", 2 * box((1, 4), (2, 6), (2, 6)))
+    declare(prediction, {"whole": [1, 2], "core": [2]}, regions_class_order=[1, 2])
+    whole, core = evaluate_folder(reference, prediction).rows
+    assert (whole["label"], whole[DICE], whole[HD95]) == ("whole", 1, 0)
+    assert (core["label"], core["reference_voxels"], core["prediction_voxels"]) == ("core", 4, 48)
+
+
+@pytest.mark.parametrize("labels", [None, [1]])
+def test_ignored_voxels_are_in_neither_mask(tmp_path, labels):
+    reference, prediction = tmp_path / "labelsTs", tmp_path / "out"
+    annotated = box((1, 3), (2, 6), (2, 6))
+    save(reference / "a.nii.gz", 1 * annotated + 2 * box((3, 6), (0, 12), (0, 10)))
+    save(prediction / "a.nii.gz", box((1, 5), (2, 6), (2, 6)))
+    declare(prediction, {"organ": 1, "ignore": 2})
+    (row,) = evaluate_folder(reference, prediction, labels=labels).rows
+    assert {key: row[key] for key in METRICS} == dict(zip(METRICS, (1, 1, 0, 0), strict=True))
+    assert row["prediction_voxels"] == annotated.sum()
+
+
+def test_missing_prediction_is_named(folders):
+    (folders[1] / "case_b.nii.gz").unlink()
+    with pytest.raises(UserError, match="1 of 3 references") as caught:
+        evaluate_folder(*folders)
+    assert all(text in str(caught.value) for text in ("case_b", *map(str, folders)))
+
+
+def test_prediction_without_reference_is_only_mentioned(folders, capsys):
+    save(folders[1] / "case_x.nii.gz", SMALL)
+    assert len(evaluate_folder(*folders).rows) == 6
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "warning" in line
+    assert "case_x" in line
+
+
+def test_other_size_and_other_spacing_are_errors(folders):
+    for array, spacing, message in ((SMALL[:-1], SPACING, "size"), (SMALL, (3.0, 0.5, 0.81), "spacing")):
+        save(folders[1] / "case_b.nii.gz", array, spacing)
+        with pytest.raises(UserError, match=f"differ in {message}") as caught:
+            evaluate_folder(*folders)
+        assert all(str(folder / "case_b.nii.gz") in str(caught.value) for folder in folders)
+    save(folders[1] / "case_b.nii.gz", SMALL, (3.0, 0.5, 0.8001))  # rounded by a writer
+    evaluate_folder(*folders)
+
+
+def test_other_origin_is_a_warning(folders, capsys):
+    save(folders[1] / "case_b.nii.gz", SMALL, origin=(5.0, 0.0, 0.0))
+    save(folders[1] / "case_c.nii.gz", SMALL, origin=(1e-4, 0.0, 0.0))
+    evaluate_folder(*folders)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "origin" in line
+    assert "1 of 3 cases: case_b" in line
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_unknown_values_are_a_warning(folders, capsys, side):
+    save(folders[side] / "case_b.nii.gz", 7 * SMALL)
+    evaluate_folder(*folders)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(folders[side] / "case_b.nii.gz") in line
+    assert line.endswith(": 7")
+
+
+def test_folders_that_cannot_be_scored(folders, tmp_path):
+    reference, prediction = folders
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for pair, message in (
+        ((reference, tmp_path / "nowhere"), "no such folder"),
+        ((tmp_path / "nowhere", prediction), "no such folder"),
+        ((empty, prediction), "no references"),
+        ((reference, empty), "-l"),
+        ((prediction, prediction), "same folder"),
+    ):
+        with pytest.raises(UserError, match=message):
+            evaluate_folder(*pair)
+    with pytest.raises(UserError, match="3 of 3"):
+        evaluate_folder(reference, empty, labels=[1])
+
+
+def test_broken_files_are_named(folders):
+    (folders[1] / "case_b.nii.gz").write_bytes(b"not an image")
+    with pytest.raises(UserError, match=r"case_b.nii.gz: cannot be read"):
+        evaluate_folder(*folders)
+    save(folders[1] / "case_b.nii.gz", blobs(0))
+    content = (folders[1] / "case_b.nii.gz").read_bytes()
+    (folders[1] / "case_b.nii.gz").write_bytes(content[:-20])  # the header is whole
+    with pytest.raises(UserError, match=r"case_b.nii.gz: cannot be read"):
+        evaluate_folder(*folders)
+    (folders[1] / "dataset.json").write_text('{"labels": {"0": "background"}}')
+    with pytest.raises(UserError, match=r"dataset.json"):
+        evaluate_folder(*folders)
+
+
+def test_four_dimensions_are_refused(folders):
+    sitk.WriteImage(sitk.Image([4, 4, 4, 2], sitk.sitkUInt8), str(folders[1] / "case_b.nii.gz"))
+    with pytest.raises(UserError, match="dimensions"):
+        evaluate_folder(*folders)
+
+
+def test_file_ending(folders):
+    reference, prediction = folders
+    for folder in folders:
+        save(folder / "only.nrrd", SMALL)
+    declare(prediction, {"organ": 1}, file_ending=".nrrd")
+    assert [row["case"] for row in evaluate_folder(reference, prediction).rows] == ["only"]
+    declare(prediction, {"organ": 1}, file_ending=".png")
+    with pytest.raises(UserError, match="no spacing"):
+        evaluate_folder(reference, prediction)
+
+
+def rows_of(*scores, label="organ"):
+    """Rows from (dice, voxels of the reference, voxels of the prediction)."""
+    keys = ("case", "label", *METRICS, "reference_voxels", "prediction_voxels")
+    values = [(f"case_{i}", label, dice, dice, 8 * dice, 4 * dice, *n) for i, (dice, *n) in enumerate(scores)]
+    return tuple(dict(zip(keys, line, strict=True)) for line in values)
+
+
+SOME = Evaluation(
+    rows_of((0.5, 3, 4), (math.nan, 0, 0), (0.0, 2, 0), (0.25, 9, 9)) + rows_of((math.nan, 0, 0), label="tumor")
+)
+
+
+def test_statistics_leave_out_what_is_empty():
+    content = SOME.as_json()
+    assert content["mean"]["organ"] == {DICE: 0.25, JACCARD: 0.25, HD95: 2, ASD: 1}
+    assert content["median"]["organ"][DICE] == 0.25
+    assert content["mean"]["tumor"] == dict.fromkeys(METRICS)
+    assert content["foreground_mean"][DICE] == 0.25
+    assert content["one_empty"] == {"organ": 1, "tumor": 0}
+    assert content["both_empty"] == {"organ": 1, "tumor": 1}
+    assert set(METRICS) <= set(content["definitions"])
+
+
+def test_foreground_mean_weighs_labels_alike():
+    result = Evaluation(rows_of((1.0, 1, 1)) + rows_of((0.0, 1, 1), (0.0, 1, 1), (0.6, 1, 1), label="tumor"))
+    assert result.as_json()["foreground_mean"][DICE] == pytest.approx((1.0 + 0.2) / 2)
+
+
+def test_csv_and_json_read_back(tmp_path):
+    SOME.write(tmp_path / "new" / "folder")
+    content = json.loads((tmp_path / "new" / "folder" / "evaluation.json").read_text())
+    with (tmp_path / "new" / "folder" / "evaluation.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert sorted(f.name for f in (tmp_path / "new" / "folder").iterdir()) == ["evaluation.csv", "evaluation.json"]
+    assert content == SOME.as_json()
+    assert list(table[0]) == ["case", "label", *METRICS, "reference_voxels", "prediction_voxels"]
+    numbers = [
+        {k: v if k in ("case", "label") else (float(v) if v else None) for k, v in line.items()} for line in table
+    ]
+    assert numbers == content["cases"]
+    assert numbers[1][DICE] is None
+
+
+def test_write_where_nothing_can_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write"):
+        SOME.write(tmp_path / "file")
+
+
+def test_table():
+    lines = SOME.as_table().splitlines()
+    assert lines[0].split() == ["case", "label", *METRICS]
+    assert lines[1].split() == ["case_0", "organ", "0.500", "0.500", "4.000", "2.000"]
+    assert any(line.startswith("one empty: 1 (") for line in lines)
+    assert any(line.startswith("both empty: 2 (") for line in lines)
+    assert len({len(line) for line in lines[:6]}) == 1
+    assert "empty:" not in replace(SOME, rows=rows_of((0.5, 3, 4))).as_table()
+
+
+def test_command(folders, tmp_path, capsys):
+    reference, prediction = map(str, folders)
+    assert main(["evaluate", "-ref", reference, "-pred", prediction]) == 0
+    assert "asd_mm_symmetric" in capsys.readouterr().out
+    written = (folders[1] / "evaluation.json").read_text()
+    assert main(["evaluate", "-ref", reference, "-pred", prediction, "-o", str(tmp_path / "o"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(written)
+    assert (tmp_path / "o" / "evaluation.json").read_text() == written
+
+    assert main(["evaluate", "-ref", reference, "-pred", prediction, "-l", "0"]) == 2
+    (folders[1] / "case_a.nii.gz").unlink()
+    capsys.readouterr()
+    assert main(["evaluate", "-ref", reference, "-pred", prediction, "-l", "1"]) == 1
+    assert "case_a" in capsys.readouterr().err
+
+
+def test_processes_change_nothing(folders):
+    for seed in range(3):
+        for folder in folders:
+            save(folder / f"more_{seed}.nii.gz", 1 * blobs(seed) + blobs(len(folder.name) + seed))
+    assert evaluate_folder(*folders, num_processes=2).rows == evaluate_folder(*folders).rows
+    (folders[1] / "case_c.nii.gz").write_bytes((folders[1] / "case_c.nii.gz").read_bytes()[:-20])
+    with pytest.raises(UserError, match=r"case_c.nii.gz: cannot be read"):
+        evaluate_folder(*folders, num_processes=2)

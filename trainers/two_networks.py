@@ -1,0 +1,39 @@
+"""The base of the co-training trainers, which train a second network."""
+
+from typing import Any
+
+import torch
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from torch import nn
+
+from nnunet_dycon.components.ema_teacher import unwrap
+from nnunet_dycon.trainers.nnUNetTrainerSecondNetwork import nnUNetTrainerSecondNetwork, second_architecture
+from nnunet_dycon.trainers.semi_supervised import SemiSupervisedTrainer
+from nnunet_dycon.training import checkpoints
+
+
+class TwoNetworksTrainer(SemiSupervisedTrainer):
+    """A semi-supervised trainer with a second network of the same plans, the child `second` of its method."""
+
+    second_network = nnUNetTrainerSecondNetwork
+    activation_memory_factor = 2.3  # a plain and a residual-encoder U-Net, by the shapes of their activations
+
+    @classmethod
+    def check_compatibility(cls, plans: dict, configuration: str, dataset_json: dict) -> None:
+        super().check_compatibility(plans, configuration, dataset_json)
+        second_architecture(PlansManager(plans).get_configuration(configuration).configuration["architecture"])
+
+    def build_second_network(self) -> nn.Module:
+        """Return the second network on the device; deep supervision and compilation are those of the first."""
+        network = self.second_network.build_network_architecture(
+            self.plans_manager,
+            self.configuration_manager,
+            self.num_input_channels,
+            self.label_manager.num_segmentation_heads,
+            self.enable_deep_supervision,
+        ).to(self.device)
+        compiled: Any = torch.compile(network) if self._do_i_compile() else network
+        return compiled
+
+    def companions(self) -> dict[str, tuple[str, nn.Module]]:
+        return {checkpoints.SECOND: (self.second_network.__name__, unwrap(self.method.second))}
