@@ -13,6 +13,7 @@ Two layouts are read:
   brain and normalized, `label` is the whole tumor.
 """
 
+import argparse
 import re
 from collections.abc import Sequence
 from functools import partial
@@ -45,6 +46,18 @@ _H5 = re.compile(r"BraTS\d*_.*\.h5", re.IGNORECASE)
 _LAYOUT = "'HGG/<case>/<case>_flair.nii.gz' (or .nii), a folder per case"
 _H5_GRID: dict[str, Any] = {"spacing": (1.0, 1.0, 1.0), "axes": "zyx"}
 _ANY_MASK = re.compile(r"[^.].*seg.*\.nii(\.gz)?", re.IGNORECASE)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this converter, the arguments of `plan`."""
+    parser.add_argument(
+        "--modalities", default=None, metavar="LIST",
+        help="modalities of t1,t1ce,t2,flair (default: all four; with --protocol flair, as in the papers)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--target", choices=("wt", "regions"), default="wt",
+        help="wt: the whole tumor, as in the papers (default); regions: whole tumor, tumor core and enhancing tumor",
+    )  # fmt: skip
 
 
 def plan(source: Path, *, protocol: Protocol | None = None, modalities: str | None = None, target: str = "wt") -> Plan:

@@ -15,7 +15,6 @@ from nnunet_dycon.dataset_conversion.roles import (
 )
 from nnunet_dycon.dataset_conversion.writer import DataSet, new_dataset_folder, write_dataset
 from nnunet_dycon.errors import UsageError, UserError
-from nnunet_dycon.registry import CONVERTERS
 
 
 @dataclass(frozen=True)
@@ -97,9 +96,7 @@ def convert(
     if not source.is_dir():
         raise UserError(f"the source folder {source} does not exist; name the download with -i")
     chosen = None if protocol is None else published(converter, protocol)
-    plan_source: Callable[..., Plan] = import_module(
-        f"nnunet_dycon.dataset_conversion.{CONVERTERS[converter].module}"
-    ).plan
+    plan_source: Callable[..., Plan] = import_module(f"nnunet_dycon.dataset_conversion.{converter}").plan
     plan = plan_source(source, protocol=chosen, **options)
     folder = new_dataset_folder(dataset_id, plan.data_set.name)
     warnings = list(plan.warnings)

@@ -8,6 +8,7 @@ A pattern is a path below the source. `{case}` matches the name of the case, `*`
 folders with one DICOM series each.
 """
 
+import argparse
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,26 @@ from nnunet_dycon.dataset_conversion.writer import DataSet
 from nnunet_dycon.errors import UsageError, UserError, counted
 
 _WILDCARDS = {"**/": "(?:.*/)?", "*": "[^/]*"}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this converter, the arguments of `plan`."""
+    parser.add_argument("--name", default="Own", help="name of the dataset, DatasetXXX_NAME (default: Own)")
+    parser.add_argument(
+        "--channel", action="append", default=None, metavar="NAME=PATTERN",
+        help="a channel, such as CT='images/{case}.nrrd'; give the option once per channel, in order. In a pattern "
+        "{case} matches the name of the case, * any characters except a slash, **/ any folders; a pattern that ends in "
+        "a slash matches folders with one DICOM series each. nnU-Net normalizes a channel called CT as CT",
+    )  # fmt: skip
+    parser.add_argument(
+        "--masks", default=None, metavar="PATTERN",
+        help="pattern of the labels, such as 'masks/{case}_seg.nrrd'; a case without a label is unlabeled",
+    )  # fmt: skip
+    parser.add_argument(
+        "--foreground", action="append", default=None, metavar="NAME=VALUES",
+        help="a label and its values in the files, such as tumor=2,4; give the option once per label: labels become "
+        "1, 2, ... in this order (default: lesion=1). background=255 adds the value to the background",
+    )  # fmt: skip
 
 
 def plan(

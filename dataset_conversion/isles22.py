@@ -13,6 +13,7 @@ Two layouts are read, with names in upper or lower case: that of the release
 - Three masks are empty.
 """
 
+import argparse
 import re
 from collections.abc import Sequence
 from functools import partial
@@ -35,6 +36,22 @@ _FILE = re.compile(r"(?P<case>sub-strokecase\d{4})_ses-\d+_(?P<kind>dwi|adc|flai
 # Upper limit of the 99.9th percentile of ADC in the brain, unit, and factor to 1e-6 mm²/s.
 _ADC_UNITS = ((0.1, "mm²/s", 1e6), (100.0, "1e-3 mm²/s", 1e3), (np.inf, "1e-6 mm²/s", 1.0))
 _SMALLEST_OVERLAP = 0.8
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this converter, the arguments of `plan`."""
+    parser.add_argument(
+        "--modalities", default=None, metavar="LIST",
+        help="dwi and optionally adc and flair, separated by commas (default: dwi,adc; with --protocol dwi, as in the "
+        "papers); flair is resampled to the grid of dwi",
+    )  # fmt: skip
+    parser.add_argument(
+        "--harmonize_adc", action="store_true",
+        help="convert ADC, which has three different units in the dataset, to 1e-6 mm^2/s",
+    )  # fmt: skip
+    parser.add_argument(
+        "--keep_empty", action="store_true", help="keep cases with an empty mask in val and test of a protocol"
+    )
 
 
 def plan(

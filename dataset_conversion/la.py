@@ -16,6 +16,7 @@ Two layouts are read. The source is the folder of cases or the folder that conta
 cases.
 """
 
+import argparse
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -35,6 +36,14 @@ TRAINING_FOLDERS = ("Training Set", "2018LA_Seg_Training Set", "2018LA_Seg_Train
 TEST_FOLDER = "Testing Set"
 # The same scan under two names, which would be a leak on different sides of a split.
 DUPLICATES = ("0RZDK210BSMWAA6467LU", "CMPXO4J23G58J53Q98SZ")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this converter, the arguments of `plan`."""
+    parser.add_argument(
+        "--spacing", type=float, default=0.625, metavar="MM",
+        help="isotropic voxel spacing in mm (default: 0.625; the headers of the files have 1.0, which is wrong)",
+    )  # fmt: skip
 
 
 def plan(source: Path, *, protocol: Protocol | None = None, spacing: float = 0.625) -> Plan:

@@ -14,6 +14,7 @@ and `dataset.json`.
 - The archives contain an AppleDouble file `._<case>.nii.gz` next to each image. Hidden files are ignored.
 """
 
+import argparse
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -38,6 +39,15 @@ _FILE = re.compile(r"(?P<case>[^.].*?)\.nii(?:\.gz)?", re.IGNORECASE)  # no hidd
 _LAYOUT = "imagesTr/<case>.nii.gz, labelsTr/<case>.nii.gz and dataset.json, as in Task04_Hippocampus"
 _PARTS = {"Tr": "training", "Ts": "test"}  # end of a folder's name -> list in dataset.json
 _MOST_TASKS = 10  # in an error message
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this converter, the arguments of `plan`."""
+    parser.add_argument(
+        "--test_as_unlabeled", action="store_true",
+        help="make the images of imagesTs, which have no labels, unlabeled cases (imagesUn); by default they are test "
+        "cases and stay in imagesTs. With --split the lists of the file decide",
+    )  # fmt: skip
 
 
 def plan(source: Path, *, protocol: Protocol | None = None, test_as_unlabeled: bool = False) -> Plan:

@@ -16,6 +16,7 @@ Layouts that are read:
 0025 and 0070 are copies of the scan 0002, cropped differently. TCIA has removed them. They are left out by default.
 """
 
+import argparse
 import itertools
 import re
 from collections.abc import Sequence
@@ -72,6 +73,14 @@ _FAMILIES = (
     ),
     _Family(r"PANCREAS_(\d{4})\.h5", "DyCON: the recipe is not published; 1 mm is assumed as for the others"),
 )
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this converter, the arguments of `plan`."""
+    parser.add_argument(
+        "--keep_duplicates", action="store_true",
+        help="keep PANCREAS_0025 and PANCREAS_0070, which are copies of the scan PANCREAS_0002",
+    )  # fmt: skip
 
 
 def plan(source: Path, *, protocol: Protocol | None = None, keep_duplicates: bool = False) -> Plan:

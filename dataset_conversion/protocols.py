@@ -34,8 +34,14 @@ class Protocol:
         return self.train + self.val + self.test
 
 
+def published_names(converter: str) -> list[str]:
+    """Return the names of the protocols of a converter."""
+    prefix = f"{converter}_"
+    return sorted(file.stem.removeprefix(prefix) for file in _FOLDER.glob(f"{prefix}*.json"))
+
+
 def published(converter: str, name: str) -> Protocol:
-    """Load the protocol `name` of a converter; names are listed in the registry."""
+    """Load the protocol `name` of a converter."""
     content = json.loads((_FOLDER / f"{converter}_{name}.json").read_text(encoding="utf-8"))
     source = content.pop("source")
     return Protocol(name, source, **{key: tuple(value) for key, value in content.items()})

@@ -1,6 +1,5 @@
-"""Registry of trainers and converters for discovery, command line and README; pure data without heavy imports."""
+"""Registry of trainers and converters: pure data without heavy imports."""
 
-import re
 from dataclasses import dataclass
 
 DYCON = "Assefa et al., DyCON, CVPR 2025, arXiv:2504.04566"
@@ -40,26 +39,11 @@ class Trainer:
 
 
 @dataclass(frozen=True)
-class Option:
-    """Command line option of a single converter; type bool is a switch, type list can be given repeatedly."""
-
-    flag: str
-    type: type
-    default: object
-    metavar: str | None
-    help: str
-    choices: tuple[str, ...] | None = None
-
-
-@dataclass(frozen=True)
 class Converter:
-    """Converter `nnunet_dycon convert NAME`, defined in a module of nnunet_dycon.dataset_conversion."""
+    """A converter `nnunet_dycon convert NAME`, defined in the module of its name in nnunet_dycon.dataset_conversion."""
 
-    module: str
     summary: str
     reference: str
-    options: tuple[Option, ...] = ()
-    protocols: tuple[str, ...] = ()  # names of published splits in dataset_conversion/published_splits
 
 
 # Held to benchmarks/results/la.csv by tests/benchmarks/test_results.py.
@@ -120,12 +104,6 @@ TRAINERS: dict[str, Trainer] = {
 
 RECOMMENDED = next(name for name, trainer in TRAINERS.items() if trainer.group == RECOMMENDED_DEFAULT)
 
-# The rule behind all other names that `nnUNetv2_train -tr` accepts.
-LENGTHS = (
-    "Each trainer has every length: NAME_50epochs (any number) instead of 1000 epochs, NAME_smoke for 2 epochs of 5 "
-    "iterations, to see whether everything runs."
-)
-
 # Former names, and what to use now.
 RETIRED: dict[str, str] = {
     "nnUNetTrainerDyCON_paper": "the published method is nnUNetTrainerDyCON now",
@@ -139,129 +117,28 @@ BUILDERS = ("nnUNetTrainerSecondNetwork", "nnUNetTrainerDemo")
 
 CONVERTERS: dict[str, Converter] = {
     "la": Converter(
-        "la",
         "Left atrium: 100 LGE-MRI of the 2018 Atrial Segmentation Challenge, as NRRD or as the h5 files of UA-MT",
         "https://www.cardiacatlas.org/atriaseg2018-challenge/",
-        (
-            Option(
-                "--spacing",
-                float,
-                0.625,
-                "MM",
-                "isotropic voxel spacing in mm (default: 0.625; the headers of the files have 1.0, which is wrong)",
-            ),
-        ),
-        ("uamt",),
     ),
     "isles22": Converter(
-        "isles22",
         "Stroke lesions: 250 MRI (DWI, ADC, FLAIR) of ISLES 2022, as released or as in the challenge",
         "https://doi.org/10.5281/zenodo.7153326",
-        (
-            Option(
-                "--modalities",
-                str,
-                None,
-                "LIST",
-                "dwi and optionally adc and flair, separated by commas (default: dwi,adc; with --protocol dwi, as in "
-                "the papers); flair is resampled to the grid of dwi",
-            ),
-            Option(
-                "--harmonize_adc",
-                bool,
-                False,
-                None,
-                "convert ADC, which has three different units in the dataset, to 1e-6 mm^2/s",
-            ),
-            Option("--keep_empty", bool, False, None, "keep cases with an empty mask in val and test of a protocol"),
-        ),
-        ("dycon", "dycon_fold1", "dycon_fold2"),
     ),
     "brats19": Converter(
-        "brats19",
         "Brain tumors: 335 MRI with four modalities of BraTS 2019, as NIfTI or as the h5 files of SSL4MIS",
         "https://www.med.upenn.edu/cbica/brats2019/data.html",
-        (
-            Option(
-                "--modalities",
-                str,
-                None,
-                "LIST",
-                "modalities of t1,t1ce,t2,flair (default: all four; with --protocol flair, as in the papers)",
-            ),
-            Option(
-                "--target",
-                str,
-                "wt",
-                None,
-                "wt: the whole tumor, as in the papers (default); regions: whole tumor, tumor core and enhancing tumor",
-                ("wt", "regions"),
-            ),
-        ),
-        ("ssl4mis",),
     ),
     "pancreas_ct": Converter(
-        "pancreas_ct",
         "Pancreas: 80 CT of the NIH (TCIA Pancreas-CT), as DICOM or NIfTI, or as h5 files of MC-Net, BCP or DyCON",
         "https://doi.org/10.7937/K9/TCIA.2016.tNB1kqBU",
-        (
-            Option(
-                "--keep_duplicates",
-                bool,
-                False,
-                None,
-                "keep PANCREAS_0025 and PANCREAS_0070, which are copies of the scan PANCREAS_0002",
-            ),
-        ),
-        ("dycon", "dycon_fold1", "dycon_fold2", "dycon_fold3", "mcnet"),
     ),
     "msd": Converter(
-        "msd",
         "Medical Segmentation Decathlon: any of its ten tasks, CT or MRI, with one channel or several",
         "http://medicaldecathlon.com/",
-        (
-            Option(
-                "--test_as_unlabeled",
-                bool,
-                False,
-                None,
-                "make the images of imagesTs, which have no labels, unlabeled cases (imagesUn); by default they are "
-                "test cases and stay in imagesTs. With --split the lists of the file decide",
-            ),
-        ),
     ),
     "folder": Converter(
-        "folder",
         "Own scans with and without labels: any folder with NIfTI, NRRD, DICOM or other formats, found by patterns",
         "your own",
-        (
-            Option("--name", str, "Own", "NAME", "name of the dataset, DatasetXXX_NAME (default: Own)"),
-            Option(
-                "--channel",
-                list,
-                None,
-                "NAME=PATTERN",
-                "a channel, such as CT='images/{case}.nrrd'; give the option once per channel, in order. In a pattern "
-                "{case} matches the name of the case, * any characters except a slash, **/ any folders; a pattern that "
-                "ends in a slash matches folders with one DICOM series each. nnU-Net normalizes a channel called CT as "
-                "CT",
-            ),
-            Option(
-                "--masks",
-                str,
-                None,
-                "PATTERN",
-                "pattern of the labels, such as 'masks/{case}_seg.nrrd'; a case without a label is unlabeled",
-            ),
-            Option(
-                "--foreground",
-                list,
-                None,
-                "NAME=VALUES",
-                "a label and its values in the files, such as tumor=2,4; give the option once per label: labels become "
-                "1, 2, ... in this order (default: lesion=1). background=255 adds the value to the background",
-            ),
-        ),
     ),
 }
 
@@ -272,14 +149,3 @@ def groups() -> dict[str, list[str]]:
     for name, trainer in TRAINERS.items():
         found.setdefault(trainer.group, []).append(name)
     return found
-
-
-def as_markdown() -> str:
-    """Return the trainers as the table in the README."""
-    rows = ["| `-tr` | what it is | source |", "|---|---|---|"]
-    for group, names in groups().items():
-        rows.append(f"| **{group}** | | |")
-        for name in names:
-            paper = re.sub(r"arXiv:(\S+)", r"[arXiv:\1](https://arxiv.org/abs/\1)", TRAINERS[name].paper)
-            rows.append(f"| `{name}` | {TRAINERS[name].summary} | {paper} |")
-    return "\n".join(rows)

@@ -16,6 +16,7 @@ import nnunet_dycon
 LABELED = [f"case_{i:02d}" for i in range(5)]
 UNLABELED = [f"scan_{i:02d}" for i in range(4)]
 TEST = [f"test_{i:02d}" for i in range(2)]
+PREPROCESSED = Path("nnUNet_preprocessed") / "Dataset901_Tiny"
 
 
 def tiny_volume(seed: int, shape=(24, 32, 40)) -> tuple[np.ndarray, np.ndarray]:
@@ -75,3 +76,18 @@ def set_environment(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
     monkeypatch.setenv("nnUNet_def_n_proc", "1")
     monkeypatch.setenv("nnUNet_extTrainer", str(Path(nnunet_dycon.__file__).parent / "discovery"))
+
+
+def few_labeled(base: Path, raw: Path) -> None:
+    (base / "splits_final.json").unlink(missing_ok=True)
+    for file in (base / "nnUNetPlans_3d_fullres").glob("case_00*"):
+        file.unlink()
+    forget_in_fingerprint(base)
+
+
+def forget_in_fingerprint(base: Path) -> None:
+    """As if one case less had been planned on; all have the same shape."""
+    file = base / "dataset_fingerprint.json"
+    fingerprint = json.loads(file.read_text())
+    fingerprint["shapes_after_crop"].pop()
+    file.write_text(json.dumps(fingerprint))

@@ -11,6 +11,7 @@ from nnunet_dycon.components.features import FeatureStage, FeatureTap
 from nnunet_dycon.methods import CoTraining
 
 STAGE = FeatureStage("encoder.stages.1", 6)
+FULL_RESOLUTION = FeatureStage("decoder.stages.0", 4)  # as in the trainer
 
 
 class TinyUNet(nn.Module):
@@ -85,3 +86,22 @@ def unlabeled_batch() -> UnlabeledBatch:
     torch.manual_seed(2)
     strong = torch.randn(3, 1, 8, 8, 8)
     return UnlabeledBatch(strong + 0.1, strong, ("c", "d", "e"))
+
+
+class TinyQueries(nn.Module):
+    """A network that returns logits and query distributions at two resolutions."""
+
+    def __init__(self):
+        super().__init__()
+        self.segmentation, self.queries = nn.Conv3d(1, 2, 3, padding=1), nn.Conv3d(1, 2, 3, padding=1)
+
+    def forward(self, images):
+        levels = images, nn.functional.avg_pool3d(images, 2)
+        return [self.segmentation(level) for level in levels], [self.queries(level) for level in levels]
+
+
+class QueryStudent(Student):
+    def __call__(self, images):
+        self.images.append(images)
+        logits, queries = self.network(images)
+        return StudentOutput(logits, queries=queries)

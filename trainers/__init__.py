@@ -14,6 +14,10 @@ from typing import Any
 from nnunet_dycon.errors import UnknownTrainer
 from nnunet_dycon.registry import BUILDERS, RETIRED, TRAINERS
 
+LENGTHS = (
+    "Each trainer has every length: NAME_50epochs (any number) instead of 1000 epochs, NAME_smoke for 2 epochs of 5 "
+    "iterations, as a test run."
+)
 _PREFIX = "nnUNetTrainer"
 _LENGTH = re.compile(r"(?P<trainer>.+)_(?P<length>smoke|(?P<epochs>\d+)epochs)")
 _SMOKE = {"num_epochs": 2, "num_iterations_per_epoch": 5, "num_val_iterations_per_epoch": 2}

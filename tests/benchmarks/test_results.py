@@ -19,7 +19,7 @@ from benchmarks.report import as_markdown, bootstrap, read
 from nnunet_dycon.registry import DYCON_CAVEAT, RECOMMENDED, TRAINERS
 
 RESULTS = sorted(pages.RESULTS.glob("*.csv"))
-REMOVED = {"mirrored"}  # settings that do not exist any more
+REMOVED = {"mirrored", "uncl_half", "teacher_view"}  # settings that do not exist any more
 FORMER = {
     "nnUNetTrainerDyCON_paper",
     "nnUNetTrainerDyCON_noUnCL",

@@ -1,7 +1,6 @@
 """Tests of co-training methods: loss terms, gradients, and the table of gradients in docs/methods.md."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +8,7 @@ from torch import nn
 
 from nnunet_dycon.components.batches import LabeledBatch
 from nnunet_dycon.components.diagnostics import terms_of_loss
-from nnunet_dycon.components.features import FeatureStage, draw_voxels, patch_labels, pool_to_patches
+from nnunet_dycon.components.features import draw_voxels, patch_labels, pool_to_patches
 from nnunet_dycon.components.label_space import ClassLabels
 from nnunet_dycon.losses import (
     WeightedDiceCELoss,
@@ -25,9 +24,17 @@ from nnunet_dycon.losses import (
 )
 from nnunet_dycon.methods import CPS, UGPL, CPSSettings, DyCONCoTraining, DyCONTerms, Supervision, UGPLSettings
 from nnunet_dycon.registry import TRAINERS
-from tests.tiny_network import STAGE, Student, TinyUNet, both_outputs, labeled_batch, supervised_loss, unlabeled_batch
+from tests.tiny_network import (
+    FULL_RESOLUTION,
+    STAGE,
+    Student,
+    TinyUNet,
+    both_outputs,
+    labeled_batch,
+    supervised_loss,
+    unlabeled_batch,
+)
 
-FULL_RESOLUTION = FeatureStage("decoder.stages.0", 4)  # as in the trainer
 METHODS = {
     "nnUNetTrainerCPS": (CPS, CPSSettings(), None),
     "nnUNetTrainerUGPL": (UGPL, UGPLSettings(contrast_voxels=16), FULL_RESOLUTION),
@@ -169,19 +176,6 @@ def arrivals(name: str) -> dict[str, set[str]]:
     return found
 
 
-COLUMNS = ("first, encoder", "first, decoder", "second, encoder", "second, decoder", "head")
-
-
-def table() -> str:
-    """Return the table of gradients in docs/methods.md."""
-    rows = [f"| `-tr` | term | {' | '.join(COLUMNS)} |", "|---|---|" + "---|" * len(COLUMNS)]
-    for name in METHODS:
-        for term, parts in arrivals(name).items():
-            cells = ["yes" if column in parts else "no" for column in COLUMNS]
-            rows.append(f"| `{name}` | `{term}` | {' | '.join(cells)} |")
-    return "\n".join(rows)
-
-
 @every_method
 def test_gradients_of_a_term_reach_only_the_trained_network(name):
     for term, parts in arrivals(name).items():
@@ -191,11 +185,6 @@ def test_gradients_of_a_term_reach_only_the_trained_network(name):
         of_encoder = term.removesuffix("_second") == "fecl"  # fecl uses features of the encoder
         assert (f"{own}, decoder" in parts) != of_encoder, term
         assert ("head" in parts) == term.startswith("fecl"), term
-
-
-def test_documentation_contains_the_table_of_gradients():
-    text = (Path(__file__).parents[1] / "docs" / "methods.md").read_text()
-    assert table() in text, f"docs/methods.md is outdated; insert this table:\n{table()}"
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 import nnunet_dycon.dataset_conversion
-from nnunet_dycon.dataset_conversion.protocols import Protocol, published
+from nnunet_dycon.dataset_conversion.protocols import Protocol, published, published_names
 from nnunet_dycon.dataset_conversion.roles import Case, assign_by_protocol
 from nnunet_dycon.registry import CONVERTERS
 
-PROTOCOLS = [(name, protocol) for name, converter in CONVERTERS.items() for protocol in converter.protocols]
+PROTOCOLS = [(name, protocol) for name in CONVERTERS for protocol in published_names(name)]
 COUNTS = {
     "la_uamt": (80, 0, 20),
     "isles22_dycon": (200, 25, 25),

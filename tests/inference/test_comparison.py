@@ -16,7 +16,7 @@ from nnunet_dycon.inference.comparison import ALL, DICE, HD95, Comparison, compa
 from nnunet_dycon.inference.evaluation import METRICS, VOXELS, Evaluation
 from nnunet_dycon.system import pictures
 from nnunet_dycon.system.pictures import Panel, draw_paired_scores
-from tests.inference.test_evaluation import DIAGONAL, SHAPE, declare, save
+from tests.inference.files import DIAGONAL, SHAPE, declare, save
 
 CASES = [f"case_{i}" for i in range(8)]
 # Voxels that are predicted of the 100 of the reference: Dice = 2 n / (100 + n).

@@ -13,11 +13,9 @@ from monai.metrics import compute_average_surface_distance, compute_hausdorff_di
 from nnunet_dycon.cli import main
 from nnunet_dycon.errors import UsageError, UserError
 from nnunet_dycon.inference.evaluation import METRICS, Evaluation, evaluate_folder, score
+from tests.inference.files import DIAGONAL, SHAPE, SPACING, declare, save
 
 DICE, JACCARD, HD95, ASD = METRICS
-SPACING = (3.0, 0.5, 0.8)  # Z, Y, X in mm
-SHAPE = (6, 12, 10)
-DIAGONAL = math.sqrt((6 * 3.0) ** 2 + (12 * 0.5) ** 2 + (10 * 0.8) ** 2)
 
 
 def box(*bounds, shape=SHAPE):
@@ -49,18 +47,6 @@ def brute_force(reference, prediction, spacing):
     table = np.sqrt(((first[:, None] - second[None]) ** 2).sum(-1))
     forth, back = table.min(1), table.min(0)
     return max(np.percentile(forth, 95), np.percentile(back, 95)), (forth.sum() + back.sum()) / (len(forth) + len(back))
-
-
-def save(file, array, spacing=SPACING, origin=(0.0, 0.0, 0.0)):
-    file.parent.mkdir(parents=True, exist_ok=True)
-    image = sitk.GetImageFromArray(np.asarray(array).astype(np.uint8))
-    image.SetSpacing(spacing[::-1])
-    image.SetOrigin(origin)
-    sitk.WriteImage(image, str(file))
-
-
-def declare(folder, labels, **entries):
-    (folder / "dataset.json").write_text(json.dumps({"labels": {"background": 0, **labels}, **entries}))
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from torch import nn
 from torch.nn.functional import cross_entropy
 
 from nnunet_dycon.components.batches import StudentOutput, UnlabeledBatch
@@ -33,7 +32,7 @@ from nnunet_dycon.methods import (
     PseudoLabelSettings,
     Supervision,
 )
-from tests.tiny_network import STAGE, Student, TinyUNet, supervised_loss
+from tests.tiny_network import STAGE, QueryStudent, Student, TinyQueries, TinyUNet, supervised_loss
 
 SETTINGS = DyCONSettings(uncl_weight=0.5, entropy_weight=1.0, gamma=2.0, embedding_width=8)
 
@@ -299,25 +298,6 @@ def test_state_contains_teacher_and_head_but_not_the_student(labeled, unlabeled)
     built, _ = build(DyCON, SETTINGS)
     assert {key.split(".")[0] for key in built.state_dict()} == {"head", "teacher"}
     assert not any(isinstance(module, TinyUNet) for module in built.children())
-
-
-class TinyQueries(nn.Module):
-    """A network that returns logits and query distributions at two resolutions."""
-
-    def __init__(self):
-        super().__init__()
-        self.segmentation, self.queries = nn.Conv3d(1, 2, 3, padding=1), nn.Conv3d(1, 2, 3, padding=1)
-
-    def forward(self, images):
-        levels = images, nn.functional.avg_pool3d(images, 2)
-        return [self.segmentation(level) for level in levels], [self.queries(level) for level in levels]
-
-
-class QueryStudent(Student):
-    def __call__(self, images):
-        self.images.append(images)
-        logits, queries = self.network(images)
-        return StudentOutput(logits, queries=queries)
 
 
 def build_queries(settings):

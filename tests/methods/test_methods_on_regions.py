@@ -43,9 +43,16 @@ from nnunet_dycon.methods import (
     Supervision,
     UGPLSettings,
 )
-from tests.components.test_co_training import FULL_RESOLUTION
-from tests.methods.test_methods import QueryStudent, TinyQueries
-from tests.tiny_network import STAGE, Student, TinyUNet, batch_of_regions, both_outputs
+from tests.tiny_network import (
+    FULL_RESOLUTION,
+    STAGE,
+    QueryStudent,
+    Student,
+    TinyQueries,
+    TinyUNet,
+    batch_of_regions,
+    both_outputs,
+)
 
 GRID = (4, 4, 4)
 

@@ -15,9 +15,8 @@ from nnunet_dycon.trainers.nnUNetTrainerDyCON import nnUNetTrainerDyCON
 from nnunet_dycon.trainers.nnUNetTrainerDyCONCoTraining import nnUNetTrainerDyCONCoTraining
 from nnunet_dycon.trainers.nnUNetTrainerMeanTeacher import nnUNetTrainerMeanTeacher
 from nnunet_dycon.trainers.semi_supervised import SemiSupervisedTrainer
-from tests.trainers.test_contract import SEMI_SUPERVISED
+from tests.tiny import few_labeled
 from tests.trainers.training import METHODS, deterministic, draw_no_pictures, make_trainer, narrow
-from tests.training.test_preflight import few_labeled
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -56,7 +55,7 @@ def test_few_labeled_cases_with_a_split_or_fold_all_do_train(base, raw, train, m
     train(epochs=1, fold=0)
 
 
-@pytest.mark.parametrize("name", SEMI_SUPERVISED)
+@pytest.mark.parametrize("name", METHODS)
 def test_a_cascade_is_refused_at_construction(base, name):
     file = base / "nnUNetPlans.json"
     plans = json.loads(file.read_text())
@@ -147,7 +146,7 @@ def test_where_nothing_is_tapped_primus_does_train(base, monkeypatch):
     assert np.isfinite(trainer.curves["consistency"]).all()
 
 
-@pytest.mark.parametrize("name", SEMI_SUPERVISED)
+@pytest.mark.parametrize("name", METHODS)
 def test_plans_of_primus_are_refused_in_one_line(base, name):
     file = base / "nnUNetPlans.json"
     plans = json.loads(file.read_text())

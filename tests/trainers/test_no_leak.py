@@ -14,7 +14,7 @@ from nnunet_dycon.cli import main
 from nnunet_dycon.trainers import trainer_class
 from nnunet_dycon.trainers.nnUNetTrainerDyCON import nnUNetTrainerDyCON
 from nnunet_dycon.trainers.semi_supervised import SemiSupervisedTrainer
-from tests.tiny import plan_and_preprocess, set_environment, tiny_volume, write_volume
+from tests.tiny import PREPROCESSED, plan_and_preprocess, set_environment, tiny_volume, write_volume
 from tests.trainers.label_spaces import dataset_of
 from tests.trainers.training import (
     METHODS,
@@ -25,8 +25,6 @@ from tests.trainers.training import (
     narrow,
     same_weights,
 )
-
-PREPROCESSED = Path("nnUNet_preprocessed") / "Dataset901_Tiny"
 
 
 def overwrite_segmentation(folder: Path, case: str) -> None:

@@ -18,8 +18,7 @@ from nnunet_dycon.networks import DKUXNet, UXNet
 from nnunet_dycon.trainers.nnUNetTrainerDKUXNet import nnUNetTrainerDKUXNet
 from nnunet_dycon.trainers.nnUNetTrainerUXNet import nnUNetTrainerUXNet
 from nnunet_dycon.training.settings import TrainingLength
-from tests.tiny import tiny_volume
-from tests.trainers.test_no_leak import PREPROCESSED
+from tests.tiny import PREPROCESSED, tiny_volume
 from tests.trainers.training import make_trainer, narrow
 
 

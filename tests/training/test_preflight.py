@@ -12,7 +12,7 @@ from nnunet_dycon.data.unlabeled import UnlabeledCases
 from nnunet_dycon.errors import UserError
 from nnunet_dycon.training import preflight
 from nnunet_dycon.training.preflight import check_cases, check_settings, describe_batch
-from tests.tiny import UNLABELED
+from tests.tiny import UNLABELED, few_labeled
 
 
 def remove_unlabeled(base: Path, raw: Path) -> None:
@@ -24,21 +24,6 @@ def rename_labeled_to_unlabeled(base: Path, raw: Path) -> None:
     """An unlabeled case was annotated later, but not removed from imagesUn."""
     for file in (base / "nnUNetPlans_3d_fullres").glob("case_00*"):
         file.rename(file.with_name(file.name.replace("case_00", UNLABELED[0])))
-
-
-def few_labeled(base: Path, raw: Path) -> None:
-    (base / "splits_final.json").unlink(missing_ok=True)
-    for file in (base / "nnUNetPlans_3d_fullres").glob("case_00*"):
-        file.unlink()
-    forget_in_fingerprint(base)
-
-
-def forget_in_fingerprint(base: Path) -> None:
-    """As if one case less had been planned on; all have the same shape."""
-    file = base / "dataset_fingerprint.json"
-    fingerprint = json.loads(file.read_text())
-    fingerprint["shapes_after_crop"].pop()
-    file.write_text(json.dumps(fingerprint))
 
 
 def few_splits(base: Path, raw: Path) -> None:

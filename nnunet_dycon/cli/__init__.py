@@ -1,0 +1,57 @@
+"""The command nnunet_dycon. Each sub-command imports what it needs when it runs, so that --help is fast."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from nnunet_dycon import __version__
+from nnunet_dycon.cli import data, information, models, scores
+from nnunet_dycon.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a sub-command.
+
+    Args:
+        argv: the arguments; None for those of the process.
+
+    Returns:
+        The exit code: 0 without a problem, 1 if a problem was found, 2 for wrong use.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        arguments = build_parser(argv).parse_args(argv)
+        return arguments.run(arguments) or 0
+    except UserError as error:
+        print(f"nnunet_dycon: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("nnunet_dycon: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader has closed the pipe, as in: nnunet_dycon list | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def build_parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """Return the parser. Of the converters, only the one that is named in `argv` has its options."""
+    parser = argparse.ArgumentParser(
+        prog="nnunet_dycon",
+        description="Semi-supervised training for nnU-Net v2.",
+        epilog='Before nnUNetv2_train: export nnUNet_extTrainer="$(nnunet_dycon trainers_path)"',
+    )
+    parser.add_argument("--version", action="version", version=f"nnunet_dycon {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    data.add_convert(commands, argv)
+    data.add_preprocess_unlabeled(commands)
+    information.add_trainers_path(commands)
+    information.add_list(commands)
+    scores.add_evaluate(commands)
+    scores.add_compare(commands)
+    models.add_export_vanilla(commands)
+    models.add_predict_both(commands)
+    models.add_predict_uncertainty(commands)
+    information.add_doctor(commands)
+    information.add_demo(commands)
+    return parser

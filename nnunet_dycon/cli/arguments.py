@@ -1,0 +1,50 @@
+"""Types and help texts of arguments that several sub-commands share."""
+
+import argparse
+import math
+import os
+
+from nnunet_dycon.errors import UsageError
+
+MODEL = "trained model: nnUNet_results/DatasetXXX_Name/TRAINER__PLANS__CONFIGURATION"
+FOLDS = "folds, or all (default: each one there is)"
+PROCESSES = "processes (default: nnU-Net's nnUNet_def_n_proc, or 8, but not more than there are CPU cores)"
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number and at least 1, got {text}")
+    return int(text)
+
+
+def not_negative(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number and at least 0, got {text}")
+    return int(text)
+
+
+def fold(text: str) -> int | str:
+    if text != "all" and not text.isdigit():
+        raise argparse.ArgumentTypeError(f"must be a number or all, got {text}")
+    return text if text == "all" else int(text)
+
+
+def num_processes(arguments: argparse.Namespace) -> int:
+    if arguments.num_processes is not None:
+        return arguments.num_processes
+    value = os.environ.get("nnUNet_def_n_proc", "8")
+    if not value.isdigit() or int(value) < 1:
+        raise UsageError(f"the environment variable nnUNet_def_n_proc must be a positive number, got {value!r}")
+    return min(int(value), os.cpu_count() or 1)
+
+
+def count_or_fraction(text: str) -> int | float:
+    if not text.endswith("%"):
+        return positive(text)
+    try:
+        share = float(text[:-1]) / 100
+    except ValueError:
+        share = math.nan
+    if not 0 < share <= 1:
+        raise argparse.ArgumentTypeError(f"must be a share above 0% and up to 100%, or a number of cases, got {text}")
+    return share

@@ -1,0 +1,108 @@
+"""Sub-commands on the installation: trainers_path, list, doctor, demo."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from nnunet_dycon import __version__
+from nnunet_dycon.cli.arguments import (
+    fold,
+)
+from nnunet_dycon.registry import CONVERTERS, RECOMMENDED, TRAINERS, groups
+from nnunet_dycon.system.environment import DISCOVERY, require_nnunet
+from nnunet_dycon.trainers import LENGTHS
+
+
+def add_trainers_path(commands: Any) -> None:
+    path = commands.add_parser(
+        "trainers_path",
+        help="print the folder that nnUNet_extTrainer must name",
+        description="Print the folder that nnUNet_extTrainer must name.",
+        epilog='example: export nnUNet_extTrainer="$(nnunet_dycon trainers_path)'
+        '${nnUNet_extTrainer:+:$nnUNet_extTrainer}"',
+    )
+    path.set_defaults(run=_trainers_path)
+
+
+def _trainers_path(arguments: argparse.Namespace) -> None:
+    require_nnunet()
+    print(DISCOVERY)
+
+
+def add_list(commands: Any) -> None:
+    listing = commands.add_parser("list", help="list trainers and converters")
+    listing.add_argument("--json", action="store_true", help="machine-readable")
+    listing.set_defaults(run=_list)
+
+
+def _list(arguments: argparse.Namespace) -> None:
+    if arguments.json:
+        fields = ("group", "summary", "paper", "caveat")
+        trainers = {name: {key: getattr(t, key) for key in fields} for name, t in TRAINERS.items()}
+        converters = {name: {"summary": c.summary, "reference": c.reference} for name, c in CONVERTERS.items()}
+        print(json.dumps({"version": __version__, "trainers": trainers, "converters": converters}, indent=2))
+        return
+    print("trainers (nnUNetv2_train -tr NAME)")
+    width = max(map(len, (*TRAINERS, *CONVERTERS)))
+    for group, names in groups().items():
+        print(f" {group}")
+        for name in names:
+            print(f"  {name:{width}}  {TRAINERS[name].summary}")
+            if caveat := TRAINERS[name].caveat:
+                print(f"  {'':{width}}  {caveat}")
+    print(f"{LENGTHS}\nconverters (nnunet_dycon convert NAME)")
+    for name, converter in CONVERTERS.items():
+        print(f"  {name:{width}}  {converter.summary}")
+
+
+def add_doctor(commands: Any) -> None:
+    doctor = commands.add_parser(
+        "doctor",
+        help="would a training work? look at packages, variables, folders and data, and name remedies",
+        description="Look at all that a training needs, before hours are spent on it: packages, device, nnU-Net's "
+        "variables, whether nnU-Net finds the trainer, and, with -d, the data set: names and headers of its files, "
+        "images that are there twice, what is preprocessed, folds, room on the disk and the GPU. Changes nothing. "
+        "Exit code 1 if training would fail.",
+        epilog="example: nnunet_dycon doctor -d 101 -f all",
+    )
+    doctor.add_argument("-d", dest="dataset", default=None, metavar="ID", help="dataset ID or DatasetXXX_Name")
+    doctor.add_argument(
+        "-c", dest="configuration", default="3d_fullres", metavar="CONFIGURATION", help="default: 3d_fullres"
+    )
+    doctor.add_argument("-p", dest="plans_name", default="nnUNetPlans", metavar="PLANS", help="default: nnUNetPlans")
+    doctor.add_argument("-tr", dest="trainer", default=RECOMMENDED, metavar="TRAINER", help="default: %(default)s")
+    doctor.add_argument(
+        "-f", dest="fold", type=fold, default=None, metavar="FOLD", help="a number, or all (default: look at each)"
+    )
+    doctor.add_argument("--json", action="store_true", help="machine-readable")
+    doctor.set_defaults(run=_doctor)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from nnunet_dycon.doctor import Question, run_doctor
+
+    question = Question(
+        arguments.trainer, arguments.dataset, arguments.configuration, arguments.plans_name, arguments.fold
+    )
+    return run_doctor(question, arguments.json)
+
+
+def add_demo(commands: Any) -> None:
+    demo = commands.add_parser(
+        "demo",
+        help="train on a small phantom data set and score the result: a few minutes on two CPU cores",
+        description=f"Make a small phantom data set, plan, preprocess, train {RECOMMENDED} for a few short epochs, "
+        "predict the held-out cases and score them, all with nnU-Net's own commands, which are printed.",
+    )
+    demo.add_argument("-o", dest="output", type=Path, required=True, metavar="FOLDER", help="new or empty folder")
+    demo.add_argument("--seed", type=int, default=0, help="of the phantoms (default: 0)")
+    demo.add_argument("-device", choices=("cuda", "cpu"), default=None, help="default: cuda where there is one")
+    demo.set_defaults(run=_demo)
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    require_nnunet()
+    from nnunet_dycon.demo.demo import run_demo
+
+    run_demo(arguments.output, seed=arguments.seed, device=arguments.device)
