@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: test test-matrix tables lint lint-ruff lint-format lint-mypy demo clean
+.PHONY: test test-matrix tables lint lint-ruff lint-format lint-mypy lint-imports demo clean
 .DEFAULT_GOAL := test
 
 # Tests take one thread each, so that files of them run side by side.
@@ -23,7 +23,7 @@ test-matrix:
 tables: $(INSTALLED)
 	$(BIN)/python -m benchmarks.pages
 
-lint: lint-ruff lint-format lint-mypy
+lint: lint-ruff lint-format lint-mypy lint-imports
 
 lint-ruff: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -33,6 +33,13 @@ lint-format: $(INSTALLED)
 
 lint-mypy: $(INSTALLED)
 	$(BIN)/mypy
+
+# The contracts of pyproject.toml, on an unpacked wheel: only there trainers and dataset_conversion are sub-packages.
+lint-imports: $(INSTALLED)
+	@wheel=$$(mktemp -d) && trap 'rm -rf "$$wheel" build' EXIT && rm -rf build && \
+	  $(BIN)/python -m build --wheel --no-isolation -o "$$wheel" . > "$$wheel/log" 2>&1 || { cat "$$wheel/log"; exit 1; }; \
+	  $(BIN)/python -m zipfile -e "$$wheel"/*.whl "$$wheel/unpacked" && cd "$$wheel/unpacked" && \
+	  NO_COLOR=1 $(abspath $(BIN))/lint-imports $(CURDIR)/pyproject.toml --no-logo --no-cache
 
 demo: $(INSTALLED)
 	$(BIN)/nnunet_dycon demo -o demo
