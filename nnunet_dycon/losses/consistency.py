@@ -1,8 +1,15 @@
 """Mean squared error consistency between student and teacher (Mean Teacher)."""
 
 import torch
+from torch.nn.functional import mse_loss
 
 from nnunet_dycon.system.precision import at_least_float32
+
+
+def _equation(student_logits: torch.Tensor, teacher_logits: torch.Tensor, sigmoid: bool) -> torch.Tensor:
+    p_s = student_logits.sigmoid() if sigmoid else student_logits.softmax(1)
+    p_t = teacher_logits.sigmoid() if sigmoid else teacher_logits.softmax(1)
+    return mse_loss(p_s, p_t)
 
 
 @at_least_float32
@@ -39,7 +46,4 @@ def consistency_loss(
             f"student_logits and teacher_logits must have the same shape, got {tuple(student_logits.shape)} and "
             f"{tuple(teacher_logits.shape)}"
         )
-    student, teacher = (
-        logits.sigmoid() if sigmoid else logits.softmax(1) for logits in (student_logits, teacher_logits.detach())
-    )
-    return torch.nn.functional.mse_loss(student, teacher)
+    return _equation(student_logits, teacher_logits.detach(), sigmoid)

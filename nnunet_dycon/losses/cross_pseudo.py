@@ -7,6 +7,13 @@ from nnunet_dycon.losses.two_classes import as_two_classes
 from nnunet_dycon.system.precision import at_least_float32
 
 
+def _equation(logits: torch.Tensor, peer_logits: torch.Tensor) -> torch.Tensor:
+    log_p, log_q = torch.log_softmax(logits, 1), torch.log_softmax(peer_logits.detach(), 1)
+    divergence = (log_q.exp() * (log_q - log_p)).sum(1)
+    cross_entropy = nll_loss(log_p, log_q.argmax(1), reduction="none")
+    return (torch.exp(-divergence) * cross_entropy + divergence).mean()
+
+
 @at_least_float32
 def rectified_cross_pseudo_loss(
     logits: torch.Tensor, peer_logits: torch.Tensor, *, sigmoid: bool = False
@@ -51,11 +58,7 @@ def rectified_cross_pseudo_loss(
     check_pair(logits, peer_logits, sigmoid)
     if sigmoid:
         logits, peer_logits = as_two_classes(logits), as_two_classes(peer_logits)
-    log_p = torch.log_softmax(logits, 1)
-    log_q = torch.log_softmax(peer_logits.detach(), 1)
-    divergence = (log_q.exp() * (log_q - log_p)).sum(1)
-    cross_entropy = nll_loss(log_p, log_q.argmax(1), reduction="none")
-    return (torch.exp(-divergence) * cross_entropy + divergence).mean()
+    return _equation(logits, peer_logits)
 
 
 def check_pair(logits: torch.Tensor, peer_logits: torch.Tensor, sigmoid: bool = False) -> None:

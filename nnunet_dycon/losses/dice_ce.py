@@ -13,6 +13,13 @@ from nnunet_dycon.system.precision import at_least_float32
 _SMOOTH = 1e-5  # nnU-Net's
 
 
+def _dice(overlap: torch.Tensor, predicted: torch.Tensor, labeled: torch.Tensor, batch_dice: bool) -> torch.Tensor:
+    """Return the soft Dice from sums over an image or, with batch_dice, over the batch, summed over all ranks."""
+    if batch_dice:
+        overlap, predicted, labeled = sum_over_ranks(torch.stack([overlap, predicted, labeled]))
+    return (2 * overlap + _SMOOTH) / (predicted + labeled + _SMOOTH)
+
+
 @at_least_float32
 def weighted_dice_ce_loss(
     logits: torch.Tensor, target: torch.Tensor, weight: torch.Tensor, *, batch_dice: bool = False
@@ -128,13 +135,6 @@ def weighted_dice_bce_loss(
     counts = (sum_over_ranks(total) if batch_dice else total) > 0
     dice = (dice * counts).sum() / counts.sum().clamp(min=1)
     return (logits.shape[1] if summed else 1) * cross_entropy - dice
-
-
-def _dice(overlap: torch.Tensor, predicted: torch.Tensor, labeled: torch.Tensor, batch_dice: bool) -> torch.Tensor:
-    """Return the soft Dice from sums over an image or, with batch_dice, over the batch, summed over all ranks."""
-    if batch_dice:
-        overlap, predicted, labeled = sum_over_ranks(torch.stack([overlap, predicted, labeled]))
-    return (2 * overlap + _SMOOTH) / (predicted + labeled + _SMOOTH)
 
 
 @dataclass(frozen=True)

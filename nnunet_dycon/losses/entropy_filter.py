@@ -9,6 +9,18 @@ from nnunet_dycon.losses.two_classes import as_two_classes, shape_of_labels
 from nnunet_dycon.system.precision import at_least_float32
 
 
+def _loss_equation(logits: torch.Tensor, labels: torch.Tensor, reliable: torch.Tensor) -> torch.Tensor:
+    each = cross_entropy(logits, labels.long(), reduction="none")
+    return torch.where(reliable, each, 0).sum() / reliable.sum().clamp(min=1)
+
+
+def _joint_labels(logits: torch.Tensor, peer_logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    entropy, peer_entropy = softmax_entropy(logits), softmax_entropy(peer_logits)
+    is_peer = peer_entropy < entropy
+    labels = torch.where(is_peer, peer_logits.argmax(1), logits.argmax(1))
+    return labels, torch.where(is_peer, peer_entropy, entropy)
+
+
 @torch.no_grad()
 def reliable_labels(
     logits: torch.Tensor, peer_logits: torch.Tensor, kept_fraction: float, *, sigmoid: bool = False
@@ -56,10 +68,7 @@ def reliable_labels(
         raise ValueError(f"kept_fraction must be in (0, 1], got {kept_fraction}")
     if sigmoid:
         logits, peer_logits = as_two_classes(logits), as_two_classes(peer_logits)
-    entropy, peer_entropy = softmax_entropy(logits), softmax_entropy(peer_logits)
-    is_peer = peer_entropy < entropy
-    labels = torch.where(is_peer, peer_logits.argmax(1), logits.argmax(1))
-    entropy = torch.where(is_peer, peer_entropy, entropy)
+    labels, entropy = _joint_labels(logits, peer_logits)
     classes = logits.shape[1]
     if not sigmoid:
         return labels, entropy <= _thresholds(entropy, labels, classes, kept_fraction)[labels]
@@ -118,5 +127,4 @@ def entropy_filtered_loss(
             "logits must be (B, C, *spatial); labels and reliable (B, *spatial), or (B, C, *spatial) for regions; got "
             f"{tuple(logits.shape)}, {tuple(labels.shape)} and {tuple(reliable.shape)}"
         )
-    each = cross_entropy(as_two_classes(logits) if sigmoid else logits, labels.long(), reduction="none")
-    return torch.where(reliable, each, 0).sum() / reliable.sum().clamp(min=1)
+    return _loss_equation(as_two_classes(logits) if sigmoid else logits, labels, reliable)

@@ -7,6 +7,38 @@ from nnunet_dycon.losses.kernels.fecl_released import FeCLReleased
 from nnunet_dycon.system.precision import at_least_float32
 
 
+def fecl_released_reference(
+    z: torch.Tensor,
+    labels: torch.Tensor,
+    z_t: torch.Tensor,
+    tau: float,
+    gamma: float,
+    threshold: float,
+    cross_weight: float,
+) -> torch.Tensor:
+    """Return the released FeCL, written with N × N matrices. Tests compare `fecl_released_loss` with it.
+
+    Args:
+        z: (B, N, D), the student's L2-normalised embeddings.
+        labels: (B, N).
+        z_t: (B, N, D), the teacher's L2-normalised embeddings.
+        tau: τ.
+        gamma: γ.
+        threshold: t.
+        cross_weight: λ.
+    """
+    itself = torch.eye(z.shape[1], dtype=torch.bool)
+    similarity = (z @ z.transpose(1, 2)).masked_fill(itself, 0) / tau
+    exponential = torch.exp(similarity - similarity.amax(1, keepdim=True).detach())
+    same = labels[:, :, None] == labels[:, None, :]
+    positive = same & ~itself
+    d = exponential / (exponential + torch.where(same, 0, exponential).sum(2, keepdim=True))
+    per_pair = torch.where(positive, -((1 - d) ** gamma) * torch.log(d), 0)
+    cosine = z @ z_t.transpose(1, 2)
+    cross = -torch.log(1 - cosine[~same & (cosine > threshold)])
+    return (per_pair.sum(2) / positive.sum(2).clamp(min=1)).mean() + cross_weight * cross.mean()
+
+
 @at_least_float32
 def fecl_released_loss(
     embedding: torch.Tensor,
@@ -36,7 +68,8 @@ def fecl_released_loss(
     Deviations from the released code, only where it gives NaN: a patch that is alone in its class adds 0 instead of
     0/0, a batch without a cosine above t has no second term, and 1 - c is at least 1e-6.
 
-    `nnunet_dycon.losses.kernels.fecl_released` computes it without N × N matrices.
+    `fecl_released_reference` is the equation; `nnunet_dycon.losses.kernels.fecl_released` computes it without N × N
+    matrices.
 
     Args:
         embedding: (B, N, D), the student's embeddings; they are L2-normalised here.

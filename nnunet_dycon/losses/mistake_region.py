@@ -7,6 +7,17 @@ from nnunet_dycon.losses.two_classes import as_two_classes, shape_of_labels
 from nnunet_dycon.system.precision import at_least_float32
 
 
+def _equation(
+    logits: torch.Tensor, peer_logits: torch.Tensor, target: torch.Tensor, known: torch.Tensor, confidence: float
+) -> torch.Tensor:
+    p, q = logits.softmax(1), peer_logits.softmax(1)
+    mistaken = known & (_confident_class(p, confidence) != _confident_class(q, confidence))
+    # ‖p - e_y‖² = ‖p‖² - 2 p_y + 1, so no one-hot volume is needed.
+    p_y = p.gather(1, target.long()[:, None])[:, 0]
+    error = (p.square().sum(1) - 2 * p_y + 1) / 2
+    return torch.where(mistaken, error, 0).sum() / mistaken.sum().clamp(min=1)
+
+
 @at_least_float32
 def mistake_region_loss(
     logits: torch.Tensor,
@@ -64,14 +75,8 @@ def mistake_region_loss(
         raise ValueError(f"confidence must be in [0.5, 1], got {confidence}")
     if sigmoid:
         logits, peer_logits = as_two_classes(logits), as_two_classes(peer_logits)
-    probabilities = logits.softmax(1)
-    mistaken = _confident_class(probabilities, confidence) != _confident_class(peer_logits.softmax(1), confidence)
-    if known is not None:
-        mistaken &= known
-    # ‖p - e_y‖² = ‖p‖² - 2 p_y + 1, so no one-hot volume is needed.
-    of_target = probabilities.gather(1, target.long()[:, None])[:, 0]
-    error = (probabilities.square().sum(1) - 2 * of_target + 1) / 2
-    return torch.where(mistaken, error, 0).sum() / mistaken.sum().clamp(min=1)
+    known = torch.ones_like(target, dtype=torch.bool) if known is None else known
+    return _equation(logits, peer_logits, target, known, confidence)
 
 
 @torch.no_grad()

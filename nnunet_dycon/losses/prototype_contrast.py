@@ -11,6 +11,15 @@ _SMALLEST_NORM = 1e-3
 _CLASSES_AT_A_TIME = 8  # limits the memory of the (classes, voxels) membership masks
 
 
+def _equation(
+    anchors: torch.Tensor, labels: torch.Tensor, prototypes: torch.Tensor, present: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """Return the loss of each anchor, (M,)."""
+    cosine = normalize(anchors, dim=1, eps=_SMALLEST_NORM) @ normalize(prototypes, dim=1).T
+    similarity = (cosine / temperature).masked_fill(~present, torch.finfo(cosine.dtype).min)
+    return cross_entropy(similarity, labels, reduction="none")
+
+
 @torch.no_grad()
 def class_prototypes(
     features: torch.Tensor, labels: torch.Tensor, reliable: torch.Tensor, classes: int
@@ -115,8 +124,6 @@ def prototype_contrast_loss(
         )
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
-    cosine = normalize(anchors, dim=1, eps=_SMALLEST_NORM) @ normalize(prototypes.detach().to(anchors.dtype), dim=1).T
-    similarity = (cosine / temperature).masked_fill(~present, torch.finfo(cosine.dtype).min)
     counts = valid & present[labels]
-    each = cross_entropy(similarity, labels, reduction="none")
+    each = _equation(anchors, labels, prototypes.detach().to(anchors.dtype), present, temperature)
     return torch.where(counts, each, 0).sum() / counts.sum().clamp(min=1)

@@ -9,6 +9,23 @@ from nnunet_dycon.system.precision import at_least_float32
 _NO_LABEL = -100  # the ignore_index of torch
 
 
+def _distribution_equation(
+    logits: torch.Tensor, target: torch.Tensor, known: torch.Tensor, sigmoid: bool
+) -> torch.Tensor:
+    if not sigmoid:
+        target = torch.where(known, target.long(), _NO_LABEL)
+        return cross_entropy(logits, target, ignore_index=_NO_LABEL, reduction="sum") / known.sum().clamp(min=1)
+    inside = target.bool() & known
+    regions = inside.sum(1)  # |S_i|
+    per_voxel = -torch.where(inside, torch.log_softmax(logits, 1), 0).sum(1) / regions.clamp(min=1)
+    return per_voxel.sum() / (regions > 0).sum().clamp(min=1)
+
+
+def _consistency_equation(strong_logits: torch.Tensor, weak_logits: torch.Tensor) -> torch.Tensor:
+    log_q_w, log_q_s = torch.log_softmax(weak_logits.detach(), 1), torch.log_softmax(strong_logits, 1)
+    return (log_q_w.exp() * (log_q_w - log_q_s)).sum(1).mean()
+
+
 @at_least_float32
 def query_distribution_loss(
     logits: torch.Tensor, target: torch.Tensor, known: torch.Tensor | None = None, *, sigmoid: bool = False
@@ -55,13 +72,7 @@ def query_distribution_loss(
             f"{tuple(logits.shape)} and {tuple(target.shape)}"
         )
     known = torch.ones_like(target, dtype=torch.bool) if known is None else known
-    if sigmoid:
-        inside = target.bool() & known
-        regions = inside.sum(1)
-        per_voxel = -torch.where(inside, torch.log_softmax(logits, 1), 0).sum(1) / regions.clamp(min=1)
-        return per_voxel.sum() / (regions > 0).sum().clamp(min=1)
-    target = torch.where(known, target.long(), _NO_LABEL)
-    return cross_entropy(logits, target, ignore_index=_NO_LABEL, reduction="sum") / known.sum().clamp(min=1)
+    return _distribution_equation(logits, target, known, sigmoid)
 
 
 @at_least_float32
@@ -95,5 +106,4 @@ def query_consistency_loss(strong_logits: torch.Tensor, weak_logits: torch.Tenso
             "strong_logits and weak_logits must have the same shape (B, K, *spatial), got "
             f"{tuple(strong_logits.shape)} and {tuple(weak_logits.shape)}"
         )
-    weak, strong = torch.log_softmax(weak_logits.detach(), 1), torch.log_softmax(strong_logits, 1)
-    return (weak.exp() * (weak - strong)).sum(1).mean()
+    return _consistency_equation(strong_logits, weak_logits)

@@ -9,6 +9,7 @@ import torch
 from torch.nn.functional import normalize
 
 from nnunet_dycon.losses import fecl_released_loss
+from nnunet_dycon.losses.fecl_released import fecl_released_reference
 from nnunet_dycon.losses.kernels import fecl, fecl_released
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "dycon_released_69c1384.json").read_text())
@@ -42,6 +43,24 @@ def random_patches(number=7):
     student, noise = torch.randn(2, 2, number, 4, generator=generator, dtype=torch.float64)
     labels = torch.randint(0, 3, (2, number), generator=generator)
     return student, {"patch_labels": labels, "teacher_embedding": student + 0.5 * noise, "cross_threshold": 0.1}
+
+
+@pytest.mark.parametrize("gamma", [0.0, 1.0, 2.0])
+def test_kernel_equals_the_reference(gamma):
+    student, arguments = random_patches(number=30)
+    results = []
+    for loss in (
+        lambda z: fecl_released_loss(z, **arguments, temperature=0.5, gamma=gamma, cross_weight=0.7),
+        lambda z: fecl_released_reference(
+            normalize(z, dim=-1), arguments["patch_labels"], normalize(arguments["teacher_embedding"], dim=-1),
+            0.5, gamma, arguments["cross_threshold"], 0.7,
+        ),
+    ):  # fmt: skip
+        embedding = student.clone().requires_grad_()
+        value = loss(embedding)
+        value.backward()
+        results.append((value.detach(), embedding.grad))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("changes", [{}, {"use_focal": False}, {"gamma": 1.0}, {"teacher_embedding": None},

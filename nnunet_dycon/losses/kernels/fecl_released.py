@@ -35,15 +35,15 @@ class FeCLReleased(KeptGradient):
             exponential = shifted.exp()
             negatives = torch.where(same, 0.0, exponential).sum(-1, keepdim=True)
             total = exponential + negatives
-            share = exponential / total
-            log_share = shifted - total.log()
-            focal = (1.0 - share) ** gamma
+            d = exponential / total
+            log_d = shifted - total.log()
+            focal = (1.0 - d) ** gamma
             weight = 1.0 / (positive.sum(-1, keepdim=True).clamp(min=1) * anchors).to(student.dtype)
-            loss -= (weight * torch.where(positive, focal * log_share, 0.0)).sum()
+            loss -= (weight * torch.where(positive, focal * log_d, 0.0)).sum()
             if gradient is not None:
                 slope = -focal
                 if gamma != 0:
-                    slope += gamma * (1.0 - share) ** (gamma - 1.0) * share * log_share
+                    slope += gamma * (1.0 - d) ** (gamma - 1.0) * d * log_d
                 slope = torch.where(positive, weight * slope / total, 0.0)
                 by_similarity = torch.where(same, slope * negatives, -exponential * slope.sum(-1, keepdim=True))
                 by_cosine = by_similarity / temperature
