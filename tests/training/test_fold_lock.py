@@ -1,0 +1,166 @@
+"""The lock of a fold: one training at a time, taken over only from a training that has ended."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from multiprocessing import get_context
+
+import pytest
+
+from nnunet_dycon.errors import UserError
+from nnunet_dycon.training import fold_lock
+from nnunet_dycon.training.fold_lock import LOCK, FoldLock
+
+
+def lock(folder, lines=None):
+    return FoldLock(folder, (lines if lines is not None else []).append)
+
+
+def written_by(folder, age=0.0, **other):
+    """Write the lock of another process, by default on another host, with a heartbeat of an age in seconds."""
+    content = {"token": "other", "host": "node7", "pid": 1, "process_table": "elsewhere", "started": "5", "job": None}
+    (folder / LOCK).write_text(json.dumps(content | other))
+    os.utime(folder / LOCK, (time.time() - age,) * 2)
+
+
+def test_a_second_training_is_refused_while_the_first_runs(tmp_path):
+    first, second = lock(tmp_path), lock(tmp_path)
+    first.acquire()
+    message = rf"a training of this fold is running \(host .+, process {os.getpid()}\); wait .* delete .*{LOCK}"
+    with pytest.raises(UserError, match=message):
+        second.acquire()
+    second.release()  # not its own
+    first.check()
+    first.release()
+    second.acquire()
+    second.release()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_killed_training_is_taken_over_at_once(tmp_path):
+    code = f"""
+from pathlib import Path
+from nnunet_dycon.training.fold_lock import FoldLock
+FoldLock(Path({str(tmp_path)!r}), print).acquire()
+import os
+os.kill(os.getpid(), 9)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+    lines = []
+    lock(tmp_path, lines).acquire()
+    assert "WARNING: the lock of an earlier training of this fold is taken over: its process has ended" in lines[0]
+
+
+def test_a_reused_process_id_is_another_process(tmp_path):
+    written_by(tmp_path, pid=os.getpid(), process_table=fold_lock._process_table(), started="0")
+    lock(tmp_path).acquire()
+
+
+@pytest.mark.parametrize("pid", [1, os.getpid()])
+def test_a_process_id_of_another_container_proves_nothing(tmp_path, pid):
+    """In containers every training can have the process ID 1, which runs here, too."""
+    written_by(tmp_path, age=30, pid=pid, started=fold_lock._start_of(pid))
+    with pytest.raises(UserError, match="running"):
+        lock(tmp_path).acquire()
+    written_by(tmp_path, age=700, pid=pid, started=fold_lock._start_of(pid))
+    lines = []
+    lock(tmp_path, lines).acquire()
+    assert "its last sign of life is 12 minutes old (host node7" in lines[0]
+
+
+@pytest.mark.parametrize("variable", ["SLURM_JOB_ID", "TORCHELASTIC_RUN_ID"])
+def test_a_restarted_job_takes_over_on_another_host(tmp_path, monkeypatch, variable):
+    for name in fold_lock._JOB_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, "4711")
+    written_by(tmp_path, age=5, job="4712")
+    with pytest.raises(UserError, match="job 4712"):
+        lock(tmp_path).acquire()
+    written_by(tmp_path, age=5, job="4711")
+    lines = []
+    lock(tmp_path, lines).acquire()
+    assert "it is of the same job 4711, which was restarted" in lines[0]
+
+
+def test_two_trainings_of_one_job_in_one_process_table_are_not_confused(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    lock(tmp_path).acquire()
+    with pytest.raises(UserError, match="job 4711"):
+        lock(tmp_path).acquire()
+
+
+def test_a_training_without_torchrun_id_has_no_job(tmp_path, monkeypatch):
+    for name in fold_lock._JOB_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # the default of torchrun
+    written_by(tmp_path, job="none")
+    with pytest.raises(UserError, match="running"):
+        lock(tmp_path).acquire()
+
+
+def test_the_heartbeat_keeps_the_lock(tmp_path, monkeypatch):
+    monkeypatch.setattr(fold_lock, "HEARTBEAT_SECONDS", 0.01)
+    held = lock(tmp_path)
+    held.acquire()
+    os.utime(tmp_path / LOCK, (0, 0))
+    for _ in range(500):
+        if (tmp_path / LOCK).stat().st_mtime > 0:
+            break
+        time.sleep(0.01)
+    assert held._age() < 60
+    held.release()
+
+
+def test_a_training_whose_lock_was_taken_over_ends(tmp_path):
+    held = lock(tmp_path)
+    held.acquire()
+    written_by(tmp_path)
+    with pytest.raises(UserError, match=r"another training of this fold has started \(host node7, process 1\)"):
+        held.check()
+    held.release()
+    assert (tmp_path / LOCK).is_file()  # of the other training
+
+
+def test_a_damaged_lock_is_that_of_a_running_training_for_10_minutes(tmp_path):
+    (tmp_path / LOCK).write_text("{")
+    with pytest.raises(UserError, match="host unknown"):
+        lock(tmp_path).acquire()
+    os.utime(tmp_path / LOCK, (0, 0))
+    lock(tmp_path).acquire()
+
+
+def test_without_hard_links(tmp_path, monkeypatch):
+    def no_links(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(os, "link", no_links)
+    lock(tmp_path).acquire()
+    with pytest.raises(UserError, match="running"):
+        lock(tmp_path).acquire()
+
+
+def _start(folder, barrier, results):
+    barrier.wait()
+    try:
+        lock(folder).acquire()
+    except UserError:
+        results.put(False)
+    else:
+        results.put(True)
+        time.sleep(1)
+
+
+@pytest.mark.parametrize("stale", [False, True])
+def test_of_several_simultaneous_starts_one_trains(tmp_path, stale):
+    context = get_context("fork")
+    if stale:
+        written_by(tmp_path, age=700)
+    barrier, results = context.Barrier(4), context.Queue()
+    processes = [context.Process(target=_start, args=(tmp_path, barrier, results)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    assert sorted(results.get(timeout=60) for _ in processes) == [False, False, False, True]
+    for process in processes:
+        process.join()
