@@ -1,13 +1,13 @@
-"""Run a comparison of trainers, with nnU-Net's own commands, and append the scores to a CSV.
+"""Comparison of trainers: train and predict with nnU-Net's commands, and append the scores to a CSV.
 
-- lower_bound is nnUNetTrainer on the labeled cases, upper_bound the same on all training cases with their labels, with
-  the plans of the labeled ones. Any other method is a trainer of the registry, on labeled and unlabeled cases. Settings
-  can be changed after a colon: nnUNetTrainerDyCON:uncl_weight=0.1,rampup=0.8
-- Settings are chosen on val and on unlabeled, the training cases whose labels no training sees: they are many, and the
-  hard ones are among them. Test is scored only when asked for, with everything frozen.
-- Every run has the same budget of iterations, over which the learning rate decays to 0; the final checkpoint is scored,
-  student, and teacher or second network, with nnU-Net's test-time mirroring and without post-processing.
-- Runs that are in the CSV are not repeated, so that an interrupted benchmark can be continued.
+- lower_bound is nnUNetTrainer on the labeled cases. upper_bound is nnUNetTrainer on all training cases with their
+  labels, with the plans of the labeled ones. All other methods are trainers of the registry, trained on labeled and
+  unlabeled cases. Settings can be changed after a colon: nnUNetTrainerDyCON:uncl_weight=0.1,rampup=0.8
+- Choose settings on the sets val and unlabeled. The latter are the training cases whose labels are used for scoring
+  only. Score test only when all settings are frozen.
+- All runs have the same number of iterations, over which the learning rate decays to 0. The final checkpoints of
+  student and teacher or second network are scored, with nnU-Net's test-time mirroring and without postprocessing.
+- Runs in the CSV are not repeated, so that an interrupted benchmark can be resumed.
 """
 
 import argparse
@@ -48,12 +48,18 @@ COLUMNS = ("method", "labels", "draw", "seed", "weights", "set", "case", "label"
 SETS = ("val", UNLABELED, "test")
 ITERATIONS_PER_EPOCH = 100
 _BUDGET = ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch")
-_BESIDE = {"teacher": TEACHER, "second": SECOND}
+_COMPANIONS = {"teacher": TEACHER, "second": SECOND}
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training: the method as given on the command line, the labeled set, and the seed."""
+    """One training.
+
+    Attributes:
+        method: the method as given on the command line.
+        labeled: the labeled set.
+        seed: the random seed.
+    """
 
     method: str
     labeled: LabeledSet
@@ -61,23 +67,25 @@ class Run:
 
     @property
     def trainer(self) -> str:
+        """Name of the trainer."""
         name = self.method.partition(":")[0]
         return SUPERVISED if name in (LOWER_BOUND, UPPER_BOUND) else name
 
     @property
     def settings(self) -> dict[str, object]:
+        """Changed settings of the method."""
         pairs = self.method.partition(":")[2].split(",") if ":" in self.method else ()
         return {name: json.loads(value) for name, value in (pair.split("=") for pair in pairs)}
 
     @property
     def weights(self) -> dict[str, str]:
-        """The sets of weights to be scored, and their checkpoints."""
-        beside = None if self.trainer == SUPERVISED else TRAINERS[self.trainer].beside
-        return {"student": STUDENT} | ({} if beside is None else {beside: _BESIDE[beside]})
+        """Names of the weights to score ("student", "teacher" or "second"), and their checkpoints."""
+        companion = None if self.trainer == SUPERVISED else TRAINERS[self.trainer].beside
+        return {"student": STUDENT} | ({} if companion is None else {companion: _COMPANIONS[companion]})
 
 
 class Benchmark(Preparation):
-    """A working folder with data sets, plans and results, and the CSV."""
+    """Working folder with data sets, plans and models, and the CSV with the scores."""
 
     def __init__(self, arguments: argparse.Namespace, data_set: DataSet) -> None:
         super().__init__(arguments, data_set)
@@ -89,28 +97,28 @@ class Benchmark(Preparation):
         self._writing = Lock()
 
     def name(self, run: Run) -> str:
-        """Readable, and of this run alone."""
+        """Return a readable and unique name of the trainer class of a run."""
         settings = "".join(f"_{key}" for key in run.settings)
         number = hashlib.sha256(json.dumps(self.declaration(run), sort_keys=True).encode()).hexdigest()[:8]
         return f"Benchmark_{run.method.partition(':')[0]}{settings}_i{self.iterations}_s{run.seed}_{number}"
 
     def declaration(self, run: Run) -> dict[str, Any]:
-        """What the trainer of a run is told."""
+        """Return the entry of a run in runs.json, from which its trainer class is built."""
         budget = {"epochs": self.iterations // ITERATIONS_PER_EPOCH, "iterations_per_epoch": ITERATIONS_PER_EPOCH}
         return {"trainer": run.trainer, "settings": run.settings, "seed": run.seed, "precision": self.precision,
                 **budget}  # fmt: skip
 
     def declare(self, runs: Iterable[Run]) -> None:
-        """Write down what the names of trainers stand for."""
+        """Add runs to runs.json, so that nnU-Net can find their trainer classes."""
         file = self.work / "runs.json"
-        with FileLock(f"{file}.lock"):  # of several benchmarks in one folder
+        with FileLock(f"{file}.lock"):  # several benchmarks may share a folder
             known = json.loads(file.read_text()) if file.is_file() else {}
             known |= {self.name(run): self.declaration(run) for run in runs}
             with replacing(file) as unfinished:
                 unfinished.write_text(json.dumps(known, indent=1))
 
     def perform(self, run: Run) -> None:
-        """Train unless the final checkpoint is there; predict, score and add to the CSV what it lacks of this run."""
+        """Train a run unless its final checkpoint exists; then predict, score and append what is missing in the CSV."""
         name, dataset = self.name(run), str(self.dataset_id(run.labeled))
         raw = self.raw(run.labeled)
         model = self.work / "nnUNet_results" / raw.name / f"{name}__{self.plans}__3d_fullres"
@@ -136,7 +144,11 @@ class Benchmark(Preparation):
         print(f"{run}: {time.monotonic() - start:.0f} s", flush=True)
 
     def trained_by(self, run: Run, folder: Path) -> str:
-        """The commit that trained a model. SystemExit if its settings are no longer those of its name."""
+        """Return the commit that trained a model.
+
+        Raises:
+            SystemExit: the model was trained with other settings than its trainer has now.
+        """
         record = json.loads((folder / "benchmark.json").read_text())
         if run.trainer in TRAINERS:
             trainer = trainer_class(run.trainer)
@@ -144,23 +156,26 @@ class Benchmark(Preparation):
             for its in settings.values():
                 its |= {name: value for name, value in run.settings.items() if name in its}
             if record["settings"] != json.loads(json.dumps(settings)):
-                raise SystemExit(f"{folder} was trained with other settings of {run.trainer}; delete it and its rows")
+                raise SystemExit(
+                    f"{folder} was trained with other settings of {run.trainer}; delete it and its rows in the CSV"
+                )
         return record["commit"]
 
     def _row(self, run: Run, weights: str, which: str, case: dict, commit: str) -> dict:
+        """Return a row of the CSV."""
         scores = {"dice": round(case["dice"], 5), "hd95_mm": round(case["hd95_mm_max_directed"], 3)}
         key = {**self._key(run), "weights": weights, "set": which, "case": case["case"], "label": case["label"]}
         made = {"commit": commit, "trainer_at_commit": run.trainer, "scored": date.today().isoformat()}
         return key | scores | made
 
     def _key(self, run: Run) -> dict[str, Any]:
-        """The columns that identify a run."""
+        """Return the columns that identify a run."""
         labels, draw = run.labeled
         key = {"method": run.method, "labels": labels, "draw": draw, "seed": run.seed}
         return key | {"plans": self.plans, "iterations": self.iterations, "precision": self.precision}
 
     def missing(self, run: Run) -> list[tuple[str, str]]:
-        """The sets and weights of a run that the CSV does not have."""
+        """Return the sets and weights of a run that are missing in the CSV."""
         sets = [which for which in self.sets if which != UNLABELED or run.method != UPPER_BOUND]
         weights = ["student"] if self.student_only else list(run.weights)
         wanted = [(which, its) for its in weights for which in sets]
@@ -181,31 +196,33 @@ class Benchmark(Preparation):
 
 
 def _settings(trainer: str) -> set[str]:
-    """The names of all that can be set; the budget is the benchmark's."""
+    """Return the names of all settings of a trainer except the number of iterations, which the benchmark sets."""
     found = [getattr(trainer_class(trainer), f"{kind}_settings", None) for kind in ("training", "method", "optimizer")]
     return {field.name for settings in found if settings for field in fields(settings)} - set(_BUDGET)
 
 
 def compare(data_set: DataSet, description: str | None) -> None:
-    """The command line of a comparison on a data set: run what is asked for and not done yet."""
+    """Run the command line of a comparison on a data set: all requested runs that are not in the CSV."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, data_set)
     table = HERE / "results" / f"{data_set.table}.csv"
     parser.add_argument("--table", type=Path, default=table, help="default: %(default)s")
-    parser.add_argument("--methods", nargs="+", required=True, help="lower_bound, upper_bound, and trainers")
+    parser.add_argument("--methods", nargs="+", required=True, help="lower_bound, upper_bound, and names of trainers")
     parser.add_argument("--labels", type=int, nargs="+", choices=data_set.labels, default=[data_set.labels[-1]])
     if data_set.draws:
-        draw_help = "labeled sets: 0 for the protocol's first cases, else drawn with that seed (default: 0)"
+        draw_help = (
+            "labeled sets: 0 for the protocol's first cases, other numbers are seeds of random sets (default: 0)"
+        )
         parser.add_argument("--draw", dest="draws", type=int, nargs="+", default=[0], metavar="K", help=draw_help)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--sets", nargs="+", choices=SETS, default=["val"], help="default: val")
-    parser.add_argument("--weights", choices=("all", "student"), default="all", help="which weights of a run to score: "
-                        "the student's, or those of teacher or second network, too (default: all)")  # fmt: skip
+    parser.add_argument("--weights", choices=("all", "student"), default="all", help="weights of a run to score: all "
+                        "for student and teacher or second network, or student only (default: all)")  # fmt: skip
     parser.add_argument("--iterations", type=int, default=data_set.iterations, help="default: %(default)s")
-    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="of products on a CPU; "
-                        "bfloat16 is twice as fast where the CPU has it, and else computed with rounded float32 "
-                        "(default: %(default)s)")  # fmt: skip
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; on a CPU each takes one core")
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="precision of "
+                        "products on a CPU; bfloat16 is twice as fast on a CPU that supports it, and is emulated with "
+                        "rounded float32 on others (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--jobs", type=int, default=1, help="number of parallel runs; on a CPU each uses one core")
     arguments = parser.parse_args()
     labeled_sets = [
         LabeledSet(labels, draw) for draw in getattr(arguments, "draws", [0]) for labels in arguments.labels
@@ -214,10 +231,10 @@ def compare(data_set: DataSet, description: str | None) -> None:
              for labeled in labeled_sets for method in arguments.methods]  # fmt: skip
     unknown = {run.trainer for run in asked} - {SUPERVISED, *TRAINERS}
     if unknown:
-        parser.error(f"unknown methods: {', '.join(sorted(unknown))}")
+        parser.error(f"unknown methods: {', '.join(sorted(unknown))}; run `nnunet_dycon list` for all trainers")
     for run in asked:
         if run.settings and (unknown := run.settings.keys() - _settings(run.trainer)):
-            parser.error(f"{run.trainer} has no setting {', '.join(sorted(unknown))}")
+            parser.error(f"{run.trainer} has no setting {', '.join(sorted(unknown))}; correct or remove it")
     if arguments.iterations < 1 or arguments.iterations % ITERATIONS_PER_EPOCH:
         parser.error(f"--iterations must be a multiple of {ITERATIONS_PER_EPOCH}")
     benchmark = Benchmark(arguments, data_set)

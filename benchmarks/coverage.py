@@ -1,4 +1,4 @@
-"""Coverage of the 95 % intervals of `nnunet_dycon.inference.statistics`, in simulated experiments.
+"""Coverage of the 95 % intervals of `nnunet_dycon.inference.statistics` in simulated experiments.
 
     python -m benchmarks.coverage
 
@@ -16,7 +16,7 @@ from benchmarks.preparation import HERE
 from nnunet_dycon.inference.statistics import PairedBootstrap, pooled_seed_noise
 
 SIMULATIONS = 2000
-# The name of a setting and its arguments to `simulate`. Three seeds of all methods unless stated otherwise.
+# Names of settings and their arguments to `simulate`.
 SETTINGS: dict[str, dict] = {
     "1 seed, 60 cases": {"seeds": (1, 1), "cases": 60, "seed": 0},
     "1 seed, 16 cases": {"seeds": (1, 1), "cases": 16, "seed": 0},
@@ -62,7 +62,7 @@ def simulate(
         cases: number of cases.
         own: standard deviation over cases of the difference between a method and the others.
         seed: standard deviation over seeds of the mean over cases.
-        residual: standard deviation of each score around the former.
+        residual: standard deviation of the remaining noise of each score.
         draw: standard deviation over the draws of labeled cases, equal for all methods.
         skewed: draw the differences of all methods but 0 from a lognormal distribution instead of a normal one.
         factor: multiplies `seed` for methods 0 and 1.
@@ -114,7 +114,7 @@ def _with_resampled_seeds(scores: dict[int, np.ndarray], rng: np.random.Generato
 
 
 def as_markdown(results: dict[str, dict]) -> str:
-    """Return the results as a table."""
+    """Return the results as a Markdown table."""
     rows = [
         (name, f"{its['coverage']:.3f}", f"{its['resampled']:.3f}" if its["resampled"] is not None else "")
         for name, its in results.items()

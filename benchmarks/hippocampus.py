@@ -3,7 +3,7 @@
     python -m benchmarks.hippocampus --data <Task04_Hippocampus> --work <folder> --methods lower_bound --seeds 0 1 2
 
 Cases: benchmarks/protocols/hippocampus.json, 130 for training, 30 for val, 40 for test. `--draw K` labels other cases
-of the 130. `benchmarks.comparison` describes what is run.
+of the 130. `benchmarks.comparison` describes methods, sets and scores.
 """
 
 from benchmarks.comparison import compare

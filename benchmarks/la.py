@@ -2,8 +2,8 @@
 
     python -m benchmarks.la --data <la_125mm> --work <folder> --methods lower_bound nnUNetTrainerDyCON --seeds 0 1 2
 
-Cases: benchmarks/protocols. The volumes are cropped around the reference: numbers are for comparing methods, not for
-comparing with other data. `benchmarks.comparison` says what is run.
+Cases: benchmarks/protocols. The volumes are cropped around the reference, so the scores can be compared between
+methods, but not with scores on other data. `benchmarks.comparison` describes methods, sets and scores.
 """
 
 from benchmarks.comparison import compare
@@ -11,7 +11,7 @@ from benchmarks.preparation import DataSet, LabeledSet, Preparation
 
 
 class LeftAtrium(DataSet):
-    """100 LGE-MRI of the 2018 Atrial Segmentation Challenge, as far as the protocol names them."""
+    """Cases of the protocol among the 100 LGE-MRI of the 2018 Atrial Segmentation Challenge."""
 
     def write(self, preparation: Preparation, labeled: LabeledSet) -> None:
         preparation.convert("la", labeled, "--spacing", "1.25")

@@ -1,10 +1,11 @@
-"""Time that a batch takes to load, against nnU-Net's own loader for as many samples.
+"""Time to load a batch, compared to nnU-Net's loader with the same number of samples.
 
     python -m benchmarks.loader --data <la_125mm> --work <folder> [--json FILE]
 
-nnU-Net's loader gives 4 labeled samples, the two-stream loader 2 labeled and 2 unlabeled ones in two views each, with
-the same plans and nnU-Net's whole augmentation. Both run in this process, in one thread, in turn; time is the median,
-with the quartiles in brackets. It varies from batch to batch, because most transforms are applied to some samples only.
+nnU-Net's loader returns 4 labeled samples, the two-stream loader 2 labeled and 2 unlabeled ones in two views each, with
+the same plans and nnU-Net's whole augmentation. Both run alternately in this process, in one thread. Times are medians,
+with the quartiles in brackets. They vary from batch to batch because most transforms are applied to a random subset of
+the samples.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from benchmarks.measuring import machine, markdown, summary, with_quartiles, wri
 from benchmarks.preparation import SUPERVISED, add_arguments
 from benchmarks.train_step import build, prepared
 
-OURS = "nnUNetTrainerMeanTeacher"  # all semi-supervised trainers load alike
+OURS = "nnUNetTrainerMeanTeacher"  # all semi-supervised trainers have the same loader
 
 
 def main() -> None:
@@ -27,7 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, replace(LEFT_ATRIUM, spacing=1.25, features=()))
     parser.add_argument("--repeats", type=int, default=200)
-    parser.add_argument("--json", type=Path, help="where to write the numbers, too")
+    parser.add_argument("--json", type=Path, help="file for the results as JSON")
     arguments = parser.parse_args()
     folder, plans = prepared(arguments)
     torch.set_num_threads(1)
@@ -45,12 +46,12 @@ def main() -> None:
 
 
 def as_markdown(results: dict[str, dict]) -> str:
-    """Return the results as a table."""
+    """Return the results as a Markdown table."""
     rows = []
     for name, loader in ((SUPERVISED, "nnU-Net's"), (OURS, "two streams")):
         times = results[name]["seconds"] / results[SUPERVISED]["seconds"]
         rows.append((loader, with_quartiles(results[name]), f"{times:.2f}"))
-    return markdown(("loader", "seconds a batch of 4 samples", "over nnU-Net's"), rows)
+    return markdown(("loader", "seconds per batch of 4 samples", "relative to nnU-Net"), rows)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""Time and memory of the losses, against the same equations written with whole matrices.
+"""Time and memory of the losses, compared to the same equations with dense matrices.
 
     python -m benchmarks.losses [--device cuda] [--json FILE]
 
-- Each number comes from a process of its own: forward and backward pass, in float32, repeated; time is the median, with
+- Each case is measured in a separate process: repeated forward and backward passes in float32. Times are medians, with
   the quartiles in brackets.
-- Memory is what the passes need at most beyond their inputs: on a CPU the growth of the process's peak resident memory,
-  on a GPU that of PyTorch's allocated memory.
-- The dense forms are the equations of the docstrings with N × N matrices, and UnCL as the released code has it, with
-  entropies added to every image of the batch.
+- Memory is the peak memory of the passes in addition to their inputs: on a CPU resident memory of the process, on a GPU
+  memory allocated by PyTorch.
+- The dense forms are the equations of the docstrings with N × N matrices, and UnCL of the released code, which adds the
+  entropies to every image of the batch.
 """
 
 import argparse
@@ -29,6 +29,7 @@ TEMPERATURE, GAMMA, TOP_K, BETA = 0.6, 2.0, 5, 2.0
 
 
 def dense_fecl(embedding, patch_labels, *, teacher_embedding, anchor_entropy, gamma=GAMMA):
+    """Return FeCL, computed with N × N matrices."""
     z, teacher = normalize(embedding, dim=-1), normalize(teacher_embedding, dim=-1)
     itself = torch.eye(z.shape[1], dtype=torch.bool, device=z.device)
     known = patch_labels >= 0
@@ -46,13 +47,14 @@ def dense_fecl(embedding, patch_labels, *, teacher_embedding, anchor_entropy, ga
     )
     denominator = (positive * exponential + negative * clamped**gamma * (exponential + hard)).sum(-1, keepdim=True)
     valid = positive.any(-1) & negative.any(-1)
-    denominator = torch.where(valid[..., None], denominator, 1.0)  # a 0 there would make its gradient NaN
+    denominator = torch.where(valid[..., None], denominator, 1.0)  # a 0 would make its gradient NaN
     per_pair = torch.where(positive & valid[:, :, None], -weight * (exponential / denominator).log(), 0.0)
     per_anchor = per_pair.sum(-1) / positive.sum(-1).clamp(min=1)
     return per_anchor.sum() / valid.sum()
 
 
 def released_uncl(student_logits, teacher_logits):
+    """Return UnCL of the released code."""
     student, teacher = student_logits.softmax(1), teacher_logits.softmax(1)
     own = -(student * torch.log(student + 1e-6)).sum(1, keepdim=True)
     others = -(teacher * torch.log(teacher + 1e-6)).sum(1, keepdim=True)
@@ -61,7 +63,7 @@ def released_uncl(student_logits, teacher_logits):
 
 
 def patches(batch: int, number: int, width: int, device: str) -> dict[str, torch.Tensor]:
-    """Embeddings, labels (some ignored), teacher embeddings and entropies."""
+    """Return random embeddings, labels (some ignored), teacher embeddings and entropies of patches."""
     generator = torch.Generator().manual_seed(0)
     embedding = torch.randn(batch, number, width, generator=generator)
     tensors = {
@@ -74,6 +76,7 @@ def patches(batch: int, number: int, width: int, device: str) -> dict[str, torch
 
 
 def logits(batch: int, side: int, device: str) -> dict[str, torch.Tensor]:
+    """Return random logits of student and teacher."""
     generator = torch.Generator().manual_seed(0)
     names = ("student_logits", "teacher_logits")
     return {name: 2 * torch.randn(batch, 2, side, side, side, generator=generator).to(device) for name in names}
@@ -91,7 +94,7 @@ def _released_fecl(embedding, patch_labels, teacher_embedding, anchor_entropy):
     return fecl_released_loss(embedding, patch_labels, teacher_embedding=teacher_embedding)
 
 
-# What is measured: (name, input, loss). A name's first part groups what is compared.
+# Measured cases by name: the function that makes the inputs, and the loss.
 CASES: dict[str, tuple[Callable[[str], dict], Callable]] = {
     "FeCL, B=4, N=4096, D=256: dense": (lambda device: patches(4, 4096, 256, device), dense_fecl),
     "FeCL, B=4, N=4096, D=256: ours": (lambda device: patches(4, 4096, 256, device), _ours_fecl(GAMMA)),
@@ -104,7 +107,7 @@ CASES: dict[str, tuple[Callable[[str], dict], Callable]] = {
 
 
 def measure(name: str, device: str, repeats: int) -> dict:
-    """Seconds of each repeat, and bytes at most beyond the inputs."""
+    """Return time and peak memory of a case, and the machine."""
     make, loss = CASES[name]
     tensors = make(device)
     student = next(iter(tensors))
@@ -142,12 +145,14 @@ def _peak(device: str) -> int:
 
 
 def main() -> None:
-    """Measure each case in a process of its own, and print a Markdown table."""
+    """Measure each case in a separate process, and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--repeats", type=int, default=6, help="the first one warms up (default: %(default)s)")
+    parser.add_argument(
+        "--repeats", type=int, default=6, help="number of passes; the first one is a warm-up (default: %(default)s)"
+    )
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES, metavar="CASE")
-    parser.add_argument("--json", type=Path, help="where to write the numbers, too")
+    parser.add_argument("--json", type=Path, help="file for the results as JSON")
     parser.add_argument("--one", choices=CASES, metavar="CASE", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
@@ -166,7 +171,7 @@ def main() -> None:
 
 
 def as_markdown(results: dict[str, dict]) -> str:
-    """Return the results as a table."""
+    """Return the results as a Markdown table."""
     rows = []
     for name, its in results.items():
         measured = (its["error"], "") if "error" in its else (with_quartiles(its), f"{its['bytes'] / 1e6:.0f}")

@@ -1,4 +1,4 @@
-"""What the benchmarks of time share: the machine, the spread of times, and the file that holds both."""
+"""Helpers of the time benchmarks: description of the machine, quartiles of times, result files and tables."""
 
 import json
 import platform
@@ -12,7 +12,7 @@ from benchmarks.trainers.nnunet_dycon_benchmark_trainers import commit
 
 
 def machine(device: str) -> dict[str, str | int]:
-    """What a figure depends on."""
+    """Return a description of the device and the versions of torch and Python."""
     named = {"torch": torch.__version__, "python": platform.python_version()}
     if device == "cuda":
         return {"device": torch.cuda.get_device_name(), **named}
@@ -27,19 +27,19 @@ def _processor() -> str:
 
 
 def write(file: Path, results: dict, **about: object) -> None:
-    """Write the results as JSON, with the commit and what else they depend on."""
+    """Write results as JSON, together with the commit and further information such as the machine."""
     content = {"commit": commit(), **about, "results": results}
     file.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def summary(seconds: Sequence[float]) -> dict:
-    """Median and quartiles."""
+    """Return median and quartiles of times in seconds."""
     low, median, high = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else 3 * [seconds[0]]
     return {"seconds": median, "quartiles": [low, high], "repeats": len(seconds)}
 
 
 def with_quartiles(result: dict) -> str:
-    """The median, with the quartiles in brackets."""
+    """Return the median as text, with the quartiles in brackets."""
     low, high = result["quartiles"]
     return f"{result['seconds']:.3f} [{low:.3f}, {high:.3f}]"
 

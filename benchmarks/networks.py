@@ -1,12 +1,12 @@
-"""Parameters, memory and time of the networks, beside the one that nnU-Net plans.
+"""Parameters, memory and time of the networks, compared to nnU-Net's PlainConvUNet.
 
     python -m benchmarks.networks [--features 32 64 128 256 320] [--patch 96 96 96] [--timed_patch 32 32 32]
 
 - One channel, two classes, strides of 2, deep supervision on, two images.
-- Memory is what the forward pass keeps for the backward one, beyond the parameters, with autocast to 16 bits: counted
-  from the shapes of tensors, without computing anything, so that no GPU is needed. Each memory is counted once.
-- Time is that of a forward and a backward pass of the smaller patch in float32, one thread, the networks in turn: the
-  median of the process's own CPU time, with the quartiles in brackets; the first pass warms up.
+- Memory is the size of all tensors except parameters that the forward pass saves for the backward pass, with autocast
+  to 16 bits. It is computed from the shapes of the tensors, without a GPU. Each storage is counted once.
+- Time is the CPU time of a forward and backward pass of the smaller patch in float32, with one thread. The networks are
+  run alternately. Times are medians, with the quartiles in brackets; the first pass is a warm-up.
 """
 
 import argparse
@@ -27,7 +27,7 @@ IMAGES, CLASSES = 2, 2
 
 
 def build(name: str, features: list[int]) -> nn.Module:
-    """By the name of its class."""
+    """Build a network by the name of its class."""
     stages = len(features)
     planned: dict[str, Any] = {
         "features_per_stage": features,
@@ -47,7 +47,7 @@ def build(name: str, features: list[int]) -> nn.Module:
 
 
 def kept_bytes(name: str, features: list[int], patch: list[int]) -> int:
-    """For the backward pass, with the autocast of a GPU."""
+    """Return the number of bytes that are saved for the backward pass, with the autocast of a GPU."""
     kept: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -59,7 +59,7 @@ def kept_bytes(name: str, features: list[int], patch: list[int]) -> int:
     with FakeTensorMode(), torch.device("cuda"):
         network = build(name, features)
         images = torch.randn(IMAGES, 1, *patch)
-        torch.set_autocast_enabled("cuda", True)  # torch.autocast would look for a GPU
+        torch.set_autocast_enabled("cuda", True)  # torch.autocast would require a GPU
         try:
             with saved_tensors_hooks(keep, lambda tensor: tensor):
                 network(images)
@@ -71,7 +71,7 @@ def kept_bytes(name: str, features: list[int], patch: list[int]) -> int:
 
 
 def take_passes(networks: dict[str, nn.Module], patch: list[int], repeats: int) -> dict[str, dict]:
-    """How long each takes, in turn."""
+    """Return the time of a forward and backward pass of each network. The networks are run alternately."""
     seconds: dict[str, list[float]] = {name: [] for name in networks}
     images = torch.randn(IMAGES, 1, *patch)
     for repeat in range(repeats + 1):
@@ -84,13 +84,13 @@ def take_passes(networks: dict[str, nn.Module], patch: list[int], repeats: int) 
 
 
 def main() -> None:
-    """Measure, and print a Markdown table."""
+    """Measure all networks, and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--features", type=int, nargs="+", default=[32, 64, 128, 256, 320])
     parser.add_argument("--patch", type=int, nargs=3, default=[96, 96, 96])
     parser.add_argument("--timed_patch", type=int, nargs=3, default=[32, 32, 32])
     parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--json", type=Path, help="where to write the numbers, too")
+    parser.add_argument("--json", type=Path, help="file for the results as JSON")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     names = ("PlainConvUNet", "UXNet", "DKUXNet")
@@ -108,9 +108,9 @@ def main() -> None:
 
 
 def as_markdown(results: dict[str, dict]) -> str:
-    """Return the results as a table."""
+    """Return the results as a Markdown table."""
     own = next(iter(results.values()))
-    columns = ("network", "million parameters", "GB kept", "over nnU-Net's", "seconds a pass", "over nnU-Net's")
+    columns = ("network", "million parameters", "GB saved", "relative memory", "seconds per pass", "relative time")
     rows = []
     for name, its in results.items():
         more, longer = its["bytes_kept"] / own["bytes_kept"], its["seconds"] / own["seconds"]

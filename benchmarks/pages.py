@@ -2,19 +2,19 @@
 
     python -m benchmarks.pages [--check]
 
-A page has the place of a table between two comments, of which the first names it:
+In a page, a table is between two comments. The first one contains its kind and arguments:
 
     <!-- results: la_3p5mm 4 -->
     <!-- end -->
 
-- results TABLE LABELS: each trainer with its own settings against lower and upper bound;
-- trials TABLE LABELS: all methods, those with changed settings, too, on every set, with the first draw of labels;
-- looks: every method that was scored on test, by day;
+- results TABLE LABELS: all trainers with their default settings, lower bound and upper bound;
+- trials TABLE LABELS: all methods, including changed settings, on every set, with the first draw of labeled cases;
+- looks: all methods that were scored on test, by date;
 - losses FILE, train_step FILE, loader FILE, networks FILE: measured times and memory;
 - coverage FILE: coverage of the confidence intervals in simulations;
-- scaling: calculated steps on 1 to 64 GPUs.
+- scaling: calculated times of a step on 1 to 64 GPUs.
 
-With --check nothing is written; the exit code is 1 if a page differs from what would be written.
+With --check nothing is written, and the exit code is 1 if a page is out of date.
 """
 
 import argparse
@@ -41,7 +41,7 @@ Key = tuple[str, str]  # method and weights
 
 
 def results(table: str, labels: str) -> str:
-    """Return the table of the trainers with their own settings."""
+    """Return the table of all trainers with their default settings."""
     columns = (
         "method",
         *SETS,
@@ -64,7 +64,7 @@ def results(table: str, labels: str) -> str:
 
 
 def trials(table: str, labels: str) -> str:
-    """Return the table of all methods with the given number of labels, on every set."""
+    """Return the table of all methods with a number of labels, on every set."""
     sets = {which: students(table, which, draws=(0,)).get(int(labels), {}) for which in SETS}
     rows = [(_name(key[0]), *(_dice(sets[which], key) for which in SETS)) for key in _methods(sets)]
     return _without_empty_columns(("method", *SETS), rows)
@@ -84,7 +84,7 @@ def looks() -> str:
 
 
 def measured(module: ModuleType) -> Callable[[str], str]:
-    """Return the function that makes the table of a module from a file of its results."""
+    """Return a function that makes the table of a benchmark module from a file of results."""
     return lambda file: module.as_markdown(json.loads((RESULTS / file).read_text())["results"])
 
 
@@ -102,7 +102,7 @@ MAKERS: dict[str, Callable[..., str]] = {
 
 
 def filled(text: str) -> str:
-    """Return a page with all of its tables made anew."""
+    """Return the text of a page with all tables made from the results."""
 
     def fill(match: re.Match) -> str:
         return f"{match[1]}\n{MAKERS[match['kind']](*match['arguments'].split())}\n\n{match[4]}"
@@ -117,17 +117,23 @@ def _rows(table: str) -> list[dict[str, str]]:
 
 
 def students(table: str, which: str, **chosen: Any) -> dict[int, report.Group]:
-    """Return the students by number of labels; nothing if the set was not scored. `report.read` takes the others."""
+    """Return the scores of the students by number of labels; none if the set was not scored.
+
+    Args:
+        table: name of the table.
+        which: set of cases.
+        chosen: further arguments of `report.read`.
+    """
     if not any(row["set"] == which for row in _rows(table)):
         return {}
     if which == UNLABELED:
-        chosen["draws"] = (0,)  # the cases of other draws are others
+        chosen["draws"] = (0,)  # other draws have other unlabeled cases
     found = report.groups(report.read(RESULTS / f"{table}.csv", which, **chosen))
     return {n: {key: its for key, its in group.items() if key[1] == "student"} for n, group in found.items()}
 
 
 def _methods(sets: dict[str, report.Group]) -> list[Key]:
-    """Return the methods of any set: the lower bound first, the upper bound last, the others by their Dice."""
+    """Return the methods of all sets: lower bound first, upper bound last, the others by ascending Dice."""
 
     def order(key: Key) -> tuple:
         place = {LOWER_BOUND: 0, UPPER_BOUND: 2}.get(key[0], 1)
@@ -146,7 +152,11 @@ def _dice(group: report.Group, key: Key) -> str:
 
 
 def _without_empty_columns(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """Return a table without the columns in which all entries are empty. ValueError if there are no rows."""
+    """Return a table without empty columns.
+
+    Raises:
+        ValueError: there are no rows.
+    """
     if not rows:
         raise ValueError("there are no results for this table; correct its name or its number of labels")
     kept = [number for number in range(len(columns)) if any(row[number] for row in rows)]

@@ -1,23 +1,23 @@
-"""Phantoms with small lesions, less than 1 % of the voxels: many held-out cases, and trainings of a few minutes.
+"""The phantom development protocol: synthetic images with small lesions of less than 1 % of the voxels.
 
     python -m benchmarks.phantom --work <folder> --methods lower_bound nnUNetTrainerDyCON --seeds 0 1 2
 
-They are drawn, not measured: what helps here has to show on scans, too, but noise is small enough to see what helps.
-`benchmarks.comparison` says what is run.
+Many held-out cases and trainings of a few minutes keep the noise small. Improvements on phantoms must be confirmed on
+scans. `benchmarks.comparison` describes methods, sets and scores.
 """
 
 from benchmarks.comparison import compare
 from benchmarks.preparation import DataSet, LabeledSet, Preparation
 from nnunet_dycon.demo.phantom import write_dataset
 
-SEED = 7  # of the cases
+SEED = 7  # seed of the images
 SHAPE = (24, 32, 40)
 LESION_RADII = (1.5, 3.5)  # voxels
 HELD_OUT = {"val": 60, "test": 60}
 
 
 class Phantoms(DataSet):
-    """Phantoms, the same ones whatever the number of labels."""
+    """Phantoms; the images are the same for every number of labels."""
 
     def write(self, preparation: Preparation, labeled: LabeledSet) -> None:
         counts = {"labeled": labeled.labels, "unlabeled": self.training_cases - labeled.labels, **HELD_OUT}

@@ -1,6 +1,6 @@
-"""What the benchmarks share: data sets, plans and preprocessed cases in a working folder.
+"""Preparation of benchmarks: data sets, plans and preprocessed cases in a working folder.
 
-All is made by nnU-Net's own commands and ours, in processes of their own.
+They are created with the commands of nnU-Net and nnunet_dycon in subprocesses.
 """
 
 import argparse
@@ -23,19 +23,22 @@ from nnunet_dycon.system.environment import DISCOVERY
 from nnunet_dycon.system.files import replacing
 
 HERE = Path(__file__).parent
-LOWER_BOUND, UPPER_BOUND = "lower_bound", "upper_bound"  # methods: labeled cases only, all training cases with labels
-SUPERVISED = "nnUNetTrainer"  # nnU-Net's own trainer, which trains both
-UNLABELED = "unlabeled"  # the role, and the set of cases that is scored
+LOWER_BOUND, UPPER_BOUND = (
+    "lower_bound",
+    "upper_bound",
+)  # methods: labeled cases only, and all training cases with labels
+SUPERVISED = "nnUNetTrainer"  # trainer of both bounds
+UNLABELED = "unlabeled"  # role of training cases, and name of a set for scoring
 SCORED = ("val", "test")  # held-out cases of a protocol
 
 
 class LabeledSet(NamedTuple):
-    """Which training cases are labeled.
+    """Selection of the labeled training cases.
 
     Attributes:
         labels: the number of labeled cases.
-        draw: 0 for the first `labels` cases in the order of the protocol, any other number for a random order with that
-            seed. The labeled cases of a smaller number are among those of a larger one.
+        draw: 0 for the first `labels` cases in the order of the protocol; another number is the seed of a random order.
+            For one draw, the labeled cases of a smaller number are a subset of those of a larger number.
     """
 
     labels: int
@@ -44,19 +47,19 @@ class LabeledSet(NamedTuple):
 
 @dataclass(frozen=True)
 class DataSet:
-    """Training cases, of which some are labeled, and held-out ones.
+    """Data set of a benchmark: labeled and unlabeled training cases, and held-out cases.
 
     Attributes:
-        name: as in DatasetXXX_name.
-        table: of results, without .csv.
-        first_id: the data set with N labels has the number first_id + N.
-        labels: the numbers of labels that methods are compared at.
-        training_cases: the number of training cases, which are all labeled for the upper bound.
-        spacing: in mm, isotropic.
-        features: of each stage of the network.
-        iterations: the budget of a training.
-        needs_data: whether it is made of a folder that the user names.
-        draws: whether other labeled sets than the first one can be drawn.
+        name: name in DatasetXXX_NAME.
+        table: name of the table of results, without .csv.
+        first_id: offset of dataset IDs; the data set with N labels has the ID first_id + N.
+        labels: numbers of labels with which methods are compared.
+        training_cases: number of training cases, which are all labeled for the upper bound.
+        spacing: isotropic voxel spacing in mm.
+        features: number of features of each stage of the network.
+        iterations: number of training iterations.
+        needs_data: whether the user must provide a folder with the data.
+        draws: whether several draws of labeled cases are supported.
     """
 
     name: str
@@ -72,11 +75,11 @@ class DataSet:
 
     @property
     def all_labeled(self) -> LabeledSet:
-        """The labeled set of the upper bound."""
+        """Labeled set of the upper bound."""
         return LabeledSet(self.training_cases)
 
     def write(self, preparation: "Preparation", labeled: LabeledSet) -> None:
-        """Write the raw data set; with as many labels as there are training cases, none is unlabeled."""
+        """Write the raw data set. If all training cases are labeled, there are no unlabeled ones."""
         raise NotImplementedError
 
 
@@ -84,7 +87,7 @@ def split(protocol: Path, labeled: LabeledSet) -> dict[str, list[str]]:
     """Return the case lists of a labeled set, as `nnunet_dycon convert --split` reads them.
 
     Args:
-        protocol: a JSON file with the lists training (in an order), val and test.
+        protocol: a JSON file with the lists training (in the order of labeling), val and test.
         labeled: the labeled set.
     """
     cases = json.loads(protocol.read_text())
@@ -95,25 +98,31 @@ def split(protocol: Path, labeled: LabeledSet) -> dict[str, list[str]]:
 
 
 def add_arguments(parser: argparse.ArgumentParser, data_set: DataSet) -> None:
-    """The arguments that `Preparation` reads."""
+    """Add the command-line arguments of `Preparation`."""
     if data_set.needs_data:
-        parser.add_argument("--data", type=Path, required=True, help="folder of the data set, as `convert` takes it")
+        parser.add_argument(
+            "--data", type=Path, required=True, help="folder of the data set, input of `nnunet_dycon convert`"
+        )
     parser.add_argument("--work", type=Path, required=True, help="folder for data sets, models and logs")
-    parser.add_argument("--spacing", type=float, default=data_set.spacing, help="mm, isotropic (default: %(default)s)")
-    parser.add_argument("--features", type=int, nargs="*", default=list(data_set.features), help="of each stage of the "
-                        "network, the last one repeated; none for nnU-Net's own (default: %(default)s)")  # fmt: skip
+    parser.add_argument(
+        "--spacing", type=float, default=data_set.spacing, help="isotropic voxel spacing in mm (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--features", type=int, nargs="*", default=list(data_set.features), help="features of each stage of the "
+        "network, the last one repeated; no number for nnU-Net's own (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
 
 
 def trainer_class(name: str) -> Any:
-    """nnU-Net's own trainer, or one of the registry's. Where weights are trained, after the folders are set."""
+    """Return nnU-Net's trainer or a trainer of the registry. Call it after nnU-Net's environment variables are set."""
     if name == SUPERVISED:
         return import_module("nnunetv2.training.nnUNetTrainer.nnUNetTrainer").nnUNetTrainer
     return import_module("nnunet_dycon.trainers").trainer_class(name)
 
 
 class Preparation:
-    """A working folder with data sets, plans and preprocessed cases."""
+    """Working folder with data sets, plans and preprocessed cases."""
 
     def __init__(self, arguments: argparse.Namespace, data_set: DataSet) -> None:
         self.data_set = data_set
@@ -127,23 +136,23 @@ class Preparation:
 
     @property
     def folders(self) -> dict[str, str]:
-        """nnU-Net's variables."""
+        """nnU-Net's environment variables with their folders."""
         return {name: str(self.work / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
 
     def dataset_id(self, labeled: LabeledSet) -> int:
-        """The dataset ID of a labeled set."""
+        """Return the dataset ID of a labeled set."""
         return 1000 * labeled.draw + self.data_set.first_id + labeled.labels
 
     def dataset(self, labeled: LabeledSet) -> str:
-        """The dataset name of a labeled set."""
+        """Return the dataset name of a labeled set."""
         return f"Dataset{self.dataset_id(labeled)}_{self.data_set.name}"
 
     def raw(self, labeled: LabeledSet) -> Path:
-        """The raw folder of a labeled set."""
+        """Return the raw folder of a labeled set."""
         return self.work / "nnUNet_raw" / self.dataset(labeled)
 
     def convert(self, converter: str, labeled: LabeledSet, *options: str) -> None:
-        """Convert `data` with the split of the protocol `benchmarks/protocols/<table>.json`."""
+        """Convert the data with the split of the protocol `benchmarks/protocols/<table>.json`."""
         file = self.work / "splits" / f"{self.dataset(labeled)}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(split(HERE / "protocols" / f"{self.data_set.table}.json", labeled), indent=1))
@@ -151,7 +160,7 @@ class Preparation:
         self.command("nnunet_dycon.cli:main", "convert", converter, *arguments)
 
     def prepare(self, labeled_sets: Iterable[LabeledSet]) -> None:
-        """Convert, plan and preprocess what is not there yet, one process at a time."""
+        """Convert, plan and preprocess labeled sets unless this is done. A lock admits one process at a time."""
         self.work.mkdir(parents=True, exist_ok=True)
         with FileLock(self.work / "prepare.lock"):
             needed = set(labeled_sets)
@@ -162,7 +171,7 @@ class Preparation:
 
     @property
     def _planned_for(self) -> LabeledSet:
-        """The labeled set whose plans the upper bound uses."""
+        """Labeled set whose plans the upper bound uses."""
         return LabeledSet(self.data_set.labels[-1])
 
     def prepare_references(self, labeled_sets: Iterable[LabeledSet]) -> None:
@@ -179,7 +188,7 @@ class Preparation:
                     shutil.copy(everything / "labelsTr" / name, references / name)
 
     def references(self, labeled: LabeledSet, which: str) -> Path:
-        """The folder of the labels that a set of cases is scored by."""
+        """Return the folder with the reference labels of a set of cases."""
         if which == UNLABELED:
             return self.work / "references" / self.dataset(labeled)
         return self.raw(labeled) / FOLDERS[which][1]
@@ -208,7 +217,7 @@ class Preparation:
             self._narrow(plans)
         which = ["-d", dataset, "-plans_name", self.plans, "-c", "3d_fullres", "-np", "2"]
         identifier = json.loads(plans.read_text())["configurations"]["3d_fullres"]["data_identifier"]
-        # One after the other: with as many as there are cases, nothing was interrupted.
+        # If the number of files equals that of cases, preprocessing was not interrupted.
         if len(list((plans.parent / identifier).glob("*.pkl"))) < labeled.labels:
             entry = "nnunetv2.experiment_planning.plan_and_preprocess_entrypoints:preprocess_entry"
             self.command(entry, *which)
@@ -229,7 +238,7 @@ class Preparation:
             unfinished.write_text(json.dumps(plans, indent=4))
 
     def command(self, entry_point: str, *arguments: str, log: str = "prepare.log") -> None:
-        """Run one of nnU-Net's commands, or ours, in one thread on a CPU; nnU-Net would take all cores."""
+        """Run a command of nnU-Net or nnunet_dycon; on a CPU in one thread, since nnU-Net would use all cores."""
         module, _, function = entry_point.partition(":")
         code = f"import sys; from {module} import {function} as main; sys.exit(main())"
         if self.device == "cpu":
@@ -237,7 +246,7 @@ class Preparation:
         environment = {
             **os.environ,
             **self.folders,
-            "nnUNet_extTrainer": os.pathsep.join(map(str, (HERE / "trainers", DISCOVERY))),  # the latter to predict
+            "nnUNet_extTrainer": os.pathsep.join(map(str, (HERE / "trainers", DISCOVERY))),  # DISCOVERY for prediction
             "NNUNET_DYCON_BENCHMARK_RUNS": str(self.work / "runs.json"),
         }
         if self.device == "cpu":
@@ -254,4 +263,4 @@ class Preparation:
                 [sys.executable, "-c", code, *arguments], env=environment, stdout=file, stderr=subprocess.STDOUT
             )
         if result.returncode != 0:
-            raise SystemExit(f"{entry_point} {' '.join(arguments)} failed; see {logs / log}")
+            raise SystemExit(f"{entry_point} {' '.join(arguments)} failed; see {logs / log} for the error")

@@ -1,21 +1,24 @@
-"""Turn a table of benchmarks/results, by default la.csv, into a Markdown table and pictures.
+"""Report of a table of benchmarks/results, by default la.csv, as a Markdown table and pictures.
 
     python -m benchmarks.report --set test
 
-For each number of labels, the table has a row per method and set of weights, the upper bound last: Dice and HD95 as
-mean over labels and cases, then mean ± standard deviation over runs; the difference of Dice to the lower bound; the
-share of the gap between lower and upper bound that the method closes, if the interval of the gap is above 0; when the
-runs were scored, and the commits that trained them. The student is what nnUNetv2_predict uses; the teacher is shown
-next to it.
+For each number of labels, the table has a row per method and network (weights), the upper bound last. Its columns are:
 
-Runs are the seeds. Where there are several draws of labeled cases, they are the draws, averaged over their seeds: seeds
-of one draw are not independent. All methods must then have the same draws; --draws chooses some.
+- Dice and HD95: mean over labels and cases, then mean ± standard deviation over runs;
+- the difference of Dice to the lower bound;
+- the fraction of the gap between lower and upper bound that the method closes, if the interval of the gap is above 0;
+- the dates of scoring, and the commits that trained the runs.
 
-The 95 % intervals are those of `nnunet_dycon.inference.statistics.PairedBootstrap`: cases are resampled, the same for
-all methods, and noise of runs is added, pooled over the students at that number of labels. Without a second run there
-are no intervals. Settings that were chosen on a set have intervals on it that are too optimistic.
+nnUNetv2_predict uses the student by default; the teacher is shown in addition.
 
-Trials, whose settings were changed after a colon, are shown with --trials only.
+Runs are the seeds. With several draws of labeled cases, a run is the mean over the seeds of a draw, since seeds of one
+draw are not independent. All methods must then have the same draws; select them with --draws.
+
+The 95 % intervals are computed by `nnunet_dycon.inference.statistics.PairedBootstrap`: cases are resampled, the same
+ones for all methods, and the noise of runs is added, pooled over the students with the same number of labels. Without a
+second run there are no intervals. Intervals on a set on which settings were chosen are too optimistic.
+
+Trials are methods with changed settings (after a colon). They are shown only with --trials.
 """
 
 import argparse
@@ -41,7 +44,7 @@ from nnunet_dycon.inference.statistics import (
 from nnunet_dycon.system.pictures import Panel, draw_paired_scores
 
 _LOWER, _UPPER = (LOWER_BOUND, "student"), (UPPER_BOUND, "student")
-TERMS = ("plans", "iterations", "precision")  # which runs that are compared must have in common
+TERMS = ("plans", "iterations", "precision")  # must be equal for runs that are compared
 
 
 @dataclass(frozen=True)
@@ -49,11 +52,11 @@ class Scores:
     """The scores of one method with one number of labels.
 
     Attributes:
-        dice: (runs, cases), means over the labels.
-        hd95_mm: (runs, cases), the same.
-        draws: the draws of labeled cases. A run is a seed of the only draw, or else a draw, averaged over its seeds.
-        commits: that trained the runs.
-        scored: days.
+        dice: (runs, cases), Dice, mean over labels.
+        hd95_mm: (runs, cases), HD95 in mm, mean over labels.
+        draws: draws of labeled cases. With one draw, runs are its seeds; with several, runs are means over seeds.
+        commits: commits that trained the runs.
+        scored: dates of scoring.
     """
 
     dice: np.ndarray
@@ -66,17 +69,17 @@ class Scores:
 def read(
     table: Path, which: str, *, draws: Collection[int] | None = None, trials: bool = True, **terms: str | None
 ) -> dict[tuple[int, str, str], Scores]:
-    """Read the scores by labels, method and weights, of runs on the wanted terms, or on any where they are None.
+    """Read the scores of a set, by number of labels, method and weights.
 
     Args:
-        table: as `benchmarks.comparison` writes it.
-        which: "val", "unlabeled" or "test".
-        draws: of labeled cases; None for all there are. The upper bound has none.
+        table: CSV of `benchmarks.comparison`.
+        which: set of cases: "val", "unlabeled" or "test".
+        draws: draws of labeled cases to read; None for all. The upper bound is always read.
         trials: whether to read methods with changed settings, too.
-        terms: the names in `TERMS`.
+        terms: required values of the columns `TERMS`; None for any.
 
     Raises:
-        ValueError: runs are not of the same cases, labels and draws, or not on the same terms.
+        ValueError: there are no such runs, or runs differ in cases, labels, draws, or one of `TERMS`.
     """
     with table.open() as file:
         rows = [row for row in csv.DictReader(file) if row["set"] == which]
@@ -85,33 +88,35 @@ def read(
     rows = [row for row in rows if trials or ":" not in row["method"]]
     options = ", ".join(f"--{name}" for name in TERMS)
     if not rows:
-        raise ValueError(f"there is no run scored on {which} with these {options}")
+        raise ValueError(f"no run is scored on {which} with these {options}; choose other values")
     if len(settings := {tuple(row[name] for name in TERMS) for row in rows}) != 1:
-        raise ValueError(f"choose by {options} one of: {sorted(settings)}")
+        raise ValueError(f"runs differ in {', '.join(TERMS)}; choose with {options} one of: {sorted(settings)}")
     methods: dict[tuple[int, str, str], dict[tuple[int, int], dict[tuple[str, str], dict]]] = {}
     for row in rows:
         key, run = (int(row["labels"]), row["method"], row["weights"]), (int(row["draw"]), int(row["seed"]))
         scored = methods.setdefault(key, {}).setdefault(run, {})
         if (place := (row["case"], row["label"])) in scored:
-            raise ValueError(f"{_told(key, run)}: {row['case']} is there twice")
+            raise ValueError(f"{_run_name(key, run)}: {row['case']} occurs twice; remove a row")
         scored[place] = row
-    # Held-out cases are the same for all runs; unlabeled ones depend on the labeled set.
+    # Held-out cases are the same for all runs; unlabeled cases depend on the labeled set.
     places: dict[tuple[int, int] | None, set[tuple[str, str]]] = {}
     for key, runs in methods.items():
         for run, scored in runs.items():
             if places.setdefault((key[0], run[0]) if which == UNLABELED else None, set(scored)) != set(scored):
-                raise ValueError(f"{_told(key, run)}: other cases or labels than in the other runs")
+                raise ValueError(
+                    f"{_run_name(key, run)}: other cases or labels than in other runs; remove its rows and repeat it"
+                )
     there = {labels: {run[0] for key in methods if key[0] == labels for run in methods[key]} for labels, *_ in methods}
     for key, runs in methods.items():
         if missing := there[key[0]] - {draw for draw, _ in runs}:
             some = ", ".join(map(str, sorted(missing)))
-            raise ValueError(f"{key[1]} with {key[0]} labels lacks draw {some}; choose the draws with --draws")
+            raise ValueError(f"{key[1]} with {key[0]} labels has no draw {some}; choose common draws with --draws")
     if which == UNLABELED and any(len(found) > 1 for found in there.values()):
-        raise ValueError("unlabeled cases differ from draw to draw; choose one with --draws")
+        raise ValueError("draws have different unlabeled cases; choose one draw with --draws")
     return {key: _scores(methods[key]) for key in sorted(methods)}
 
 
-def _told(key: tuple[int, str, str], run: tuple[int, int]) -> str:
+def _run_name(key: tuple[int, str, str], run: tuple[int, int]) -> str:
     return f"{key[1]} with {key[0]} labels, draw {run[0]}, seed {run[1]}"
 
 
@@ -139,11 +144,11 @@ def _scores(runs: dict[tuple[int, int], dict[tuple[str, str], dict]]) -> Scores:
     return Scores(column("dice"), column("hd95_mm"), tuple(found), each("commit"), each("scored"))
 
 
-Group = dict[tuple[str, str], Scores]  # of one number of labels, and the upper bound, by method and weights
+Group = dict[tuple[str, str], Scores]  # by method and weights, with one number of labels, and the upper bound
 
 
 def groups(scores: dict[tuple[int, str, str], Scores]) -> dict[int, Group]:
-    """Return what is compared with each other, by number of labels: worst first, the upper bound last."""
+    """Return the scores that are compared, by number of labels: by ascending Dice, the upper bound last."""
     upper = {(method, weights): its for (_, method, weights), its in scores.items() if method == UPPER_BOUND}
     found: dict[int, Group] = defaultdict(dict)
     for (labels, method, weights), its in sorted(scores.items(), key=lambda item: item[1].dice.mean()):
@@ -153,8 +158,8 @@ def groups(scores: dict[tuple[int, str, str], Scores]) -> dict[int, Group]:
 
 
 def bootstrap(group: Group) -> PairedBootstrap | None:
-    """Return the bootstrap draws of the mean Dice of each method, or None if no method has two runs."""
-    # Student and teacher of a run are nearly the same, so that only the student counts. The upper bound is apart.
+    """Return the paired bootstrap of the Dice of all methods, or None if no method has two runs."""
+    # The teacher is nearly equal to the student, and the upper bound has other labels, so both are excluded.
     pooled = [its.dice for (method, weights), its in group.items() if weights == "student" and method != UPPER_BOUND]
     noise = pooled_seed_noise(pooled)
     if noise is None:
@@ -163,7 +168,7 @@ def bootstrap(group: Group) -> PairedBootstrap | None:
 
 
 def as_markdown(scores: dict[tuple[int, str, str], Scores]) -> str:
-    """Return a table with a row per labels, method and weights."""
+    """Return a Markdown table with a row per number of labels, method and weights."""
     columns = ("labels", "method", "weights", "runs", "Dice", "HD95 mm", "difference to the lower bound", "gap closed",
                "scored", "commit")  # fmt: skip
     rows: list[tuple[object, ...]] = []
@@ -178,7 +183,7 @@ def as_markdown(scores: dict[tuple[int, str, str], Scores]) -> str:
 
 
 def compared(group: Group, drawn: PairedBootstrap | None, key: tuple[str, str]) -> tuple[str, str]:
-    """A method's difference to the lower bound and the share of the gap that it closes, each with its interval."""
+    """Return the difference to the lower bound and the fraction of the gap that is closed, with intervals, as text."""
     if _LOWER not in group or key == _LOWER:
         return "", ""
     if drawn is None:
@@ -186,12 +191,12 @@ def compared(group: Group, drawn: PairedBootstrap | None, key: tuple[str, str]) 
     difference = _with_interval(drawn.difference(key, _LOWER), "+.4f")
     if _UPPER not in group or key == _UPPER:
         return difference, ""
-    share = drawn.share_of_gap(key, _LOWER, _UPPER)
-    return difference, "unsure" if share is None else _with_interval(share, ".0%")
+    closed = drawn.share_of_gap(key, _LOWER, _UPPER)
+    return difference, "undefined" if closed is None else _with_interval(closed, ".0%")
 
 
 def without_most_influential(group: Group, key: tuple[str, str]) -> str:
-    """Return the difference of Dice to the lower bound if the case is left out that changes it most."""
+    """Return the difference of Dice to the lower bound without the most influential case, as text."""
     if _LOWER not in group or key == _LOWER:
         return ""
     return f"{leave_one_out(case_differences(group[key].dice, group[_LOWER].dice)).without:+.4f}"
@@ -202,14 +207,14 @@ def _with_interval(estimate: Estimate, form: str) -> str:
 
 
 def over_runs(values: np.ndarray, digits: int) -> str:
-    """Return the mean over runs and cases ± the standard deviation over runs, of (runs, cases)."""
+    """Return mean and standard deviation over runs of values (runs, cases), averaged over cases, as text."""
     means = values.mean(1)
     spread = f" ± {means.std(ddof=1):.{digits}f}" if len(means) > 1 else ""
     return f"{means.mean():.{digits}f}{spread}"
 
 
 def draw(group: Group, file: Path) -> None:
-    """Write a picture: Dice of each case, averaged over seeds, against that of the lower bound."""
+    """Write a picture: Dice of each case, mean over runs, against that of the lower bound."""
     lower = group[_LOWER].dice.mean(0)
     panels = []
     for (method, weights), its in group.items():
@@ -226,11 +231,11 @@ def main() -> None:
     parser.add_argument("--table", type=Path, default=HERE / "results" / "la.csv", help="default: %(default)s")
     parser.add_argument("--set", choices=SETS, default="val")
     for name in TERMS:
-        parser.add_argument(f"--{name}", default=None, help="where the table has runs with several")
-    parser.add_argument("--draws", type=int, nargs="+", default=None, help="of labeled cases (default: all there are)")
-    parser.add_argument("--trials", action="store_true", help="show trials, too")
+        parser.add_argument(f"--{name}", default=None, help=f"use only runs with this value of {name}")
+    parser.add_argument("--draws", type=int, nargs="+", default=None, help="draws of labeled cases (default: all)")
+    parser.add_argument("--trials", action="store_true", help="show methods with changed settings, too")
     parser.add_argument(
-        "-o", dest="output", type=Path, default=None, help="folder for pictures (default: of the table)"
+        "-o", dest="output", type=Path, default=None, help="folder for pictures (default: folder of the table)"
     )
     arguments = parser.parse_args()
     try:

@@ -1,19 +1,18 @@
-"""What a step takes on 1 to 64 GPUs, by calculation: nothing here is measured.
+"""Calculated time of a training step on 1 to 64 GPUs. Nothing is measured.
 
     python -m benchmarks.scaling [--gpu_seconds 0.35] [--network_gbit 100] [--cores 8] [--storage_gb 2] ...
 
-Each GPU has its own batch, of the same size however many there are. With N GPUs, n of them on a machine:
+The batch size per GPU is constant. With N GPUs, n of them per machine:
 
-- **Computing** takes the same time on all: the step on one GPU.
-- **Gradients**: one number of 4 bytes for each parameter that learns, G bytes. A ring all-reduce sends and receives
-  2 (N - 1) / N · G bytes on each GPU, and as much over the network of each machine. DDP does it while the backward pass
-  computes the rest, except for the last bucket of 25 MB. What does not fit into the backward pass is waited for. A
-  teacher is averaged on each GPU by itself, and costs no traffic.
-- **The loader** makes a batch for each GPU on that GPU's share of the cores. Loader, storage and GPU work at the same
-  time: the step takes as long as the slowest.
-- **Reading**: patches as they lie on the disk, compressed to half of their 4 bytes a voxel, with the margin that
-  rotation needs, for all GPUs from one storage. After the first epoch machines whose memory holds the data set read
-  nothing.
+- **Computing** takes the time of a step on one GPU.
+- **Gradients** have G bytes, 4 bytes for each trained parameter. A ring all-reduce sends and receives 2 (N - 1) / N · G
+  bytes on each GPU, and as many over the network of each machine. DDP overlaps it with the backward pass, except for
+  the last bucket of 25 MB. The part that exceeds the backward pass is added to the step. An EMA teacher is
+  updated on each GPU and causes no traffic.
+- **The loader** prepares a batch for each GPU on the cores of that GPU. Loader, storage and GPU work in parallel, so
+  the step takes as long as the slowest of them.
+- **Reading**: all GPUs read patches from one storage, compressed to half of their 4 bytes per voxel, with the margin
+  that rotation needs. After the first epoch, machines that cache the data set in memory do not read.
 """
 
 import argparse
@@ -21,27 +20,27 @@ from dataclasses import dataclass
 
 from benchmarks.measuring import markdown
 
-_BUCKET = 25e6  # bytes, DDP's
-_MARGIN = 1.5  # voxels read against those of a patch
-_BYTES = 2  # a voxel, compressed
+_BUCKET = 25e6  # bytes of a DDP bucket
+_MARGIN = 1.5  # number of voxels read, relative to the patch
+_BYTES = 2  # per voxel, compressed
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """What is assumed.
+    """Assumptions about training and hardware.
 
     Attributes:
-        parameters: that learn, of all networks together.
-        gpu_seconds: of a step on one GPU.
-        backward_share: of it, of the backward pass.
-        patches: a step and GPU, labeled and unlabeled.
-        voxels: of a patch.
-        loader_seconds: of one core, for one patch.
-        gpus_per_machine: n.
-        cores: of each GPU.
-        link: bytes a second between the GPUs of a machine.
-        network: bytes a second between machines.
-        storage: bytes a second, of all machines together.
+        parameters: number of trained parameters of all networks.
+        gpu_seconds: time of a step on one GPU.
+        backward_share: fraction of that time for the backward pass.
+        patches: number of patches per step and GPU, labeled and unlabeled.
+        voxels: number of voxels of a patch.
+        loader_seconds: time for one patch on one core.
+        gpus_per_machine: number of GPUs per machine, n.
+        cores: number of cores per GPU.
+        link: bandwidth between the GPUs of a machine in bytes per second.
+        network: bandwidth of each machine's network in bytes per second.
+        storage: bandwidth of the storage for all machines together in bytes per second.
     """
 
     parameters: float = 31.2e6
@@ -59,17 +58,17 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Step:
-    """One step on a number of GPUs, in seconds, and the bytes that it moves.
+    """Times of one step in seconds, and its network traffic.
 
     Attributes:
-        gpus: their number.
+        gpus: number of GPUs, N.
         traffic: bytes over the network of one machine.
-        exchange: of gradients.
-        waited: of that, what the backward pass does not hide.
-        loader: of a batch for one GPU.
-        reading: of the batches for all GPUs, from what they share.
-        seconds: of the whole step.
-        bottleneck: what it would have to be faster for.
+        exchange: time of the all-reduce of gradients.
+        waited: the part of `exchange` that does not overlap with the backward pass.
+        loader: time to prepare a batch for one GPU.
+        reading: time to read the batches for all GPUs from the storage.
+        seconds: time of the whole step.
+        bottleneck: the slowest part.
     """
 
     gpus: int
@@ -83,7 +82,7 @@ class Step:
 
 
 def step(cluster: Cluster, gpus: int) -> Step:
-    """Of so many GPUs."""
+    """Return the times of a step on a number of GPUs."""
     gradients = 4 * cluster.parameters
     traffic = 2 * (gpus - 1) / gpus * gradients
     is_one_machine = gpus <= cluster.gpus_per_machine
@@ -101,10 +100,10 @@ def step(cluster: Cluster, gpus: int) -> Step:
 
 
 def as_markdown(cluster: Cluster, numbers: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)) -> str:
-    """Return a table of steps; times in milliseconds."""
+    """Return a Markdown table for several numbers of GPUs, with times in milliseconds."""
     columns = (
-        "GPUs", "MB over a machine's network", "exchange", "of it waited for", "loader", "reading", "step",
-        "patches a second", "of N times one GPU", "bottleneck",
+        "GPUs", "network MB per machine", "all-reduce ms", "not overlapped ms", "loader ms", "reading ms", "step ms",
+        "patches per second", "scaling efficiency", "bottleneck",
     )  # fmt: skip
     one = step(cluster, 1)
     rows = []
@@ -120,13 +119,24 @@ def main() -> None:
     """Print the table."""
     default = Cluster()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parameters", type=float, default=default.parameters, help="that learn, all networks")
-    parser.add_argument("--gpu_seconds", type=float, default=default.gpu_seconds, help="of a step on one GPU")
-    parser.add_argument("--loader_seconds", type=float, default=default.loader_seconds, help="a patch and core")
-    parser.add_argument("--cores", type=int, default=default.cores, help="for each GPU")
+    parser.add_argument(
+        "--parameters", type=float, default=default.parameters, help="trained parameters of all networks"
+    )
+    parser.add_argument("--gpu_seconds", type=float, default=default.gpu_seconds, help="seconds of a step on one GPU")
+    parser.add_argument(
+        "--loader_seconds", type=float, default=default.loader_seconds, help="seconds for one patch on one core"
+    )
+    parser.add_argument("--cores", type=int, default=default.cores, help="cores per GPU")
     parser.add_argument("--gpus_per_machine", type=int, default=default.gpus_per_machine)
-    parser.add_argument("--network_gbit", type=float, default=default.network * 8 / 1e9, help="of each machine")
-    parser.add_argument("--storage_gb", type=float, default=default.storage / 1e9, help="GB/s, of all machines")
+    parser.add_argument(
+        "--network_gbit",
+        type=float,
+        default=default.network * 8 / 1e9,
+        help="network bandwidth of each machine in Gbit/s",
+    )
+    parser.add_argument(
+        "--storage_gb", type=float, default=default.storage / 1e9, help="storage bandwidth for all machines in GB/s"
+    )
     given = vars(parser.parse_args())
     network, storage = given.pop("network_gbit") * 1e9 / 8, given.pop("storage_gb") * 1e9
     print(as_markdown(Cluster(network=network, storage=storage, **given)))

@@ -1,12 +1,12 @@
-"""Time and memory of training steps, against nnU-Net's own trainer with as many samples a step.
+"""Time and memory of training steps, compared to nnU-Net's trainer with the same number of samples per step.
 
     python -m benchmarks.train_step --data <la_125mm> --work <folder> [--device cuda] [--json FILE]
 
-- Supervised trainers have a batch of 4, the others 2 labeled and 2 unlabeled samples, with the same plans.
-- For time, all trainers are built in one process and take their steps in turn, on batches that were loaded before: what
-  is timed is `train_step`. Time is the median, with the quartiles in brackets; the first steps warm up.
-- Memory of a GPU is what PyTorch has allocated at most in the same steps, with this trainer alone on it.
-- The size of the checkpoint is that of checkpoint_latest.pth after the steps.
+- Supervised trainers have 4 labeled samples, the others 2 labeled and 2 unlabeled samples, with the same plans.
+- Time is that of `train_step`, on batches that are loaded before. All trainers run alternately in one process. Times
+  are medians, with the quartiles in brackets; the first steps are a warm-up.
+- GPU memory is the peak memory that PyTorch allocates in these steps, measured for each trainer alone.
+- The size of the checkpoint is measured after the steps.
 """
 
 import argparse
@@ -31,7 +31,10 @@ LABELED, SAMPLES = LabeledSet(8), 4
 
 
 def prepared(arguments: argparse.Namespace) -> tuple[Path, str]:
-    """The preprocessed folder, made if it is not there yet, and the plans' name. Sets nnU-Net's variables."""
+    """Prepare the data if necessary, and return the preprocessed folder and the name of the plans.
+
+    nnU-Net's environment variables are set.
+    """
     preparation = Preparation(arguments, LEFT_ATRIUM)
     preparation.prepare([LABELED])
     os.environ |= preparation.folders | {"nnUNet_n_proc_DA": "0"}
@@ -39,7 +42,7 @@ def prepared(arguments: argparse.Namespace) -> tuple[Path, str]:
 
 
 def build(name: str, folder: Path, plans_name: str, device: str):
-    """A trainer that is ready for its first step, with `SAMPLES` samples a step."""
+    """Return a trainer that is ready for its first step, with `SAMPLES` samples per step."""
     plans = json.loads((folder / f"{plans_name}.json").read_text()) | {"continue_training": False}
     is_supervised = name == SUPERVISED or TRAINERS[name].is_supervised
     plans["configurations"]["3d_fullres"]["batch_size"] = SAMPLES if is_supervised else SAMPLES // 2
@@ -52,7 +55,7 @@ def build(name: str, folder: Path, plans_name: str, device: str):
 
 
 def take_steps(trainers: dict, repeats: int, warmup: int, device: str) -> dict[str, dict]:
-    """How long a step of each takes, in turn."""
+    """Return the times of a step of each trainer. The trainers run alternately."""
     batches = {name: [next(trainer.dataloader_train) for _ in range(4)] for name, trainer in trainers.items()}
     seconds: dict[str, list[float]] = {name: [] for name in trainers}
     for repeat in range(warmup + repeats):
@@ -69,6 +72,7 @@ def take_steps(trainers: dict, repeats: int, warmup: int, device: str) -> dict[s
 
 
 def checkpoint_bytes(trainer) -> int:
+    """Return the size of a trainer's checkpoint."""
     file = Path(trainer.output_folder) / "checkpoint_size.pth"
     trainer.save_checkpoint(str(file))
     size = file.stat().st_size
@@ -77,7 +81,7 @@ def checkpoint_bytes(trainer) -> int:
 
 
 def peak_bytes(name: str, folder: Path, plans: str, repeats: int, warmup: int) -> int:
-    """On a GPU, of a trainer that has it for itself."""
+    """Return the peak GPU memory of a trainer that is alone on the GPU."""
     take_steps({name: build(name, folder, plans, "cuda")}, repeats, warmup, "cuda")
     peak = torch.cuda.max_memory_allocated()
     gc.collect()
@@ -92,16 +96,16 @@ def main() -> None:
     parser.add_argument("--trainers", nargs="+", choices=TRAINERS, metavar="TRAINER", default=MEASURED)
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="where to write the numbers, too")
+    parser.add_argument("--json", type=Path, help="file for the results as JSON")
     arguments = parser.parse_args()
     folder, plans = prepared(arguments)
     names = [SUPERVISED, *arguments.trainers]
-    how_often = arguments.repeats, arguments.warmup
+    counts = arguments.repeats, arguments.warmup
     memory: dict[str, int | None] = dict.fromkeys(names)
     if arguments.device == "cuda":
-        memory = {name: peak_bytes(name, folder, plans, *how_often) for name in names}
+        memory = {name: peak_bytes(name, folder, plans, *counts) for name in names}
     trainers = {name: build(name, folder, plans, arguments.device) for name in names}
-    results = take_steps(trainers, *how_often, arguments.device)
+    results = take_steps(trainers, *counts, arguments.device)
     for name, trainer in trainers.items():
         results[name] |= {"checkpoint_bytes": checkpoint_bytes(trainer), "gpu_bytes": memory[name]}
     if arguments.json:
@@ -110,10 +114,10 @@ def main() -> None:
 
 
 def as_markdown(results: dict[str, dict]) -> str:
-    """Return the results as a table."""
+    """Return the results as a Markdown table."""
     baseline = results[SUPERVISED]
     on_gpu = any(its["gpu_bytes"] for its in results.values())
-    columns = ["trainer", "seconds a step", "over nnU-Net's", *["GPU MB"] * on_gpu, "checkpoint over nnU-Net's"]
+    columns = ["trainer", "seconds per step", "relative time", *["GPU MB"] * on_gpu, "relative checkpoint size"]
     rows = []
     for name, its in results.items():
         times, size = its["seconds"] / baseline["seconds"], its["checkpoint_bytes"] / baseline["checkpoint_bytes"]

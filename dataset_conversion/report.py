@@ -86,13 +86,19 @@ def report_on_all(
     }
 
 
-def draw_overlays(folder: Path, cases: Sequence[Case], data_set: "DataSet") -> None:
-    """Write conversion_overlay.png: all channels of a few labeled cases in the slice with most foreground."""
+def draw_overlays(folder: Path, cases: Sequence[Case], data_set: "DataSet", file: Path) -> None:
+    """Draw all channels of a few labeled cases in the slice with most foreground.
+
+    Args:
+        folder: raw folder with imagesTr and labelsTr.
+        cases: labeled cases.
+        data_set: data set, for the names of channels and labels.
+        file: PNG file to write.
+    """
     from matplotlib import style
     from matplotlib.patches import Patch
 
-    from nnunet_dycon.system.files import replacing
-    from nnunet_dycon.system.pictures import new_figure, overlay
+    from nnunet_dycon.system.pictures import new_figure, overlay, save
 
     step = max(1, len(cases) // _PICTURES)
     chosen = sorted(case.identifier for case in cases)[::step][:_PICTURES]
@@ -122,8 +128,7 @@ def draw_overlays(folder: Path, cases: Sequence[Case], data_set: "DataSet") -> N
         ]
         if handles:
             figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8)
-        with replacing(folder / "conversion_overlay.png") as file:
-            figure.savefig(file, format="png")
+        save(figure, file)
 
 
 def slices_of(folder: Path, identifier: str) -> tuple[list[np.ndarray], int, np.ndarray, float]:

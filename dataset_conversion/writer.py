@@ -26,6 +26,7 @@ from nnunet_dycon.dataset_conversion.roles import FOLDERS, Assignment, Case, cro
 from nnunet_dycon.errors import UsageError, UserError, first_line, some
 from nnunet_dycon.system.environment import nnunet_folder
 from nnunet_dycon.system.files import replacing, require_whole
+from nnunet_dycon.system.pictures import draw_or_warn
 from nnunet_dycon.system.processes import map_cases
 
 FILE_ENDING = ".nii.gz"
@@ -104,7 +105,11 @@ def write_dataset(
             files = {"splits_final": folds, "ssl_split": split_record(assignment), "conversion_report": report}
             for name, content in files.items():
                 _write_json(content, partial_folder / f"{name}.json")
-            draw_overlays(partial_folder, assignment.cases["labeled"], data_set)
+            draw_or_warn(
+                partial_folder / "conversion_overlay.png",
+                partial(draw_overlays, partial_folder, assignment.cases["labeled"], data_set),
+                print,
+            )
             partial_folder.rename(folder)
         # Removed last: they are needed to resume, and harmless in the final folder.
         shutil.rmtree(folder / _RECORDS, ignore_errors=True)

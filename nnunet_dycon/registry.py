@@ -1,4 +1,4 @@
-"""Registry of trainers and converters: pure data without heavy imports."""
+"""Registry of trainers and converters, without heavy imports."""
 
 from dataclasses import dataclass
 
@@ -22,12 +22,12 @@ class Trainer:
     """A trainer class that `nnUNetv2_train -tr` accepts, defined in the module of its name in nnunet_dycon.trainers.
 
     Attributes:
-        group: recommended, published method, adapted method or baseline.
-        summary: one line.
-        paper: the source of the method.
-        is_supervised: whether it uses no unlabeled cases.
-        beside: the second network that can predict: "teacher", "second" or none.
-        caveat: what a user should know before choosing it; logged when training starts.
+        group: the group in which `nnunet_dycon list` shows it.
+        summary: description of the method in one line.
+        paper: source of the method.
+        is_supervised: whether it trains without unlabeled cases.
+        beside: the network that can predict in addition to the student: "teacher", "second", or None.
+        caveat: warning about measured results that is logged when training starts, or "".
     """
 
     group: str
@@ -40,13 +40,18 @@ class Trainer:
 
 @dataclass(frozen=True)
 class Converter:
-    """A converter `nnunet_dycon convert NAME`, defined in the module of its name in nnunet_dycon.dataset_conversion."""
+    """A converter `nnunet_dycon convert NAME`, defined in the module of its name in nnunet_dycon.dataset_conversion.
+
+    Attributes:
+        summary: description of the data set in one line.
+        reference: address of the data set.
+    """
 
     summary: str
     reference: str
 
 
-# Held to benchmarks/results/la.csv by tests/benchmarks/test_results.py.
+# tests/benchmarks/test_results.py compares the numbers with benchmarks/results/la.csv.
 DYCON_CAVEAT = (
     "No gain over nnUNetTrainer was measured: -0.001 Dice with 4 labels (left atrium, 1 seed, 8 cases of val; "
     "docs/results.md). Recommended: nnUNetTrainerWeakToStrong; adapted to nnU-Net: nnUNetTrainerDyCON_adapted."
@@ -60,34 +65,39 @@ TRAINERS: dict[str, Trainer] = {
     ),
     "nnUNetTrainerDyCON": Trainer(
         PUBLISHED,
-        "DyCON: EMA teacher, uncertainty-aware consistency (UnCL), focal entropy-aware contrast (FeCL)",
+        "DyCON: EMA teacher, uncertainty-aware consistency (UnCL), focal entropy-aware contrastive loss (FeCL)",
         DYCON,
         caveat=DYCON_CAVEAT,
     ),
-    "nnUNetTrainerDyCON_released": Trainer(PUBLISHED, "DyCON's released code without its label leak", DYCON),
+    "nnUNetTrainerDyCON_released": Trainer(
+        PUBLISHED, "DyCON with the losses of its released code, without ground truth of unlabeled cases", DYCON
+    ),
     "nnUNetTrainerUGPL": Trainer(
         PUBLISHED,
-        "two networks, pseudo-labels weighted and filtered by uncertainty, contrast with prototypes",
+        "two networks, pseudo-labels weighted and filtered by uncertainty, contrastive loss with prototypes",
         UGPL,
         beside="second",
     ),
     "nnUNetTrainerDKUXNet": Trainer(
         PUBLISHED,
-        "DK-UXNet: 3D UX-Net with a k-means mask transformer; consistency of segmentation and queries in two views",
+        "DK-UXNet: 3D UX-Net with a k-means mask transformer, consistency of segmentation and queries in two views",
         DKUXNET,
         beside=None,
     ),
     "nnUNetTrainerBCP": Trainer(
-        PUBLISHED, "pseudo-labels of a teacher; labeled and unlabeled images are pasted into each other", BCP
+        PUBLISHED, "bidirectional copy-paste of labeled and unlabeled images, pseudo-labels of an EMA teacher", BCP
     ),
     "nnUNetTrainerCPS": Trainer(
-        PUBLISHED, "cross pseudo supervision: two networks, each with pseudo-labels of the other", CPS, beside="second"
+        PUBLISHED,
+        "cross pseudo supervision: two networks trained with each other's pseudo-labels",
+        CPS,
+        beside="second",
     ),
     "nnUNetTrainerFixMatch": Trainer(
-        PUBLISHED, "confident pseudo-labels of a teacher for strongly augmented views mixed by CutMix", FIXMATCH
+        PUBLISHED, "confident pseudo-labels of an EMA teacher for strongly augmented views mixed by CutMix", FIXMATCH
     ),
     "nnUNetTrainerDyCON_adapted": Trainer(
-        ADAPTED, "DyCON with other weights, CutMix and stronger intensity augmentation", f"derived from {DYCON}"
+        ADAPTED, "DyCON with adapted loss weights, CutMix and stronger intensity augmentation", f"derived from {DYCON}"
     ),
     "nnUNetTrainerDyCONCoTraining": Trainer(
         ADAPTED,
@@ -104,15 +114,15 @@ TRAINERS: dict[str, Trainer] = {
 
 RECOMMENDED = next(name for name, trainer in TRAINERS.items() if trainer.group == RECOMMENDED_DEFAULT)
 
-# Former names, and what to use now.
+# Removed trainers and their replacements.
 RETIRED: dict[str, str] = {
-    "nnUNetTrainerDyCON_paper": "the published method is nnUNetTrainerDyCON now",
+    "nnUNetTrainerDyCON_paper": "use nnUNetTrainerDyCON, the published method",
     "nnUNetTrainerDyCON_noUnCL": "derive a class from nnUNetTrainerDyCON with uncl_weight=0, see docs/methods.md",
     "nnUNetTrainerDyCON_noFeCL": "derive a class from nnUNetTrainerDyCON with fecl_weight=0, see docs/methods.md",
-    "nnUNetTrainerDyCON_demo": f"`nnunet_dycon demo` trains {RECOMMENDED} now",
+    "nnUNetTrainerDyCON_demo": f"use {RECOMMENDED}, which `nnunet_dycon demo` trains",
 }
 
-# Classes that nnU-Net looks up besides: the builder of the second of two networks, and the short training of the demo.
+# Further classes that nnU-Net looks up: the builder of second networks, and the trainer of the demo.
 BUILDERS = ("nnUNetTrainerSecondNetwork", "nnUNetTrainerDemo")
 
 CONVERTERS: dict[str, Converter] = {
@@ -137,8 +147,8 @@ CONVERTERS: dict[str, Converter] = {
         "http://medicaldecathlon.com/",
     ),
     "folder": Converter(
-        "Own scans with and without labels: any folder with NIfTI, NRRD, DICOM or other formats, found by patterns",
-        "your own",
+        "Own scans with and without labels: NIfTI, NRRD, DICOM or other formats, with file names given by patterns",
+        "your own data",
     ),
 }
 

@@ -1,4 +1,4 @@
-"""Options of the suite, and what several test modules share."""
+"""Command-line options of the tests, and shared fixtures."""
 
 import os
 import shutil
@@ -30,13 +30,13 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Sums in one order, and no fight over few cores."""
+    """Use one thread: sums are reproducible, and parallel tests do not compete for cores."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def tiny_root(tmp_path_factory) -> Path:
-    """nnUNet_raw and nnUNet_preprocessed with Dataset901_Tiny, planned and preprocessed. Do not change it."""
+    """Return the parent of nnUNet_raw and nnUNet_preprocessed with Dataset901_Tiny. Tests must not change it."""
     root = tmp_path_factory.mktemp("tiny")
     with pytest.MonkeyPatch.context() as patch:
         set_environment(patch, root)
@@ -49,7 +49,7 @@ def tiny_root(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def tiny(tiny_root, tmp_path, monkeypatch) -> Path:
-    """A copy of the tiny data set to do with as a test likes; nnU-Net's variables point at it."""
+    """Return a copy of `tiny_root` that the test may change; nnU-Net's variables point to it."""
     root = tmp_path / "tiny"
     shutil.copytree(tiny_root, root)
     set_environment(monkeypatch, root)
@@ -68,7 +68,7 @@ def raw(tiny) -> Path:
 
 @pytest.fixture(scope="session")
 def trained_tiny(tiny_root, tmp_path_factory) -> Path:
-    """The tiny data set with nnUNetTrainerDyCON_smoke trained and validated on fold 0. Do not change it."""
+    """Return a copy of `tiny_root` with nnUNetTrainerDyCON_smoke trained on fold 0. Tests must not change it."""
     root = tmp_path_factory.mktemp("trained") / "tiny"
     shutil.copytree(tiny_root, root)
     with pytest.MonkeyPatch.context() as patch:
@@ -81,7 +81,7 @@ def trained_tiny(tiny_root, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_predictions(trained_tiny) -> dict[str, Path]:
-    """What nnUNetv2_predict makes of the test cases with student and teacher, probabilities and all. As above."""
+    """Return nnUNetv2_predict's folders for the test cases, by network, with probabilities. Do not change them."""
     images = trained_tiny / "nnUNet_raw" / "Dataset901_Tiny" / "imagesTs"
     folders = {name: trained_tiny / name for name in ("student", "teacher")}
     predict = [Path(sys.executable).with_name("nnUNetv2_predict"), "-d", "901", "-c", "3d_fullres", "-f", "0"]
@@ -96,7 +96,7 @@ def tiny_predictions(trained_tiny) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def source_copy(tmp_path_factory) -> Path:
-    """The sources, away from the checkout, which a build would litter."""
+    """Return a copy of the sources, because a build writes files next to them."""
     root = Path(__file__).parents[1]
     copy = tmp_path_factory.mktemp("source") / "nnunet-dycon"
     ignored = shutil.ignore_patterns("__pycache__")
@@ -109,7 +109,7 @@ def source_copy(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def wheel(source_copy, tmp_path_factory) -> Path:
-    """The wheel that a regular install takes."""
+    """Return the wheel for a regular installation."""
     folder = tmp_path_factory.mktemp("wheel")
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", str(folder), str(source_copy)]
     subprocess.run(build, check=True, capture_output=True)

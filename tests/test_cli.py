@@ -1,4 +1,4 @@
-"""The command line: fast help, exit codes, one line for errors of the user."""
+"""The command line: fast help, exit codes, one-line messages for user errors."""
 
 import json
 import subprocess
@@ -16,7 +16,7 @@ from tests.commands import COMMANDS
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help_does_not_import_torch(command):
-    """Importing torch takes seconds. Options of a converter come from its module, which reads images."""
+    """Importing torch takes seconds. Help of a converter imports its module, which needs NumPy and nnU-Net."""
     heavy = {"torch"} if command.startswith("convert ") else {"torch", "numpy", "nnunetv2"}
     code = f"""
 import sys
@@ -31,18 +31,18 @@ except SystemExit:
     assert lines[-1] == "[]"
 
 
-def test_trainers_path_is_one_line_that_names_the_discovery_folder(capsys):
+def test_trainers_path_prints_the_discovery_folder_in_one_line(capsys):
     assert main(["trainers_path"]) == 0
     (line,) = capsys.readouterr().out.splitlines()
     assert [file.name for file in Path(line).glob("*.py")].count("nnunet_dycon_trainers.py") == 1
 
 
-def test_list_names_everything(capsys):
+def test_list_prints_all_trainers_and_converters(capsys):
     assert main(["list"]) == 0
     printed = capsys.readouterr().out
     for name in (*TRAINERS, *CONVERTERS):
         assert name in printed
-    assert RECOMMENDED in printed.splitlines()[2]  # below the heading of its group, which is the first
+    assert RECOMMENDED in printed.splitlines()[2]  # below the heading of its group, the first one
     assert all(f" {group}\n" in printed for group in groups())
     assert "NAME_50epochs" in printed
     assert TRAINERS["nnUNetTrainerDyCON"].caveat in printed
@@ -59,7 +59,7 @@ def test_list_as_json(capsys):
 
 @pytest.mark.parametrize("version", ["2.7.0", "2.6.2", "1.7.1"])
 @pytest.mark.parametrize("command", [["trainers_path"], ["preprocess_unlabeled", "-d", "1"], ["demo", "-o", "x"]])
-def test_an_old_nnunet_is_refused(monkeypatch, capsys, version, command):
+def test_old_nnunet_is_refused(monkeypatch, capsys, version, command):
     monkeypatch.setattr(metadata, "version", lambda name: version)
     assert main(command) == 2
     error = capsys.readouterr().err
@@ -69,7 +69,7 @@ def test_an_old_nnunet_is_refused(monkeypatch, capsys, version, command):
 
 
 @pytest.mark.parametrize("version", ["2.8", "2.8.0", "2.8.1", "2.8.1+fork", "2.8.2rc1", "2.10.0", "3"])
-def test_a_recent_nnunet_is_accepted(monkeypatch, version):
+def test_recent_nnunet_is_accepted(monkeypatch, version):
     monkeypatch.setattr(metadata, "version", lambda name: version)
     assert main(["trainers_path"]) == 0
 
@@ -88,13 +88,13 @@ def test_a_recent_nnunet_is_accepted(monkeypatch, version):
         "convert la -i a -d 1 --labeled 2 --split b",
     ],
 )
-def test_wrong_use_is_exit_code_2(arguments):
+def test_wrong_usage_has_exit_code_2(arguments):
     with pytest.raises(SystemExit) as stopped:
         main(arguments.split())
     assert stopped.value.code == 2
 
 
-def test_a_closed_pipe_is_no_traceback():
+def test_closed_pipe_prints_no_traceback():
     """As in `nnunet_dycon list --json | head -n 1`."""
     process = subprocess.Popen(
         [sys.executable, "-m", "nnunet_dycon.cli", "list"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0

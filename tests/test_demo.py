@@ -1,4 +1,4 @@
-"""The demo: its phantoms, what it does before and after the commands, and (slow) all of it."""
+"""The demo: phantoms, checks of options, commands and output, and (slow) a complete run."""
 
 import json
 import sys
@@ -35,7 +35,7 @@ def example() -> demo.Example:
     return demo.Example("case", 0.5, np.random.default_rng(0).normal(size=mask.shape), mask, mask, entropy)
 
 
-def test_a_phantom_is_an_image_and_a_label_of_one_grid():
+def test_phantom_image_and_label_have_the_same_shape():
     image, label = phantom_of(0, 0)
     assert (image.shape, image.dtype) == (SHAPE, np.float32)
     assert (label.shape, label.dtype) == (SHAPE, np.uint8)
@@ -43,7 +43,7 @@ def test_a_phantom_is_an_image_and_a_label_of_one_grid():
     assert np.unique(label).tolist() == [0, 1]
 
 
-def test_a_phantom_depends_on_its_seed_and_number_alone():
+def test_phantom_depends_only_on_seed_and_number():
     image, label = phantom_of(3, 5)
     again, label_again = phantom_of(3, 5)
     np.testing.assert_array_equal(image, again)
@@ -52,23 +52,23 @@ def test_a_phantom_depends_on_its_seed_and_number_alone():
     assert not np.array_equal(image, phantom_of(3, 6)[0])
 
 
-def test_lesions_differ_a_lot_in_size(labels):
-    """Diameters of balls of the same volume, in voxels."""
+def test_lesion_diameters_vary_widely(labels):
+    """The diameter of a lesion is that of a ball with the same volume, in voxels."""
     volumes = np.concatenate([np.bincount(ndimage.label(label)[0].ravel())[1:] for label in labels])
     diameters = np.cbrt(6 * volumes / np.pi)
     assert diameters.min() < 6
     assert diameters.max() > 14
 
 
-def test_every_phantom_has_a_few_lesions(labels):
+def test_phantoms_have_one_to_five_lesions(labels):
     counts = [ndimage.label(label)[1] for label in labels]
     assert min(counts) >= 1
     assert max(counts) <= 5
     assert len(set(counts)) > 1
 
 
-def test_no_threshold_finds_the_lesions():
-    """Other structures are as bright: the best threshold of each case stays far from a segmentation."""
+def test_no_threshold_segments_the_lesions():
+    """Other structures are equally bright: even the best threshold of each case has a low Dice."""
     best = []
     for index in range(6):
         image, label = phantom_of(0, index)
@@ -77,7 +77,7 @@ def test_no_threshold_finds_the_lesions():
     assert np.mean(best) < 0.7
 
 
-def test_no_label_of_an_unlabeled_case_is_on_disk(tmp_path):
+def test_labels_of_unlabeled_cases_are_not_written(tmp_path):
     folder = tmp_path / "Dataset900_Phantom"
     write_dataset(folder, 0, COUNTS)
     files = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
@@ -93,7 +93,7 @@ def test_no_label_of_an_unlabeled_case_is_on_disk(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["folder that is not empty", "file"])
-def test_what_is_there_is_refused_and_left_alone(tmp_path, capsys, kind):
+def test_existing_output_is_refused_and_unchanged(tmp_path, capsys, kind):
     there = tmp_path / "results"
     if kind == "file":
         there.write_text("mine")
@@ -110,7 +110,7 @@ def test_what_is_there_is_refused_and_left_alone(tmp_path, capsys, kind):
 
 
 @pytest.mark.parametrize("options", [["--seed", "-1"], ["-device", "cuda"]])
-def test_impossible_options_are_refused_before_any_work(tmp_path, monkeypatch, capsys, options):
+def test_invalid_options_are_refused_before_any_file_is_written(tmp_path, monkeypatch, capsys, options):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["demo", "-o", str(tmp_path / "new"), *options]) == 2
     assert options[0] in capsys.readouterr().err
@@ -119,7 +119,7 @@ def test_impossible_options_are_refused_before_any_work(tmp_path, monkeypatch, c
 
 @pytest.fixture
 def fake_command(tmp_path, monkeypatch):
-    """Have every command be a Python program that prints its arguments and its variables of nnU-Net."""
+    """fake_command(*lines) replaces every command by a Python program with these lines."""
     monkeypatch.setattr(demo, "write_dataset", lambda *arguments: None)
 
     def install(*lines: str) -> None:
@@ -131,21 +131,21 @@ def fake_command(tmp_path, monkeypatch):
     return install
 
 
-def test_a_failing_command_is_named_with_its_log(tmp_path, fake_command, capsys):
+def test_failing_command_is_reported_with_its_log(tmp_path, fake_command, capsys):
     fake_command("for i in range(40): print('line', i)", "sys.exit(3)")
     folder = tmp_path / "a folder"
     assert main(["demo", "-o", str(folder), "-device", "cpu"]) == 1
     out, error = capsys.readouterr()
     log = folder / "logs" / "02_plan_and_preprocess.log"
     assert error == (
-        f"nnunet_dycon: error: nnUNetv2_plan_and_preprocess failed with exit code 3; its output is in {log}\n"
+        f"nnunet_dycon: error: nnUNetv2_plan_and_preprocess failed with exit code 3; see its output in {log}\n"
     )
     assert len(log.read_text().splitlines()) == 40
     shown = [line.strip() for line in out.splitlines() if "line " in line]
     assert shown == [f"line {i}" for i in range(25, 40)]
 
 
-def test_commands_get_the_printed_variables_and_none_of_the_users(tmp_path, fake_command, monkeypatch, capsys):
+def test_commands_use_the_printed_variables_instead_of_the_users(tmp_path, fake_command, monkeypatch, capsys):
     fake_command("for item in sorted(os.environ.items()): print(*item, sep='=')", "sys.exit(1)")
     monkeypatch.setenv("nnUNet_raw", "/mine")
     monkeypatch.setenv("nnUNet_wandb_enabled", "1")
@@ -165,14 +165,14 @@ def test_commands_get_the_printed_variables_and_none_of_the_users(tmp_path, fake
         assert f"export {name}={quoted}\n" in printed
 
 
-def test_a_missing_command_is_named(monkeypatch, tmp_path):
+def test_missing_command_is_reported(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="nnUNetv2_train"):
         demo._find("nnUNetv2_train")
 
 
-def test_each_epoch_is_told_in_a_line(capsys):
+def test_each_epoch_is_printed_in_one_line(capsys):
     report = demo._Epochs()
     for line in (
         "2026-01-01 00:00:00.000000: Epoch 2",
@@ -198,13 +198,13 @@ def test_the_picture_is_a_png_with_a_row_per_case(tmp_path, example, number):
 
 
 @pytest.mark.filterwarnings("error")
-def test_the_picture_takes_an_empty_prediction(tmp_path, example):
+def test_the_picture_can_show_an_empty_prediction(tmp_path, example):
     empty = demo.Example("case", 0.0, example.image, example.reference, 0 * example.prediction, example.entropy)
     demo.draw([empty], tmp_path / "picture.png")
 
 
 @pytest.mark.slow
-def test_the_demo_ends_with_a_sensible_score_and_a_picture(tmp_path, capsys):
+def test_demo_reaches_a_dice_above_0_3_and_writes_a_picture(tmp_path, capsys):
     folder = tmp_path / "a folder"
     assert main(["demo", "-o", str(folder), "-device", "cpu"]) == 0
     out = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""nnU-Net finds the trainers in a fresh process, from any folder, from an editable and from a regular install."""
+"""nnU-Net's look-up of trainers in a new process, from any folder, with an editable and a regular installation."""
 
 import os
 import subprocess
@@ -46,15 +46,15 @@ NAMES = [*TRAINERS, *BUILDERS, *LENGTHS]
 FEW = NAMES[::5]
 
 
-def test_from_the_install_of_this_environment(tmp_path):
+def test_trainers_are_found_in_this_environment(tmp_path):
     result = run_python(CHECK.format(names=NAMES), tmp_path, nnUNet_extTrainer=trainers_path(tmp_path))
     assert result.returncode == 0, result.stderr
     assert f"FOUND {len(NAMES)}" in result.stdout
 
 
 @pytest.mark.parametrize("where", ["another folder", "the checkout"])
-def test_from_a_regular_install(tmp_path, installed_wheel, where):
-    """In the checkout, Python imports the checkout's package, which lacks the two mapped folders, instead."""
+def test_trainers_are_found_in_a_regular_installation(tmp_path, installed_wheel, where):
+    """Started in the checkout, Python imports its package instead, where trainers/ is outside of the package."""
     cwd = tmp_path if where == "another folder" else Path(__file__).parents[1]
     site = str(installed_wheel)
     path = trainers_path(tmp_path, PYTHONPATH=site)
@@ -64,8 +64,8 @@ def test_from_a_regular_install(tmp_path, installed_wheel, where):
     assert result.stdout.split()[-1].startswith(site if where == "another folder" else str(cwd))
 
 
-def test_from_a_folder_on_the_python_path(tmp_path):
-    """As on a machine where nothing can be installed. -S and no site-packages hook: the editable install is off."""
+def test_checkout_on_pythonpath_can_be_imported(tmp_path):
+    """Without an installation: -S disables site-packages, and thereby the editable installation."""
     root = Path(__file__).parents[1]
     code = "import nnunet_dycon.trainers, nnunet_dycon.dataset_conversion, sys; print(nnunet_dycon.trainers.__file__)"
     result = subprocess.run(
@@ -77,22 +77,22 @@ def test_from_a_folder_on_the_python_path(tmp_path):
 
 
 NO_TRAINER = {
-    "nnUNetTrainerUnknown": "no trainer is called nnUNetTrainerUnknown; `nnunet_dycon list` prints all of ours",
+    "nnUNetTrainerUnknown": "no trainer is called nnUNetTrainerUnknown; run `nnunet_dycon list` for all trainers",
     "nnUNetTrainerDyCOM": "no trainer is called nnUNetTrainerDyCOM; did you mean nnUNetTrainerDyCON? ",
     "nnUNetTrainerDyCON_0epochs": "nnUNetTrainerDyCON_0epochs: the number of epochs starts with 0; use",
-    "nnUNetTrainerUXNet_05epochs": "for instance nnUNetTrainerUXNet_50epochs",
-    "nnUNetTrainerDyCON_paper": "nnUNetTrainerDyCON_paper does not exist any more; the published method is",
+    "nnUNetTrainerUXNet_05epochs": "for example nnUNetTrainerUXNet_50epochs",
+    "nnUNetTrainerDyCON_paper": "nnUNetTrainerDyCON_paper was removed; use nnUNetTrainerDyCON, the published method",
     "nnUNetTrainerDyCON_noUnCL_50epochs": "derive a class from nnUNetTrainerDyCON with uncl_weight=0",
 }
 
 
-def test_a_name_without_a_trainer_is_one_line(tmp_path):
+def test_unknown_trainer_is_a_one_line_error(tmp_path):
     code = f"""
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name as find
 for name in {list(NO_TRAINER)!r}:
     try:
         find(name)
-    except RuntimeError as error:  # as nnU-Net's own look-up raises
+    except RuntimeError as error:  # the error of nnU-Net's own look-up
         assert isinstance(error, SystemExit)
         print("LINE", name, error.code)
 find("nnUNetTrainerUnknown")
@@ -109,8 +109,8 @@ find("nnUNetTrainerUnknown")
     assert result.stderr.splitlines()[-1] == lines["nnUNetTrainerUnknown"]
 
 
-def test_a_trainer_of_a_folder_behind_ours_is_found(tmp_path):
-    """An unknown name is only ours to refuse where nnU-Net searches no further folder."""
+def test_trainer_in_a_later_folder_is_found(tmp_path):
+    """Unknown names raise an error only if no later folder of nnUNet_extTrainer can contain them."""
     source = "from nnunet_dycon.trainers.nnUNetTrainerDyCON import nnUNetTrainerDyCON\n"
     source += "class nnUNetTrainerDyCON_tau01(nnUNetTrainerDyCON): pass\n"
     (tmp_path / "mine.py").write_text(source)
@@ -121,7 +121,7 @@ def test_a_trainer_of_a_folder_behind_ours_is_found(tmp_path):
 
 
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
-def test_worker_processes_unpickle_a_trainer_in_another_length(tmp_path, method):
+def test_worker_processes_unpickle_a_trainer_with_another_length(tmp_path, method):
     code = f"""
 import multiprocessing, pathlib
 pathlib.Path("mine.py").write_text("def name(cls): return cls.__name__, cls.training_settings.num_epochs")
@@ -137,10 +137,10 @@ if __name__ == "__main__":
     assert "FOUND nnUNetTrainerUGPL_3epochs 3" in result.stdout, result.stderr
 
 
-def test_a_trainer_that_lacks_a_package_does_not_break_the_others(tmp_path):
+def test_missing_package_breaks_only_the_trainer_that_needs_it(tmp_path):
     code = """
 import nnunet_dycon.registry as registry
-registry.TRAINERS["nnUNetTrainerLacking"] = registry.Trainer("baselines", "needs what is not there", "")
+registry.TRAINERS["nnUNetTrainerLacking"] = registry.Trainer("baselines", "needs a missing package", "")
 import sys, types
 class Finder:
     def find_spec(self, name, path=None, target=None):
@@ -156,7 +156,7 @@ find("nnUNetTrainerLacking")
     assert "No module named 'left_out'" in result.stderr
 
 
-def test_a_look_up_imports_one_trainer(tmp_path):
+def test_look_up_imports_only_the_requested_trainer(tmp_path):
     code = """
 import sys
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name as find
@@ -170,7 +170,7 @@ assert "nnunet_dycon_trainers" not in sys.modules
 
 @pytest.fixture(scope="module")
 def installed_wheel(wheel, tmp_path_factory) -> Path:
-    """The wheel, unpacked as pip would into site-packages."""
+    """Return a folder like site-packages with the unpacked wheel."""
     site = tmp_path_factory.mktemp("site")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)

@@ -1,4 +1,4 @@
-"""nnU-Net's own commands, as a user types them, from another folder: train, validate, continue, predict, evaluate."""
+"""nnU-Net's commands as in a terminal, from another folder: train, validate, resume, predict, evaluate."""
 
 import csv
 import os
@@ -31,7 +31,7 @@ def elsewhere(tmp_path, tiny) -> Path:
     return folder
 
 
-def test_train_validate_continue_predict_evaluate(tiny, elsewhere):
+def test_train_validate_resume_predict_evaluate(tiny, elsewhere):
     trainer = "nnUNetTrainerDyCON_smoke"
     train = ("nnUNetv2_train", "901", "3d_fullres", "0", "-tr", trainer, "-device", "cpu")
     run(elsewhere, *train, "--npz", nnUNet_n_proc_DA="1")
@@ -65,8 +65,8 @@ def test_train_validate_continue_predict_evaluate(tiny, elsewhere):
         assert {row["case"] for row in csv.DictReader(file)} == set(TEST)
 
 
-def test_workers_that_are_not_forked(tiny, elsewhere):
-    """As on Python 3.14 and where spawn is the default: all that a worker needs must be importable."""
+def test_training_with_forkserver_workers(tiny, elsewhere):
+    """The default of Python 3.14. As with spawn, everything that a worker needs must be importable."""
     code = (
         "import multiprocessing, sys; multiprocessing.set_start_method('forkserver');"
         "from nnunetv2.run.run_training import run_training_entry; run_training_entry()"

@@ -1,4 +1,4 @@
-"""What is shipped is what is in the checkout: a sub-package left out of pyproject.toml would be missing silently."""
+"""Wheel and sdist contain all modules of the checkout, also sub-packages that pyproject.toml must list."""
 
 import subprocess
 import sys
@@ -16,7 +16,7 @@ FOLDERS["dataset_conversion"] = "nnunet_dycon/dataset_conversion"
 
 
 def shipped_modules() -> set[str]:
-    """The modules of the checkout, by their names in a wheel."""
+    """Return the paths in a wheel of all modules of the checkout."""
     return {
         f"{target}/{file.relative_to(ROOT / folder)}"
         for folder, target in FOLDERS.items()
@@ -24,7 +24,7 @@ def shipped_modules() -> set[str]:
     }
 
 
-def test_the_wheel_holds_every_module_and_one_top_level_name(wheel):
+def test_wheel_contains_every_module_and_one_top_level_package(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {name for name in names if name.endswith(".py")} == shipped_modules()
     assert "nnunet_dycon/py.typed" in names
@@ -32,7 +32,7 @@ def test_the_wheel_holds_every_module_and_one_top_level_name(wheel):
     assert {top for top in tops if not top.endswith(".dist-info")} == {"nnunet_dycon"}
 
 
-def test_the_wheel_has_the_command_and_the_licence(wheel):
+def test_wheel_has_command_and_license(wheel):
     archive = zipfile.ZipFile(wheel)
     entry_points = next(name for name in archive.namelist() if name.endswith("entry_points.txt"))
     assert "nnunet_dycon = nnunet_dycon.cli:main" in archive.read(entry_points).decode()
@@ -40,7 +40,7 @@ def test_the_wheel_has_the_command_and_the_licence(wheel):
     assert "License-Expression: Apache-2.0" in metadata
 
 
-def test_a_wheel_can_be_made_from_the_sdist(source_copy, tmp_path):
+def test_sdist_contains_every_module(source_copy, tmp_path):
     build = [sys.executable, "-m", "build", "--sdist", "--no-isolation", "-o", str(tmp_path), str(source_copy)]
     subprocess.run(build, check=True, capture_output=True)
     (sdist,) = tmp_path.glob("*.tar.gz")
@@ -69,7 +69,7 @@ LIGHT = [
 
 
 @pytest.mark.parametrize("module", LIGHT)
-def test_light_modules_stay_light(module):
-    """What the command line needs before it knows its sub-command."""
+def test_light_modules_import_neither_torch_nor_numpy_nor_nnunet(module):
+    """The command line imports these modules before it runs a sub-command."""
     code = f"import sys, nnunet_dycon{module}; assert not {{'torch', 'numpy', 'nnunetv2'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

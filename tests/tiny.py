@@ -1,4 +1,4 @@
-"""A data set so small that it is planned and preprocessed in seconds, and trained on in milliseconds a step."""
+"""A small data set that is preprocessed in seconds, and trained on in milliseconds per step."""
 
 import json
 import os
@@ -20,7 +20,7 @@ PREPROCESSED = Path("nnUNet_preprocessed") / "Dataset901_Tiny"
 
 
 def tiny_volume(seed: int, shape=(24, 32, 40)) -> tuple[np.ndarray, np.ndarray]:
-    """Smooth noise with two balls of different brightness, and their labels 1 and 2: (Z, Y, X) each."""
+    """Return smooth noise with two balls of different brightness, and their labels 1 and 2, both (Z, Y, X)."""
     rng = np.random.default_rng(seed)
     image = gaussian_filter(rng.normal(size=shape), 1.5).astype(np.float32) * 3
     label = np.zeros(shape, np.uint8)
@@ -41,7 +41,7 @@ def write_volume(array: np.ndarray, file: Path, spacing=(1.0, 1.0, 1.0)) -> None
 
 
 def write_raw_dataset(folder: Path) -> None:
-    """A raw data set of nnU-Net's: 5 labeled, 4 unlabeled and 2 test cases; the labels of all lie in all_labels."""
+    """Write a data set in nnU-Net's raw format: 5 labeled, 4 unlabeled and 2 test cases."""
     for seed, case in enumerate(LABELED + UNLABELED + TEST):
         image, label = tiny_volume(seed)
         images = {"c": "imagesTr", "s": "imagesUn", "t": "imagesTs"}[case[0]]
@@ -58,7 +58,7 @@ def write_raw_dataset(folder: Path) -> None:
 
 
 def plan_and_preprocess(dataset_id: int) -> None:
-    """What nnUNetv2_plan_and_preprocess does, with a narrow network so that a step takes milliseconds."""
+    """Plan and preprocess like nnUNetv2_plan_and_preprocess, but with a narrow network."""
     extract_fingerprints([dataset_id], num_processes=1, check_dataset_integrity=False)
     plan_experiments([dataset_id])
     plans_file = Path(os.environ["nnUNet_preprocessed"]) / convert_id_to_dataset_name(dataset_id) / "nnUNetPlans.json"
@@ -79,6 +79,7 @@ def set_environment(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
 
 
 def few_labeled(base: Path, raw: Path) -> None:
+    """Remove a labeled case and the split: 4 cases are too few for nnU-Net's 5 folds."""
     (base / "splits_final.json").unlink(missing_ok=True)
     for file in (base / "nnUNetPlans_3d_fullres").glob("case_00*"):
         file.unlink()
@@ -86,7 +87,7 @@ def few_labeled(base: Path, raw: Path) -> None:
 
 
 def forget_in_fingerprint(base: Path) -> None:
-    """As if one case less had been planned on; all have the same shape."""
+    """Remove a case from the fingerprint. Which one does not matter, because all have the same shape."""
     file = base / "dataset_fingerprint.json"
     fingerprint = json.loads(file.read_text())
     fingerprint["shapes_after_crop"].pop()

@@ -1,4 +1,4 @@
-"""A network with two stages and batches for it, to test methods without nnU-Net."""
+"""Network with two stages and its batches, to test methods without nnU-Net."""
 
 from dataclasses import replace
 
@@ -15,7 +15,7 @@ FULL_RESOLUTION = FeatureStage("decoder.stages.0", 4)  # as in the trainer
 
 
 class TinyUNet(nn.Module):
-    """An encoder of two stages, and a decoder with deep supervision that can be switched off."""
+    """Encoder with two stages, and a decoder with optional deep supervision."""
 
     def __init__(self, width: int = 4, heads: int = 2) -> None:
         super().__init__()
@@ -36,11 +36,12 @@ class TinyUNet(nn.Module):
 
 
 def supervised_loss(logits, targets):
+    """Return the mean cross-entropy over resolutions."""
     return sum(cross_entropy(level, target[:, 0]) for level, target in zip(logits, targets)) / len(logits)
 
 
 class Student:
-    """A student that stores the images of each call."""
+    """Student that stores the images of each call."""
 
     def __init__(self, network: nn.Module, stage: FeatureStage | None = STAGE) -> None:
         self.network, self.images = network.train(), []
@@ -62,6 +63,7 @@ def both_outputs(method: CoTraining, student: Student, labeled, unlabeled) -> li
 
 
 def labeled_batch() -> LabeledBatch:
+    """Return two labeled images with two classes, at two resolutions."""
     torch.manual_seed(1)
     strong = torch.randn(2, 1, 8, 8, 8)
     target = (torch.randn(2, 1, 4, 4, 4) > 0).long()
@@ -83,13 +85,14 @@ def batch_of_regions(has_ignore_label: bool = False) -> LabeledBatch:
 
 
 def unlabeled_batch() -> UnlabeledBatch:
+    """Return three unlabeled images."""
     torch.manual_seed(2)
     strong = torch.randn(3, 1, 8, 8, 8)
     return UnlabeledBatch(strong + 0.1, strong, ("c", "d", "e"))
 
 
 class TinyQueries(nn.Module):
-    """A network that returns logits and query distributions at two resolutions."""
+    """Network that returns logits and query distributions at two resolutions."""
 
     def __init__(self):
         super().__init__()
@@ -101,6 +104,8 @@ class TinyQueries(nn.Module):
 
 
 class QueryStudent(Student):
+    """Student for `TinyQueries`, whose output has queries."""
+
     def __call__(self, images):
         self.images.append(images)
         logits, queries = self.network(images)

@@ -1,8 +1,8 @@
-"""Trainers for `nnUNetv2_train -tr`: one class a file, and each of them in every length.
+"""Trainers for `nnUNetv2_train -tr`, one class per file, and their variants with other lengths.
 
 `nnUNetTrainerX_50epochs` trains `nnUNetTrainerX` for 50 epochs instead of 1000, `nnUNetTrainerX_smoke` for 2 epochs of
-5 iterations. These classes are made on demand and kept as attributes of this module: a name has one class, and worker
-processes can unpickle it.
+5 iterations. The classes of these variants are created on demand and stored as attributes of this module, so that there
+is one class per name and worker processes can unpickle it.
 """
 
 import re
@@ -15,8 +15,8 @@ from nnunet_dycon.errors import UnknownTrainer
 from nnunet_dycon.registry import BUILDERS, RETIRED, TRAINERS
 
 LENGTHS = (
-    "Each trainer has every length: NAME_50epochs (any number) instead of 1000 epochs, NAME_smoke for 2 epochs of 5 "
-    "iterations, as a test run."
+    "Lengths of all trainers: 1000 epochs by default, NAME_50epochs for 50 or any other number, NAME_smoke for a test "
+    "run of 2 epochs with 5 iterations."
 )
 _PREFIX = "nnUNetTrainer"
 _LENGTH = re.compile(r"(?P<trainer>.+)_(?P<length>smoke|(?P<epochs>\d+)epochs)")
@@ -24,53 +24,53 @@ _SMOKE = {"num_epochs": 2, "num_iterations_per_epoch": 5, "num_val_iterations_pe
 
 
 def _split(name: str) -> tuple[str, re.Match | None]:
-    """Return the name without its length, and the match of a name with a length."""
+    """Return a trainer's name without its length suffix, and the match of the suffix, or None without one."""
     match = _LENGTH.fullmatch(name)
     return (match["trainer"] if match else name), match
 
 
 def registered_name(name: str) -> str | None:
-    """Return the registered trainer that `name` is, in any length; None if it is none.
+    """Return the name of a registered trainer without its length suffix; None if the trainer is not registered.
 
     Raises:
-        UnknownTrainer: the name is retired, or its number of epochs cannot be read.
+        UnknownTrainer: the trainer was removed, or its number of epochs starts with 0.
     """
     trainer, match = _split(name)
     if trainer in RETIRED:
-        raise UnknownTrainer(f"{trainer} does not exist any more; {RETIRED[trainer]}")
+        raise UnknownTrainer(f"{trainer} was removed; {RETIRED[trainer]}")
     if trainer not in TRAINERS:
         return None
     if match and match["epochs"] and match["epochs"].startswith("0"):
-        raise UnknownTrainer(f"{name}: the number of epochs starts with 0; use for instance {trainer}_50epochs")
+        raise UnknownTrainer(f"{name}: the number of epochs starts with 0; use for example {trainer}_50epochs")
     return trainer
 
 
 def caveat_of(name: str) -> str | None:
-    """Return a line with the caveat of a registered trainer, in any length; None if it has none."""
+    """Return a line with the caveat of a registered trainer of any length; None if there is none."""
     trainer, _ = _split(name)
     caveat = TRAINERS[trainer].caveat if trainer in TRAINERS else ""
     return f"{trainer}: {caveat}" if caveat else None
 
 
 def trainer_class(name: str) -> Any:
-    """Return the class of a registered trainer, in any length, or of a builder of the registry.
+    """Return the class of a registered trainer of any length, or a class of `BUILDERS`.
 
     Raises:
-        UnknownTrainer: there is none of that name.
+        UnknownTrainer: there is no such trainer.
     """
     trainer = registered_name(name)
     if trainer is None and name not in BUILDERS:
         endings = [known.removeprefix(_PREFIX) for known in TRAINERS]
         near = get_close_matches(name.removeprefix(_PREFIX).partition("epoch")[0].rstrip("_0123456789"), endings, n=1)
         hint = f"did you mean {_PREFIX}{near[0]}? " if near else ""
-        raise UnknownTrainer(f"no trainer is called {name}; {hint}`nnunet_dycon list` prints all of ours")
+        raise UnknownTrainer(f"no trainer is called {name}; {hint}run `nnunet_dycon list` for all trainers")
     if name in (trainer, *BUILDERS):
         return getattr(import_module(f"{__name__}.{name}"), name)
     return globals().get(name) or __getattr__(name)
 
 
 def __getattr__(name: str) -> Any:
-    """Make and keep the class of a registered trainer in another length."""
+    """Create and store the class of a registered trainer with another length."""
     trainer, match = _split(name)
     if match is None or trainer not in TRAINERS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

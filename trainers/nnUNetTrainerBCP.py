@@ -1,4 +1,4 @@
-"""Bidirectional copy-paste."""
+"""Trainer with bidirectional copy-paste (BCP)."""
 
 from nnunet_dycon.methods import PseudoLabelSettings
 from nnunet_dycon.trainers.nnUNetTrainerPseudoLabel import nnUNetTrainerPseudoLabel

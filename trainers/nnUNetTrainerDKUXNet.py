@@ -1,4 +1,4 @@
-"""DK-UXNet: 3D UX-Net with a k-means mask transformer, trained by query distribution consistency."""
+"""Trainer of DK-UXNet: 3D UX-Net with a k-means mask transformer and query distribution consistency."""
 
 from dataclasses import asdict, replace
 from typing import Any
@@ -16,10 +16,10 @@ from nnunet_dycon.trainers.uxnet_training import UXNetTraining
 
 
 class nnUNetTrainerDKUXNet(UXNetTraining, SemiSupervisedTrainer):
-    """Query distribution consistency (arXiv:2311.12364): see `nnunet_dycon.methods.dkuxnet`."""
+    """Query distribution consistency (arXiv:2311.12364); see `nnunet_dycon.methods.dkuxnet`."""
 
     network_class = "nnunet_dycon.networks.DKUXNet"
-    activation_memory_factor = 4.5  # two views, measured in docs/cost.md
+    activation_memory_factor = 4.5  # two views and the mask transformer; measured in docs/cost.md
     method_settings = DKUXNetSettings()
 
     @classmethod
@@ -28,8 +28,8 @@ class nnUNetTrainerDKUXNet(UXNetTraining, SemiSupervisedTrainer):
         labels = PlansManager(plans).get_label_manager(dataset_json)
         if labels.has_regions and labels.num_segmentation_heads == 1:
             raise NotSupported(
-                f"{cls.__name__} cannot train on a single region: all queries would belong to it, and their "
-                "distribution would be the same everywhere. Make it a label without regions in dataset.json."
+                f"{cls.__name__} cannot train on a single region: all queries would belong to it, so the query "
+                "distribution would be constant. Define it as a label instead of a region in dataset.json."
             )
 
     @classmethod
@@ -44,13 +44,13 @@ class nnUNetTrainerDKUXNet(UXNetTraining, SemiSupervisedTrainer):
         return DKUXNet(supervision, self.method_settings)
 
     def initialize(self) -> None:
-        """As for every method, and tap the queries.
+        """Initialize as `SemiSupervisedTrainer`, then tap the queries.
 
         Raises:
-            NotSupported: deep supervision is off. The assignment of voxels to queries is learned by it alone.
+            NotSupported: deep supervision is off. Without it, the assignment of voxels to queries is not trained.
         """
         if not self.enable_deep_supervision:
-            raise NotSupported(f"{type(self).__name__} needs deep supervision: leave enable_deep_supervision on")
+            raise NotSupported(f"{type(self).__name__} needs deep supervision; do not disable enable_deep_supervision")
         super().initialize()
         self._queries = FeatureTap(unwrap(self.network), "kmax")
 

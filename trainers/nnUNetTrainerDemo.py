@@ -1,4 +1,4 @@
-"""The training of `nnunet_dycon demo`."""
+"""Trainer of `nnunet_dycon demo`."""
 
 from dataclasses import replace
 
@@ -6,7 +6,7 @@ from nnunet_dycon.trainers.nnUNetTrainerWeakToStrong import nnUNetTrainerWeakToS
 
 
 class nnUNetTrainerDemo(nnUNetTrainerWeakToStrong):
-    """The recommended trainer for a few short epochs: minutes on a CPU."""
+    """The recommended trainer with 10 epochs of 40 iterations, which take minutes on a CPU."""
 
     training_settings = replace(
         nnUNetTrainerWeakToStrong.training_settings,

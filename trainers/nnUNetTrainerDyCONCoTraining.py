@@ -1,11 +1,11 @@
-"""DyCON in co-training."""
+"""Trainer with DyCON's losses in co-training."""
 
 from nnunet_dycon.methods import DyCONCoTraining, DyCONTerms
 from nnunet_dycon.trainers.two_networks import TwoNetworksTrainer
 
 
 class nnUNetTrainerDyCONCoTraining(TwoNetworksTrainer):
-    """DyCON's losses in co-training (arXiv:2504.04566): see `nnunet_dycon.methods.dycon_cotraining`.
+    """DyCON's losses in co-training (arXiv:2504.04566); see `nnunet_dycon.methods.dycon_cotraining`.
 
     As in `nnUNetTrainerDyCON_adapted`, UnCL has a larger weight and no entropy term, and FeCL no focal weights.
     """
@@ -13,6 +13,6 @@ class nnUNetTrainerDyCONCoTraining(TwoNetworksTrainer):
     method_settings = DyCONTerms(uncl_weight=4.0, entropy_weight=0.0, gamma=0.0)
 
     def build_method(self, network, supervision) -> DyCONCoTraining:
-        # Of the same plans, stages of both networks have the same name, stride and width.
+        # Both networks have the same plans, so their stages have the same names, strides and widths.
         stage = self.feature_stage() if self.method_settings.fecl_weight != 0 else None
         return DyCONCoTraining(supervision, self.method_settings, self.build_second_network(), stage)

@@ -1,4 +1,4 @@
-"""DyCON as adapted to nnU-Net by measurements."""
+"""Trainer with DyCON adapted to nnU-Net."""
 
 from nnunet_dycon.methods import DyCONSettings
 from nnunet_dycon.trainers.nnUNetTrainerDyCON import nnUNetTrainerDyCON
@@ -6,10 +6,13 @@ from nnunet_dycon.trainers.semi_supervised import TrainingSettings
 
 
 class nnUNetTrainerDyCON_adapted(nnUNetTrainerDyCON):
-    """DyCON with other weights, CutMix and stronger intensity augmentation; the reasons are in docs/methods.md.
+    """DyCON with adapted loss weights, CutMix and stronger intensity augmentation; docs/methods.md explains why.
 
-    Differences to `nnUNetTrainerDyCON`: UnCL has the weight 16 and no entropy term (η = 0), FeCL has no focal weights
-    (γ = 0), the student's views are mixed by CutMix and have stronger intensity augmentation.
+    Differences to `nnUNetTrainerDyCON`:
+
+    - UnCL has the weight 16 and no entropy term (η = 0);
+    - FeCL has no focal weights (γ = 0);
+    - the student's views have stronger intensity augmentation and are mixed by CutMix.
     """
 
     training_settings = TrainingSettings(strong_intensity_augmentation=True)

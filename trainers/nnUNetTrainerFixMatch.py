@@ -1,4 +1,4 @@
-"""FixMatch."""
+"""Trainer with FixMatch."""
 
 from nnunet_dycon.methods import PseudoLabelSettings
 from nnunet_dycon.trainers.nnUNetTrainerPseudoLabel import nnUNetTrainerPseudoLabel
@@ -6,7 +6,7 @@ from nnunet_dycon.trainers.semi_supervised import TrainingSettings
 
 
 class nnUNetTrainerFixMatch(nnUNetTrainerPseudoLabel):
-    """Confident pseudo-labels of the teacher's weak view for the student's strong view, which CutMix mixes."""
+    """FixMatch (arXiv:2001.07685): confident pseudo-labels of the weak view for strong views mixed by CutMix."""
 
     training_settings = TrainingSettings(strong_intensity_augmentation=True)
     method_settings = PseudoLabelSettings(mixing="cutmix", confidence=0.8)

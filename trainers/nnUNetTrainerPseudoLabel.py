@@ -1,11 +1,11 @@
-"""Self-training with pseudo-labels."""
+"""Trainer with self-training."""
 
 from nnunet_dycon.methods import PseudoLabels, PseudoLabelSettings
 from nnunet_dycon.trainers.semi_supervised import SemiSupervisedTrainer
 
 
 class nnUNetTrainerPseudoLabel(SemiSupervisedTrainer):
-    """Pseudo-labels of the student itself, all of them: see `nnunet_dycon.methods.pseudo_labels`."""
+    """Self-training with all pseudo-labels of the student itself; see `nnunet_dycon.methods.pseudo_labels`."""
 
     method_settings = PseudoLabelSettings(ema_decay=0.0)
 

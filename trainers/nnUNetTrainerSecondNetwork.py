@@ -1,4 +1,4 @@
-"""The second network of trainers that train two: another architecture, made from the same plans."""
+"""Second network of the co-training trainers: another architecture from the same plans."""
 
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
@@ -7,7 +7,7 @@ from torch import nn
 from nnunet_dycon.errors import NotSupported
 
 _MODULE = "dynamic_network_architectures.architectures.unet"
-# What plain and residual-encoder U-Net have in common: stages, widths, strides, kernels, norms.
+# Arguments that plain and residual-encoder U-Nets have in common.
 _SHARED = (
     "n_stages", "features_per_stage", "conv_op", "kernel_sizes", "strides", "conv_bias", "norm_op", "norm_op_kwargs",
     "dropout_op", "dropout_op_kwargs", "nonlin", "nonlin_kwargs",
@@ -15,13 +15,16 @@ _SHARED = (
 
 
 def second_architecture(architecture: dict) -> dict:
-    """The architecture of a configuration, as it stands in plans, to that of the second network.
+    """Return the architecture of the second network for an architecture of the plans.
 
-    A residual-encoder U-Net for a plain one, and a plain one for it, each with nnU-Net's own numbers of blocks or
-    convolutions a stage. Stages, widths and strides stay, so that patch sizes and features correspond.
+    It is a residual-encoder U-Net for a plain U-Net and vice versa, with nnU-Net's default numbers of blocks or
+    convolutions per stage. Stages, widths and strides are equal, so that patch sizes and features correspond.
+
+    Args:
+        architecture: the entry "architecture" of a configuration in nnU-Net's plans.
 
     Raises:
-        NotSupported: the architecture is neither.
+        NotSupported: the architecture is neither of both.
     """
     name, given = architecture["network_class_name"].rpartition(".")[2], architecture["arch_kwargs"]
     stages = given["n_stages"]
@@ -36,8 +39,8 @@ def second_architecture(architecture: dict) -> dict:
         depths = {"n_conv_per_stage": [2] * stages, "n_conv_per_stage_decoder": [2] * (stages - 1)}
     else:
         raise NotSupported(
-            f"there is no second network to {name}: plan with nnU-Net's default or residual-encoder planners, "
-            "whose networks are PlainConvUNet and ResidualEncoderUNet"
+            f"no second network is defined for {name}; use nnU-Net's default or residual-encoder planners, whose "
+            "networks are PlainConvUNet and ResidualEncoderUNet"
         )
     shared = {key: given[key] for key in _SHARED if key in given}
     return {
@@ -48,7 +51,7 @@ def second_architecture(architecture: dict) -> dict:
 
 
 class nnUNetTrainerSecondNetwork(nnUNetTrainer):
-    """The trainer of nnU-Net with that network. Checkpoints of second networks name it, to be predicted with."""
+    """nnU-Net's trainer with the second network. nnU-Net uses it to predict with checkpoints of second networks."""
 
     @staticmethod
     def build_network_architecture(

@@ -1,4 +1,4 @@
-"""UGPL: the dual network with uncertainty-guided pseudo-labels."""
+"""Trainer with UGPL: co-training with uncertainty-guided pseudo-labels."""
 
 from nnunet_dycon.components.features import FeatureStage
 from nnunet_dycon.methods import UGPL, UGPLSettings
@@ -6,12 +6,12 @@ from nnunet_dycon.trainers.two_networks import TwoNetworksTrainer
 
 
 class nnUNetTrainerUGPL(TwoNetworksTrainer):
-    """Two networks, uncertainty-guided (arXiv:2509.13084): see `nnunet_dycon.methods.ugpl`."""
+    """Co-training with uncertainty-guided pseudo-labels (arXiv:2509.13084); see `nnunet_dycon.methods.ugpl`."""
 
     method_settings = UGPLSettings()
 
     def feature_stage(self) -> FeatureStage:
-        """The decoder stage at full resolution, which both networks have."""
+        """Return the decoder stage at full resolution, which has the same name in both networks."""
         architecture = self.configuration_manager.network_arch_init_kwargs
         return FeatureStage(f"decoder.stages.{architecture['n_stages'] - 2}", architecture["features_per_stage"][0])
 

@@ -1,4 +1,4 @@
-"""3D UX-Net without unlabeled cases."""
+"""Trainer of 3D UX-Net on labeled cases only."""
 
 import torch
 
@@ -7,7 +7,7 @@ from nnunet_dycon.training.settings import TrainingLength
 
 
 class nnUNetTrainerUXNet(UXNetTraining):
-    """nnU-Net's supervised training of 3D UX-Net (arXiv:2209.15076): see `nnunet_dycon.networks.uxnet`."""
+    """nnU-Net's supervised training of 3D UX-Net (arXiv:2209.15076); see `nnunet_dycon.networks.uxnet`."""
 
     training_settings = TrainingLength()
 

@@ -1,4 +1,4 @@
-"""The recommended default."""
+"""Recommended default: weak-to-strong consistency."""
 
 from dataclasses import replace
 
@@ -7,9 +7,9 @@ from nnunet_dycon.trainers.nnUNetTrainerFixMatch import nnUNetTrainerFixMatch
 
 
 class nnUNetTrainerWeakToStrong(nnUNetTrainerFixMatch):
-    """FixMatch with all pseudo-labels instead of the confident ones, at half the weight of the ground truth.
+    """FixMatch without confidence threshold, with half the weight of the supervised loss.
 
-    The settings that were tried are in docs/results.md.
+    docs/results.md lists the settings that were compared.
     """
 
     method_settings = replace(nnUNetTrainerFixMatch.method_settings, confidence=0.0, weight=PSEUDO_LABEL_WEIGHT)

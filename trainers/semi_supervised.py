@@ -1,5 +1,6 @@
-"""nnU-Net's hooks for semi-supervised training. The parts that they call are in `nnunet_dycon.training`."""
+"""Base class of the semi-supervised trainers: nnU-Net's hooks, implemented with `nnunet_dycon.training`."""
 
+from contextlib import closing
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -31,12 +32,12 @@ from nnunet_dycon.training.supervision import make_supervision
 
 
 class SemiSupervisedTrainer(nnUNetTrainer):
-    """nnU-Net's trainer with unlabeled cases from imagesUn. A subclass has settings and builds a method."""
+    """nnU-Net's trainer with unlabeled cases from imagesUn. A subclass defines its settings and builds its method."""
 
     training_settings = TrainingSettings()
-    method_settings: Any  # a frozen dataclass
-    activation_memory_factor = 1.0  # memory of a patch in all views and networks, relative to nnU-Net's estimate
-    second_network: type[nnUNetTrainer] | None = None  # its build_network_architecture builds the second student
+    method_settings: Any  # frozen dataclass with the settings of the method
+    activation_memory_factor = 1.0  # memory of a patch for all views and networks, relative to nnU-Net's estimate
+    second_network: type[nnUNetTrainer] | None = None  # builds the second network of co-training
 
     def __init__(
         self,
@@ -50,21 +51,22 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             require_nnunet()
             self.check_compatibility(plans, configuration, dataset_json)
             self._continue_training = bool(plans.get("continue_training"))  # --c; nnU-Net removes it from the plans
-            with explained(OSError, "nnU-Net cannot make the folder of this training; check nnUNet_results"):
+            with explained(OSError, "cannot create the output folder of this training; check nnUNet_results"):
                 super().__init__(plans, configuration, fold, dataset_json, device)
         self.training_settings.apply_to(self)
         self.unlabeled_cases = UnlabeledCases(self.plans_manager, configuration, dataset_json)
-        self.method: Method | None = None  # -> initialize
-        self._resumed_settings: dict[str, dict] | None = None  # -> load_checkpoint
-        self._cases: dict[str, list[str]] = {}  # -> get_dataloaders
+        self.method: Method | None = None  # set by initialize
+        self._resumed_settings: dict[str, dict] | None = None  # set by load_checkpoint
+        self._cases: dict[str, list[str]] = {}  # case identifiers by role; set by get_dataloaders
         self._step_in_epoch = 0
         self._recorder = EpochRecorder()
         self._guarded_step = GuardedStep(self.print_to_log_file)
         self._stop_request = preemption.StopRequest()
+        self._lock = preflight.fold_lock(Path(self.output_folder), self.print_to_log_file)
 
     @classmethod
     def check_compatibility(cls, plans: dict, configuration: str, dataset_json: dict) -> None:
-        """Raise NotSupported, or UserError for an uneven batch, if this trainer cannot train the configuration."""
+        """Raise NotSupported, or UserError for an uneven batch, if this trainer cannot train a configuration."""
         planned = PlansManager(plans).get_configuration(configuration)
         on_rank_zero(partial(require_even_batch, planned.batch_size))
         compatibility.refuse_cascade(cls.__name__, configuration, planned)
@@ -72,23 +74,21 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             compatibility.refuse_planned_network(cls.__name__, planned.network_arch_class_name)
 
     def build_method(self, network: nn.Module, supervision: Supervision) -> Method:
-        """Return the method that computes this trainer's step (nnunet_dycon.methods)."""
-        raise NotImplementedError(f"{type(self).__name__} builds no method: use one of its subclasses")
+        """Build the method, which computes the loss of each training step; see `nnunet_dycon.methods`."""
+        raise NotImplementedError(f"{type(self).__name__} builds no method; use one of its subclasses")
 
     def feature_stage(self) -> FeatureStage:
-        """Return the stage to tap features from."""
+        """Return the stage of the network whose features are tapped."""
         return compatibility.stage_nearest_to_stride_8(self)
 
     def initialize(self) -> None:
-        """After nnU-Net's: build the method, add its modules to the optimizer, and tap the student."""
+        """Initialize as nnU-Net, then build the method, add its modules to the optimizer, and tap the student."""
         super().initialize()
-        with compatibility.deep_supervision_off(self):  # the teacher is a copy of the network, and needs none
+        with compatibility.deep_supervision_off(self):  # the teacher is a copy of the network and does not need it
             self.method = self.build_method(self.network, make_supervision(self))
         optimize_with_network(self.method, self.optimizer, self.device, self.is_ddp)
-        # After the teacher was copied, which must not copy the hook, and before the first forward pass, because
-        # torch.compile ignores later hooks.
-        has_tap = self.method.uses_features
-        self._tap = FeatureTap(unwrap(self.network), self.feature_stage().name) if has_tap else None
+        # After the teacher was copied, and before the first forward pass: torch.compile ignores later hooks.
+        self._tap = FeatureTap(unwrap(self.network), self.feature_stage().name) if self.method.uses_features else None
 
     def _student(self, images: torch.Tensor) -> StudentOutput:
         if self.method.labeler is not None:
@@ -99,55 +99,55 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
     @property
     def progress(self) -> float:
-        """The fraction of the training that is done, from 0 to 1."""
+        """Training progress, from 0 (start) to 1 (end)."""
         steps = self.current_epoch * self.num_iterations_per_epoch + self._step_in_epoch
         return steps / (self.num_epochs * self.num_iterations_per_epoch)
 
     @property
     def unlabeled_batch_size(self) -> int:
-        """Unlabeled patches per step and GPU."""
+        """Number of unlabeled patches per step and GPU."""
         numbers = (len(self._cases[role]) for role in ("labeled", "unlabeled"))
         return self.training_settings.unlabeled_batch_size or unlabeled_patches(self.batch_size, *numbers)
 
     @property
     def settings(self) -> dict[str, dict]:
-        """All settings of this training, as plain values."""
+        """All settings of this training as dicts of plain values."""
         return {"training_settings": asdict(self.training_settings), "method_settings": asdict(self.method_settings)}
 
     @property
     def curves(self) -> dict[str, list[float]]:
-        """By name, the mean over the steps of each epoch."""
+        """Means over the steps of each epoch, by name of the curve."""
         return self._recorder.curves
 
     @ends_in_one_line()
     def on_train_start(self) -> None:
-        """nnU-Net's, after the preflight checks; then write the run record."""
+        """Run the preflight checks, then nnU-Net's hook, and write the run record."""
         on_rank_zero(self._check_before_training)
-        with explained(OSError, f"training cannot start in {self.output_folder}; free disk space or fix the file"):
+        with explained(OSError, f"training cannot start in {self.output_folder}; free disk space or repair the file"):
             super().on_train_start()
             is_new, folder = self._resumed_settings is None, Path(self.output_folder)
             if self.local_rank == 0 and (is_new or not record_file(folder).is_file()):
                 write_record(folder, type(self).__name__, self.settings, self._cases)
         if is_new:
-            self.method.before_first_step()  # pretrained weights were loaded after initialize
+            self.method.before_first_step()  # here because pretrained weights are loaded after initialize
         self.logger.update_config(self.settings)
-        self.print_to_log_file(preflight.describe_batch(self, self._cases))
-        if caveat := caveat_of(type(self).__name__):
-            self.print_to_log_file(caveat)
+        for line in filter(None, (preflight.describe_batch(self, self._cases), caveat_of(type(self).__name__))):
+            self.print_to_log_file(line)
         self._stop_request.can_wait = True
 
     def _check_before_training(self) -> None:
         folder = Path(self.output_folder)
         require_writable(folder)
+        self._lock.acquire()
         if self._resumed_settings is not None:
             current = {kind: getattr(self, kind) for kind in self.settings}
             preflight.check_settings(self._resumed_settings, current, folder, self.print_to_log_file)
         preflight.check_cases(Path(self.preprocessed_dataset_folder), self.fold, self.unlabeled_cases)
         if self._resumed_settings is None and not self.disable_checkpointing:
-            checkpoints.set_aside(folder, self.print_to_log_file)  # --c would prefer an earlier final one
+            checkpoints.set_aside(folder, self.print_to_log_file)  # --c would prefer an earlier final checkpoint
 
     def get_dataloaders(self):
-        """As nnU-Net's, with a loader of two streams for training."""
+        """Return nnU-Net's data loaders; the training loader has a labeled and an unlabeled stream."""
         labeled, validation = self.get_tr_and_val_datasets()
         unlabeled = loader.UnlabeledDataset(self.unlabeled_cases.folder, self.unlabeled_cases.identifiers())
         streams = {"labeled": labeled, "unlabeled": unlabeled, "validation": validation}
@@ -162,7 +162,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
     @ends_in_one_line()
     def train_step(self, batch: dict) -> dict:
-        """One step of the method. Gradients of the network and of the method's modules are clipped together."""
+        """Run one step of the method. Gradients of the network and of the method's modules are clipped together."""
         self._recorder.mark("data")
         labeled, unlabeled = loader.to_batches(batch, self.device)
         self.optimizer.zero_grad(set_to_none=True)
@@ -180,26 +180,25 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         return gradients.values
 
     def validation_step(self, batch: dict) -> dict:
-        """nnU-Net's, unless a stop is requested."""
+        """Run nnU-Net's step. If a stop is requested, save a checkpoint and exit instead."""
         if on_any_rank(self._stop_request.is_made, self.device):
             preemption.save_and_exit(self, self.curves, self._step_in_epoch)
         return super().validation_step(batch)
 
     @ends_in_one_line()
     def run_training(self) -> None:
-        """nnU-Net's. On SIGTERM, it finishes the step and writes a checkpoint before it ends."""
-        # With -num_gpus, SIGTERM means that another rank has failed, and this one may be waiting for it.
-        with self._stop_request.listening(not self.is_ddp or torch.distributed.is_torchelastic_launched()):
+        """Run nnU-Net's training. On SIGTERM, finish the step, write a checkpoint and exit."""
+        is_spawned = self.is_ddp and not torch.distributed.is_torchelastic_launched()
+        with self._stop_request.listening(is_spawned), closing(self._lock):
             super().run_training()
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
-        """nnU-Net's, without lost steps; then record the means and seconds of the epoch."""
+        """Run nnU-Net's hook without lost steps, then record and log the means and times of the epoch."""
         super().on_train_epoch_end(replace_lost(train_outputs))
-        epoch = self._recorder.end(self.current_epoch, train_outputs)
-        epoch.log(self.logger.loggers, self.print_to_log_file)
+        self._recorder.end(self.current_epoch, train_outputs).log(self.logger.loggers, self.print_to_log_file)
 
     def on_epoch_end(self) -> None:
-        """nnU-Net's; then draw the curves, and pseudo-labels after each latest checkpoint."""
+        """Run nnU-Net's hook, then draw the curves, and pseudo-labels whenever checkpoint_latest.pth is written."""
         super().on_epoch_end()
         if self.local_rank == 0:
             plots.draw_curves(Path(self.output_folder), self.curves, self.print_to_log_file)
@@ -208,17 +207,18 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
     @ends_in_one_line()
     def save_checkpoint(self, filename: str) -> None:
-        """nnU-Net's checkpoint with the state of the method, written completely or not at all."""
+        """Write nnU-Net's checkpoint with the state of the method added. The file is replaced atomically."""
         if self.local_rank != 0 or self.disable_checkpointing:
             return super().save_checkpoint(filename)
+        self._lock.check()
         state = {"settings": self.settings, "method": checkpoints.method_state(self.method), "curves": self.curves}
         checkpoints.save_extended(filename, super().save_checkpoint, state)
 
     @ends_in_one_line()
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
-        """nnU-Net's, and the state of the method. With --c, the newest readable file replaces a damaged one."""
+        """Load nnU-Net's checkpoint and the state of the method; with --c the newest readable one if it is damaged."""
         if self._continue_training:
-            self._continue_training = False  # after the training, exactly the named file is loaded
+            self._continue_training = False  # later calls load exactly the given file
             filename_or_checkpoint = checkpoints.find_readable(filename_or_checkpoint, self.print_to_log_file)
         own = checkpoints.load_state(filename_or_checkpoint, type(self).__name__)
         if not self.was_initialized:
@@ -229,22 +229,22 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self._recorder.curves, self._resumed_settings = own["curves"], own["settings"]
 
     def companions(self) -> dict[str, tuple[str, nn.Module]]:
-        """Return the other networks that predict: by name of the checkpoint, the trainer that builds it, and it."""
+        """Return the other networks that can predict, by file name: the trainer that builds it, and the network."""
         teacher = self.method.teacher
         return {} if teacher is None else {checkpoints.TEACHER: (type(self).__name__, teacher.network)}
 
     @ends_in_one_line()
     def on_train_end(self) -> None:
-        """nnU-Net's; then write checkpoints of the companions, for nnUNetv2_predict -chk."""
+        """Run nnU-Net's hook, then write the checkpoints of the companions, for nnUNetv2_predict -chk."""
         super().on_train_end()
         if self.local_rank == 0 and not self.disable_checkpointing:
             checkpoints.save_companions(Path(self.output_folder), self.companions())
             pseudo_label_page.draw(self, self.method, self.unlabeled_cases)
         if on_any_rank(self._stop_request.is_made, self.device):
-            preemption.end(self, "stopped by SIGTERM after the training, which is complete; --val runs its validation")
+            preemption.end(self, "stopped by SIGTERM after the end of training; run its validation with --val")
 
     @ends_in_one_line()
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
-        """nnU-Net's; if a case cannot be read, raise an error with its file."""
+        """Run nnU-Net's validation; raise an error with the file name if a case cannot be read."""
         with loader.naming_unreadable_cases(self):
             super().perform_actual_validation(save_probabilities)

@@ -1,4 +1,4 @@
-"""The base of the co-training trainers, which train a second network."""
+"""Base class of the co-training trainers, which train a second network."""
 
 from typing import Any
 
@@ -13,10 +13,10 @@ from nnunet_dycon.training import checkpoints
 
 
 class TwoNetworksTrainer(SemiSupervisedTrainer):
-    """A semi-supervised trainer with a second network of the same plans, the child `second` of its method."""
+    """Semi-supervised trainer with a second network from the same plans, which is the child `second` of its method."""
 
     second_network = nnUNetTrainerSecondNetwork
-    activation_memory_factor = 2.3  # a plain and a residual-encoder U-Net, by the shapes of their activations
+    activation_memory_factor = 2.3  # plain and residual-encoder U-Net, from the shapes of their activations
 
     @classmethod
     def check_compatibility(cls, plans: dict, configuration: str, dataset_json: dict) -> None:
@@ -24,7 +24,7 @@ class TwoNetworksTrainer(SemiSupervisedTrainer):
         second_architecture(PlansManager(plans).get_configuration(configuration).configuration["architecture"])
 
     def build_second_network(self) -> nn.Module:
-        """Return the second network on the device; deep supervision and compilation are those of the first."""
+        """Build the second network on the device, with deep supervision and compilation like the first."""
         network = self.second_network.build_network_architecture(
             self.plans_manager,
             self.configuration_manager,

@@ -1,4 +1,4 @@
-"""What the trainers of 3D UX-Net share: a network of their own, as wide as nnU-Net's plans say, and its optimizer."""
+"""Base class of the trainers of 3D UX-Net: network with the widths of nnU-Net's plans, and optimizer."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,12 +13,17 @@ from nnunet_dycon.errors import NotSupported
 
 _FROM_PLANS = ("features_per_stage", "kernel_sizes", "strides", "conv_op", "conv_bias", "norm_op", "norm_op_kwargs",
                "nonlin", "nonlin_kwargs")  # fmt: skip
-_IMPORTED = ("conv_op", "norm_op", "nonlin")  # of them
+_IMPORTED = ("conv_op", "norm_op", "nonlin")  # stored in the plans as names of classes
 
 
 @dataclass(frozen=True)
 class AdamWSettings:
-    """Constants of the optimizer, as released; nnU-Net lets the learning rate decay to 0."""
+    """Settings of AdamW, those of the released code. The learning rate decays to 0 with nnU-Net's schedule.
+
+    Attributes:
+        learning_rate: the initial learning rate.
+        weight_decay: the weight decay.
+    """
 
     learning_rate: float = 1e-4
     weight_decay: float = 1e-2
@@ -27,8 +32,8 @@ class AdamWSettings:
 class UXNetTraining(nnUNetTrainer):
     """nnU-Net's trainer with a network of `nnunet_dycon.networks`, and AdamW.
 
-    nnU-Net builds the network from the class, in training and in prediction, so that what it is built with must be the
-    class's, too.
+    nnU-Net builds the network from the class in training and prediction, so the network's options are class attributes
+    and class methods.
     """
 
     network_class = "nnunet_dycon.networks.UXNet"
@@ -36,23 +41,23 @@ class UXNetTraining(nnUNetTrainer):
 
     @classmethod
     def network_options(cls) -> dict[str, Any]:
-        """What the network takes beside what the plans say."""
+        """Return arguments of the network that are not in the plans."""
         return {}
 
     @classmethod
     def build_network_architecture(
         cls, plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision=True
     ) -> nn.Module:
-        """The network, from those entries of the plans that it shares with nnU-Net's own.
+        """Build the network from the entries of the plans that it has in common with nnU-Net's own networks.
 
         Raises:
-            NotSupported: the plans lack one of them, or it cannot be built from them.
+            NotSupported: an entry is missing in the plans, or the network cannot be built from them.
         """
         planned = configuration_manager.network_arch_init_kwargs
         if missing := [name for name in _FROM_PLANS if name not in planned]:
             raise NotSupported(
-                f"{cls.__name__} needs plans with {', '.join(missing)}, which those for "
-                f"{configuration_manager.network_arch_class_name} have not. Use nnU-Net's default or residual-encoder "
+                f"{cls.__name__} needs {', '.join(missing)} in the plans, but the plans for "
+                f"{configuration_manager.network_arch_class_name} lack them. Use nnU-Net's default or residual-encoder "
                 "plans."
             )
         try:
@@ -68,7 +73,7 @@ class UXNetTraining(nnUNetTrainer):
             raise NotSupported(f"{cls.__name__} cannot build its network: {error}") from None
 
     def configure_optimizers(self):
-        """AdamW with nnU-Net's schedule."""
+        """Return AdamW and nnU-Net's learning-rate schedule."""
         settings = self.optimizer_settings
         self.initial_lr, self.weight_decay = settings.learning_rate, settings.weight_decay
         optimizer = torch.optim.AdamW(self.network.parameters(), self.initial_lr, weight_decay=self.weight_decay)

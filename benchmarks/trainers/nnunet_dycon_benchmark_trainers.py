@@ -1,8 +1,9 @@
-"""Trainers with a fixed budget and a seed, for the benchmarks. nnUNet_extTrainer must name this folder.
+"""Trainers of the benchmarks with a given number of iterations and seed. nnUNet_extTrainer must contain this folder.
 
-A name such as Benchmark_run3 stands for an entry of the JSON file that the variable NNUNET_DYCON_BENCHMARK_RUNS names:
-{"trainer": ..., "settings": {...}, "epochs": ..., "iterations_per_epoch": ..., "seed": ..., "precision": ...}. What was
-really trained is written to the model's folder when training starts, as benchmark.json.
+The trainer Benchmark_NAME is built from the entry Benchmark_NAME of a JSON file, whose path is in the environment
+variable NNUNET_DYCON_BENCHMARK_RUNS: {"trainer": ..., "settings": {...}, "epochs": ..., "iterations_per_epoch": ...,
+"seed": ..., "precision": ...}. When training starts, the entry, all settings and the commit are written to
+benchmark.json in the output folder.
 """
 
 import json
@@ -50,7 +51,7 @@ def _with_budget(name: str, base: type[nnUNetTrainer], run: dict) -> type[nnUNet
             device: torch.device = torch.device("cuda"),  # noqa: B008 (nnU-Net's signature)
         ):
             super().__init__(plans, configuration, fold, dataset_json, device)
-            # The learning rate decays by epochs, to 0 at the end of the budget.
+            # The learning rate decays with epochs, to 0 after the last one.
             self.num_iterations_per_epoch = run["iterations_per_epoch"]
             self.num_epochs = run["epochs"]
             self.num_val_iterations_per_epoch = 1
@@ -70,7 +71,7 @@ def _with_budget(name: str, base: type[nnUNetTrainer], run: dict) -> type[nnUNet
 
         def on_train_start(self):
             random.seed(run["seed"])
-            np.random.seed(run["seed"])  # noqa: NPY002 (what nnU-Net's loaders draw from)
+            np.random.seed(run["seed"])  # noqa: NPY002 (used by nnU-Net's loaders)
             torch.manual_seed(run["seed"])
             super().on_train_start()
             settings = self.settings if isinstance(self, SemiSupervisedTrainer) else {}
@@ -78,7 +79,7 @@ def _with_budget(name: str, base: type[nnUNetTrainer], run: dict) -> type[nnUNet
             (Path(self.output_folder) / "benchmark.json").write_text(json.dumps(record, indent=1))
 
         def perform_actual_validation(self, save_probabilities: bool = False):
-            """Fold all has only training cases to validate on."""
+            """Do nothing: in fold all, the validation cases are training cases."""
 
     if in_bfloat16 and issubclass(base, SemiSupervisedTrainer):
 
@@ -99,7 +100,7 @@ def _with_budget(name: str, base: type[nnUNetTrainer], run: dict) -> type[nnUNet
 
 
 def _autocast(module: nn.Module) -> nn.Module:
-    """Have a module multiply in bfloat16, as nnU-Net has it do in float16 on a GPU; what it returns is float32."""
+    """Make a module compute with autocast to bfloat16, like nnU-Net's float16 on a GPU, and return float32."""
 
     plain: Any = type(module)
     native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -111,14 +112,14 @@ def _autocast(module: nn.Module) -> nn.Module:
             return returned.float() if isinstance(returned, torch.Tensor) else [level.float() for level in returned]
 
     module.__class__ = Autocast
-    return module if native else module.to(memory_format=torch.channels_last_3d)  # a fifth faster in float32
+    return module if native else module.to(memory_format=torch.channels_last_3d)  # 20 % faster in float32
 
 
 class RoundedProducts(TorchFunctionMode):
-    """What autocast to bfloat16 computes, in float32, for CPUs that have no bfloat16: there it takes 20 times as long.
+    """Emulation in float32 of autocast to bfloat16, for CPUs without bfloat16, on which autocast is 20 times slower.
 
-    Products of rounded numbers are the same, and are summed in float32 by either; what comes in, what goes out and
-    their gradients are rounded.
+    Inputs, outputs and their gradients are rounded to bfloat16. Products of rounded numbers are equal in both, and both
+    sum them in float32.
     """
 
     _rounded = (torch.conv2d, torch.conv3d, torch.conv_transpose2d, torch.conv_transpose3d, instance_norm, linear)
@@ -131,7 +132,7 @@ class RoundedProducts(TorchFunctionMode):
 
 
 class _Round(torch.autograd.Function):
-    """To bfloat16 and back, the gradient, too."""
+    """Rounding of values and gradients to bfloat16."""
 
     @staticmethod
     def forward(ctx, values):
@@ -143,7 +144,7 @@ class _Round(torch.autograd.Function):
 
 
 def commit() -> str:
-    """Return the commit of the installed package, with -dirty behind it if files have changed since."""
+    """Return the commit of the installed package, with the suffix -dirty if tracked files are changed."""
     folder = Path(nnunet_dycon.__file__).parent
 
     def git(*arguments: str) -> str:

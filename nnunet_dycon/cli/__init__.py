@@ -1,4 +1,4 @@
-"""The command nnunet_dycon. Each sub-command imports what it needs when it runs, so that --help is fast."""
+"""The command nnunet_dycon. Sub-commands import their modules only when they run, so that --help is fast."""
 
 import argparse
 import os
@@ -14,10 +14,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a sub-command.
 
     Args:
-        argv: the arguments; None for those of the process.
+        argv: the arguments; None for the arguments of the process.
 
     Returns:
-        The exit code: 0 without a problem, 1 if a problem was found, 2 for wrong use.
+        The exit code: 0 for success, 1 if a problem was found, 2 for wrong usage.
     """
     argv = sys.argv[1:] if argv is None else argv
     try:
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
-    """Return the parser. Of the converters, only the one that is named in `argv` has its options."""
+    """Return the parser. It contains options of the converter in `argv`, but not of other converters."""
     parser = argparse.ArgumentParser(
         prog="nnunet_dycon",
         description="Semi-supervised training for nnU-Net v2.",

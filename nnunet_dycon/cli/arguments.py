@@ -7,8 +7,8 @@ import os
 from nnunet_dycon.errors import UsageError
 
 MODEL = "trained model: nnUNet_results/DatasetXXX_Name/TRAINER__PLANS__CONFIGURATION"
-FOLDS = "folds, or all (default: each one there is)"
-PROCESSES = "processes (default: nnU-Net's nnUNet_def_n_proc, or 8, but not more than there are CPU cores)"
+FOLDS = "fold numbers, or all (default: every fold in the model folder)"
+PROCESSES = "number of processes (default: nnUNet_def_n_proc or 8, at most the number of CPU cores)"
 
 
 def positive(text: str) -> int:
@@ -25,7 +25,7 @@ def not_negative(text: str) -> int:
 
 def fold(text: str) -> int | str:
     if text != "all" and not text.isdigit():
-        raise argparse.ArgumentTypeError(f"must be a number or all, got {text}")
+        raise argparse.ArgumentTypeError(f"must be a fold number or all, got {text}")
     return text if text == "all" else int(text)
 
 
@@ -34,7 +34,10 @@ def num_processes(arguments: argparse.Namespace) -> int:
         return arguments.num_processes
     value = os.environ.get("nnUNet_def_n_proc", "8")
     if not value.isdigit() or int(value) < 1:
-        raise UsageError(f"the environment variable nnUNet_def_n_proc must be a positive number, got {value!r}")
+        raise UsageError(
+            f"the environment variable nnUNet_def_n_proc must be a positive number, got {value!r}; "
+            "run: unset nnUNet_def_n_proc"
+        )
     return min(int(value), os.cpu_count() or 1)
 
 
@@ -42,9 +45,11 @@ def count_or_fraction(text: str) -> int | float:
     if not text.endswith("%"):
         return positive(text)
     try:
-        share = float(text[:-1]) / 100
+        fraction = float(text[:-1]) / 100
     except ValueError:
-        share = math.nan
-    if not 0 < share <= 1:
-        raise argparse.ArgumentTypeError(f"must be a share above 0% and up to 100%, or a number of cases, got {text}")
-    return share
+        fraction = math.nan
+    if not 0 < fraction <= 1:
+        raise argparse.ArgumentTypeError(
+            f"must be a number of cases, or a percentage above 0% and up to 100%, got {text}"
+        )
+    return fraction

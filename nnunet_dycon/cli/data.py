@@ -27,27 +27,27 @@ def add_convert(commands: Any, argv: Sequence[str]) -> None:
     for name, converter in CONVERTERS.items():
         parser = sources.add_parser(name, help=converter.summary, description=converter.summary)
         if list(argv[:2]) == ["convert", name]:
-            require_nnunet()  # which the module of the converter imports
+            require_nnunet()  # imported by the converter's module
             _add_converter(parser, name)
 
 
 def _add_converter(parser: argparse.ArgumentParser, name: str) -> None:
-    parser.add_argument("-i", dest="source", type=Path, required=True, metavar="FOLDER", help="the download")
+    parser.add_argument("-i", dest="source", type=Path, required=True, metavar="FOLDER", help="downloaded data set")
     parser.add_argument("-d", dest="dataset_id", type=positive, required=True, metavar="ID", help="new dataset ID")
     chosen = parser.add_mutually_exclusive_group()
     chosen.add_argument(
         "--labeled", type=count_or_fraction, default=None, metavar="N",
-        help="keep the labels of N, or N%%, of the training cases: the first ones of the published order, which comes "
-        "with --protocol or lies beside the data, or a draw with --seed where there is none; the others become "
-        "unlabeled (default: every label is kept)",
+        help="keep the labels of N or N%% of the training cases: the first in the published order, which comes with "
+        "--protocol or with the data, or a random choice with --seed if there is none; the others become unlabeled "
+        "(default: keep all labels)",
     )  # fmt: skip
     chosen.add_argument(
         "--split", type=Path, default=None, metavar="FILE",
-        help="JSON with the case lists labeled, unlabeled, val, test (each optional but labeled)",
+        help="JSON file with lists of cases: labeled (required), unlabeled, val, test",
     )  # fmt: skip
     if protocols := published_names(name):
-        parser.add_argument("--protocol", choices=protocols, default=None, help="a published split")
-    parser.add_argument("--seed", type=int, default=0, help="for --labeled without a published order (default: 0)")
+        parser.add_argument("--protocol", choices=protocols, default=None, help="published split")
+    parser.add_argument("--seed", type=int, default=0, help="seed of --labeled without a published order (default: 0)")
     parser.add_argument("-np", dest="num_processes", type=positive, default=None, help=PROCESSES)
     import_module(f"nnunet_dycon.dataset_conversion.{name}").add_options(parser)
     parser.set_defaults(run=_convert, converter=name)
@@ -66,8 +66,8 @@ def add_preprocess_unlabeled(commands: Any) -> None:
         "preprocess_unlabeled",
         help="preprocess the images of imagesUn for training",
         description="Preprocess nnUNet_raw/DatasetXXX/imagesUn with nnU-Net's own preprocessor and the plans of the "
-        "labeled cases. Replaces what an earlier call made if the plans, or names or sizes of the image files, have "
-        "changed since.",
+        "labeled cases. Replaces the result of an earlier call if the plans, or names or sizes of image files, have "
+        "changed.",
         epilog="example: nnunet_dycon preprocess_unlabeled -d 101 -c 3d_fullres",
     )
     preprocess.add_argument("-d", dest="dataset", required=True, metavar="ID", help="dataset ID or DatasetXXX_Name")

@@ -17,8 +17,8 @@ from nnunet_dycon.trainers import LENGTHS
 def add_trainers_path(commands: Any) -> None:
     path = commands.add_parser(
         "trainers_path",
-        help="print the folder that nnUNet_extTrainer must name",
-        description="Print the folder that nnUNet_extTrainer must name.",
+        help="print the folder to add to nnUNet_extTrainer",
+        description="Print the folder of the trainers, to add to nnUNet_extTrainer.",
         epilog='example: export nnUNet_extTrainer="$(nnunet_dycon trainers_path)'
         '${nnUNet_extTrainer:+:$nnUNet_extTrainer}"',
     )
@@ -32,7 +32,7 @@ def _trainers_path(arguments: argparse.Namespace) -> None:
 
 def add_list(commands: Any) -> None:
     listing = commands.add_parser("list", help="list trainers and converters")
-    listing.add_argument("--json", action="store_true", help="machine-readable")
+    listing.add_argument("--json", action="store_true", help="print JSON")
     listing.set_defaults(run=_list)
 
 
@@ -59,11 +59,10 @@ def _list(arguments: argparse.Namespace) -> None:
 def add_doctor(commands: Any) -> None:
     doctor = commands.add_parser(
         "doctor",
-        help="would a training work? look at packages, variables, folders and data, and name remedies",
-        description="Look at all that a training needs, before hours are spent on it: packages, device, nnU-Net's "
-        "variables, whether nnU-Net finds the trainer, and, with -d, the data set: names and headers of its files, "
-        "images that are there twice, what is preprocessed, folds, room on the disk and the GPU. Changes nothing. "
-        "Exit code 1 if training would fail.",
+        help="check packages, variables, folders and data before a training, and suggest remedies",
+        description="Check everything that a training needs before it starts: packages, device, nnU-Net's variables, "
+        "whether nnU-Net finds the trainer, and, with -d, the data set: names and headers of files, duplicate images, "
+        "preprocessed cases, folds, disk space and GPU memory. Changes nothing. Exit code 1 if training would fail.",
         epilog="example: nnunet_dycon doctor -d 101 -f all",
     )
     doctor.add_argument("-d", dest="dataset", default=None, metavar="ID", help="dataset ID or DatasetXXX_Name")
@@ -73,9 +72,9 @@ def add_doctor(commands: Any) -> None:
     doctor.add_argument("-p", dest="plans_name", default="nnUNetPlans", metavar="PLANS", help="default: nnUNetPlans")
     doctor.add_argument("-tr", dest="trainer", default=RECOMMENDED, metavar="TRAINER", help="default: %(default)s")
     doctor.add_argument(
-        "-f", dest="fold", type=fold, default=None, metavar="FOLD", help="a number, or all (default: look at each)"
+        "-f", dest="fold", type=fold, default=None, metavar="FOLD", help="fold, or all (default: check every fold)"
     )
-    doctor.add_argument("--json", action="store_true", help="machine-readable")
+    doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.set_defaults(run=_doctor)
 
 
@@ -92,12 +91,12 @@ def add_demo(commands: Any) -> None:
     demo = commands.add_parser(
         "demo",
         help="train on a small phantom data set and score the result: a few minutes on two CPU cores",
-        description=f"Make a small phantom data set, plan, preprocess, train {RECOMMENDED} for a few short epochs, "
-        "predict the held-out cases and score them, all with nnU-Net's own commands, which are printed.",
+        description=f"Generate a small phantom data set, plan, preprocess, train {RECOMMENDED} for a few short epochs, "
+        "predict the held-out cases and score them, with nnU-Net's own commands, which are printed.",
     )
     demo.add_argument("-o", dest="output", type=Path, required=True, metavar="FOLDER", help="new or empty folder")
-    demo.add_argument("--seed", type=int, default=0, help="of the phantoms (default: 0)")
-    demo.add_argument("-device", choices=("cuda", "cpu"), default=None, help="default: cuda where there is one")
+    demo.add_argument("--seed", type=int, default=0, help="seed of the phantoms (default: 0)")
+    demo.add_argument("-device", choices=("cuda", "cpu"), default=None, help="default: cuda if available")
     demo.set_defaults(run=_demo)
 
 

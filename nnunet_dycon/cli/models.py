@@ -19,13 +19,14 @@ from nnunet_dycon.system.environment import require_nnunet
 def add_export_vanilla(commands: Any) -> None:
     export = commands.add_parser(
         "export_vanilla",
-        help="turn a trained model into one that stock nnU-Net predicts with, without this package",
-        description="Turn a trained model into one that stock nnU-Net predicts with where this package is not "
-        "installed, voxel for voxel the same. -o becomes a model folder for nnUNetv2_predict_from_modelfolder; put it "
-        "in place as nnUNet_results/DatasetXXX_Name/nnUNetTrainer__PLANS__CONFIGURATION for nnUNetv2_predict and "
-        "nnUNetv2_export_model_to_zip. Each fold's checkpoint is named checkpoint_final.pth, whichever it was; "
-        "nnunet_dycon.json beside it tells. Validation scores and postprocessing, which are the student's, are left "
-        "out with --teacher and -chk, so that nnUNetv2_export_model_to_zip packs only students.",
+        help="export a trained model to plain nnU-Net, which predicts with it without this package",
+        description="Export a trained model to plain nnU-Net, whose predictions are then identical without this "
+        "package. Use -o with nnUNetv2_predict_from_modelfolder. For nnUNetv2_predict and "
+        "nnUNetv2_export_model_to_zip, move it to "
+        "nnUNet_results/DatasetXXX_Name/nnUNetTrainer__PLANS__CONFIGURATION. The checkpoint of each fold is renamed to "
+        "checkpoint_final.pth; its original name is in nnunet_dycon.json in the same folder. With --teacher and -chk, "
+        "validation scores and postprocessing are left out because they belong to the student, so that "
+        "nnUNetv2_export_model_to_zip packs only students.",
         epilog="example: nnunet_dycon export_vanilla -o vanilla "
         "-m $nnUNet_results/Dataset101_LA2018/nnUNetTrainerDyCON__nnUNetPlans__3d_fullres",
     )
@@ -33,7 +34,7 @@ def add_export_vanilla(commands: Any) -> None:
     export.add_argument("-o", dest="output", type=Path, required=True, metavar="FOLDER", help="new or empty folder")
     export.add_argument("-f", dest="folds", nargs="+", default=None, metavar="FOLD", help=FOLDS)
     chosen = export.add_mutually_exclusive_group()
-    chosen.add_argument("--teacher", action="store_true", help="take the teacher: -chk checkpoint_final_teacher.pth")
+    chosen.add_argument("--teacher", action="store_true", help="export the teacher: -chk checkpoint_final_teacher.pth")
     chosen.add_argument(
         "-chk", dest="checkpoint", default=None, metavar="NAME", help="checkpoint (default: checkpoint_final.pth)"
     )
@@ -55,10 +56,10 @@ def _export_vanilla(arguments: argparse.Namespace) -> None:
 def add_predict_both(commands: Any) -> None:
     both = commands.add_parser(
         "predict_both",
-        help="predict with both networks of a model, and write their mean: UGPL's own inference",
-        description="Predict with the student and the network beside it (checkpoint_final_second.pth, or else "
-        "checkpoint_final_teacher.pth), as nnUNetv2_predict does with one, and write the most probable label of the "
-        "mean of both, as nnUNetv2_ensemble does. -o appears when all is done.",
+        help="predict with both networks of a model and average them, as published for UGPL",
+        description="Predict with the student and the second network (checkpoint_final_second.pth, or else "
+        "checkpoint_final_teacher.pth) like nnUNetv2_predict, average their probabilities and write the most probable "
+        "label like nnUNetv2_ensemble. -o appears when all cases are predicted.",
         epilog="example: nnunet_dycon predict_both -i imagesTs -o out "
         "-m $nnUNet_results/Dataset101_LA2018/nnUNetTrainerUGPL__nnUNetPlans__3d_fullres",
     )
@@ -66,15 +67,16 @@ def add_predict_both(commands: Any) -> None:
     both.add_argument("-i", dest="images", type=Path, required=True, metavar="FOLDER", help="images CASE_XXXX")
     both.add_argument("-o", dest="output", type=Path, required=True, metavar="FOLDER", help="new or empty folder")
     both.add_argument("-f", dest="folds", nargs="+", default=None, metavar="FOLD", help=FOLDS)
-    both.add_argument("-device", choices=("cuda", "cpu"), default=None, help="default: cuda where there is one")
+    both.add_argument("-device", choices=("cuda", "cpu"), default=None, help="default: cuda if available")
     both.add_argument(
-        "-step_size", type=float, default=0.5, metavar="SHARE", help="of the sliding window (default: 0.5)"
-    )
-    both.add_argument("--disable_tta", action="store_true", help="without mirroring: faster, less accurate")
-    both.add_argument("--save_probabilities", action="store_true", help="write those of the mean, too")
+        "-step_size", type=float, default=0.5, metavar="FRACTION",
+        help="step of the sliding window, as a fraction of the patch (default: 0.5)",
+    )  # fmt: skip
+    both.add_argument("--disable_tta", action="store_true", help="predict without mirroring: faster, less accurate")
+    both.add_argument("--save_probabilities", action="store_true", help="write the averaged probabilities, too")
     both.add_argument(
         "-np", dest="num_processes", type=not_negative, default=3,
-        help="processes to preprocess with, and to export with; 0: one case after the other (default: 3)",
+        help="processes for preprocessing and as many for export; 0: one case after the other (default: 3)",
     )  # fmt: skip
     both.set_defaults(run=_predict_both)
 
@@ -100,23 +102,23 @@ def _predict_both(arguments: argparse.Namespace) -> None:
 def add_predict_uncertainty(commands: Any) -> None:
     uncertainty = commands.add_parser(
         "predict_uncertainty",
-        help="rank predicted cases by how unsure the model is, and write entropy maps: which scan to annotate next",
-        description="Rank what nnUNetv2_predict --save_probabilities has predicted, worst first, by the Dice to expect "
-        "if the probabilities are right: unlike a mean entropy, it does not depend on the field of view, and it tells "
-        "a small error in a small organ from the same in a large one. A case in which nothing was found ranks before "
-        "all others. The probabilities are the model's own opinion: compare cases of one model, not models. Writes "
-        "uncertainty.csv and uncertainty.json, which define every number, and a map CASE_entropy in nats per case. "
-        "Several folders (student and teacher, or folds) are averaged; then the maps CASE_mutual_information tell "
-        "where they disagree.",
+        help="rank predicted cases by uncertainty and write entropy maps, to choose the next scans to annotate",
+        description="Rank predictions of nnUNetv2_predict --save_probabilities by their expected Dice, lowest first, "
+        "assuming calibrated probabilities. Unlike mean entropy, it does not depend on the field of view, and the same "
+        "error counts more in a small organ than in a large one. Cases without predicted foreground rank before all "
+        "others. Compare cases of one model, not different models: their calibration may differ. Writes "
+        "uncertainty.csv and uncertainty.json, which define every number, and a map CASE_entropy in nats for each "
+        "case. Several folders (student and teacher, or folds) are averaged; the maps CASE_mutual_information then "
+        "show where they disagree.",
         epilog="example: nnunet_dycon predict_uncertainty -i student teacher -o uncertainty",
     )
     uncertainty.add_argument(
         "-i", dest="predictions", type=Path, nargs="+", required=True, metavar="FOLDER",
-        help="output of nnUNetv2_predict --save_probabilities; of several folders, with the same cases",
+        help="output of nnUNetv2_predict --save_probabilities; several folders must contain the same cases",
     )  # fmt: skip
     uncertainty.add_argument(
         "-o", dest="output", type=Path, default=None, metavar="FOLDER",
-        help="default: uncertainty in the first folder of -i",
+        help="default: the sub-folder uncertainty of the first folder of -i",
     )  # fmt: skip
     uncertainty.add_argument("-np", dest="num_processes", type=positive, default=None, help=PROCESSES)
     uncertainty.add_argument("--json", action="store_true", help="print uncertainty.json instead of the table")

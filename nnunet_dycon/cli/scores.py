@@ -18,17 +18,17 @@ def add_evaluate(commands: Any) -> None:
         "evaluate",
         help="score predictions: Dice, Jaccard, HD95 and ASD in mm",
         description="Score each reference of a folder against the prediction of the same name. Writes evaluation.csv "
-        "(a row per case and label) and evaluation.json (with mean and median) beside the predictions, or into -o.",
+        "(a row per case and label) and evaluation.json (with mean and median) to -o.",
         epilog="example: nnunet_dycon evaluate -ref labelsTs -pred out",
     )
     evaluate.add_argument("-ref", dest="reference", type=Path, required=True, metavar="FOLDER", help="reference labels")
     evaluate.add_argument("-pred", dest="prediction", type=Path, required=True, metavar="FOLDER", help="predictions")
     evaluate.add_argument(
         "-l", dest="labels", type=int, nargs="+", default=None, metavar="VALUE",
-        help="label values to score (default: the foreground labels of the dataset.json beside the predictions, "
-        "where nnUNetv2_predict puts it)",
+        help="label values to score (default: the foreground labels of dataset.json in -pred, where nnUNetv2_predict "
+        "writes it)",
     )  # fmt: skip
-    evaluate.add_argument("-o", dest="output", type=Path, default=None, metavar="FOLDER", help="default: as -pred")
+    evaluate.add_argument("-o", dest="output", type=Path, default=None, metavar="FOLDER", help="default: that of -pred")
     evaluate.add_argument("-np", dest="num_processes", type=positive, default=None, help=PROCESSES)
     evaluate.add_argument("--json", action="store_true", help="print evaluation.json instead of the table")
     evaluate.set_defaults(run=_evaluate)
@@ -52,23 +52,23 @@ def add_compare(commands: Any) -> None:
         description="Score the predictions of several models against the same references, and compare each with the "
         "first one: means, paired differences of Dice and HD95 with bootstrap intervals, Wilcoxon tests with Holm's "
         "correction, wins and losses, leave-one-out, the worst cases. Writes comparison.csv (a row per method, seed, "
-        "case and label), comparison.json (all statistics, and how they are defined) and comparison.png.",
+        "case and label), comparison.json (all statistics and their definitions) and comparison.png.",
         epilog="example: nnunet_dycon compare -ref labelsTs -pred baseline=out1 ours=out2,out3,out4",
     )
     compare.add_argument("-ref", dest="reference", type=Path, required=True, metavar="FOLDER", help="reference labels")
     compare.add_argument(
         "-pred", dest="predictions", nargs="+", required=True, metavar="NAME=FOLDER[,FOLDER]",
-        help="predictions of each method, the baseline first; several folders are seeds of one method",
+        help="predictions of each method, baseline first; several folders are the seeds of a method",
     )  # fmt: skip
     compare.add_argument(
         "-l", dest="labels", type=int, nargs="+", default=None, metavar="VALUE",
-        help="label values to score (default: as evaluate)",
+        help="label values to score (default: as for evaluate)",
     )  # fmt: skip
     compare.add_argument(
         "-o", dest="output", type=Path, default=Path("comparison"), metavar="FOLDER",
-        help="default: comparison, in the current folder",
+        help="default: comparison in the current folder",
     )  # fmt: skip
-    compare.add_argument("--seed", type=not_negative, default=0, help="of the bootstrap draws (default: 0)")
+    compare.add_argument("--seed", type=not_negative, default=0, help="seed of the bootstrap (default: 0)")
     compare.add_argument("-np", dest="num_processes", type=positive, default=None, help=PROCESSES)
     compare.add_argument("--json", action="store_true", help="print comparison.json instead of the tables")
     compare.set_defaults(run=_compare)

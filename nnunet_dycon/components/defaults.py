@@ -1,7 +1,7 @@
-"""What a user would otherwise have to tune, and the rules that it follows from.
+"""Defaults: self-configured hyperparameters.
 
-They count no steps, epochs or cases: all follows from the plans, from how many cases of each kind there are, and from
-the length of the training.
+They are derived from the plans, the numbers of labeled and unlabeled cases, and the length of the training. None is an
+absolute number of steps, epochs or cases.
 """
 
 from collections.abc import Sequence
@@ -9,23 +9,28 @@ from collections.abc import Sequence
 import numpy as np
 
 RAMPUP = 0.4
-"""The share of the training over which what is learned without labels is turned on: before, the labels are bad."""
+"""Length of the ramp-up of unsupervised losses as a fraction of the training; early pseudo-labels are unreliable."""
 
 EMA_DECAY = 0.99
-"""Of a teacher (Mean Teacher's, arXiv:1703.01780)."""
+"""Decay of EMA teachers (Mean Teacher, arXiv:1703.01780)."""
 
 PSEUDO_LABEL_WEIGHT = 0.5
-"""Of the loss on a teacher's labels, against the same one on ground truth: where the two differ, the latter decides."""
+"""Weight of the loss on pseudo-labels relative to the loss on ground truth; below 1, so that ground truth prevails."""
 
 BOX_FRACTION = 2 / 3
-"""The share of each axis that a pasted box takes: a third of a volume, whatever the patch size (BCP's)."""
+"""Length of a pasted box as a fraction of each axis (BCP, arXiv:2305.00673): 8/27 of the volume of a 3D patch."""
 
 
 def unlabeled_patches(labeled_patches: int, labeled_cases: int, unlabeled_cases: int) -> int:
-    """How many unlabeled patches a step takes beside its labeled ones.
+    """Return the number of unlabeled patches in a step.
 
-    As many; where there are fewer unlabeled cases fewer, about in proportion, so that a case of either kind is seen
-    about as often. At least one.
+    It equals the number of labeled patches. If there are fewer unlabeled than labeled cases, it is reduced in
+    proportion, to at least 1, so that labeled and unlabeled cases are sampled about equally often.
+
+    Args:
+        labeled_patches: the number of labeled patches in a step.
+        labeled_cases: the number of labeled training cases.
+        unlabeled_cases: the number of unlabeled training cases.
 
     >>> unlabeled_patches(2, 8, 47), unlabeled_patches(4, 100, 50), unlabeled_patches(2, 100, 5)
     (2, 2, 1)
@@ -34,14 +39,14 @@ def unlabeled_patches(labeled_patches: int, labeled_cases: int, unlabeled_cases:
 
 
 def nearest_stage(strides: Sequence[Sequence[int]], wanted_stride: float = 8.0) -> int:
-    """The encoder stage whose total stride is nearest to the wanted one.
+    """Return the index of the encoder stage whose total stride is nearest to ``wanted_stride``.
 
-    Total strides are geometric means over the axes and compared by their ratio, so that 4 and 16 are equally far from
-    8; of equals the earlier stage is taken.
+    The total stride of a stage is the geometric mean over the axes. Strides are compared by their ratio, so 4 and 16
+    are equally far from 8. In case of a tie, the earlier stage is returned.
 
     Args:
         strides: the stride of each stage along each axis, as `pool_op_kernel_sizes` in the plans.
-        wanted_stride: in voxels of the patch.
+        wanted_stride: total stride in voxels of the patch.
 
     >>> nearest_stage([[1, 1, 1], [2, 2, 2], [2, 2, 2], [2, 2, 2], [2, 2, 2]])
     3

@@ -1,10 +1,10 @@
-"""Diagnostics: names of the curves of a training, foreground of pseudo-labels, agreement of predictions."""
+"""Diagnostics of a training: foreground of pseudo-labels, agreement of predictions, and names of curves."""
 
 from collections.abc import Iterable
 
 import torch
 
-# The names of curves that are no terms of a loss. Pictures and log lines group the curves by them.
+# Names of curves that are not terms of the loss. Plots and log lines group the curves by these names.
 SCHEDULES = ("ramp", "beta")
 FRACTIONS = ("pseudo_foreground", "ignored_patches", "kept_fraction")
 AGREEMENTS = {
@@ -13,7 +13,7 @@ AGREEMENTS = {
     "views_dice": "Dice of strong and weak view",
 }
 AGREEMENT = "student_teacher_dice"
-SECONDS = "seconds_"  # followed by a part of the step
+SECONDS = "seconds_"  # prefix; followed by the name of a part of the step
 
 
 @torch.no_grad()
@@ -23,17 +23,17 @@ def pseudo_label_diagnostics(
     where: torch.Tensor | None = None,
     agreement: str = AGREEMENT,
 ) -> dict[str, torch.Tensor]:
-    """How much foreground the teacher labels, and how far the student agrees.
+    """Return the foreground fraction of pseudo-labels and their agreement with the student's label map.
 
     Args:
         student: (B, *spatial), the student's label maps of unlabeled images.
-        teacher: (B, *spatial), the teacher's, the second student's, or of the weak view.
-        where: (B, *spatial), True where both show an unlabeled image; None for everywhere.
-        agreement: one of `AGREEMENTS`.
+        teacher: (B, *spatial), the pseudo-labels: label maps of the teacher, the peer, or the weak view.
+        where: (B, *spatial), boolean: the voxels to use, those of unlabeled images; None for all.
+        agreement: the name of the agreement, one of `AGREEMENTS`.
 
     Returns:
-        "pseudo_foreground", the share of voxels that the teacher labels as foreground, and under the name of the
-        agreement the Dice of both label maps pooled over foreground classes and batch; NaN if both are empty.
+        "pseudo_foreground", the fraction of voxels whose pseudo-label is foreground, and, under the name ``agreement``,
+        the Dice of both label maps, pooled over foreground classes and batch; NaN if both are empty.
     """
     voxels: int | torch.Tensor = teacher.numel()
     if where is not None:
@@ -51,16 +51,17 @@ def pseudo_region_diagnostics(
     where: torch.Tensor | None = None,
     agreement: str = AGREEMENT,
 ) -> dict[str, torch.Tensor]:
-    """The same of regions: where the teacher labels any of them, and the mean of their Dice.
+    """Return the foreground fraction of pseudo-labels and their agreement with the student's regions.
 
     Args:
-        student: (B, R, *spatial), boolean.
-        teacher: (B, R, *spatial), boolean.
+        student: (B, R, *spatial), boolean, the student's regions in unlabeled images.
+        teacher: (B, R, *spatial), boolean, the pseudo-labels.
         where: (B, *spatial), as in `pseudo_label_diagnostics`.
         agreement: as in `pseudo_label_diagnostics`.
 
     Returns:
-        As `pseudo_label_diagnostics`. Regions that are empty in both do not count.
+        "pseudo_foreground", the fraction of voxels in any pseudo-labeled region, and, under the name ``agreement``, the
+        mean Dice over the regions that are not empty in both.
     """
     voxels: int | torch.Tensor = teacher[:, 0].numel()
     if where is not None:
@@ -71,6 +72,6 @@ def pseudo_region_diagnostics(
 
 
 def terms_of_loss(names: Iterable[str]) -> list[str]:
-    """Those names of curves that are terms of the loss."""
+    """Return those names of curves that are terms of the loss."""
     others = {"loss", *SCHEDULES, *FRACTIONS, *AGREEMENTS}
     return [name for name in names if name not in others and not name.startswith(SECONDS)]

@@ -161,9 +161,9 @@ def patch_labels(
     Returns:
         (B, N) integers.
     """
-    shares = torch.stack([pool_to_patches((label_map == c).float(), grid) for c in range(1, num_classes)])
-    largest = shares.argmax(0) + 1
-    return _classed(shares.sum(0), largest, _annotated(known, grid), foreground_fraction, background_fraction)
+    fractions = torch.stack([pool_to_patches((label_map == c).float(), grid) for c in range(1, num_classes)])
+    largest = fractions.argmax(0) + 1
+    return _classed(fractions.sum(0), largest, _annotated(known, grid), foreground_fraction, background_fraction)
 
 
 def patch_codes(

@@ -1,4 +1,4 @@
-"""Drawing batches from a loader, in this process or in worker processes, with errors that name a case."""
+"""Augmenters, which draw batches from a loader in this process or in workers and raise errors that name a case."""
 
 from collections.abc import Callable
 from time import sleep
@@ -13,24 +13,26 @@ from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunet_dycon.data.loader import FAULT, LabeledLoader, TwoStreamLoader
 from nnunet_dycon.errors import UserError
 
-_SIGNAL_DELAY = 2.0  # seconds between the signals to the processes of a training
+_SIGNAL_DELAY = 2.0  # seconds within which a scheduler signals all processes of a training
 
 
 class InProcess(SingleThreadedAugmenter):
-    """Draws from a loader in this process. Raises UserError if a case cannot be read."""
+    """An augmenter that draws from a loader in this process. It raises UserError if a case cannot be read."""
 
     def __next__(self) -> dict:
         return _batch(super().__next__())
 
 
 class Workers(NonDetMultiThreadedAugmenter):
-    """Draws from a loader in worker processes. Raises UserError if a case cannot be read or a process was killed.
+    """An augmenter that draws from a loader in worker processes.
 
-    A scheduler that stops a training signals all of its processes. The workers then end at once, while the training
-    finishes its step, the same one on all ranks: it gets the last batch again.
+    It raises UserError if a case cannot be read or if a worker was killed.
+
+    A scheduler that stops a training signals all of its processes. The workers end at once, but the trainer finishes
+    its step, the same one on all ranks. For that step it gets the previous batch again.
 
     Args:
-        is_ending: whether this process has received SIGTERM.
+        is_ending: called without arguments; returns whether this process has received SIGTERM.
     """
 
     def __init__(self, *arguments, is_ending: Callable[[], bool] = lambda: False, **options) -> None:
@@ -42,9 +44,9 @@ class Workers(NonDetMultiThreadedAugmenter):
         processes = list(self._processes)
         try:
             self._latest = _batch(super().__next__())
-        except RuntimeError:  # a worker has ended, and nnU-Net has ended the others
+        except RuntimeError:  # a worker has ended, so nnU-Net has ended the others
             if not any(process.exitcode not in (None, 0) for process in processes):
-                raise  # it ended with an exception, which was printed
+                raise  # it ended with an exception, which has been printed
             self._wait_for_request()
             if not self._is_ending() or self._latest is None:
                 raise UserError(
@@ -73,10 +75,18 @@ def augmenter(
     pin_memory: bool,
     is_ending: Callable[[], bool] = lambda: False,
 ) -> InProcess | Workers:
-    """Return an augmenter that draws from a loader in this process (0 processes) or in workers, as nnU-Net does."""
+    """Return an augmenter that draws from a loader, in this process or in workers.
+
+    Args:
+        loader: the loader to draw from.
+        processes: number of worker processes; 0 draws in this process.
+        cached: number of batches that the workers prepare in advance.
+        pin_memory: whether batches are copied to pinned memory.
+        is_ending: called without arguments; returns whether this process has received SIGTERM.
+    """
     if processes == 0:
         return InProcess(loader, None)
-    # Without seeds, all forked workers would draw the same numbers from the inherited state of torch's generator.
+    # Without seeds, all forked workers would draw the same random numbers: they inherit the state of torch's generator.
     seeds = [int(seed) for seed in np.random.default_rng().integers(2**31, size=processes)]
     return Workers(
         loader,
@@ -93,7 +103,7 @@ def augmenter(
 def start(
     training: TwoStreamLoader, validation: LabeledLoader, pin_memory: bool, is_ending: Callable[[], bool]
 ) -> tuple[InProcess | Workers, InProcess | Workers]:
-    """Start drawing from both loaders, with as many processes and cached batches as nnU-Net has."""
+    """Start the augmenters of both loaders, with nnU-Net's numbers of processes and cached batches, and return them."""
     processes = get_allowed_n_proc_DA()
     for_validation = min(processes, max(1, processes // 2))
     augmenters = (
@@ -106,7 +116,7 @@ def start(
 
 
 def shut_down(*augmenters: Any) -> None:
-    """End the worker processes of augmenters, if they have any."""
+    """End the worker processes, if any, of augmenters."""
     for started in augmenters:
         if isinstance(started, Workers):
             started._finish()

@@ -1,4 +1,4 @@
-"""What an image must be so that something can be learned from it."""
+"""Checks of images: truncated or damaged files, NaN, constant images, number of channels, unit of the spacing."""
 
 import gzip
 import itertools
@@ -15,15 +15,17 @@ from nibabel.filebasedimages import ImageFileError
 
 from nnunet_dycon.system.files import require_whole
 
-# Between cm and mm lies 10. Scans of the same organ differ by less in the mean over the axes, thick slices or not.
+# Largest plausible ratio of two spacings (geometric mean over the axes). Scans of the same organ differ by less, even
+# with thick slices. The ratio of cm to mm is 10.
 _SPACING_SCALE = 8.0
 _GIPL_HEADER = 256  # bytes
 
 
 def check_file(file: Path) -> None:
-    """Raise an exception with the reason if a file is empty, cut short or damaged, or a NIfTI file not finite.
+    """Raise an exception if a file is empty, truncated or damaged, or if a NIfTI file has NaN or infinite voxels.
 
-    SimpleITK would make up the rest of what is cut short, and read 0 for NaN in NIfTI files.
+    SimpleITK does not detect all of these: it fills truncated images with arbitrary values, and reads NaN in NIfTI
+    files as 0.
     """
     require_whole(file)
     name = file.name.lower().removesuffix(".gz")
@@ -34,14 +36,14 @@ def check_file(file: Path) -> None:
     try:
         image: Any = nibabel.load(file)
     except ImageFileError:
-        return  # whoever reads it tells why it cannot
+        return  # reading it raises an error with the reason
     voxels = np.asanyarray(image.dataobj.get_unscaled())
     if voxels.dtype.kind == "f" and not np.isfinite(voxels).all():
         raise ValueError("it has NaN or infinite voxels")
 
 
 def _require_all_voxels(file: Path, header: int) -> None:
-    """Raise EOFError if a file is shorter than its header, of so many bytes, and its voxels."""
+    """Raise EOFError if a file is shorter than its header, in bytes, and its voxels together."""
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(file))
     reader.ReadImageInformation()
@@ -50,26 +52,27 @@ def _require_all_voxels(file: Path, header: int) -> None:
     with gzip.open(file) if file.suffix.lower() == ".gz" else file.open("rb") as content:
         found = content.seek(0, os.SEEK_END)
     if found < expected:
-        raise EOFError(f"it is cut short: {expected} bytes expected, {found} found")
+        raise EOFError(f"it is truncated: expected {expected} bytes, found {found}")
 
 
 def _vtk_header(file: Path) -> int:
+    """Return the length of the header of a binary .vtk file in bytes; raise ValueError for a text file."""
     with file.open("rb") as content:
         lines = list(itertools.islice(content, 20))
     if b"ASCII\n" in lines:
-        raise ValueError("it holds text, of which SimpleITK does not notice the end; write it as binary")
+        raise ValueError("it is a text file, and SimpleITK does not detect truncated ones; convert it to binary")
     last = next((number for number, line in enumerate(lines) if line.startswith(b"LOOKUP_TABLE")), -1)
     return sum(map(len, lines[: last + 1]))
 
 
 def check_image(image: np.ndarray, spacing: Sequence[float], channels: int, usual_spacing: Sequence[float]) -> None:
-    """Raise ValueError, with the reason, if nothing can be learned from an image.
+    """Raise ValueError with the reason if an image is not suitable for training.
 
     Args:
-        image: (C, X, Y, Z), as nnU-Net's reader gives it.
-        spacing: of its voxels, in what the header claims to be mm.
-        channels: the number of channels that it must have.
-        usual_spacing: the median spacing of the labeled cases, axes in any order.
+        image: (C, X, Y, Z), as returned by nnU-Net's reader.
+        spacing: voxel spacing according to the header, in mm.
+        channels: number of channels in dataset.json.
+        usual_spacing: median spacing of the labeled cases in mm, with the axes in any order.
     """
     if len(image) != channels:
         raise ValueError(f"{len(image)} channels or time points, but dataset.json names {channels} channels")
@@ -81,11 +84,11 @@ def check_image(image: np.ndarray, spacing: Sequence[float], channels: int, usua
 
 
 def check_unit(spacing: Sequence[float], usual_spacing: Sequence[float]) -> None:
-    """Raise ValueError if a spacing is so far from the usual one that it must be in another unit."""
+    """Raise ValueError if a spacing differs so much from the usual one that its unit is probably not mm."""
     scale = np.exp(np.log(spacing).mean() - np.log(usual_spacing).mean())
     if not 1 / _SPACING_SCALE < scale < _SPACING_SCALE:
-        told = " x ".join(f"{length:g}" for length in spacing)
+        shown = " x ".join(f"{length:g}" for length in spacing)
         raise ValueError(
-            f"its voxels of {told} mm are {scale:.2g} times as long as those of the labeled cases, as if the header "
-            "were in another unit"
+            f"its voxels of {shown} mm are {scale:.2g} times as long as those of the labeled cases, so the unit of "
+            "the header is probably not mm"
         )

@@ -29,28 +29,42 @@ from nnunet_dycon.data.views import TwoViews, split_views, stronger
 from nnunet_dycon.errors import UserError, explained
 
 _REMEDY = "preprocess it again"
-FAULT = "fault"  # the only key of what is returned in place of a batch
+FAULT = "fault"  # the only key of a dict that is returned instead of a batch
 
 
 class UnlabeledDataset:
-    """Preprocessed unlabeled cases. It can read images, and nothing else of a case."""
+    """A dataset of preprocessed unlabeled cases. It reads images only, no segmentations or properties.
+
+    Args:
+        folder: folder of the preprocessed cases.
+        identifiers: identifiers of the cases.
+    """
 
     def __init__(self, folder: Path, identifiers: list[str]) -> None:
         self.folder = str(folder)
         self.identifiers = sorted(identifiers)
 
     def load_image(self, identifier: str) -> blosc2.NDArray:
-        """The image (C, X, Y, Z) of a case, read lazily."""
-        # As nnU-Net reads its own: memory mapping fails on Windows.
+        """Return the image (C, X, Y, Z) of a case, which is read lazily."""
+        # As in nnU-Net's own dataset: memory mapping fails on Windows.
         mapping = {} if os.name == "nt" else {"mmap_mode": "r"}
         file = os.path.join(self.folder, f"{identifier}.b2nd")
         return blosc2.open(urlpath=file, mode="r", dparams={"nthreads": 1}, **mapping)
 
 
 def require_readable(folder: str, cases: Sequence[str], remedy: str) -> None:
-    """Read labeled, preprocessed cases to their ends; raise UserError if a file cannot be read, which names it."""
+    """Read all files of preprocessed labeled cases.
+
+    Args:
+        folder: folder of the preprocessed cases.
+        cases: identifiers of the cases.
+        remedy: the remedy in the error message.
+
+    Raises:
+        UserError: a file cannot be read. The message names it.
+    """
     if not any(Path(folder).glob("*.b2nd")):
-        return  # nnU-Net has written no other files for long
+        return  # older formats of nnU-Net are not checked
     endings = (".b2nd", "_seg.b2nd", ".pkl")
     for file in (Path(folder, case + ending) for case in dict.fromkeys(cases) for ending in endings):
         with explained(Exception, f"{file} cannot be read; {remedy}"):
@@ -59,7 +73,7 @@ def require_readable(folder: str, cases: Sequence[str], remedy: str) -> None:
 
 @contextmanager
 def naming_unreadable_cases(trainer: nnUNetTrainer) -> Iterator[None]:
-    """If nnU-Net's validation fails, raise UserError if that is because a validation case cannot be read."""
+    """Turn an error in nnU-Net's validation into a UserError if its cause is a validation case that cannot be read."""
     try:
         yield
     except Exception:
@@ -69,8 +83,10 @@ def naming_unreadable_cases(trainer: nnUNetTrainer) -> Iterator[None]:
 
 
 def _end_with_parent() -> None:
-    """End this process when its parent does, by which it would otherwise be left, with all its memory, if that is
-    killed: as many processes more with each restart."""
+    """Wait for the parent process, then end this one.
+
+    Without this, the workers of a killed training would keep running and keep their memory.
+    """
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
@@ -78,10 +94,10 @@ def _end_with_parent() -> None:
 
 
 class LabeledLoader(nnUNetDataLoader):
-    """nnU-Net's, but for a case that cannot be read, which it hands over in place of a batch.
+    """nnU-Net's loader, which returns a fault instead of a batch if a case cannot be read.
 
     Args:
-        remedy: what to do about such a case.
+        remedy: the remedy in the message of a fault.
     """
 
     def __init__(self, data, *arguments, remedy: str = _REMEDY, **options) -> None:
@@ -96,7 +112,7 @@ class LabeledLoader(nnUNetDataLoader):
             return {FAULT: str(error)}
 
     def set_thread_id(self, thread_id: int) -> None:
-        """Called where a worker process begins: let it end with its parent."""
+        """Set the number of the worker. Called at the start of a worker process, which will end with its parent."""
         super().set_thread_id(thread_id)
         threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -109,16 +125,18 @@ class LabeledLoader(nnUNetDataLoader):
             return super().generate_train_batch()
         except Exception as error:
             require_readable(self._data.source_folder, self._drawn, self.remedy)
-            raise RuntimeError(f"no batch could be made of the cases {', '.join(self._drawn)}") from error
+            raise RuntimeError(
+                f"no batch could be drawn from the cases {', '.join(self._drawn)}; the cause is above"
+            ) from error
 
 
 class UnlabeledLoader(nnUNetDataLoader):
-    """Draws patches uniformly from unlabeled images: there is no foreground to look for.
+    """A loader of patches at uniformly random positions of unlabeled images, without oversampling of foreground.
 
     Args:
-        data: the cases.
-        mask_channels: of the plans, which channels are normalised within their nonzero region.
-        remedy: what to do about a case that cannot be read.
+        data: the unlabeled cases.
+        mask_channels: for each channel, whether it is normalized within its nonzero region (use_mask_for_norm).
+        remedy: the remedy for a case that cannot be read, for the error message.
     """
 
     def __init__(
@@ -126,19 +144,19 @@ class UnlabeledLoader(nnUNetDataLoader):
     ) -> None:
         super().__init__(data, *arguments, **options)
         self.remedy = remedy
-        # With an ignore label nnU-Net would look for annotated voxels, which an unlabeled case does not have.
+        # With an ignore label, nnU-Net would look for annotated voxels, which unlabeled cases do not have.
         self.has_ignore = False
         self.masked = [channel for channel, masked in enumerate(mask_channels) if masked]
 
     def generate_train_batch(self) -> dict:
-        """{"data": (B, 2C, *spatial), "keys": B identifiers}."""
+        """Return {"data": (B, 2C, *spatial), "keys": B identifiers}."""
         keys = self.get_indices()
         with torch.no_grad(), self._libraries.limit(limits=1):
             return {"data": torch.stack([self._patch(key) for key in keys]), "keys": keys}
 
     @cached_property
     def _libraries(self) -> ThreadpoolController:
-        # Looked for once in each process: nnU-Net's loader does so for each batch, which takes 7 ms.
+        # Created once per process. nnU-Net's loader creates one for each batch, which takes 7 ms.
         return ThreadpoolController()
 
     def _patch(self, key: str) -> torch.Tensor:
@@ -153,31 +171,39 @@ class UnlabeledLoader(nnUNetDataLoader):
         return self.transforms(image=patch, segmentation=outside)["image"]
 
     def _outside(self, patch: torch.Tensor) -> torch.Tensor:
-        """-1 where every masked channel is 0, else 0: (1, *spatial).
+        """Return a segmentation (1, *spatial): -1 where all masked channels are 0, else 0.
 
-        Where images are normalised within their nonzero region, nnU-Net sets augmented voxels outside of it to 0 again
-        and looks the region up in the segmentation. Here it is read off the image, which preprocessing made exactly 0
-        outside.
+        For images that are normalized within their nonzero region, nnU-Net's augmentation sets all voxels with -1 in
+        the segmentation to 0. Unlabeled cases have no segmentation, but preprocessing made their images exactly 0
+        outside the region.
         """
         return -(patch[self.masked] == 0).all(0, keepdim=True).to(torch.int16)
 
 
 class TwoStreamLoader(LabeledLoader):
-    """nnU-Net's loader with two views of each labeled patch, and an unlabeled batch from a second one."""
+    """A loader of labeled and unlabeled patches, with two views of each.
+
+    Args:
+        unlabeled: the loader of unlabeled patches.
+        transforms: the augmentation of labeled patches.
+    """
 
     def __init__(self, *arguments, unlabeled: UnlabeledLoader, transforms: TwoViews, **options) -> None:
         super().__init__(*arguments, transforms=transforms, **options)
         self.unlabeled = unlabeled
 
     def generate_train_batch(self) -> dict:
-        """nnU-Net's batch with "data" (B, 2C, *spatial), and "unlabeled_data" (B, 2C, *spatial), "unlabeled_keys"."""
+        """Return nnU-Net's batch with both views, and the unlabeled batch.
+
+        "data" and "unlabeled_data" have the shape (B, 2C, *spatial). "unlabeled_keys" are identifiers.
+        """
         batch = super().generate_train_batch()
         unlabeled = self.unlabeled.generate_train_batch()
         return {**batch, "unlabeled_data": unlabeled["data"], "unlabeled_keys": unlabeled["keys"]}
 
 
 def to_batches(batch: dict, device: torch.device) -> tuple[LabeledBatch, UnlabeledBatch]:
-    """Move what a `TwoStreamLoader` drew to the device and give its parts their names."""
+    """Return the labeled and the unlabeled batch of a `TwoStreamLoader`, moved to a device."""
 
     def on_device(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(device, non_blocking=True)
@@ -195,12 +221,12 @@ def to_batches(batch: dict, device: torch.device) -> tuple[LabeledBatch, Unlabel
 def make_loaders(
     trainer: nnUNetTrainer, labeled: Any, unlabeled: UnlabeledDataset, validation: Any
 ) -> tuple[TwoStreamLoader, LabeledLoader]:
-    """Return the loaders of training and validation: those of nnU-Net's get_dataloaders, the first with two streams.
+    """Return the loaders of training and validation, configured as in nnU-Net's get_dataloaders.
 
     Args:
-        trainer: a semi-supervised one; its plans, transforms, batch sizes and settings are used.
-        labeled: nnU-Net's dataset of the training cases.
-        unlabeled: the unlabeled cases.
+        trainer: a semi-supervised trainer, whose plans, transforms, batch sizes and settings are used.
+        labeled: nnU-Net's dataset of the labeled training cases.
+        unlabeled: dataset of the unlabeled cases.
         validation: nnU-Net's dataset of the validation cases.
     """
     plan, labels, scales = trainer.configuration_manager, trainer.label_manager, trainer._get_deep_supervision_scales()

@@ -1,8 +1,8 @@
-"""Unlabeled cases on disk: found in imagesUn, preprocessed as the labeled ones are, described by a manifest.
+"""Preprocessing of unlabeled cases, and a manifest to detect stale ones.
 
 nnUNet_raw/DatasetXXX/imagesUn is preprocessed into nnUNet_preprocessed/DatasetXXX/<data_identifier>_unlabeled, by
-nnU-Net's own preprocessor with the plans of the labeled cases. The manifest lies beside that folder, since nnU-Net
-wants nothing but cases inside. It tells whether the folder still fits the plans and the images.
+nnU-Net's own preprocessor with the plans of the labeled cases. The manifest contains a hash of the plans and the names
+and sizes of the images. It is written next to the folder, since nnU-Net requires that the folder contains only cases.
 """
 
 import hashlib
@@ -25,30 +25,30 @@ from nnunet_dycon.system.environment import nnunet_folder
 from nnunet_dycon.system.files import replacing, require_writable
 from nnunet_dycon.system.processes import map_cases
 
-_MANIFEST_FORMAT = 1  # to be raised whenever cases come out differently
-_FAULTS_TOLD = 10
+_MANIFEST_FORMAT = 1  # increase it with each change in the preprocessed cases
+_FAULTS_SHOWN = 10
 _CASE_FILES = (".b2nd", "_seg.b2nd", ".pkl")
-_RECORD = ".json"  # beside the files of a case, as long as its folder is being built: what it was made from
+_RECORD = ".json"  # names and sizes of the images of a case; only in an unfinished folder
 
 
 def preprocess_unlabeled(
     dataset: str, configuration: str, plans_name: str = "nnUNetPlans", num_processes: int = 1
 ) -> Path:
-    """Preprocess imagesUn, unless the folder is up to date; replace what is stale. Return the folder.
+    """Preprocess imagesUn, unless the preprocessed folder is up to date, and return that folder.
 
     Args:
-        dataset: its ID or full name.
-        configuration: of nnU-Net's plans, such as 3d_fullres.
+        dataset: ID or full name of the data set.
+        configuration: configuration in the plans, such as 3d_fullres.
         plans_name: plans identifier.
-        num_processes: that preprocess cases at the same time; 1 uses this process.
+        num_processes: number of worker processes; 1 uses this process.
 
     Raises:
-        UserError: an unlabeled case is not as it must be; the message names it.
+        UserError: an unlabeled case cannot be used. The message names it.
         UsageError: the data set, its plans or the configuration do not exist.
     """
     unlabeled = UnlabeledCases.of_dataset(dataset, configuration, plans_name)
     if unlabeled.fault() is None:
-        return unlabeled.folder  # also where nothing can be written, a lock neither
+        return unlabeled.folder  # before locking, because the folder may be read-only
     with unlabeled.lock():
         if unlabeled.fault() is not None:
             unlabeled.build(num_processes)
@@ -57,7 +57,13 @@ def preprocess_unlabeled(
 
 @dataclass(frozen=True)
 class UnlabeledCases:
-    """The unlabeled cases of a data set in one configuration of its plans."""
+    """The unlabeled cases of a data set in one configuration of its plans.
+
+    Attributes:
+        plans: nnU-Net's plans of the data set.
+        configuration_name: configuration in the plans, such as 3d_fullres.
+        dataset_json: content of dataset.json.
+    """
 
     plans: PlansManager
     configuration_name: str
@@ -65,15 +71,20 @@ class UnlabeledCases:
 
     @classmethod
     def of_dataset(cls, dataset: str, configuration: str, plans_name: str) -> "UnlabeledCases":
-        """Look the plans up in nnUNet_preprocessed."""
+        """Read the plans and dataset.json from nnUNet_preprocessed; see `preprocess_unlabeled` for the arguments.
+
+        Raises:
+            UserError: a file is damaged.
+            UsageError: the data set, its plans or the configuration do not exist.
+        """
         preprocessed = nnunet_folder("nnUNet_preprocessed")
         name = dataset_name(dataset)
         plans_file = preprocessed / name / f"{plans_name}.json"
         plans, dataset_json = (_read_json(file, name) for file in (plans_file, preprocessed / name / "dataset.json"))
         plans = PlansManager(plans)
         if configuration not in plans.available_configurations:
-            there = ", ".join(plans.available_configurations)
-            remedy = f"choose from: {there}" if there else "plan again"
+            available = ", ".join(plans.available_configurations)
+            remedy = f"choose from: {available}" if available else "plan again"
             raise UsageError(f"{plans_file} has no configuration {configuration}; {remedy}")
         return cls(plans, configuration, dataset_json)
 
@@ -83,12 +94,12 @@ class UnlabeledCases:
 
     @property
     def raw(self) -> Path:
-        """Where the images lie: imagesUn of the raw data set."""
+        """The folder of the raw images, imagesUn."""
         return nnunet_folder("nnUNet_raw") / self.plans.dataset_name / "imagesUn"
 
     @property
     def folder(self) -> Path:
-        """Where the preprocessed cases lie."""
+        """The folder of the preprocessed cases."""
         base = nnunet_folder("nnUNet_preprocessed") / self.plans.dataset_name
         return base / f"{self.configuration.data_identifier}_unlabeled"
 
@@ -102,7 +113,7 @@ class UnlabeledCases:
 
     @property
     def arguments(self) -> str:
-        """The arguments of preprocessing commands, nnU-Net's and ours, for this configuration."""
+        """The arguments of nnUNetv2_preprocess and preprocess_unlabeled for this configuration."""
         plans = "" if self.plans.plans_name == "nnUNetPlans" else f" -plans_name {self.plans.plans_name}"
         return f"-d {self.dataset_id} -c {self.configuration_name}{plans}"
 
@@ -117,16 +128,18 @@ class UnlabeledCases:
         return f"run: nnUNetv2_preprocess {self.arguments}"
 
     def lock(self) -> FileLock:
-        """Held while the folder is made: a second training waits. It is freed when its process dies.
+        """Return the lock to hold while the folder is built, so that a second training waits.
+
+        The operating system releases it when its process ends.
 
         Raises:
-            UserError: no file can be made beside the folder.
+            UserError: no file can be created next to the folder.
         """
         require_writable(self.folder.parent)
         return FileLock(f"{self.folder}.lock")
 
     def digest(self) -> str:
-        """A hash of all that preprocessing reads from the plans, and of nothing else."""
+        """Return a hash of the entries of the plans and of dataset.json that affect preprocessing."""
         configuration = self.configuration.configuration
         keys = ("preprocessor_name", "spacing", "normalization_schemes", "use_mask_for_norm", "resampling_fn_data")
         read = {key: configuration[key] for key in (*keys, "resampling_fn_data_kwargs")}
@@ -140,10 +153,10 @@ class UnlabeledCases:
         return len(self.dataset_json.get("channel_names", self.dataset_json.get("modality", {})))
 
     def raw_cases(self) -> dict[str, list[Path]]:
-        """The image files of each case in imagesUn, one per channel, checked by name.
+        """Return the image files of each case in imagesUn, one per channel.
 
         Raises:
-            UserError: there are none, a file has no channel number, or a case has not one file per channel.
+            UserError: there are no images, a file name has no channel number, or a case has not one file per channel.
         """
         ending = self.dataset_json["file_ending"]
         cases = image_files(self.raw, ending, self.channels, "unlabeled")
@@ -152,16 +165,16 @@ class UnlabeledCases:
         return cases
 
     def check_not_labeled(self, labeled: set[str], unlabeled: set[str]) -> None:
-        """Raise UserError if a case is on both sides: its label would vouch for itself."""
+        """Raise UserError if a case is both labeled and unlabeled: its label would leak into the unlabeled cases."""
         both = sorted(labeled & unlabeled)
         if both:
             raise UserError(
-                f"{len(both)} cases are both labeled and unlabeled, {both[0]} the first; take them out of {self.raw}, "
-                f"or out of imagesTr and labelsTr and run: nnUNetv2_plan_and_preprocess -d {self.dataset_id} --clean"
+                f"{len(both)} cases are both labeled and unlabeled, such as {both[0]}; remove them from {self.raw}, "
+                f"or from imagesTr and labelsTr and run: nnUNetv2_plan_and_preprocess -d {self.dataset_id} --clean"
             )
 
     def fault(self) -> str | None:
-        """Why the folder cannot be used as it is, or None if it can. Images are compared only if they are there."""
+        """Return why the folder cannot be used, or None if it is up to date. Raw images need not exist any more."""
         if not self.folder.is_dir():
             return "it does not exist"
         if not self.manifest_file.is_file():
@@ -172,7 +185,7 @@ class UnlabeledCases:
         except (ValueError, KeyError, TypeError):
             return f"{self.manifest_file.name} is damaged"
         if made_in != _MANIFEST_FORMAT:
-            return "another version of nnunet-dycon made it"
+            return "it was written by another version of nnunet-dycon"
         if digest != self.digest():
             return "the plans have changed"
         if not isinstance(files, dict):
@@ -189,15 +202,18 @@ class UnlabeledCases:
         return bool(os.environ.get("nnUNet_raw")) and self.raw.is_dir() and any(self.raw.iterdir())
 
     def require(self, num_processes: int) -> None:
-        """Have the folder ready for training: build it if it is missing, refuse it if it is stale.
+        """Build the folder if it does not exist; raise UserError if it is stale.
+
+        Args:
+            num_processes: number of worker processes; 1 uses this process.
 
         Raises:
-            UserError: the folder is stale (the message says why, and which command renews it), or building it failed.
+            UserError: the folder is stale or cannot be built. The message names the reason and the command to run.
         """
         if self.folder.is_dir() and self.fault() is None:
             return
         if not self.folder.is_dir():
-            print(f"{self.folder.name} is made now, or waited for if another process is making it")
+            print(f"preprocessing the unlabeled cases into {self.folder}, or waiting for another process that does")
         with self.lock():
             if not self.folder.is_dir():
                 self.build(num_processes)
@@ -208,14 +224,20 @@ class UnlabeledCases:
                 )
 
     def identifiers(self) -> list[str]:
-        """The preprocessed cases, as the manifest has them."""
+        """Return the identifiers of the preprocessed cases, from the manifest."""
         return sorted(json.loads(self.manifest_file.read_text())["files"])
 
     def build(self, num_processes: int) -> None:
-        """Preprocess all cases into a temporary sibling, which then becomes the folder. Call it under the lock.
+        """Preprocess all cases into a temporary folder and rename it. The caller must hold the lock.
 
-        An interrupted build goes on where it was, also when images have been repaired or removed since: the sibling's
-        name bears the digest of the plans, and each case in it a record of its images.
+        An interrupted build resumes, also if images have been repaired or removed since: the name of the temporary
+        folder contains the hash of the plans, and each case in it has a record of its images.
+
+        Args:
+            num_processes: number of worker processes; 1 uses this process.
+
+        Raises:
+            UserError: cases cannot be used. The message names them; the others are kept for the next build.
         """
         cases = self.raw_cases()
         labels = self.raw.with_name("labelsTr")
@@ -231,16 +253,16 @@ class UnlabeledCases:
         wanted = {name for case in cases for name in (*_case_files(case), case + _RECORD)}
         for file in partial.iterdir():
             if file.name not in wanted:
-                file.unlink()  # of a case that has been taken away since
+                file.unlink()  # its case has been removed since
         missing = [case for case in cases if not _is_complete(partial / (case + _RECORD), files[case])]
         jobs = [(self, cases[case], files[case], str(partial / case)) for case in missing]
         title = f"preprocessing imagesUn, {self.configuration_name}"
         faults = [fault for fault in map_cases(_preprocess_case, jobs, num_processes, title) if fault is not None]
         if faults:
-            # All at once, since each attempt may take hours. What went well is kept for the next one.
-            told = "; ".join(faults[:_FAULTS_TOLD]) + ("; ..." if len(faults) > _FAULTS_TOLD else "")
+            # Report all faults at once, since each build may take hours. Completed cases are kept for the next one.
+            shown = "; ".join(faults[:_FAULTS_SHOWN]) + ("; ..." if len(faults) > _FAULTS_SHOWN else "")
             raise UserError(
-                f"{len(faults)} of {len(cases)} unlabeled cases cannot be used; repair or remove them: {told}"
+                f"{len(faults)} of {len(cases)} unlabeled cases cannot be used; repair or remove them: {shown}"
             )
 
         for case in cases:
@@ -254,34 +276,34 @@ class UnlabeledCases:
 
 
 def dataset_name(dataset: str) -> str:
-    """The full name of a data set, of which the ID may be given. UsageError if there is none."""
+    """Return the full name of a data set, given by ID or name; raise UsageError if it does not exist."""
     try:
         name = str(maybe_convert_to_dataset_name(int(dataset) if dataset.isdigit() else dataset))
-        convert_dataset_name_to_id(name)  # ValueError if it has none
+        convert_dataset_name_to_id(name)  # raises ValueError if the name has no ID
     except (RuntimeError, ValueError) as error:
         reason = str(error).split(". ")[0]
-        remedy = "correct it, or nnUNet_raw and nnUNet_preprocessed"
-        raise UsageError(f"there is no data set {dataset} that nnU-Net could take ({reason}); {remedy}") from None
+        remedy = "correct the ID or name, or nnUNet_raw and nnUNet_preprocessed"
+        raise UsageError(f"there is no data set {dataset} that nnU-Net can use ({reason}); {remedy}") from None
     return name
 
 
 def image_files(folder: Path, ending: str, channels: int, role: str) -> dict[str, list[Path]]:
-    """The image files of each case in a raw folder, one per channel, checked by name.
+    """Return the image files of each case in a raw folder, one per channel.
 
     Args:
-        folder: such as imagesUn; it need not exist.
-        ending: of the file names.
-        channels: how many files a case must have.
-        role: what the cases are, such as "unlabeled".
+        folder: a folder such as imagesUn; it need not exist.
+        ending: ending of the file names.
+        channels: number of files that each case must have.
+        role: role of the cases for error messages, such as "unlabeled".
 
     Raises:
-        UserError: a file has no channel number, or a case has not one file per channel.
+        UserError: a file name has no channel number, or a case has not exactly one file per channel.
     """
     found: dict[str, set[str]] = {}
     for file in sorted(folder.glob(f"*{ending}")):
         case, separator, channel = file.name[: -len(ending)].rpartition("_")
         if not (separator and case and len(channel) == 4 and channel.isdigit()):
-            raise UserError(f"{file} is not named as nnU-Net wants it: CASE_XXXX{ending}; rename it")
+            raise UserError(f"{file} is not named CASE_XXXX{ending}, as nnU-Net requires; rename it")
         found.setdefault(case, set()).add(channel)
     wanted = [f"{channel:04d}" for channel in range(channels)]
     for case, its_channels in found.items():
@@ -296,7 +318,7 @@ def image_files(folder: Path, ending: str, channels: int, role: str) -> dict[str
 def _read_json(file: Path, name: str) -> dict:
     remedy = f"run: nnUNetv2_plan_and_preprocess -d {convert_dataset_name_to_id(name)}"
     if file.name not in ("nnUNetPlans.json", "dataset.json"):
-        remedy = "name plans that there are, or make these with nnUNetv2_plan_experiment -overwrite_plans_name"
+        remedy = "name existing plans, or create these with nnUNetv2_plan_experiment -overwrite_plans_name"
     if not file.is_file():
         raise UsageError(f"{file} does not exist; {remedy}")
     try:
@@ -314,7 +336,7 @@ def _names_and_sizes(cases: dict[str, list[Path]]) -> dict[str, list[list]]:
 
 
 def _is_complete(record: Path, made_from: list[list]) -> bool:
-    """Whether a case in the folder of an interrupted build was made from the images that there are now."""
+    """Return whether an interrupted build has completed a case from the current images."""
     try:
         return json.loads(record.read_text()) == made_from
     except (OSError, ValueError):
@@ -322,36 +344,36 @@ def _is_complete(record: Path, made_from: list[list]) -> bool:
 
 
 def _preprocess_case(job: tuple[UnlabeledCases, list[Path], list[list], str]) -> str | None:
-    """Preprocess one case without a segmentation; return what is wrong with its images, or None if all is well.
+    """Preprocess one case without a segmentation; return an error message on its images, or None.
 
-    The record, written last, tells that the case is complete, and what it was made from.
+    The record of the images is written last, so a case with a record is complete.
 
     Raises:
-        UserError: the images are sound, but this machine could not do it.
+        UserError: the images are valid, but preprocessing failed for lack of disk space or memory.
     """
     unlabeled, images, made_from, output = job
     preprocessor = unlabeled.configuration.preprocessor_class(verbose=False)
     run_case_npy = preprocessor.run_case_npy
-    suspects, are_sound = images, False
+    suspects, are_valid = images, False
 
     def run_checked_case(image, segmentation, properties, *arguments):
-        nonlocal are_sound
+        nonlocal are_valid
         usual_spacing = unlabeled.plans.plans["original_median_spacing_after_transp"]
         check_image(image, properties["spacing"], unlabeled.channels, usual_spacing)
-        are_sound = True  # what fails from here on is not their fault
+        are_valid = True  # later errors are not caused by the images
         image, segmentation, properties = run_case_npy(image, segmentation, properties, *arguments)
         if not np.isfinite(image).all() or image.min() == image.max():
-            are_sound = False
-            raise ValueError("its values are so large that nothing is left of them when they are normalised")
-        # This segmentation is made from the image alone: -1 outside of the region where it is not 0. Where nnU-Net
-        # normalises within that region, it is made exactly 0 outside again, which resampling has blurred.
+            are_valid = False
+            raise ValueError("its intensities are too large to be normalized")
+        # nnU-Net computes this segmentation from the image: -1 outside of its nonzero region. If the image is
+        # normalized within that region, set it to exactly 0 outside again, since resampling has blurred the border.
         for channel, masked in zip(image, unlabeled.configuration.use_mask_for_norm):
             if masked:
                 channel[segmentation[0] < 0] = 0
         return image, segmentation, properties
 
     preprocessor.run_case_npy = run_checked_case
-    # blosc2 refuses to write over what an interrupted run has left.
+    # blosc2 does not overwrite the files of an interrupted run.
     _remove_case(output)
     try:
         for image in images:
@@ -365,13 +387,13 @@ def _preprocess_case(job: tuple[UnlabeledCases, list[Path], list[list], str]) ->
         Path(output + _RECORD).write_text(json.dumps(made_from))
     except Exception as error:
         _remove_case(output)
-        named, reason = ", ".join(map(str, suspects)), " ".join(str(error).split()) or type(error).__name__
-        if are_sound or isinstance(error, MemoryError):
+        names, reason = ", ".join(map(str, suspects)), " ".join(str(error).split()) or type(error).__name__
+        if are_valid or isinstance(error, MemoryError):
             raise UserError(
-                f"{named}: cannot be preprocessed ({reason}); make room in {Path(output).parent.parent}, or memory "
-                "by fewer processes, -np 1, and run again: what is done is kept"
+                f"{names}: cannot be preprocessed ({reason}); free disk space in {Path(output).parent.parent}, or use "
+                "less memory with fewer processes, -np 1, and run again: completed cases are kept"
             ) from None
-        return f"{named} ({reason})"
+        return f"{names} ({reason})"
     return None
 
 

@@ -1,4 +1,4 @@
-"""Two views of one patch: weak (spatial and mirror augmentation only) and strong (the whole of nnU-Net's)."""
+"""Two views of a patch: weak (spatial and mirror augmentation only) and strong (nnU-Net's complete augmentation)."""
 
 import torch
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform, ImageOnlyTransform
@@ -10,18 +10,21 @@ from batchgeneratorsv2.transforms.utils.random import RandomTransform
 
 
 class TwoViews:
-    """Wraps nnU-Net's training transforms so that they give both views at once.
+    """A wrapper of nnU-Net's training transforms that returns both views of a patch.
 
-    Of batchgeneratorsv2's transforms, spatial and mirror ones treat a ``regression_target`` with the same parameters as
-    the image, and intensity ones leave it alone: a copy of the image in that place comes out as the weak view, voxel by
-    voxel beside the strong one, for the price of one more interpolation.
+    The spatial and mirror transforms of batchgeneratorsv2 transform a ``regression_target`` with the parameters of the
+    image. Intensity transforms do not change it. So a copy of the image as ``regression_target`` becomes the weak view.
+    Both views have the same geometry, and the only additional cost is one interpolation.
+
+    Args:
+        transforms: nnU-Net's training transforms.
     """
 
     def __init__(self, transforms: BasicTransform) -> None:
         self.transforms = transforms
 
     def __call__(self, image: torch.Tensor, segmentation: torch.Tensor | None = None) -> dict:
-        """Transform (C, *spatial); "image" of the result is (2C, *spatial), the strong view's channels first."""
+        """Transform an image (C, *spatial). The "image" of the result is (2C, *spatial), with the strong view first."""
         # A clone, because intensity transforms work in place.
         views = {"image": image, "regression_target": image.clone()}
         if segmentation is not None:
@@ -32,18 +35,22 @@ class TwoViews:
 
 
 def stronger(transforms: ComposeTransforms) -> ComposeTransforms:
-    """nnU-Net's training transforms with more change of intensities, of what scanners and sequences differ in.
+    """Return nnU-Net's training transforms with additional intensity augmentation.
 
-    Its own leave about a third of the patches of one channel as they are, and shift none. Behind them come gamma,
-    contrast and a shift, each for half of the patches and each channel for itself: a channel is stretched to up to
-    twice or half its contrast, and moved by a normal draw with standard deviation 0.5, in units of the normalized
-    image: for nnU-Net's z-score, half the standard deviation of the case.
+    It simulates differences between scanners or sequences. nnU-Net's own intensity transforms leave about a third of
+    single-channel patches unchanged, and do not shift intensities. Three transforms are added after them. Each is
+    applied to half of the patches, with different parameters for each channel:
+
+    - gamma between 0.5 and 2
+    - contrast, scaled by a factor between 0.5 and 2
+    - a shift with a standard deviation of 0.5 in the normalized image, that is half a standard deviation of the case
+      with nnU-Net's z-score
 
     Args:
-        transforms: of nnUNetTrainer.get_training_transforms.
+        transforms: as returned by nnUNetTrainer.get_training_transforms.
 
     Raises:
-        ValueError: there is no transform of intensities among them to follow.
+        ValueError: the transforms contain no intensity transform.
     """
     intensity = [
         index
@@ -51,22 +58,24 @@ def stronger(transforms: ComposeTransforms) -> ComposeTransforms:
         if isinstance(transform, RandomTransform) and isinstance(transform.transform, ImageOnlyTransform)
     ]
     if not intensity:
-        raise ValueError("there is no transform of intensities that stronger ones could follow")
+        raise ValueError(
+            "the transforms contain no intensity transform; pass those of nnUNetTrainer.get_training_transforms"
+        )
     wide = BGContrast((0.5, 2.0))
     added = (
         GammaTransform(wide, p_invert_image=0.5, synchronize_channels=False, p_per_channel=1, p_retain_stats=1),
         ContrastTransform(wide, preserve_range=False, synchronize_channels=False),
         BrightnessAdditiveTransform(0.0, 0.5, synchronize_channels=False),
     )
-    # Before the mirroring and the mask, which sets what is outside to 0 again.
-    behind = max(intensity) + 1
-    before, after = transforms.transforms[:behind], transforms.transforms[behind:]
+    # Before mirroring and the transform that sets voxels outside the nonzero region to 0.
+    end = max(intensity) + 1
+    before, after = transforms.transforms[:end], transforms.transforms[end:]
     return ComposeTransforms(
         [*before, *(RandomTransform(transform, apply_probability=0.5) for transform in added), *after]
     )
 
 
 def split_views(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The strong and the weak view of (B, 2C, *spatial), each (B, C, *spatial)."""
+    """Split images (B, 2C, *spatial) into the strong and the weak view, each (B, C, *spatial)."""
     strong, weak = images.chunk(2, dim=1)
     return strong.contiguous(), weak.contiguous()

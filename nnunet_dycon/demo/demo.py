@@ -1,4 +1,4 @@
-"""`nnunet_dycon demo`: phantoms, and then nnU-Net's own commands from planning to a picture of the predictions."""
+"""`nnunet_dycon demo`: nnU-Net's own commands on phantoms, from planning to evaluation, and a picture of the result."""
 
 import json
 import os
@@ -28,7 +28,7 @@ from nnunet_dycon.trainers.nnUNetTrainerDemo import nnUNetTrainerDemo
 DATASET = "Dataset900_Phantom"
 COUNTS = {"labeled": 6, "unlabeled": 18, "test": 6}
 TRAINER = nnUNetTrainerDemo.__name__
-# What is changed in the plans so that a CPU trains it in minutes. Multiples of 16 channels are fast there.
+# Values for the plans with which a CPU trains in minutes. Multiples of 16 channels are fast on CPUs.
 FEATURES_PER_STAGE = (16, 32, 48, 64)
 PATCH_SIZE = (32, 32, 40)
 _STEPS = 8
@@ -38,20 +38,20 @@ _REFERENCE, _PREDICTION = "#1faa59", "#e8590c"  # colors
 
 
 def run_demo(output: Path, *, seed: int = 0, device: str | None = None) -> None:
-    """Make phantoms, train on them, predict the held-out ones, and print what they score.
+    """Generate phantoms, train on them, predict the held-out ones, and print their scores.
 
     Args:
-        output: a new or empty folder, which everything goes into.
-        seed: of the phantoms. Training itself is not seeded, as it never is in nnU-Net.
-        device: cuda or cpu; None for cuda where there is one.
+        output: a new or empty folder for all files.
+        seed: the seed of the phantoms. Training itself is not seeded, as always in nnU-Net.
+        device: "cuda" or "cpu"; None for CUDA if it is available.
 
     Raises:
-        UsageError: the folder is not empty, the seed is negative, or there is no such device.
-        UserError: a command failed; the message names it and its log.
+        UsageError: the folder is not empty, the seed is negative, or the device is not available.
+        UserError: a command failed. The message contains the command and its log file.
     """
     start = time.monotonic()
     if seed < 0:
-        raise UsageError(f"--seed must be at least 0, got {seed}")
+        raise UsageError(f"--seed must be at least 0, got {seed}; choose another seed")
     device = choose_device(device)
     output = Path(os.path.abspath(output))
     _make_empty(output)
@@ -64,11 +64,11 @@ def run_demo(output: Path, *, seed: int = 0, device: str | None = None) -> None:
         write_dataset(raw, seed, COUNTS)
     run.command("nnUNetv2_plan_and_preprocess", *which, "--verify_dataset_integrity", "-npfp", "1", "-np", "1")
     plans = output / "nnUNet_preprocessed" / DATASET / "nnUNetPlans.json"
-    with run.step(f"a narrower network and smaller patches, so that a CPU trains it in minutes: {plans.name}"):
+    with run.step(f"smaller network and patches for training in minutes on a CPU: {plans.name}"):
         _shrink(plans)
     run.command("nnunet_dycon", "preprocess_unlabeled", *which, "-np", "1")
     run.command("nnUNetv2_train", "900", "3d_fullres", "all", "-tr", TRAINER, "-device", device, report=_Epochs())
-    # Without processes of its own, each of which would first have to import torch.
+    # Without worker processes, because each of them would first import torch.
     run.command(
         "nnUNetv2_predict", *which, "-f", "all", "-tr", TRAINER, "-i", str(raw / "imagesTs"), "-o", str(predictions),
         "--save_probabilities", "-npp", "0", "-nps", "0", "-device", device,
@@ -80,23 +80,23 @@ def run_demo(output: Path, *, seed: int = 0, device: str | None = None) -> None:
     with run.step("picture"):
         draw(read_examples(raw, predictions), picture)
 
-    print(f"\nall in {time.monotonic() - start:.0f} s")
+    print(f"\ntotal: {time.monotonic() - start:.0f} s")
     print(f"picture: {picture}")
     print(f"model:   {output / 'nnUNet_results' / DATASET / f'{TRAINER}__nnUNetPlans__3d_fullres'}")
-    print("This shows that everything runs, on phantoms and for a few short epochs; not how good the method is.")
+    print("The demo shows that all commands run. Phantoms and a few short epochs do not show how good the method is.")
 
 
 @dataclass(frozen=True)
 class Example:
-    """A predicted case, as it is drawn.
+    """A predicted case to draw.
 
     Attributes:
-        name: the case.
-        dice: of its lesions.
+        name: the name of the case.
+        dice: the Dice of its lesions.
         image: (Z, Y, X).
         reference: (Z, Y, X), 1 is lesion.
         prediction: (Z, Y, X), 1 is lesion.
-        entropy: (Z, Y, X), of the predicted probabilities, in nats.
+        entropy: (Z, Y, X), the entropy of the predicted probabilities in nats.
     """
 
     name: str
@@ -108,7 +108,7 @@ class Example:
 
 
 def read_examples(raw: Path, predictions: Path, limit: int = 4) -> list[Example]:
-    """The first held-out cases, with their scores from evaluation.json in the folder of the predictions."""
+    """Return the first held-out cases, with their scores from evaluation.json in the folder of the predictions."""
 
     def read(file: Path) -> np.ndarray:
         return sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
@@ -125,7 +125,7 @@ def read_examples(raw: Path, predictions: Path, limit: int = 4) -> list[Example]
 
 
 def draw(examples: Sequence[Example], file: Path) -> None:
-    """Write a picture: a row per case, in the slice with most lesion; image, reference, prediction and entropy."""
+    """Write a picture with a row per case: image, reference, prediction and entropy of the slice with most lesion."""
     figure = new_figure(10.6, 0.4 + 2.05 * len(examples), dpi=150)
     rows = figure.subplots(len(examples), 4, squeeze=False)
     titles = {"image": "black", "reference": _REFERENCE, "prediction": _PREDICTION, "uncertainty": "black"}
@@ -152,27 +152,27 @@ def draw(examples: Sequence[Example], file: Path) -> None:
 def _make_empty(folder: Path) -> None:
     try:
         if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-            raise UsageError(f"{folder} is there already, and not empty; name a new folder with -o, or delete this one")
+            raise UsageError(f"{folder} exists and is not an empty folder; choose a new folder with -o, or delete it")
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{folder}: cannot make this folder: {error.strerror}; name another with -o") from None
+        raise UserError(f"cannot create {folder} ({error.strerror}); choose another folder with -o") from None
 
 
 def _variables(output: Path, device: str) -> dict[str, str]:
-    """What the commands find in their environment; a user's own nnU-Net variables are neither used nor changed."""
-    workers = 1 if device == "cpu" else min(8, os.cpu_count() or 1)  # on a CPU the network is what takes time
+    """Return the environment variables for the commands. nnU-Net variables of the user are neither used nor changed."""
+    workers = 1 if device == "cpu" else min(8, os.cpu_count() or 1)  # on a CPU, the network takes most of the time
     return {
         **{name: str(output / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")},
         "nnUNet_extTrainer": str(DISCOVERY),
         "nnUNet_n_proc_DA": str(workers),
         "nnUNet_def_n_proc": "2",
-        "nnUNet_compile": "f",  # takes longer than it saves here, and needs a C compiler
-        "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads are slow where another program uses a core
+        "nnUNet_compile": "f",  # compiling takes longer than it saves, and needs a C compiler
+        "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads are slow if another program uses a core
     }
 
 
 def _shrink(plans_file: Path) -> None:
-    """Change the plans, and print what was changed. What has been preprocessed stays valid: it depends on neither."""
+    """Reduce network and patch size in the plans, and print the changes. Preprocessed cases depend on neither."""
     plans = json.loads(plans_file.read_text())
     configuration = plans["configurations"]["3d_fullres"]
     architecture = configuration["architecture"]["arch_kwargs"]
@@ -187,7 +187,13 @@ def _shrink(plans_file: Path) -> None:
 
 @dataclass
 class _Run:
-    """Numbers the steps, times them, and runs commands with their output in a log."""
+    """A run of numbered and timed steps. Commands write their output to log files.
+
+    Attributes:
+        output: the folder of the demo.
+        variables: the environment variables of the commands.
+        number: the number of the current step, from 1.
+    """
 
     output: Path
     variables: dict[str, str]
@@ -211,7 +217,7 @@ class _Run:
         print(f"{_INDENT}{time.monotonic() - start:.0f} s", flush=True)
 
     def command(self, *command: str, report: Callable[[str], None] | None = None) -> None:
-        """Run a command as a step. Each line of its output goes to its log, and to `report`."""
+        """Run a command as a step. Write each line of its output to a log file, and pass it to `report`."""
         name = command[:2] if command[0] == "nnunet_dycon" else command[:1]
         with self.step(shlex.join(command)):
             log = self.output / "logs" / f"{self.number:02d}_{name[-1].removeprefix('nnUNetv2_')}.log"
@@ -221,23 +227,25 @@ class _Run:
             if exit_code != 0:
                 for line in log.read_text(encoding="utf-8").splitlines()[-_LINES_AFTER_FAILURE:]:
                     print(_INDENT + line)
-                raise UserError(f"{' '.join(name)} failed with exit code {exit_code}; its output is in {log}")
+                raise UserError(f"{' '.join(name)} failed with exit code {exit_code}; see its output in {log}")
 
     def _environment(self) -> dict[str, str]:
         others = {name: value for name, value in os.environ.items() if not name.startswith("nnUNet_")}
-        return {**others, **self.variables, "PYTHONUNBUFFERED": "1"}  # unbuffered, so that epochs are told as they end
+        return {**others, **self.variables, "PYTHONUNBUFFERED": "1"}  # so that epochs are printed at once
 
 
 def _find(name: str) -> str:
-    beside = Path(sys.executable).with_name(name)
-    found = str(beside) if beside.is_file() else shutil.which(name)
+    installed = Path(sys.executable).with_name(name)
+    found = str(installed) if installed.is_file() else shutil.which(name)
     if found is None:
-        raise UserError(f"the command {name} is neither in {beside.parent} nor in PATH; run: pip install nnunet-dycon")
+        raise UserError(
+            f"the command {name} is neither in {installed.parent} nor in PATH; run: pip install nnunet-dycon"
+        )
     return found
 
 
 def _stream(command: list[str], environment: dict[str, str], log: TextIO, report: Callable[[str], None] | None) -> int:
-    """Run a command and hand on its lines as they come; return its exit code."""
+    """Run a command, pass on each line of its output at once, and return its exit code."""
     pipe, both = subprocess.PIPE, subprocess.STDOUT
     with subprocess.Popen(
         command, env=environment, stdout=pipe, stderr=both, encoding="utf-8", errors="replace"
@@ -258,7 +266,7 @@ def _show(line: str) -> None:
 
 
 class _Epochs:
-    """Finds the epochs in the output of nnUNetv2_train, and prints a line for each."""
+    """A parser of the output of nnUNetv2_train that prints a line for each epoch."""
 
     def __init__(self) -> None:
         self._epoch, self._losses = 0, ""

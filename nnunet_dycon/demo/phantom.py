@@ -1,7 +1,7 @@
 """Phantoms: textured 3D volumes with lesions of very different sizes, and a data set of them in nnU-Net's raw format.
 
-They look like nothing in particular. What they have in common with real scans is what makes segmentation hard: lesions
-differ in size and contrast, other structures are as bright as they are, and borders are blurred.
+Phantoms imitate no particular organ. They share difficulties with real scans: lesions differ in size and contrast,
+other structures are equally bright, and borders are blurred.
 """
 
 from collections.abc import Mapping
@@ -24,15 +24,15 @@ def phantom(
     shape: tuple[int, int, int] = SHAPE,
     lesion_radii: tuple[float, float] = LESION_RADII,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A volume and its lesions.
+    """Return a random volume and its lesions.
 
-    An organ lies in a darker background. It holds 1 to 5 lesions, and vessels that are as bright; outside of it there
-    are bright lumps of a lesion's size. So neither a threshold nor the shape alone tells what a lesion is.
+    An organ in a darker background contains 1 to 5 lesions, and vessels of similar brightness. Bright lumps of the size
+    of lesions are outside the organ. Neither intensity nor shape alone therefore identifies lesions.
 
     Args:
-        rng: what it is drawn from.
+        rng: the random number generator.
         shape: (Z, Y, X).
-        lesion_radii: the smallest and the largest in voxels, before the border is made irregular.
+        lesion_radii: the smallest and the largest radius in voxels, before the border is made irregular.
 
     Returns:
         The image (Z, Y, X), float32 in arbitrary units, and the label (Z, Y, X), uint8: 1 is lesion.
@@ -44,10 +44,10 @@ def phantom(
     lumps = _lumps(rng, ~organ, lesion_radii)
 
     texture = 0.1 * sum(_noise(rng, shape, scale) for scale in (1, 2, 5))
-    contrast = rng.uniform(0.8, 1.2)  # of lesions, which differ from case to case, and of what looks like them
+    contrast = rng.uniform(0.8, 1.2)  # of lesions and similar structures; differs between cases
     image = rng.uniform(0.8, 1.2) * organ * (1 + texture) + 0.5 * texture
-    for structure, share in ((lesions, 1.0), (vessels, 1.1), (lumps, 1.8)):
-        image += share * contrast * gaussian_filter(structure.astype(float), 0.7)  # blurred: partial volume
+    for structure, factor in ((lesions, 1.0), (vessels, 1.1), (lumps, 1.8)):
+        image += factor * contrast * gaussian_filter(structure.astype(float), 0.7)  # blurred: partial volume
     image *= np.exp(0.15 * _noise(rng, shape, 16))  # bias field
     image += rng.normal(scale=rng.uniform(0.05, 0.15), size=shape)
     return (100 * image).astype(np.float32), lesions.astype(np.uint8)
@@ -67,11 +67,11 @@ def write_dataset(
     cases are not written.
 
     Args:
-        folder: DatasetXXX_Name, which must not exist, or be empty. It appears when all is written.
-        seed: of the data set.
-        counts: how many cases there are of each role (labeled, unlabeled, val, test), in the order of their numbers.
-        shape: of a case, see `phantom`.
-        lesion_radii: of its lesions, see `phantom`.
+        folder: DatasetXXX_Name, which must not exist or must be empty. It appears when all files are written.
+        seed: the seed of the data set.
+        counts: the number of cases of each role (labeled, unlabeled, val, test), in the order of case numbers.
+        shape: the shape of each case, see `phantom`.
+        lesion_radii: the range of the lesions' radii, see `phantom`.
     """
     roles = [role for role, count in counts.items() for _ in range(count)]
     with new_folder(folder) as partial:
@@ -100,11 +100,11 @@ def _write(array: np.ndarray, file: Path) -> None:
 
 
 def _lesions(rng: np.random.Generator, organ: np.ndarray, lesion_radii: tuple[float, float]) -> np.ndarray:
-    """1 to 5 lesions, apart from each other. Sizes are drawn on a logarithmic scale: small ones are as frequent."""
+    """Return a mask of 1 to 5 separate lesions. Their radii are uniform on a logarithmic scale."""
     lesions = np.zeros_like(organ)
     smallest, largest = np.log(lesion_radii)
     radii = np.exp(rng.uniform(smallest, largest, size=rng.integers(1, 6)))
-    for radius in sorted(radii, reverse=True):  # large ones first, while there is room
+    for radius in sorted(radii, reverse=True):  # large ones first, while there is space
         free = distance_transform_edt(organ & ~lesions)
         candidates = np.argwhere(free > radius + 2)
         if len(candidates):
@@ -114,7 +114,7 @@ def _lesions(rng: np.random.Generator, organ: np.ndarray, lesion_radii: tuple[fl
 
 
 def _lumps(rng: np.random.Generator, outside: np.ndarray, lesion_radii: tuple[float, float]) -> np.ndarray:
-    """Lumps in the background, of the lesions' sizes."""
+    """Return a mask of lumps in the background, with sizes like those of lesions."""
     lumps = np.zeros_like(outside)
     for center in rng.choice(np.argwhere(distance_transform_edt(outside) > 3), 8):
         lumps |= _blob(rng, outside.shape, center, rng.uniform(*lesion_radii, 3) * 0.6, roughness=0.15)
@@ -124,13 +124,13 @@ def _lumps(rng: np.random.Generator, outside: np.ndarray, lesion_radii: tuple[fl
 def _blob(
     rng: np.random.Generator, shape: tuple[int, ...], center: np.ndarray, radii: np.ndarray, roughness: float
 ) -> np.ndarray:
-    """An ellipsoid with an irregular border, as a mask (Z, Y, X)."""
+    """Return a mask (Z, Y, X) of an ellipsoid with an irregular border."""
     offsets = np.moveaxis(np.indices(shape), 0, -1) - center
     distance = np.linalg.norm(offsets / radii, axis=-1)
     return distance + roughness * _noise(rng, shape, max(1.0, np.min(radii) / 2)) < 1
 
 
 def _noise(rng: np.random.Generator, shape: tuple[int, ...], scale: float) -> np.ndarray:
-    """Smooth noise (Z, Y, X) with mean 0 and standard deviation 1; scale is its length in voxels."""
+    """Return smooth noise (Z, Y, X), mean 0, standard deviation 1; `scale` is the sigma of the filter in voxels."""
     noise = gaussian_filter(rng.normal(size=shape), scale, mode="wrap")
     return (noise - noise.mean()) / noise.std()

@@ -1,4 +1,4 @@
-"""`nnunet_dycon doctor`: would a training work, and what to do if not."""
+"""`nnunet_dycon doctor`: checks before a training, with remedies for the problems found."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from nnunet_dycon.system.environment import nnunet_folder
 
 @dataclass(frozen=True)
 class Question:
-    """The arguments that nnUNetv2_train would get; of the data set nothing is looked at if it is None."""
+    """The arguments of the nnUNetv2_train call to check. If `dataset` is None, only the installation is checked."""
 
     trainer: str
     dataset: str | None = None
@@ -31,9 +31,9 @@ class Question:
 
 
 def run_doctor(question: Question, as_json: bool = False) -> int:
-    """Print what is found; return 1 if training would fail, else 0."""
+    """Run all checks and print their findings; return 1 if training would fail, else 0."""
     findings = []
-    for finding in _each_once(diagnose(question)):
+    for finding in _without_repetitions(diagnose(question)):
         findings.append(finding)
         if not as_json:
             print(finding.as_text(), flush=True)
@@ -45,15 +45,15 @@ def run_doctor(question: Question, as_json: bool = False) -> int:
         result = {"version": __version__, "findings": [asdict(finding) for finding in findings], "summary": summary}
         print(json.dumps(result, indent=2))
     else:
-        verdict = "this would fail" if counts[FAIL] else "nothing stands against"
+        verdict = "training would fail" if counts[FAIL] else "training should work"
         print(f"\n{', '.join(f'{counts[status]} {status}' for status in STATUSES)}; {verdict}: {command}")
         if question.dataset is None:
-            print("With -d ID the data set is looked at, too.")
+            print("To check a data set, too, add -d ID.")
     return 1 if counts[FAIL] else 0
 
 
-def _each_once(findings: Iterator[Finding]) -> Iterator[Finding]:
-    """Without what several checks stumble over."""
+def _without_repetitions(findings: Iterator[Finding]) -> Iterator[Finding]:
+    """Yield findings, and skip those whose message has been yielded before, as several checks can hit one problem."""
     seen = set()
     for finding in findings:
         if finding.message not in seen:
@@ -62,7 +62,7 @@ def _each_once(findings: Iterator[Finding]) -> Iterator[Finding]:
 
 
 def diagnose(question: Question) -> Iterator[Finding]:
-    """Look at everything; never raises."""
+    """Yield the findings of all checks. Errors become findings and are not raised."""
     yield from examine("versions", installation.check_versions)
     yield from examine("device", installation.check_device)
     yield from examine("settings", installation.check_settings)
@@ -75,8 +75,9 @@ def diagnose(question: Question) -> Iterator[Finding]:
         yield from _diagnose_dataset(question, question.dataset)
     except UserError as error:
         yield as_finding("data set", error)
-    except Exception as error:  # packages that cannot be imported, plans that nnU-Net could not use
-        yield Finding("data set", FAIL, f"cannot be looked at ({named(error)})", "mend what is told above")
+    except Exception as error:  # a package that cannot be imported, plans that nnU-Net cannot use
+        remedy = "fix the problems reported above; if there are none, plan and preprocess again"
+        yield Finding("data set", FAIL, f"cannot be checked ({named(error)})", remedy)
 
 
 def _diagnose_dataset(question: Question, name_or_id: str) -> Iterator[Finding]:

@@ -1,4 +1,4 @@
-"""The raw data set: names and headers of its files, and images that are there twice."""
+"""Checks of a raw data set: file names, headers and duplicate images."""
 
 import json
 import os
@@ -22,13 +22,13 @@ from nnunet_dycon.system.processes import map_cases
 
 _FORMAT = "https://github.com/MIC-DKFZ/nnUNet/blob/master/documentation/dataset_format.md"
 _HELD_OUT = ("val", "test")
-_FEW_IMAGES = 20  # up to here, starting processes takes longer than the work
-# Of images that are in two roles. Between the held-out ones it does no harm.
+_FEW_IMAGES = 20  # starting processes would take longer than reading this many
+# Remedies for images that are in two roles. Duplicates between held-out roles are harmless.
 _REMEDIES = {
-    ("labeled", "unlabeled"): "take them out of imagesUn, since they are learned from with their labels",
-    **{("labeled", role): "take them out of one, or no score on them counts" for role in _HELD_OUT},
+    ("labeled", "unlabeled"): "remove them from imagesUn: training uses them with their labels",
+    **{("labeled", role): "remove them from one folder: scores on training images are not valid" for role in _HELD_OUT},
     **{
-        ("unlabeled", role): "take them out of imagesUn, or say beside the scores that these images were trained on"
+        ("unlabeled", role): "remove them from imagesUn, or report with the scores that these images were trained on"
         for role in _HELD_OUT
     },
 }
@@ -39,11 +39,11 @@ class RawDataset:
     """A folder nnUNet_raw/DatasetXXX_Name.
 
     Attributes:
-        folder: where it is.
-        dataset_json: what is in its file of this name.
+        folder: the path of the folder.
+        dataset_json: the content of dataset.json.
+        preprocessed: the roles whose raw images training does not need because they are preprocessed.
         cases: the image files of each case, one per channel, by role ("labeled", ...).
-        preprocessed: the roles that training needs no more of from here.
-        misnamed: what is wrong with the names of a role's files; it then has no cases here.
+        misnamed: the error for each role with wrong file names. Such a role has no cases in `cases`.
     """
 
     folder: Path
@@ -54,7 +54,7 @@ class RawDataset:
 
     @classmethod
     def read(cls, folder: Path, preprocessed: frozenset[str]) -> "RawDataset":
-        """List the files. UserError if dataset.json is missing, is damaged or lacks something."""
+        """List the files of a data set. Raise UserError if dataset.json is missing, damaged or incomplete."""
         raw = cls(folder, _read_dataset_json(folder / "dataset.json"), preprocessed)
         channels = len(raw.dataset_json["channel_names"])
         for role, (images, _) in FOLDERS.items():
@@ -75,12 +75,12 @@ class RawDataset:
         return dict(zip(files, map_cases(read_header, files, 1, "reading headers")))
 
     def severity(self, role: str) -> str:
-        """How bad it is if an image of a role cannot be used."""
+        """Return the status of a finding if an image of this role cannot be used."""
         return WARNING if role in _HELD_OUT or role in self.preprocessed else FAIL
 
 
 def _read_dataset_json(file: Path) -> dict:
-    remedy = f"write it as {_FORMAT} says"
+    remedy = f"write it as described in {_FORMAT}"
     try:
         content = json.loads(file.read_text())
         content.setdefault("channel_names", content.get("modality"))
@@ -93,13 +93,13 @@ def _read_dataset_json(file: Path) -> dict:
 
 
 def examine_raw(folder: Path, preprocessed: frozenset[str]) -> Iterator[Finding]:
-    """All checks of a raw data set."""
+    """Yield the findings of all checks of a raw data set."""
     if not folder.is_dir():
-        message = f"there is no folder {folder}"
+        message = f"{folder} does not exist"
         if preprocessed >= {"labeled", "unlabeled"}:
-            yield Finding("raw data", NOTE, f"{message}; all is preprocessed, so training does without")
+            yield Finding("raw data", NOTE, f"{message}; all cases are preprocessed, so training does not need it")
         else:
-            yield Finding("raw data", FAIL, message, "put the data there, or correct nnUNet_raw")
+            yield Finding("raw data", FAIL, message, "copy the data set there, or correct nnUNet_raw")
         return
     try:
         raw = RawDataset.read(folder, preprocessed)
@@ -112,18 +112,18 @@ def examine_raw(folder: Path, preprocessed: frozenset[str]) -> Iterator[Finding]
         yield from examine("headers", check_headers, raw)
         yield from examine("duplicates", check_duplicates, raw)
     else:
-        yield Finding("headers", NOTE, f"images in {raw.ending} are not looked into")
+        yield Finding("headers", NOTE, f"headers and duplicates are not checked for images in {raw.ending}")
 
 
 def check_files(raw: RawDataset) -> Iterator[Finding]:
-    """How many cases there are, that each file has its counterparts, and that dataset.json counts them right."""
+    """Count the cases, and check that each image has its label and that numTraining in dataset.json is right."""
     counts = ", ".join(f"{len(cases)} {role}" for role, cases in raw.cases.items() if cases or role not in _HELD_OUT)
     channels = len(raw.dataset_json["channel_names"])
     yield Finding("raw data", OK, f"{raw.folder}: {counts}; {channels} channel{'s' * (channels > 1)}")
     for role, error in raw.misnamed.items():
         yield as_finding("raw data", error, raw.severity(role))
     if "dataset" in raw.dataset_json:
-        yield Finding("raw data", NOTE, "dataset.json lists the labeled files itself; these are not looked at here")
+        yield Finding("raw data", NOTE, 'dataset.json lists the labeled files in "dataset"; these are not checked')
         return
     for role in ("labeled", "unlabeled"):
         if not raw.cases[role] and role not in raw.misnamed:
@@ -138,20 +138,20 @@ def check_files(raw: RawDataset) -> Iterator[Finding]:
         if "labeled" not in raw.misnamed:
             one, many = (f"of labelsTr {verb} no image in imagesTr" for verb in ("has", "have"))
             message = counted(orphans, f"label {one}", f"labels {many}")
-            yield Finding("raw data", WARNING, message, "take these labels away, or add the images")
+            yield Finding("raw data", WARNING, message, "remove these labels, or add the images")
     elif raw.dataset_json["numTraining"] != len(images):
-        told = raw.dataset_json["numTraining"]
-        message = f"dataset.json says numTraining {told}, but imagesTr has {len(images)} cases"
-        yield Finding("raw data", WARNING, message, "correct dataset.json before you plan")
+        number = raw.dataset_json["numTraining"]
+        message = f"numTraining in dataset.json is {number}, but imagesTr has {len(images)} cases"
+        yield Finding("raw data", WARNING, message, "correct dataset.json before planning")
 
 
 def label_names(folder: Path, ending: str) -> set[str]:
-    """The cases in labelsTr."""
+    """Return the names of the cases in labelsTr."""
     return {file.name[: -len(ending)] for file in (folder / "labelsTr").glob(f"*{ending}")}
 
 
 def check_names(raw: RawDataset) -> Iterator[Finding]:
-    """No case has two roles."""
+    """Check that no case has two roles."""
     found = False
     for one, other in combinations(FOLDERS, 2):
         both = sorted(raw.cases[one].keys() & raw.cases[other].keys())
@@ -160,15 +160,15 @@ def check_names(raw: RawDataset) -> Iterator[Finding]:
             status = FAIL if (one, other) == ("labeled", "unlabeled") else WARNING
             folders = " and ".join(FOLDERS[role][0] for role in (one, other))
             message = counted(both, f"case is in {folders}", f"cases are in {folders}")
-            yield Finding("case names", status, message, "take each out of one of them")
+            yield Finding("case names", status, message, "remove each from one of the folders")
     if not found:
         yield Finding("case names", OK, "each case has one role")
 
 
 def check_headers(raw: RawDataset) -> Iterator[Finding]:
-    """The headers can be read, and tell of volumes in the unit of the labeled ones. Voxels are not looked at."""
+    """Check that headers can be read, with spacings in the unit of the labeled images. Voxels are not read."""
     readable = {file: header for file, header in raw.headers.items() if header is not None}
-    # One number per case, since axes come in any order.
+    # One number per case, because the order of axes may differ.
     labeled = [readable[files[0]] for files in raw.cases["labeled"].values() if files[0] in readable]
     usual = [median(geometric_mean(header.spacing) for header in labeled)] if labeled else None
     found = False
@@ -183,7 +183,7 @@ def check_headers(raw: RawDataset) -> Iterator[Finding]:
             message = f"{raw.folder / FOLDERS[role][0]}: {some(names)}: {fault}"
             yield Finding("headers", raw.severity(role), message, "repair or remove these images")
     if not found:
-        yield Finding("headers", OK, f"{len(readable)} images can be read, and are in one unit of length")
+        yield Finding("headers", OK, f"{len(readable)} images are readable, with spacings in the same unit")
 
 
 def _fault(header: Header | None, first: Header | None, usual_spacing: list[float] | None) -> str | None:
@@ -196,7 +196,7 @@ def _fault(header: Header | None, first: Header | None, usual_spacing: list[floa
     if min(header.size) == 0:
         return "no voxels"
     if first is not None and header.size != first.size:
-        return "other size than the first channel of the case"
+        return "the size differs from the first channel of the case"
     if usual_spacing is not None:
         try:
             check_unit(header.spacing, usual_spacing)
@@ -206,7 +206,7 @@ def _fault(header: Header | None, first: Header | None, usual_spacing: list[floa
 
 
 def check_duplicates(raw: RawDataset) -> Iterator[Finding]:
-    """No image is there twice, in two roles. Only images of the same size need to be read."""
+    """Check that no image has two roles under different names. Only images of equal size are read."""
     by_size = defaultdict(list)
     for role, cases in raw.cases.items():
         for case, files in cases.items():
@@ -222,7 +222,7 @@ def check_duplicates(raw: RawDataset) -> Iterator[Finding]:
     pairs = defaultdict(list)
     for entries in same.values():
         for (role, case), (other, its_case) in combinations(entries, 2):
-            if (role, other) in _REMEDIES and case != its_case:  # cases of one name are told elsewhere
+            if (role, other) in _REMEDIES and case != its_case:  # check_names reports equal names
                 pairs[role, other].append(f"{case} = {its_case}")
     for roles, names in pairs.items():
         folders = " and ".join(FOLDERS[role][0] for role in roles)

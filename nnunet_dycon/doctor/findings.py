@@ -1,4 +1,4 @@
-"""What the doctor finds, and how a check becomes findings, whatever happens in it."""
+"""Findings of the doctor, and the conversion of checks and their errors to findings."""
 
 import io
 from collections import Counter
@@ -13,13 +13,13 @@ OK, NOTE, WARNING, FAIL = STATUSES = ("ok", "note", "warning", "fail")
 
 @dataclass(frozen=True)
 class Finding:
-    """One result of a check.
+    """A result of a check.
 
     Attributes:
-        check: what was looked at.
-        status: OK; NOTE, good to know; WARNING, training works, but perhaps not as it is meant; FAIL, it would not.
-        message: one line.
-        remedy: what to do about it.
+        check: the name of the check.
+        status: OK, NOTE (information), WARNING (training works, but perhaps not as intended) or FAIL (it would fail).
+        message: the result in one line.
+        remedy: the action that solves the problem, if any.
     """
 
     check: str
@@ -34,10 +34,13 @@ class Finding:
 
 
 def examine(check: str, function: Callable[..., Iterable[Finding]], *arguments) -> list[Finding]:
-    """Run a check, silently. What a user can mend is a FAIL, and any other error a WARNING that it could not be run."""
+    """Run a check without its output, and return its findings.
+
+    UserError and NotSupported become a FAIL. Any other error becomes a WARNING that the check could not be run.
+    """
     findings: list[Finding] = []
     try:
-        with redirect_stdout(io.StringIO()):  # nnU-Net talks
+        with redirect_stdout(io.StringIO()):  # nnU-Net prints
             for finding in function(*arguments):
                 findings.append(finding)
     except UserError as error:
@@ -45,22 +48,23 @@ def examine(check: str, function: Callable[..., Iterable[Finding]], *arguments) 
     except NotSupported as error:
         findings.append(Finding(check, FAIL, str(error)))
     except Exception as error:
-        findings.append(Finding(check, WARNING, f"could not be checked ({named(error)})"))
+        remedy = "training may work; please report this error as an issue of nnunet_dycon"
+        findings.append(Finding(check, WARNING, f"could not be checked ({named(error)})", remedy))
     return findings
 
 
 def as_finding(check: str, error: UserError, status: str = FAIL) -> Finding:
-    """What a UserError says; its message ends in the remedy."""
+    """Return a UserError as a finding. The remedy is the part of its message behind the first semicolon."""
     message, _, remedy = str(error).partition("; ")
     return Finding(check, status, message, remedy or None)
 
 
 def named(error: Exception) -> str:
-    """An error that nobody foresaw, in one line."""
+    """Return an unexpected error in one line, with its type."""
     return f"{type(error).__name__}: {first_line(error)}"
 
 
 def count(findings: Iterable[Finding]) -> dict[str, int]:
-    """How many findings there are of each status."""
+    """Return the number of findings of each status."""
     counts = Counter(finding.status for finding in findings)
     return {status: counts[status] for status in STATUSES}

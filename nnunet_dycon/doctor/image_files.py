@@ -1,4 +1,4 @@
-"""Image files: their headers, and hashes of their voxels. Worker processes import this module, so it stays light."""
+"""Headers of image files, and hashes of their voxels. Worker processes import this module, so it imports little."""
 
 import hashlib
 from dataclasses import dataclass
@@ -10,7 +10,13 @@ import SimpleITK as sitk
 
 @dataclass(frozen=True)
 class Header:
-    """What an image file says of itself: size in voxels and spacing (in mm, if all is well) by axis (x, y, z)."""
+    """The header of an image file.
+
+    Attributes:
+        size: the number of voxels along x, y, z.
+        spacing: the distance of voxels along x, y, z, in mm unless the file is wrong.
+        components: the number of values per voxel.
+    """
 
     size: tuple[int, ...]
     spacing: tuple[float, ...]
@@ -18,7 +24,7 @@ class Header:
 
 
 def read_header(file: Path) -> Header | None:
-    """The header alone; None for a file that cannot be read."""
+    """Return the header of an image without reading its voxels, or None if the file cannot be read."""
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(file))
     try:
@@ -29,7 +35,7 @@ def read_header(file: Path) -> Header | None:
 
 
 def hash_voxels(file: Path) -> str | None:
-    """A hash of the voxel values, whatever their type, compression and header; None for a file that cannot be read."""
+    """Return a hash of the voxel values, independent of type, compression and header; None if unreadable."""
     try:
         voxels = sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
     except RuntimeError:

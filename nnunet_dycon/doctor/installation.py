@@ -1,4 +1,4 @@
-"""What every training needs, whatever the data: packages, a device, nnU-Net's variables, and trainers it can find."""
+"""Checks that need no data: packages, device, environment variables of nnU-Net, and its look-up of trainers."""
 
 import importlib.util
 import json
@@ -23,14 +23,14 @@ from nnunet_dycon.system.files import require_writable
 GIB = 2**30
 _DISCOVERY = DISCOVERY.resolve()
 _EXPORT = 'run: export nnUNet_extTrainer="$(nnunet_dycon trainers_path)${nnUNet_extTrainer:+:$nnUNet_extTrainer}"'
-_TRUE = ("true", "1", "t")  # what nnU-Net takes for yes in nnUNet_compile; all else is no to it
+_TRUE = ("true", "1", "t")  # nnU-Net reads these values of nnUNet_compile as true, and all others as false
 _FALSE = ("false", "0", "f", "no", "n", "off", "")
 _SHARED_MEMORY = Path("/dev/shm")
 
 
 def check_versions() -> Iterator[Finding]:
-    """Python and each requirement of this package and of nnU-Net."""
-    from packaging.requirements import Requirement  # nnU-Net's matplotlib needs it
+    """Check the installed versions of all requirements of nnunet-dycon and nnU-Net."""
+    from packaging.requirements import Requirement  # installed with matplotlib, which nnU-Net requires
 
     versions = [f"Python {platform.python_version()}", f"nnunet-dycon {__version__}"]
     unmet = False
@@ -54,7 +54,7 @@ def check_versions() -> Iterator[Finding]:
             if version is None or not requirement.specifier.contains(version, prereleases=True):
                 unmet = True
                 yield Finding(
-                    "versions", status, f"{requirement.name} {has}, and {package} needs {wanted}",
+                    "versions", status, f"{requirement.name} {has}, but {package} requires {wanted}",
                     f"run: pip install '{wanted}'",
                 )  # fmt: skip
             elif package == "nnunet-dycon":
@@ -64,56 +64,58 @@ def check_versions() -> Iterator[Finding]:
 
 
 def check_device() -> Iterator[Finding]:
-    """Whether torch works, and on a GPU; and whether nnU-Net, which compiles networks there, can do so."""
+    """Check that torch works on a GPU, and that nnU-Net can compile networks for it."""
     try:
         import torch
-    except Exception as error:  # a library that is missing raises OSError
-        reinstall = "install it again, as https://pytorch.org/get-started says"
+    except Exception as error:  # OSError if a library is missing
+        reinstall = "install it again, see https://pytorch.org/get-started"
         yield Finding("device", FAIL, f"torch cannot be imported ({first_line(error)})", reinstall)
         return
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         available = torch.cuda.is_available()
     if not available:
-        on_cpu = "train with -device cpu, slowly"
+        on_cpu = "train on the CPU with -device cpu (slow)"
         if torch.version.cuda is None and torch.version.hip is None and shutil.which("nvidia-smi"):
-            message = f"there is an NVIDIA driver, but torch {torch.__version__} was built without CUDA"
-            yield Finding("device", WARNING, message, f"install another as https://pytorch.org says, or {on_cpu}")
-        elif told:
-            reason = str(told[0].message).split("\n")[0]
-            yield Finding("device", WARNING, f"torch cannot use the GPU ({reason})", f"mend it, or {on_cpu}")
+            message = f"an NVIDIA driver is installed, but torch {torch.__version__} was built without CUDA"
+            remedy = f"install torch with CUDA, see https://pytorch.org/get-started, or {on_cpu}"
+            yield Finding("device", WARNING, message, remedy)
+        elif caught:
+            reason = str(caught[0].message).split("\n")[0]
+            yield Finding("device", WARNING, f"torch cannot use the GPU ({reason})", f"fix the GPU driver, or {on_cpu}")
         else:
-            yield Finding("device", NOTE, "no CUDA GPU", on_cpu)
+            yield Finding("device", NOTE, "no CUDA GPU found", on_cpu)
         return
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     try:
         torch.ones(8, device="cuda").sum().item()
         free, total = torch.cuda.mem_get_info()
     except Exception as error:
-        install = "install a torch that supports it, or train with -device cpu"
+        install = "install a torch that supports this GPU, or train with -device cpu"
         yield Finding("device", FAIL, f"torch {torch.__version__} cannot use {names[0]} ({first_line(error)})", install)
         return
-    memory = f"{total / GIB:.0f} GiB, {free / GIB:.0f} of them free"
-    yield Finding("device", OK, f"{names[0]}, {memory}" + (f"; {len(names)} GPUs in all" if len(names) > 1 else ""))
+    memory = f"{total / GIB:.0f} GiB ({free / GIB:.0f} GiB free)"
+    yield Finding("device", OK, f"{names[0]}, {memory}" + (f"; {len(names)} GPUs in total" if len(names) > 1 else ""))
     if sys.platform == "linux" and os.environ.get("nnUNet_compile", "true").lower() in _TRUE:
         yield from _check_compiler()
 
 
 def _check_compiler() -> Iterator[Finding]:
-    lacking = []
+    missing = []
     if not ("CC" in os.environ or shutil.which("gcc") or shutil.which("clang")):
-        lacking.append("a C compiler")
+        missing.append("a C compiler")
     if not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
-        lacking.append("Python's header files (python3-dev)")
-    if lacking:
+        missing.append("Python's header files (python3-dev)")
+    if missing:
+        absent = " and ".join(missing)
         yield Finding(
-            "compiler", WARNING, f"nnU-Net compiles its network on a GPU, which needs {' and '.join(lacking)}",
-            "install it, or run: export nnUNet_compile=f",
+            "compiler", WARNING, f"nnU-Net compiles its network on a GPU, which needs {absent}",
+            f"install {absent}, or run: export nnUNet_compile=f",
         )  # fmt: skip
 
 
 def check_settings() -> Iterator[Finding]:
-    """The variables by which nnU-Net is adjusted, as far as they are set."""
+    """Check the optional environment variables of nnU-Net that are set, and the size of shared memory."""
     findings = [
         *_check_number("nnUNet_def_n_proc", least=1),
         *_check_number("nnUNet_n_proc_DA", least=0),
@@ -123,7 +125,7 @@ def check_settings() -> Iterator[Finding]:
         *_check_shared_memory(),
     ]
     if all(finding.status == OK for finding in findings):
-        message = ", ".join(finding.message for finding in findings) or "none of nnU-Net's is changed"
+        message = ", ".join(finding.message for finding in findings) or "no optional variable of nnU-Net is set"
         findings = [Finding("settings", OK, message)]
     yield from findings
 
@@ -133,13 +135,13 @@ def _check_number(variable: str, least: int) -> Iterator[Finding]:
     if value is None:
         return
     if not value.strip().isdigit() or int(value) < least:
-        # OpenMP passes over what it does not understand, nnU-Net stops.
+        # OpenMP ignores invalid values, nnU-Net fails.
         status = WARNING if variable.startswith("OMP") else FAIL
-        message = f"{variable} is {value!r}, but must be a number of at least {least}"
+        message = f"{variable} is {value!r}, but must be an integer of at least {least}"
         yield Finding("settings", status, message, f"run: unset {variable}")
     elif int(value) == 0:
-        message = f"{variable}=0 trains without worker processes, but nnU-Net cannot plan with it"
-        yield Finding("settings", NOTE, message, f"when planning, run: unset {variable}")
+        message = f"{variable}=0: training uses no worker processes, but nnU-Net cannot plan with this value"
+        yield Finding("settings", NOTE, message, f"before planning, run: unset {variable}")
     else:
         yield Finding("settings", OK, f"{variable}={value}")
 
@@ -150,8 +152,9 @@ def _check_compile() -> Iterator[Finding]:
         if value.lower() in _TRUE + _FALSE:
             yield Finding("settings", OK, f"nnUNet_compile={value}")
         else:
-            message = f"nnUNet_compile={value!r} means no to nnU-Net"
-            yield Finding("settings", WARNING, message, "run: export nnUNet_compile=true, or =false")
+            message = f"nnU-Net reads nnUNet_compile={value!r} as false"
+            remedy = "run: export nnUNet_compile=true, or: export nnUNet_compile=false"
+            yield Finding("settings", WARNING, message, remedy)
 
 
 def _check_wandb() -> Iterator[Finding]:
@@ -174,24 +177,24 @@ def _check_shared_memory() -> Iterator[Finding]:
         if size < GIB:
             yield Finding(
                 "settings", WARNING,
-                f"{_SHARED_MEMORY} has {size / 2**20:.0f} MiB, too few for the batches of nnU-Net's worker processes",
+                f"{_SHARED_MEMORY} has {size / 2**20:.0f} MiB, too small for batches of nnU-Net's worker processes",
                 "start the container with --shm-size=8g or --ipc=host, or run: export nnUNet_n_proc_DA=0",
             )  # fmt: skip
 
 
 def check_folders() -> Iterator[Finding]:
-    """nnU-Net's three folders: named, absolute, there, readable or writable."""
+    """Check nnU-Net's three folders: variables set, paths absolute, nnUNet_raw readable, the others writable."""
     for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-        # What is preprocessed can be trained on without the raw data.
+        # Preprocessed cases can be trained on without raw data.
         worst = WARNING if variable == "nnUNet_raw" else FAIL
         value = os.environ.get(variable)
         if not value:
             yield Finding("folders", worst, f"{variable} is not set", f"run: export {variable}=/path/to/{variable}")
         elif value.startswith("~"):
-            message = f"{variable}={value}: the ~ was quoted, and stands for no home folder"
+            message = f"{variable}={value}: the ~ was quoted, so the shell has not expanded it"
             yield Finding("folders", WARNING, message, f'run: export {variable}="$HOME{value[1:]}"')
         elif not os.path.isabs(value):
-            message = f"{variable}={value} is not absolute, and means another folder in each place"
+            message = f"{variable}={value} is not absolute, so it depends on the current folder"
             yield Finding("folders", WARNING, message, f'run: export {variable}="{os.path.abspath(value)}"')
         else:
             yield _examine_folder(variable, Path(value), worst)
@@ -205,35 +208,36 @@ def _examine_folder(variable: str, folder: Path, worst: str) -> Finding:
         else:
             require_writable(existing)
     except UserError as error:
-        # With everything preprocessed, a training writes nothing there.
+        # Training writes nothing to nnUNet_preprocessed if all cases are preprocessed.
         return as_finding("folders", error, WARNING if variable == "nnUNet_preprocessed" else worst)
     except OSError as error:
         remedy = f"run: export {variable}=/path/to/{variable}"
         return Finding("folders", worst, f"{variable}={folder}: {error.strerror}", remedy)
     if existing != folder:
-        return Finding("folders", NOTE, f"{variable}={folder} is not there yet; nnU-Net makes it")
+        return Finding("folders", NOTE, f"{variable}={folder} does not exist yet; nnU-Net creates it")
     return Finding("folders", OK, f"{variable}={folder}, {shutil.disk_usage(folder).free / 1e9:.0f} GB free")
 
 
 def existing_part(folder: Path) -> Path:
-    """The folder, or the nearest one above it that exists."""
+    """Return the folder, or its nearest parent that exists."""
     return next(path for path in (folder, *folder.parents) if path.exists())
 
 
 def check_ext_trainer() -> Iterator[Finding]:
-    """The folders in nnUNet_extTrainer: none that does harm, and none that nnU-Net passes over."""
+    """Check that each folder in nnUNet_extTrainer exists, and that none contains modules of nnunet_dycon."""
     name = "nnUNet_extTrainer"
     harmful = _harmful_folders()
     for entry in _ext_entries():
         folder = Path(entry).resolve()
         if not folder.is_dir():
-            yield Finding(name, WARNING, f"there is no folder {entry}, and nnU-Net passes over it", _correction(entry))
+            message = f"the folder {entry} does not exist, so nnU-Net ignores it"
+            yield Finding(name, WARNING, message, _correction(entry))
         elif folder in harmful:
             yield Finding(
                 name, WARNING,
-                f"{entry} is {harmful[folder]}: nnU-Net would import its modules under other names and forget them "
-                "again, so that classes are there twice and worker processes do not find them",
-                f"name {_DISCOVERY} instead, which `nnunet_dycon trainers_path` prints",
+                f"{entry} is {harmful[folder]}: nnU-Net would import its modules a second time under other "
+                "names, and worker processes could not find their classes",
+                f"use {_DISCOVERY} instead, the output of `nnunet_dycon trainers_path`",
             )  # fmt: skip
         else:
             yield Finding(name, OK, entry)
@@ -246,24 +250,24 @@ def _ext_entries() -> list[str]:
 def _harmful_folders() -> dict[Path, str]:
     package = _DISCOVERY.parent
     return {
-        package.parent: "the folder above the package nnunet_dycon",
+        package.parent: "the parent folder of the package nnunet_dycon",
         package: "the package nnunet_dycon",
-        **{Path(folder).resolve(): "where the trainers' own modules lie" for folder in trainers.__path__},
+        **{Path(folder).resolve(): "the folder of the trainers' modules" for folder in trainers.__path__},
     }
 
 
 def _correction(entry: str) -> str:
     if entry.startswith("~"):
-        return "write $HOME for ~, which was quoted"
+        return "write $HOME instead of ~, which was quoted"
     if os.path.isdir(entry.split(";" if os.pathsep == ":" else ":")[0]) or "," in entry:
         return f'separate folders by "{os.pathsep}"'
-    return "correct it, or take it out"
+    return "correct it, or remove it from nnUNet_extTrainer"
 
 
-# Run in a process of its own, as a training is: some folders in nnUNet_extTrainer leave modules broken behind.
+# Run in a separate process, like a training: look-up in some folders of nnUNet_extTrainer breaks imported modules.
 _LOOK_UP = """
 import json, sys
-sys.path[:] = [entry for entry in sys.path if entry]  # nnUNetv2_train does not look in the current folder
+sys.path[:] = [entry for entry in sys.path if entry]  # nnUNetv2_train does not import from the current folder
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 name = sys.argv[1]
 found = recursive_find_trainer_class_by_name(name)
@@ -279,10 +283,10 @@ print(json.dumps({
 
 
 def check_look_up(trainer: str) -> Iterator[Finding]:
-    """Have nnU-Net look the trainer up, as nnUNetv2_train does."""
+    """Check that nnU-Net finds the trainer, in the same way as nnUNetv2_train does."""
     try:
         trainers.registered_name(trainer)
-    except UnknownTrainer as error:  # a retired name, or a wrong number of epochs
+    except UnknownTrainer as error:  # a removed trainer, or a wrong number of epochs
         yield _unknown(str(error))
         return
     result = subprocess.run([sys.executable, "-c", _LOOK_UP, trainer], capture_output=True, text=True)
@@ -291,11 +295,12 @@ def check_look_up(trainer: str) -> Iterator[Finding]:
         return
     found = json.loads(result.stdout.splitlines()[-1])
     if not found["is_own"]:
-        message = f"nnU-Net takes another class for {trainer}, from a module {found['module']}"
-        yield Finding("trainer", WARNING, message, "put the folder of `nnunet_dycon trainers_path` first, or alone")
+        message = f"nnU-Net finds another class named {trainer}, in the module {found['module']}"
+        remedy = "put the folder printed by `nnunet_dycon trainers_path` first in nnUNet_extTrainer, or alone"
+        yield Finding("trainer", WARNING, message, remedy)
     elif not found["is_semi_supervised"]:
-        message = f"{trainer} is no semi-supervised trainer of nnunet_dycon's: it would not learn from unlabeled cases"
-        yield Finding("trainer", WARNING, message, "choose one, see: nnunet_dycon list")
+        message = f"{trainer} is not a semi-supervised trainer of nnunet_dycon, and would not use unlabeled cases"
+        yield Finding("trainer", WARNING, message, "choose a trainer of: nnunet_dycon list")
     else:
         yield Finding("trainer", OK, f"nnU-Net finds {trainer}")
 
@@ -306,22 +311,21 @@ def _unknown(reason: str) -> Finding:
 
 
 def _failed_look_up(trainer: str, output: str, errors: str) -> Finding:
-    error = next((line for line in reversed(errors.splitlines()) if line.strip()), "it ended without a word")
-    if error.startswith(ONE_LINE):  # of our own look-up
+    error = next((line for line in reversed(errors.splitlines()) if line.strip()), "no error message")
+    if error.startswith(ONE_LINE):  # raised by nnunet_dycon
         return _unknown(error.removeprefix(ONE_LINE))
     if "Could not find requested nnunet trainer" in error:
         message = f"nnU-Net does not find {trainer}"
         if not os.environ.get("nnUNet_extTrainer"):
-            return Finding("trainer", FAIL, f"{message}, for nnUNet_extTrainer is not set", _EXPORT)
+            return Finding("trainer", FAIL, f"{message}, because nnUNet_extTrainer is not set", _EXPORT)
         if trainers.registered_name(trainer) is not None:
             return Finding("trainer", FAIL, f"{message} in the folders of nnUNet_extTrainer", _EXPORT)
-        remedy = "see: nnunet_dycon list, or add the folder of your own trainer to nnUNet_extTrainer"
+        remedy = "choose a trainer of: nnunet_dycon list, or add the folder of your own trainer to nnUNet_extTrainer"
         return Finding("trainer", FAIL, message, remedy)
     folders, modules = (re.findall(rf"{text} *(.+)", output) for text in ("Searching in:", "Inspecting module:"))
     if not modules:
-        return Finding(
-            "trainer", FAIL, f"nnU-Net cannot be imported ({error})", "mend what is told above, or install it again"
-        )
+        remedy = "fix the problems reported above, or run: pip install --force-reinstall 'nnunetv2>=2.8.0,<2.9'"
+        return Finding("trainer", FAIL, f"nnU-Net cannot be imported ({error})", remedy)
     file = Path(folders[-1], *modules[-1].split(".")).with_suffix(".py")
-    message = f"{file} cannot be imported ({error}), and that stops nnU-Net's look-up of all trainers behind it"
-    return Finding("trainer", FAIL, message, f"mend it, or take {folders[-1]} out of nnUNet_extTrainer")
+    message = f"{file} cannot be imported ({error}), which ends nnU-Net's search for trainers"
+    return Finding("trainer", FAIL, message, f"fix it, or remove {folders[-1]} from nnUNet_extTrainer")

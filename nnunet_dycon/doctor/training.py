@@ -1,4 +1,4 @@
-"""What is preprocessed, split, written and needed in memory by one training."""
+"""Checks of one training: preprocessed cases, splits, results, disk space and GPU memory."""
 
 import json
 import os
@@ -30,8 +30,8 @@ from nnunet_dycon.system.files import require_writable
 from nnunet_dycon.trainers import registered_name
 from nnunet_dycon.trainers.semi_supervised import SemiSupervisedTrainer
 
-# The value of compute_conv_feature_map_size for which nnU-Net's planners expect 8 GB, in 2D and 3D, and the number of
-# patches that they expect it for.
+# nnU-Net's planners expect 8 GB for these values of compute_conv_feature_map_size with these numbers of patches, in 2D
+# and 3D.
 _PLANNED_GB = 8
 _PLANNED_FEATURE_MAPS = {
     "PlainConvUNet": {2: 85_000_000, 3: 560_000_000},
@@ -43,13 +43,13 @@ _FLOAT = 4  # bytes
 
 @dataclass(frozen=True)
 class Training:
-    """A call of nnUNetv2_train, of which the plans exist.
+    """A call of nnUNetv2_train whose plans exist.
 
     Attributes:
-        trainer: None if it is none of nnunet_dycon's or cannot be found.
-        trainer_name: as -tr names it.
-        unlabeled: knows data set, plans and configuration.
-        fold: None if it is not named.
+        trainer: the trainer's class; None if it is not semi-supervised, or cannot be found.
+        trainer_name: the argument of -tr.
+        unlabeled: the unlabeled cases, with data set, plans and configuration.
+        fold: the fold; None if no fold is given.
     """
 
     trainer: type[SemiSupervisedTrainer] | None
@@ -64,28 +64,28 @@ class Training:
 
     @cached_property
     def labeled(self) -> set[str]:
-        """The labeled, preprocessed cases; UserError if there are none."""
+        """Identifiers of the labeled, preprocessed cases. Raises UserError if there are none."""
         return labeled_identifiers(self.labeled_folder, self.unlabeled.arguments)
 
     @property
     def output_folder(self) -> Path:
-        """Of all folds."""
+        """The folder for the results of all folds."""
         plans = self.unlabeled.plans
         name = f"{self.trainer_name}__{plans.plans_name}__{self.unlabeled.configuration_name}"
         return nnunet_folder("nnUNet_results") / plans.dataset_name / name
 
 
 def find_trainer(name: str) -> type[SemiSupervisedTrainer] | None:
-    """The class that nnU-Net would train with; None if it is not semi-supervised, or cannot be found."""
+    """Return the class that nnU-Net would train with; None if it is not semi-supervised, or cannot be found."""
     try:
         found = trainer_class(name)
-    except Exception:  # of whatever lies in nnUNet_extTrainer; installation.check_look_up reports it
+    except Exception:  # raised by any module in nnUNet_extTrainer; installation.check_look_up reports it
         return None
     return found if issubclass(found, SemiSupervisedTrainer) else None
 
 
 def build_students(trainer: type[SemiSupervisedTrainer], unlabeled: UnlabeledCases) -> list[Any]:
-    """The student, or both, without memory for parameters; their classes have no types."""
+    """Return the network, or both networks of co-training, without allocating memory for parameters."""
     plans, configuration = unlabeled.plans, unlabeled.configuration
     channels = determine_num_input_channels(plans, configuration, unlabeled.dataset_json)
     heads = plans.get_label_manager(unlabeled.dataset_json).num_segmentation_heads
@@ -95,7 +95,7 @@ def build_students(trainer: type[SemiSupervisedTrainer], unlabeled: UnlabeledCas
 
 
 def preprocessed_roles(training: Training) -> frozenset[str]:
-    """Which of "labeled" and "unlabeled" need no raw data any more."""
+    """Return which of "labeled" and "unlabeled" are preprocessed, so that training does not need their raw data."""
     roles = set()
     with suppress(UserError):
         if training.labeled:
@@ -107,7 +107,7 @@ def preprocessed_roles(training: Training) -> frozenset[str]:
 
 
 def examine_training(training: Training) -> Iterator[Finding]:
-    """All checks that need plans."""
+    """Yield the findings of all checks that need plans."""
     trainer = training.trainer
     if trainer is not None:
         yield from examine("trainer", check_supported, trainer, training.unlabeled)
@@ -129,13 +129,16 @@ def _is_supervised(name: str) -> bool:
 
 
 def check_supported(trainer: type[SemiSupervisedTrainer], unlabeled: UnlabeledCases) -> Iterator[Finding]:
-    """The trainer does not refuse the configuration or the labels."""
+    """Check that the trainer supports the configuration and the labels."""
     trainer.check_compatibility(unlabeled.plans.plans, unlabeled.configuration_name, unlabeled.dataset_json)
     yield Finding("trainer", OK, f"{trainer.__name__} trains {unlabeled.configuration_name}")
 
 
 def check_labeled(training: Training) -> Iterator[Finding]:
-    """The labeled cases, all and no others, are planned on and preprocessed, with what the final validation needs."""
+    """Check that all labeled cases, and no others, were planned on and are preprocessed.
+
+    The references that the final validation needs must exist, too.
+    """
     unlabeled, folder, labeled = training.unlabeled, training.labeled_folder, training.labeled
     again = f"run: nnUNetv2_preprocess {unlabeled.arguments}"
     clean = f"run: nnUNetv2_plan_and_preprocess -d {unlabeled.dataset_id} --clean"
@@ -146,13 +149,13 @@ def check_labeled(training: Training) -> Iterator[Finding]:
     incomplete = [case for case in sorted(labeled) if not _is_complete(folder, case)]
     if incomplete:
         found = True
-        yield Finding("labeled", FAIL, f"{folder}: files are missing of {some(incomplete)}", again)
+        yield Finding("labeled", FAIL, f"{folder} lacks files of {some(incomplete)}", again)
     ending = unlabeled.dataset_json["file_ending"]
     references = folder.parent / "gt_segmentations"
     unscored = [case for case in sorted(labeled) if not (references / f"{case}{ending}").is_file()]
     if unscored:
         found = True
-        message = f"{references} has no {some(unscored)}, so that the validation at the end of training would fail"
+        message = f"{references} has no {some(unscored)}, so the validation at the end of training would fail"
         yield Finding("labeled", FAIL, message, again)
     raw = label_names(unlabeled.raw.parent, ending) if os.environ.get("nnUNet_raw") else set()
     if raw and raw != labeled:
@@ -174,15 +177,15 @@ def _is_complete(folder: Path, case: str) -> bool:
 
 
 def check_unlabeled(training: Training) -> Iterator[Finding]:
-    """The unlabeled cases are preprocessed and up to date, or can be made so."""
+    """Check that the unlabeled cases are preprocessed and up to date, or can be preprocessed."""
     unlabeled = training.unlabeled
     command = f"run: nnunet_dycon preprocess_unlabeled {unlabeled.arguments}"
     if not unlabeled.folder.is_dir():
         cases = unlabeled.raw_cases()
         unlabeled.check_not_labeled(training.labeled, set(cases))
         require_writable(unlabeled.folder.parent)
-        message = f"{len(cases)} cases are not preprocessed yet; training does that when it starts"
-        yield Finding("unlabeled", NOTE, message, f"to do it now, {command}")
+        message = f"{len(cases)} cases are not preprocessed yet; training preprocesses them when it starts"
+        yield Finding("unlabeled", NOTE, message, f"to preprocess them now, {command}")
     elif (fault := unlabeled.fault()) is not None:
         yield Finding("unlabeled", FAIL, f"{unlabeled.folder} is stale: {fault}", command)
     else:
@@ -195,22 +198,22 @@ def check_unlabeled(training: Training) -> Iterator[Finding]:
 def _check_leftovers(unlabeled: UnlabeledCases) -> Iterator[Finding]:
     if Path(f"{unlabeled.folder}.lock").is_file():
         try:
-            with suppress(UserError), unlabeled.lock().acquire(timeout=0):  # a UserError of what cannot be written
+            with suppress(UserError), unlabeled.lock().acquire(timeout=0):  # UserError if the lock cannot be written
                 pass
         except Timeout:
-            yield Finding("unlabeled", NOTE, "another process is preprocessing them now, which training waits for")
+            yield Finding("unlabeled", NOTE, "another process is preprocessing them now; training will wait for it")
             return
     for folder in sorted(unlabeled.folder.parent.glob(f"{unlabeled.folder.name}.*.partial")):
-        message = f"{folder} is left of an interrupted preprocessing, which the next one goes on with"
+        message = f"{folder} is left from an interrupted preprocessing; the next call resumes it"
         yield Finding("unlabeled", NOTE, message)
 
 
 def check_folds(training: Training) -> Iterator[Finding]:
-    """The folds, or the one that is to be trained, fit the labeled cases."""
+    """Check that the given fold, or each fold if none is given, fits the labeled cases."""
     folder, labeled = training.labeled_folder, training.labeled
     file = folder.parent / "splits_final.json"
     if training.fold == "all":
-        yield Finding("split", OK, f"fold all trains on all {len(labeled)} cases, and validates on them, too")
+        yield Finding("split", OK, f"fold all trains and validates on all {len(labeled)} cases")
         return
     if not file.is_file():
         if training.fold is None and len(labeled) < 5:
@@ -220,25 +223,26 @@ def check_folds(training: Training) -> Iterator[Finding]:
         check_split(folder, labeled, training.fold or 0)
         yield Finding("split", OK, f"nnU-Net will split the {len(labeled)} cases into 5 folds")
         return
-    check_split(folder, labeled, training.fold or 0)  # that the file is a list of splits, too
+    check_split(folder, labeled, training.fold or 0)  # also that the file is a list of splits
     splits = json.loads(file.read_text())
     for fold in range(max(1, len(splits))) if training.fold is None else [training.fold]:
         check_split(folder, labeled, fold)
         if fold >= len(splits):
-            message = f"{file} has no fold {fold}; nnU-Net would draw 80 % of the cases to train on"
-            yield Finding("split", WARNING, message, "choose another, or add it to the file")
+            message = f"{file} has no fold {fold}; nnU-Net would train on a random 80 % of the cases"
+            yield Finding("split", WARNING, message, "choose another fold, or add this one to the file")
             return
         train, val = (set(splits[fold][part]) for part in ("train", "val"))
         if both := sorted(train & val):
             message = f"fold {fold} trains and validates on {some(both)}"
-            yield Finding("split", WARNING, message, f"take them out of one of the two in {file}, if that is not meant")
+            remedy = f"if this is not intended, remove them from train or val in {file}"
+            yield Finding("split", WARNING, message, remedy)
         elif absent := sorted(labeled - train - val):
-            yield Finding("split", NOTE, f"fold {fold} leaves out of the labeled cases: {some(absent)}")
+            yield Finding("split", NOTE, f"fold {fold} does not use these labeled cases: {some(absent)}")
     yield Finding("split", OK, f"{len(splits)} folds in {file}")
 
 
 def check_results(training: Training) -> Iterator[Finding]:
-    """The folder that training writes to, and what is in it."""
+    """Check that training can write to its folder, and report checkpoints of an earlier training in it."""
     output = training.output_folder
     require_writable(existing_part(output))
     if training.fold is None:
@@ -246,22 +250,23 @@ def check_results(training: Training) -> Iterator[Finding]:
     folder = output / f"fold_{training.fold}"
     for name, state in (("final", "a finished training"), ("latest", "a training"), ("best", "a training")):
         if (folder / f"checkpoint_{name}.pth").is_file():
-            message = f"{folder} holds {state}, whose checkpoints a new one renames to earlier_*"
-            yield Finding("results", NOTE, message, "to go on with it, add --c to nnUNetv2_train")
+            message = f"{folder} contains {state}; a new one renames its checkpoints to earlier_*"
+            yield Finding("results", NOTE, message, "to resume it, add --c to nnUNetv2_train")
             return
     yield Finding("results", OK, str(folder))
 
 
 def check_disk(trainer: type[SemiSupervisedTrainer], unlabeled: UnlabeledCases) -> Iterator[Finding]:
-    """There is room for what training writes: checkpoints, and unlabeled cases that are not preprocessed yet."""
+    """Check the disk space for checkpoints, and for unlabeled cases that are not preprocessed yet."""
     students = build_students(trainer, unlabeled)
     parameters = [sum(parameter.numel() for parameter in student.parameters()) for student in students]
-    # The best one, the two latest and one being written, each of networks, momenta and, of a single one, the teacher.
+    # The best one, the two latest and the one being written. Each has weights and momenta of one or two networks, and,
+    # for a single network, the teacher.
     checkpoints = 4 * (2 * sum(parameters) + (parameters[0] if len(students) == 1 else 0)) * _FLOAT
     yield _compare_disk(nnunet_folder("nnUNet_results"), checkpoints, "checkpoints", FAIL)
     if not unlabeled.folder.is_dir():
-        with suppress(UserError):  # told elsewhere
-            # An upper bound: nnU-Net crops and compresses.
+        with suppress(UserError):  # reported by check_unlabeled
+            # an upper bound, because nnU-Net crops and compresses
             needed = _unlabeled_bytes(unlabeled)
             yield _compare_disk(unlabeled.folder.parent, needed, "unlabeled cases, at most", WARNING)
 
@@ -271,7 +276,7 @@ def _compare_disk(folder: Path, needed: float, what: str, status: str) -> Findin
     message = f"{_bytes(needed)} for {what}; {_bytes(free)} are free in {folder}"
     if needed < free:
         return Finding("disk", OK, message)
-    return Finding("disk", status, message, "make room, or name another folder")
+    return Finding("disk", status, message, "free disk space, or choose another folder")
 
 
 def _bytes(number: float) -> str:
@@ -279,8 +284,8 @@ def _bytes(number: float) -> str:
 
 
 def _unlabeled_bytes(unlabeled: UnlabeledCases) -> float:
-    """What the unlabeled cases take when they are resampled."""
-    target = unlabeled.configuration.spacing  # in 2D of the last two axes, and the first is left as it is
+    """Return the size of the resampled unlabeled cases in bytes, without compression."""
+    target = unlabeled.configuration.spacing  # in 2D, of the last two axes; the first is not resampled
     total = 0.0
     for files in unlabeled.raw_cases().values():
         if (header := read_header(files[0])) is not None:
@@ -292,36 +297,38 @@ def _unlabeled_bytes(unlabeled: UnlabeledCases) -> float:
 
 
 def check_memory(trainer: type[SemiSupervisedTrainer], training: Training) -> Iterator[Finding]:
-    """The batch with its unlabeled half fits the GPU, by the estimate that nnU-Net plans with."""
+    """Check that labeled and unlabeled patches of a batch fit the GPU, by the estimate of nnU-Net's planners."""
     cases = training.unlabeled
     configuration, students = cases.configuration, build_students(trainer, cases)
     labeled = configuration.batch_size
     unlabeled = trainer.training_settings.unlabeled_batch_size
     if unlabeled is None:
         unlabeled = labeled  # at most
-        with suppress(UserError):  # which other checks tell
+        with suppress(UserError):  # reported by other checks
             unlabeled = unlabeled_patches(labeled, len(training.labeled), len(cases.raw_cases()))
     patches = f"{labeled} labeled and {unlabeled} unlabeled patches"
     dimensions = len(configuration.patch_size)
     planned = [_PLANNED_FEATURE_MAPS.get(type(student).__name__, {}).get(dimensions) for student in students]
     if None in planned:
         factor = trainer.activation_memory_factor * (labeled + unlabeled) / labeled
-        yield Finding("GPU memory", NOTE, f"{patches}: about {factor:.3g} times what the plans were made for")
+        yield Finding(
+            "GPU memory", NOTE, f"{patches}: about {factor:.3g} times the memory that the plans were made for"
+        )
         return
     sizes = [student.compute_conv_feature_map_size(configuration.patch_size) for student in students]
     each = sum(size / reference for size, reference in zip(sizes, planned))
     needed = _PLANNED_GB * each * (labeled + unlabeled) / _PLANNED_PATCHES[dimensions]
-    message = f"about {needed:.2g} GB for {patches}, estimated as nnU-Net does"
+    message = f"about {needed:.2g} GB for {patches}, by nnU-Net's estimate"
     if not torch.cuda.is_available():
         yield Finding("GPU memory", NOTE, message)
         return
     total = torch.cuda.get_device_properties(0).total_memory / GIB
     if needed < total:
-        yield Finding("GPU memory", OK, f"{message}; the GPU has {total:.0f}")
+        yield Finding("GPU memory", OK, f"{message}; the GPU has {total:.0f} GiB")
         return
     half = f"-gpu_memory_target {total * labeled / (labeled + unlabeled) / len(students):.0f}"
     yield Finding(
-        "GPU memory", WARNING, f"{message}; the GPU has {total:.0f}",
+        "GPU memory", WARNING, f"{message}; the GPU has {total:.0f} GiB",
         f"run: nnUNetv2_plan_experiment -d {cases.dataset_id} {half} -overwrite_plans_name NAME, "
         "preprocess, and train with -p NAME; or train a subclass with unlabeled_batch_size=1",
     )  # fmt: skip

@@ -1,16 +1,17 @@
-"""Compares the predictions of several models of the same cases: means, paired differences to a baseline, tests."""
+"""Comparison of several models on the same cases: means, paired differences to a baseline, tests."""
 
+import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from nnunet_dycon import __version__
-from nnunet_dycon.errors import UsageError, UserError, counted, explained, some
+from nnunet_dycon.errors import UsageError, UserError, counted, some
 from nnunet_dycon.inference import statistics as stats
 from nnunet_dycon.inference.evaluation import DEFINITIONS as SCORES
 from nnunet_dycon.inference.evaluation import (
@@ -22,56 +23,62 @@ from nnunet_dycon.inference.evaluation import (
     match_folders,
 )
 from nnunet_dycon.inference.tables import aligned, as_csv, as_json, write_texts
-from nnunet_dycon.system.pictures import Panel, draw_paired_scores
+from nnunet_dycon.system.pictures import Panel, draw_or_warn, draw_paired_scores
 
 DICE, HD95 = "dice", "hd95_mm_max_directed"
 COMPARED = {DICE: "Dice", HD95: "HD95 mm"}
 _DIGITS = {DICE: 4, HD95: 2}
 ALL = "all labels"
-SHOWN = 5  # cases per list of the worst ones
+SHOWN = 5  # cases in each list of the worst ones
 _INTERVAL = f"{100 * stats.LEVEL:.0f} % CI"
-_MANY = 16  # cases from which on intervals cover nearly what they promise
-_ENOUGH = 4  # degrees of freedom, of two methods with 3 seeds; the t quantile is 2.8 instead of 12.7 with one
+_MANY = 16  # from this number of cases on, the coverage of intervals is close to the nominal 95 %
+_ENOUGH = 4  # degrees of freedom: two methods with 3 seeds each; the t quantile is 2.8, with one degree 12.7
 DEFINITIONS = {
-    "cases": "the statistics of a label use the cases in which each run of each method has a score of it. A label that "
-    "is empty in reference and prediction has none; such cases are listed under left_out",
-    "empty_reference": "number of the cases without a voxel of the label in the reference, and in how many of them "
-    "each run predicts the label",
-    "mean": "mean over cases, then over seeds; sd_over_seeds is the standard deviation (n - 1) of the means of_seeds",
-    ALL: "mean of each case over the labels that are scored in it, which equals evaluate's foreground_mean if every "
-    "label is scored in every case",
-    "difference": "mean of the method minus mean of the baseline. Better is above 0 for Dice and below 0 for HD95",
-    "interval": "percentiles of draws in which the cases are resampled, the same for all methods. If a method has "
-    "several seeds, t-distributed noise of seeds is added to the mean of each method: its standard deviation is that "
-    "of the seeds' means pooled over all methods (seed_noise), divided by sqrt(seeds). If no method has several seeds, "
+    "cases": "the statistics of a label use the cases in which it has a score in each run of each method. A label that "
+    "is empty in reference and prediction has no score; such cases are listed under left_out",
+    "empty_reference": "number of cases in which the reference has no voxel of the label; predicted: number of these "
+    "cases in which each run predicts the label",
+    "mean": "mean over cases, then over seeds; of_seeds: mean over cases of each seed; sd_over_seeds: standard "
+    "deviation (n - 1) of these means",
+    ALL: "mean over the labels that are scored in a case. If every label is scored in every case, its mean over cases "
+    "equals foreground_mean of nnunet_dycon evaluate",
+    "difference": "mean of the method minus mean of the baseline. The method is better if it is above 0 for Dice, "
+    "below 0 for HD95",
+    "interval": "percentile bootstrap: each draw resamples the cases, the same ones for all methods. If a method has "
+    "several seeds, t-distributed seed noise is added to the mean of each method: its standard deviation is that of "
+    "the seeds' means pooled over all methods (seed_noise), divided by sqrt(seeds). If no method has several seeds, "
     "the interval holds for these trained models, not for other seeds",
-    "wilcoxon": "two-sided signed-rank test over the cases, of differences of means over seeds, by "
-    "scipy.stats.wilcoxon. Differences of 0 are left out, equal absolute differences share their mean rank. With fewer "
-    f"than {stats.FEWEST_DIFFERENCES} differences that are not 0, p < 0.05 is impossible, and p is null. The test does "
-    "not account for the noise of seeds",
-    "p_holm": "p by Holm's step-down correction over the tests of the same metric: all methods, all labels",
-    "wins": "cases in which the method's mean over seeds is better than the baseline's; losses: worse; ties: equal to "
-    f"{stats.DECIMALS} decimals",
-    "leave_one_out": "case: the one whose removal changes the difference most; without: the difference without it; "
+    "wilcoxon": "two-sided signed-rank test (scipy.stats.wilcoxon) of the differences between means over seeds, one "
+    "per case. Differences of 0 are left out, equal absolute differences get their mean rank. With fewer than "
+    f"{stats.FEWEST_DIFFERENCES} differences that are not 0, p < 0.05 is impossible, and p is null. The test does not "
+    "account for seed noise",
+    "p_holm": "p after Holm's step-down correction for all tests of the same metric: all methods, all labels",
+    "wins": "number of cases in which the method's mean over seeds is better than the baseline's; losses: worse; ties: "
+    f"equal to {stats.DECIMALS} decimals",
+    "leave_one_out": "case: the case whose removal changes the difference most; without: the difference without it; "
     "low, high: range of the differences without one case",
-    "largest_losses": f"up to {SHOWN} cases and labels of each method with the largest loss of Dice to the baseline",
-    "lowest_dice": f"the {SHOWN} cases and labels of each method with the lowest Dice",
+    "largest_losses": f"for each method, up to {SHOWN} cases and labels with the largest loss of Dice to the baseline",
+    "lowest_dice": f"for each method, the {SHOWN} cases and labels with the lowest Dice",
 }
 
 
 def parse_methods(texts: Sequence[str]) -> dict[str, tuple[Path, ...]]:
-    """Return the folders, one per seed, of each NAME=FOLDER[,FOLDER...]; the first method is the baseline."""
+    """Return the folders of each method, one per seed, from texts NAME=FOLDER[,FOLDER...]; the baseline comes first.
+
+    Raises:
+        UsageError: a text has another form, a method occurs twice, or there are fewer than two methods.
+    """
     methods: dict[str, tuple[Path, ...]] = {}
     for text in texts:
         name, _, listed = text.partition("=")
         folders = listed.split(",")
         if not name.strip() or not all(folders):
-            raise UsageError(f"-pred {text}: write NAME=FOLDER, or NAME=FOLDER,FOLDER for several seeds of a method")
+            raise UsageError(f"-pred {text}: use NAME=FOLDER, or NAME=FOLDER,FOLDER for several seeds of a method")
         if name in methods:
-            raise UsageError(f"-pred names {name} twice; join the seeds of a method by commas: {name}=FOLDER,FOLDER")
+            raise UsageError(f"-pred: {name} is given twice; separate its seeds by commas: {name}=FOLDER,FOLDER")
         methods[name] = tuple(map(Path, folders))
     if len(methods) < 2:
-        raise UsageError(f"-pred names one method, {some(list(methods))}; give the baseline first, then the others")
+        raise UsageError(f"-pred: only one method, {some(list(methods))}; give the baseline first, then the others")
     return methods
 
 
@@ -89,13 +96,14 @@ def compare_folders(
 
     Args:
         reference: folder of reference labels.
-        methods: folders of predictions by name of the method, one folder per seed; the baseline first.
-        labels: values to score; by default the foreground labels and regions of dataset.json.
-        num_processes: to score with.
-        seed: of the bootstrap.
+        methods: names of methods and their folders of predictions, one folder per seed; the baseline first.
+        labels: label values to score; by default the foreground labels and regions of dataset.json.
+        num_processes: number of processes for scoring.
+        seed: seed of the bootstrap.
 
     Raises:
-        UserError: a prediction is missing, unreadable or does not fit its reference, or methods have different labels.
+        UserError: a prediction is missing, unreadable or on another voxel grid than its reference, or methods have
+            different labels or cases.
         UsageError: a folder is given twice.
     """
     folders = [(name, folder) for name, its in methods.items() for folder in its]
@@ -106,26 +114,27 @@ def compare_folders(
     runs = {name: tuple(next(scored) for _ in its) for name, its in methods.items()}
     comparison = Comparison(reference, {name: tuple(its) for name, its in methods.items()}, runs, seed)
     if not comparison.labels:
-        raise UserError(f"{reference}: no case has a score of each run; does a reference contain the labels?")
+        raise UserError(f"{reference}: no case has a score in each run; check that the references contain the labels")
     return comparison
 
 
 def _require_different(folders: Sequence[tuple[str, Path]]) -> None:
+    """Raise UsageError if a folder occurs twice."""
     found: dict[Path, str] = {}
     for name, folder in folders:
         if (resolved := folder.resolve()) in found:
-            raise UsageError(f"-pred names the folder {folder} twice, for {found[resolved]} and {name}; name each once")
+            raise UsageError(f"-pred: {folder} is given twice, for {found[resolved]} and {name}; give each folder once")
         found[resolved] = name
 
 
 def _require_same(folders: Sequence[Path], matched: Sequence[MatchedFolders]) -> None:
-    """Raise unless all folders have the same labels and cases."""
+    """Raise UserError if folders have different labels or cases."""
     for folder, one in zip(folders[1:], matched[1:]):
         if (one.task.regions, one.task.ignore) != (matched[0].task.regions, matched[0].task.ignore):
             choose = ", or choose the labels with -l" if one.task.ignore == matched[0].task.ignore else ""
             raise UserError(
-                f"{folders[0]} and {folder} have different labels ({_describe(matched[0])}; {_describe(one)}); put the "
-                f"same dataset.json into both{choose}"
+                f"{folders[0]} and {folder} have different labels ({_describe(matched[0])}; {_describe(one)}); copy "
+                f"the same dataset.json into both{choose}"
             )
         if differing := {case for case, *_ in one.pairs} ^ {case for case, *_ in matched[0].pairs}:
             raise UserError(
@@ -146,9 +155,9 @@ class Comparison:
 
     Attributes:
         reference: folder of the references.
-        methods: folders by method, one per seed; the baseline first.
-        runs: the scores of each folder, in the same order.
-        seed: of the bootstrap.
+        methods: names of methods and their folders, one per seed; the baseline first.
+        runs: names of methods and the scores of each folder, in the same order.
+        seed: seed of the bootstrap.
     """
 
     reference: Path
@@ -158,11 +167,12 @@ class Comparison:
 
     @property
     def baseline(self) -> str:
+        """Name of the first method."""
         return next(iter(self.methods))
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """What comparison.csv holds: a row per method, seed, case and label."""
+        """Content of comparison.csv: a row per method, seed, case and label."""
         return [
             {"method": name, "seed": seed, **row}
             for name, runs in self.runs.items()
@@ -172,29 +182,30 @@ class Comparison:
 
     @cached_property
     def cases(self) -> list[str]:
+        """Names of all cases."""
         return list(dict.fromkeys(row["case"] for row in self.runs[self.baseline][0].rows))
 
     @cached_property
     def single_labels(self) -> list[str]:
-        """The labels that each run has a score of in at least one case."""
+        """Labels that have a score in each run for at least one case."""
         return [label for label in self.runs[self.baseline][0].labels if self._kept(label).any()]
 
     @property
     def labels(self) -> list[str]:
-        """The single labels, and ALL if there are several."""
+        """Single labels, and ALL if there are several."""
         return [*self.single_labels, ALL] if len(self.single_labels) > 1 else self.single_labels
 
     def _column(self, name: str, label: str, key: str) -> np.ndarray:
-        """The values (seeds, cases) of a method; NaN where there is no score."""
+        """Return the values (seeds, cases) of a method for a label; NaN where there is no score."""
         return np.array([[row[key] for row in run.rows if row["label"] == label] for run in self.runs[name]])
 
     def _kept(self, label: str) -> np.ndarray:
-        """Whether each run of each method has a score, (cases,)."""
+        """Return for each case whether the label has a score in each run of each method, (cases,)."""
         scores = np.concatenate([self._column(name, label, DICE) for name in self.methods])
         return np.asarray(~np.isnan(scores).any(0))
 
     def _scores(self, label: str, metric: str) -> tuple[list[str], dict[str, np.ndarray]]:
-        """The cases of the statistics of a label, and the scores (seeds, cases) of each method."""
+        """Return the cases used for a label, and the scores (seeds, cases) of each method."""
         if label == ALL:
             kept = np.array([self._kept(one) for one in self.single_labels])
             used = kept.any(0)
@@ -210,7 +221,7 @@ class Comparison:
 
     @cached_property
     def summary(self) -> dict[str, Any]:
-        """What comparison.json holds; a number that does not exist is None."""
+        """Content of comparison.json; missing numbers are None."""
         means: list[dict[str, Any]] = []
         noises: list[dict[str, Any]] = []
         comparisons: list[dict[str, Any]] = []
@@ -255,6 +266,7 @@ class Comparison:
         }
 
     def _empty(self, label: str) -> dict[str, Any]:
+        """Return the number of cases whose reference lacks the label, and in how many of them each run predicts it."""
         empty = self._column(self.baseline, label, VOXELS[0])[0] == 0
         predicted = {
             name: [int(one) for one in (self._column(name, label, VOXELS[1])[:, empty] > 0).sum(1)]
@@ -263,6 +275,7 @@ class Comparison:
         return {"cases": int(empty.sum()), "predicted": predicted}
 
     def _worst(self) -> dict[str, dict[str, list[dict[str, Any]]]]:
+        """Return the cases of each method with the largest losses to the baseline, and with the lowest Dice."""
         lowest: dict[str, list[dict[str, Any]]] = {name: [] for name in self.methods}
         losses: dict[str, list[dict[str, Any]]] = {name: [] for name in list(self.methods)[1:]}
         for label in self.single_labels:
@@ -283,7 +296,7 @@ class Comparison:
         }
 
     def as_table(self) -> str:
-        """The statistics as text: means, differences, worst cases, and how the numbers are computed."""
+        """Return the statistics as text: means, differences, worst cases, and notes on how they are computed."""
         summary = self.summary
         text = [f"{counted(self.cases, 'case', 'cases')}; references: {self.reference}; baseline: {self.baseline}", ""]
         text += ["Mean over cases (± standard deviation over seeds)", *_table_of_means(summary["means"])]
@@ -304,15 +317,15 @@ class Comparison:
         if not self.summary["seed_noise"]:
             yield f"{interval}; with one seed per method, it holds for these trained models, not for other seeds"
         else:
-            yield f"{interval} and seeds"
+            yield f"{interval}, and seed noise"
             freedom = self.summary["seed_noise"][0]["degrees_of_freedom"]
             if freedom < _ENOUGH:
                 degrees = f"{freedom} degree{'s' * (freedom > 1)} of freedom"
-                yield f"the noise of seeds is estimated with {degrees}, which widens the intervals; add seeds"
+                yield f"the seed noise is estimated with {degrees}, which widens the intervals; add seeds"
         if len(self.cases) < _MANY:
             yield (
-                f"fewer than {_MANY} cases: the intervals are too narrow; without noise of seeds, they cover 92 % with "
-                "16 cases, 90 % with 10, 86 % with 6"
+                f"fewer than {_MANY} cases: the intervals are too narrow; without seed noise, their coverage is 92 % "
+                "with 16 cases, 90 % with 10, 86 % with 6"
             )
         tests = {metric: [one["wilcoxon"] for one in self._comparisons(metric)] for metric in COMPARED}
         number = ", ".join(
@@ -324,7 +337,7 @@ class Comparison:
             yield f"no p: with fewer than {fewest} differences that are not 0, p < 0.05 is impossible"
         for label, cases in self.summary["left_out"].items():
             if cases:
-                yield f"{label}: left out, as a run has no score (empty in both): {counted(cases, 'case', 'cases')}"
+                yield f"{label}: left out because a run has no score (empty in both): {counted(cases, 'case', 'cases')}"
         for label, empty in self.summary["empty_reference"].items():
             if empty["cases"]:
                 runs = ", ".join(f"{name} {'/'.join(map(str, its))}" for name, its in empty["predicted"].items())
@@ -333,15 +346,14 @@ class Comparison:
         yield f"HD95: {SCORES[HD95]}; {SCORES['one_empty']}"
 
     def write(self, folder: Path) -> None:
-        """Write comparison.csv, comparison.json and comparison.png; a reader never sees a half-written file."""
+        """Write comparison.csv, comparison.json and comparison.png. Partially written files are never visible."""
         columns = ("method", "seed", "case", "label", *METRICS, *VOXELS)
         texts = {"comparison.csv": as_csv(columns, self.rows), "comparison.json": as_json(self.summary) + "\n"}
         write_texts(folder, texts, "comparison")
-        with explained(OSError, f"{folder}: cannot write the picture; choose another -o"):
-            self.draw(folder / "comparison.png")
+        draw_or_warn(folder / "comparison.png", self.draw, partial(print, file=sys.stderr))
 
     def draw(self, file: Path) -> None:
-        """Write a picture: Dice of each case, mean over seeds, of each method against the baseline."""
+        """Write a picture: for each method, the Dice of each case (mean over seeds) against the baseline's."""
         scores = {label: self._scores(label, DICE)[1] for label in self.single_labels}
         panels = []
         for name in list(self.methods)[1:]:
@@ -367,7 +379,7 @@ def _means(scores: np.ndarray) -> dict[str, Any]:
 
 
 def _compare(cases: Sequence[str], differences: np.ndarray, estimate: stats.Estimate, metric: str) -> dict[str, Any]:
-    several = len(cases) > 1  # a single case has neither an interval nor others to be compared with
+    several = len(cases) > 1  # a single case has no interval and no leave-one-out
     influence = stats.leave_one_out(differences) if several else None
     return {
         "cases": len(cases),
@@ -380,7 +392,7 @@ def _compare(cases: Sequence[str], differences: np.ndarray, estimate: stats.Esti
 
 
 def _correct(tests: Sequence[dict[str, Any]]) -> None:
-    """Set p_holm of the tests that have a p."""
+    """Set p_holm of all tests that have a p."""
     done = [test for test in tests if test["p"] is not None]
     for test, p in zip(done, stats.holm([test["p"] for test in done])):
         test["p_holm"] = p

@@ -1,4 +1,4 @@
-"""The mean of the two networks of a trained model: predicted with each, and averaged, by nnU-Net itself."""
+"""Ensemble of the two networks of a trained model: nnU-Net predicts with each and averages the probabilities."""
 
 import os
 import shutil
@@ -32,45 +32,47 @@ def predict_both(
     save_probabilities: bool = False,
     num_processes: int = 1,
 ) -> tuple[str, str]:
-    """Predict a folder of images with the student and the network beside it, and write the mean of both.
+    """Predict a folder of images with both networks of a model, and write the ensemble.
 
-    The network beside it is the second one, or the teacher where there is one instead. Both predict all that
-    nnUNetv2_predict does (sliding window, mirroring, folds); their softmax outputs are averaged as nnUNetv2_ensemble
-    does. The probabilities of both lie beside the output until it is done.
+    The networks are the student and the second network, or, without a second network, the student and the teacher.
+    Each predicts like nnUNetv2_predict (sliding window, mirroring, folds), and the softmax outputs are averaged like
+    nnUNetv2_ensemble does. The probabilities of both are stored in a temporary folder next to the output.
 
     Args:
         model: nnUNet_results/DatasetXXX_Name/TRAINER__PLANS__CONFIGURATION.
-        images: CASE_XXXX files, as nnUNetv2_predict takes them.
-        output: a new or empty folder; it appears when all is predicted.
-        folds: numbers or "all"; None for all there are.
-        device: cuda or cpu; None for cuda where there is one.
-        step_size: of the sliding window, as a share of the patch.
-        mirroring: as nnU-Net does by default.
-        save_probabilities: write those of the mean, too.
-        num_processes: for preprocessing, and for export; 0 for none beside this one, but for one that averages.
+        images: folder of CASE_XXXX files, as for nnUNetv2_predict.
+        output: a new or empty folder; it is created after the last prediction.
+        folds: numbers or "all"; None for all existing folds.
+        device: "cuda" or "cpu"; None for cuda if available.
+        step_size: step of the sliding window as a fraction of the patch size.
+        mirroring: whether to use test-time mirroring, nnU-Net's default.
+        save_probabilities: whether to write the averaged probabilities, too.
+        num_processes: number of processes for preprocessing and for export; with 0 both run in this process, and
+            averaging uses one more.
 
     Returns:
         The names of the two checkpoints.
 
     Raises:
-        UsageError: there is no such model, fold, folder of images or device, or something lies in the output folder.
-        UserError: a checkpoint is missing or damaged, an image is missing, or nnU-Net could not predict.
+        UsageError: the model, fold, image folder or device does not exist, or the output folder is not empty.
+        UserError: a checkpoint is missing or damaged, an image is missing, or nnU-Net fails to predict.
     """
     chosen = find_folds(model, folds)
     if not 0 < step_size <= 1:
-        raise UsageError(f"the step size must lie above 0 and up to 1, got {step_size}")
-    pair = (STUDENT, _beside(model, chosen))
+        raise UsageError(f"the step size (-step_size) must be above 0 and at most 1, got {step_size}")
+    pair = (STUDENT, _other_checkpoint(model, chosen))
     for fold in chosen:
         for name in pair:
             load_checkpoint(model / f"fold_{fold}" / name)
     dataset = read_json(model / "dataset.json")
     channels = dataset.get("channel_names") or dataset.get("modality") or {}
     if not image_files(images, dataset["file_ending"], len(channels), "the"):
-        raise UsageError(f"{images} has no images CASE_XXXX{dataset['file_ending']}; name their folder with -i")
+        raise UsageError(f"{images} has no images CASE_XXXX{dataset['file_ending']}; give their folder with -i")
     predictor = nnUNetPredictor(
         tile_step_size=step_size, use_mirroring=mirroring, device=torch.device(choose_device(device)), allow_tqdm=False
     )
-    with explained(_FAILURES, f"cannot predict {images} into {output}"), new_folder(output) as partial:
+    failed = f"cannot predict {images} into {output}; check the images and the free disk space"
+    with explained(_FAILURES, failed), new_folder(output) as partial:
         members = [partial / Path(name).stem for name in pair]
         for name, folder in zip(pair, members):
             with _discoverable():
@@ -99,25 +101,30 @@ def _predict(predictor: nnUNetPredictor, images: Path, folder: Path, num_process
 
 
 def choose_device(wanted: str | None) -> str:
-    """That one, or cuda where there is one. UsageError if it is not there."""
+    """Return the requested device; for None, cuda if available, else cpu.
+
+    Raises:
+        UsageError: cuda is requested, but not available.
+    """
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise UsageError("torch finds no CUDA device here; leave -device out, or name cpu")
+        raise UsageError("no CUDA device is available; omit -device or use -device cpu")
     return wanted or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _beside(model: Path, folds: Sequence[str]) -> str:
+def _other_checkpoint(model: Path, folds: Sequence[str]) -> str:
+    """Return the checkpoint of the second network or the teacher that exists in all folds."""
     for name in (SECOND, TEACHER):
         if all((model / f"fold_{fold}" / name).is_file() for fold in folds):
             return name
     raise UserError(
         f"{model} has neither {SECOND} nor {TEACHER} in each of the folds {', '.join(folds)}: it was trained with one "
-        "network, or its training has not finished; name other folds with -f, or predict with nnUNetv2_predict"
+        "network, or its training has not finished; choose other folds with -f, or predict with nnUNetv2_predict"
     )
 
 
 @contextmanager
 def _discoverable() -> Iterator[None]:
-    """Have nnU-Net find our trainers, whatever nnUNet_extTrainer says."""
+    """Add our trainers to nnUNet_extTrainer temporarily, so that nnU-Net finds them."""
     before = os.environ.get("nnUNet_extTrainer")
     os.environ["nnUNet_extTrainer"] = os.pathsep.join(filter(None, (str(DISCOVERY), before)))
     try:

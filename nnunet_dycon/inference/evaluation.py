@@ -1,4 +1,4 @@
-"""Scores predictions against references: Dice and Jaccard, HD95 and ASD in mm."""
+"""Scores of predictions against references: Dice, Jaccard, HD95 in mm and ASD in mm."""
 
 import json
 import math
@@ -26,18 +26,18 @@ DEFINITIONS = {
     "dice": "2 |R and P| / (|R| + |P|) with R the voxels of the reference and P those of the prediction",
     "jaccard": "|R and P| / |R or P|",
     "hd95_mm_max_directed": "95th percentile (linearly interpolated) of the distances from each surface voxel of one "
-    "mask to the nearest of the other, taken in both directions; the larger of the two",
-    "asd_mm_symmetric": "mean of the same distances, both directions in one pool: each surface voxel counts once, so "
-    "the mask with the larger surface weighs more",
+    "mask to the nearest surface voxel of the other mask, in each direction; the larger of both",
+    "asd_mm_symmetric": "mean of the same distances over both directions pooled: each surface voxel counts once, so "
+    "the mask with the larger surface has more weight",
     "surface": "mask voxels with a face neighbor outside the mask or the image; distances go from center to center",
     "ignored": "where the reference has the ignore label of dataset.json, both masks are empty",
-    "one_empty": "if just one mask is empty, Dice and Jaccard are 0, and HD95 and ASD are the image's diagonal",
-    "both_empty": "if both masks are empty, nothing is scored, and the case is left out of mean and median",
+    "one_empty": "if exactly one mask is empty, Dice and Jaccard are 0, and HD95 and ASD are the diagonal of the image",
+    "both_empty": "if both masks are empty, there is no score, and the case is left out of mean and median",
     "foreground_mean": "mean over the labels of their means over the cases",
 }
 METRICS = ("dice", "jaccard", "hd95_mm_max_directed", "asd_mm_symmetric")
 VOXELS = ("reference_voxels", "prediction_voxels")
-_FEW_CASES = 4  # up to here, starting workers (each imports torch and MONAI) takes longer than the scoring
+_FEW_CASES = 4  # up to this number, starting workers, which import torch and MONAI, takes longer than scoring
 
 
 def evaluate_folder(
@@ -45,25 +45,35 @@ def evaluate_folder(
 ) -> "Evaluation":
     """Score every reference of a folder against the file of the same name in the folder of predictions.
 
-    Without `labels`, the foreground labels and regions of dataset.json are scored, from the folder of the predictions
-    or else from the folder above the references. Warnings and progress go to stderr.
+    Warnings and progress go to stderr.
+
+    Args:
+        reference: folder of reference label maps.
+        prediction: folder of predicted label maps.
+        labels: label values to score. None: the foreground labels and regions of dataset.json in the folder of the
+            predictions, or else in the parent folder of the references.
+        num_processes: number of processes for scoring.
+
+    Raises:
+        UserError: a file is missing, cannot be read, or is on another voxel grid than its reference.
+        UsageError: no labels can be scored, or both folders are the same.
     """
     return evaluate_matched([match_folders(reference, prediction, labels=labels)], num_processes)[0]
 
 
 def match_folders(reference: Path, prediction: Path, *, labels: Sequence[int] | None = None) -> "MatchedFolders":
-    """Find the labels and the pairs of files that `evaluate_folder` scores, and compare the headers of each pair."""
+    """Return the labels and the pairs of files that `evaluate_folder` scores. The headers of each pair are compared."""
     for folder in (reference, prediction):
         if not folder.is_dir():
-            raise UserError(f"{folder}: there is no such folder")
+            raise UserError(f"{folder}: no such folder; check the path")
     if reference.samefile(prediction):
-        raise UsageError(f"references and predictions are the same folder: {reference}")
+        raise UsageError(f"references and predictions are the same folder: {reference}; give different folders")
     task = _read_task(reference, prediction, labels)
     return MatchedFolders(task, tuple(_match(reference, prediction, task.file_ending)))
 
 
 def evaluate_matched(matched: Sequence["MatchedFolders"], num_processes: int = 1) -> list["Evaluation"]:
-    """Score the pairs of several folders, in the same processes. Warnings and progress go to stderr."""
+    """Score the pairs of several folders in one process pool. Warnings and progress go to stderr."""
     jobs = [(pair, one.task) for one in matched for pair in one.pairs]
     processes = 1 if len(jobs) <= _FEW_CASES else num_processes
     results = list(map_cases(_score_case, jobs, processes, "scoring"))
@@ -74,13 +84,21 @@ def evaluate_matched(matched: Sequence["MatchedFolders"], num_processes: int = 1
 
 
 def score(reference: np.ndarray, prediction: np.ndarray, spacing_mm: Sequence[float]) -> dict[str, float]:
-    """The four METRICS of one pair of masks, and the number of voxels in each mask.
+    """Return the four METRICS of a pair of masks, and the number of voxels in each mask; see DEFINITIONS.
 
-    `reference` and `prediction` are boolean of shape (Z, Y, X) or (Y, X), `spacing_mm` follows the same axis order.
-    DEFINITIONS says what is computed, also for empty masks.
+    Args:
+        reference: (Z, Y, X) or (Y, X), boolean.
+        prediction: boolean, of the same shape.
+        spacing_mm: voxel spacing of each axis in mm, in the order of the axes.
+
+    Raises:
+        ValueError: the shapes differ, or the spacing has another number of axes.
     """
     if reference.shape != prediction.shape or reference.ndim != len(spacing_mm):
-        raise ValueError(f"shapes {reference.shape} and {prediction.shape}, spacing {tuple(spacing_mm)}")
+        raise ValueError(
+            f"the masks have the shapes {reference.shape} and {prediction.shape}, and the spacing is "
+            f"{tuple(spacing_mm)}; pass masks of equal shape, and a spacing for each axis"
+        )
     union = reference | prediction
     n_reference, n_prediction, n_union = (int(np.count_nonzero(mask)) for mask in (reference, prediction, union))
     n_both = n_reference + n_prediction - n_union
@@ -90,12 +108,12 @@ def score(reference: np.ndarray, prediction: np.ndarray, spacing_mm: Sequence[fl
         diagonal = math.hypot(*np.multiply(reference.shape, spacing_mm))
         values = (0.0, 0.0, diagonal, diagonal)
     else:
-        # Only for speed: MONAI converts the whole of what it is given, and outside of this box there is no surface.
+        # Only for speed: MONAI converts whole arrays, and there is no surface outside of this box.
         box = tuple(slice(max(s.start - 1, 0), s.stop + 1) for s in find_objects(union.view(np.uint8))[0])
         given: dict[str, Any] = {"y_pred": prediction[box][None, None], "y": reference[box][None, None]}
         given |= {"include_background": True, "spacing": [float(s) for s in spacing_mm]}
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*always_return_as_numpy", FutureWarning)  # MONAI 1.5 and 1.6, of itself
+            warnings.filterwarnings("ignore", ".*always_return_as_numpy", FutureWarning)  # by MONAI 1.5 and 1.6
             hd95 = compute_hausdorff_distance(**given, percentile=95, directed=False)
             asd = compute_average_surface_distance(**given, symmetric=True)
         values = (2 * n_both / (n_reference + n_prediction), n_both / n_union, hd95.item(), asd.item())
@@ -104,7 +122,11 @@ def score(reference: np.ndarray, prediction: np.ndarray, spacing_mm: Sequence[fl
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of a folder. Each row has the keys case and label, the METRICS, reference_voxels, prediction_voxels."""
+    """Scores of a folder.
+
+    Attributes:
+        rows: one row per case and label, with the keys case, label, METRICS, reference_voxels and prediction_voxels.
+    """
 
     rows: tuple[dict[str, Any], ...]
 
@@ -113,16 +135,16 @@ class Evaluation:
         return list(dict.fromkeys(row["label"] for row in self.rows))
 
     def over_cases(self, statistic: Callable[[Iterable[float]], float]) -> dict[str, dict[str, float]]:
-        """Label -> metric -> statistic (fmean, say) over the cases in which the label was scored; else NaN."""
+        """Return by label a statistic, such as fmean, of each metric over the cases with a score; NaN without any."""
         return {label: _reduce([r for r in self.rows if r["label"] == label], statistic) for label in self.labels}
 
     def count_empty(self, masks: int) -> dict[str, int]:
-        """Label -> number of cases in which just so many of the two masks are empty."""
+        """Return by label the number of cases in which exactly `masks` (1 or 2) of both masks are empty."""
         found = [row["label"] for row in self.rows if sum(row[key] == 0 for key in VOXELS) == masks]
         return {label: found.count(label) for label in self.labels}
 
     def as_json(self) -> dict[str, Any]:
-        """What evaluation.json holds; a score that does not exist is None."""
+        """Return the content of evaluation.json; missing scores are None."""
         means = self.over_cases(fmean)
         return nan_to_none(
             {
@@ -138,7 +160,7 @@ class Evaluation:
         )
 
     def as_table(self) -> str:
-        """A line per case and label, then mean and median per label, then what the columns mean."""
+        """Return a line per case and label, then mean and median per label, then the definitions of the columns."""
         means = self.over_cases(fmean)
         entries = [(row["case"], row["label"], row) for row in self.rows]
         entries += [("mean", label, scores) for label, scores in means.items()]
@@ -156,7 +178,7 @@ class Evaluation:
         return "\n".join(text)
 
     def write(self, folder: Path) -> None:
-        """Write evaluation.csv and evaluation.json; a reader never sees one half written."""
+        """Write evaluation.csv and evaluation.json. Partially written files are never visible."""
         columns = ("case", "label", *METRICS, *VOXELS)
         texts = {"evaluation.csv": as_csv(columns, self.rows), "evaluation.json": as_json(self.as_json()) + "\n"}
         write_texts(folder, texts, "evaluation")
@@ -164,11 +186,11 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class MatchedFolders:
-    """The references and predictions of two folders: readable headers, and the same voxel grid in each pair.
+    """Pairs of references and predictions that have the same voxel grid.
 
     Attributes:
         task: labels and regions to score.
-        pairs: case, reference file, prediction file; sorted by case.
+        pairs: case, reference file and prediction file of each pair, sorted by case.
     """
 
     task: "_Task"
@@ -179,7 +201,7 @@ class MatchedFolders:
 class _Task:
     regions: dict[str, tuple[int, ...]]  # name of a label or region -> its values
     ignore: int | None
-    known: frozenset[int]  # values that may occur in a file
+    known: frozenset[int]  # values of all labels
     file_ending: str
 
 
@@ -193,47 +215,53 @@ def _read_task(reference: Path, prediction: Path, chosen: Sequence[int] | None) 
             declared = {name: tuple(int(v) for v in np.ravel(values)) for name, values in content["labels"].items()}
             file_ending = content.get("file_ending", file_ending)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UserError(f'{file}: cannot read "labels" ({type(error).__name__}: {error})') from error
+            raise UserError(
+                f'{file}: cannot read "labels" ({type(error).__name__}: {error}); repair the file, or remove it and '
+                "give the values with -l"
+            ) from error
     if file_ending not in VOLUME_ENDINGS:
-        raise UserError(f"{file}: files {file_ending} hold no spacing; can score {', '.join(VOLUME_ENDINGS)}")
+        raise UserError(
+            f"{file}: {file_ending} files have no spacing; convert references and predictions to one of "
+            f"{', '.join(VOLUME_ENDINGS)}"
+        )
     ignore = declared.get("ignore", (None,))[0]
     if chosen is not None:
         if any(value <= 0 or value == ignore for value in chosen):
-            raise UsageError("-l takes values above 0, and not the ignore label: the background is not scored")
+            raise UsageError("-l: background and ignore label are not scored; give other values above 0")
         regions: dict[str, tuple[int, ...]] = {str(value): (value,) for value in chosen}
     else:
         regions = {name: v for name, v in declared.items() if name not in ("background", "ignore") and any(v)}
     if not regions:
         where = f"{file} has no foreground labels" if file else f"found neither {candidates[0]} nor {candidates[1]}"
-        raise UsageError(f"which labels to score? {where}; give the values with -l")
+        raise UsageError(f"no labels to score: {where}; give the values with -l")
     return _Task(regions, ignore, frozenset({0}.union(*declared.values(), *regions.values())), file_ending)
 
 
 def _match(reference: Path, prediction: Path, file_ending: str) -> list[tuple[str, Path, Path]]:
-    """(case, reference file, prediction file) for all cases, sorted, and known to share one voxel grid."""
+    """Return case, reference file and prediction file of all cases, sorted; raise UserError if their grids differ."""
     references, predictions = (
         {f.name.removesuffix(file_ending) for f in folder.glob(f"*{file_ending}") if not f.name.startswith(".")}
         for folder in (reference, prediction)
     )
     if not references:
-        raise UserError(f"{reference}: there are no references (files *{file_ending})")
+        raise UserError(f"{reference}: no references *{file_ending}; check the folder, and file_ending in dataset.json")
     if missing := references - predictions:
         count = f"{len(missing)} of {len(references)}"
         raise UserError(
             f"{count} references of {reference} have no prediction in {prediction}: "
-            f"{_enumerate(missing)}; predict them, or move these references elsewhere"
+            f"{_enumerate(missing)}; predict them, or move these references to another folder"
         )
     if extra := predictions - references:
-        _warn(f"not scored, as there is no reference: {len(extra)} of {prediction}: {_enumerate(extra)}")
+        _warn(f"{prediction}: not scored because they have no reference: {len(extra)} predictions: {_enumerate(extra)}")
     pairs = [(case, reference / (case + file_ending), prediction / (case + file_ending)) for case in sorted(references)]
     if shifted := [case for case, *files in pairs if not _same_placement(*files)]:
         count = f"{len(shifted)} of {len(pairs)} cases"
-        _warn(f"origin or direction differ from the reference, scored all the same: {count}: {_enumerate(shifted)}")
+        _warn(f"scored although origin or direction differ from the reference: {count}: {_enumerate(shifted)}")
     return pairs
 
 
 def _same_placement(reference: Path, prediction: Path) -> bool:
-    """Compare the headers: False if origin or direction differ, an error if the grids cannot be compared at all."""
+    """Return whether origin and direction of two images are equal; raise UserError if size or spacing differ."""
     first, second = (_open(file) for file in (reference, prediction))
     files = f"{prediction} and its reference {reference}"
     remedy = "predict from the images that belong to the references"
@@ -247,7 +275,7 @@ def _same_placement(reference: Path, prediction: Path) -> bool:
 
 
 def _score_case(job: tuple[tuple[str, Path, Path], _Task]) -> tuple[list[dict[str, Any]], list[str]]:
-    """The rows of one case, and remarks on its files."""
+    """Return the rows of one case, and warnings about its files."""
     (case, *files), task = job
     images = [_read(file) for file in files]
     reference, prediction = arrays = [sitk.GetArrayFromImage(image) for image in images]
@@ -255,7 +283,7 @@ def _score_case(job: tuple[tuple[str, Path, Path], _Task]) -> tuple[list[dict[st
     remarks = []
     for file, array in zip(files, arrays, strict=True):
         if (unknown := np.unique(array[~np.isin(array, list(task.known))])).size:
-            remarks.append(f"{file}: values that are not among the labels: {_enumerate(unknown.tolist())}")
+            remarks.append(f"{file}: unknown label values, scored as background: {_enumerate(unknown.tolist())}")
     valid = True if task.ignore is None else reference != task.ignore
     rows = []
     for label, values in task.regions.items():
@@ -265,29 +293,29 @@ def _score_case(job: tuple[tuple[str, Path, Path], _Task]) -> tuple[list[dict[st
 
 
 def _open(file: Path) -> sitk.ImageFileReader:
-    """A reader that knows the grid of an image, without having read the voxels."""
+    """Return a reader with the header of an image; the voxels are not read."""
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(file))
-    with _told_as_unreadable(file):
+    with _read_errors_as_user_errors(file):
         reader.ReadImageInformation()
     if reader.GetDimension() not in (2, 3) or reader.GetNumberOfComponents() != 1:
-        raise UserError(f"{file}: not a label map of two or three dimensions")
+        raise UserError(f"{file}: not a label map with 2 or 3 dimensions and one channel; replace the file")
     return reader
 
 
 def _read(file: Path) -> sitk.Image:
     reader = _open(file)
-    with _told_as_unreadable(file):
+    with _read_errors_as_user_errors(file):
         require_whole(file)
         return reader.Execute()
 
 
 @contextmanager
-def _told_as_unreadable(file: Path) -> Iterator[None]:
+def _read_errors_as_user_errors(file: Path) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, EOFError, OSError, zlib.error) as error:
-        raise UserError(f"{file}: cannot be read: {str(error).strip().splitlines()[-1]}") from error
+        raise UserError(f"{file}: cannot be read ({str(error).strip().splitlines()[-1]}); replace the file") from error
 
 
 def _reduce(rows: Collection[dict[str, Any]], statistic: Callable[[Iterable[float]], float]) -> dict[str, float]:

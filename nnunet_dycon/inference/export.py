@@ -1,7 +1,7 @@
-"""Turns a trained model into one of stock nnU-Net's, which predicts the same without this package, voxel for voxel.
+"""Export to plain nnU-Net: a model folder whose predictions are identical voxel by voxel without this package.
 
-That is possible where the network is the one nnU-Net builds from the plans: then a checkpoint needs the trainer's name
-for nothing but to look that network up.
+The export requires that nnU-Net can build the network from the plans. nnU-Net uses the trainer's name in a checkpoint
+only to find the class that builds the network.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from nnunet_dycon.training.run_record import record_file
 
 _OF_MODEL = ("plans.json", "dataset.json", "dataset_fingerprint.json")
 _OF_FOLD = ("progress.png", "network_architecture.pdf")
-# Found with the predictions of STUDENT, and true for no other checkpoint.
+# Computed from predictions of the checkpoint STUDENT, so not valid for any other checkpoint.
 _SCORES_OF_FOLD = ("validation/summary.json",)
 _SCORES_OF_MODEL = ("summary.json", "postprocessing.pkl", "postprocessing.json")
 
@@ -32,27 +32,31 @@ _SCORES_OF_MODEL = ("summary.json", "postprocessing.pkl", "postprocessing.json")
 def export_vanilla(
     model: Path, output: Path, *, folds: Sequence[str] | None = None, checkpoint: str = STUDENT
 ) -> list[str]:
-    """Write a model folder for nnU-Net without this package, and return its folds.
+    """Write a model folder for plain nnU-Net, and return its folds.
 
-    Each fold has one checkpoint, always named checkpoint_final.pth, with what nnU-Net's predictor reads and nothing
-    else, and the training's record nnunet_dycon.json, which now tells where the checkpoint is from. Copied are the
-    files that nnUNetv2_export_model_to_zip wants. Scores and postprocessing are nnU-Net's for its final checkpoint
-    and are left out with any other.
+    Each exported fold contains:
+
+    - checkpoint_final.pth, with only those entries that nnU-Net's predictor reads, whatever checkpoint is exported;
+    - the run record nnunet_dycon.json, with the trainer and the checksum of the source checkpoint added;
+    - the files that nnUNetv2_export_model_to_zip requires.
+
+    Scores and postprocessing are valid for nnU-Net's final checkpoint and are copied only with it.
 
     Args:
         model: nnUNet_results/DatasetXXX_Name/TRAINER__PLANS__CONFIGURATION.
         output: a new or empty folder.
-        folds: numbers or "all"; None for all there are.
-        checkpoint: name of the checkpoint to take in each fold.
+        folds: numbers or "all"; None for all existing folds.
+        checkpoint: file name of the checkpoint to export from each fold.
 
     Raises:
-        UsageError: there is no such model or fold, or something lies in the output folder.
-        UserError: a checkpoint is missing or damaged, or the network is not nnU-Net's.
+        UsageError: the model or a fold does not exist, or the output folder is not empty.
+        UserError: a checkpoint is missing or damaged, or nnU-Net cannot build the network.
     """
     folds = find_folds(model, folds)
-    # torch.save tells of a full disk by a RuntimeError.
+    # torch.save raises a RuntimeError if the disk is full.
+    unwritable = f"{output} cannot be written; free disk space, or choose another folder with -o"
     with (
-        explained((OSError, RuntimeError), f"{output} cannot be written; make room, or choose another -o"),
+        explained((OSError, RuntimeError), unwritable),
         new_folder(output) as partial,
     ):
         _copy(model, partial, _OF_MODEL)
@@ -60,7 +64,7 @@ def export_vanilla(
             _export_fold(model, partial, fold, checkpoint)
         if checkpoint == STUDENT:
             for results in model.glob("crossval_results_folds_*"):
-                # Those of other folds belong to another ensemble.
+                # Results of other folds belong to another ensemble.
                 if set(results.name.removeprefix("crossval_results_folds_").split("_")) == set(folds):
                     _copy(results, partial / results.name, _SCORES_OF_MODEL)
     return folds
@@ -76,8 +80,8 @@ def _export_fold(model: Path, output: Path, fold: str, name: str) -> None:
         _plan_second_network(model / "plans.json", output / "plans.json", configuration)
     elif builder is not nnUNetTrainer.build_network_architecture:
         raise UserError(
-            f"{source / name}: {trainer} builds a network of its own, which stock nnU-Net cannot; "
-            "predict where nnUNet_extTrainer is set instead"
+            f"{source / name}: {trainer} builds a network of its own, which nnU-Net cannot build without this package; "
+            "predict with nnUNetv2_predict and nnUNet_extTrainer instead"
         )
     _copy(source, target, _OF_FOLD + (_SCORES_OF_FOLD if name == STUDENT else ()))
     torch.save(
@@ -91,7 +95,7 @@ def _export_fold(model: Path, output: Path, fold: str, name: str) -> None:
     )
     record = {}
     if record_file(source).is_file():
-        damaged = f"{record_file(source)} is damaged; move it away"
+        damaged = f"{record_file(source)} is damaged; replace or remove it"
         with explained((ValueError, TypeError), damaged):
             record = {**json.loads(record_file(source).read_text())}
     digest = hashlib.sha256((source / name).read_bytes()).hexdigest()
@@ -100,7 +104,7 @@ def _export_fold(model: Path, output: Path, fold: str, name: str) -> None:
 
 
 def _plan_second_network(source: Path, target: Path, configuration: str) -> None:
-    """Have the plans that go with the model name the second network, so that nnU-Net builds it as its own."""
+    """Write plans whose architecture is that of the second network, so that nnU-Net builds it."""
     plans = json.loads(source.read_text())
     architecture = PlansManager(plans).get_configuration(configuration).configuration["architecture"]
     plans["configurations"][configuration]["architecture"] = second_architecture(architecture)
@@ -108,7 +112,7 @@ def _plan_second_network(source: Path, target: Path, configuration: str) -> None
 
 
 def _copy(source: Path, target: Path, names: Sequence[str]) -> None:
-    """Copy those files that there are."""
+    """Copy the existing files among `names`."""
     target.mkdir(exist_ok=True)
     for name in names:
         if (source / name).is_file():

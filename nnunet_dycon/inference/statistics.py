@@ -1,7 +1,7 @@
 """Statistics of paired scores: bootstrap intervals over cases and seeds, signed-rank test, leave-one-out.
 
-Functions of arrays alone. The scores of a method have the shape (seeds, cases). All methods are scored on the same
-cases, in the same order; they may have different numbers of seeds.
+All functions take NumPy arrays. The scores of a method have the shape (seeds, cases). All methods are scored on the
+same cases, in the same order; their numbers of seeds may differ.
 """
 
 import math
@@ -15,14 +15,14 @@ from scipy.stats import wilcoxon
 LEVEL = 0.95
 DRAWS = 10_000
 FEWEST_DIFFERENCES = 6  # the smallest two-sided p of 5 differences is 2 / 2^5 = 0.0625, that of 6 is 0.03125
-DECIMALS = 9  # differences are rounded to these, so that means that differ by rounding alone are ties
+DECIMALS = 9  # differences are rounded to this number, so that means with different rounding errors are ties
 
 Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value and the ends of its confidence interval."""
+    """A value and the bounds of its confidence interval."""
 
     value: float
     low: float
@@ -31,20 +31,25 @@ class Estimate:
 
 @dataclass(frozen=True)
 class SeedNoise:
-    """Standard deviation of a seed's mean score, and the degrees of freedom that it was estimated with."""
+    """Seed noise.
+
+    Attributes:
+        sd: standard deviation over seeds of the mean score over cases.
+        degrees_of_freedom: degrees of freedom of its estimate.
+    """
 
     sd: float
     degrees_of_freedom: int
 
 
 def pooled_seed_noise(scores: Iterable[np.ndarray]) -> SeedNoise | None:
-    """Return the standard deviation over seeds of the mean over cases, pooled over methods.
+    """Return the standard deviation over seeds of the mean over cases, pooled over methods, or None without seeds.
 
     Args:
         scores: (seeds, cases) of each method.
 
     Returns:
-        None if no method has two seeds.
+        The noise, or None if no method has two seeds.
     """
     means = [its.mean(1) for its in scores]
     freedom = sum(len(of) - 1 for of in means)
@@ -54,29 +59,31 @@ def pooled_seed_noise(scores: Iterable[np.ndarray]) -> SeedNoise | None:
 
 
 class PairedBootstrap(Generic[Key]):
-    """Confidence intervals of differences between methods that were scored on the same cases.
+    """Bootstrap confidence intervals of differences between methods that are scored on the same cases.
 
-    In each draw the cases are resampled with replacement, the same for all methods, and the mean of each method over
-    seeds and cases is computed. With `noise`, a normal number with the standard deviation noise.sd / sqrt(seeds) is
-    added to each mean, after noise.sd was multiplied by sqrt(f / chi²), chi² drawn with f = noise.degrees_of_freedom:
-    the noise then follows a t distribution. Intervals are percentiles of the draws.
+    Each draw resamples the cases with replacement, the same ones for all methods, and computes the mean of each method
+    over seeds and cases. With `noise`, a normal number with the standard deviation s / sqrt(seeds) is added to each
+    mean, with s = noise.sd * sqrt(f / chi²), f = noise.degrees_of_freedom, and chi² drawn from the chi-squared
+    distribution with f degrees of freedom. The noise then follows a t distribution. Intervals are percentiles of the
+    draws.
 
-    Why the seeds are not resampled as the cases are: methods have 2 to 5 of them, and resampling S seeds gives a
-    standard deviation that is too small by sqrt((S - 1) / S), without the allowance of the t distribution.
+    The seeds are not resampled like the cases because there are only 2 to 5 per method. Resampling S seeds gives a
+    standard deviation that is too small by sqrt((S - 1) / S), and ignores the uncertainty of the standard deviation.
 
-    Coverage of nominal 95 % intervals in simulations (`pytest -s --runslow tests/test_statistics.py` prints them):
+    Coverage of nominal 95 % intervals in simulations (`python -m benchmarks.coverage`):
 
-    - 1 seed, `noise` None: 94 % with 60 cases, 92 % with 16, 90 % with 10, 86 % with 6, because percentiles of few
-      cases are too narrow. Only the cases vary: the interval holds for these trained models, not for other seeds.
-    - 2 to 5 seeds, 16 or 60 cases: 95 % to 97 %, where resampling the seeds covers 86 % to 93 %; 92 % if a few cases
-      make most of the difference. The part of the seed noise that differs between cases is counted twice, with the
-      cases and with the seeds: if there is no other noise, the intervals cover 99 %.
+    - 1 seed, `noise` None: 94 % with 60 cases, 92 % with 16, 90 % with 10, 86 % with 6, because percentile intervals
+      of few cases are too narrow. Only the cases vary: the interval holds for these trained models, not for other
+      seeds.
+    - 2 to 5 seeds, 16 or 60 cases: 95 % to 97 %, compared to 86 % to 93 % with resampled seeds; 92 % if a few cases
+      cause most of the difference. Seed noise that differs between cases is counted twice, with the cases and with the
+      seeds: without any other noise, the coverage is 99 %.
 
-    Assumptions: the seeds have the same standard deviation in all methods, and runs are independent. With two methods
-    and equal numbers of seeds the standard deviations may differ; with six, four of which have a quarter of the noise
-    of the two that are compared, the intervals cover about 80 %. If runs are trained on several draws of labeled cases,
-    pass one run per draw, averaged over its seeds, because seeds of one draw are not independent. What a draw changes
-    in all methods alike counts as noise of each, so that intervals of differences are too wide.
+    Assumptions: all methods have the same standard deviation over seeds, and runs are independent. With two methods and
+    equal numbers of seeds, the standard deviations may differ. With six methods, of which four have a quarter of the
+    noise of the two that are compared, the coverage is about 80 %. If runs are trained on several draws of labeled
+    cases, pass one run per draw, averaged over its seeds, because seeds of one draw are not independent. An effect of a
+    draw that is equal for all methods is counted as noise of each, so intervals of differences are too wide.
     """
 
     def __init__(
@@ -91,10 +98,10 @@ class PairedBootstrap(Generic[Key]):
         """
         Args:
             scores: (seeds, cases) of each method.
-            noise: as `pooled_seed_noise` returns it, of these methods or of some of them.
-            rng: seeded, for intervals that are reproducible.
+            noise: result of `pooled_seed_noise` for these methods or some of them.
+            rng: random number generator; a fixed seed makes intervals reproducible.
             draws: number of draws.
-            level: of the intervals.
+            level: nominal coverage of the intervals.
         """
         self.level = level
         self.means = {key: float(its.mean()) for key, its in scores.items()}
@@ -109,14 +116,15 @@ class PairedBootstrap(Generic[Key]):
         }
 
     def difference(self, method: Key, baseline: Key) -> Estimate:
-        """Return the mean of a method minus that of the baseline."""
+        """Return the mean of a method minus the mean of the baseline, with its interval."""
         return self._estimate(self.means[method] - self.means[baseline], self.draws[method] - self.draws[baseline])
 
     def share_of_gap(self, method: Key, lower: Key, upper: Key) -> Estimate | None:
-        """Return the share of the gap between lower and upper bound that a method closes: 1 at the upper bound.
+        """Return the fraction of the gap between lower and upper bound that a method closes: 1 at the upper bound.
 
         Returns:
-            None if the interval of the gap reaches 0, where the share has no meaning.
+            The fraction with its interval, or None if the interval of the gap contains 0, so that the fraction is not
+            defined.
         """
         gap = self.draws[upper] - self.draws[lower]
         if self._estimate(0, gap).low <= 0:
@@ -137,11 +145,11 @@ def case_differences(method: np.ndarray, baseline: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class SignedRank:
-    """Wilcoxon's signed-rank test.
+    """Result of Wilcoxon's signed-rank test.
 
     Attributes:
-        p: two-sided; None if there are fewer than FEWEST_DIFFERENCES non-zero differences, none of which can be
-            significant at 5 %.
+        p: two-sided p-value; None with fewer than FEWEST_DIFFERENCES non-zero differences, since p < 0.05 is then
+            impossible.
         non_zero: number of differences that are not 0.
     """
 
@@ -150,11 +158,11 @@ class SignedRank:
 
 
 def signed_rank(differences: np.ndarray) -> SignedRank:
-    """Test whether differences (cases,) are symmetric around 0, by SciPy's `wilcoxon`.
+    """Test whether differences (cases,) are symmetric around 0 with SciPy's `wilcoxon`.
 
-    Differences of 0 are left out; equal absolute differences share their mean rank. Up to 50 differences without equal
-    ones have the exact null distribution. Otherwise SciPy chooses (`method="auto"`): the normal approximation, or, in
-    recent versions, all sign patterns of up to 13 differences.
+    Differences of 0 are left out; equal absolute differences get their mean rank. The null distribution is exact for up
+    to 50 differences without ties. Otherwise SciPy's `method="auto"` chooses between the normal approximation and, in
+    recent versions, a permutation test over all sign patterns of up to 13 differences.
     """
     non_zero = differences[differences != 0]
     if len(non_zero) < FEWEST_DIFFERENCES:
@@ -165,7 +173,7 @@ def signed_rank(differences: np.ndarray) -> SignedRank:
 def holm(p_values: Sequence[float]) -> list[float]:
     """Return p-values adjusted by Holm's step-down method, in the order given.
 
-    The i-th smallest of m, i from 1 on, becomes the largest of (m - j + 1) p_j over j <= i, at most 1.
+    The i-th smallest of m p-values, counted from 1, becomes the maximum of (m - j + 1) p_j over j <= i, at most 1.
     """
     p = np.asarray(p_values, float)
     order = np.argsort(p)
@@ -176,7 +184,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class Tally:
-    """Numbers of cases in which a method is better than the baseline, worse, or equal."""
+    """Numbers of cases in which a method is better than the baseline (wins), worse (losses), or equal (ties)."""
 
     wins: int
     losses: int
@@ -184,7 +192,7 @@ class Tally:
 
 
 def tally(differences: np.ndarray, *, higher_is_better: bool) -> Tally:
-    """Count the signs of differences (cases,)."""
+    """Count wins, losses and ties from differences (cases,) to the baseline."""
     above, below = int((differences > 0).sum()), int((differences < 0).sum())
     wins, losses = (above, below) if higher_is_better else (below, above)
     return Tally(wins, losses, len(differences) - wins - losses)
@@ -192,12 +200,12 @@ def tally(differences: np.ndarray, *, higher_is_better: bool) -> Tally:
 
 @dataclass(frozen=True)
 class Influence:
-    """How the mean difference changes if a single case is left out.
+    """Influence of single cases on the mean difference.
 
     Attributes:
         case: index of the case whose removal changes the mean most.
-        without: the mean without it.
-        low, high: range of the mean over all cases that may be left out.
+        without: the mean without this case.
+        low, high: minimum and maximum of the mean without one case.
     """
 
     case: int
@@ -207,7 +215,7 @@ class Influence:
 
 
 def leave_one_out(differences: np.ndarray) -> Influence:
-    """Leave out each of the differences (cases,), at least two, in turn."""
+    """Compute the mean of differences (cases,), at least two, without each of them in turn."""
     means = (differences.sum() - differences) / (len(differences) - 1)
     case = int(np.abs(means - differences.mean()).argmax())
     return Influence(case, float(means[case]), float(means.min()), float(means.max()))

@@ -1,4 +1,4 @@
-"""Tables as aligned text and as CSV, and files that appear only when they are complete."""
+"""Tables as aligned text, CSV and JSON, and files that are visible only when complete."""
 
 import csv
 import io
@@ -13,14 +13,14 @@ from nnunet_dycon.system.files import replacing
 
 
 def aligned(lines: Sequence[Sequence[str]], left: Collection[int] = ()) -> list[str]:
-    """Return the lines of a table as text: the columns in `left` aligned to the left, the others to the right."""
+    """Return a table as lines of text. Columns whose index is in `left` are left-aligned, others right-aligned."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     template = "  ".join(f"{{:{'<' if i in left else '>'}{width}}}" for i, width in enumerate(widths))
     return [template.format(*line).rstrip() for line in lines]
 
 
 def as_csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
-    """Return a CSV with these columns of the rows; None and NaN become empty fields."""
+    """Return the given columns of the rows as CSV; None and NaN become empty fields."""
     table = io.StringIO(newline="")
     writer = csv.DictWriter(table, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
@@ -29,12 +29,12 @@ def as_csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def as_json(content: Any) -> str:
-    """Return JSON; NaN becomes null."""
+    """Return the content as JSON; NaN becomes null."""
     return json.dumps(nan_to_none(content), indent=2, allow_nan=False)
 
 
 def nan_to_none(value: Any) -> Any:
-    """Replace NaN by None in dicts, lists and tuples, which become lists."""
+    """Return the value with NaN replaced by None, recursively in dicts, lists and tuples; tuples become lists."""
     if isinstance(value, Mapping):
         return {key: nan_to_none(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -43,8 +43,17 @@ def nan_to_none(value: Any) -> Any:
 
 
 def write_texts(folder: Path, texts: Mapping[str, str], what: str) -> None:
-    """Write files by name into a folder, which is made. `what` is the word for them in the message of a UserError."""
-    with explained(OSError, f"{folder}: cannot write the {what}; choose another -o"):
+    """Write text files into a folder, which is created if necessary.
+
+    Args:
+        folder: the output folder.
+        texts: names of files and their content.
+        what: what the files contain, for the error message.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
+    with explained(OSError, f"{folder}: cannot write the {what}; choose another folder with -o"):
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
             with replacing(folder / name) as file:

@@ -1,7 +1,7 @@
-"""Uncertainty of predictions: an entropy map of each case, and a ranking of the cases, most uncertain first.
+"""Uncertainty of predictions: an entropy map of each case, and a ranking of the cases, worst first.
 
-The input is written by `nnUNetv2_predict --save_probabilities`. Several folders, such as those of student and teacher
-or of folds, are averaged, and their disagreement is computed. See DEFINITIONS.
+The input is the output of `nnUNetv2_predict --save_probabilities`. The probabilities of several folders, such as those
+of student and teacher or of folds, are averaged, and their disagreement is computed. See DEFINITIONS.
 """
 
 import json
@@ -28,52 +28,59 @@ from nnunet_dycon.inference.tables import aligned, as_csv, as_json, write_texts
 from nnunet_dycon.system.files import VOLUME_ENDINGS, require_whole
 from nnunet_dycon.system.processes import map_cases
 
-POSSIBLE = 0.1  # a voxel may belong to a label from this probability on; below lies the noise of the background
+POSSIBLE = 0.1  # smallest probability at which a voxel is considered for a label; below is background noise
 DEFINITIONS = {
-    "rank": "1 is the worst: ascending expected_dice",
-    "expected_dice": "the Dice to expect if the probabilities are right: per label 2 * (sum of its probability where "
-    "it is predicted) / (voxels where it is predicted + sum of its probability where that is at least 10 %), mean over "
-    "the labels; 0 for a label that is possible somewhere (at least 10 %) but predicted nowhere, and for a case in "
-    "which nothing at all is predicted; a label that is possible nowhere is left out",
-    "entropy_nats": "mean entropy, from 0 to ln(number of labels), of the voxels whose probability to be foreground is "
-    "at least 10 %: the predicted foreground, its rim, and what may have been missed, whatever the field of view. Of "
-    "regions, which overlap: the mean of their binary entropies, from 0 to ln(2), where any of them has 10 %",
-    "expected_error_ml": "volume to be corrected if the probabilities are right: sum of (1 - highest probability) over "
-    "the same voxels. Of regions: the mean over them of the probability that a voxel is on their wrong side",
-    "predicted_ml": "volume of the predicted foreground; a case with 0 ranks before all others",
-    "mutual_information_nats": "disagreement of the folders, 0 where they are the same: entropy of the mean minus mean "
+    "rank": "position by ascending expected_dice; 1 is the worst case",
+    "expected_dice": "Dice to expect if the probabilities are calibrated: for each label 2 * (sum of its probability "
+    "where it is predicted) / (voxels where it is predicted + sum of its probability where that is at least 10 %), "
+    "mean over labels; 0 for a label that has at least 10 % in some voxel but is not predicted, and for a case without "
+    "any predicted foreground; labels below 10 % in all voxels are left out",
+    "entropy_nats": "mean entropy, from 0 to ln(number of labels), over the voxels with a foreground probability of at "
+    "least 10 %: predicted foreground, its border, and foreground that may have been missed. It does not depend on the "
+    "field of view. For regions: mean over regions of their binary entropies, from 0 to ln(2), over the voxels where "
+    "any region has at least 10 %",
+    "expected_error_ml": "volume of wrongly labeled voxels to expect if the probabilities are calibrated: sum of (1 - "
+    "highest probability) over the same voxels. For regions: mean over regions of the probability that a voxel is "
+    "wrongly inside or outside of the region",
+    "predicted_ml": "volume of the predicted foreground; cases with 0 rank first",
+    "mutual_information_nats": "disagreement of the folders, 0 for equal probabilities: entropy of the mean minus mean "
     "of the entropies, mean over the same voxels",
-    "member_dice": "Dice between the predictions of two folders, mean over pairs, and over labels that one of them has",
+    "member_dice": "Dice between the predictions of two folders, mean over pairs of folders and over labels that at "
+    "least one of both predicts",
 }
-_VALUES_AT_A_TIME = 2**22  # probabilities that are converted to float64 at a time: 32 MiB
+_VALUES_AT_A_TIME = 2**22  # number of probabilities converted to float64 at a time: 32 MiB
 _SMALLEST = np.finfo(float).tiny  # its logarithm is finite
 _CLASSES = ClassLabels()
 
 
 def rank_predictions(folders: Sequence[Path], output: Path, *, num_processes: int = 1) -> "Ranking":
-    """Write the maps of each case into `output`, and return the ranking. Warnings and progress go to stderr.
+    """Write the uncertainty maps of each case into `output`, and return the ranking.
 
     The maps are float32 on the grid of the segmentation: CASE_entropy in nats, and with several folders
-    CASE_mutual_information.
+    CASE_mutual_information in nats. Warnings and progress go to stderr.
 
     Args:
-        folders: CASE.npz of nnU-Net's with its segmentation, the same cases in each.
-        output: none of the folders, where nnU-Net would take the maps for predictions.
-        num_processes: each holds the probabilities of one case.
+        folders: folders with nnU-Net's CASE.npz and segmentation of each case; all must contain the same cases.
+        output: a folder that is not among `folders`, where nnU-Net would treat the maps as predictions.
+        num_processes: number of processes; each needs memory for the probabilities of one case.
 
     Raises:
-        UserError: a file is missing, damaged, or does not belong to the others.
+        UserError: a file is missing or damaged, or files of a case do not match.
+        UsageError: a folder is given twice, or the output folder is one of `folders`.
     """
     for folder in folders:
         if not folder.is_dir():
-            raise UserError(f"{folder}: there is no such folder")
+            raise UserError(f"{folder}: no such folder; check the path")
     if len({folder.resolve() for folder in folders}) < len(folders):
-        raise UsageError("-i names a folder twice; name each once, they are compared with each other")
+        raise UsageError("-i: a folder is given twice; give each folder once")
     if output.exists() and any(output.samefile(folder) for folder in folders):
-        raise UsageError(f"-o {output}: nnU-Net would take the maps for predictions there; choose another folder")
+        raise UsageError(
+            f"-o {output} is one of the input folders, where nnU-Net would treat the maps as predictions; choose "
+            "another folder"
+        )
     cases = _cases(folders)
     task = _Task.of(folders[0])
-    with explained(OSError, f"{output} cannot be made; choose another -o"):
+    with explained(OSError, f"{output} cannot be created; choose another folder with -o"):
         output.mkdir(parents=True, exist_ok=True)
         _remove_earlier_maps(output, task.file_ending)
     work = partial(_rank_case, folders=folders, output=output, task=task)
@@ -86,21 +93,26 @@ def rank_predictions(folders: Sequence[Path], output: Path, *, num_processes: in
 
 @dataclass(frozen=True)
 class Ranking:
-    """Cases, worst first. Each row has the keys case and expected_dice_per_label, and those of DEFINITIONS."""
+    """Ranked cases.
+
+    Attributes:
+        rows: a row per case, worst first, with the keys case, expected_dice_per_label and those of DEFINITIONS.
+    """
 
     rows: tuple[dict[str, Any], ...]
 
     @property
     def columns(self) -> list[str]:
+        """Columns of uncertainty.csv."""
         return [name for name in self.rows[0] if name != "expected_dice_per_label"]
 
     def as_json(self) -> dict[str, Any]:
-        """What uncertainty.json holds; a number that does not exist is None."""
+        """Return the content of uncertainty.json; missing numbers are None."""
         definitions = {name: text for name, text in DEFINITIONS.items() if name in self.columns}
         return {"definitions": definitions, "cases": self.rows}
 
     def as_table(self) -> str:
-        """A line per case, then what the columns mean."""
+        """Return a line per case, then the definitions of the columns."""
         lines = [self.columns]
         for row in self.rows:
             values = [row[name] for name in self.columns]
@@ -110,7 +122,7 @@ class Ranking:
         return "\n".join(text)
 
     def write(self, folder: Path) -> None:
-        """Write uncertainty.csv and uncertainty.json; a reader never sees one half written."""
+        """Write uncertainty.csv and uncertainty.json. Partially written files are never visible."""
         texts = {
             "uncertainty.csv": as_csv(self.columns, self.rows),
             "uncertainty.json": as_json(self.as_json()) + "\n",
@@ -120,12 +132,12 @@ class Ranking:
 
 @dataclass(frozen=True)
 class Measures:
-    """Of one case.
+    """Uncertainty of one case.
 
     Attributes:
-        maps: (Z, Y, X) float32 in nats: entropy, and of several members mutual_information.
-        numbers: those of DEFINITIONS but the rank.
-        dice_per_label: expected_dice of each label but the background; None where it is left out.
+        maps: maps (Z, Y, X) by name, float32 in nats: entropy, and with several members mutual_information.
+        numbers: the numbers of DEFINITIONS except the rank.
+        dice_per_label: expected_dice of each label except background; None for labels that are left out.
     """
 
     maps: dict[str, np.ndarray]
@@ -134,12 +146,12 @@ class Measures:
 
 
 def measure(members: Sequence[np.ndarray], voxel_ml: float, label_space: LabelSpace = _CLASSES) -> Measures:
-    """Compute all of DEFINITIONS but the rank.
+    """Compute the maps of a case, and all numbers of DEFINITIONS except the rank.
 
     Args:
-        members: probabilities (K, Z, Y, X) of each member.
-        voxel_ml: volume of a voxel.
-        label_space: of the probabilities.
+        members: probabilities (K, Z, Y, X) of each member of the ensemble.
+        voxel_ml: volume of a voxel in ml.
+        label_space: label space of the probabilities.
     """
     labels, shape = len(_of_labels(members[0], label_space)), members[0].shape[1:]
     maps = {name: np.empty(shape, np.float32) for name in ("entropy", "mutual_information")[: len(members)]}
@@ -187,16 +199,16 @@ def measure(members: Sequence[np.ndarray], voxel_ml: float, label_space: LabelSp
 
 
 def _of_labels(probabilities: np.ndarray, label_space: LabelSpace) -> np.ndarray:
-    """Return the probabilities (L, Z, Y, X) of all labels but background."""
+    """Return the probabilities (L, Z, Y, X) of all labels except background."""
     return probabilities if label_space.sigmoid else probabilities[1:]
 
 
 class _Voxels:
-    """Predictions from probabilities, by the label space that the methods use.
+    """Predictions and entropies from probabilities, computed with the label spaces that training uses.
 
     Args:
         probabilities: (K, Z, Y, X), float64.
-        label_space: of the probabilities.
+        label_space: label space of the probabilities.
     """
 
     def __init__(self, probabilities: np.ndarray, label_space: LabelSpace) -> None:
@@ -207,7 +219,7 @@ class _Voxels:
         self._logits = torch.from_numpy(logits)[None]
 
     def predicted(self) -> np.ndarray:
-        """Return masks (L, Z, Y, X) of the predicted labels but background."""
+        """Return masks (L, Z, Y, X) of all predicted labels except background."""
         labels = self._space.labels(self._logits)[0]
         if not self._space.sigmoid:
             labels = labels == torch.arange(1, len(self.probabilities)).view(-1, 1, 1, 1)
@@ -229,7 +241,7 @@ class _Voxels:
 
 
 def _ratios(a: np.ndarray, b: np.ndarray) -> list[float | None]:
-    """a / b of each label, None where b is 0."""
+    """Return a / b for each label, None where b is 0."""
     return [float(x / y) if y else None for x, y in zip(a, b)]
 
 
@@ -239,7 +251,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def _slabs(probabilities: np.ndarray) -> Iterator[slice]:
-    """Slices of axis Z that make work on (K, Z, Y, X) take little memory."""
+    """Return slices of axis Z that divide (K, Z, Y, X) into slabs of about `_VALUES_AT_A_TIME` values."""
     labels, depth, *plane = probabilities.shape
     thickness = max(1, _VALUES_AT_A_TIME // (labels * int(np.prod(plane))))
     return (slice(z, z + thickness) for z in range(0, depth, thickness))
@@ -247,16 +259,16 @@ def _slabs(probabilities: np.ndarray) -> Iterator[slice]:
 
 @dataclass(frozen=True)
 class _Task:
-    labels: tuple[str, ...] | None  # names of all but the background; None if there is no dataset.json
+    labels: tuple[str, ...] | None  # names of all labels except background; None without dataset.json
     label_space: LabelSpace
-    values: tuple[int, ...] | None  # of the regions in a label map, in the order of the channels
+    values: tuple[int, ...] | None  # value of each region in a label map, in the order of the channels
     file_ending: str
-    reorients: bool  # nnU-Net's reader turns images, and the probabilities lie as the images it gave
+    reorients: bool  # whether nnU-Net's reader reorients images, so that probabilities are stored in RAS orientation
 
     @classmethod
     def of(cls, folder: Path) -> "_Task":
         dataset, plans = (_read_json(folder / name) for name in ("dataset.json", "plans.json"))
-        malformed = f"{folder / 'dataset.json'} does not name labels as nnU-Net does; predict again"
+        malformed = f"{folder / 'dataset.json'} does not define labels in nnU-Net's format; predict again"
         with explained((AttributeError, TypeError, ValueError, KeyError), malformed):
             declared = {name: np.ravel(value).astype(int) for name, value in dataset.get("labels", {}).items()}
             names = [name for name, values in declared.items() if name != "ignore" and values.any()]
@@ -267,7 +279,9 @@ class _Task:
                 names.sort(key=lambda name: declared[name][0])
         ending = dataset.get("file_ending", ".nii.gz")
         if ending not in VOLUME_ENDINGS:
-            raise UserError(f"{folder}: files {ending} hold no spacing; can rank {', '.join(VOLUME_ENDINGS)}")
+            raise UserError(
+                f"{folder}: {ending} files have no spacing; use a data set with one of {', '.join(VOLUME_ENDINGS)}"
+            )
         label_space = _CLASSES if values is None else RegionLabels()
         return cls(
             tuple(names) or None,
@@ -278,79 +292,85 @@ class _Task:
         )
 
     def segmentation(self, probabilities: np.ndarray) -> np.ndarray:
-        """Return the label map (Z, Y, X) that nnU-Net makes of probabilities (K, Z, Y, X)."""
+        """Return the label map (Z, Y, X) that nnU-Net computes from probabilities (K, Z, Y, X)."""
         numbers = _Voxels(probabilities.astype(float), self.label_space).segmentation()
         return numbers if self.values is None else np.array((0, *self.values))[numbers]
 
     def fault(self, probabilities: np.ndarray) -> str | None:
-        """Return why values (K, Z, Y, X) are not probabilities of these labels; None if they are. NaN is a fault."""
+        """Return why values (K, Z, Y, X) are not probabilities of these labels, or None. NaN is not a probability."""
         if self.label_space.sigmoid:
             return None if ((probabilities >= 0) & (probabilities <= 1)).all() else "are not all between 0 and 1"
         if (abs(probabilities.sum(0, dtype=np.float32) - 1) < 0.01).all():
             return None
-        return "do not add up to 1, as those of mutually exclusive labels do"
+        return "do not sum to 1, as required for mutually exclusive labels"
 
     def as_predicted(self, image: sitk.Image) -> sitk.Image:
-        """A file of the case turned as nnU-Net's reader turns it: its voxels lie as the probabilities do."""
+        """Return an image of the case with the orientation of the probabilities, as from nnU-Net's reader."""
         return sitk.DICOMOrient(image, "RAS") if self.reorients else image
 
     def as_image(self, values: np.ndarray, like: sitk.Image) -> sitk.Image:
-        """Values that lie as the probabilities do, on the grid of a file of the case."""
+        """Return values with the orientation of the probabilities as an image on the grid of `like`."""
         image = sitk.GetImageFromArray(values)
         image.CopyInformation(self.as_predicted(like))
         if self.reorients:
             turn = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(like.GetDirection())
             image = sitk.DICOMOrient(image, turn)
-            image.CopyInformation(like)  # as it was before rounding
+            image.CopyInformation(like)  # removes rounding errors
         return image
 
 
 def _read_json(file: Path) -> dict:
-    """What nnUNetv2_predict puts beside its predictions, but training not beside those of its validation."""
+    """Return the content of a JSON file, or {} if it does not exist.
+
+    nnUNetv2_predict writes these files next to its predictions, but nnU-Net's validation does not.
+    """
     with explained(ValueError, f"{file} is damaged; predict again"):
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def _remove_earlier_maps(output: Path, ending: str) -> None:
-    """Those of an earlier ranking in this folder, which may have been of other cases or folders."""
+    """Remove the maps of an earlier ranking in this folder, which may have used other cases or folders."""
     for case in (row["case"] for row in _read_json(output / "uncertainty.json").get("cases", [])):
         for name in ("entropy", "mutual_information"):
             (output / f"{case}_{name}{ending}").unlink(missing_ok=True)
 
 
 def _cases(folders: Sequence[Path]) -> list[str]:
+    """Return the names of the cases, sorted; raise UserError if the folders contain none or different ones."""
     found = [{file.stem for file in folder.glob("*.npz")} for folder in folders]
     for folder, cases in zip(folders, found):
         if not cases:
             raise UserError(f"{folder} has no probabilities CASE.npz; run nnUNetv2_predict with --save_probabilities")
         if differing := sorted(cases ^ found[0]):
             raise UserError(
-                f"{folders[0]} and {folder} are not of the same cases: {len(differing)} are in one of them only, "
-                f"{differing[0]} the first"
+                f"{folders[0]} and {folder} contain different cases: {len(differing)} are in only one of both, for "
+                f"example {differing[0]}; predict the same images into both"
             )
     return sorted(found[0])
 
 
 def _rank_case(case: str, folders: Sequence[Path], output: Path, task: _Task) -> tuple[dict[str, Any], list[str]]:
-    """Write the maps of a case; return its row, and remarks on its files."""
+    """Write the maps of a case; return its row, and warnings about its files."""
     members, remarks = [], []
     for folder in folders:
         file, label_map = folder / f"{case}.npz", folder / f"{case}{task.file_ending}"
         image = _read_segmentation(label_map)
         members.append(_read_probabilities(file, task))
         if members[-1].shape != members[0].shape:
-            first = f"{members[0].shape} of {folders[0] / file.name}"
-            raise UserError(f"{file} has the shape (K, Z, Y, X) {members[-1].shape}, which does not fit {first}")
+            raise UserError(
+                f"{file} has the shape (K, Z, Y, X) {members[-1].shape}, but {folders[0] / file.name} has "
+                f"{members[0].shape}; predict the same images into both folders, with models of the same labels"
+            )
         segmentation = sitk.GetArrayFromImage(task.as_predicted(image))
         if members[-1].shape[1:] != segmentation.shape:
             raise UserError(
-                f"{file} and {label_map} are not of the same prediction: they have {members[-1].shape[1:]} and "
+                f"{file} and {label_map} do not belong to the same prediction: they have {members[-1].shape[1:]} and "
                 f"{segmentation.shape} voxels (Z, Y, X); predict again"
             )
         if not all(np.array_equal(task.segmentation(members[-1][:, z]), segmentation[z]) for z in _slabs(members[-1])):
             remarks.append(
-                f"{label_map} is not the most probable segmentation of {file.name}, which is what is ranked: was it "
-                "postprocessed, or predicted again without --save_probabilities?"
+                f"{label_map} differs from the segmentation of highest probability in {file.name}, which is ranked; it "
+                "was postprocessed, or predicted again without --save_probabilities"
             )
     measures = measure(members, float(np.prod(image.GetSpacing())) / 1000, task.label_space)
     for name, values in measures.maps.items():
@@ -362,17 +382,17 @@ def _rank_case(case: str, folders: Sequence[Path], output: Path, task: _Task) ->
 
 def _read_segmentation(file: Path) -> sitk.Image:
     if not file.is_file():
-        raise UserError(f"{file} does not exist; it is needed for voxel spacing and orientation: predict again")
+        raise UserError(f"{file} does not exist; it is required for voxel spacing and orientation; predict again")
     with explained((RuntimeError, EOFError, OSError, zlib.error), f"{file} cannot be read; predict again"):
         require_whole(file)
         image = sitk.ReadImage(str(file))
     if image.GetDimension() != 3:
-        raise UserError(f"{file} is no volume: it has {image.GetDimension()} dimensions")
+        raise UserError(f"{file} has {image.GetDimension()} dimensions; only 3D predictions can be ranked")
     return image
 
 
 def _read_probabilities(file: Path, task: _Task) -> np.ndarray:
-    """(K, Z, Y, X), as nnU-Net has written them."""
+    """Return the probabilities (K, Z, Y, X) of a case as nnU-Net stores them."""
     unreadable = (OSError, EOFError, ValueError, KeyError, BadZipFile, zlib.error)
     with explained(unreadable, f"{file} cannot be read; predict again with --save_probabilities"):  # noqa: SIM117
         with np.load(file) as content:
@@ -380,20 +400,21 @@ def _read_probabilities(file: Path, task: _Task) -> np.ndarray:
     found = len(_of_labels(probabilities, task.label_space))
     if task.labels and len(task.labels) != found:
         raise UserError(
-            f"{file} has {len(probabilities)} channels, but dataset.json {len(task.labels)} labels beside the "
-            "background; predict again"
+            f"{file} has {len(probabilities)} channels, but dataset.json has {len(task.labels)} labels in addition to "
+            "the background; predict again"
         )
     for z in _slabs(probabilities):
         if (fault := task.fault(probabilities[:, z])) is not None:
-            hint = "" if task.labels else "; if they are of regions, put the dataset.json that says so beside them"
-            raise UserError(f"{file}: probabilities {fault}{hint}")
+            hint = "" if task.labels else ", or copy the dataset.json that defines regions into the folder"
+            raise UserError(f"{file}: probabilities {fault}; predict again{hint}")
     return probabilities
 
 
 def _write_map(image: sitk.Image, file: Path) -> None:
-    # SimpleITK takes the format from the ending: a half-written file cannot have another name, but another folder.
+    # SimpleITK derives the format from the ending, so the unfinished file has the same name in a temporary folder.
+    unwritable = f"{file} cannot be written; free disk space, or choose another folder with -o"
     with (
-        explained((OSError, RuntimeError), f"{file} cannot be written; make room, or choose another -o"),
+        explained((OSError, RuntimeError), unwritable),
         TemporaryDirectory(prefix=".", dir=file.parent) as scratch,
     ):
         partial = Path(scratch) / file.name

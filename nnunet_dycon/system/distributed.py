@@ -1,4 +1,4 @@
-"""Distributed helpers. In a training of a single process they return at once."""
+"""Distributed helpers. With a single process, they return at once."""
 
 from collections.abc import Callable
 from datetime import timedelta

@@ -1,4 +1,4 @@
-"""What must be there before any work starts: a recent nnU-Net and its environment variables."""
+"""Checks of the environment: the version of nnU-Net and its environment variables."""
 
 import os
 import re
@@ -8,7 +8,7 @@ from pathlib import Path
 from nnunet_dycon.errors import UsageError
 
 OLDEST_NNUNET = (2, 8)
-DISCOVERY = Path(__file__).parents[1] / "discovery"  # what nnUNet_extTrainer must name
+DISCOVERY = Path(__file__).parents[1] / "discovery"  # the folder that nnUNet_extTrainer must contain
 
 
 def require_nnunet() -> None:
@@ -25,7 +25,14 @@ def require_nnunet() -> None:
 
 
 def nnunet_folder(variable: str) -> Path:
-    """The folder that one of nnU-Net's variables (nnUNet_raw, nnUNet_preprocessed, nnUNet_results) names."""
+    """Return the folder that an environment variable of nnU-Net contains.
+
+    Args:
+        variable: nnUNet_raw, nnUNet_preprocessed or nnUNet_results.
+
+    Raises:
+        UsageError: the variable is not set.
+    """
     value = os.environ.get(variable)
     if not value:
         raise UsageError(f"the environment variable {variable} is not set; run: export {variable}=/path/to/{variable}")

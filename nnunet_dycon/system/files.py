@@ -1,8 +1,9 @@
-"""Files that are whole: no half-written one ever bears its final name, and one cut short is noticed."""
+"""Complete files: they are renamed when they are written completely, and truncated ones are detected."""
 
 import gzip
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,36 +11,54 @@ from tempfile import TemporaryFile
 
 from nnunet_dycon.errors import UsageError, UserError
 
-VOLUME_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".gipl")  # SimpleITK reads them, and they hold a spacing in mm
+VOLUME_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".gipl")  # formats of SimpleITK with a spacing in mm
 
 
 @contextmanager
 def replacing(file: Path | str) -> Iterator[Path]:
-    """Give a temporary sibling to write to; it takes the file's name at the end, or is removed after an error."""
+    """Yield a temporary file next to a file. It replaces the file at the end, or is removed after an error.
+
+    The temporary name is unique, so that processes that write the same file do not disturb each other. The content is
+    on the disk before the file is renamed, so that a power failure leaves the old or the new file.
+    """
     file = Path(file)
-    partial = file.with_name(f".{file.name}.partial")
+    partial = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         yield partial
+        _flush(partial)
         os.replace(partial, file)
     finally:
         partial.unlink(missing_ok=True)
 
 
+def _flush(file: Path) -> None:
+    """Wait until the content of a file is on the disk."""
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:  # not supported by some network storage
+        pass
+    finally:
+        os.close(descriptor)
+
+
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Give an empty sibling to fill; it takes the folder's name at the end, or is removed after an error.
+    """Yield a temporary empty folder next to a folder. It replaces the folder at the end, or is removed after an error.
 
     Raises:
-        UsageError: the folder is there already, and not empty, or a mount point.
+        UsageError: the folder already exists and is not empty, or it is a mount point.
     """
     folder = folder.resolve()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UsageError(f"{folder} exists and is not an empty folder; nothing is overwritten, so choose another -o")
+        raise UsageError(
+            f"{folder} already exists and is not an empty folder; choose another -o, since nothing is overwritten"
+        )
     if os.path.ismount(folder):
-        raise UsageError(f"{folder} is a mount point, which no folder can take the place of; name a new folder in it")
+        raise UsageError(f"{folder} is a mount point and cannot be replaced; name a new folder inside it with -o")
     partial = folder.with_name(f".{folder.name}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)  # left of a run that was killed
+        shutil.rmtree(partial, ignore_errors=True)  # remainder of a killed run
         partial.mkdir(parents=True)
         yield partial
         os.replace(partial, folder)
@@ -48,9 +67,9 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def require_whole(file: Path) -> None:
-    """Raise EOFError, OSError or zlib.error if a file is empty, or a gzip file cut short or damaged.
+    """Raise EOFError, OSError or zlib.error if a file is empty, or if a gzip file is truncated or damaged.
 
-    SimpleITK does not mind: it makes up the rest of such an image.
+    SimpleITK does not detect this: it fills the rest of the image with arbitrary values.
     """
     if file.stat().st_size == 0:
         raise EOFError("the file is empty")
@@ -61,7 +80,7 @@ def require_whole(file: Path) -> None:
 
 
 def require_writable(folder: Path) -> None:
-    """Raise UserError if no file can be made in a folder, by making one."""
+    """Create a temporary file in a folder; raise UserError if that fails."""
     try:
         with TemporaryFile(dir=folder):
             pass

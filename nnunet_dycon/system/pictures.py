@@ -1,7 +1,7 @@
-"""Figures and overlays of label maps, drawn without pyplot, so that a user's matplotlib state is not changed."""
+"""Figures and overlays of label maps, drawn without pyplot: the matplotlib state of the user is not changed."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,25 +12,49 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
+from nnunet_dycon.errors import first_line
 from nnunet_dycon.system.files import replacing
 
 _CLASS_COLORS = ("#e8590c", "#1c7ed6", "#1faa59", "#ae3ec9", "#f2b705", "#0ca678", "#d6336c", "#5c7cfa")
 
 
+_LARGEST = 60.0  # inches; matplotlib draws at most 65,536 pixels
+
+
+def draw_or_warn(file: Path, draw: Callable[[Path], None], log: Callable[[str], None]) -> None:
+    """Draw a picture. Log a warning if that fails for any reason, so that a picture never ends the work it belongs to.
+
+    Args:
+        file: PNG file to write.
+        draw: function that writes it.
+        log: called with the warning.
+    """
+    try:
+        draw(file)
+    except Exception as error:
+        log(f"WARNING: {file.name} could not be drawn: {first_line(error)}")
+
+
 def new_figure(width: float, height: float, dpi: int = 100) -> Figure:
-    """Return a figure of width × height inches that needs no display."""
-    figure = Figure(figsize=(width, height), dpi=dpi, layout="constrained")
+    """Return a figure of width × height inches that needs no display. Larger ones are scaled down to 60 inches."""
+    scale = min(1.0, _LARGEST / max(width, height))
+    figure = Figure(figsize=(max(1.0, width * scale), max(1.0, height * scale)), dpi=dpi, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
-# A decorator. nnU-Net's plot leaves large fonts in matplotlib's settings.
+# Decorator for functions that draw: nnU-Net's plot changes the global font size of matplotlib.
 in_default_style = style.context("default")
 
 
 @dataclass(frozen=True)
 class Panel:
-    """A method that is compared with a baseline: scores of the same cases, as (baseline, method) for each label."""
+    """Comparison of a method with a baseline.
+
+    Attributes:
+        title: title of the panel.
+        scores: label -> scores of the baseline and of the method, for the same cases in the same order.
+    """
 
     title: str
     scores: Mapping[str, tuple[np.ndarray, np.ndarray]]
@@ -38,12 +62,13 @@ class Panel:
 
 @in_default_style
 def draw_paired_scores(panels: Sequence[Panel], xlabel: str, ylabel: str, file: Path) -> None:
-    """Write a picture with a panel per method: a point per case, and the line on which both scores are equal.
+    """Write a figure with a panel per method: a point per case, and the line on which both scores are equal.
 
     Args:
-        panels: one or more, of the same labels; each label has a color if there are several.
-        xlabel, ylabel: of the baseline's and the method's scores, which are at most 1.
-        file: PNG to write.
+        panels: one or more panels with the same labels. Each label has its own color.
+        xlabel: axis label for the scores of the baseline, which are at most 1.
+        ylabel: axis label for the scores of the methods, which are at most 1.
+        file: PNG file to write.
     """
     columns = min(len(panels), 3 if len(panels) <= 6 else 5)
     rows = math.ceil(len(panels) / columns)
@@ -74,23 +99,23 @@ def draw_paired_scores(panels: Sequence[Panel], xlabel: str, ylabel: str, file: 
 
 
 def class_color(value: int) -> str:
-    """Return the color of a label value from 1 on."""
+    """Return the color of a label value, which is at least 1."""
     return _CLASS_COLORS[(value - 1) % len(_CLASS_COLORS)]
 
 
 def overlay(axes: Axes, mask: np.ndarray, color: str) -> None:
-    """Draw a mask (Y, X), tinted and outlined."""
+    """Draw a mask (Y, X) as a transparent area with an outline."""
     axes.imshow(np.where(mask, 1.0, np.nan), cmap=ListedColormap([color]), alpha=0.4, aspect=axes.get_aspect())
     outline(axes, mask, color)
 
 
 def outline(axes: Axes, mask: np.ndarray, color: str) -> None:
-    """Draw the outline of a mask (Y, X)."""
-    if mask.any() and not mask.all():  # otherwise matplotlib warns
+    """Draw the outline of a mask (Y, X), if it has one."""
+    if min(mask.shape) > 1 and mask.any() and not mask.all():  # otherwise matplotlib raises or warns
         axes.contour(mask, [0.5], colors=color, linewidths=1.1)
 
 
 def save(figure: Figure, file: Path) -> None:
-    """Write a figure as PNG; the file is replaced when the new one is complete."""
+    """Write a figure as PNG. An existing file is replaced when the new one is complete."""
     with replacing(file) as partial:
         figure.savefig(partial, format="png")

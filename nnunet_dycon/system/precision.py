@@ -1,4 +1,4 @@
-"""Upcasting of half precision for losses and for similarities in networks."""
+"""Upcasting of half precision to float32, for losses and for similarities in networks."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -27,8 +27,8 @@ def at_least_float32(function: Callable[..., Result]) -> Callable[..., Result]:
 
 
 def without_autocast(device: str) -> AbstractContextManager:
-    """Return a context in which autocast is off for a device type such as "cuda"."""
-    # torch.autocast raises for devices that do not support it, so it is switched off only where it is on.
+    """Return a context that disables autocast for a device type such as "cuda"."""
+    # torch.autocast raises for devices that do not support it, so disable it only if it is enabled.
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 

@@ -1,4 +1,4 @@
-"""Work on many cases at once, in processes of their own."""
+"""Parallel processing of cases in worker processes."""
 
 import multiprocessing
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,16 +17,18 @@ Result = TypeVar("Result")
 def map_cases(
     function: Callable[[Job], Result], jobs: Sequence[Job], num_processes: int, title: str
 ) -> Iterator[Result]:
-    """Yield function(job) for each job, in their order, behind a progress bar on stderr.
+    """Yield function(job) for each job, in order, and show a progress bar on stderr.
+
+    Exceptions of the function are raised here. Jobs that have not started by then are dropped.
 
     Args:
-        function: picklable, as are jobs and results.
-        jobs: what to work on.
-        num_processes: 1 works in this process.
-        title: of the progress bar.
+        function: a picklable function with picklable arguments and results.
+        jobs: the arguments.
+        num_processes: number of worker processes; 1 uses this process.
+        title: title of the progress bar.
 
     Raises:
-        UserError: a process was killed. What the function raises comes through, and the jobs not begun are dropped.
+        UserError: a worker process was killed.
     """
 
     def with_progress(results: Iterable[Result]) -> Iterator[Result]:
@@ -35,14 +37,14 @@ def map_cases(
     if num_processes == 1 or len(jobs) <= 1:
         yield from with_progress(map(function, jobs))
         return
-    # Spawned, not forked: torch does not survive a fork while its threads run.
+    # Spawn instead of fork, because forking a process with running torch threads can deadlock.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(num_processes, len(jobs)), mp_context=context) as pool:
         try:
             yield from with_progress(pool.map(function, jobs))
         except BrokenProcessPool:
             raise UserError(
-                f"{title}: a process was killed, perhaps for want of memory; run again with fewer processes, -np 1"
+                f"{title}: a process was killed, perhaps for lack of memory; run again with fewer processes: -np 1"
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)

@@ -1,4 +1,4 @@
-"""nnU-Net's checkpoint files with the state of the method under one additional key; written completely or not at all.
+"""Checkpoints: nnU-Net's files with the state of the method under one additional key, written completely or not at all.
 
 The state holds only tensors and plain dicts, lists and numbers, so that nnUNetv2_predict loads it without this package.
 """
@@ -22,9 +22,9 @@ from nnunet_dycon.system.distributed import on_rank_zero
 from nnunet_dycon.system.files import replacing
 
 KEY = "nnunet_dycon"
-# Of a finished training: the student, and its companion.
+# Checkpoints of a finished training: the student, and its companion if there is one.
 STUDENT, TEACHER, SECOND = "checkpoint_final.pth", "checkpoint_final_teacher.pth", "checkpoint_final_second.pth"
-# Of an unfinished one. nnU-Net has no previous checkpoint.
+# Checkpoints of an unfinished training. nnU-Net itself writes no previous one.
 LATEST, PREVIOUS, BEST = "checkpoint_latest.pth", "checkpoint_previous.pth", "checkpoint_best.pth"
 RESUMABLE = (STUDENT, LATEST, PREVIOUS, BEST)
 _ASIDE = "earlier_"  # prefix of the names of an earlier training's checkpoints
@@ -42,9 +42,9 @@ def save_extended(filename: Path | str, save: Callable[[str], None], state: dict
     The latest checkpoint becomes the previous one when it is replaced.
 
     Args:
-        filename: of the checkpoint.
-        save: the save_checkpoint of nnU-Net's trainer.
-        state: with the keys settings, method, curves.
+        filename: file to write.
+        save: save_checkpoint of nnU-Net's trainer.
+        state: the additional state, with the keys settings, method and curves.
 
     Raises:
         UserError: the file cannot be written.
@@ -63,7 +63,7 @@ def _link(file: Path | str, link: Path) -> None:
     link.unlink(missing_ok=True)
     try:
         os.link(file, link)
-    except OSError:  # some file systems have no links
+    except OSError:  # not supported by some file systems
         shutil.copyfile(file, link)
 
 
@@ -71,8 +71,8 @@ def set_aside(folder: Path, log: Callable[[str], None]) -> None:
     """Rename the checkpoints of an earlier training, so that no later training resumes from them.
 
     Args:
-        folder: of the fold.
-        log: called with a line for each.
+        folder: folder of the fold.
+        log: called with a line for each renamed checkpoint.
     """
     for file in (folder / name for name in (*RESUMABLE, TEACHER, SECOND)):
         if file.is_file():
@@ -86,11 +86,11 @@ def find_readable(filename: str, log: Callable[[str], None]) -> str:
     Rank 0 searches; all ranks must call it.
 
     Args:
-        filename: of the checkpoint.
+        filename: checkpoint to try first.
         log: called with a line for each damaged checkpoint.
 
     Raises:
-        Damaged: none is readable.
+        Damaged: no checkpoint is readable.
     """
     return str(on_rank_zero(partial(_find_readable, Path(filename), log)))
 
@@ -104,7 +104,7 @@ def _find_readable(file: Path, log: Callable[[str], None]) -> Path:
         except Damaged as error:
             if following is None:
                 raise
-            log(f"WARNING: {error}. Trying {following.name}, the newest of the others")
+            log(f"WARNING: {error}. Trying {following.name} instead, the newest of the other checkpoints")
         else:
             break
     return candidate
@@ -125,7 +125,7 @@ def load_state(filename: Path | str, trainer_name: str) -> dict:
     if version.startswith("0.1.") or not state.keys() >= _PARTS:
         raise UserError(
             f"{filename} was written by {trainer_name} of nnunet-dycon {version}, which this version cannot resume; "
-            "start from its weights with -pretrained_weights, or finish the training with that version"
+            "start from its weights with -pretrained_weights, or finish the training with the old version"
         )
     return state
 
@@ -133,11 +133,11 @@ def load_state(filename: Path | str, trainer_name: str) -> dict:
 def _load(filename: Path | str) -> Any:
     try:
         with zipfile.ZipFile(filename) as archive:
-            if (name := archive.testzip()) is not None:  # torch does not compare checksums
+            if (name := archive.testzip()) is not None:  # torch does not verify checksums
                 raise ValueError(f"the checksum of {name} is wrong")
         return torch.load(filename, map_location="cpu", weights_only=False)
-    except Exception as error:  # of all kinds, according to what is damaged
-        remedy = "replace it by another checkpoint of this training"
+    except Exception as error:  # its type depends on the damage
+        remedy = "replace it with another checkpoint of this training"
         raise Damaged(f"{filename} cannot be loaded ({first_line(error)}); {remedy}") from None
 
 
@@ -150,22 +150,22 @@ def load_method_state(method: nn.Module, state: dict[str, dict], filename: Path 
     """Load the state dict of each child of a method.
 
     Args:
-        method: the method.
-        state: as `method_state` returns it.
-        filename: of the checkpoint, for the error message.
+        method: the method, whose children are loaded in place.
+        state: a state returned by `method_state`.
+        filename: name of the checkpoint, for the error message.
 
     Raises:
-        UserError: the state lacks a child.
+        UserError: the state of a child is missing.
     """
     for name, child in method.named_children():
         if name not in state:
-            raise UserError(f"{filename} has no state of the {name} to resume from; {_REMEDY}")
+            raise UserError(f"{filename} contains no state of the method's {name}, so it cannot be resumed; {_REMEDY}")
         unwrap(child).load_state_dict(state[name])
 
 
 @contextmanager
 def fitting(filename: Path | str) -> Iterator[None]:
-    """Turn the errors of loading a state that does not fit the networks into a UserError."""
+    """Turn errors in loading a state of other networks into a UserError."""
     unfit = (RuntimeError, KeyError, ValueError, TypeError)
     with explained(unfit, f"{filename} does not fit the networks; perhaps the plans have changed; {_REMEDY}"):
         yield
@@ -175,15 +175,15 @@ def save_companions(folder: Path, companions: dict[str, tuple[str, nn.Module]]) 
     """Write a checkpoint for prediction of each companion of the student, and remove the previous checkpoint.
 
     Args:
-        folder: of a fold whose training is finished.
-        companions: by name of the checkpoint, the trainer that builds the network, and the network.
+        folder: folder of a fold whose training is finished.
+        companions: file name of the checkpoint -> name of the trainer that builds the network, and the network.
 
     Raises:
         UserError: a file cannot be written.
     """
     for file, (trainer_name, network) in companions.items():
         save_for_prediction(folder / file, folder / STUDENT, network.state_dict(), trainer_name)
-    (folder / PREVIOUS).unlink(missing_ok=True)  # as nnU-Net does with the latest
+    (folder / PREVIOUS).unlink(missing_ok=True)  # as nnU-Net does with the latest checkpoint
 
 
 def save_for_prediction(
@@ -192,10 +192,10 @@ def save_for_prediction(
     """Write a copy of a checkpoint with other weights and without the state that only training needs.
 
     Args:
-        filename: of the new checkpoint.
-        source: a checkpoint of the same training.
-        network_weights: the other weights.
-        trainer_name: the trainer that builds their network.
+        filename: file to write.
+        source: checkpoint of the same training to copy.
+        network_weights: state dict with the other weights.
+        trainer_name: name of the trainer that builds the network of these weights.
 
     Raises:
         UserError: the file cannot be written.
@@ -210,7 +210,7 @@ def save_for_prediction(
 
 @contextmanager
 def _written_completely(filename: Path | str) -> Iterator[Path]:
-    problem = f"{filename} cannot be written; the previous file is unchanged. Free disk space and resume with --c"
+    problem = f"{filename} cannot be written, and the previous file is unchanged; free disk space and resume with --c"
     # torch.save raises a RuntimeError if the disk is full.
     with explained((OSError, RuntimeError), problem), replacing(filename) as partial:
         yield partial

@@ -1,4 +1,4 @@
-"""Compatibility: configurations and networks that the trainers refuse, with the reason."""
+"""Compatibility checks: configurations and networks that the trainers do not support."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,9 +21,9 @@ def refuse_cascade(trainer: str, configuration_name: str, configuration: Configu
     """Raise NotSupported if a configuration has a previous stage.
 
     Args:
-        trainer: its name, for the message.
-        configuration_name: such as 3d_cascade_fullres.
-        configuration: of that name.
+        trainer: name of the trainer, for the error message.
+        configuration_name: name of the configuration, such as 3d_cascade_fullres.
+        configuration: the configuration.
     """
     if configuration.previous_stage_name is not None:
         raise NotSupported(
@@ -36,25 +36,25 @@ def refuse_planned_network(trainer: str, class_name: str) -> None:
     """Raise NotSupported if nnU-Net's trainer cannot build the network of the plans, such as Primus.
 
     Args:
-        trainer: its name, for the message.
-        class_name: the full name of the network's class.
+        trainer: name of the trainer, for the error message.
+        class_name: full name of the network's class.
     """
-    network: Any = locate(class_name)  # None if only nnU-Net's own look-up finds it
+    network: Any = locate(class_name)  # None if it is a short name, which nnU-Net searches in its modules
     parameters = {} if network is None else signature(network).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     if parameters and "deep_supervision" not in parameters and not takes_any:
         raise NotSupported(
-            f"{trainer} cannot train {class_name.rpartition('.')[2]}: it has no deep supervision, and no encoder with "
-            f"stages to tap features from. {_REMEDY}"
+            f"{trainer} cannot train {class_name.rpartition('.')[2]}: it has neither deep supervision nor an encoder "
+            f"with stages, whose features are required. {_REMEDY}"
         )
 
 
 @contextmanager
 def deep_supervision_off(trainer: nnUNetTrainer) -> Iterator[None]:
-    """Switch deep supervision of the trainer's network off, and on again at the end if the trainer uses it.
+    """Disable deep supervision of the trainer's network, and enable it again at the end if the trainer uses it.
 
     Raises:
-        NotSupported: the network has no deep supervision, and the trainer uses it.
+        NotSupported: the trainer uses deep supervision, but the network has none.
     """
     if not trainer.enable_deep_supervision:
         yield
@@ -62,8 +62,8 @@ def deep_supervision_off(trainer: nnUNetTrainer) -> Iterator[None]:
     network = unwrap(trainer.network)
     if not hasattr(getattr(network, "decoder", None), "deep_supervision"):
         raise NotSupported(
-            f"{type(trainer).__name__} cannot train {type(network).__name__} with deep supervision, which it does not "
-            f"have. {_REMEDY}"
+            f"{type(trainer).__name__} requires deep supervision, but the network {type(network).__name__} has none. "
+            f"{_REMEDY}"
         )
     trainer.set_deep_supervision_enabled(False)
     yield
@@ -80,8 +80,8 @@ def stage_nearest_to_stride_8(trainer: nnUNetTrainer) -> FeatureStage:
     encoder: Any = getattr(network, "encoder", None)
     if not hasattr(encoder, "stages"):
         raise NotSupported(
-            f"{type(trainer).__name__} needs a network with encoder.stages to tap features from; "
-            f"{type(network).__name__} has none. {_REMEDY}"
+            f"{type(trainer).__name__} requires features of encoder.stages, but the network {type(network).__name__} "
+            f"has none. {_REMEDY}"
         )
     index = nearest_stage(trainer.configuration_manager.pool_op_kernel_sizes)
     return FeatureStage(f"encoder.stages.{index}", encoder.output_channels[index])

@@ -1,4 +1,4 @@
-"""The plots of a training: curves over the epochs, and pseudo-labels of a few unlabeled cases."""
+"""Plots of a training: curves over the epochs, and pseudo-labels of a few unlabeled cases."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -12,15 +12,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from nnunet_dycon.components.diagnostics import AGREEMENTS, FRACTIONS, SCHEDULES, SECONDS, terms_of_loss
-from nnunet_dycon.system.pictures import class_color, in_default_style, new_figure, overlay, save
-
-
-def draw_or_warn(file: Path, draw: Callable[[Path], None], log: Callable[[str], None]) -> None:
-    """Draw a plot. If that fails, also for lack of memory or disk space, log a warning: training continues."""
-    try:
-        draw(file)
-    except (RuntimeError, MemoryError, OSError) as error:
-        log(f"WARNING: {file.name} could not be drawn: {' '.join(str(error).split())}")
+from nnunet_dycon.system.pictures import class_color, draw_or_warn, in_default_style, new_figure, overlay, save
 
 
 def draw_curves(folder: Path, curves: dict[str, list[float]], log: Callable[[str], None]) -> None:
@@ -33,7 +25,7 @@ def draw_progress(curves: dict[str, list[float]], file: Path) -> None:
     """Write a plot of all curves over the epochs, grouped as in `nnunet_dycon.components.diagnostics`."""
     seconds = {name.removeprefix(SECONDS): curve for name, curve in curves.items() if name.startswith(SECONDS)}
     figure = new_figure(11, 7.5)
-    (losses, schedules), (shares, times) = figure.subplots(2, 2)
+    (losses, schedules), (fractions, times) = figure.subplots(2, 2)
 
     for name in terms_of_loss(curves):
         _plot(losses, curves[name], name)
@@ -49,13 +41,13 @@ def draw_progress(curves: dict[str, list[float]], file: Path) -> None:
 
     for name, color in zip(FRACTIONS, ("#1c7ed6", "#1faa59", "#ae3ec9")):
         if name in curves:
-            _plot(shares, curves[name], name.replace("_", " "), color=color)
-    agreement = shares.twinx()
+            _plot(fractions, curves[name], name.replace("_", " "), color=color)
+    agreement = fractions.twinx()
     for name in AGREEMENTS.keys() & curves.keys():
         _plot(agreement, curves[name], name, color="#e8590c")
         agreement.set_ylabel(AGREEMENTS[name], color="#e8590c")
-    shares.set(title="pseudo-labels", ylabel="share of voxels, or of patches")
-    shares.set_ylim(bottom=0)
+    fractions.set(title="pseudo-labels", ylabel="fraction of voxels or patches")
+    fractions.set_ylim(bottom=0)
     agreement.set_ylim(0, 1.02)
 
     parts = [np.nan_to_num(curve) for curve in seconds.values()]
@@ -65,12 +57,12 @@ def draw_progress(curves: dict[str, list[float]], file: Path) -> None:
         times.stackplot(edges, [np.append(part, part[-1]) for part in parts], labels=list(seconds), step="post")
     times.set(title="time per step", ylabel="seconds")
 
-    for axes in (losses, shares):
+    for axes in (losses, fractions):
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=8)
     if parts:
         times.legend(fontsize=8, loc="lower left", reverse=True)
-    for axes in (losses, schedules, shares, times):
+    for axes in (losses, schedules, fractions, times):
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
@@ -84,15 +76,15 @@ def _plot(axes: Axes, curve: Sequence[float], label: str, **style) -> None:
 
 @dataclass(frozen=True)
 class PseudoLabel:
-    """One slice of an unlabeled case with its pseudo-label.
+    """A slice of an unlabeled case with its pseudo-label.
 
     Attributes:
-        case: identifier.
-        index: of the slice, along the first axis.
-        foreground: the fraction of all voxels of the case that are labeled as foreground.
-        image: (Y, X), preprocessed.
-        label: (Y, X), classes.
-        entropy: (Y, X), in nats.
+        case: identifier of the case.
+        index: index of the slice along the first axis.
+        foreground: fraction of all voxels of the case that are labeled as foreground.
+        image: preprocessed image of the slice, (Y, X).
+        label: pseudo-label of the slice, (Y, X), with the values of `LabelSpace.shown`.
+        entropy: per-voxel entropy of the slice in nats, (Y, X).
     """
 
     case: str
@@ -116,13 +108,13 @@ def draw_pseudo_labels(
     """Write a plot with a row per case: image, pseudo-label and entropy.
 
     Args:
-        cases: one or more.
-        names: of the labels, background first.
-        labeler: the network that predicts the pseudo-labels, for the headings.
-        highest_entropy: the maximum entropy of a voxel, in nats.
+        cases: slices of one or more cases.
+        names: names of the labels, background first.
+        labeler: name of the network that predicts the pseudo-labels, for the headings.
+        highest_entropy: upper bound of the entropy of a voxel, in nats.
         aspect: height of a voxel in a slice, divided by its width.
-        title: of the plot.
-        file: PNG to write.
+        title: title of the plot.
+        file: PNG file to write.
     """
     heights = [2.7 * aspect * case.image.shape[0] / case.image.shape[1] for case in cases]
     figure = new_figure(9.6, 1.2 + 0.1 * len(cases) + sum(heights))
@@ -137,7 +129,7 @@ def draw_pseudo_labels(
         for value in np.unique(case.label[case.label > 0]):
             overlay(row[1], case.label == value, class_color(value))
         heat = row[2].imshow(case.entropy, cmap="magma", vmin=0, vmax=highest_entropy, aspect=aspect)
-        row[0].set_ylabel(f"{case.case}\nslice {case.index}, {case.foreground:.2%} foreground in all", fontsize=8)
+        row[0].set_ylabel(f"{case.case}\nslice {case.index}, {case.foreground:.2%} foreground in the case", fontsize=8)
         for axes in row:
             axes.set(xticks=[], yticks=[])
     figure.colorbar(heat, ax=rows[:, 2], label=f"nats, at most ln {math.exp(highest_entropy):.0f}", shrink=0.8)

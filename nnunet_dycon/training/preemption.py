@@ -1,4 +1,4 @@
-"""Preemption: job schedulers send SIGTERM some time before they kill a training."""
+"""Preemption: on SIGTERM, which job schedulers send before they kill a training, a checkpoint is written."""
 
 import os
 import signal
@@ -16,15 +16,15 @@ from nnunet_dycon.data.augmenters import shut_down
 from nnunet_dycon.system.distributed import number_of_ranks
 from nnunet_dycon.training.checkpoints import LATEST
 
-EXIT_CODE = 128 + signal.SIGTERM  # the exit code of a process that the signal has ended
+EXIT_CODE = 128 + signal.SIGTERM  # as of a process that SIGTERM has ended
 
 
 class StopRequest:
     """A handler of SIGTERM that records the signal, so that the training can finish its step and write a checkpoint.
 
     Attributes:
-        can_wait: False before the first step. Until it is True, the signal ends the process at once.
-        is_made: whether the signal has arrived.
+        can_wait: False before the first step. While it is False, the signal ends the process at once.
+        is_made: whether the signal has been received.
     """
 
     def __init__(self) -> None:
@@ -34,13 +34,14 @@ class StopRequest:
         self._process: int | None = None
 
     @contextmanager
-    def listening(self, is_on: bool = True) -> Iterator[None]:
+    def listening(self, is_spawned: bool = False) -> Iterator[None]:
         """Install the handler, and restore the previous one at the end.
 
         Args:
-            is_on: False does nothing.
+            is_spawned: whether nnUNetv2_train -num_gpus has started this process. There the handler is not installed:
+                SIGTERM means that another rank has failed, and this rank may be waiting for it.
         """
-        if is_on:
+        if not is_spawned:
             self.listen()
         try:
             yield
@@ -48,7 +49,7 @@ class StopRequest:
             self.ignore()
 
     def listen(self) -> None:
-        """Install the handler. Only the main thread can; in others, the signal keeps its effect."""
+        """Install the handler. Only the main thread can do this; in other threads nothing is changed."""
         if threading.current_thread() is threading.main_thread():
             self._process = os.getpid()
             self._previous_handler = signal.signal(signal.SIGTERM, self._record)
@@ -62,7 +63,7 @@ class StopRequest:
     def _record(self, number: int, frame: FrameType | None) -> None:
         if self.can_wait and os.getpid() == self._process:
             self.is_made = True
-        else:  # also in forked processes, which have nothing to save
+        else:  # also in forked processes, which write no checkpoint
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
@@ -73,9 +74,9 @@ def save_and_exit(trainer: nnUNetTrainer, curves: dict[str, list[float]], steps_
     A resumed run repeats the interrupted epoch, so what this epoch has logged is removed.
 
     Args:
-        trainer: in the middle of an epoch.
-        curves: over the epochs.
-        steps_done: of the interrupted epoch.
+        trainer: trainer in the middle of an epoch.
+        curves: curves over the epochs, by name.
+        steps_done: number of steps of the interrupted epoch.
 
     Raises:
         SystemExit: always.

@@ -1,4 +1,4 @@
-"""Preflight checks: what is verified before a training starts, so that no time is lost on a mistake."""
+"""Preflight checks, which find errors in data and settings before a training starts."""
 
 from collections.abc import Callable
 from dataclasses import asdict
@@ -11,18 +11,24 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunet_dycon.data.labeled import check_fingerprint, check_split, labeled_identifiers
 from nnunet_dycon.data.unlabeled import UnlabeledCases
 from nnunet_dycon.errors import UserError
+from nnunet_dycon.system.locks import Lock
+
+
+def fold_lock(folder: Path, log: Callable[[str], None]) -> Lock:
+    """Return the lock of an output folder, which global rank 0 holds as long as it trains."""
+    return Lock(folder / "nnunet_dycon_training.lock", "a training of this fold", log)
 
 
 def check_cases(folder: Path, fold: int | Literal["all"], unlabeled: UnlabeledCases) -> None:
-    """Check labeled and unlabeled cases. Preprocess the unlabeled ones if that has not been done.
+    """Check labeled and unlabeled cases, and preprocess the unlabeled ones if necessary.
 
     Args:
-        folder: nnUNet_preprocessed/DatasetXXX/<data_identifier>, of the labeled cases.
-        fold: to train.
+        folder: folder of the labeled cases, nnUNet_preprocessed/DatasetXXX/<data_identifier>.
+        fold: fold to train.
         unlabeled: the unlabeled cases.
 
     Raises:
-        UserError: the training cannot start.
+        UserError: cases, fold or fingerprint are invalid.
     """
     labeled = labeled_identifiers(folder, unlabeled.arguments)
     check_split(folder, labeled, fold)
@@ -34,43 +40,43 @@ def check_cases(folder: Path, fold: int | Literal["all"], unlabeled: UnlabeledCa
 def check_settings(
     recorded: dict[str, dict], current: dict[str, Any], folder: Path | str, log: Callable[[str], None]
 ) -> None:
-    """Compare the settings of a checkpoint with those of the training that resumes from it.
+    """Compare the settings in a checkpoint with those of the training that resumes from it.
 
     Settings of the method must be equal. Other differences are logged.
 
     Args:
-        recorded: the settings in the checkpoint: by kind, such as "method_settings", a dict.
-        current: by kind, a dataclass.
-        folder: of the checkpoint, for the message.
-        log: called with a line for each kind that differs.
+        recorded: settings in the checkpoint: group, such as "method_settings" -> dict.
+        current: current settings: group -> dataclass.
+        folder: folder of the checkpoint, for the error message.
+        log: called with a line for each group that differs.
 
     Raises:
         UserError: the settings of the method differ.
     """
-    for kind, settings in current.items():
-        before, now = recorded.get(kind, {}), asdict(settings)
+    for group, settings in current.items():
+        before, now = recorded.get(group, {}), asdict(settings)
         changed = [
             f"{name} {before.get(name)} (now {value})" for name, value in now.items() if before.get(name) != value
         ]
         if not changed:
             continue
-        if kind == "method_settings":
+        if group == "method_settings":
             raise UserError(
-                f"the checkpoint in {folder} was trained with other settings: {', '.join(changed)}; resume with those, "
-                "or start a subclass with another name from its weights with -pretrained_weights"
+                f"the checkpoint in {folder} was trained with other settings: {', '.join(changed)}; resume with these "
+                "settings, or start a subclass with another name from its weights with -pretrained_weights"
             )
-        log(f"WARNING: the resumed training had other settings: {', '.join(changed)}")
+        log(f"WARNING: the resumed training had other settings: {', '.join(changed)}; the new ones are used")
 
 
 def describe_batch(trainer: nnUNetTrainer, cases: dict[str, list[str]]) -> str:
-    """Return a line on the batch of a semi-supervised trainer, its memory, and how to reduce it.
+    """Return a log line on the batch of a semi-supervised trainer, its memory, and how to reduce it.
 
     Args:
-        trainer: initialized.
-        cases: identifiers by role, "labeled" and "unlabeled".
+        trainer: an initialized semi-supervised trainer.
+        cases: identifiers of the cases by role, "labeled" and "unlabeled".
     """
     labeled, unlabeled = trainer.batch_size, trainer.unlabeled_batch_size
-    planned = trainer.configuration_manager.batch_size  # of all GPUs together
+    planned = trainer.configuration_manager.batch_size  # for all GPUs together
     memory = trainer.activation_memory_factor * (labeled + unlabeled) / planned
     steps = trainer.num_epochs * trainer.num_iterations_per_epoch
     return (

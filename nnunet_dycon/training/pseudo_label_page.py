@@ -1,4 +1,4 @@
-"""A page with the pseudo-labels of a few unlabeled cases, to see early whether a training goes wrong."""
+"""A page with the pseudo-labels of a few unlabeled cases, to detect failures of a training early."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -15,7 +15,8 @@ from nnunet_dycon.components.label_space import LabelSpace
 from nnunet_dycon.data.loader import UnlabeledDataset
 from nnunet_dycon.data.unlabeled import UnlabeledCases
 from nnunet_dycon.methods import Method
-from nnunet_dycon.training.plots import PseudoLabel, draw_or_warn, draw_pseudo_labels
+from nnunet_dycon.system.pictures import draw_or_warn
+from nnunet_dycon.training.plots import PseudoLabel, draw_pseudo_labels
 
 _CASES = 3
 
@@ -26,9 +27,9 @@ def draw(trainer: nnUNetTrainer, method: Method, unlabeled: UnlabeledCases) -> N
     A failure is logged as a warning.
 
     Args:
-        trainer: after the end of an epoch.
-        method: that labels the cases.
-        unlabeled: the preprocessed cases.
+        trainer: trainer after the end of an epoch.
+        method: method whose labeler predicts the cases.
+        unlabeled: the preprocessed unlabeled cases.
     """
     if method.labeler is not None and not trainer.disable_checkpointing:
         epoch, cases = trainer.current_epoch - 1, UnlabeledDataset(unlabeled.folder, unlabeled.identifiers())
@@ -37,7 +38,15 @@ def draw(trainer: nnUNetTrainer, method: Method, unlabeled: UnlabeledCases) -> N
 
 
 def draw_page(trainer: nnUNetTrainer, method: Method, cases: UnlabeledDataset, epoch: int, file: Path) -> None:
-    """Predict a few complete unlabeled cases, the same ones in each epoch, and draw them."""
+    """Predict a few complete unlabeled cases, the same ones in each epoch, and draw them.
+
+    Args:
+        trainer: trainer with plans and dataset.json.
+        method: method whose labeler predicts the cases.
+        cases: dataset of the unlabeled cases.
+        epoch: number of the epoch, for the title.
+        file: PNG file to write.
+    """
     predictor = nnUNetPredictor(
         tile_step_size=1.0,  # no overlap: a plot does not justify the time
         use_mirroring=False,
@@ -68,11 +77,11 @@ def draw_page(trainer: nnUNetTrainer, method: Method, cases: UnlabeledDataset, e
 
 
 class _Labeler(nn.Module):
-    """The labeling network of a method, for nnU-Net's predictor. The method is no child: its mode does not change."""
+    """The labeler of a method as a module for nnU-Net's predictor. The method's training mode does not change."""
 
     def __init__(self, method: Method) -> None:
         super().__init__()
-        self._method = (method,)
+        self._method = (method,)  # in a tuple, so that it is not registered as a child
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self._method[0].label(images)
@@ -93,7 +102,7 @@ def _predict(predictor: nnUNetPredictor, label_space: LabelSpace, cases: Unlabel
     label = label_space.shown(logits[None])[0]
     foreground = (label > 0).sum((1, 2))
     index = int(foreground.argmax()) if foreground.any() else len(foreground) // 2
-    # The entropy of one slice only: that of a whole CT in float32 with many classes might exceed the memory.
+    # Only for one slice: the entropy of a whole CT in float32 with many classes may exceed the memory.
     entropy = label_space.voxel_entropy(logits[None, :, index].float())[0]
     fraction = float(foreground.sum()) / label.numel()
     slices = (image[0, index], label[index], entropy)

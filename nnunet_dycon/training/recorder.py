@@ -1,4 +1,4 @@
-"""The record of an epoch: means over its steps, curves over the epochs, seconds of each part of a step."""
+"""Recording of epochs: means over the steps, curves over the epochs, and the duration of each part of a step."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -20,9 +20,9 @@ class Epoch:
     """The values of an epoch.
 
     Attributes:
-        number: of the epoch, from 0.
-        means: of what the steps returned, over steps and ranks.
-        seconds: per step, by part.
+        number: number of the epoch, counted from 0.
+        means: name -> mean of a value over steps and ranks.
+        seconds: part of a step -> mean duration in seconds.
     """
 
     number: int
@@ -31,12 +31,12 @@ class Epoch:
 
     @property
     def values(self) -> Values:
-        """All values, by name of their curve."""
+        """All values by the names of their curves."""
         return self.means | {SECONDS + part: mean for part, mean in self.seconds.items()}
 
     @property
     def lines(self) -> list[str]:
-        """Lines for the log: terms of the loss, diagnostics, seconds."""
+        """The lines of the epoch in the log: terms of the loss, diagnostics and durations."""
         terms = terms_of_loss(self.means)
         diagnostics = [name for name in self.means if name != "loss" and name not in terms]
         lines = [" ".join(f"{name} {self.means[name]:.4f}" for name in names) for names in (terms, diagnostics)]
@@ -47,8 +47,9 @@ class Epoch:
         """Log all values.
 
         Args:
-            loggers: nnU-Net's additional loggers, without the local one, which accepts nnU-Net's own curves only.
-            log: called with each of `lines`.
+            loggers: nnU-Net's additional loggers. Its local logger is not among them, since it accepts only nnU-Net's
+                own curves.
+            log: called with each of the `lines`.
         """
         for name, value in self.values.items():
             for logger in loggers:
@@ -58,10 +59,10 @@ class Epoch:
 
 
 class EpochRecorder:
-    """Curves over the epochs, and the stopwatch of the current one.
+    """A recorder of curves over the epochs and of durations in the current epoch.
 
     Attributes:
-        curves: by name, one value per epoch; NaN where there is none.
+        curves: name -> one value per epoch, NaN for epochs without a value.
     """
 
     def __init__(self) -> None:
@@ -73,15 +74,15 @@ class EpochRecorder:
         self._timer = StepTimer(device)
 
     def mark(self, part: str) -> None:
-        """End a part of a step, see `StepTimer.mark`."""
+        """End a part of a step; see `StepTimer.mark`."""
         self._timer.mark(part)
 
     def end(self, number: int, outputs: Sequence[Values]) -> Epoch:
         """End an epoch and append its values to the curves. All ranks must call it.
 
         Args:
-            number: of the epoch, from 0.
-            outputs: what each step returned.
+            number: number of the epoch, counted from 0.
+            outputs: the values that each step returned.
         """
         seconds = {part: total / max(1, len(outputs)) for part, total in self._timer.totals().items()}
         epoch = Epoch(number, mean_over_ranks(mean_of_steps(outputs)), seconds)
@@ -96,7 +97,7 @@ def mean_of_steps(outputs: Sequence[Values]) -> Values:
 
 
 def replace_lost(outputs: Sequence[Values]) -> list[Values]:
-    """Return the outputs with those of lost steps replaced by the mean of the others.
+    """Return the outputs of all steps, with those of lost steps replaced by the mean of the others.
 
     nnU-Net averages the loss over all steps, and requires the same number of steps on all ranks.
     """
@@ -120,7 +121,7 @@ def mean_of_finite(values: Iterable[float]) -> float:
 
 
 def append_epoch(curves: dict[str, list[float]], epoch: int, values: Values) -> None:
-    """Append the values of an epoch to the curves; a curve is NaN in the epochs that it lacks."""
+    """Append the values of an epoch to the curves. Earlier epochs without a value become NaN."""
     for name, value in values.items():
         curve = curves.setdefault(name, [])
         curve.extend([math.nan] * (epoch - len(curve)))
@@ -128,10 +129,14 @@ def append_epoch(curves: dict[str, list[float]], epoch: int, values: Values) -> 
 
 
 class StepTimer:
-    """A stopwatch for the parts of training steps. The host does not wait for a GPU until `totals`."""
+    """A timer for the parts of training steps. The host waits for the GPU only in `totals`."""
 
     def __init__(self, device: torch.device) -> None:
-        """Start the first part."""
+        """Start the first part.
+
+        Args:
+            device: device of the training; on a GPU, CUDA events are used.
+        """
         self._device = device
         self._marks = [("", self._now())]
 
@@ -140,7 +145,7 @@ class StepTimer:
         self._marks.append((part, self._now()))
 
     def totals(self) -> dict[str, float]:
-        """Return the seconds spent in each part, over all steps. Waits for the GPU."""
+        """Wait for the GPU and return the duration of each part in seconds, summed over all steps."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         totals: dict[str, float] = {}

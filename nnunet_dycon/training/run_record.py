@@ -1,4 +1,4 @@
-"""The record of a run, written to the folder of the fold: settings, cases, seed, versions."""
+"""Record of a run in the folder of the fold: settings, cases, seed and versions."""
 
 import hashlib
 import json
@@ -14,12 +14,19 @@ _VERSIONS_OF = ("nnunetv2", "torch", "batchgeneratorsv2", "numpy")
 
 
 def record_file(folder: Path) -> Path:
-    """Return the file of the record in the folder of a fold."""
+    """Return the path of the record in the folder of a fold."""
     return folder / "nnunet_dycon.json"
 
 
 def write_record(folder: Path, trainer: str, settings: dict[str, dict], cases: dict[str, list[str]]) -> None:
-    """Write nnunet_dycon.json: the settings, the cases by role with a hash of all, torch's seed, versions."""
+    """Write nnunet_dycon.json.
+
+    Args:
+        folder: folder of the fold.
+        trainer: name of the trainer.
+        settings: group, such as "method_settings" -> settings.
+        cases: identifiers of the cases by role. A hash of all of them is written, too.
+    """
     record = {
         "trainer": trainer,
         **settings,

@@ -44,9 +44,9 @@ class Gradients:
     """The result of a backward pass, on the host.
 
     Attributes:
-        values: the terms as numbers.
-        norm: of the gradients, before clipping. The same on all ranks.
-        loss_is_finite: on all ranks.
+        values: the terms of the loss as numbers.
+        norm: norm of the gradients before clipping, equal on all ranks.
+        loss_is_finite: whether the loss is finite on all ranks.
         stop: whether a stop is requested on any rank.
     """
 
@@ -68,8 +68,8 @@ def optimize_with_network(
 
     Args:
         method: its children are replaced by wrapped ones.
-        optimizer: of the network.
-        device: of the children.
+        optimizer: optimizer of the network.
+        device: device of the children.
         is_ddp: whether several ranks train together.
     """
     for name, child in method.named_children():
@@ -106,7 +106,7 @@ class GuardedStep:
 
         Args:
             terms: scalars, among them the "loss".
-            optimizer: of the parameters.
+            optimizer: optimizer of the parameters.
             grad_scaler: None without half precision.
             stop: whether this rank requests a stop.
         """
@@ -131,16 +131,16 @@ class GuardedStep:
         grad_scaler: torch.amp.GradScaler | None,
         cases: Sequence[str],
     ) -> bool:
-        """Move the parameters, unless the step is lost or skipped. All ranks return the same.
+        """Update the parameters, unless the step is lost or skipped. All ranks return the same.
 
         Args:
             gradients: the result of `backward`.
-            optimizer: of the parameters.
+            optimizer: optimizer of the parameters.
             grad_scaler: None without half precision.
-            cases: the identifiers of the batch.
+            cases: identifiers of the cases in the batch.
 
         Returns:
-            Whether the parameters have moved.
+            Whether the parameters have been updated.
 
         Raises:
             UserError: this is the tenth lost step in a row.
@@ -192,7 +192,7 @@ def _step(optimizer: torch.optim.Optimizer, grad_scaler: torch.amp.GradScaler | 
 
 
 def _skip(gradients: Gradients, grad_scaler: torch.amp.GradScaler | None) -> Cause | None:
-    """Update the scaler after a step that must not move anything; return why it is lost, or None if it is skipped."""
+    """Update only the scaler; return the cause if the step is lost, or None if it is skipped."""
     if grad_scaler is None:
         return Cause.DIVERGENCE if gradients.loss_is_finite else Cause.LOSS
     scale = grad_scaler.get_scale()

@@ -1,4 +1,4 @@
-"""The machine that fills the tables of a comparison: what a run is, what is run again, and the trainers it names."""
+"""Tests of comparisons: labeled sets, missing runs, and trainers of the benchmarks."""
 
 import copy
 import csv
@@ -36,7 +36,7 @@ def benchmark(tmp_path) -> Benchmark:
     )  # fmt: skip
 
 
-def test_a_method_names_its_trainer_and_settings():
+def test_trainer_and_settings_are_parsed_from_the_method():
     run = Run('nnUNetTrainerDyCON:uncl_weight=0.1,fecl_form="paper"', LabeledSet(4), seed=0)
     assert run.trainer == "nnUNetTrainerDyCON"
     assert run.settings == {"uncl_weight": 0.1, "fecl_form": "paper"}
@@ -62,52 +62,51 @@ def test_labeled_sets_are_nested_and_share_held_out_cases(data_set, draw):
     assert (splits[-1]["labeled"] == listed["training"]) == (draw == 0)
 
 
-def test_the_data_sets_of_labeled_sets_have_numbers_of_their_own(benchmark):
+def test_data_sets_of_labeled_sets_have_unique_ids(benchmark):
     numbers = [benchmark.dataset_id(LabeledSet(labels, draw)) for labels in (4, 8, 55) for draw in (0, 1, 2)]
     assert len(set(numbers)) == 9
     assert benchmark.dataset(LabeledSet(4, 1)) == "Dataset1104_LA2018"
 
 
 def write_rows(benchmark: Benchmark, run: Run, weights: list[str]) -> None:
+    """Append a row for each of the weights to the CSV."""
     scores = {"case": "a", "label": "atrium", "dice": 0.9, "hd95_mm_max_directed": 3.0}
     benchmark._append([benchmark._row(run, name, "val", scores, "abc") for name in weights])
 
 
-def test_what_is_in_the_table_is_not_run_again(benchmark):
+def test_scored_runs_are_not_repeated(benchmark):
     lower, semi = Run("lower_bound", LabeledSet(8), 0), Run("nnUNetTrainerMeanTeacher", LabeledSet(8), 0)
     assert benchmark.missing(lower) == [("val", "student")]
     write_rows(benchmark, lower, ["student"])
     write_rows(benchmark, semi, ["student"])
     assert not benchmark.missing(lower)
     assert benchmark.missing(semi) == [("val", "teacher")]
-    assert benchmark.missing(Run("nnUNetTrainerDKUXNet", LabeledSet(8), 0)) == [
-        ("val", "student")
-    ]  # which has no teacher
+    assert benchmark.missing(Run("nnUNetTrainerDKUXNet", LabeledSet(8), 0)) == [("val", "student")]  # it has no teacher
     assert benchmark.missing(Run("lower_bound", LabeledSet(8), 1))
     assert benchmark.missing(Run("lower_bound", LabeledSet(4), 0))
     with benchmark.table.open() as file:
         rows = list(csv.DictReader(file))
     assert tuple(rows[0]) == COLUMNS
     assert [row["weights"] for row in rows] == ["student", "student"]
-    benchmark.sets = ["val", "test"]  # what is scored is not scored again
+    benchmark.sets = ["val", "test"]  # val is already scored
     assert benchmark.missing(lower) == [("test", "student")]
-    benchmark.sets = ["unlabeled"]  # of which the upper bound has none
+    benchmark.sets = ["unlabeled"]  # the upper bound has none
     assert benchmark.missing(lower) == [("unlabeled", "student")]
     assert not benchmark.missing(Run(UPPER_BOUND, LabeledSet(55), 0))
     benchmark.sets = ["val", "test"]
-    benchmark.precision = "bfloat16"  # another precision is another row
+    benchmark.precision = "bfloat16"  # the precision is part of the key
     assert ("val", "student") in benchmark.missing(lower)
-    benchmark.precision, benchmark.iterations = "float32", 400  # as is another budget
+    benchmark.precision, benchmark.iterations = "float32", 400  # and so is the number of iterations
     assert ("val", "student") in benchmark.missing(lower)
     benchmark.iterations, benchmark.sets = 200, ["val"]
     assert not benchmark.missing(lower)
-    assert benchmark.missing(Run("lower_bound", LabeledSet(8, 1), 0))  # and another draw of labeled cases
+    assert benchmark.missing(Run("lower_bound", LabeledSet(8, 1), 0))  # and the draw of labeled cases
     assert benchmark.missing(semi) == [("val", "teacher")]
     benchmark.student_only = True
     assert not benchmark.missing(semi)
 
 
-def test_unlabeled_cases_are_scored_with_labels_that_no_training_sees(monkeypatch, tmp_path):
+def test_references_of_unlabeled_cases_are_outside_of_the_training_data(monkeypatch, tmp_path):
     few = replace(PHANTOMS, labels=(1,), training_cases=3)
     monkeypatch.setattr("benchmarks.phantom.HELD_OUT", {"val": 1, "test": 1})
     preparation = Preparation(Namespace(work=tmp_path, data=None, spacing=1.0, features=[], device="cpu"), few)
@@ -123,7 +122,7 @@ def test_unlabeled_cases_are_scored_with_labels_that_no_training_sees(monkeypatc
     assert preparation.references(LabeledSet(1), "val") == raw / "labelsVal"
 
 
-def test_the_upper_bound_is_run_once_whatever_the_labels(monkeypatch, tmp_path):
+def test_upper_bound_is_run_once_for_all_numbers_of_labels(monkeypatch, tmp_path):
     performed, prepared = [], []
     monkeypatch.setattr(Benchmark, "perform", lambda self, run: performed.append(run))
     monkeypatch.setattr(Benchmark, "prepare", lambda self, labels: prepared.extend(labels))
@@ -155,7 +154,7 @@ def test_the_upper_bound_is_run_once_whatever_the_labels(monkeypatch, tmp_path):
         ("lower_bound:gamma=1", "nnUNetTrainer has no setting gamma"),
     ],
 )
-def test_what_there_is_not_is_refused(monkeypatch, tmp_path, capsys, method, message):
+def test_unknown_methods_and_settings_are_errors(monkeypatch, tmp_path, capsys, method, message):
     monkeypatch.setattr(sys, "argv", ["phantom", "--work", str(tmp_path), "--methods", method])
     with pytest.raises(SystemExit):
         compare(PHANTOMS, None)
@@ -163,7 +162,7 @@ def test_what_there_is_not_is_refused(monkeypatch, tmp_path, capsys, method, mes
     assert not list(tmp_path.iterdir())
 
 
-def test_phantoms_are_the_same_whatever_the_number_of_labels(monkeypatch, tmp_path):
+def test_phantoms_are_equal_for_all_numbers_of_labels(monkeypatch, tmp_path):
     few = replace(PHANTOMS, labels=(1, 2), training_cases=3)
     preparation = Preparation(
         Namespace(work=tmp_path, spacing=few.spacing, features=list(few.features), device="cpu"), few
@@ -181,12 +180,12 @@ def test_phantoms_are_the_same_whatever_the_number_of_labels(monkeypatch, tmp_pa
 
 
 def test_lesions_of_the_phantoms_are_small():
-    shares = [phantom(np.random.default_rng([SEED, n]), SHAPE, LESION_RADII)[1].mean() for n in range(20)]
-    assert min(shares) > 0
-    assert sum(shares) / len(shares) < 0.01
+    fractions = [phantom(np.random.default_rng([SEED, n]), SHAPE, LESION_RADII)[1].mean() for n in range(20)]
+    assert min(fractions) > 0
+    assert sum(fractions) / len(fractions) < 0.01
 
 
-def test_the_second_network_is_scored_where_there_is_one():
+def test_teacher_or_second_network_is_scored_if_it_exists():
     assert list(Run("lower_bound", LabeledSet(8), 0).weights) == ["student"]
     assert list(Run("nnUNetTrainerDyCON", LabeledSet(8), 0).weights) == ["student", "teacher"]
     assert Run("nnUNetTrainerUGPL", LabeledSet(8), 0).weights == {
@@ -195,7 +194,7 @@ def test_the_second_network_is_scored_where_there_is_one():
     }
 
 
-def test_a_name_belongs_to_one_run_alone(benchmark):
+def test_trainer_names_are_unique_for_each_run(benchmark):
     methods = ("lower_bound", "nnUNetTrainerDyCON", "nnUNetTrainerDyCON:gamma=-1", "nnUNetTrainerDyCON:gamma=1",
                'nnUNetTrainerDyCON:fecl_form="paper"')  # fmt: skip
     runs = [Run(method, LabeledSet(8), seed) for method in methods for seed in (0, 1)]
@@ -203,12 +202,12 @@ def test_a_name_belongs_to_one_run_alone(benchmark):
     assert len(set(names)) == len(runs)
     assert all(name.isidentifier() and "__" not in name for name in names)
     benchmark.work.mkdir()
-    for run in runs:  # one does not forget the others
+    for run in runs:  # earlier entries are kept
         benchmark.declare([run])
     assert list(json.loads((benchmark.work / "runs.json").read_text())) == names
 
 
-def test_plans_of_other_networks_have_other_names(benchmark, tmp_path):
+def test_plans_of_different_networks_have_different_names(benchmark, tmp_path):
     settings = {"work": tmp_path, "data": tmp_path, "spacing": 2.5, "device": "cpu"}
     names = [
         Preparation(Namespace(features=features, **settings), LEFT_ATRIUM).plans
@@ -217,7 +216,7 @@ def test_plans_of_other_networks_have_other_names(benchmark, tmp_path):
     assert names == ["nnUNetPlans_2p5mm_16_32f", "nnUNetPlans_2p5mm_16_32_64f", "nnUNetPlans_2p5mm"]
 
 
-def test_a_model_of_other_settings_is_not_scored(benchmark, tmp_path):
+def test_model_with_other_settings_is_not_scored(benchmark, tmp_path):
     run = Run("nnUNetTrainerDyCON:gamma=1.0", LabeledSet(8), 0)
     settings = {"method_settings": asdict(trainer_class("nnUNetTrainerDyCON").method_settings) | {"gamma": 1.0}}
     (tmp_path / "benchmark.json").write_text(json.dumps({"commit": "abc", "settings": settings}))
@@ -239,12 +238,12 @@ print(type(trainer).__name__, trainer.num_epochs * trainer.num_iterations_per_ep
 trainer.on_train_start()
 trainer.on_train_epoch_start()
 networks = [trainer.network, *getattr(trainer, "method", trainer.network).children()]
-multiplied = set()
+dtypes = set()
 
 
 def look(module, inputs, output):
-    rounded = torch.equal(output.float(), output.bfloat16().float())  # in either way to compute them
-    multiplied.add("bfloat16" if rounded else str(output.dtype).removeprefix("torch."))
+    rounded = torch.equal(output.float(), output.bfloat16().float())  # natively and emulated
+    dtypes.add("bfloat16" if rounded else str(output.dtype).removeprefix("torch."))
 
 
 for module in [module for network in networks for module in network.modules()]:
@@ -254,7 +253,7 @@ assert np.isfinite(trainer.train_step(next(trainer.dataloader_train))["loss"])
 assert {parameter.dtype for parameter in trainer.network.parameters()} == {torch.float32}
 returned = trainer.network(torch.zeros(1, 1, *trainer.configuration_manager.patch_size))
 assert {level.dtype for level in returned} == {torch.float32}
-print(*multiplied)
+print(*dtypes)
 """
 
 
@@ -268,7 +267,7 @@ print(*multiplied)
         ("nnUNetTrainerUGPL", "bfloat16"),
     ],
 )
-def test_nnunet_finds_the_trainers_with_their_budget_and_settings(tiny, benchmark, method, precision):
+def test_nnunet_finds_trainers_with_their_iterations_and_settings(tiny, benchmark, method, precision):
     run = Run(method, LabeledSet(8), 3)
     benchmark.precision = precision
     benchmark.work.mkdir()
@@ -282,9 +281,9 @@ def test_nnunet_finds_the_trainers_with_their_budget_and_settings(tiny, benchmar
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=BENCHMARKS.parent
     )
     assert result.returncode == 0, result.stderr[-2000:]
-    (told,) = [line for line in result.stdout.splitlines() if line.startswith(f"{benchmark.name(run)} 200 ")]
+    (line,) = [line for line in result.stdout.splitlines() if line.startswith(f"{benchmark.name(run)} 200 ")]
     assert result.stdout.splitlines()[-1] == precision
-    folder = Path(told.split()[-1])
+    folder = Path(line.split()[-1])
     assert f"{benchmark.name(run)}__nnUNetPlans__3d_fullres" in str(folder)
     record = json.loads((folder / "benchmark.json").read_text())
     assert record["run"] == benchmark.declaration(run)
@@ -299,8 +298,8 @@ def test_nnunet_finds_the_trainers_with_their_budget_and_settings(tiny, benchmar
 @pytest.mark.parametrize(
     "layer", [torch.nn.Conv3d(2, 8, 3), torch.nn.ConvTranspose3d(2, 8, 2, 2), torch.nn.Linear(6, 7)]
 )
-def test_rounded_products_are_those_of_bfloat16(layer):
-    """Against products of rounded numbers in float64; a sum in float32 is now and then rounded to the other side."""
+def test_rounded_products_equal_bfloat16(layer):
+    """The reference is float64 with rounded inputs; sums in float32 are sometimes rounded in the other direction."""
 
     def rounded(values: torch.Tensor) -> torch.Tensor:
         return values.detach().bfloat16().double()

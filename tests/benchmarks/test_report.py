@@ -1,4 +1,4 @@
-"""The report says what stands in the table."""
+"""Tests of the report of a table of results."""
 
 import csv
 from dataclasses import replace
@@ -14,7 +14,7 @@ CASES = [f"case_{i}" for i in range(6)]
 
 
 def write(file: Path, runs: dict[tuple[str, int, str, int], list[float]], **changes) -> None:
-    """runs: Dice of each case by method, labels, weights and seed."""
+    """Append rows to a table; `runs` has the Dice of each case by method, number of labels, weights and seed."""
     constant = {
         "set": "val",
         "hd95_mm": 3.0,
@@ -47,17 +47,17 @@ def table(tmp_path) -> Path:
     return file
 
 
-def test_means_spreads_differences_and_the_share_of_the_gap(table):
+def test_report_has_means_differences_and_closed_fraction_of_the_gap(table):
     lower, better, upper = as_markdown(read(table, "val")).splitlines()[2:]
     assert lower == "| 8 | lower_bound | student | 2 | 0.7350 ± 0.0141 | 3.00 ± 0.00 |  |  | 2026-01-02 | abc |"
     assert "| 0.7950 ± 0.0141 | 3.00 ± 0.00 | +0.0600 [" in better
     assert "| 8 | upper_bound | student | 1 | 0.8350 | 3.00 | +0.1000 [" in upper
     write(table, {("lower_bound", 8, "student", seed): np.linspace(0.6, 0.85, 6) + 0.01 for seed in range(2, 12)})
     lower, better, upper = as_markdown(read(table, "val")).splitlines()[2:]
-    assert "| 60% [" in better  # with so many seeds the gap is sure
+    assert "| 60% [" in better  # with 12 seeds, the interval of the gap is above 0
 
 
-def test_unlabeled_cases_are_others_with_another_number_of_labels(tmp_path):
+def test_unlabeled_cases_may_differ_between_numbers_of_labels(tmp_path):
     file = tmp_path / "la.csv"
     write(
         file,
@@ -71,7 +71,7 @@ def test_unlabeled_cases_are_others_with_another_number_of_labels(tmp_path):
         read(file, "unlabeled")
 
 
-def test_the_noise_of_seeds_is_that_of_students_without_the_upper_bound():
+def test_seed_noise_is_pooled_over_students_without_the_upper_bound():
     base = np.linspace(0.3, 0.9, 6)
     spread = {"lower_bound": 0.01, "better": 0.03, "upper_bound": 0.2}
     group = {
@@ -85,33 +85,33 @@ def test_the_noise_of_seeds_is_that_of_students_without_the_upper_bound():
     assert bootstrap({key: replace(its, dice=its.dice[:1]) for key, its in group.items()}) is None
 
 
-def test_no_share_of_a_gap_that_may_not_be_there(table):
+def test_closed_fraction_is_undefined_if_the_interval_of_the_gap_contains_0(table):
     write(table, {("lower_bound", 8, "student", 2): np.linspace(0.6, 0.85, 6) + 0.2})
     (better,) = [line for line in as_markdown(read(table, "val")).splitlines() if "better" in line]
-    assert "| unsure |" in better
+    assert "| undefined |" in better
 
 
-def test_runs_of_several_budgets_are_not_mixed(table):
+def test_runs_with_different_numbers_of_iterations_are_not_mixed(table):
     write(table, {("lower_bound", 8, "student", 2): [0.5] * 6}, iterations=200)
-    with pytest.raises(ValueError, match="choose by --plans, --iterations, --precision one of"):
+    with pytest.raises(ValueError, match="choose with --plans, --iterations, --precision one of"):
         read(table, "val")
     assert len(read(table, "val", iterations="100")[8, "lower_bound", "student"].dice) == 2
     assert len(read(table, "val", iterations="200")[8, "lower_bound", "student"].dice) == 1
 
 
-def test_a_run_of_other_cases_is_refused(table):
+def test_run_with_other_cases_is_an_error(table):
     write(table, {("lower_bound", 8, "student", 2): [0.5] * 5})
-    with pytest.raises(ValueError, match="other cases or labels than in the other runs"):
+    with pytest.raises(ValueError, match="other cases or labels than in other runs"):
         read(table, "val")
 
 
-def test_a_run_that_is_there_twice_is_refused(table):
+def test_duplicate_run_is_an_error(table):
     write(table, {("lower_bound", 8, "student", 0): [0.5] * 6})
-    with pytest.raises(ValueError, match="lower_bound with 8 labels, draw 0, seed 0: case_0 is there twice"):
+    with pytest.raises(ValueError, match="lower_bound with 8 labels, draw 0, seed 0: case_0 occurs twice"):
         read(table, "val")
 
 
-def test_the_dice_of_a_case_is_the_mean_over_its_labels(tmp_path):
+def test_dice_of_a_case_is_the_mean_over_its_labels(tmp_path):
     file = tmp_path / "table.csv"
     for label, dice in (("head", 0.4), ("tail", 0.8)):
         write(file, {("lower_bound", 4, "student", 0): [dice] * 6}, label=label)
@@ -121,7 +121,7 @@ def test_the_dice_of_a_case_is_the_mean_over_its_labels(tmp_path):
         read(file, "val")
 
 
-def test_runs_of_several_draws_are_means_over_their_seeds(tmp_path):
+def test_runs_of_several_draws_are_averaged_over_seeds(tmp_path):
     file = tmp_path / "table.csv"
     for draw_, dice in ((0, 0.5), (1, 0.7), (2, 0.9)):
         write(file, {("lower_bound", 4, "student", seed): [dice + 0.02 * seed] * 6 for seed in (0, 1)}, draw=draw_)
@@ -131,7 +131,7 @@ def test_runs_of_several_draws_are_means_over_their_seeds(tmp_path):
     assert scores[4, "lower_bound", "student"].draws == (0, 1, 2)
     np.testing.assert_allclose(read(file, "val", draws=[1])[4, "lower_bound", "student"].dice[:, 0], [0.7, 0.72])
     write(file, {("better", 4, "student", 0): [0.8] * 6}, draw=1)
-    with pytest.raises(ValueError, match="better with 4 labels lacks draw 0, 2; choose the draws with --draws"):
+    with pytest.raises(ValueError, match="better with 4 labels has no draw 0, 2; choose common draws with --draws"):
         read(file, "val")
     assert (4, "better", "student") in read(file, "val", draws=[1])
     write(file, {("better:weight=2", 4, "student", 0): [0.8] * 6}, draw=0)
@@ -142,28 +142,28 @@ def test_unlabeled_cases_of_several_draws_are_not_mixed(tmp_path):
     file = tmp_path / "table.csv"
     for draw_ in (0, 1):
         write(file, {("lower_bound", 4, "student", 0): [0.5] * 6}, draw=draw_, set="unlabeled")
-    with pytest.raises(ValueError, match="unlabeled cases differ from draw to draw; choose one with --draws"):
+    with pytest.raises(ValueError, match="draws have different unlabeled cases; choose one draw with --draws"):
         read(file, "unlabeled")
     assert len(read(file, "unlabeled", draws=[0])) == 1
 
 
-def test_nothing_scored_is_told(table):
-    with pytest.raises(ValueError, match="no run scored on test"):
+def test_set_without_runs_is_an_error(table):
+    with pytest.raises(ValueError, match="no run is scored on test"):
         read(table, "test")
 
 
-def test_sets_are_apart(table):
+def test_sets_are_read_separately(table):
     write(table, {("lower_bound", 8, "student", 0): [0.1] * 6}, set="test")
     assert read(table, "val")[8, "lower_bound", "student"].dice.min() >= 0.6
     assert read(table, "test")[8, "lower_bound", "student"].dice.max() == 0.1
 
 
-def test_the_picture_is_drawn(table, tmp_path):
+def test_picture_is_written(table, tmp_path):
     draw(groups(read(table, "val"))[8], tmp_path / "la.png")
     assert (tmp_path / "la.png").stat().st_size > 5000
 
 
-def test_the_command_makes_the_folder_that_it_draws_into(table, tmp_path, monkeypatch, capsys):
+def test_command_creates_the_output_folder_and_hides_trials_by_default(table, tmp_path, monkeypatch, capsys):
     write(table, {("better:weight=2", 8, "student", 0): [0.9] * 6})
     arguments = ["report", "--table", str(table), "--set", "val", "-o", str(tmp_path / "new" / "pictures")]
     monkeypatch.setattr("sys.argv", arguments)

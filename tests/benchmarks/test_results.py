@@ -1,4 +1,4 @@
-"""The tables of results can be read by today's programs, and what is said of them elsewhere is true."""
+"""Tests of the tables of results: names and settings, reports, and the numbers in code, README and docs."""
 
 import csv
 import json
@@ -19,8 +19,8 @@ from benchmarks.report import as_markdown, bootstrap, read
 from nnunet_dycon.registry import DYCON_CAVEAT, RECOMMENDED, TRAINERS
 
 RESULTS = sorted(pages.RESULTS.glob("*.csv"))
-REMOVED = {"mirrored", "uncl_half", "teacher_view"}  # settings that do not exist any more
-FORMER = {
+REMOVED = {"mirrored", "uncl_half", "teacher_view"}  # removed settings
+FORMER_TRAINERS = {
     "nnUNetTrainerDyCON_paper",
     "nnUNetTrainerDyCON_noUnCL",
     "nnUNetTrainerDyCON_noFeCL",
@@ -34,7 +34,7 @@ def rows(table: Path) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize("table", RESULTS, ids=lambda table: table.stem)
-def test_methods_have_todays_names_and_settings(table):
+def test_methods_have_current_names_and_settings(table):
     found = rows(table)
     assert tuple(found[0]) == COLUMNS
     for method in {row["method"] for row in found}:
@@ -43,21 +43,21 @@ def test_methods_have_todays_names_and_settings(table):
         settings = [getattr(trainer_class(run.trainer), f"{kind}_settings", None) for kind in ("method", "training")]
         known = {name for its in settings if its is not None for name in asdict(its)}
         assert run.settings.keys() <= known | REMOVED
-    assert {row["trainer_at_commit"] for row in found} <= {SUPERVISED, *TRAINERS, *FORMER}
+    assert {row["trainer_at_commit"] for row in found} <= {SUPERVISED, *TRAINERS, *FORMER_TRAINERS}
     for row in found:
         assert (row["trainer_at_commit"] == SUPERVISED) == (row["method"] in (LOWER_BOUND, UPPER_BOUND))
 
 
 @pytest.mark.parametrize("table", RESULTS, ids=lambda table: table.stem)
-def test_every_set_is_reported(table):
+def test_every_set_has_a_report(table):
     for which in {row["set"] for row in rows(table)}:
         reported = as_markdown(read(table, which))
-        assert reported.count("\n") >= 2  # heading, and a method
+        assert reported.count("\n") >= 2  # header and at least one method
         assert "nan" not in reported
 
 
 @pytest.mark.parametrize("table", RESULTS, ids=lambda table: table.stem)
-def test_models_of_todays_settings_are_scored_under_the_names_in_the_table(table, tmp_path):
+def test_models_with_the_settings_of_a_method_are_scored(table, tmp_path):
     benchmark = Benchmark(
         Namespace(
             work=tmp_path, data=tmp_path, table=table, spacing=2.5, features=[], iterations=100, device="cpu", sets=[],
@@ -78,7 +78,7 @@ def test_models_of_todays_settings_are_scored_under_the_names_in_the_table(table
         assert benchmark.trained_by(run, tmp_path) == "abc"
 
 
-def test_the_caveat_of_the_published_dycon_is_what_was_measured():
+def test_caveat_of_dycon_equals_the_results():
     dice: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in rows(pages.RESULTS / "la.csv"):
         if (row["labels"], row["seed"], row["set"], row["weights"]) == ("4", "0", "val", "student"):
@@ -93,7 +93,7 @@ def test_the_caveat_of_the_published_dycon_is_what_was_measured():
 
 
 @pytest.mark.parametrize(("table", "cases"), [("la_3p5mm", 16), ("phantom", 60)])
-def test_the_gains_in_the_readme_are_those_of_the_results(table, cases):
+def test_gains_in_the_readme_equal_the_results(table, cases):
     readme = " ".join((pages.PAGES.parent / "README.md").read_text().split())
     number = r"(\d\.\d+)"
     stated = re.search(
@@ -107,18 +107,18 @@ def test_the_gains_in_the_readme_are_those_of_the_results(table, cases):
 
 
 @pytest.mark.parametrize("page", sorted(pages.PAGES.rglob("*.md")), ids=lambda page: page.name)
-def test_the_tables_of_a_page_are_those_of_the_results(page):
+def test_tables_of_a_page_equal_the_results(page):
     text = page.read_text()
     assert pages.filled(text) == text, f"run: make tables ({page.name} differs from benchmarks/results)"
 
 
 @pytest.mark.parametrize("block", ["results: la_3p5mm 5", "trials: la 16"])
-def test_a_table_without_rows_is_an_error(block):
+def test_table_without_rows_is_an_error(block):
     with pytest.raises(ValueError, match="there are no results for this table"):
         pages.filled(f"<!-- {block} -->\n<!-- end -->\n")
 
 
-def test_a_table_that_differs_is_noticed():
+def test_outdated_table_is_replaced():
     text = (pages.PAGES / "results.md").read_text()
     changed = text.replace("| lower bound | 0.", "| lower bound | 9.", 1)
     assert changed != text

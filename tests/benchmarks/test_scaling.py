@@ -1,4 +1,4 @@
-"""The calculation of scaling, by hand."""
+"""Tests of the calculated scaling against manual calculations."""
 
 from dataclasses import replace
 
@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.scaling import Cluster, step
 
-# 100 MB of gradients, in buckets of 25 MB; 1 s a step, half of it the backward pass; 2 patches of 1 million voxels.
+# 100 MB of gradients in buckets of 25 MB; steps of 1 s, of which 0.5 s backward pass; 2 patches of 1 million voxels.
 CLUSTER = Cluster(
     parameters=25e6,
     gpu_seconds=1.0,
@@ -22,8 +22,8 @@ CLUSTER = Cluster(
 )
 
 
-def test_four_gpus_by_hand():
-    """2 · 3/4 · 100 MB at 1 GB/s take 150 ms, less than the backward pass: only the last quarter is waited for."""
+def test_times_of_four_gpus():
+    """2 · 3/4 · 100 MB at 1 GB/s take 150 ms, less than the backward pass, so only the last bucket adds to the step."""
     at = step(CLUSTER, 4)
     assert at.traffic == pytest.approx(150e6)
     assert at.exchange == pytest.approx(0.15)
@@ -34,7 +34,7 @@ def test_four_gpus_by_hand():
     assert at.bottleneck == "GPU"
 
 
-def test_one_machine_needs_no_network():
+def test_one_machine_has_no_network_traffic():
     assert step(CLUSTER, 2).traffic == 0
     assert step(CLUSTER, 1).seconds == 1
 
@@ -47,7 +47,7 @@ def test_one_machine_needs_no_network():
         ({"storage": 1e7}, "reading", 2.4),
     ],
 )
-def test_what_is_slowest_decides(change, bottleneck, seconds):
+def test_slowest_part_determines_the_time_of_a_step(change, bottleneck, seconds):
     at = step(replace(CLUSTER, **change), 4)
     assert at.bottleneck == bottleneck
     assert at.seconds == pytest.approx(seconds)

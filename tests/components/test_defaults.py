@@ -1,4 +1,4 @@
-"""What follows from plans, cases and the length of a training."""
+"""Tests of self-configured hyperparameters."""
 
 import pytest
 
@@ -10,11 +10,11 @@ from nnunet_dycon.components.defaults import nearest_stage, unlabeled_patches
     [
         ([[1, 1, 1], [2, 2, 2], [2, 2, 2], [2, 2, 2], [2, 2, 2]], 3),
         ([[1, 1, 1], [1, 2, 2], [2, 2, 2], [2, 2, 2], [2, 2, 2]], 3),  # totals 1, 1.6, 3.2, 6.3, 12.7
-        ([[1, 1], [2, 2], [2, 2]], 2),  # nothing reaches 8
-        ([[2, 2, 2], [2, 2, 2], [4, 4, 4]], 1),  # 4 and 16 are equally far: the earlier one
+        ([[1, 1], [2, 2], [2, 2]], 2),  # all are less than 8
+        ([[2, 2, 2], [2, 2, 2], [4, 4, 4]], 1),  # 4 and 16 are equally far, so the earlier stage
     ],
 )
-def test_the_stage_nearest_to_stride_8(strides, stage):
+def test_stage_nearest_to_stride_8(strides, stage):
     assert nearest_stage(strides) == stage
 
 
@@ -22,5 +22,7 @@ def test_the_stage_nearest_to_stride_8(strides, stage):
     ("patches", "labeled", "unlabeled", "expected"),
     [(2, 4, 51, 2), (2, 50, 50, 2), (4, 100, 50, 2), (2, 100, 1, 1), (1, 1, 1, 1)],
 )
-def test_fewer_unlabeled_cases_are_fewer_patches(patches, labeled, unlabeled, expected):
+def test_number_of_unlabeled_patches_decreases_with_the_number_of_unlabeled_cases(
+    patches, labeled, unlabeled, expected
+):
     assert unlabeled_patches(patches, labeled, unlabeled) == expected

@@ -1,4 +1,4 @@
-"""The two-stream batch: two views of each patch, voxel by voxel, and of unlabeled cases nothing but their image."""
+"""Tests of the two-stream loader: views with equal geometry, unlabeled patches, masks, workers."""
 
 import multiprocessing
 import os
@@ -38,7 +38,7 @@ def training_transforms(patch_size=PATCH, dummy_2d=False, mask=(False,), scales=
 
 
 class Brighten(ImageOnlyTransform):
-    """An intensity transform that always acts, and in place."""
+    """An intensity transform that is always applied, in place."""
 
     def _apply_to_image(self, img, **params):
         img += 100.0
@@ -66,7 +66,7 @@ def make_loader(tiny):
     return make
 
 
-def test_batches_have_their_shapes_and_cases(make_loader):
+def test_shapes_and_cases_of_batches(make_loader):
     labeled, unlabeled = to_batches(next(make_loader()), torch.device("cpu"))
     assert isinstance(labeled, LabeledBatch)
     assert isinstance(unlabeled, UnlabeledBatch)
@@ -80,8 +80,8 @@ def test_batches_have_their_shapes_and_cases(make_loader):
 
 
 @pytest.mark.parametrize("dummy_2d", [False, True])
-def test_views_are_the_same_patch(dummy_2d):
-    """A spatial transform moves both alike: the strong view is the weak one, brightened, and never aliased."""
+def test_views_have_the_same_geometry(dummy_2d):
+    """With one intensity transform, the strong view is the brightened weak view. They do not share memory."""
     stock = training_transforms(dummy_2d=dummy_2d).transforms
     spatial = [
         t for t in stock if "Spatial" in repr(type(t)) or "Mirror" in repr(type(t)) or "Convert" in repr(type(t))
@@ -98,8 +98,8 @@ def test_views_are_the_same_patch(dummy_2d):
     assert moved > 10
 
 
-def test_the_label_follows_both_views():
-    """An image that is its own label stays so in the weak view, wherever nearest neighbours and linear ones agree."""
+def test_segmentation_has_the_geometry_of_the_views():
+    """If the image equals the segmentation, the weak view does, too, except for interpolation at borders."""
     label = torch.zeros(1, *PATCH, dtype=torch.int16)
     label[:, 4:12, 6:18, 6:18] = 1
     views = TwoViews(training_transforms())
@@ -107,11 +107,11 @@ def test_the_label_follows_both_views():
         torch.manual_seed(seed)
         result = views(image=label.float(), segmentation=label.clone())
         weak = result["image"][1:]
-        sure = (weak < 0.05) | (weak > 0.95)
-        assert ((weak > 0.5).int() == result["segmentation"])[sure].float().mean() > 0.98
+        inside = (weak < 0.05) | (weak > 0.95)  # not at borders
+        assert ((weak > 0.5).int() == result["segmentation"])[inside].float().mean() > 0.98
 
 
-def test_stronger_views_differ_in_contrast_and_shift_and_end_as_nnunets_do():
+def test_strong_intensity_augmentation_changes_contrast_and_shift():
     views = TwoViews(stronger(training_transforms()))
     names = [type(getattr(one, "transform", one)).__name__ for one in views.transforms.transforms]
     start = names.index("MirrorTransform") - 3
@@ -129,26 +129,26 @@ def test_stronger_views_differ_in_contrast_and_shift_and_end_as_nnunets_do():
     assert max(stretches) > 1.4
 
 
-def test_only_transforms_of_intensities_can_be_followed_by_stronger_ones():
-    with pytest.raises(ValueError, match="no transform of intensities"):
+def test_strong_intensity_augmentation_without_intensity_transforms_raises():
+    with pytest.raises(ValueError, match="no intensity transform"):
         stronger(ComposeTransforms([]))
 
 
-def test_split_views_is_the_inverse_of_stacking():
+def test_split_views():
     strong, weak = split_views(torch.arange(8.0).view(1, 4, 2))
     assert strong.tolist() == [[[0, 1], [2, 3]]]
     assert weak.tolist() == [[[4, 5], [6, 7]]]
 
 
-def test_unlabeled_data_reads_images_only(make_loader, tiny):
+def test_unlabeled_loader_reads_only_images(make_loader, tiny):
     folder = tiny / "nnUNet_preprocessed" / "Dataset901_Tiny" / "nnUNetPlans_3d_fullres_unlabeled"
     for file in [*folder.glob("*_seg.b2nd"), *folder.glob("*.pkl")]:
         file.unlink()
     next(make_loader())
 
 
-def test_unlabeled_patches_come_from_everywhere(make_loader):
-    """Crops are uniform over the whole image: no coordinate is preferred for what lies there."""
+def test_unlabeled_patches_cover_all_positions(make_loader):
+    """Positions are drawn uniformly, independently of the content of the image."""
     loader = make_loader().unlabeled
     corners = np.array([loader.get_bbox((24, 32, 40), False, None)[0] for _ in range(600)])
     for axis, size in enumerate((24, 32, 40)):
@@ -157,15 +157,15 @@ def test_unlabeled_patches_come_from_everywhere(make_loader):
         assert starts.min() > 0
 
 
-def test_a_data_set_with_an_ignore_label(make_loader):
+def test_unlabeled_loader_with_ignore_label(make_loader):
     """nnU-Net's loader would look for annotated voxels, which unlabeled cases do not have."""
     loader = make_loader(ignore=True)
     assert loader.has_ignore
     assert loader.unlabeled.generate_train_batch()["data"].shape == (3, 2, *PATCH)
 
 
-def test_outside_the_nonzero_region_augmented_images_are_zero_again(make_loader, tiny):
-    """As nnU-Net does for labeled cases where images are normalised within their nonzero region."""
+def test_augmented_voxels_outside_the_nonzero_region_are_zero(make_loader, tiny):
+    """As for labeled cases in nnU-Net if images are normalized within their nonzero region."""
     transforms = ComposeTransforms([Brighten(), *training_transforms(mask=(True,)).transforms[-2:]])
     loader = make_loader(transforms=transforms, mask_channels=(True,)).unlabeled
     patch = torch.randn(1, *PATCH)
@@ -177,8 +177,8 @@ def test_outside_the_nonzero_region_augmented_images_are_zero_again(make_loader,
     torch.testing.assert_close(strong[:, :, 5:], patch[:, :, 5:] + 100)
 
 
-def test_only_channels_that_are_masked_tell_what_is_outside(make_loader):
-    """MR beside CT: the CT's air is not 0 after normalisation."""
+def test_nonzero_region_depends_only_on_masked_channels(make_loader):
+    """For example MR and CT: air in CT is not 0 after normalization."""
     loader = make_loader(mask_channels=(True, False)).unlabeled
     patch = torch.ones(2, *PATCH)
     patch[0, :, :5] = 0
@@ -191,7 +191,7 @@ def test_images_smaller_than_the_patch_are_padded(make_loader):
     assert make_loader(patch_size=patch_size).unlabeled.generate_train_batch()["data"].shape == (3, 2, *patch_size)
 
 
-def test_two_dimensions(make_loader):
+def test_2d_patches(make_loader):
     transforms = training_transforms((32, 40))
     loader = make_loader(patch_size=(32, 40), transforms=transforms)
     labeled, unlabeled = to_batches(next(loader), torch.device("cpu"))
@@ -200,7 +200,7 @@ def test_two_dimensions(make_loader):
 
 
 class Endless(LabeledLoader):
-    """Of nothing."""
+    """A loader without cases."""
 
     infinite = True
 
@@ -211,10 +211,11 @@ class Endless(LabeledLoader):
         return {"data": torch.zeros(1)}
 
 
-def start_workers_and_die(told) -> None:
+def start_workers_and_die(connection) -> None:
+    """Send the IDs of two worker processes, then kill this process."""
     batches = augmenter(Endless(), 2, 2, pin_memory=False)
     next(batches)
-    told.send([process.pid for process in batches._processes])
+    connection.send([process.pid for process in batches._processes])
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -225,20 +226,20 @@ def is_running(process: int) -> bool:
         return False
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="looks processes up in /proc")
-def test_workers_end_with_a_training_that_was_killed():
+@pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="requires /proc")
+def test_workers_end_if_the_training_is_killed():
     context = multiprocessing.get_context("fork")
-    heard, told = context.Pipe(duplex=False)
-    training = context.Process(target=start_workers_and_die, args=(told,))
+    receiver, sender = context.Pipe(duplex=False)
+    training = context.Process(target=start_workers_and_die, args=(sender,))
     training.start()
-    told.close()
-    workers = heard.recv()
+    sender.close()
+    workers = receiver.recv()
     training.join()
     deadline = time.monotonic() + 20
     while any(map(is_running, workers)) and time.monotonic() < deadline:
         time.sleep(0.1)
-    left = [worker for worker in workers if is_running(worker)]
-    for worker in left:
+    remaining = [worker for worker in workers if is_running(worker)]
+    for worker in remaining:
         os.kill(worker, signal.SIGKILL)
     assert len(workers) == 2
-    assert not left
+    assert not remaining

@@ -1,4 +1,4 @@
-"""Preprocessing of unlabeled cases: as nnU-Net does it, whole or not at all, and never stale."""
+"""Tests of preprocessing of unlabeled cases: equal to nnU-Net's, resumed if interrupted, stale and invalid input."""
 
 import gzip
 import json
@@ -35,22 +35,22 @@ def change_plans(base: Path, **configuration) -> None:
     file.write_text(json.dumps(plans))
 
 
-def test_images_are_preprocessed_as_the_labeled_ones(base, images):
-    """The image of a labeled case, given as an unlabeled one, comes out the same to the last bit."""
+def test_unlabeled_images_are_preprocessed_like_labeled_ones(base, images):
+    """A copy of a labeled image in imagesUn has the same preprocessed image, bit for bit."""
     shutil.copy(images.parent / "imagesTr" / "case_03_0000.nii.gz", images / "copy_0000.nii.gz")
     folder = preprocess_unlabeled("901", "3d_fullres")
     labeled = blosc2.open(str(base / "nnUNetPlans_3d_fullres" / "case_03.b2nd"))[:]
     np.testing.assert_array_equal(blosc2.open(str(folder / "copy.b2nd"))[:], labeled)
 
 
-def test_no_label_can_be_found_in_the_folder(base):
+def test_preprocessed_folder_contains_no_labels(base):
     folder = base / "nnUNetPlans_3d_fullres_unlabeled"
     for case in UNLABELED:
         assert set(np.unique(blosc2.open(str(folder / f"{case}_seg.b2nd"))[:])) <= {-1, 0}
         assert "class_locations" not in pickle.loads((folder / f"{case}.pkl").read_bytes())
 
 
-def test_what_is_up_to_date_is_left_alone(base, cases):
+def test_folder_that_is_up_to_date_is_unchanged(base, cases):
     before = {file: file.stat().st_mtime_ns for file in cases.folder.iterdir()}
     assert cases.fault() is None
     assert main(["preprocess_unlabeled", "-d", "901", "-c", "3d_fullres"]) == 0
@@ -58,7 +58,7 @@ def test_what_is_up_to_date_is_left_alone(base, cases):
 
 
 @pytest.mark.parametrize("dataset", ["901", "Dataset901_Tiny"])
-def test_several_processes_do_the_same(base, cases, dataset):
+def test_files_do_not_depend_on_the_number_of_processes(base, cases, dataset):
     before = {file.name: file.read_bytes() for file in cases.folder.iterdir()}
     shutil.rmtree(cases.folder)
     folder = preprocess_unlabeled(dataset, "3d_fullres", num_processes=1 if dataset == "901" else 2)
@@ -74,7 +74,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
-def test_other_plans_make_it_stale(base, change):
+def test_changed_plans_make_the_folder_stale(base, change):
     change_plans(base, **change)
     cases = UnlabeledCases.of_dataset("901", "3d_fullres", "nnUNetPlans")
     assert cases.fault() == "the plans have changed"
@@ -84,12 +84,12 @@ def test_other_plans_make_it_stale(base, change):
         cases.require(num_processes=1)
 
 
-def test_what_preprocessing_does_not_read_leaves_it_valid(base):
+def test_patch_size_and_batch_size_do_not_make_the_folder_stale(base):
     change_plans(base, patch_size=[16, 16, 16], batch_size=5)
     assert UnlabeledCases.of_dataset("901", "3d_fullres", "nnUNetPlans").fault() is None
 
 
-def test_other_images_make_it_stale_and_the_command_renews_it(cases, images):
+def test_changed_images_make_the_folder_stale_until_preprocess_unlabeled_is_run(cases, images):
     image, _ = tiny_volume(99)
     write_volume(image, images / "scan_new_0000.nii.gz")
     assert "have changed" in cases.fault()
@@ -104,7 +104,7 @@ def test_other_images_make_it_stale_and_the_command_renews_it(cases, images):
 
 
 @pytest.mark.parametrize("gone", ["imagesUn", "the variable"])
-def test_without_the_raw_images_a_matching_folder_is_used(cases, images, monkeypatch, gone):
+def test_preprocessed_folder_is_used_without_raw_images(cases, images, monkeypatch, gone):
     shutil.rmtree(images)
     if gone == "the variable":
         monkeypatch.delenv("nnUNet_raw")
@@ -119,12 +119,12 @@ def test_without_the_raw_images_a_matching_folder_is_used(cases, images, monkeyp
         (lambda c: c.manifest_file.write_text("[]"), "nnUNetPlans_3d_fullres_unlabeled.json is damaged"),
         (
             lambda c: c.manifest_file.write_text('{"files": {}, "digest": "", "format": 0}'),
-            "another version of nnunet-dycon made it",
+            "it was written by another version of nnunet-dycon",
         ),
         (lambda c: (c.folder / "scan_01.b2nd").unlink(), "scan_01.b2nd is missing or empty"),
     ],
 )
-def test_damage_is_named_and_mended_by_the_command(cases, damage, fault):
+def test_damaged_folder_is_reported_and_rebuilt_by_preprocess_unlabeled(cases, damage, fault):
     damage(cases)
     assert cases.fault() == fault
     with pytest.raises(UserError, match="is stale"):
@@ -133,13 +133,13 @@ def test_damage_is_named_and_mended_by_the_command(cases, damage, fault):
     assert cases.fault() is None
 
 
-def test_training_builds_what_is_missing(cases):
+def test_training_preprocesses_unlabeled_cases(cases):
     shutil.rmtree(cases.folder)
     cases.require(num_processes=1)
     assert cases.fault() is None
 
 
-def test_an_interrupted_build_goes_on_where_it_was(cases, monkeypatch):
+def test_interrupted_preprocessing_resumes(cases, monkeypatch):
     shutil.rmtree(cases.folder)
     done = []
     preprocess = module._preprocess_case
@@ -154,16 +154,18 @@ def test_an_interrupted_build_goes_on_where_it_was(cases, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         preprocess_unlabeled("901", "3d_fullres")
     assert not cases.folder.exists()
-    again = []
-    monkeypatch.setattr(module, "_preprocess_case", lambda job: (again.append(Path(job[-1]).name), preprocess(job))[1])
+    resumed = []
+    monkeypatch.setattr(
+        module, "_preprocess_case", lambda job: (resumed.append(Path(job[-1]).name), preprocess(job))[1]
+    )
     preprocess_unlabeled("901", "3d_fullres")
-    assert sorted(done + again) == UNLABELED
+    assert sorted(done + resumed) == UNLABELED
     assert cases.fault() is None
     assert not list(cases.folder.parent.glob("*.partial"))
 
 
-def test_a_build_killed_within_a_case_goes_on_with_that_case(cases, monkeypatch):
-    """nnU-Net has written a part of the case then, and blosc2 does not write over it."""
+def test_preprocessing_killed_while_writing_a_case_repeats_this_case(cases, monkeypatch):
+    """Some files of the case exist, and blosc2 does not overwrite files."""
     before = {file.name: file.read_bytes() for file in cases.folder.iterdir()}
     shutil.rmtree(cases.folder)
 
@@ -180,11 +182,11 @@ def test_a_build_killed_within_a_case_goes_on_with_that_case(cases, monkeypatch)
     assert {file.name: file.read_bytes() for file in cases.folder.iterdir()} == before
 
 
-def test_outside_of_the_nonzero_region_images_are_exactly_zero(base, images):
-    """Resampling rings across its border; the loader looks for exact zeros."""
+def test_images_are_exactly_zero_outside_the_nonzero_region(base, images):
+    """Resampling causes ringing at the border of the region, but the loader requires exact zeros."""
     image, _ = tiny_volume(50, shape=(30, 30, 30))
-    away = np.stack(np.meshgrid(*[np.arange(30) - 14.5] * 3)).astype(float)
-    image = np.where((away**2).sum(0) < 12**2, image + 20, 0).astype(np.float32)
+    from_center = np.stack(np.meshgrid(*[np.arange(30) - 14.5] * 3)).astype(float)
+    image = np.where((from_center**2).sum(0) < 12**2, image + 20, 0).astype(np.float32)
     for file in images.iterdir():
         file.unlink()
     write_volume(image, images / "stripped_0000.nii.gz", spacing=(1.3, 1.3, 1.3))
@@ -197,18 +199,20 @@ def test_outside_of_the_nonzero_region_images_are_exactly_zero(base, images):
     assert (data[~outside] != 0).mean() > 0.99
 
 
-def test_a_stale_fingerprint_is_refused(base, images):
-    """A case that was planned on has lost its label: the label would go on speaking through the plans."""
+def test_stale_fingerprint_raises(base, images):
+    """A label was removed after planning, but the fingerprint still contains statistics of this label."""
     folder = base / "nnUNetPlans_3d_fullres"
     for file in folder.glob("case_04*"):
         file.unlink()
     shutil.rmtree(base / "nnUNetPlans_3d_fullres_unlabeled")
-    message = r"dataset_fingerprint.json was made from 5 cases, which are not the 4 .*and_preprocess -d 901 --clean"
+    message = (
+        r"fingerprint.json was extracted from 5 cases, which are not the current 4 .*and_preprocess -d 901 --clean"
+    )
     with pytest.raises(UserError, match=message):
         preprocess_unlabeled("901", "3d_fullres")
 
 
-def test_two_trainings_at_once_build_it_once(cases, monkeypatch):
+def test_two_trainings_preprocess_unlabeled_cases_once(cases, monkeypatch):
     shutil.rmtree(cases.folder)
     preprocessed = []
     preprocess = module._preprocess_case
@@ -225,31 +229,31 @@ def test_two_trainings_at_once_build_it_once(cases, monkeypatch):
 BAD_IMAGES = {
     "none": (lambda d: [file.unlink() for file in d.iterdir()], "no unlabeled cases: .*imagesUn has no file"),
     "no folder": (shutil.rmtree, "no unlabeled cases: .*imagesUn has no file"),
-    "a channel too many": (
+    "additional channel": (
         lambda d: shutil.copy(d / "scan_00_0000.nii.gz", d / "scan_00_0001.nii.gz"),
         "unlabeled case scan_00 in .* has the channels 0000, 0001, but dataset.json names 1: 0000",
     ),
-    "a wrong channel": (
+    "wrong channel number": (
         lambda d: (d / "scan_00_0000.nii.gz").rename(d / "scan_00_0003.nii.gz"),
         "unlabeled case scan_00 in .* has the channels 0003",
     ),
-    "no channel": (
+    "no channel number": (
         lambda d: (d / "scan_00_0000.nii.gz").rename(d / "scan.nii.gz"),
-        r"scan.nii.gz is not named as nnU-Net wants it: CASE_XXXX.nii.gz",
+        r"scan.nii.gz is not named CASE_XXXX.nii.gz, as nnU-Net requires; rename it",
     ),
-    "labeled too": (
+    "also labeled": (
         lambda d: shutil.copy(d / "scan_00_0000.nii.gz", d / "case_02_0000.nii.gz"),
-        "1 cases are both labeled and unlabeled, case_02 the first",
+        "1 cases are both labeled and unlabeled, such as case_02; remove them from",
     ),
-    "cut short": (
+    "truncated": (
         lambda d: (d / "scan_02_0000.nii.gz").write_bytes((d / "scan_02_0000.nii.gz").read_bytes()[:5000]),
         r"1 of 4 unlabeled cases cannot be used; repair or remove them: .*scan_02_0000.nii.gz \(Compressed file ended",
     ),
-    "garbage": (
+    "not gzip": (
         lambda d: (d / "scan_02_0000.nii.gz").write_bytes(b"no image"),
         r"scan_02_0000.nii.gz \(Not a gzipped file",
     ),
-    "zero size": (
+    "empty": (
         lambda d: (d / "scan_02_0000.nii.gz").write_bytes(b""),
         r"scan_02_0000.nii.gz \(the file is empty\)",
     ),
@@ -257,13 +261,13 @@ BAD_IMAGES = {
         lambda d: write_volume(with_nan(tiny_volume(1)[0]), d / "scan_02_0000.nii.gz"),
         r"scan_02_0000.nii.gz \(it has NaN or infinite voxels\)",
     ),
-    "half of the voxels, well compressed": (
+    "valid gzip with half of the voxels": (
         lambda d: cut_inside(d / "scan_02_0000.nii.gz"),
         r"scan_02_0000.nii.gz \(Expected .* bytes, got",
     ),
-    "values out of range": (
+    "intensities out of range": (
         lambda d: write_volume(tiny_volume(1)[0] * np.float32(1e30), d / "scan_02_0000.nii.gz"),
-        r"scan_02_0000.nii.gz \(its values are so large that nothing is left",
+        r"scan_02_0000.nii.gz \(its intensities are too large to be normalized",
     ),
     "constant": (
         lambda d: write_volume(np.full((24, 32, 40), 7, np.float32), d / "scan_02_0000.nii.gz"),
@@ -298,7 +302,7 @@ def cut_inside(file: Path) -> None:
     file.write_bytes(gzip.compress(content[: len(content) // 2]))
 
 
-def test_repairing_or_removing_a_bad_image_keeps_what_is_done(cases, images, monkeypatch):
+def test_completed_cases_are_kept_when_invalid_images_are_repaired_or_removed(cases, images, monkeypatch):
     change_plans(cases.folder.parent, spacing=[2.0, 1.0, 1.0])
     for name in ("scan_01", "scan_02"):
         (images / f"{name}_0000.nii.gz").write_bytes(b"")
@@ -307,31 +311,33 @@ def test_repairing_or_removing_a_bad_image_keeps_what_is_done(cases, images, mon
     (images / "scan_01_0000.nii.gz").unlink()
     write_volume(tiny_volume(7)[0], images / "scan_02_0000.nii.gz")
     (images / "scan_03_0000.nii.gz").rename(images / "scan_04_0000.nii.gz")  # an image of another case
-    again = []
+    resumed = []
     preprocess = module._preprocess_case
-    monkeypatch.setattr(module, "_preprocess_case", lambda job: (again.append(Path(job[-1]).name), preprocess(job))[1])
+    monkeypatch.setattr(
+        module, "_preprocess_case", lambda job: (resumed.append(Path(job[-1]).name), preprocess(job))[1]
+    )
     folder = preprocess_unlabeled("901", "3d_fullres")
-    assert again == ["scan_02", "scan_04"]
+    assert resumed == ["scan_02", "scan_04"]
     assert sorted(file.name for file in folder.iterdir()) == sorted(
         case + suffix for case in ("scan_00", "scan_02", "scan_04") for suffix in (".b2nd", "_seg.b2nd", ".pkl")
     )
 
 
-def test_a_machine_that_fails_blames_no_image(cases, images, monkeypatch):
-    """blosc2 tells of a full disk by a RuntimeError."""
+def test_full_disk_is_not_reported_as_an_invalid_image(cases, images, monkeypatch):
+    """blosc2 raises a RuntimeError if the disk is full."""
     change_plans(cases.folder.parent, spacing=[2.0, 1.0, 1.0])
 
     def full(*arguments, **options):
         raise RuntimeError("Error while creating the NDArray")
 
     monkeypatch.setattr("nnunetv2.training.dataloading.nnunet_dataset.blosc2.asarray", full)
-    message = r"scan_00_0000.nii.gz: cannot be preprocessed \(Error while .*\); make room in .*run again"
-    with pytest.raises(UserError, match=message) as told:
+    message = r"scan_00_0000.nii.gz: cannot be preprocessed \(Error while .*\); free disk space in .*run again"
+    with pytest.raises(UserError, match=message) as raised:
         preprocess_unlabeled("901", "3d_fullres")
-    assert "remove" not in str(told.value)
+    assert "remove" not in str(raised.value)
 
 
-def test_builds_of_other_plans_are_cleaned_up(cases):
+def test_interrupted_preprocessing_with_other_plans_is_removed(cases):
     outdated = cases.folder.with_name(f"{cases.folder.name}.1_0123456789ab.partial")
     outdated.mkdir()
     (outdated / "scan_00.b2nd").write_bytes(b"x")
@@ -340,9 +346,7 @@ def test_builds_of_other_plans_are_cleaned_up(cases):
     assert not outdated.exists()
 
 
-def test_what_is_up_to_date_needs_no_lock(cases, monkeypatch):
-    """As where nnUNet_preprocessed cannot be written to."""
-
+def test_folder_that_is_up_to_date_may_be_read_only(cases, monkeypatch):
     def read_only(folder):
         raise UserError("cannot be written to")
 
@@ -354,10 +358,10 @@ def test_what_is_up_to_date_needs_no_lock(cases, monkeypatch):
 
 
 @pytest.mark.parametrize(("damage", "message"), BAD_IMAGES.values(), ids=BAD_IMAGES.keys())
-def test_bad_images_are_named_in_one_line_and_nothing_is_lost(cases, images, capsys, damage, message):
+def test_invalid_images_raise_and_keep_the_old_folder(cases, images, capsys, damage, message):
     before = {file.name: file.read_bytes() for file in cases.folder.iterdir()}
     damage(images)
-    change_plans(cases.folder.parent, spacing=[2.0, 1.0, 1.0])  # stale, so that there is something to do
+    change_plans(cases.folder.parent, spacing=[2.0, 1.0, 1.0])  # to make the folder stale
     capsys.readouterr()
     assert main(["preprocess_unlabeled", "-d", "901", "-np", "1"]) == 1
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("nnunet_dycon: error:")]
@@ -373,18 +377,18 @@ def test_bad_images_are_named_in_one_line_and_nothing_is_lost(cases, images, cap
         (("902", "3d_fullres", "nnUNetPlans"), "there is no data set 902"),
         (
             ("901", "3d_fullres", "OtherPlans"),
-            "OtherPlans.json does not exist; name plans that there are, or make these with nnUNetv2_plan_experiment",
+            "OtherPlans.json does not exist; name existing plans, or create these with nnUNetv2_plan_experiment",
         ),
         (("901", "3d_ultrares", "nnUNetPlans"), "has no configuration 3d_ultrares"),
     ],
 )
-def test_wrong_arguments_are_named(tiny, arguments, message):
+def test_unknown_dataset_plans_or_configuration_raise(tiny, arguments, message):
     with pytest.raises(UsageError, match=message):
         UnlabeledCases.of_dataset(*arguments)
 
 
-def test_an_image_with_nan_is_named(base, images):
-    """One such voxel would make the whole normalised image NaN."""
+def test_nan_in_nrrd_raises(base, images):
+    """A single NaN voxel would make the whole normalized image NaN."""
     dataset = json.loads((base / "dataset.json").read_text())
     (base / "dataset.json").write_text(json.dumps(dataset | {"file_ending": ".nrrd"}))
     image, _ = tiny_volume(2)
@@ -395,20 +399,20 @@ def test_an_image_with_nan_is_named(base, images):
 
 
 @pytest.mark.parametrize("name", ["nnUNetPlans.json", "dataset.json"])
-def test_damaged_plans_are_named(base, capsys, name):
+def test_damaged_plans_raise(base, capsys, name):
     (base / name).write_text("{")
     assert main(["preprocess_unlabeled", "-d", "901"]) == 1
     assert f"{name} is damaged" in capsys.readouterr().err
 
 
-def test_a_wrong_number_of_processes_is_named(tiny, monkeypatch, capsys):
+def test_invalid_default_number_of_processes_raises(tiny, monkeypatch, capsys):
     monkeypatch.setenv("nnUNet_def_n_proc", "many")
     assert main(["preprocess_unlabeled", "-d", "901"]) == 2
     assert "nnUNet_def_n_proc must be a positive number, got 'many'" in capsys.readouterr().err
     assert main(["preprocess_unlabeled", "-d", "901", "-np", "1"]) == 0
 
 
-def test_a_missing_variable_is_named(tiny, monkeypatch, capsys):
+def test_missing_environment_variable_raises(tiny, monkeypatch, capsys):
     monkeypatch.delenv("nnUNet_preprocessed")
     assert main(["preprocess_unlabeled", "-d", "901"]) == 2
     assert "the environment variable nnUNet_preprocessed is not set" in capsys.readouterr().err

@@ -231,7 +231,7 @@ def test_nan_raises(source, raw, capsys, ending):
 
 
 @pytest.mark.parametrize(
-    ("ending", "message"), [(".tif", "TIFF has no spacing in mm"), (".vtk", "it holds text, of which SimpleITK")]
+    ("ending", "message"), [(".tif", "TIFF has no spacing in mm"), (".vtk", "it is a text file, and SimpleITK")]
 )
 def test_unsupported_formats_raise(tmp_path, raw, capsys, ending, message):
     file = tmp_path / "i" / f"a{ending}"

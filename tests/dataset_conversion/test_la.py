@@ -277,9 +277,9 @@ def test_invalid_spacing_raises(nrrd_source, raw, capsys, spacing):
     [
         ("x", "must be a whole number and at least 1, got x"),
         ("0", "must be a whole number and at least 1, got 0"),
-        ("x%", "must be a share above 0% and up to 100%, or a number of cases, got x%"),
-        ("nan%", "must be a share above 0%"),
-        ("101%", "must be a share above 0%"),
+        ("x%", "must be a number of cases, or a percentage above 0% and up to 100%, got x%"),
+        ("nan%", "must be a number of cases, or a percentage above 0%"),
+        ("101%", "must be a number of cases, or a percentage above 0%"),
     ],
 )
 def test_invalid_number_of_labels_raises(tmp_path, capsys, labeled, message):

@@ -1,4 +1,4 @@
-"""What the doctor finds, as objects."""
+"""Fixtures that run the doctor and return its findings as objects."""
 
 import json
 from collections.abc import Callable
@@ -19,7 +19,7 @@ def no_gpu(monkeypatch):
 
 @pytest.fixture
 def pretend_a_gpu(monkeypatch) -> Callable:
-    """pretend_a_gpu(24) has one of 24 GiB."""
+    """pretend_a_gpu(24) simulates a GPU of 24 GiB."""
 
     def pretend(gib: float) -> None:
         memory = round(gib * 2**30)
@@ -36,13 +36,13 @@ def pretend_a_gpu(monkeypatch) -> Callable:
 
 @pytest.fixture
 def no_look_up(monkeypatch):
-    """The look-up starts a process, which takes seconds."""
+    """Skip the look-up of trainers, which starts a process and takes seconds."""
     monkeypatch.setattr(installation, "check_look_up", lambda trainer: [])
 
 
 @pytest.fixture
 def doctor(no_look_up, capsys) -> Callable:
-    """doctor("-d 901 -f 0") gives the exit code and the findings, without the look-up."""
+    """doctor("-d 901 -f 0") returns the exit code and the findings, without the look-up of trainers."""
 
     def run(arguments: str) -> tuple[int, list[Finding]]:
         code = main(["doctor", "--json", *arguments.split()])
@@ -53,7 +53,7 @@ def doctor(no_look_up, capsys) -> Callable:
 
 @pytest.fixture
 def find() -> Callable:
-    """find(findings, check, status, message, remedy) gives the one whose message and remedy contain these texts."""
+    """find(findings, check, status, message, remedy) returns the finding that contains these texts, or fails."""
 
     def search(findings: list[Finding], check: str, status: str, message: str, remedy: str | None = None) -> Finding:
         for finding in findings:

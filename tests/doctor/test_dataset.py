@@ -1,4 +1,4 @@
-"""The raw data set, broken one at a time. All of it is preprocessed, so that training could do without most."""
+"""Checks of a raw data set with one fault each. All cases are preprocessed, so training needs few raw files."""
 
 import json
 import shutil
@@ -86,7 +86,7 @@ def not_an_image(raw: Path) -> None:
 
 
 def copied(raw: Path, source: str, target: str) -> None:
-    """The same voxels under another name, as another type, with another header and without compression."""
+    """Write the same voxels under another name, with another type and header, without compression."""
     image = sitk.Cast(sitk.ReadImage(str(raw / source)), sitk.sitkFloat64)
     image.SetOrigin((1.0, 2.0, 3.0))
     sitk.WriteImage(image, str(raw / target), False)
@@ -105,19 +105,19 @@ def unlabeled_copy_of_labeled(raw: Path) -> None:
     copied(raw, "imagesTr/case_03_0000.nii.gz", "imagesUn/new_0000.nii.gz")
 
 
-# name: how to break it, then check, status, message and remedy of the finding
+# name: function that makes the fault, then check, status, message and remedy of its finding
 FAULTS = {
     "no dataset.json": (no_json, "raw data", FAIL, "dataset.json cannot be read ([Errno 2]", "dataset_format.md"),
     "damaged dataset.json": (damaged_json, "raw data", FAIL, "dataset.json cannot be read (", "dataset_format.md"),
     "incomplete dataset.json": (incomplete_json, "raw data", FAIL, "has no file_ending", "dataset_format.md"),
-    "numTraining": (other_number, "raw data", WARNING, "says numTraining 7, but imagesTr has 5 cases", "correct"),
-    "misnamed": (misnamed, "raw data", FAIL, "scan_00.nii.gz is not named as nnU-Net wants", "rename it"),
+    "numTraining": (other_number, "raw data", WARNING, "dataset.json is 7, but imagesTr has 5 cases", "correct"),
+    "misnamed": (misnamed, "raw data", FAIL, "scan_00.nii.gz is not named CASE_XXXX", "rename it"),
     "misnamed test": (misnamed_test, "raw data", WARNING, "test case test_00 in", "add or remove files"),
     "no label": (no_label, "raw data", WARNING, "1 case of imagesTr has no label in labelsTr: case_01", "imagesUn"),
-    "no image": (no_image, "raw data", WARNING, "1 label of labelsTr has no image in imagesTr: case_01", "take"),
+    "no image": (no_image, "raw data", WARNING, "1 label of labelsTr has no image in imagesTr: case_01", "remove"),
     "no unlabeled cases": (no_unlabeled, "raw data", FAIL, "no unlabeled cases", "put the unlabeled images there"),
-    "two roles": (in_two_folders, "case names", FAIL, "1 case is in imagesTr and imagesUn: case_02", "out of one"),
-    "two roles, held out": (held_out_and_unlabeled, "case names", WARNING, "imagesUn and imagesTs: scan_02", "out of"),
+    "two roles": (in_two_folders, "case names", FAIL, "1 case is in imagesTr and imagesUn: case_02", "from one of"),
+    "two roles, held out": (held_out_and_unlabeled, "case names", WARNING, "imagesUn and imagesTs: scan_02", "from"),
     "m": (in_meters, "headers", FAIL, "scan_00_0000.nii.gz, scan_01_0000.nii.gz: its voxels of 0.001", "repair"),
     "cm, held out": (held_out_in_cm, "headers", WARNING, "imagesTs: test_00_0000.nii.gz: its voxels of 0.1", "repair"),
     "4D": (four_dimensional, "headers", FAIL, "scan_00_0000.nii.gz: 4 dimensions instead of 3", "repair or remove"),
@@ -125,35 +125,35 @@ FAULTS = {
     "not an image": (not_an_image, "headers", WARNING, "case_00_0000.nii.gz: cannot be read", "repair or remove"),
     "test = labeled": (
         held_out_copy_of_labeled, "duplicates", WARNING,
-        "1 image is the same in imagesTr and imagesTs: case_03 = new", "no score on them counts",
+        "1 image is the same in imagesTr and imagesTs: case_03 = new", "scores on training images are not valid",
     ),
     "val = unlabeled": (
         held_out_copy_of_unlabeled, "duplicates", WARNING,
-        "1 image is the same in imagesUn and imagesVal: scan_03 = new", "say beside the scores",
+        "1 image is the same in imagesUn and imagesVal: scan_03 = new", "report with the scores",
     ),
     "unlabeled = labeled": (
         unlabeled_copy_of_labeled, "duplicates", WARNING,
-        "1 image is the same in imagesTr and imagesUn: case_03 = new", "take them out of imagesUn",
+        "1 image is the same in imagesTr and imagesUn: case_03 = new", "remove them from imagesUn",
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("break_it", "check", "status", "message", "remedy"), FAULTS.values(), ids=FAULTS.keys())
-def test_faults(raw, doctor, find, break_it, check, status, message, remedy):
+def test_fault_is_reported_with_its_remedy(raw, doctor, find, break_it, check, status, message, remedy):
     break_it(raw)
     code, findings = doctor("-d 901 -f 0")
     find(findings, check, status, message, remedy)
     assert not [finding for finding in findings if "could not be checked" in finding.message]
-    # A new image in imagesUn makes what is preprocessed stale.
+    # A new image in imagesUn makes the preprocessed unlabeled cases stale.
     assert code == (status == FAIL or break_it is unlabeled_copy_of_labeled)
 
 
-def test_an_image_in_two_folders_under_one_name_is_told_once(raw, doctor, find):
+def test_image_in_two_folders_under_one_name_is_reported_once(raw, doctor, find):
     in_two_folders(raw)
     find(doctor("-d 901")[1], "duplicates", OK, "no image is in two folders under two names")
 
 
-def test_raw_faults_of_labeled_cases_are_grave_before_they_are_preprocessed(base, raw, doctor, find):
+def test_raw_faults_of_labeled_cases_fail_before_preprocessing(base, raw, doctor, find):
     shutil.rmtree(base)
     no_label(raw)
     not_an_image(raw)
@@ -162,10 +162,10 @@ def test_raw_faults_of_labeled_cases_are_grave_before_they_are_preprocessed(base
     find(findings, "headers", FAIL, "case_00_0000.nii.gz: cannot be read")
 
 
-def test_preprocessed_data_do_without_raw_data(raw, doctor, find, monkeypatch):
+def test_preprocessed_cases_need_no_raw_data(raw, doctor, find, monkeypatch):
     shutil.rmtree(raw)
     code, findings = doctor("-d 901 -f 0")
-    find(findings, "raw data", NOTE, f"there is no folder {raw}; all is preprocessed")
+    find(findings, "raw data", NOTE, f"{raw} does not exist; all cases are preprocessed")
     assert code == 0
     monkeypatch.delenv("nnUNet_raw")
     code, findings = doctor("-d Dataset901_Tiny -f 0")
@@ -178,15 +178,15 @@ def test_only_images_of_equal_size_are_read(raw, doctor, find):
     find(doctor("-d 901")[1], "duplicates", OK, "(11 of equal size were compared)")
 
 
-def test_cases_are_named_up_to_three(raw, doctor, find):
+def test_at_most_three_cases_are_named(raw, doctor, find):
     for number in range(5):
         (raw / "labelsTr" / f"case_{number:02d}.nii.gz").unlink()
-    told = "5 cases of imagesTr have no label in labelsTr: case_00, case_01, case_02 and 2 more"
-    find(doctor("-d 901")[1], "raw data", WARNING, told)
+    message = "5 cases of imagesTr have no label in labelsTr: case_00, case_01, case_02 and 2 more"
+    find(doctor("-d 901")[1], "raw data", WARNING, message)
 
 
-def test_an_unknown_data_set(tiny, doctor, find):
+def test_unknown_data_set_fails(tiny, doctor, find):
     code, findings = doctor("-d 902")
-    find(findings, "data set", FAIL, "there is no data set 902 that nnU-Net could take", "correct it")
+    find(findings, "data set", FAIL, "there is no data set 902 that nnU-Net can use", "correct the ID")
     assert code == 1
     find(doctor("-d Dataset_Tiny")[1], "data set", FAIL, "there is no data set Dataset_Tiny")

@@ -1,4 +1,4 @@
-"""The command: nothing to say of what is well, two ways of saying it, and no traceback."""
+"""The doctor command: text and JSON output, exit codes, and findings instead of tracebacks."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from nnunet_dycon.doctor import installation
 from nnunet_dycon.doctor.findings import FAIL, NOTE, OK, WARNING
 
 
-def test_nothing_is_said_against_a_healthy_data_set(tiny, capsys):
+def test_healthy_data_set_has_no_warnings(tiny, capsys):
     before = sorted(tiny.rglob("*"))
     assert main(["doctor", "-d", "901", "-f", "0"]) == 0
     assert sorted(tiny.rglob("*")) == before
@@ -28,11 +28,11 @@ def test_nothing_is_said_against_a_healthy_data_set(tiny, capsys):
     assert f"versions: Python {python}, nnunet-dycon {nnunet_dycon.__version__}, nnunetv2 2.8" in lines[0]
     assert [line for line in lines if "5 labeled, 4 unlabeled, 2 test; 1 channel" in line]
     command = "nnUNetv2_train 901 3d_fullres 0 -tr nnUNetTrainerWeakToStrong -device cpu"
-    assert (empty, verdict.partition("; ")[2]) == ("", f"nothing stands against: {command}")
+    assert (empty, verdict.partition("; ")[2]) == ("", f"training should work: {command}")
     assert max(map(len, lines)) < 300
 
 
-def test_json_has_the_findings_and_a_summary(tiny, no_look_up, capsys):
+def test_json_contains_findings_and_summary(tiny, no_look_up, capsys):
     arguments = ["-d", "901", "-c", "3d_lowres", "-p", "Mine", "-f", "all", "-tr", "nnUNetTrainerMeanTeacher"]
     assert main(["doctor", "--json", *arguments]) == 1
     printed = json.loads(capsys.readouterr().out)
@@ -45,11 +45,11 @@ def test_json_has_the_findings_and_a_summary(tiny, no_look_up, capsys):
     assert {status: statuses.count(status) for status in (OK, NOTE, WARNING, FAIL)}.items() <= summary.items()
 
 
-def test_without_a_data_set_only_what_all_need_is_looked_at(tiny, no_look_up, capsys):
+def test_without_a_data_set_only_the_installation_is_checked(tiny, no_look_up, capsys):
     assert main(["doctor"]) == 0
     *lines, verdict, hint = capsys.readouterr().out.splitlines()
     assert not [line for line in lines if "Dataset901_Tiny" in line]
-    assert "nothing stands against: nnUNetv2_train ID 3d_fullres FOLD" in verdict
+    assert "training should work: nnUNetv2_train ID 3d_fullres FOLD" in verdict
     assert "-d ID" in hint
 
 
@@ -61,7 +61,7 @@ def test_a_fold_is_a_number_or_all(fold):
 
 
 def test_broken_packages_are_findings(tiny, tmp_path):
-    """Of a torch that cannot be imported, and all that needs it."""
+    """If torch cannot be imported, every check that needs it fails with the reason."""
     broken = tmp_path / "torch"
     broken.mkdir()
     (broken / "__init__.py").write_text("raise OSError('libcudart.so: cannot open shared object file')")
@@ -73,7 +73,7 @@ def test_broken_packages_are_findings(tiny, tmp_path):
     assert all("libcudart.so: cannot open shared object file" in line for line in failed)
 
 
-def test_a_check_that_breaks_is_a_warning_and_the_others_go_on(tiny, doctor, find, monkeypatch):
+def test_error_in_a_check_is_a_warning_and_other_checks_run(tiny, doctor, find, monkeypatch):
     def check_settings():
         yield installation.Finding("settings", OK, "before")
         raise ZeroDivisionError("float division\nmore")

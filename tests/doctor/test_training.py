@@ -1,4 +1,4 @@
-"""What one training needs and leaves, broken one at a time."""
+"""Checks of one training with one fault each."""
 
 import json
 import shutil
@@ -110,33 +110,33 @@ def trained(checkpoint: str):
 
 
 THREE, TWO = ["case_00", "case_01", "case_02"], ["case_03", "case_04"]
-# name: how to break it, then check, status, message and remedy of the finding
+# name: function that makes the fault, then check, status, message and remedy of its finding
 FAULTS = {
     "no plans": (no_plans, "plans", FAIL, "nnUNetPlans.json does not exist", "nnUNetv2_plan_and_preprocess -d 901"),
     "useless plans": (useless_plans, "plans", FAIL, "has no configuration 3d_fullres", "plan again"),
     "not preprocessed": (not_preprocessed, "labeled", FAIL, "does not exist", "nnUNetv2_preprocess -d 901 -c 3d_full"),
     "nothing preprocessed": (nothing_preprocessed, "labeled", FAIL, "has no cases", "nnUNetv2_preprocess -d 901"),
-    "half": (half_preprocessed, "labeled", FAIL, "files are missing of case_01", "nnUNetv2_preprocess -d 901"),
+    "half": (half_preprocessed, "labeled", FAIL, "lacks files of case_01", "nnUNetv2_preprocess -d 901"),
     "no references": (no_references, "labeled", FAIL, "has no case_00, case_01, case_02 and 2 more", "nnUNet"),
     "no fingerprint": (no_fingerprint, "labeled", FAIL, "has no dataset_fingerprint.json", "-d 901 --clean"),
-    "stale fingerprint": (stale_fingerprint, "labeled", FAIL, "5 cases, which are not the 4", "-d 901 --clean"),
+    "stale fingerprint": (stale_fingerprint, "labeled", FAIL, "5 cases, which are not the current 4", "-d 901 --clean"),
     "relabeled": (relabeled, "labeled", WARNING, "5 cases are preprocessed, but labelsTr has 6; differing: c", "-d"),
     "unlabeled": (unlabeled_not_preprocessed, "unlabeled", NOTE, "4 cases are not preprocessed yet", "ss_unlabeled -d"),
     "stale": (stale_unlabeled, "unlabeled", FAIL, "the plans have changed", "preprocess_unlabeled -d 901 -c"),
-    "both": (labeled_and_unlabeled, "unlabeled", FAIL, "1 cases are both labeled and unlabeled, scan_00", "take them"),
-    "interrupted": (interrupted, "unlabeled", NOTE, "0123456789ab.partial is left of an interrupted", None),
-    "split of others": (splits((THREE, ["gone"])), "split", FAIL, "names 1 cases in fold 0 that are not", "mend it"),
-    "split of unlabeled": (splits((UNLABELED, TWO)), "split", FAIL, "names 4 cases in fold 0 that are not", "mend it"),
+    "both": (labeled_and_unlabeled, "unlabeled", FAIL, "1 cases are both labeled and unlabeled", "remove them"),
+    "interrupted": (interrupted, "unlabeled", NOTE, "0123456789ab.partial is left from an interrupted", None),
+    "split of others": (splits((THREE, ["gone"])), "split", FAIL, "1 cases of fold 0 are not", "fix it"),
+    "split of unlabeled": (splits((UNLABELED, TWO)), "split", FAIL, "4 cases of fold 0 are not", "fix it"),
     "split that overlaps": (splits((THREE, THREE + TWO)), "split", WARNING, "trains and validates on case_00", "if"),
-    "split without fold": (splits(), "split", WARNING, "has no fold 0; nnU-Net would draw 80 %", "choose"),
-    "split of some": (splits((THREE, TWO[:1])), "split", NOTE, "fold 0 leaves out of the labeled cases: case_04", None),
-    "trained": (trained("checkpoint_final.pth"), "results", NOTE, "holds a finished training, whose", "add --c"),
-    "interrupted training": (trained("checkpoint_latest.pth"), "results", NOTE, "fold_0 holds a training", "add --c"),
+    "split without fold": (splits(), "split", WARNING, "has no fold 0; nnU-Net would train on a random 80 %", "choose"),
+    "split of some": (splits((THREE, TWO[:1])), "split", NOTE, "fold 0 does not use these labeled cases: case", None),
+    "trained": (trained("checkpoint_final.pth"), "results", NOTE, "contains a finished training; a new one", "add --c"),
+    "interrupted training": (trained("checkpoint_latest.pth"), "results", NOTE, "0 contains a training", "add --c"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("break_it", "check", "status", "message", "remedy"), FAULTS.values(), ids=FAULTS.keys())
-def test_faults(base, doctor, find, break_it, check, status, message, remedy):
+def test_fault_is_reported_with_its_remedy(base, doctor, find, break_it, check, status, message, remedy):
     break_it(base)
     code, findings = doctor("-d 901 -f 0")
     find(findings, check, status, message, remedy)
@@ -146,14 +146,14 @@ def test_faults(base, doctor, find, break_it, check, status, message, remedy):
     assert not [finding for finding in findings if "could not be checked" in finding.message]
 
 
-def test_what_several_checks_stumble_over_is_told_once(base, doctor):
+def test_fault_that_several_checks_find_is_reported_once(base, doctor):
     not_preprocessed(base)
     messages = [finding.message for finding in doctor("-d 901 -f 0")[1]]
     assert len([message for message in messages if message.endswith(f"{FOLDER} does not exist")]) == 1
 
 
 @pytest.mark.parametrize("name", [name for name, trainer in TRAINERS.items() if not trainer.is_supervised])
-def test_every_trainer_can_be_looked_at(base, doctor, name):
+def test_every_trainer_can_be_checked(base, doctor, name):
     code, findings = doctor(f"-d 901 -f 0 -tr {name}")
     assert {finding.status for finding in findings} == {OK, NOTE}
     assert {"disk", "GPU memory"} <= {finding.check for finding in findings}
@@ -169,18 +169,18 @@ def test_a_supervised_trainer_needs_no_unlabeled_cases(base, doctor, find):
     find(findings, "labeled", OK, "5 cases in")
 
 
-def test_regions_are_fine(base, doctor, find):
+def test_regions_are_supported(base, doctor, find):
     regions(base)
     code, findings = doctor("-d 901 -f 0")
     find(findings, "trainer", OK, "nnUNetTrainerWeakToStrong trains 3d_fullres")
     assert code == 0
 
 
-def test_memory_is_told_with_both_views_of_a_patch(base, doctor, find):
-    find(doctor("-d 901 -f 0 -tr nnUNetTrainerDKUXNet")[1], "GPU memory", NOTE, "about 9 times what the plans")
+def test_memory_estimate_includes_both_views_of_a_patch(base, doctor, find):
+    find(doctor("-d 901 -f 0 -tr nnUNetTrainerDKUXNet")[1], "GPU memory", NOTE, "about 9 times the memory")
 
 
-def test_a_cascade(base, doctor, find):
+def test_cascade_is_not_supported(base, doctor, find):
     file = base / "nnUNetPlans.json"
     plans = json.loads(file.read_text())
     plans["configurations"]["3d_cascade_fullres"] = {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}
@@ -191,7 +191,7 @@ def test_a_cascade(base, doctor, find):
 
 
 def few(base: Path) -> None:
-    """4 labeled cases."""
+    """Reduce the labeled cases to 4, also in the fingerprint."""
     stale_fingerprint(base)
     file = base / "dataset_fingerprint.json"
     fingerprint = json.loads(file.read_text())
@@ -204,23 +204,23 @@ def few(base: Path) -> None:
     [
         ("-f 0", FAIL, "4 labeled cases are too few for nnU-Net's split into 5 folds"),
         ("", NOTE, "4 labeled cases are too few for nnU-Net's split into 5 folds"),
-        ("-f all", OK, "fold all trains on all 4 cases"),
+        ("-f all", OK, "fold all trains and validates on all 4 cases"),
     ],
 )
-def test_few_cases(base, doctor, find, fold, status, message):
+def test_four_labeled_cases_allow_only_fold_all(base, doctor, find, fold, status, message):
     few(base)
     code, findings = doctor(f"-d 901 {fold}")
     find(findings, "split", status, message, None if status == OK else "'all'")
     assert code == (status == FAIL)
 
 
-def test_without_a_fold_each_is_looked_at(base, doctor, find):
+def test_without_a_fold_every_fold_is_checked(base, doctor, find):
     splits((THREE, TWO), (TWO, ["gone"]))(base)
-    find(doctor("-d 901")[1], "split", FAIL, "in fold 1")
+    find(doctor("-d 901")[1], "split", FAIL, "of fold 1")
     assert doctor("-d 901 -f 0")[0] == 0
 
 
-def test_another_process_preprocesses(base, doctor, find):
+def test_preprocessing_in_another_process_is_reported(base, doctor, find):
     unlabeled_not_preprocessed(base)
     interrupted(base)
     with FileLock(f"{base / FOLDER}_unlabeled.lock"):
@@ -230,7 +230,7 @@ def test_another_process_preprocesses(base, doctor, find):
     assert code == 0
 
 
-def test_results_that_cannot_be_written(base, doctor, find):
+def test_unwritable_results_folder_fails(base, doctor, find):
     folder = base.parents[1] / "nnUNet_results" / base.name
     folder.touch()
     code, findings = doctor("-d 901 -f 0")
@@ -238,12 +238,12 @@ def test_results_that_cannot_be_written(base, doctor, find):
     assert code == 1
 
 
-def test_a_full_disk(base, doctor, find, monkeypatch):
+def test_full_disk_fails(base, doctor, find, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=2**40, free=10**5))
     unlabeled_not_preprocessed(base)
     code, findings = doctor("-d 901 -f 0")
-    find(findings, "disk", FAIL, "MB for checkpoints; 0 MB are free", "make room")
-    find(findings, "disk", WARNING, "MB for unlabeled cases, at most; 0 MB are free", "make room")
+    find(findings, "disk", FAIL, "MB for checkpoints; 0 MB are free", "free disk space")
+    find(findings, "disk", WARNING, "MB for unlabeled cases, at most; 0 MB are free", "free disk space")
     assert code == 1
 
 
@@ -251,14 +251,14 @@ def unlabeled_cases() -> UnlabeledCases:
     return UnlabeledCases.of_dataset("901", "3d_fullres", "nnUNetPlans")
 
 
-def test_the_room_for_unlabeled_cases_is_what_they_take(base):
+def test_size_of_unlabeled_cases_equals_their_arrays(base):
     assert training._unlabeled_bytes(unlabeled_cases()) == sum(
         4 * prod(blosc2.open(str(base / f"{FOLDER}_unlabeled" / f"{case}.b2nd")).shape) for case in UNLABELED
     )
 
 
 @pytest.mark.parametrize(
-    ("spacing", "transpose", "share"),
+    ("spacing", "transpose", "ratio"),
     [
         ([2.0, 1.0, 1.0], [0, 1, 2], 3 / 2),
         ([0.5, 0.5, 2.0], [2, 1, 0], 3 * 2),
@@ -266,18 +266,18 @@ def test_the_room_for_unlabeled_cases_is_what_they_take(base):
         ([2.0, 4.0], [2, 1, 0], 3 / 8),
     ],
 )
-def test_the_room_for_unlabeled_cases_depends_on_the_spacing(base, raw, spacing, transpose, share):
-    """Slices are 3 mm thick. In 2D the first of the transposed axes is left as it is."""
+def test_size_of_unlabeled_cases_depends_on_the_spacing(base, raw, spacing, transpose, ratio):
+    """Slices are 3 mm thick. In 2D, the first of the transposed axes is not resampled."""
     for case in UNLABELED:
         write_volume(tiny_volume(0)[0], raw / "imagesUn" / f"{case}_0000.nii.gz", spacing=(1.0, 1.0, 3.0))
     change_plans(base, spacing=spacing)
     plans = json.loads((base / "nnUNetPlans.json").read_text())
     (base / "nnUNetPlans.json").write_text(json.dumps(plans | {"transpose_forward": transpose}))
-    assert training._unlabeled_bytes(unlabeled_cases()) == pytest.approx(4 * 4 * 24 * 32 * 40 * share)
+    assert training._unlabeled_bytes(unlabeled_cases()) == pytest.approx(4 * 4 * 24 * 32 * 40 * ratio)
 
 
 def large(base: Path) -> None:
-    """What nnU-Net plans for 8 GB where images are large."""
+    """Change the plans to those of nnU-Net for large images and 8 GB."""
     file = base / "nnUNetPlans.json"
     plans = json.loads(file.read_text())
     configuration = plans["configurations"]["3d_fullres"]
@@ -293,8 +293,8 @@ def large(base: Path) -> None:
     file.write_text(json.dumps(plans))
 
 
-def test_gpu_memory(base, doctor, find, pretend_a_gpu):
-    """Twice the patches take twice of what nnU-Net planned for, which is a little less than 8 GB."""
+def test_gpu_memory_is_compared_with_the_estimate(base, doctor, find, pretend_a_gpu):
+    """Twice the patches need twice the planned memory, which is a little less than 8 GB."""
     large(base)
     note = find(doctor("-d 901 -f 0")[1], "GPU memory", NOTE, "2 labeled and 2 unlabeled patches")
     gigabytes = float(note.message.split()[1])
@@ -313,13 +313,13 @@ def test_gpu_memory(base, doctor, find, pretend_a_gpu):
     assert code == 0
 
 
-def test_two_networks_take_the_room_of_two(base, doctor, find):
+def test_two_networks_need_twice_the_memory_and_disk_space(base, doctor, find):
     large(base)
     one, two = (
         find(doctor(f"-d 901 -f 0 -tr {trainer}")[1], "GPU memory", NOTE, "2 labeled and 2 unlabeled patches")
         for trainer in ("nnUNetTrainerDyCON", "nnUNetTrainerUGPL")
     )
-    # nnU-Net plans its residual encoder for the same memory.
+    # nnU-Net plans its residual encoder U-Net for the same memory.
     assert 1.8 <= float(two.message.split()[1]) / float(one.message.split()[1]) <= 2.3
     networks = training.build_students(training.find_trainer("nnUNetTrainerUGPL"), unlabeled_cases())
     sizes = [sum(parameter.numel() for parameter in network.parameters()) for network in networks]

@@ -1,4 +1,4 @@
-"""nnunet_dycon compare: known Dice values of small volumes, statistics by hand, files, and errors before scoring."""
+"""Tests of nnunet_dycon compare: statistics of known Dice values, files, and errors before scoring."""
 
 import csv
 import json
@@ -19,7 +19,7 @@ from nnunet_dycon.system.pictures import Panel, draw_paired_scores
 from tests.inference.files import DIAGONAL, SHAPE, declare, save
 
 CASES = [f"case_{i}" for i in range(8)]
-# Voxels that are predicted of the 100 of the reference: Dice = 2 n / (100 + n).
+# Number n of the 100 reference voxels that are predicted: Dice = 2 n / (100 + n).
 BASELINE = [50, 60, 70, 80, 90, 100, 40, 30]
 BETTER = [60, 65, 72, 85, 95, 100, 20, 70]  # 6 wins, 1 tie (case_5), 1 loss (case_6)
 
@@ -42,7 +42,7 @@ def predict(folder, voxels, labels=None):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """The current folder, with references, a baseline, and two seeds of a better method."""
+    """Return the current folder, with references, a baseline, and two seeds of a better method."""
     monkeypatch.chdir(tmp_path)
     for case in CASES:
         save(tmp_path / "labelsTs" / f"{case}.nii.gz", organ(100))
@@ -98,7 +98,7 @@ def test_worst_cases_are_named(folder):
     assert summary["lowest_dice"]["better"][0] == {"case": "case_6", "label": "organ", "dice": pytest.approx(dice(20))}
 
 
-def test_several_seeds_are_averaged_and_their_noise_is_in_the_interval(folder):
+def test_seeds_are_averaged_and_their_noise_widens_the_interval(folder):
     predict(folder / "base_1", [n - 10 for n in BASELINE])
     summary = statistics_of(folder, "base=base,base_1", "better=seed_0,seed_1")
     base = np.array([dice(BASELINE), dice(np.array(BASELINE) - 10)])
@@ -116,7 +116,7 @@ def test_several_seeds_are_averaged_and_their_noise_is_in_the_interval(folder):
     assert summary["comparisons"][0]["interval"] == pytest.approx([drawn.low, drawn.high])
 
 
-def test_holm_is_over_the_methods_and_labels_of_a_metric(folder):
+def test_holm_corrects_for_all_methods_and_labels_of_a_metric(folder):
     predict(folder / "worse", [n - 9 for n in BASELINE])
     summary = statistics_of(folder, "base=base", "better=seed_0", "worse=worse")
     tests = [one["wilcoxon"] for one in summary["comparisons"] if one["metric"] == DICE]
@@ -125,7 +125,7 @@ def test_holm_is_over_the_methods_and_labels_of_a_metric(folder):
 
 
 def evaluations(*runs):
-    """From (dice, voxels of the reference, of the prediction) of each case and label."""
+    """Build an Evaluation per run from (dice, reference voxels, prediction voxels) of each case and label."""
     found = []
     for run in runs:
         rows = []
@@ -152,25 +152,25 @@ def test_cases_without_a_score_are_left_out_for_all_methods(tmp_path):
     found = {(one["label"], one["method"]): one for one in summary["means"] if one["metric"] == DICE}
     assert found["tumor", "other"]["of_seeds"] == pytest.approx([0.6, 0.2])
     assert found["tumor", "base"]["cases"] == 1
-    # A case's mean over the labels that are scored in it: organ alone in case_0.
+    # Mean over the labels that have a score in the case: only organ in case_0.
     assert found[ALL, "base"]["mean"] == pytest.approx((0.8 + (0.6 + 0.2) / 2) / 2)
     assert found[ALL, "other"]["of_seeds"] == pytest.approx([(0.9 + 0.55) / 2, (0.8 + 0.4) / 2])
     (of_tumor,) = [one for one in summary["comparisons"] if (one["label"], one["metric"]) == ("tumor", DICE)]
-    assert (of_tumor["interval"], of_tumor["leave_one_out"]) == (None, None)  # of a single case
+    assert (of_tumor["interval"], of_tumor["leave_one_out"]) == (None, None)  # for a single case
     text = comparison.as_table()
-    assert "tumor: left out, as a run has no score (empty in both): 1 case: case_0" in text
+    assert "tumor: left out because a run has no score (empty in both): 1 case: case_0" in text
     assert "tumor: the reference is empty in 1 case; runs that predict it there: base 0, other 1/0" in text
     json.loads(json.dumps(summary, allow_nan=False))
 
 
-def test_a_label_that_is_never_scored_has_no_statistics(tmp_path):
+def test_label_without_scores_has_no_statistics(tmp_path):
     run = [{"organ": (0.8, 9, 9), "tumor": NONE}] * 2
     comparison = Comparison(tmp_path, dict.fromkeys("ab", (tmp_path,)), {"a": evaluations(run), "b": evaluations(run)})
     assert comparison.labels == ["organ"]
     assert comparison.summary["left_out"]["tumor"] == ["case_0", "case_1"]
 
 
-def test_few_differences_have_no_p(tmp_path):
+def test_few_differences_have_no_p_value(tmp_path):
     runs = {
         name: evaluations([{"organ": (0.5 + step * case, 9, 9)} for case in range(5)])
         for name, step in (("a", 0.0), ("b", 0.05))
@@ -180,7 +180,7 @@ def test_few_differences_have_no_p(tmp_path):
     assert "no p: with fewer than 6 differences that are not 0" in comparison.as_table()
 
 
-def test_a_missed_case_has_the_diagonal_as_hd95(folder):
+def test_empty_prediction_has_the_image_diagonal_as_hd95(folder):
     predict(folder / "missed", [0, *BASELINE[1:]])
     summary = statistics_of(folder, "base=base", "missed=missed")
     base, missed = (one["mean"] for one in summary["means"] if one["metric"] == HD95)
@@ -188,7 +188,7 @@ def test_a_missed_case_has_the_diagonal_as_hd95(folder):
     assert 8 * (missed - base) == pytest.approx(DIAGONAL - first)
 
 
-def test_command_writes_table_summary_and_picture(folder, capsys):
+def test_command_writes_csv_json_and_picture(folder, capsys):
     assert compare("-pred", "base=base", "better=seed_0,seed_1") == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "8 cases: case_0, case_1, case_2 and 5 more; references: labelsTs; baseline: base"
@@ -196,7 +196,7 @@ def test_command_writes_table_summary_and_picture(folder, capsys):
     assert means[0][:5] == ["organ", "base", "1", "8", f"{dice(BASELINE).mean():.4f}"]
     assert means[1][5] == "±"
     assert any(line.startswith("fewer than 16 cases") for line in lines)
-    assert any(line.startswith("the noise of seeds is estimated with 1 degree of freedom") for line in lines)
+    assert any(line.startswith("the seed noise is estimated with 1 degree of freedom") for line in lines)
     assert sorted(file.name for file in (folder / "comparison").iterdir()) == [
         "comparison.csv", "comparison.json", "comparison.png",
     ]  # fmt: skip
@@ -260,26 +260,26 @@ def damaged(folder):
     ("methods", "change", "code", "words"),
     [
         ("base=base", None, 2, "one method, base; give the baseline first"),
-        ("base=base seed_0", None, 2, "-pred seed_0: write NAME=FOLDER"),
-        ("base=base =seed_0", None, 2, "-pred =seed_0: write NAME=FOLDER"),
-        ("base=base a=seed_0,", None, 2, "-pred a=seed_0,: write NAME=FOLDER"),
-        ("base=base a=", None, 2, "-pred a=: write NAME=FOLDER"),
-        ("a=base a=seed_0", None, 2, "names a twice; join the seeds"),
-        ("base=base a=seed_0,base", None, 2, "folder base twice, for base and a; name each once"),
-        ("base=base a=seed_0,./seed_0", None, 2, "folder seed_0 twice, for a and a"),
+        ("base=base seed_0", None, 2, "-pred seed_0: use NAME=FOLDER"),
+        ("base=base =seed_0", None, 2, "-pred =seed_0: use NAME=FOLDER"),
+        ("base=base a=seed_0,", None, 2, "-pred a=seed_0,: use NAME=FOLDER"),
+        ("base=base a=", None, 2, "-pred a=: use NAME=FOLDER"),
+        ("a=base a=seed_0", None, 2, "-pred: a is given twice; separate its seeds by commas"),
+        ("base=base a=seed_0,base", None, 2, "base is given twice, for base and a; give each folder once"),
+        ("base=base a=seed_0,./seed_0", None, 2, "seed_0 is given twice, for a and a"),
         ("base=base a=labelsTs", None, 2, "references and predictions are the same folder: labelsTs"),
-        ("base=base a=nowhere", None, 1, "nowhere: there is no such folder"),
+        ("base=base a=nowhere", None, 1, "nowhere: no such folder; check the path"),
         ("base=base a=seed_0", remove_a_case, 1, "have no prediction in seed_0: case_3; predict them"),
         ("base=base a=seed_0", other_size, 1, "seed_0/case_3.nii.gz and its reference"),
         ("base=base a=seed_0", other_spacing, 1, "differ in spacing"),
-        ("base=base a=seed_0", other_labels, 1, "base and seed_0 have different labels (organ=1; tumor=1); put"),
-        ("base=base a=seed_0", other_labels, 1, "put the same dataset.json into both, or choose the labels with -l"),
-        ("base=base a=seed_0", ignored, 1, "have different labels (organ=1; organ=1, ignore=2); put the same"),
+        ("base=base a=seed_0", other_labels, 1, "base and seed_0 have different labels (organ=1; tumor=1); copy"),
+        ("base=base a=seed_0", other_labels, 1, "copy the same dataset.json into both, or choose the labels with -l"),
+        ("base=base a=seed_0", ignored, 1, "have different labels (organ=1; organ=1, ignore=2); copy the same"),
         ("base=base a=seed_0", other_cases, 1, "have different cases: only one of them has case_0, case_1, case_2 and"),
         ("base=base a=seed_0", damaged, 1, "seed_0/case_3.nii.gz: cannot be read"),
     ],
 )
-def test_bad_input_is_named_before_scoring(folder, monkeypatch, capsys, methods, change, code, words):
+def test_invalid_input_is_reported_before_scoring(folder, monkeypatch, capsys, methods, change, code, words):
     def fail(job):
         raise AssertionError("scored")
 
@@ -293,20 +293,20 @@ def test_bad_input_is_named_before_scoring(folder, monkeypatch, capsys, methods,
     assert not (folder / "comparison").exists()
 
 
-def test_nothing_to_score(folder, capsys):
+def test_no_scores_are_an_error(folder, capsys):
     for name in ("labelsTs", "base", "seed_0"):
         predict(folder / name, [0] * 8)
     assert compare("-pred", "base=base", "a=seed_0") == 1
     assert "no case has a score" in capsys.readouterr().err
 
 
-def test_output_that_cannot_be_written(folder, capsys):
+def test_unwritable_output_is_an_error(folder, capsys):
     (folder / "file").touch()
     assert compare("-pred", "base=base", "a=seed_0", "-o", "file") == 1
-    assert "file: cannot write the comparison; choose another -o" in capsys.readouterr().err
+    assert "file: cannot write the comparison; choose another folder with -o" in capsys.readouterr().err
 
 
-def test_equals_sign_in_a_folder():
+def test_folder_may_contain_an_equals_sign():
     assert parse_methods(["a=x=1/out", "b=y"])["a"] == (Path("x=1/out"),)
     with pytest.raises(UsageError):
         parse_methods([])

@@ -1,4 +1,4 @@
-"""The mean of a model's two networks, held against nnU-Net's own predictions with each of them."""
+"""Tests of the ensemble of a model's two networks against nnU-Net's predictions with each network."""
 
 import json
 import os
@@ -25,7 +25,7 @@ PAIR = ("checkpoint_final.pth", "checkpoint_final_second.pth")
 
 @pytest.fixture(scope="module")
 def trained(tiny_root, tmp_path_factory) -> Path:
-    """The tiny data set with a short UGPL training, under its own name. Do not change it."""
+    """Return the tiny data set with a short UGPL training under the trainer's own name. Do not change it."""
     root = tmp_path_factory.mktemp("two") / "tiny"
     shutil.copytree(tiny_root, root)
     short = deterministic(nnUNetTrainerUGPL, 1)
@@ -38,7 +38,7 @@ def trained(tiny_root, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def model(trained, tmp_path, monkeypatch) -> Path:
-    """The trained model, to do with as a test likes; nnU-Net is not told where its trainer is."""
+    """Return a copy of the trained model that tests may change; nnUNet_extTrainer is not set."""
     shutil.copytree(trained / "nnUNet_results", tmp_path / "nnUNet_results")
     set_environment(monkeypatch, tmp_path)
     monkeypatch.delenv("nnUNet_extTrainer")
@@ -55,12 +55,15 @@ def predict_both(*arguments) -> int:
 
 
 def refusal(capsys, *arguments) -> str:
+    """Return the single line that a failing command prints."""
     assert predict_both(*arguments) in (1, 2)
     (line,) = capsys.readouterr().err.splitlines()
     return line
 
 
-def test_it_is_the_mean_of_what_stock_nnunet_predicts_with_each(model, images, trained, tmp_path, monkeypatch, capsys):
+def test_ensemble_is_the_mean_of_nnunets_predictions_with_both_networks(
+    model, images, trained, tmp_path, monkeypatch, capsys
+):
     out = tmp_path / "both"
     assert predict_both("-m", model, "-i", images, "-o", out, "--save_probabilities") == 0
     assert "wrote the mean of checkpoint_final.pth and checkpoint_final_second.pth" in capsys.readouterr().out
@@ -83,7 +86,7 @@ def test_it_is_the_mean_of_what_stock_nnunet_predicts_with_each(model, images, t
         np.testing.assert_array_equal(segmentation, mean.argmax(0))
 
 
-def test_of_a_model_with_a_teacher_it_is_the_mean_with_the_teacher(trained_tiny, tiny_predictions, tmp_path):
+def test_ensemble_uses_the_teacher_if_there_is_no_second_network(trained_tiny, tiny_predictions, tmp_path):
     model = trained_tiny / "nnUNet_results/Dataset901_Tiny/nnUNetTrainerDyCON_smoke__nnUNetPlans__3d_fullres"
     images, out = trained_tiny / "nnUNet_raw" / "Dataset901_Tiny" / "imagesTs", tmp_path / "both"
     assert predict_both("-m", model, "-i", images, "-o", out, "--save_probabilities", "-f", 0) == 0
@@ -128,16 +131,16 @@ FAULTS = {
     remove_second: (1, "has neither checkpoint_final_second.pth nor checkpoint_final_teacher.pth in each of the folds"),
     cut_second: (1, "checkpoint_final_second.pth cannot be loaded"),
     damage_dataset: (1, "dataset.json is damaged"),
-    remove_plans: (2, "is no model folder, for it has no plans.json"),
-    no_images: (2, "has no images CASE_XXXX.nii.gz; name their folder with -i"),
-    no_channel: (1, "is not named as nnU-Net wants it: CASE_XXXX.nii.gz; rename it"),
+    remove_plans: (2, "is not a model folder: plans.json is missing"),
+    no_images: (2, "has no images CASE_XXXX.nii.gz; give their folder with -i"),
+    no_channel: (1, "is not named CASE_XXXX.nii.gz, as nnU-Net requires; rename it"),
     another_channel: (1, "test_00 in .* has the channels 0001, but"),
     cut_image: (1, "cannot predict .*images"),
 }
 
 
 @pytest.mark.parametrize("break_it", FAULTS, ids=lambda fault: fault.__name__)
-def test_what_is_wrong_is_told_in_one_line_and_nothing_is_left(model, images, tmp_path, capsys, break_it):
+def test_invalid_input_is_reported_in_one_line_and_leaves_no_output(model, images, tmp_path, capsys, break_it):
     own = shutil.copytree(images, tmp_path / "images")
     break_it(model, own)
     code, message = FAULTS[break_it]
@@ -147,21 +150,21 @@ def test_what_is_wrong_is_told_in_one_line_and_nothing_is_left(model, images, tm
     assert not [file for file in tmp_path.iterdir() if "out" in file.name]
 
 
-def test_wrong_use_is_told(model, images, tmp_path, capsys, monkeypatch):
+def test_invalid_options_are_reported(model, images, tmp_path, capsys, monkeypatch):
     assert "not an empty folder" in refusal(capsys, "-m", model, "-i", images, "-o", model)
     assert "has no fold 3" in refusal(capsys, "-m", model, "-i", images, "-o", tmp_path / "out", "-f", 3)
     assert "step size" in refusal(capsys, "-m", model, "-i", images, "-o", tmp_path / "out", "-step_size", 0)
     call = ["predict_both", "-m", str(model), "-i", str(images), "-o", str(tmp_path / "out"), "-device", "cuda"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(call) == 2
-    assert "no CUDA device here" in capsys.readouterr().err
+    assert "no CUDA device is available" in capsys.readouterr().err
 
 
-def test_the_second_network_can_be_exported_to_stock_nnunet(model, trained, tmp_path):
-    """Its architecture then stands in the plans, so that nnU-Net's own trainer builds it."""
+def test_second_network_can_be_exported_to_plain_nnunet(model, trained, tmp_path):
+    """The exported plans have its architecture, so that nnU-Net's own trainer builds it."""
     model = Path(shutil.copytree(model, tmp_path / "model"))
     shutil.copytree(model / "fold_all", model / "fold_0")
-    shutil.copytree(model / "fold_all", model / "fold_0_old")  # none of nnU-Net's
+    shutil.copytree(model / "fold_all", model / "fold_0_old")  # not a fold of nnU-Net
     call = ["export_vanilla", "-m", str(model), "-o", str(tmp_path / "vanilla"), "-chk", PAIR[1]]
     assert main(call) == 0
     assert sorted(folder.name for folder in (tmp_path / "vanilla").glob("fold_*")) == ["fold_0", "fold_all"]

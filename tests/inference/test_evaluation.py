@@ -1,4 +1,4 @@
-"""Scores: against hand counts, an independent brute force, and MONAI without the crop; folders, files, exit codes."""
+"""Tests of scores against manual calculations, a brute-force implementation and MONAI; files and exit codes."""
 
 import csv
 import json
@@ -25,7 +25,7 @@ def box(*bounds, shape=SHAPE):
 
 
 def blobs(seed, shape=SHAPE):
-    """Random smooth objects; with other seeds they overlap in part."""
+    """Return a mask of random smooth objects; masks of different seeds overlap partially."""
     noise = np.random.default_rng(seed).normal(size=shape)
     for axis in range(len(shape)):
         noise = noise + np.roll(noise, 1, axis)
@@ -33,7 +33,7 @@ def blobs(seed, shape=SHAPE):
 
 
 def surface_points(mask, spacing):
-    """Coordinates in mm, (N, axes), of the voxels of a mask with a face neighbour outside; the border is outside."""
+    """Return coordinates in mm, (N, axes), of mask voxels with a face neighbor outside of the mask or the image."""
     padded = np.pad(mask, 1)
     inner = padded.copy()
     for axis in range(mask.ndim):
@@ -43,6 +43,7 @@ def surface_points(mask, spacing):
 
 
 def brute_force(reference, prediction, spacing):
+    """Return HD95 and ASD in mm from the distances of all pairs of surface voxels."""
     first, second = surface_points(reference, spacing), surface_points(prediction, spacing)
     table = np.sqrt(((first[:, None] - second[None]) ** 2).sum(-1))
     forth, back = table.min(1), table.min(0)
@@ -51,7 +52,7 @@ def brute_force(reference, prediction, spacing):
 
 @pytest.fixture
 def folders(tmp_path):
-    """(reference, prediction) with three cases of two labels; dataset.json lies beside the predictions."""
+    """Return folders of references and predictions with three cases of two labels, and dataset.json with the latter."""
     reference, prediction = tmp_path / "raw" / "labelsTs", tmp_path / "out"
     for seed, case in enumerate(("case_a", "case_b", "case_c")):
         for folder, shift in ((reference, 0), (prediction, 10)):
@@ -61,19 +62,19 @@ def folders(tmp_path):
     return reference, prediction
 
 
-def test_overlap_by_hand():
+def test_overlap_of_known_masks():
     scores = score(box((0, 2), (0, 2), (0, 4)), box((0, 2), (0, 2), (2, 4)), SPACING)
     assert scores[DICE] == pytest.approx(2 * 8 / (16 + 8))
     assert scores[JACCARD] == pytest.approx(8 / 16)
     assert (scores["reference_voxels"], scores["prediction_voxels"]) == (16, 8)
 
 
-def test_distances_by_hand():
-    """One voxel against two: the far one is 3 steps of 0.8 mm away."""
+def test_distances_of_known_masks():
+    """The reference is one voxel; the prediction has another one at a distance of 3 · 0.8 mm."""
     reference, prediction = box((2, 3), (4, 5), (1, 2)), box((2, 3), (4, 5), (1, 2)) | box((2, 3), (4, 5), (4, 5))
     scores = score(reference, prediction, SPACING)
     assert scores[HD95] == pytest.approx(0.95 * 2.4)  # between the distances 0 and 2.4 of the prediction's voxels
-    assert scores[ASD] == pytest.approx((0 + 0 + 2.4) / 3)  # in one pool, not the mean 0.6 of the directions' means
+    assert scores[ASD] == pytest.approx((0 + 0 + 2.4) / 3)  # pooled; the mean of both directions' means would be 0.6
     assert score(prediction, reference, SPACING)[HD95] == scores[HD95]
 
 
@@ -85,15 +86,15 @@ def test_identical_masks_are_perfect():
 
 @pytest.mark.parametrize("spacing", [SPACING, (1.0, 1.0, 1.0), (0.7, 2.5, 0.7)])
 @pytest.mark.parametrize("seed", range(4))
-def test_distances_as_brute_force(seed, spacing):
+def test_distances_equal_brute_force(seed, spacing):
     reference, prediction = blobs(seed), blobs(seed + 20)
-    assert reference[0].any()  # objects at the border are among them
+    assert reference[0].any()  # some objects touch the border
     scores = score(reference, prediction, spacing)
     assert (scores[HD95], scores[ASD]) == pytest.approx(brute_force(reference, prediction, spacing), rel=1e-5)
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_two_dimensions(seed):
+def test_2d_distances_equal_brute_force(seed):
     reference, prediction = blobs(seed, (20, 15)), blobs(seed + 20, (20, 15))
     scores = score(reference, prediction, (0.5, 0.8))
     assert (scores[HD95], scores[ASD]) == pytest.approx(brute_force(reference, prediction, (0.5, 0.8)), rel=1e-5)
@@ -107,14 +108,14 @@ SMALL, FAR = box((2, 4), (3, 6), (4, 7)), box((3, 5), (7, 9), (2, 5))
     [
         (SMALL, FAR),
         (box((0, 2), (0, 5), (0, 3)), SMALL),  # touches three faces of the image
-        (box((4, 6), (9, 12), (8, 10)), box((4, 6), (7, 12), (7, 10))),  # the other three, both masks
+        (box((4, 6), (9, 12), (8, 10)), box((4, 6), (7, 12), (7, 10))),  # both masks touch the other three
         (box((0, 6), (0, 12), (0, 10)), SMALL),  # the whole image
         (box((0, 6), (0, 12), (0, 10)), box((0, 6), (0, 12), (0, 10))),
         (box((0, 1), (0, 12), (0, 10)), box((5, 6), (0, 12), (0, 10))),  # first and last slice
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*always_return_as_numpy:FutureWarning")
-def test_crop_changes_nothing(reference, prediction):
+def test_cropping_does_not_change_distances(reference, prediction):
     given = {"y_pred": prediction[None, None], "y": reference[None, None], "spacing": SPACING}
     hd95 = compute_hausdorff_distance(**given, include_background=True, percentile=95)
     asd = compute_average_surface_distance(**given, include_background=True, symmetric=True)
@@ -124,26 +125,26 @@ def test_crop_changes_nothing(reference, prediction):
 
 
 @pytest.mark.parametrize("empty", ["reference", "prediction"])
-def test_one_empty_scores_the_diagonal(empty):
+def test_one_empty_mask_has_dice_0_and_the_diagonal_as_distance(empty):
     masks = {"reference": SMALL, "prediction": SMALL, empty: np.zeros(SHAPE, bool)}
     scores = score(**masks, spacing_mm=SPACING)
     assert [scores[metric] for metric in METRICS] == pytest.approx([0, 0, DIAGONAL, DIAGONAL])
 
 
 @pytest.mark.filterwarnings("error")
-def test_both_empty_scores_nothing():
+def test_two_empty_masks_have_no_scores():
     scores = score(np.zeros(SHAPE, bool), np.zeros(SHAPE, bool), SPACING)
     assert all(math.isnan(scores[metric]) for metric in METRICS)
 
 
-def test_score_refuses_other_shapes():
+def test_masks_and_spacing_of_different_shape_raise():
     with pytest.raises(ValueError, match="shapes"):
         score(SMALL, SMALL[:-1], SPACING)
     with pytest.raises(ValueError, match="spacing"):
         score(SMALL, SMALL, (1.0, 1.0))
 
 
-def test_folder_labels_of_the_predictions(folders):
+def test_labels_are_read_from_the_folder_of_predictions(folders):
     result = evaluate_folder(*folders)
     assert result.labels == ["organ", "tumor"]
     assert [(row["case"], row["label"]) for row in result.rows] == [
@@ -153,19 +154,19 @@ def test_folder_labels_of_the_predictions(folders):
     assert result.rows[3] == {"case": "case_b", "label": "tumor", **score(reference, prediction, SPACING)}
 
 
-def test_labels_of_the_raw_data_set(folders):
+def test_labels_are_read_from_the_raw_data_set(folders):
     reference, prediction = folders
     (prediction / "dataset.json").rename(reference.parent / "dataset.json")
     assert evaluate_folder(reference, prediction).labels == ["organ", "tumor"]
 
 
-def test_labels_beside_the_predictions_come_first(folders):
+def test_dataset_json_of_the_predictions_has_priority(folders):
     declare(folders[0].parent, {"other": 1})
     assert evaluate_folder(*folders).labels == ["organ", "tumor"]
 
 
 @pytest.mark.parametrize("remove", [True, False])
-def test_chosen_labels(folders, remove):
+def test_labels_can_be_chosen_by_value(folders, remove):
     by_name = evaluate_folder(*folders).rows
     if remove:
         (folders[1] / "dataset.json").unlink()
@@ -173,7 +174,7 @@ def test_chosen_labels(folders, remove):
     assert rows == tuple({**row, "label": "2"} for row in by_name if row["label"] == "tumor")
 
 
-def test_no_labels_found(folders):
+def test_missing_labels_are_an_error(folders):
     (folders[1] / "dataset.json").unlink()
     with pytest.raises(UsageError, match="-l"):
         evaluate_folder(*folders)
@@ -189,7 +190,7 @@ def test_background_and_ignore_label_cannot_be_chosen(folders, labels):
         evaluate_folder(*folders, labels=labels)
 
 
-def test_regions_are_unions(tmp_path):
+def test_regions_are_unions_of_labels(tmp_path):
     reference, prediction = tmp_path / "labelsTs", tmp_path / "out"
     save(reference / "a.nii.gz", 1 * box((1, 4), (2, 6), (2, 6)) + box((2, 3), (3, 5), (3, 5)))
     save(prediction / "a.nii.gz", 2 * box((1, 4), (2, 6), (2, 6)))
@@ -211,14 +212,14 @@ def test_ignored_voxels_are_in_neither_mask(tmp_path, labels):
     assert row["prediction_voxels"] == annotated.sum()
 
 
-def test_missing_prediction_is_named(folders):
+def test_missing_prediction_is_an_error_with_its_case(folders):
     (folders[1] / "case_b.nii.gz").unlink()
     with pytest.raises(UserError, match="1 of 3 references") as caught:
         evaluate_folder(*folders)
     assert all(text in str(caught.value) for text in ("case_b", *map(str, folders)))
 
 
-def test_prediction_without_reference_is_only_mentioned(folders, capsys):
+def test_prediction_without_reference_is_a_warning(folders, capsys):
     save(folders[1] / "case_x.nii.gz", SMALL)
     assert len(evaluate_folder(*folders).rows) == 6
     (line,) = capsys.readouterr().err.splitlines()
@@ -226,7 +227,7 @@ def test_prediction_without_reference_is_only_mentioned(folders, capsys):
     assert "case_x" in line
 
 
-def test_other_size_and_other_spacing_are_errors(folders):
+def test_different_size_and_spacing_are_errors(folders):
     for array, spacing, message in ((SMALL[:-1], SPACING, "size"), (SMALL, (3.0, 0.5, 0.81), "spacing")):
         save(folders[1] / "case_b.nii.gz", array, spacing)
         with pytest.raises(UserError, match=f"differ in {message}") as caught:
@@ -236,7 +237,7 @@ def test_other_size_and_other_spacing_are_errors(folders):
     evaluate_folder(*folders)
 
 
-def test_other_origin_is_a_warning(folders, capsys):
+def test_different_origin_is_a_warning(folders, capsys):
     save(folders[1] / "case_b.nii.gz", SMALL, origin=(5.0, 0.0, 0.0))
     save(folders[1] / "case_c.nii.gz", SMALL, origin=(1e-4, 0.0, 0.0))
     evaluate_folder(*folders)
@@ -246,7 +247,7 @@ def test_other_origin_is_a_warning(folders, capsys):
 
 
 @pytest.mark.parametrize("side", [0, 1])
-def test_unknown_values_are_a_warning(folders, capsys, side):
+def test_unknown_label_values_are_a_warning(folders, capsys, side):
     save(folders[side] / "case_b.nii.gz", 7 * SMALL)
     evaluate_folder(*folders)
     (line,) = capsys.readouterr().err.splitlines()
@@ -254,7 +255,7 @@ def test_unknown_values_are_a_warning(folders, capsys, side):
     assert line.endswith(": 7")
 
 
-def test_folders_that_cannot_be_scored(folders, tmp_path):
+def test_invalid_folders_are_errors(folders, tmp_path):
     reference, prediction = folders
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -271,13 +272,13 @@ def test_folders_that_cannot_be_scored(folders, tmp_path):
         evaluate_folder(reference, empty, labels=[1])
 
 
-def test_broken_files_are_named(folders):
+def test_damaged_files_are_errors_with_their_names(folders):
     (folders[1] / "case_b.nii.gz").write_bytes(b"not an image")
     with pytest.raises(UserError, match=r"case_b.nii.gz: cannot be read"):
         evaluate_folder(*folders)
     save(folders[1] / "case_b.nii.gz", blobs(0))
     content = (folders[1] / "case_b.nii.gz").read_bytes()
-    (folders[1] / "case_b.nii.gz").write_bytes(content[:-20])  # the header is whole
+    (folders[1] / "case_b.nii.gz").write_bytes(content[:-20])  # the header is intact
     with pytest.raises(UserError, match=r"case_b.nii.gz: cannot be read"):
         evaluate_folder(*folders)
     (folders[1] / "dataset.json").write_text('{"labels": {"0": "background"}}')
@@ -285,13 +286,13 @@ def test_broken_files_are_named(folders):
         evaluate_folder(*folders)
 
 
-def test_four_dimensions_are_refused(folders):
+def test_4d_label_map_is_an_error(folders):
     sitk.WriteImage(sitk.Image([4, 4, 4, 2], sitk.sitkUInt8), str(folders[1] / "case_b.nii.gz"))
     with pytest.raises(UserError, match="dimensions"):
         evaluate_folder(*folders)
 
 
-def test_file_ending(folders):
+def test_file_ending_of_dataset_json_is_used(folders):
     reference, prediction = folders
     for folder in folders:
         save(folder / "only.nrrd", SMALL)
@@ -303,7 +304,7 @@ def test_file_ending(folders):
 
 
 def rows_of(*scores, label="organ"):
-    """Rows from (dice, voxels of the reference, voxels of the prediction)."""
+    """Return rows from (dice, reference voxels, prediction voxels) of each case."""
     keys = ("case", "label", *METRICS, "reference_voxels", "prediction_voxels")
     values = [(f"case_{i}", label, dice, dice, 8 * dice, 4 * dice, *n) for i, (dice, *n) in enumerate(scores)]
     return tuple(dict(zip(keys, line, strict=True)) for line in values)
@@ -314,7 +315,7 @@ SOME = Evaluation(
 )
 
 
-def test_statistics_leave_out_what_is_empty():
+def test_statistics_leave_out_cases_without_scores():
     content = SOME.as_json()
     assert content["mean"]["organ"] == {DICE: 0.25, JACCARD: 0.25, HD95: 2, ASD: 1}
     assert content["median"]["organ"][DICE] == 0.25
@@ -325,12 +326,12 @@ def test_statistics_leave_out_what_is_empty():
     assert set(METRICS) <= set(content["definitions"])
 
 
-def test_foreground_mean_weighs_labels_alike():
+def test_foreground_mean_gives_equal_weight_to_labels():
     result = Evaluation(rows_of((1.0, 1, 1)) + rows_of((0.0, 1, 1), (0.0, 1, 1), (0.6, 1, 1), label="tumor"))
     assert result.as_json()["foreground_mean"][DICE] == pytest.approx((1.0 + 0.2) / 2)
 
 
-def test_csv_and_json_read_back(tmp_path):
+def test_csv_and_json_contain_the_same_scores(tmp_path):
     SOME.write(tmp_path / "new" / "folder")
     content = json.loads((tmp_path / "new" / "folder" / "evaluation.json").read_text())
     with (tmp_path / "new" / "folder" / "evaluation.csv").open(newline="") as file:
@@ -345,13 +346,13 @@ def test_csv_and_json_read_back(tmp_path):
     assert numbers[1][DICE] is None
 
 
-def test_write_where_nothing_can_be_written(tmp_path):
+def test_unwritable_output_is_an_error(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write"):
         SOME.write(tmp_path / "file")
 
 
-def test_table():
+def test_table_has_scores_and_definitions():
     lines = SOME.as_table().splitlines()
     assert lines[0].split() == ["case", "label", *METRICS]
     assert lines[1].split() == ["case_0", "organ", "0.500", "0.500", "4.000", "2.000"]
@@ -361,7 +362,7 @@ def test_table():
     assert "empty:" not in replace(SOME, rows=rows_of((0.5, 3, 4))).as_table()
 
 
-def test_command(folders, tmp_path, capsys):
+def test_command_writes_files_and_returns_exit_codes(folders, tmp_path, capsys):
     reference, prediction = map(str, folders)
     assert main(["evaluate", "-ref", reference, "-pred", prediction]) == 0
     assert "asd_mm_symmetric" in capsys.readouterr().out
@@ -377,7 +378,7 @@ def test_command(folders, tmp_path, capsys):
     assert "case_a" in capsys.readouterr().err
 
 
-def test_processes_change_nothing(folders):
+def test_number_of_processes_does_not_change_scores(folders):
     for seed in range(3):
         for folder in folders:
             save(folder / f"more_{seed}.nii.gz", 1 * blobs(seed) + blobs(len(folder.name) + seed))

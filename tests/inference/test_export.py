@@ -1,4 +1,4 @@
-"""The exported model, used by nnU-Net where this package cannot be imported, and what cannot be exported."""
+"""Tests of exported models, used by nnU-Net without this package, and of models that cannot be exported."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from tests.tiny import TEST, set_environment
 
 TRAINER = "nnUNetTrainerDyCON_smoke"
 MODEL = f"nnUNet_results/Dataset901_Tiny/{TRAINER}__nnUNetPlans__3d_fullres"
-# nnU-Net's command line where our package does not exist, wherever Python would look for it.
+# Command line of nnU-Net in a process that cannot import our package.
 STOCK = """
 import sys
 class Blocker:
@@ -39,7 +39,7 @@ except ModuleNotFoundError:
 
 @pytest.fixture
 def model(trained_tiny, tmp_path, monkeypatch) -> Path:
-    """A trained model folder, to do with as a test likes."""
+    """Return a copy of a trained model folder that tests may change."""
     root = tmp_path / "tiny"
     shutil.copytree(trained_tiny / "nnUNet_results", root / "nnUNet_results")
     set_environment(monkeypatch, root)
@@ -52,7 +52,7 @@ def export(*arguments) -> int:
 
 
 def refusal(capsys, *arguments) -> str:
-    """The one line that a refused export prints."""
+    """Return the single line that a failing export prints."""
     assert export(*arguments) in (1, 2)
     (line,) = capsys.readouterr().err.splitlines()
     return line
@@ -66,7 +66,7 @@ def edit(file: Path, **changes) -> None:
     torch.save(torch.load(file, weights_only=False) | changes, file)
 
 
-def predict_with_stock_nnunet(entry_point: str, *arguments) -> None:
+def predict_with_plain_nnunet(entry_point: str, *arguments) -> None:
     call = [sys.executable, "-c", STOCK, entry_point, *map(str, arguments), "--save_probabilities", "-device", "cpu"]
     result = subprocess.run([*call, "-npp", "1", "-nps", "1"], capture_output=True, text=True, env=os.environ)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -80,23 +80,23 @@ def assert_same_predictions(a: Path, b: Path) -> None:
         np.testing.assert_array_equal(*segmentations)
 
 
-def test_student_predicts_the_same_in_stock_nnunet(model, trained_tiny, tiny_predictions, tmp_path):
+def test_exported_student_predicts_the_same_in_plain_nnunet(model, trained_tiny, tiny_predictions, tmp_path):
     vanilla, out = tmp_path / "vanilla", tmp_path / "out"
     assert export("-m", model, "-o", vanilla) == 0
     images = trained_tiny / "nnUNet_raw" / "Dataset901_Tiny" / "imagesTs"
-    predict_with_stock_nnunet("predict_entry_point_modelfolder", "-m", vanilla, "-f", 0, "-i", images, "-o", out)
+    predict_with_plain_nnunet("predict_entry_point_modelfolder", "-m", vanilla, "-f", 0, "-i", images, "-o", out)
     assert_same_predictions(out, tiny_predictions["student"])
 
 
-def test_teacher_predicts_the_same_in_nnunets_place_for_a_model(model, trained_tiny, tiny_predictions, tmp_path):
+def test_exported_teacher_predicts_the_same_from_nnunet_results(model, trained_tiny, tiny_predictions, tmp_path):
     vanilla, out = model.with_name("nnUNetTrainer__nnUNetPlans__3d_fullres"), tmp_path / "out"
     assert export("-m", model, "-o", vanilla, "--teacher") == 0
     images = trained_tiny / "nnUNet_raw" / "Dataset901_Tiny" / "imagesTs"
-    predict_with_stock_nnunet("predict_entry_point", "-d", 901, "-c", "3d_fullres", "-f", 0, "-i", images, "-o", out)
+    predict_with_plain_nnunet("predict_entry_point", "-d", 901, "-c", "3d_fullres", "-f", 0, "-i", images, "-o", out)
     assert_same_predictions(out, tiny_predictions["teacher"])
 
 
-def test_a_checkpoint_holds_what_inference_reads_and_only_plain_values(model, tmp_path):
+def test_exported_checkpoint_contains_only_entries_for_inference(model, tmp_path):
     export("-m", model, "-o", tmp_path / "vanilla")
     checkpoint = load(tmp_path / "vanilla")
     keys = {"network_weights", "init_args", "inference_allowed_mirroring_axes", "trainer_name"}
@@ -108,7 +108,7 @@ def test_a_checkpoint_holds_what_inference_reads_and_only_plain_values(model, tm
         assert checkpoint[key] == original[key]
 
 
-def test_the_record_tells_which_checkpoint_it_was(model, tmp_path):
+def test_run_record_contains_trainer_and_source_checkpoint(model, tmp_path):
     export("-m", model, "-o", tmp_path / "vanilla", "--teacher")
     record = json.loads((tmp_path / "vanilla" / "fold_0" / "nnunet_dycon.json").read_text())
     exported = record.pop("exported")
@@ -116,19 +116,19 @@ def test_the_record_tells_which_checkpoint_it_was(model, tmp_path):
     assert (exported["trainer"], exported["checkpoint"]) == (TRAINER, "checkpoint_final_teacher.pth")
 
 
-def test_the_command_to_predict_with_is_printed(model, tmp_path, capsys):
+def test_prediction_command_is_printed(model, tmp_path, capsys):
     export("-m", model, "-o", tmp_path / "vanilla")
     assert f"nnUNetv2_predict_from_modelfolder -m {tmp_path / 'vanilla'} -f 0 " in capsys.readouterr().out
 
 
-def test_nnunet_can_pack_it(model, tmp_path):
+def test_exported_model_can_be_zipped_by_nnunet(model, tmp_path):
     export("-m", model, "-o", model.with_name("nnUNetTrainer__nnUNetPlans__3d_fullres"))
     export_pretrained_model("Dataset901_Tiny", str(tmp_path / "model.zip"), ("3d_fullres",), folds=(0,))
     names = {Path(name).name for name in zipfile.ZipFile(tmp_path / "model.zip").namelist()}
     assert {"plans.json", "dataset_fingerprint.json", "checkpoint_final.pth", "summary.json"} <= names
 
 
-def test_scores_and_postprocessing_go_with_the_checkpoint_and_folds_they_were_found_for(model, tmp_path):
+def test_scores_and_postprocessing_are_exported_only_with_their_checkpoint_and_folds(model, tmp_path):
     shutil.copytree(model / "fold_0", model / "fold_1")
     for folds in ("0", "0_1"):
         (model / f"crossval_results_folds_{folds}").mkdir()
@@ -146,7 +146,7 @@ def test_scores_and_postprocessing_go_with_the_checkpoint_and_folds_they_were_fo
     assert not (tmp_path / "teacher" / "fold_0" / "validation").exists()
 
 
-def test_another_checkpoint_becomes_the_final_one(model, tmp_path):
+def test_chosen_checkpoint_is_exported_as_the_final_one(model, tmp_path):
     file = model / "fold_0" / "checkpoint_final.pth"
     weights = {name: tensor + 1 for name, tensor in torch.load(file, weights_only=False)["network_weights"].items()}
     shutil.copy(file, file.with_name("checkpoint_mine.pth"))
@@ -156,13 +156,13 @@ def test_another_checkpoint_becomes_the_final_one(model, tmp_path):
 
 
 @pytest.mark.parametrize("trainer", ["nnUNetTrainer", "nnUNetTrainer_5epochs"])
-def test_a_stock_trainer_is_exported_too(model, tmp_path, trainer):
+def test_model_of_nnunets_own_trainer_can_be_exported(model, tmp_path, trainer):
     edit(model / "fold_0" / "checkpoint_final.pth", trainer_name=trainer)
     assert export("-m", model, "-o", tmp_path / "vanilla") == 0
     assert load(tmp_path / "vanilla")["trainer_name"] == "nnUNetTrainer"
 
 
-def test_a_trainer_of_the_users_is_found_as_nnunet_finds_it(model, tmp_path, monkeypatch, capsys):
+def test_custom_trainer_is_found_through_nnunet_ext_trainer(model, tmp_path, monkeypatch, capsys):
     edit(model / "fold_0" / "checkpoint_final.pth", trainer_name="nnUNetTrainerOfMine")
     assert "cannot find the trainer nnUNetTrainerOfMine" in refusal(capsys, "-m", model, "-o", tmp_path / "vanilla")
     source = "from nnunet_dycon.trainers.nnUNetTrainerDyCON import nnUNetTrainerDyCON\n"
@@ -172,20 +172,20 @@ def test_a_trainer_of_the_users_is_found_as_nnunet_finds_it(model, tmp_path, mon
     assert export("-m", model, "-o", tmp_path / "vanilla") == 0
 
 
-def test_a_network_that_is_not_nnunets_is_refused(model, tmp_path, monkeypatch, capsys):
+def test_network_that_nnunet_cannot_build_is_an_error(model, tmp_path, monkeypatch, capsys):
     own = staticmethod(lambda *arguments, **options: nnUNetTrainer.build_network_architecture(*arguments, **options))
     monkeypatch.setattr(trainer_class(TRAINER), "build_network_architecture", own)
     assert f"{TRAINER} builds a network of its own" in refusal(capsys, "-m", model, "-o", tmp_path / "vanilla")
-    assert list(tmp_path.iterdir()) == [tmp_path / "tiny"]  # nothing half-written is left
+    assert list(tmp_path.iterdir()) == [tmp_path / "tiny"]  # no partial output
 
 
-def test_a_model_without_a_teacher_is_told(model, tmp_path, capsys):
+def test_missing_teacher_is_an_error(model, tmp_path, capsys):
     (model / "fold_0" / "checkpoint_final_teacher.pth").unlink()
     assert "has no teacher" in refusal(capsys, "-m", model, "-o", tmp_path / "vanilla", "--teacher")
 
 
 @pytest.mark.parametrize("option", [[], ["--teacher"]])
-def test_a_fold_whose_training_has_not_finished_is_told_and_can_be_left_out(model, tmp_path, capsys, option):
+def test_unfinished_fold_is_an_error_and_can_be_excluded(model, tmp_path, capsys, option):
     (model / "fold_1").mkdir()
     (model / "fold_1" / "checkpoint_latest.pth").touch()
     line = refusal(capsys, "-m", model, "-o", tmp_path / "vanilla", *option)
@@ -195,23 +195,25 @@ def test_a_fold_whose_training_has_not_finished_is_told_and_can_be_left_out(mode
     assert export("-m", model, "-o", tmp_path / "vanilla", "-f", 0, *option) == 0
 
 
-def test_a_checkpoint_cut_short_is_told(model, tmp_path, capsys):
+def test_truncated_checkpoint_is_an_error(model, tmp_path, capsys):
     file = model / "fold_0" / "checkpoint_final.pth"
     file.write_bytes(file.read_bytes()[:5000])
     assert f"{file} cannot be loaded" in refusal(capsys, "-m", model, "-o", tmp_path / "vanilla")
 
 
-def test_wrong_folders_are_told(model, tmp_path, capsys):
-    assert "is no model folder" in refusal(capsys, "-m", model / "fold_0", "-o", tmp_path / "vanilla")
-    assert "has no fold 3, only 0" in refusal(capsys, "-m", model, "-o", tmp_path / "vanilla", "-f", 3)
+def test_invalid_folders_are_errors(model, tmp_path, capsys):
+    assert "is not a model folder" in refusal(capsys, "-m", model / "fold_0", "-o", tmp_path / "vanilla")
+    assert "has no fold 3; choose existing folds with -f: 0" in refusal(
+        capsys, "-m", model, "-o", tmp_path / "vanilla", "-f", 3
+    )
     assert "not an empty folder" in refusal(capsys, "-m", model, "-o", model)
     (tmp_path / "empty").mkdir()
     assert export("-m", model, "-o", tmp_path / "empty") == 0
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "3"])
-def test_a_damaged_record_is_named_and_nothing_is_left(model, tmp_path, capsys, content):
+def test_damaged_run_record_is_an_error_and_leaves_no_output(model, tmp_path, capsys, content):
     record = model / "fold_0" / "nnunet_dycon.json"
     record.write_text(content)
-    assert f"{record} is damaged; move it away" in refusal(capsys, "-m", model, "-o", tmp_path / "vanilla")
+    assert f"{record} is damaged; replace or remove it" in refusal(capsys, "-m", model, "-o", tmp_path / "vanilla")
     assert not (tmp_path / "vanilla").exists()

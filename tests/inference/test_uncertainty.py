@@ -1,4 +1,4 @@
-"""Entropy maps and the ranking: closed forms, a loop over voxels, nnU-Net's readers, and files that are not right."""
+"""Tests of entropy maps and rankings: closed forms, loops over voxels, nnU-Net's readers, and invalid files."""
 
 import csv
 import json
@@ -22,25 +22,26 @@ SHAPE = (4, 5, 6)
 
 
 def softmax(seed, labels=3, shape=SHAPE, scale=2.0):
+    """Return random probabilities (labels, Z, Y, X) of mutually exclusive labels."""
     logits = np.random.default_rng(seed).normal(scale=scale, size=(labels, *shape))
     return (np.exp(logits) / np.exp(logits).sum(0)).astype(np.float32)
 
 
 def of_foreground(probability):
-    """Probabilities (2, Z, Y, X) of background and one label."""
+    """Return probabilities (2, Z, Y, X) of background and one label."""
     probability = np.asarray(probability, np.float32)
     return np.stack([1 - probability, probability])
 
 
 def ball(inside=1.0, rim=0.0, radius=4, shape=(16, 16, 16)):
-    """A predicted ball with a rim of one voxel, whose voxels have the probability `rim` to belong to it, too."""
+    """Return probabilities of a ball: `inside` in the ball, `rim` in a rim of one voxel around it, 0 elsewhere."""
     grid = np.indices(shape) - np.array(shape)[:, None, None, None] // 2
     distance = np.sqrt((grid**2).sum(0))
     return of_foreground(np.where(distance < radius, inside, np.where(distance < radius + 1, rim, 0)))
 
 
 def save(folder, case, probabilities, segmentation=None, spacing=(1.0, 1.0, 1.0), ending=".nii.gz"):
-    """What nnUNetv2_predict --save_probabilities writes of a case; spacing in mm, (X, Y, Z)."""
+    """Write a case like nnUNetv2_predict --save_probabilities; spacing in mm, (X, Y, Z)."""
     folder.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(folder / f"{case}.npz", probabilities=probabilities)
     image = sitk.GetImageFromArray((probabilities.argmax(0) if segmentation is None else segmentation).astype(np.uint8))
@@ -49,6 +50,7 @@ def save(folder, case, probabilities, segmentation=None, spacing=(1.0, 1.0, 1.0)
 
 
 def declare(folder, labels, regions_class_order=None, **plans):
+    """Write dataset.json with the labels, and plans.json."""
     about = {"labels": {"background": 0, **labels}, "file_ending": ".nii.gz"}
     about |= {"regions_class_order": regions_class_order} if regions_class_order else {}
     (folder / "dataset.json").write_text(json.dumps(about))
@@ -56,17 +58,18 @@ def declare(folder, labels, regions_class_order=None, **plans):
 
 
 def rank(*arguments) -> int:
+    """Run the command and return its exit code."""
     return main(["predict_uncertainty", "-np", "1", *map(str, arguments)])
 
 
 def ranked(folder) -> dict[str, dict]:
-    """The rows of uncertainty.csv by case, in their order."""
+    """Return the rows of uncertainty.csv by case, in the order of the file."""
     with (folder / "uncertainty" / "uncertainty.csv").open() as file:
         return {row["case"]: row for row in csv.DictReader(file)}
 
 
 def refusal(capsys, *arguments) -> str:
-    """The one line that the command prints if it cannot go on."""
+    """Return the single error line that a failing command prints."""
     assert rank(*arguments) in (1, 2)
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
     return line
@@ -83,7 +86,7 @@ def test_uniform_probabilities_have_the_entropy_ln_k(labels):
     assert result.numbers["entropy_nats"] == pytest.approx(math.log(labels))
 
 
-def test_certain_probabilities_have_none_and_a_dice_of_1():
+def test_probabilities_of_0_and_1_have_no_entropy_and_an_expected_dice_of_1():
     result = measure([ball()], 0.001)
     assert not result.maps["entropy"].any()
     voxels = np.count_nonzero(ball()[1])
@@ -92,7 +95,7 @@ def test_certain_probabilities_have_none_and_a_dice_of_1():
 
 
 def by_loops(members, voxel_ml):
-    """DEFINITIONS, voxel by voxel, in Python's numbers."""
+    """Return the numbers of DEFINITIONS, computed voxel by voxel with Python floats."""
     labels = range(1, len(members[0]))
     voxels = list(np.ndindex(members[0].shape[1:]))
     points = [[[float(p) for p in member[(slice(None), *voxel)]] for voxel in voxels] for member in members]
@@ -127,19 +130,19 @@ def by_loops(members, voxel_ml):
 @pytest.mark.parametrize("at_a_time", [1, 2**23])
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_numbers_are_those_of_a_loop_over_voxels(monkeypatch, count, dtype, at_a_time):
+def test_numbers_equal_a_loop_over_voxels(monkeypatch, count, dtype, at_a_time):
     monkeypatch.setattr(uncertainty, "_VALUES_AT_A_TIME", at_a_time)
     members = [softmax(seed).astype(dtype) for seed in range(count)]
     assert measure(members, 0.5).numbers == pytest.approx(by_loops(members, 0.5), rel=1e-5)
 
 
 def sigmoid(seed, regions=3, shape=SHAPE):
-    """Of regions, which overlap."""
+    """Return random probabilities (regions, Z, Y, X) of overlapping regions."""
     return (1 / (1 + np.exp(-np.random.default_rng(seed).normal(scale=2.0, size=(regions, *shape))))).astype(np.float32)
 
 
 def regions_by_loops(members, voxel_ml):
-    """As above, of regions."""
+    """Return the same numbers for regions."""
     voxels = list(np.ndindex(members[0].shape[1:]))
     points = [[[float(p) for p in member[(slice(None), *voxel)]] for voxel in voxels] for member in members]
     means = [[fmean(values) for values in zip(*at)] for at in zip(*points)]
@@ -170,7 +173,7 @@ def regions_by_loops(members, voxel_ml):
 @pytest.mark.parametrize("at_a_time", [1, 2**23])
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("regions", [1, 3])
-def test_numbers_of_regions_are_those_of_a_loop_over_voxels(monkeypatch, regions, count, at_a_time):
+def test_numbers_of_regions_equal_a_loop_over_voxels(monkeypatch, regions, count, at_a_time):
     monkeypatch.setattr(uncertainty, "_VALUES_AT_A_TIME", at_a_time)
     members = [sigmoid(seed, regions) for seed in range(count)]
     found = measure(members, 0.5, RegionLabels())
@@ -178,7 +181,7 @@ def test_numbers_of_regions_are_those_of_a_loop_over_voxels(monkeypatch, regions
     assert len(found.dice_per_label) == regions
 
 
-def test_one_region_is_ranked_as_one_label():
+def test_one_region_has_the_numbers_of_one_label():
     inside = ball(0.9, 0.3)
     numbers = [measure([inside], 1.0).numbers, measure([inside[1:]], 1.0, RegionLabels()).numbers]
     assert numbers[0] == pytest.approx(numbers[1])
@@ -186,7 +189,7 @@ def test_one_region_is_ranked_as_one_label():
 
 @pytest.fixture
 def of_regions(tmp_path):
-    """Two folders with predictions of two regions, the label map as nnU-Net makes it."""
+    """Return two folders with predictions of two regions and nnU-Net's label maps."""
     folders = [tmp_path / "student", tmp_path / "teacher"]
     for seed, folder in enumerate(folders):
         probabilities = sigmoid(seed, 2)
@@ -196,7 +199,7 @@ def of_regions(tmp_path):
     return folders
 
 
-def test_regions_are_ranked(of_regions, tmp_path, capsys):
+def test_predictions_of_regions_are_ranked(of_regions, tmp_path, capsys):
     assert rank("-i", *of_regions, "-o", tmp_path / "uncertainty") == 0
     assert "warning" not in capsys.readouterr().err
     summary = json.loads((tmp_path / "uncertainty" / "uncertainty.json").read_text())
@@ -209,28 +212,28 @@ def test_regions_are_ranked(of_regions, tmp_path, capsys):
     assert read(tmp_path / "uncertainty" / "case_entropy.nii.gz").max() <= math.log(2)
 
 
-def test_what_does_not_fit_regions_is_told(of_regions, capsys):
+def test_invalid_predictions_of_regions_are_reported(of_regions, capsys):
     folder = of_regions[0]
-    save(folder, "case", sigmoid(0, 2))  # whose label map is of the most probable region
+    save(folder, "case", sigmoid(0, 2))  # its label map has the most probable region
     assert rank("-i", folder) == 0
-    assert "is not the most probable segmentation" in capsys.readouterr().err
+    assert "differs from the segmentation of highest probability" in capsys.readouterr().err
     save(folder, "case", sigmoid(0, 3))
-    assert "3 channels, but dataset.json 2 labels" in refusal(capsys, "-i", folder)
+    assert "3 channels, but dataset.json has 2 labels" in refusal(capsys, "-i", folder)
     save(folder, "case", sigmoid(0, 2) + 0.5)
     assert "probabilities are not all between 0 and 1" in refusal(capsys, "-i", folder)
     (folder / "dataset.json").unlink()
     save(folder, "case", sigmoid(0, 2))
-    assert "put the dataset.json that says so beside them" in refusal(capsys, "-i", folder)
+    assert "copy the dataset.json that defines regions into the folder" in refusal(capsys, "-i", folder)
 
 
-def test_the_field_of_view_does_not_matter():
+def test_numbers_do_not_depend_on_the_field_of_view():
     inside = ball(0.9, 0.3)
     wide = np.pad(inside, ((0, 0), (20, 20), (20, 20), (20, 20)))
     wide[0], wide[1] = np.where(wide.any(0), wide[0], 0.999), np.where(wide.any(0), wide[1], 0.001)
     assert measure([wide], 1.0).numbers == pytest.approx(measure([inside], 1.0).numbers)
 
 
-def test_what_may_have_been_missed_counts():
+def test_foreground_that_may_be_missed_increases_the_uncertainty():
     seen = ball(0.9, shape=(16, 16, 40))
     missed = seen.copy()
     missed[:, :4, :4, :4] = of_foreground(np.full((4, 4, 4), 0.4))
@@ -240,7 +243,7 @@ def test_what_may_have_been_missed_counts():
     assert missed["expected_error_ml"] == pytest.approx(seen["expected_error_ml"] + 64 * 0.4)
 
 
-def test_a_label_counts_0_if_it_may_have_been_missed_and_not_at_all_if_it_is_nowhere():
+def test_unpredicted_label_has_dice_0_if_possible_and_is_left_out_otherwise():
     probabilities = np.concatenate([ball(), np.zeros((1, 16, 16, 16), np.float32)])
     result = measure([probabilities], 1.0)
     assert result.dice_per_label == [1, None]
@@ -251,7 +254,7 @@ def test_a_label_counts_0_if_it_may_have_been_missed_and_not_at_all_if_it_is_now
     assert result.numbers["expected_dice"] == 0.5
 
 
-def test_members_that_agree_and_members_that_do_not():
+def test_disagreement_of_equal_and_opposite_members():
     result = measure([softmax(0), softmax(0)], 1.0)
     assert not result.maps["mutual_information"].any()
     assert (result.numbers["mutual_information_nats"], result.numbers["member_dice"]) == (0, 1)
@@ -266,7 +269,7 @@ def test_members_that_agree_and_members_that_do_not():
     assert result.numbers["member_dice"] == 0
 
 
-def test_cases_are_ranked_worst_first_and_one_without_a_finding_before_all(tmp_path, capsys):
+def test_cases_are_ranked_worst_first_and_empty_predictions_before_all(tmp_path, capsys):
     save(tmp_path, "sharp", ball())
     save(tmp_path, "blurred", ball(0.8, 0.3))
     save(tmp_path, "hazy", ball(0.55, 0.4))
@@ -283,7 +286,7 @@ def test_cases_are_ranked_worst_first_and_one_without_a_finding_before_all(tmp_p
     assert printed == [["rank", "case"], *([row["rank"], case] for case, row in rows.items())]
 
 
-def test_what_is_written_and_where(tmp_path, capsys):
+def test_command_writes_maps_csv_and_json(tmp_path, capsys):
     declare(tmp_path, {"organ": 1, "tumor": 2, "ignore": 3})
     save(tmp_path, "a.b", softmax(0), spacing=(0.5, 2.0, 3.0))
     before = {file.name for file in tmp_path.iterdir()}
@@ -300,7 +303,7 @@ def test_what_is_written_and_where(tmp_path, capsys):
     assert ranked(tmp_path)["a.b"].keys() == {"case", *summary["definitions"]}
 
 
-def test_two_folders_give_a_second_map_and_the_entropy_of_the_mean(tmp_path):
+def test_two_folders_give_mutual_information_and_the_entropy_of_the_mean(tmp_path):
     student, teacher = tmp_path / "student", tmp_path / "teacher"
     save(student, "case", softmax(0))
     save(teacher, "case", softmax(1))
@@ -310,13 +313,13 @@ def test_two_folders_give_a_second_map_and_the_entropy_of_the_mean(tmp_path):
         np.testing.assert_array_equal(read(tmp_path / "out" / f"case_{name}.nii.gz"), maps[name])
 
 
-def test_maps_of_an_earlier_ranking_do_not_stay(tmp_path):
+def test_maps_of_an_earlier_ranking_are_removed(tmp_path):
     student, teacher, out = tmp_path / "student", tmp_path / "teacher", tmp_path / "out"
     for folder in (student, teacher):
         save(folder, "gone", softmax(0))
         save(folder, "kept", softmax(1))
     assert rank("-i", student, teacher, "-o", out) == 0
-    (out / "mine_entropy.nii.gz").write_bytes(b"a user's own")
+    (out / "mine_entropy.nii.gz").write_bytes(b"file of the user")
     for file in student.glob("gone*"):
         file.unlink()
     assert rank("-i", student, "-o", out) == 0
@@ -326,8 +329,8 @@ def test_maps_of_an_earlier_ranking_do_not_stay(tmp_path):
 
 @pytest.mark.parametrize("reader", ["SimpleITKIO", "SimpleITKIOWithReorient", "NibabelIO", "NibabelIOWithReorient"])
 @pytest.mark.parametrize("axes", ["LPS", "RAS", "SLA", "PIR"])
-def test_maps_lie_where_the_image_lies_whatever_reads_it(tmp_path, reader, axes):
-    """The image holds the probability to be foreground; then the map has its entropy at the same place of the file."""
+def test_maps_have_the_grid_of_the_image_with_every_reader(tmp_path, reader, axes):
+    """The image contains foreground probabilities, so the map must have their entropy at the same voxel."""
     probability = np.random.default_rng(0).uniform(0.01, 0.99, SHAPE).astype(np.float32)
     image = sitk.GetImageFromArray(probability)
     tilt = sitk.Euler3DTransform((0, 0, 0), 0.1, 0.05, -0.08).GetMatrix()
@@ -354,35 +357,35 @@ def test_maps_lie_where_the_image_lies_whatever_reads_it(tmp_path, reader, axes)
     np.testing.assert_allclose(sitk.GetArrayFromImage(entropy), expected, rtol=1e-4)
 
 
-def test_a_segmentation_of_something_else_is_told(tmp_path, capsys):
+def test_segmentation_that_differs_from_the_probabilities_is_a_warning(tmp_path, capsys):
     save(tmp_path, "case", softmax(0), segmentation=np.zeros(SHAPE))
     assert rank("-i", tmp_path) == 0
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
-    assert "case.nii.gz is not the most probable segmentation" in line
+    assert "case.nii.gz differs from the segmentation of highest probability" in line
 
 
-def test_folders_that_are_not_right_are_told(tmp_path, capsys):
+def test_invalid_folders_are_errors(tmp_path, capsys):
     a, b = tmp_path / "a", tmp_path / "b"
-    assert "there is no such folder" in refusal(capsys, "-i", a)
+    assert "no such folder; check the path" in refusal(capsys, "-i", a)
     a.mkdir()
     assert "--save_probabilities" in refusal(capsys, "-i", a)
     save(a, "case", softmax(0))
-    assert "nnU-Net would take the maps for predictions" in refusal(capsys, "-i", a, "-o", a)
-    assert "names a folder twice" in refusal(capsys, "-i", a, a)
+    assert "nnU-Net would treat the maps as predictions" in refusal(capsys, "-i", a, "-o", a)
+    assert "a folder is given twice" in refusal(capsys, "-i", a, a)
     (a / "dataset.json").write_text('{"labels": {"organ": "x"}}')
-    assert "dataset.json does not name labels as nnU-Net does" in refusal(capsys, "-i", a)
+    assert "dataset.json does not define labels in nnU-Net's format" in refusal(capsys, "-i", a)
     (a / "dataset.json").write_text("[]")
-    assert "dataset.json does not name labels as nnU-Net does" in refusal(capsys, "-i", a)
+    assert "dataset.json does not define labels in nnU-Net's format" in refusal(capsys, "-i", a)
     (a / "dataset.json").unlink()
     save(b, "other", softmax(0))
-    assert "case the first" in refusal(capsys, "-i", a, b)
+    assert "for example case" in refusal(capsys, "-i", a, b)
     save(b, "case", softmax(0, shape=(3, 5, 6)))
     (b / "other.npz").unlink()
-    assert "does not fit (3, 4, 5, 6)" in refusal(capsys, "-i", a, b)
+    assert "has (3, 4, 5, 6)" in refusal(capsys, "-i", a, b)
 
 
 @pytest.mark.parametrize("size", [0, 100, -20])
-def test_damaged_files_are_told(tmp_path, capsys, size):
+def test_damaged_files_are_errors(tmp_path, capsys, size):
     for name in ("case.npz", "case.nii.gz"):
         save(tmp_path, "case", softmax(0))
         file = tmp_path / name
@@ -390,35 +393,35 @@ def test_damaged_files_are_told(tmp_path, capsys, size):
         assert f"{file} cannot be read; predict again" in refusal(capsys, "-i", tmp_path)
 
 
-def test_files_that_do_not_fit_are_told(tmp_path, capsys):
+def test_files_of_different_predictions_are_errors(tmp_path, capsys):
     save(tmp_path, "case", softmax(0), segmentation=np.zeros((3, 5, 6)))
-    assert "not of the same prediction" in refusal(capsys, "-i", tmp_path)
+    assert "do not belong to the same prediction" in refusal(capsys, "-i", tmp_path)
     (tmp_path / "case.nii.gz").unlink()
     assert "case.nii.gz does not exist" in refusal(capsys, "-i", tmp_path)
     save(tmp_path, "case", softmax(0))
     declare(tmp_path, {"organ": 1})
-    assert "3 channels, but dataset.json 1 labels beside the background" in refusal(capsys, "-i", tmp_path)
+    assert "3 channels, but dataset.json has 1 labels in addition to the background" in refusal(capsys, "-i", tmp_path)
 
 
-def test_probabilities_that_are_none_are_told(tmp_path, capsys):
+def test_invalid_probabilities_are_errors(tmp_path, capsys):
     for wrong in (softmax(0) / 2, np.where(softmax(0) > 0.9, np.nan, softmax(0))):
         save(tmp_path, "case", wrong)
-        assert "do not add up to 1" in refusal(capsys, "-i", tmp_path)
+        assert "do not sum to 1" in refusal(capsys, "-i", tmp_path)
     np.savez(tmp_path / "case.npz", data=softmax(0))
     assert "case.npz cannot be read" in refusal(capsys, "-i", tmp_path)
 
 
-def test_regions_without_an_order_and_images_without_spacing_are_refused(tmp_path, capsys):
+def test_regions_without_an_order_and_files_without_spacing_are_errors(tmp_path, capsys):
     save(tmp_path, "case", softmax(0))
     declare(tmp_path, {"whole": [1, 2], "core": 2})
-    told = refusal(capsys, "-i", tmp_path)
-    assert "dataset.json does not name labels as nnU-Net does; predict again ('regions_class_order')" in told
+    line = refusal(capsys, "-i", tmp_path)
+    assert "dataset.json does not define labels in nnU-Net's format; predict again ('regions_class_order')" in line
     (tmp_path / "dataset.json").write_text(json.dumps({"labels": {"background": 0}, "file_ending": ".png"}))
-    assert "hold no spacing" in refusal(capsys, "-i", tmp_path)
+    assert "files have no spacing" in refusal(capsys, "-i", tmp_path)
 
 
-def test_predictions_of_nnunet(tiny_predictions, tmp_path):
-    """From nnU-Net's own files, student and teacher, in processes of their own."""
+def test_maps_and_numbers_of_nnunets_predictions(tiny_predictions, tmp_path):
+    """Student and teacher are ranked together, with two processes."""
     folders = {name: tmp_path / name for name in tiny_predictions}
     for name, folder in tiny_predictions.items():
         shutil.copytree(folder, folders[name])

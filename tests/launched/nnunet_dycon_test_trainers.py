@@ -1,7 +1,7 @@
-"""Trainers for processes that tests start with torchrun; nnUNet_extTrainer names this folder, too.
+"""Trainers for tests with torchrun, which add this folder to nnUNet_extTrainer.
 
-In the first attempt of torchrun, the last rank is killed in the middle of the second epoch. In the second one it is
-asked to end, in the middle of the third.
+In attempt 0 of torchrun, the last rank receives SIGKILL in the middle of epoch 1; in attempt 1, it receives SIGTERM in
+the middle of epoch 2. Attempts and epochs are counted from 0.
 """
 
 import os
@@ -23,7 +23,7 @@ def _is_hit(trainer: nnUNetTrainer, attempt: int, epoch: int) -> bool:
 
 
 class nnUNetTrainerHit(nnUNetTrainerMeanTeacher):
-    """Mean Teacher, short, and hit as said above."""
+    """A short Mean Teacher training that receives both signals."""
 
     training_settings = replace(
         nnUNetTrainerMeanTeacher.training_settings,
@@ -48,11 +48,11 @@ class nnUNetTrainerHit(nnUNetTrainerMeanTeacher):
         return done
 
     def perform_actual_validation(self, save_probabilities=False):
-        """It takes longer than all the rest."""
+        """Skip the final validation, which takes longer than training."""
 
 
 class nnUNetTrainerPlainHit(nnUNetTrainer):
-    """nnU-Net's own trainer, short, and killed once; with its validation."""
+    """A short training with nnU-Net's own trainer that receives SIGKILL; with final validation."""
 
     def initialize(self):
         super().initialize()

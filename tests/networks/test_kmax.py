@@ -32,7 +32,7 @@ def parts():
 
 def by_voxels(embedded, kernels, classes):
     """Compute segmentation and query distribution with a loop over voxels."""
-    logits, shares = torch.zeros(2, 4, 7), torch.zeros(2, 3, 7)
+    logits, queries = torch.zeros(2, 4, 7), torch.zeros(2, 3, 7)
     for b in range(2):
         for i in range(7):
             similarity = [sum((kernels[b, n, c] * embedded[b, c, i]).item() for c in range(3)) for n in range(5)]
@@ -41,8 +41,8 @@ def by_voxels(embedded, kernels, classes):
             for k in range(4):
                 logits[b, k, i] = sum(r * classes[b, n, k].item() for n, r in enumerate(responses))
             for g, members in enumerate(([0, 1], [2, 3], [4])):
-                shares[b, g, i] = math.log(sum(responses[n] for n in members))
-    return logits, shares
+                queries[b, g, i] = math.log(sum(responses[n] for n in members))
+    return logits, queries
 
 
 def test_response_equals_the_equations(parts):
@@ -211,15 +211,15 @@ def test_query_distribution_can_be_trained(network):
     target = torch.arange(16).mul(3).div(16, rounding_mode="floor").expand(1, 8, 8, 16)
     images = target[:, None].float() + 0.1 * torch.randn(1, 1, 8, 8, 16)
     optimizer = torch.optim.AdamW(network.parameters(), 3e-3)
-    shares = []
+    accuracies = []
     for _ in range(30):
         optimizer.zero_grad()
         network(images)
         queries = tap.take().queries[0]
-        shares.append((queries.argmax(1) == target).float().mean().item())
+        accuracies.append((queries.argmax(1) == target).float().mean().item())
         torch.nn.functional.nll_loss(queries, target).backward()
         optimizer.step()
-    assert shares[0] < 0.6 < 0.9 < shares[-1]
+    assert accuracies[0] < 0.6 < 0.9 < accuracies[-1]
 
 
 def test_compiled_network_returns_the_same_logits_and_queries(network):

@@ -1,4 +1,4 @@
-"""Training on the tiny data set, bit for bit repeatable."""
+"""Fixtures: deterministic training on the tiny data set, and data sets for each label space."""
 
 import json
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from tests.trainers.training import deterministic, make_trainer
 
 @pytest.fixture
 def train() -> Callable:
-    """train(base=nnUNetTrainerDyCON, epochs=2, fold="all") trains and gives the trainer back."""
+    """Return train(base=nnUNetTrainerDyCON, epochs=2, fold="all"), which trains and returns the trainer."""
 
     def run(base=nnUNetTrainerDyCON, epochs: int = 2, fold="all"):
         trainer = make_trainer(deterministic(base, epochs), fold)
@@ -26,7 +26,7 @@ def train() -> Callable:
 
 @pytest.fixture(scope="session")
 def matrix_root(tiny_root, tmp_path_factory) -> Path:
-    """A data set for each kind of labels, planned and preprocessed. Do not change it."""
+    """Return the root of preprocessed data sets, one for each label space. Do not modify it."""
     root = tmp_path_factory.mktemp("matrix")
     fingerprint = tiny_root / "nnUNet_preprocessed" / "Dataset901_Tiny" / "dataset_fingerprint.json"
     with pytest.MonkeyPatch.context() as patch:

@@ -1,4 +1,4 @@
-"""Data sets with every kind of labels, in every configuration: so small that a step takes tens of milliseconds."""
+"""Tiny data sets for each label space, in each configuration, for training steps of tens of milliseconds."""
 
 import json
 from copy import deepcopy
@@ -13,15 +13,15 @@ from nnunet_dycon.data.unlabeled import UnlabeledCases
 from tests.tiny import write_volume
 
 NESTED = {"whole": [1, 2, 3], "core": [2, 3], "inner": 3}
-# name: the data set's ID, its labels, and how many values its label maps have
-KINDS = {
+# name -> ID of the data set, labels in dataset.json, number of values in the label maps
+LABEL_SPACES = {
     "two classes": (911, {"background": 0, "organ": 1}, 2),
     "many classes": (912, {"background": 0} | {f"part {value}": value for value in range(1, 7)}, 7),
     "ignore label": (913, {"background": 0, "organ": 1, "tumor": 2, "ignore": 3}, 4),
     "regions": (914, {"background": 0, **NESTED}, 4),
     "regions, ignore label": (915, {"background": 0, **NESTED, "ignore": 4}, 5),
 }
-# name: the plans, and the configuration of nnU-Net's
+# name -> plans, configuration in the plans
 CONFIGURATIONS = {
     "2d": ("nnUNetPlans", "2d"),
     "3d_lowres": ("nnUNetPlans", "3d_lowres"),
@@ -34,36 +34,41 @@ _LABELED, _UNLABELED = ("case_00", "case_01", "case_02"), ("scan_00", "scan_01")
 _SHAPE = (16, 32, 32)  # Z, Y, X
 
 
-def dataset_of(kind: str) -> str:
-    return f"Dataset{KINDS[kind][0]}_{''.join(filter(str.isalnum, kind.title()))}"
+def dataset_of(label_space: str) -> str:
+    return f"Dataset{LABEL_SPACES[label_space][0]}_{''.join(filter(str.isalnum, label_space.title()))}"
 
 
 def write_all(root: Path, fingerprint: dict) -> None:
-    """Planned by nnU-Net for the fingerprint, narrowed, and preprocessed by nnU-Net, all in this process."""
-    for kind in KINDS:
-        _write_raw(root / "nnUNet_raw" / dataset_of(kind), kind)
-        base = root / "nnUNet_preprocessed" / dataset_of(kind)
+    """Write, plan and preprocess all data sets with nnU-Net, with small patches and networks, in this process.
+
+    Args:
+        root: folder for nnUNet_raw and nnUNet_preprocessed.
+        fingerprint: fingerprint of another data set, whose intensity statistics are used.
+    """
+    for label_space in LABEL_SPACES:
+        raw, base = (root / folder / dataset_of(label_space) for folder in ("nnUNet_raw", "nnUNet_preprocessed"))
+        _write_raw(raw, label_space)
         base.mkdir(parents=True)
         shapes = [list(_SHAPE)] * len(_LABELED)
         about = fingerprint | {"shapes_after_crop": shapes, "spacings": [[1.0, 1.0, 1.0]] * len(shapes)}
         (base / "dataset_fingerprint.json").write_text(json.dumps(about))
-        (base / "dataset.json").write_bytes((root / "nnUNet_raw" / dataset_of(kind) / "dataset.json").read_bytes())
-    planned_for = next(iter(KINDS))
+        (base / "dataset.json").write_bytes((raw / "dataset.json").read_bytes())
+    planned_for = next(iter(LABEL_SPACES))
     for planner in ("ExperimentPlanner", "nnUNetPlannerResEncM", "nnUNetPlannerResEncL"):
-        plan_experiments([KINDS[planned_for][0]], experiment_planner_class_name=planner)
+        plan_experiments([LABEL_SPACES[planned_for][0]], experiment_planner_class_name=planner)
     for name in {plans for plans, _ in CONFIGURATIONS.values()}:
         file = root / "nnUNet_preprocessed" / dataset_of(planned_for) / f"{name}.json"
         plans = _narrowed(json.loads(file.read_text()))
-        for kind in KINDS:
-            about = json.dumps(plans | {"dataset_name": dataset_of(kind)})
-            (root / "nnUNet_preprocessed" / dataset_of(kind) / file.name).write_text(about)
-    for kind in KINDS:
-        _preprocess(root, kind)
+        for label_space in LABEL_SPACES:
+            about = json.dumps(plans | {"dataset_name": dataset_of(label_space)})
+            (root / "nnUNet_preprocessed" / dataset_of(label_space) / file.name).write_text(about)
+    for label_space in LABEL_SPACES:
+        _preprocess(root, label_space)
 
 
-def _write_raw(folder: Path, kind: str) -> None:
-    """Smooth noise whose brightness makes the labels: half of it background, the rest in equal parts."""
-    _, labels, values = KINDS[kind]
+def _write_raw(folder: Path, label_space: str) -> None:
+    """Write images of smooth noise and labels by its quantiles: one half background, the other half equal parts."""
+    _, labels, values = LABEL_SPACES[label_space]
     for seed, case in enumerate(_LABELED + _UNLABELED):
         noise = gaussian_filter(np.random.default_rng(seed).normal(size=_SHAPE), (1.5, 3.0, 3.0))
         rank = noise.argsort(axis=None).argsort().reshape(_SHAPE) / noise.size
@@ -81,7 +86,7 @@ def _write_raw(folder: Path, kind: str) -> None:
 
 
 def _narrowed(plans: dict) -> dict:
-    """Small patches and few features; and the two configurations that nnU-Net does not plan for such small images."""
+    """Return plans with small patches and few features, and with the two configurations that nnU-Net did not plan."""
     configurations = plans["configurations"]
     fullres = configurations["3d_fullres"]
     configurations["3d_lowres"] = deepcopy(fullres) | {"spacing": [2.0, 2.0, 2.0]}
@@ -96,7 +101,7 @@ def _narrowed(plans: dict) -> dict:
         arguments |= {
             "n_stages": 4,
             "features_per_stage": [4, 6, 8, 8],
-            # Features are tapped at stride 4, so that a patch has enough cells to contrast.
+            # No stride of 8: features have a stride of 4, so that a patch has enough cells for contrastive losses.
             "strides": [[1] * len(patch), stride, stride, [1] * len(patch)],
             "kernel_sizes": [kernel] * 2 + [[3] * len(patch)] * 2,
         }
@@ -107,13 +112,13 @@ def _narrowed(plans: dict) -> dict:
     return plans
 
 
-def _preprocess(root: Path, kind: str) -> None:
-    base, raw = (root / folder / dataset_of(kind) for folder in ("nnUNet_preprocessed", "nnUNet_raw"))
+def _preprocess(root: Path, label_space: str) -> None:
+    base, raw = (root / folder / dataset_of(label_space) for folder in ("nnUNet_preprocessed", "nnUNet_raw"))
     dataset_json = json.loads((base / "dataset.json").read_text())
     manager = PlansManager(str(base / "nnUNetPlans.json"))
     for plans, name in CONFIGURATIONS.values():
         if plans != "nnUNetPlans":
-            continue  # they share what is preprocessed
+            continue  # the other plans use the same preprocessed data
         configuration = manager.get_configuration(name)
         folder = base / configuration.data_identifier
         folder.mkdir()

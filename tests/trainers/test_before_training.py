@@ -1,4 +1,4 @@
-"""Mistakes of a user are named in one line, before a training starts."""
+"""Tests of user errors that are raised in one line before a training starts."""
 
 import json
 import subprocess
@@ -20,8 +20,8 @@ from tests.trainers.training import METHODS, deterministic, draw_no_pictures, ma
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_fault_ends_every_training_in_one_line_before_it_starts(base, name):
-    """All faults are in tests/training/test_preflight.py."""
+def test_damaged_fingerprint_raises_before_training(base, name):
+    """All other errors are tested in tests/training/test_preflight.py."""
     (base / "dataset_fingerprint.json").write_text("{")
     trainer = make_trainer(deterministic(trainer_class(name)), fold=0)
     with pytest.raises(SystemExit, match=r"dataset_fingerprint.json is damaged; run: nnUNetv2_plan_and_pr") as stopped:
@@ -31,23 +31,23 @@ def test_a_fault_ends_every_training_in_one_line_before_it_starts(base, name):
     assert not list(Path(trainer.output_folder).glob("*.pth"))
 
 
-def test_a_results_folder_that_cannot_be_written_to(tiny):
+def test_read_only_results_folder_raises(tiny):
     trainer = make_trainer(deterministic(nnUNetTrainerDyCON))
-    trainer.output_folder = "/proc"  # where not even root can make a file
+    trainer.output_folder = "/proc"  # not even root can create a file here
     with pytest.raises(SystemExit, match=r"error: /proc cannot be written to \(.*\); change its owner or permissions"):
         trainer.on_train_start()
     assert trainer.network is None
 
 
-def test_a_results_folder_that_cannot_be_made(tiny, monkeypatch):
+def test_results_folder_that_cannot_be_created_raises(tiny, monkeypatch):
     monkeypatch.setenv("nnUNet_results", "/proc/results")
     with pytest.raises(
-        SystemExit, match=r"cannot make the folder of this training; check nnUNet_results .*/proc/results"
+        SystemExit, match=r"cannot create the output folder of this training; check nnUNet_results .*/proc/results"
     ):
         make_trainer(deterministic(nnUNetTrainerDyCON))
 
 
-def test_few_labeled_cases_with_a_split_or_fold_all_do_train(base, raw, train, monkeypatch):
+def test_fewer_than_five_labeled_cases_train_with_a_split_or_fold_all(base, raw, train, monkeypatch):
     draw_no_pictures(monkeypatch)
     few_labeled(base, raw)
     train(epochs=1, fold="all")
@@ -56,7 +56,7 @@ def test_few_labeled_cases_with_a_split_or_fold_all_do_train(base, raw, train, m
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_cascade_is_refused_at_construction(base, name):
+def test_cascade_raises_at_construction(base, name):
     file = base / "nnUNetPlans.json"
     plans = json.loads(file.read_text())
     plans["configurations"]["3d_cascade_fullres"] = {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}
@@ -64,10 +64,10 @@ def test_a_cascade_is_refused_at_construction(base, name):
     with pytest.raises(NotImplementedError, match="cannot train 3d_cascade_fullres: in a cascade") as refused:
         make_trainer(trainer_class(name), configuration="3d_cascade_fullres")
     assert not (base.parents[1] / "nnUNet_results" / "Dataset901_Tiny").exists()
-    assert refused.value.code.startswith("nnunet_dycon: error: ")  # what Python prints of it, and nothing else
+    assert refused.value.code.startswith("nnunet_dycon: error: ")  # the only line that Python prints
 
 
-def test_a_cascade_is_one_line_for_a_user(base):
+def test_cascade_ends_nnunetv2_train_with_one_line(base):
     file = base / "nnUNetPlans.json"
     plans = json.loads(file.read_text())
     plans["configurations"]["3d_cascade_fullres"] = {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}
@@ -80,13 +80,13 @@ def test_a_cascade_is_one_line_for_a_user(base):
     assert result.stderr.strip().splitlines()[-1].startswith("nnunet_dycon: error: nnUNetTrainerDyCON_smoke cannot")
 
 
-def test_an_old_nnunet_is_refused_in_one_line(tiny, monkeypatch):
+def test_old_nnunet_raises(tiny, monkeypatch):
     monkeypatch.setattr("nnunet_dycon.system.environment.metadata.version", lambda name: "2.7.0")
     with pytest.raises(SystemExit, match=r"nnunet_dycon: error: nnU-Net 2.7.0 is too old"):
         make_trainer(nnUNetTrainerDyCON)
 
 
-def test_a_network_without_stages_is_refused_with_the_reason(tiny):
+def test_network_without_stages_raises(tiny):
     class nnUNetTrainerOther(nnUNetTrainerDyCON):
         enable_deep_supervision = False
 
@@ -98,14 +98,14 @@ def test_a_network_without_stages_is_refused_with_the_reason(tiny):
 
     trainer = make_trainer(nnUNetTrainerOther)
     trainer.enable_deep_supervision = False
-    with pytest.raises(NotImplementedError, match="to tap features from; Conv3d has none"):
+    with pytest.raises(NotImplementedError, match="but the network Conv3d has none"):
         trainer.initialize()
 
 
 def with_primus(base: type[SemiSupervisedTrainer], deep_supervision: bool) -> type[SemiSupervisedTrainer]:
     class nnUNetTrainerPrimus(base):
         def __init__(
-            self, plans, configuration, fold, dataset_json, device=torch.device("cuda")  # noqa: B008 (as nnU-Net)
+            self, plans, configuration, fold, dataset_json, device=torch.device("cuda")  # noqa: B008 (as in nnU-Net)
         ):  # fmt: skip
             super().__init__(plans, configuration, fold, dataset_json, device)
             self.enable_deep_supervision = deep_supervision
@@ -117,27 +117,27 @@ def with_primus(base: type[SemiSupervisedTrainer], deep_supervision: bool) -> ty
             patch_size = configuration_manager.patch_size
             return Primus(num_input_channels, 12, (8, 8, 8), num_output_channels, 1, 2, patch_size)
 
-        def set_deep_supervision_enabled(self, enabled):  # as nnU-Net's trainers of Primus have it
+        def set_deep_supervision_enabled(self, enabled):  # as in nnU-Net's trainers of Primus
             pass
 
     return nnUNetTrainerPrimus
 
 
 @pytest.mark.parametrize("base", [nnUNetTrainerDyCON, nnUNetTrainerDyCONCoTraining])
-def test_primus_has_no_stage_to_tap(base, tiny):
-    """nnU-Net's transformer: patches are embedded at once, and every layer has the same resolution."""
-    message = "to tap features from; Primus has none. Use nnU-Net's default or residual-encoder plans"
+def test_primus_raises_for_methods_that_require_features(base, tiny):
+    """All layers of nnU-Net's transformer have the same resolution, so it has no encoder with stages."""
+    message = "but the network Primus has none. Use nnU-Net's default or residual-encoder plans"
     with pytest.raises(NotImplementedError, match=message):
         make_trainer(with_primus(base, deep_supervision=False)).initialize()
 
 
 @pytest.mark.parametrize("base", [nnUNetTrainerDyCON, nnUNetTrainerMeanTeacher])
-def test_primus_has_no_deep_supervision(base, tiny):
-    with pytest.raises(NotImplementedError, match="cannot train Primus with deep supervision, which it does not have"):
+def test_primus_raises_if_the_trainer_uses_deep_supervision(base, tiny):
+    with pytest.raises(NotImplementedError, match="requires deep supervision, but the network Primus has none"):
         make_trainer(with_primus(base, deep_supervision=True)).initialize()
 
 
-def test_where_nothing_is_tapped_primus_does_train(base, monkeypatch):
+def test_primus_trains_with_methods_without_features_or_deep_supervision(base, monkeypatch):
     narrow(base)
     draw_no_pictures(monkeypatch)
     trainer = make_trainer(deterministic(with_primus(nnUNetTrainerMeanTeacher, deep_supervision=False), 1))
@@ -147,7 +147,7 @@ def test_where_nothing_is_tapped_primus_does_train(base, monkeypatch):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_plans_of_primus_are_refused_in_one_line(base, name):
+def test_plans_of_primus_raise(base, name):
     file = base / "nnUNetPlans.json"
     plans = json.loads(file.read_text())
     plans["configurations"]["3d_fullres"]["architecture"] = {
@@ -156,8 +156,12 @@ def test_plans_of_primus_are_refused_in_one_line(base, name):
         "_kw_requires_import": [],
     }
     file.write_text(json.dumps(plans))
-    own = name == "nnUNetTrainerDKUXNet"  # which is built when training begins
-    message = "needs plans with .* which those for .*Primus have not" if own else "cannot train Primus: it has no deep"
+    has_own_network = name == "nnUNetTrainerDKUXNet"
+    message = (
+        "needs .* but the plans for .*Primus lack them"
+        if has_own_network
+        else "cannot train Primus: it has neither deep"
+    )
     with pytest.raises(NotImplementedError, match=message) as refused:
         make_trainer(trainer_class(name)).run_training()
     assert refused.value.code.startswith("nnunet_dycon: error: ")

@@ -1,4 +1,4 @@
-"""The trainers keep to nnU-Net's contract, and notice when nnU-Net changes what they had to write again."""
+"""Tests of the compatibility of trainers with nnU-Net: signatures, names and reimplemented methods."""
 
 import hashlib
 import inspect
@@ -16,8 +16,8 @@ OWN_NETWORK = {"nnUNetTrainerDKUXNet", "nnUNetTrainerUXNet"}
 
 
 @every_trainer
-def test_constructor_is_nnunets_letter_for_letter(name):
-    """nnU-Net looks each parameter of the subclass up among its own local variables."""
+def test_constructor_has_the_signature_of_nnunets(name):
+    """nnU-Net reads the parameters of the subclass from local variables of its own constructor."""
     ours = inspect.signature(trainer_class(name).__init__).parameters
     theirs = inspect.signature(nnUNetTrainer.__init__).parameters
     assert [(p.name, p.kind, p.default) for p in ours.values()] == [
@@ -26,8 +26,8 @@ def test_constructor_is_nnunets_letter_for_letter(name):
 
 
 @every_trainer
-def test_the_name_fits_nnunets_folders(name):
-    """nnU-Net splits folder names at "__"; a class of nnU-Net's own name would be taken instead of ours."""
+def test_names_of_trainers_are_valid(name):
+    """nnU-Net splits folder names at "__", and it would prefer its own class of the same name."""
     cls = trainer_class(name)
     assert "__" not in name
     assert cls.__name__ == name
@@ -36,16 +36,16 @@ def test_the_name_fits_nnunets_folders(name):
 
 
 @every_trainer
-def test_the_network_is_nnunets_own_or_built_by_the_class(name):
-    """So nnUNetv2_predict can load the weights; its own ones can be used without this package, too."""
+def test_network_is_built_by_nnunet_or_by_a_static_method(name):
+    """Required by nnUNetv2_predict. Networks of nnU-Net can be used without this package, too."""
     build = trainer_class(name).build_network_architecture
     assert (build is nnUNetTrainer.build_network_architecture) == (name not in OWN_NETWORK)
     ours, theirs = (inspect.signature(f).parameters for f in (build, nnUNetTrainer.build_network_architecture))
     assert [(p.name, p.default) for p in ours.values()] == [(p.name, p.default) for p in theirs.values()]
 
 
-# Methods of nnU-Net that are written again because they have no hooks inside. If one of these tests fails, read what
-# nnU-Net has changed, follow it in nnunet_dycon/data (loader.make_loaders, augmenters.start) or in
+# Methods of nnU-Net that are reimplemented because they have no hooks inside. If one of these tests fails, read the
+# changes in nnU-Net, make the same changes in nnunet_dycon/data (loader.make_loaders, augmenters.start) or in
 # nnunet_dycon/training/step.py, and add the new hash.
 KNOWN = {
     "get_dataloaders": {"5f59e2b907cfa2d1eb1e77ab2a5b8893161e7af8567fc5669c62a4810334899e"},
@@ -54,13 +54,13 @@ KNOWN = {
 
 
 @pytest.mark.parametrize("method", KNOWN)
-def test_the_methods_we_rewrote_have_not_changed_in_nnunet(method):
+def test_reimplemented_methods_have_not_changed_in_nnunet(method):
     source = inspect.getsource(getattr(nnUNetTrainer, method))
     assert hashlib.sha256(source.encode()).hexdigest() in KNOWN[method]
 
 
-def test_nothing_else_is_copied_from_the_parent():
-    """Less than 10 substantial lines of a method of ours stand in the method of nnU-Net's that it overrides."""
+def test_other_methods_are_not_copied_from_nnunet():
+    """Each overriding method has fewer than 10 long lines in common with the method of nnU-Net that it overrides."""
     for name, function in vars(SemiSupervisedTrainer).items():
         parent = getattr(nnUNetTrainer, name, None)
         if not inspect.isfunction(function) or parent is None or name in KNOWN:

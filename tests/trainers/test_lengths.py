@@ -1,4 +1,4 @@
-"""Every registered trainer in every length, and what a user does with one."""
+"""Tests of lengths of trainers, such as _12epochs and _smoke, and of the look-up of trainers by name."""
 
 import json
 import pickle
@@ -17,7 +17,7 @@ from tests.trainers.training import make_trainer
 
 
 @pytest.mark.parametrize("name", TRAINERS)
-def test_a_length_changes_the_length_and_nothing_else(tiny, name):
+def test_length_in_the_name_changes_only_the_length(tiny, name):
     base, short, smoke = (trainer_class(name + ending) for ending in ("", "_12epochs", "_smoke"))
     assert short is trainer_class(f"{name}_12epochs") is getattr(trainers, f"{name}_12epochs")
     assert (short.__name__, short.__module__) == (f"{name}_12epochs", "nnunet_dycon.trainers")
@@ -45,7 +45,7 @@ def test_a_length_changes_the_length_and_nothing_else(tiny, name):
         ("nnUNetTrainerDyCON_epochs", None),
     ],
 )
-def test_the_registered_trainer_behind_a_name(name, registered):
+def test_registered_name_without_length(name, registered):
     assert registered_name(name) == registered
     if registered is None:
         with pytest.raises(UnknownTrainer, match=f"no trainer is called {name}"):
@@ -53,7 +53,7 @@ def test_the_registered_trainer_behind_a_name(name, registered):
 
 
 @pytest.mark.parametrize("name", ["nnUNetTrainerDyCON_smoke", "nnUNetTrainerDyCON_adapted"])
-def test_the_published_method_logs_its_caveat_when_training_starts(tiny, capsys, name):
+def test_published_dycon_logs_its_caveat_when_training_starts(tiny, capsys, name):
     trainer = make_trainer(trainer_class(name))
     trainer.on_train_start()
     is_published = name != "nnUNetTrainerDyCON_adapted"
@@ -62,7 +62,7 @@ def test_the_published_method_logs_its_caveat_when_training_starts(tiny, capsys,
         assert (TRAINERS["nnUNetTrainerDyCON"].caveat in text) == is_published
 
 
-def test_nnunets_best_configuration_is_found_by_the_name_with_its_length(trained_tiny, tmp_path, monkeypatch):
+def test_find_best_configuration_accepts_names_with_a_length(trained_tiny, tmp_path, monkeypatch):
     root = tmp_path / "tiny"
     shutil.copytree(trained_tiny, root)
     set_environment(monkeypatch, root)

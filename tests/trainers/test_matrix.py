@@ -1,6 +1,6 @@
-"""Every trainer, on every kind of labels, in every configuration: two steps each.
+"""Tests of two training steps with each trainer, label space and configuration.
 
-All combinations are slow; the default suite has each trainer with each kind of labels and with each configuration.
+The default suite has each trainer with each label space and with each configuration. The others are marked slow.
 """
 
 import json
@@ -23,18 +23,18 @@ from nnunet_dycon.registry import TRAINERS
 from nnunet_dycon.trainers import trainer_class
 from nnunet_dycon.trainers.semi_supervised import SemiSupervisedTrainer
 from tests.tiny import set_environment
-from tests.trainers.label_spaces import CONFIGURATIONS, KINDS, dataset_of
+from tests.trainers.label_spaces import CONFIGURATIONS, LABEL_SPACES, dataset_of
 from tests.trainers.training import METHODS, draw_no_pictures, seed_everything
 
-EVERY = METHODS + [name for name, trainer in TRAINERS.items() if trainer.is_supervised]
+ALL_TRAINERS = METHODS + [name for name, trainer in TRAINERS.items() if trainer.is_supervised]
 
 
 def covering() -> set[tuple[str, str, str]]:
-    """Combinations by which each trainer meets each kind of labels, and each configuration, not always the same two."""
+    """Return combinations that contain each trainer with each label space and with each configuration."""
     chosen = set()
-    for number, name in enumerate(EVERY):
+    for number, name in enumerate(ALL_TRAINERS):
         for index, configuration in enumerate(CONFIGURATIONS):
-            chosen.add((name, list(KINDS)[(index + number) % len(KINDS)], configuration))
+            chosen.add((name, list(LABEL_SPACES)[(index + number) % len(LABEL_SPACES)], configuration))
     return chosen
 
 
@@ -45,38 +45,41 @@ _BATCHES = 6
 def combinations() -> list:
     return [
         pytest.param(
-            name, kind, configuration, marks=[] if (name, kind, configuration) in COVERING else pytest.mark.slow
+            name,
+            label_space,
+            configuration,
+            marks=[] if (name, label_space, configuration) in COVERING else pytest.mark.slow,
         )
-        for name in EVERY
-        for kind in KINDS
+        for name in ALL_TRAINERS
+        for label_space in LABEL_SPACES
         for configuration in CONFIGURATIONS
     ]
 
 
-def test_the_covering_part_covers():
-    for name in EVERY:
-        assert {kind for trainer, kind, _ in COVERING if trainer == name} == KINDS.keys()
+def test_default_combinations_cover_label_spaces_and_configurations():
+    for name in ALL_TRAINERS:
+        assert {label_space for trainer, label_space, _ in COVERING if trainer == name} == LABEL_SPACES.keys()
         assert {configuration for trainer, _, configuration in COVERING if trainer == name} == CONFIGURATIONS.keys()
 
 
 @pytest.fixture
 def start(matrix_root, tmp_path, monkeypatch) -> Callable[[str, str, str], nnUNetTrainer]:
-    """start(trainer, kind, configuration) gives a trainer that is ready for its first step."""
+    """Return start(name, label_space, configuration), which returns a trainer before its first step."""
     set_environment(monkeypatch, matrix_root)
     monkeypatch.setenv("nnUNet_results", str(tmp_path))
     draw_no_pictures(monkeypatch)
     monkeypatch.setattr(nnUNetTrainer, "plot_network_architecture", lambda self: None)
 
-    def run(name: str, kind: str, configuration: str) -> nnUNetTrainer:
+    def run(name: str, label_space: str, configuration: str) -> nnUNetTrainer:
         plans_name, planned = CONFIGURATIONS[configuration]
-        folder = Path(os.environ["nnUNet_preprocessed"]) / dataset_of(kind)
+        folder = Path(os.environ["nnUNet_preprocessed"]) / dataset_of(label_space)
         plans = json.loads((folder / f"{plans_name}.json").read_text()) | {"continue_training": False}
         seed_everything(0)
         trainer = trainer_class(name)(
             plans, planned, "all", json.loads((folder / "dataset.json").read_text()), torch.device("cpu")
         )
         trainer.initialize()
-        _make_outspoken(trainer)
+        _make_confident(trainer)
         trainer.on_train_start()
         trainer.on_train_epoch_start()
         return trainer
@@ -84,8 +87,8 @@ def start(matrix_root, tmp_path, monkeypatch) -> Callable[[str, str, str], nnUNe
     return run
 
 
-def _make_outspoken(trainer: nnUNetTrainer) -> None:
-    """Have the untrained networks be sure of something here and there, so that every loss has something to say."""
+def _make_confident(trainer: nnUNetTrainer) -> None:
+    """Make untrained networks confident at some voxels, so that each loss has a gradient."""
     networks = [unwrap(trainer.network)]
     if isinstance(trainer, SemiSupervisedTrainer) and trainer.second_network:
         networks.append(unwrap(trainer.method.second))
@@ -93,12 +96,12 @@ def _make_outspoken(trainer: nnUNetTrainer) -> None:
         for network in networks:
             for name, parameter in network.named_parameters():
                 if "seg_layers" in name and name.endswith("weight"):
-                    # Channels have the same mean, so that no class is ahead everywhere.
+                    # The weights of each class have mean 0, so that no class has the highest logit everywhere.
                     parameter -= parameter.mean(1, keepdim=True)
                     parameter *= 10
 
 
-def trained(trainer: nnUNetTrainer) -> dict[str, nn.Module]:
+def modules_of(trainer: nnUNetTrainer) -> dict[str, nn.Module]:
     parts = {"network": unwrap(trainer.network)}
     if isinstance(trainer, SemiSupervisedTrainer):
         parts |= {name: unwrap(child) for name, child in trainer.method.named_children()}
@@ -113,27 +116,27 @@ def moved(before: list[torch.Tensor], module: nn.Module) -> bool:
     return any(not torch.equal(old, new) for old, new in zip(before, module.parameters()))
 
 
-@pytest.mark.parametrize(("name", "kind", "configuration"), combinations())
-def test_two_steps(start, name, kind, configuration):
-    trainer = start(name, kind, configuration)
-    _check_configuration(trainer, kind, configuration)
-    before = {part: snapshot(module) for part, module in trained(trainer).items()}
+@pytest.mark.parametrize(("name", "label_space", "configuration"), combinations())
+def test_two_steps_update_all_modules(start, name, label_space, configuration):
+    trainer = start(name, label_space, configuration)
+    _check_configuration(trainer, label_space, configuration)
+    before = {part: snapshot(module) for part, module in modules_of(trainer).items()}
     for _ in range(2):
         values = trainer.train_step(next(trainer.dataloader_train))
         for value, number in values.items():
-            assert np.isfinite(number) or value in AGREEMENTS, value  # two empty label maps have no Dice
+            assert np.isfinite(number) or value in AGREEMENTS, value  # Dice of two empty label maps is undefined
             assert value not in FRACTIONS or 0 <= number <= 1
-    for part, module in trained(trainer).items():
+    for part, module in modules_of(trainer).items():
         assert moved(before[part], module), part
     assert np.isfinite(trainer.validation_step(next(trainer.dataloader_val))["loss"])
     if isinstance(trainer, SemiSupervisedTrainer):
-        _check_kind(trainer, kind)
+        _check_label_space(trainer, label_space)
         _check_terms(trainer)
 
 
-def _check_configuration(trainer: nnUNetTrainer, kind: str, configuration: str) -> None:
-    labels = {name: value for name, value in KINDS[kind][1].items() if name != "ignore"}
-    assert trainer.label_manager.num_segmentation_heads == len(labels) - ("regions" in kind)
+def _check_configuration(trainer: nnUNetTrainer, label_space: str, configuration: str) -> None:
+    labels = {name: value for name, value in LABEL_SPACES[label_space][1].items() if name != "ignore"}
+    assert trainer.label_manager.num_segmentation_heads == len(labels) - ("regions" in label_space)
     assert len(trainer.configuration_manager.patch_size) == (2 if configuration == "2d" else 3)
     _, dummy_2d, _, _ = trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
     assert dummy_2d == (configuration == "anisotropic")
@@ -142,38 +145,40 @@ def _check_configuration(trainer: nnUNetTrainer, kind: str, configuration: str) 
         assert is_residual == configuration.startswith("residual")
 
 
-def _check_kind(trainer: SemiSupervisedTrainer, kind: str) -> None:
-    found, ignored = trainer.method.supervision.label_space, "ignore label" in kind
-    if "regions" in kind:
+def _check_label_space(trainer: SemiSupervisedTrainer, label_space: str) -> None:
+    found, ignored = trainer.method.supervision.label_space, "ignore label" in label_space
+    if "regions" in label_space:
         assert found == RegionLabels(has_ignore_label=ignored)
     else:
-        assert found == ClassLabels(ignore_label=KINDS[kind][1].get("ignore"))
+        assert found == ClassLabels(ignore_label=LABEL_SPACES[label_space][1].get("ignore"))
 
 
 def _check_terms(trainer: SemiSupervisedTrainer) -> None:
-    """Each term moves the network that it is to teach, and no other, and never the teacher.
+    """Check that each term has a gradient for its own network only, and none for the teacher.
 
-    A batch may have nothing to say to a term: patches of one class alone, views that do not differ. Few in a row do.
+    In a single batch, the gradient of a term may be 0, such as for patches of one class only or equal views. So
+    several batches are drawn.
     """
-    parts = {part: list(module.parameters()) for part, module in trained(trainer).items() if part != "teacher"}
-    silent: set[str] = set()
+    parts = {part: list(module.parameters()) for part, module in modules_of(trainer).items() if part != "teacher"}
+    pending: set[str] = set()
     for number in range(_BATCHES):
         labeled, unlabeled = to_batches(next(trainer.dataloader_train), trainer.device)
         terms = trainer.method(trainer._student, labeled, unlabeled, 1.0)
-        silent = silent if number else set(terms_of_loss(terms))
-        for name in sorted(silent):
+        pending = pending if number else set(terms_of_loss(terms))
+        for name in sorted(pending):
             reached = _reached(terms[name], parts)
             expected = {"second" if name.endswith("_second") else "network"}
             expected |= {"head"} if name.startswith("fecl") else set()
             assert reached <= expected, name
-            silent -= {name} if reached == expected else set()
-        if not silent:
+            pending -= {name} if reached == expected else set()
+        if not pending:
             return
-    raise AssertionError(f"no gradient of {silent} arrives where it should")
+    raise AssertionError(f"terms without gradient for their network: {pending}")
 
 
 def _reached(term: torch.Tensor, parts: dict[str, list[nn.Parameter]]) -> set[str]:
-    parameters = [parameter for of_part in parts.values() for parameter in of_part]
+    """Return the parts with a gradient of the term that is not 0."""
+    parameters = [parameter for members in parts.values() for parameter in members]
     gradients = iter(torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True))
-    arrived = {part: [next(gradients) for _ in of_part] for part, of_part in parts.items()}
-    return {part for part, found in arrived.items() if any(g is not None and g.any() for g in found)}
+    gradients_of = {part: [next(gradients) for _ in members] for part, members in parts.items()}
+    return {part for part, found in gradients_of.items() if any(g is not None and g.any() for g in found)}

@@ -1,4 +1,4 @@
-"""The one promise: no label of an unlabeled case can reach the training. On real training steps, bit for bit."""
+"""Tests that labels of unlabeled cases cannot influence a training, by bitwise comparison of the trained weights."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ from tests.trainers.training import (
 
 
 def overwrite_segmentation(folder: Path, case: str) -> None:
-    """Put noise into a preprocessed segmentation and into the list of its foreground voxels."""
+    """Replace a preprocessed segmentation by noise, and the list of its foreground voxels by other voxels."""
     file = folder / f"{case}_seg.b2nd"
     shape = blosc2.open(str(file)).shape
     rng = np.random.default_rng(7)
@@ -48,12 +48,12 @@ def mirror_image(folder: Path, case: str) -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_noise_in_the_segmentations_of_unlabeled_cases_changes_nothing(tiny, train, monkeypatch, name):
-    """The first comparison. The second is the control: the images of unlabeled cases do take part."""
+def test_segmentations_of_unlabeled_cases_have_no_influence(tiny, train, monkeypatch, name):
+    """Control: the images of unlabeled cases have an influence."""
     draw_no_pictures(monkeypatch)
     base = trainer_class(name)
     if base.build_network_architecture is not nnUNetTrainer.build_network_architecture:
-        narrow(tiny / PREPROCESSED)  # not for the others: in patches that small FeCL may find nothing to contrast
+        narrow(tiny / PREPROCESSED)  # not for all: in such small patches, FeCL may be 0
     clean = train(base, epochs=1)
     unlabeled = tiny / PREPROCESSED / "nnUNetPlans_3d_fullres_unlabeled"
     for case in sorted(file.stem for file in unlabeled.glob("*.pkl")):
@@ -64,7 +64,7 @@ def test_noise_in_the_segmentations_of_unlabeled_cases_changes_nothing(tiny, tra
 
 
 @pytest.mark.parametrize("name", ["nnUNetTrainerDyCON", "nnUNetTrainerBCP", "nnUNetTrainerUGPL"])
-def test_the_same_where_labels_are_regions(matrix_root, tmp_path, monkeypatch, name):
+def test_segmentations_of_unlabeled_cases_have_no_influence_with_regions(matrix_root, tmp_path, monkeypatch, name):
     dataset = dataset_of("regions, ignore label")
     for folder in ("nnUNet_raw", "nnUNet_preprocessed"):
         shutil.copytree(matrix_root / folder / dataset, tmp_path / folder / dataset)
@@ -85,8 +85,8 @@ def test_the_same_where_labels_are_regions(matrix_root, tmp_path, monkeypatch, n
     assert not same_weights(train(), clean)
 
 
-def test_noise_in_one_labeled_case_changes_the_training(tiny, train):
-    """The other control: labels that may be seen are seen."""
+def test_segmentations_of_labeled_cases_have_an_influence(tiny, train):
+    """Control for the tests above."""
     clean = train(epochs=1)
     overwrite_segmentation(tiny / PREPROCESSED / "nnUNetPlans_3d_fullres", "case_00")
     assert not same_weights(train(epochs=1), clean)
@@ -96,7 +96,10 @@ LABELED, UNLABELED, HELD_OUT = ["a", "b"], ["c", "d", "e"], ["f"]
 
 
 def train_from_source(root: Path, monkeypatch: pytest.MonkeyPatch, poisoned: bool) -> SemiSupervisedTrainer:
-    """Convert, plan, preprocess and train on left-atrium-like cases; poison: noise for every label held back."""
+    """Convert, plan, preprocess and train on cases in the layout of the left atrium data.
+
+    If poisoned, the labels of all unlabeled and test cases are noise.
+    """
     for seed, case in enumerate(LABELED + UNLABELED + HELD_OUT):
         image, label = tiny_volume(seed)
         if poisoned and case not in LABELED:
@@ -117,7 +120,7 @@ def train_from_source(root: Path, monkeypatch: pytest.MonkeyPatch, poisoned: boo
 
 
 def contents(folder: Path) -> dict[str, object]:
-    """What training can read: arrays, properties, plans."""
+    """Return the content of all files that training can read: arrays, properties and plans."""
     found = {}
     for file in sorted(folder.rglob("*")):
         name = str(file.relative_to(folder))
@@ -131,7 +134,7 @@ def contents(folder: Path) -> dict[str, object]:
     return found
 
 
-def test_poisoned_labels_of_unlabeled_and_test_cases_change_nothing(tmp_path, monkeypatch):
+def test_labels_of_unlabeled_and_test_cases_have_no_influence_from_conversion_to_training(tmp_path, monkeypatch):
     clean = train_from_source(tmp_path / "clean", monkeypatch, poisoned=False)
     poisoned = train_from_source(tmp_path / "poisoned", monkeypatch, poisoned=True)
     folders = [tmp_path / name / "nnUNet_preprocessed" / "Dataset101_LA2018" for name in ("clean", "poisoned")]
@@ -141,4 +144,4 @@ def test_poisoned_labels_of_unlabeled_and_test_cases_change_nothing(tmp_path, mo
     held_out = [
         tmp_path / name / "nnUNet_raw" / "Dataset101_LA2018" / "labelsTs" / "f.nii.gz" for name in ("clean", "poisoned")
     ]
-    assert held_out[0].read_bytes() != held_out[1].read_bytes()  # the poison was there
+    assert held_out[0].read_bytes() != held_out[1].read_bytes()  # the labels in the source differ

@@ -1,4 +1,4 @@
-"""What a training shows of itself: curves, pictures, other loggers."""
+"""Tests of curves, plots, pages of pseudo-labels and additional loggers of a training."""
 
 import math
 from pathlib import Path
@@ -23,11 +23,12 @@ from tests.trainers.training import deterministic, make_trainer, narrow
 
 SECONDS = {f"seconds_{part}" for part in ("data", "teacher", "student", "losses", "backward", "update")}
 PSEUDO_LABELS = {"pseudo_foreground", "student_teacher_dice"}
-OF_TWO = {"pseudo_foreground", "students_dice", "ramp"}
-SHARED = PSEUDO_LABELS | OF_TWO | {"views_dice", "kept_fraction", "ignored_patches"}
+CO_TRAINING = {"pseudo_foreground", "students_dice", "ramp"}
+SHARED = PSEUDO_LABELS | CO_TRAINING | {"views_dice", "kept_fraction", "ignored_patches"}
 
 
 def of_both(*terms: str) -> set[str]:
+    """Return the names of terms of both networks, including the supervised loss."""
     return {f"{term}{ending}" for term in ("supervised", *terms) for ending in ("", "_second")}
 
 
@@ -44,14 +45,14 @@ CURVES = {
         "pseudo_foreground",
         "views_dice",
     },
-    nnUNetTrainerCPS: of_both("cross") | OF_TWO,
-    nnUNetTrainerUGPL: of_both("mistake", "cross", "filtered", "contrast") | OF_TWO | {"kept_fraction"},
-    nnUNetTrainerDyCONCoTraining: of_both("uncl", "fecl") | OF_TWO | {"beta", "ignored_patches"},
+    nnUNetTrainerCPS: of_both("cross") | CO_TRAINING,
+    nnUNetTrainerUGPL: of_both("mistake", "cross", "filtered", "contrast") | CO_TRAINING | {"kept_fraction"},
+    nnUNetTrainerDyCONCoTraining: of_both("uncl", "fecl") | CO_TRAINING | {"beta", "ignored_patches"},
 }
 
 
 @pytest.mark.parametrize("base", CURVES, ids=lambda base: base.__name__)
-def test_each_epoch_adds_to_every_curve_and_to_the_picture(tiny, train, base):
+def test_curves_have_a_value_per_epoch_and_are_plotted_and_logged(tiny, train, base):
     narrow(tiny / "nnUNet_preprocessed" / "Dataset901_Tiny")
     trainer = train(base, epochs=2)
     labeler = trainer.method.labeler
@@ -61,41 +62,41 @@ def test_each_epoch_adds_to_every_curve_and_to_the_picture(tiny, train, base):
     assert all(type(value) is float for curve in trainer.curves.values() for value in curve)
     for name in SHARED & CURVES[base]:
         for value, foreground in zip(trainer.curves[name], trainer.curves["pseudo_foreground"]):
-            assert 0 <= value <= 1 or (name in AGREEMENTS and foreground == 0)  # of no foreground there is no Dice
+            assert 0 <= value <= 1 or (name in AGREEMENTS and foreground == 0)  # Dice is undefined without foreground
     folder = Path(trainer.output_folder)
-    picture = matplotlib.image.imread(folder / "ssl_progress.png")
-    assert picture.shape[0] > 400
+    plot = matplotlib.image.imread(folder / "ssl_progress.png")
+    assert plot.shape[0] > 400
     log = next(folder.glob("training_log*")).read_text()
     for name in CURVES[base]:
         assert f"{name} {trainer.curves[name][-1]:.4f}" in log
     assert f"seconds a step: data {trainer.curves['seconds_data'][-1]:.3f}" in log
 
 
-def test_schedules_are_logged_as_they_were_used(tiny, train):
+def test_logged_schedules_equal_those_of_the_steps(tiny, train):
     trainer = train(epochs=2)
     first = np.mean([5 * 0.1 ** (step / 6) for step in range(3)])
     assert trainer.curves["beta"][0] == pytest.approx(first)
     assert trainer.curves["ramp"][0] < trainer.curves["ramp"][1]
 
 
-def test_seconds_add_up_to_the_epoch(tiny, train):
+def test_durations_of_parts_sum_to_the_duration_of_the_epoch(tiny, train):
     trainer = train(epochs=2)
     parts = sum(trainer.curves[name][1] for name in SECONDS)
     stamps = trainer.logger.get_checkpoint()
     epoch = stamps["epoch_end_timestamps"][1] - stamps["epoch_start_timestamps"][1]
-    assert 0.2 * epoch < 3 * parts < epoch  # validation and pictures are the rest
+    assert 0.2 * epoch < 3 * parts < epoch  # the rest is validation and plots
 
 
-def test_a_page_of_pseudo_labels_comes_with_each_latest_checkpoint_and_at_the_end(tiny):
+def test_page_of_pseudo_labels_is_drawn_with_each_latest_checkpoint_and_at_the_end(tiny):
     trainer = make_trainer(deterministic(nnUNetTrainerDyCON, 3))
     trainer.save_every = 2
     trainer.run_training()
     pages = sorted(file.name for file in Path(trainer.output_folder).glob("pseudo_labels_*"))
     assert pages == ["pseudo_labels_epoch_0001.png", "pseudo_labels_epoch_0002.png"]
-    assert trainer.method.teacher._tap.take() is None  # no feature is kept
+    assert trainer.method.teacher._tap.take() is None  # features are released
 
 
-def test_the_page_shows_what_the_teacher_says(tiny, train, monkeypatch):
+def test_page_shows_labels_and_entropy_of_the_teacher(tiny, train, monkeypatch):
     drawn = {}
     monkeypatch.setattr(
         pseudo_label_page, "draw_pseudo_labels", lambda cases, names, **options: drawn.update(cases=cases, names=names)
@@ -115,7 +116,7 @@ def test_the_page_shows_what_the_teacher_says(tiny, train, monkeypatch):
     assert case.foreground == pytest.approx((probabilities.argmax(0) > 0).float().mean().item(), abs=0.01)
 
 
-def test_settings_are_logged_to_other_loggers_of_nnunet(tiny):
+def test_settings_are_passed_to_additional_loggers_of_nnunet(tiny):
     class Recorder:
         def __init__(self):
             self.config = {}
@@ -134,7 +135,7 @@ def test_settings_are_logged_to_other_loggers_of_nnunet(tiny):
     assert recorder.config["training_settings"]["num_epochs"] == 2
 
 
-def test_curves_of_an_older_checkpoint_are_filled_up(tiny):
+def test_curves_that_a_checkpoint_lacks_are_nan_in_earlier_epochs(tiny):
     first = make_trainer(deterministic(nnUNetTrainerDyCON, 1))
     first.run_training()
     file = Path(first.output_folder) / "checkpoint_final.pth"

@@ -1,4 +1,4 @@
-"""What the trainers of pseudo-labels take from nnU-Net."""
+"""Tests of the unlabeled batch size of pseudo-label trainers."""
 
 from dataclasses import replace
 
@@ -6,7 +6,7 @@ from nnunet_dycon.trainers.nnUNetTrainerPseudoLabel import nnUNetTrainerPseudoLa
 from tests.trainers.training import make_trainer
 
 
-def test_fewer_unlabeled_cases_are_fewer_patches_unless_their_number_is_set(tiny):
+def test_unlabeled_batch_size_depends_on_the_number_of_cases_unless_it_is_set(tiny):
     trainer = make_trainer(nnUNetTrainerPseudoLabel)
     trainer.initialize()
     trainer.get_dataloaders()

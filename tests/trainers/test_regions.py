@@ -1,4 +1,4 @@
-"""A training on regions with ignored voxels, from its first step to the scores: pictures, resume, prediction."""
+"""Tests of a complete training on regions with an ignore label: resume, plots, prediction, evaluation, export."""
 
 import json
 import math
@@ -25,7 +25,7 @@ REGIONS = ["whole", "core", "inner"]
 
 
 def short(epochs: int = 2) -> type[nnUNetTrainerDyCON]:
-    """Under the name that nnU-Net looks up to predict with."""
+    """Return a short trainer with the name of the original one, which nnU-Net looks up for prediction."""
     trainer = deterministic(nnUNetTrainerDyCON, epochs)
     trainer.__name__ = nnUNetTrainerDyCON.__name__
     return trainer
@@ -33,13 +33,13 @@ def short(epochs: int = 2) -> type[nnUNetTrainerDyCON]:
 
 @pytest.fixture(scope="module")
 def drawn() -> list:
-    """What each page of pseudo-labels was made of."""
+    """Return the list of arguments of each page of pseudo-labels."""
     return []
 
 
 @pytest.fixture(scope="module")
 def trained(matrix_root, tmp_path_factory, drawn) -> Path:
-    """The data set with a training that was interrupted and gone on with. Do not change it."""
+    """Return the root of a data set with a resumed training that equals an uninterrupted one. Do not modify it."""
     root = tmp_path_factory.mktemp("regions") / "root"
     for folder in ("nnUNet_raw", "nnUNet_preprocessed"):
         shutil.copytree(matrix_root / folder / DATASET, root / folder / DATASET)
@@ -69,7 +69,7 @@ def trained(matrix_root, tmp_path_factory, drawn) -> Path:
     return root
 
 
-def test_pictures_show_the_innermost_region_and_the_mean_entropy(trained, drawn):
+def test_page_of_pseudo_labels_shows_the_innermost_region_and_the_mean_entropy(trained, drawn):
     assert (trained / MODEL / "fold_all" / "ssl_progress.png").is_file()
     assert list((trained / MODEL / "fold_all").glob("pseudo_labels_epoch_*.png"))
     page = drawn[-1]
@@ -100,14 +100,14 @@ def images(trained) -> Path:
 
 @pytest.fixture(scope="module")
 def predictions(trained, images) -> dict[str, Path]:
-    """Of student and teacher, probabilities and all. Do not change them."""
+    """Return the folders with predictions and probabilities of student and teacher. Do not modify them."""
     files = {"student": "checkpoint_final.pth", "teacher": "checkpoint_final_teacher.pth"}
     with pytest.MonkeyPatch.context() as patch:
         set_environment(patch, trained)
         return {name: predict(trained / MODEL, images, trained / name, file) for name, file in files.items()}
 
 
-def test_predictions_are_label_maps_that_are_scored_and_ranked_by_region(predictions, trained, tmp_path):
+def test_predictions_and_their_scores_and_uncertainty_by_region(predictions, trained, tmp_path):
     folder = predictions["student"]
     probabilities = np.load(folder / "case_00.npz")["probabilities"]
     label_map = sitk.GetArrayFromImage(sitk.ReadImage(str(folder / "case_00.nii.gz")))
@@ -134,7 +134,7 @@ def test_predictions_are_label_maps_that_are_scored_and_ranked_by_region(predict
     assert first["mutual_information_nats"] > 0
 
 
-def test_the_exported_model_predicts_the_same(predictions, trained, images, tmp_path):
+def test_exported_model_has_equal_predictions(predictions, trained, images, tmp_path):
     assert main(["export_vanilla", "-m", str(trained / MODEL), "-o", str(tmp_path / "vanilla")]) == 0
     vanilla = predict(tmp_path / "vanilla", images, tmp_path / "of vanilla")
     for case in ("case_00", "case_02"):
@@ -144,7 +144,7 @@ def test_the_exported_model_predicts_the_same(predictions, trained, images, tmp_
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_the_mean_of_student_and_teacher(predictions, trained, images, tmp_path):
+def test_predict_both_averages_student_and_teacher(predictions, trained, images, tmp_path):
     command = ["predict_both", "-m", str(trained / MODEL), "-i", str(images), "-o", str(tmp_path / "both")]
     assert main([*command, "-device", "cpu", "-np", "0", "--save_probabilities", "--disable_tta"]) == 0
     of_both = np.load(tmp_path / "both" / "case_01.npz")["probabilities"]

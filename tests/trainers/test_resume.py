@@ -1,9 +1,11 @@
-"""A resumed training equals an uninterrupted one; validation and pretrained weights work as with nnU-Net's trainer."""
+"""Tests of resuming, validation only (--val), pretrained weights, and checkpoints that cannot be resumed."""
 
 import json
 import shutil
+import uuid
 from collections.abc import Callable
 from pathlib import Path
+from uuid import UUID
 
 import numpy as np
 import pytest
@@ -49,11 +51,11 @@ def interrupt_and_resume(base: type, epochs: int, after: int):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_resumed_equals_uninterrupted(tiny, train, name):
+def test_resume_equals_uninterrupted_training(tiny, train, name):
     narrow(tiny / "nnUNet_preprocessed" / "Dataset901_Tiny")
     base = trainer_class(name)
     whole = train(base, epochs=2)
-    shutil.rmtree(whole.output_folder)  # or its final checkpoint would be resumed from
+    shutil.rmtree(whole.output_folder)  # otherwise its final checkpoint would be resumed
     resumed = interrupt_and_resume(base, epochs=2, after=1)
     assert_same_weights(resumed, whole)
     if whole.method.teacher is not None:
@@ -68,7 +70,7 @@ def test_resumed_equals_uninterrupted(tiny, train, name):
     assert {len(logged[name]) for name in ("train_losses", "val_losses", "mean_fg_dice", "lrs")} == {2}
 
 
-def test_the_record_of_a_run_survives_its_resumption(tiny):
+def test_resume_does_not_overwrite_the_record_of_the_run(tiny):
     short = deterministic(nnUNetTrainerDyCON, 2)
     first = make_trainer(short)
     first.save_every = 1
@@ -79,22 +81,22 @@ def test_the_record_of_a_run_survives_its_resumption(tiny):
     written = json.loads(record.read_text())
     assert written["method_settings"]["uncl_weight"] == 0.5
     assert written["cases"]["unlabeled"] == ["scan_00", "scan_01", "scan_02", "scan_03"]
-    record.write_text("as it was")
+    record.write_text("first record")
     second = make_trainer(short)
     maybe_load_checkpoint(second, continue_training=True, validation_only=False)
     second.run_training()
-    assert record.read_text() == "as it was"
+    assert record.read_text() == "first record"
 
 
-def test_progress_follows_epochs_and_steps(tiny):
+def test_progress_is_the_fraction_of_steps_done(tiny):
     trainer = make_trainer(deterministic(nnUNetTrainerDyCON, 4))
     assert trainer.progress == 0
     trainer.current_epoch, trainer._step_in_epoch = 2, 1
     assert trainer.progress == pytest.approx((2 * 3 + 1) / (4 * 3))
 
 
-def test_pretrained_weights_reach_the_teacher(tiny, train):
-    """They arrive after initialize, when the teacher has been made already."""
+def test_pretrained_weights_are_copied_to_the_teacher(tiny, train):
+    """nnU-Net loads them after initialize, when the teacher already exists."""
     pretrained = train(nnUNetTrainerMeanTeacher, epochs=1)
     trainer = make_trainer(deterministic(nnUNetTrainerDyCON))
     file = Path(pretrained.output_folder) / "checkpoint_final.pth"
@@ -103,12 +105,12 @@ def test_pretrained_weights_reach_the_teacher(tiny, train):
     student = trainer.network.state_dict()
     own = pretrained.network.state_dict()
     loaded = [key for key in own if torch.equal(student[key], own[key])]
-    assert len(loaded) > len(own) / 2  # nnU-Net leaves the segmentation layers out
+    assert len(loaded) > len(own) / 2  # nnU-Net excludes the segmentation layers
     torch.testing.assert_close(trainer.method.teacher.network.state_dict(), student, rtol=0, atol=0)
     assert trainer.method.teacher.updates == 0
 
 
-def test_validation_alone_needs_no_unlabeled_cases(tiny, train):
+def test_validation_only_requires_no_unlabeled_cases(tiny, train):
     trained = train(epochs=1)
     for folder in (tiny / "nnUNet_preprocessed" / "Dataset901_Tiny").glob("*_unlabeled*"):
         folder.rename(folder.with_name(f"away_{folder.name}"))
@@ -117,7 +119,7 @@ def test_validation_alone_needs_no_unlabeled_cases(tiny, train):
     assert_same_weights(again, trained)
 
 
-def test_a_checkpoint_of_another_trainer_is_refused_in_one_line(tiny, train):
+def test_checkpoint_of_another_trainer_raises(tiny, train):
     other = train(nnUNetTrainerMeanTeacher, epochs=1)
     trainer = make_trainer(deterministic(nnUNetTrainerDyCON))
     file = str(Path(other.output_folder) / "checkpoint_final.pth")
@@ -125,7 +127,7 @@ def test_a_checkpoint_of_another_trainer_is_refused_in_one_line(tiny, train):
         trainer.load_checkpoint(file)
 
 
-def test_a_damaged_checkpoint_is_named_in_one_line(tiny, train):
+def test_damaged_checkpoint_raises(tiny, train):
     file = Path(train(epochs=1).output_folder) / "checkpoint_final.pth"
     for content in (file.read_bytes()[:5000], b"no checkpoint", b""):
         file.write_bytes(content)
@@ -133,24 +135,24 @@ def test_a_damaged_checkpoint_is_named_in_one_line(tiny, train):
             make_trainer(deterministic(nnUNetTrainerDyCON)).load_checkpoint(str(file))
 
 
-def retemper(checkpoint: dict) -> None:
+def change_temperature(checkpoint: dict) -> None:
     checkpoint[KEY]["settings"]["method_settings"]["temperature"] = 0.1
 
 
-def forget_mixing(checkpoint: dict) -> None:
-    """As written before there was such a setting, when nothing was mixed."""
+def remove_mixing(checkpoint: dict) -> None:
+    """Simulate a checkpoint from before the setting existed."""
     del checkpoint[KEY]["settings"]["method_settings"]["mixing"]
 
 
-def forget_teacher(checkpoint: dict) -> None:
+def remove_teacher(checkpoint: dict) -> None:
     del checkpoint[KEY]["method"]["teacher"]
 
 
-def forget_head(checkpoint: dict) -> None:
+def remove_head(checkpoint: dict) -> None:
     del checkpoint[KEY]["method"]["head"]
 
 
-def forget_second(checkpoint: dict) -> None:
+def remove_second(checkpoint: dict) -> None:
     del checkpoint[KEY]["method"]["second"]
 
 
@@ -163,25 +165,28 @@ def narrow_network(checkpoint: dict) -> None:
     checkpoint["network_weights"][name] = weight[:4]
 
 
-# A change, the message, and the trainer unless it is DyCON's.
+# Change of the checkpoint, error message, and trainer unless it is nnUNetTrainerDyCON.
 CHECKPOINTS = {
     "other settings": (
-        retemper,
-        "was trained with other settings: temperature 0.1 .now 0.6.; resume with those, or start a subclass",
+        change_temperature,
+        "was trained with other settings: temperature 0.1 .now 0.6.; resume with these settings, or start a subclass",
     ),
-    "a setting that is newer": (
-        forget_mixing,
-        "was trained with other settings: mixing none .now cutmix.; resume with",
+    "missing setting": (
+        remove_mixing,
+        "was trained with other settings: mixing none .now cutmix.; resume with these settings",
         nnUNetTrainerDyCON_adapted,
     ),
     "no teacher": (
-        forget_teacher,
-        "latest.pth has no state of the teacher to resume from; start from its weights with",
+        remove_teacher,
+        "latest.pth contains no state of the method's teacher, so it cannot be resumed; start from its weights with",
     ),
-    "no head": (forget_head, "latest.pth has no state of the head to resume from; start from its weights with"),
+    "no head": (
+        remove_head,
+        "latest.pth contains no state of the method's head, so it cannot be resumed; start from its",
+    ),
     "no second network": (
-        forget_second,
-        "latest.pth has no state of the second to resume from; start from its weights with",
+        remove_second,
+        "latest.pth contains no state of the method's second, so it cannot be resumed; start from its weights with",
         nnUNetTrainerUGPL,
     ),
     "another second network": (
@@ -212,7 +217,10 @@ CHECKPOINTS = {
 
 @pytest.fixture(scope="module")
 def interrupted(tiny_root, tmp_path_factory) -> Callable[[type], Path]:
-    """interrupted(trainer) is the tiny data set with a training that ended after its first epoch. Do not change it."""
+    """Return interrupted(trainer), which returns a data set with a training that was killed after one epoch.
+
+    Do not modify the data set.
+    """
     roots: dict[type, Path] = {}
 
     def root_of(base: type) -> Path:
@@ -232,7 +240,7 @@ def interrupted(tiny_root, tmp_path_factory) -> Callable[[type], Path]:
 
 
 @pytest.mark.parametrize("fault", CHECKPOINTS.values(), ids=CHECKPOINTS.keys())
-def test_a_checkpoint_that_cannot_be_resumed_is_refused_in_one_line(interrupted, tmp_path, monkeypatch, fault):
+def test_checkpoint_that_cannot_be_resumed_raises_and_is_unchanged(interrupted, tmp_path, monkeypatch, fault):
     change, message, base = (*fault, nnUNetTrainerDyCON)[:3]
     root = shutil.copytree(interrupted(base), tmp_path / "tiny")
     set_environment(monkeypatch, root)
@@ -253,7 +261,7 @@ def test_a_checkpoint_that_cannot_be_resumed_is_refused_in_one_line(interrupted,
     assert file.read_bytes() == before
 
 
-def test_a_longer_training_resumes_with_a_warning(tiny):
+def test_resume_with_more_epochs_logs_a_warning(tiny):
     first = make_trainer(deterministic(nnUNetTrainerDyCON, 2))
     first.save_every, first.interrupt_before_epoch = 1, 1
     with pytest.raises(Interrupted):
@@ -266,10 +274,10 @@ def test_a_longer_training_resumes_with_a_warning(tiny):
     assert "WARNING: the resumed training had other settings: num_epochs 2 (now 3)" in logs
 
 
-def test_validation_alone_does_not_mind_other_settings(tiny, train):
+def test_validation_only_ignores_changed_settings(tiny, train):
     file = Path(train(epochs=1).output_folder) / "checkpoint_final.pth"
     checkpoint = torch.load(file, weights_only=False)
-    retemper(checkpoint)
+    change_temperature(checkpoint)
     torch.save(checkpoint, file)
     again = make_trainer(deterministic(nnUNetTrainerDyCON, 1))
     maybe_load_checkpoint(again, continue_training=False, validation_only=True)
@@ -277,22 +285,24 @@ def test_validation_alone_does_not_mind_other_settings(tiny, train):
     assert (file.parent / "validation" / "summary.json").is_file()
 
 
-def test_a_full_disk_at_the_end_leaves_a_training_that_can_be_resumed(tiny):
-    """The student is there by then; --c writes the teacher, too."""
+def test_full_disk_at_the_end_of_training_can_be_resumed(tiny, monkeypatch):
+    """The checkpoint of the student has been written by then. Resuming writes that of the teacher, too."""
     short = deterministic(nnUNetTrainerDyCON, 1)
     first = make_trainer(short)
     teacher = Path(first.output_folder) / "checkpoint_final_teacher.pth"
-    teacher.with_name(f".{teacher.name}.partial").symlink_to("/dev/full")
-    with pytest.raises(SystemExit, match=r"checkpoint_final_teacher.pth cannot be written; .*resume with --c"):
-        first.run_training()
+    teacher.with_name(f".{teacher.name}.00000000.partial").symlink_to("/dev/full")
+    with monkeypatch.context() as patch:
+        patch.setattr(uuid, "uuid4", lambda: UUID(int=0))
+        with pytest.raises(SystemExit, match=r"checkpoint_final_teacher.pth cannot be written.* --c"):
+            first.run_training()
     second = make_trainer(short)
     maybe_load_checkpoint(second, continue_training=True, validation_only=False)
     second.run_training()
     assert teacher.is_file()
 
 
-def test_checkpoints_hold_plain_things_only(tiny, train):
-    """Anything else would need this package when nnUNetv2_predict loads the file."""
+def test_checkpoints_can_be_loaded_with_weights_only(tiny, train):
+    """Other objects would require this package when nnUNetv2_predict loads the file."""
     folder = Path(train(epochs=1).output_folder)
     own = torch.load(folder / "checkpoint_final.pth", weights_only=False)[KEY]
     torch.save(own, folder / "own.pth")

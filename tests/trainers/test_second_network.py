@@ -1,4 +1,4 @@
-"""The second network: of the same plans, in every plan of nnU-Net's, trained and saved like the first."""
+"""Tests of the second network: architecture from the plans, training, checkpoints, prediction."""
 
 import json
 from copy import deepcopy
@@ -29,7 +29,7 @@ def build(plans: dict, configuration: str, deep_supervision: bool = True):
 
 @pytest.mark.parametrize("configuration", ["3d_fullres", "2d"])
 @pytest.mark.parametrize("planned", ["PlainConvUNet", "ResidualEncoderUNet"])
-def test_it_is_the_other_architecture_with_the_same_stages(tiny_root, configuration, planned):
+def test_second_network_has_the_other_architecture_with_equal_stages(tiny_root, configuration, planned):
     plans = read_plans(tiny_root / "nnUNet_preprocessed" / "Dataset901_Tiny")
     if planned == "ResidualEncoderUNet":
         entry = plans["configurations"][configuration]
@@ -47,22 +47,23 @@ def test_it_is_the_other_architecture_with_the_same_stages(tiny_root, configurat
     assert features[0] == features[1]
 
 
-def test_the_other_of_the_other_is_as_nnunet_plans_it(tiny_root):
-    """But for options that only the residual encoder has."""
+def test_second_architecture_applied_twice_is_the_original(tiny_root):
+    """This does not hold for options that only the residual encoder has."""
     plans = read_plans(tiny_root / "nnUNet_preprocessed" / "Dataset901_Tiny")
     architecture = plans["configurations"]["3d_fullres"]["architecture"]
     assert second_architecture(second_architecture(architecture)) == architecture
 
 
-def test_another_architecture_is_refused_at_construction(base):
+def test_unknown_architecture_raises_at_construction(base):
     plans = read_plans(base)
     plans["configurations"]["3d_fullres"]["architecture"]["network_class_name"] = "some.where.Transformer"
     (base / "nnUNetPlans.json").write_text(json.dumps(plans))
-    with pytest.raises(NotImplementedError, match="there is no second network to Transformer: plan with nnU-Net's"):
+    with pytest.raises(NotImplementedError, match="no second network is defined for Transformer; use nnU-Net's"):
         make_trainer(nnUNetTrainerUGPL)
 
 
 def start(deep_supervision: bool = True) -> nnUNetTrainerUGPL:
+    """Return a trainer before its first step."""
     trainer = make_trainer(deterministic(nnUNetTrainerUGPL))
     trainer.enable_deep_supervision = deep_supervision
     trainer.on_train_start()
@@ -79,20 +80,20 @@ def test_both_networks_are_trained_and_clipped_together(tiny):
     trainer.train_step(next(trainer.dataloader_train))
     moved = [not torch.equal(old, new) for old, new in zip(before, both)]
     first = len(list(trainer.network.parameters()))
-    # Not all: nnU-Net begins with residual branches of weight 0, behind which nothing is learned in the first step.
+    # Not all: nnU-Net initializes residual branches with weight 0, so their layers have no gradient in the first step.
     assert all(sum(part) > 0.5 * len(part) for part in (moved[:first], moved[first:]))
     assert torch.stack([p.grad.norm() for p in both if p.grad is not None]).norm() < 12.001
     assert trainer._tap.take() is None
     assert trainer.method._second_tap.take() is None
 
 
-def test_it_trains_without_deep_supervision(tiny):
+def test_training_step_without_deep_supervision(tiny):
     trainer = start(deep_supervision=False)
     terms = trainer.train_step(next(trainer.dataloader_train))
     assert all(value == value for value in terms.values())
 
 
-def test_compiled_networks_train_alike_and_their_checkpoints_know_no_wrapper(tiny, monkeypatch):
+def test_compiled_networks_have_equal_losses_and_checkpoint_keys(tiny, monkeypatch):
     compile_really = torch.compile
     outputs, keys = [], []
     for compiled in (False, True):
@@ -112,8 +113,8 @@ def test_compiled_networks_train_alike_and_their_checkpoints_know_no_wrapper(tin
     assert keys[0][0] == keys[0][1]
 
 
-def test_a_training_in_2d(tiny, monkeypatch):
-    """Of unlabeled slices, too, which are preprocessed when it starts."""
+def test_2d_training(tiny, monkeypatch):
+    """Unlabeled cases are preprocessed for the 2d configuration when training starts."""
     from nnunetv2.experiment_planning.plan_and_preprocess_api import preprocess
 
     monkeypatch.setenv("nnUNet_n_proc_DA", "1")
@@ -130,7 +131,7 @@ def test_a_training_in_2d(tiny, monkeypatch):
     assert trainer.curves["contrast_second"][0] > 0
 
 
-def test_it_predicts_by_its_own_checkpoint_as_nnunet_loads_it(tiny):
+def test_nnunet_predicts_with_the_checkpoint_of_the_second_network(tiny):
     trainer = start()
     trainer.train_step(next(trainer.dataloader_train))
     trainer.on_train_end()

@@ -1,4 +1,4 @@
-"""The step of a trainer; the rules for lost steps are tested in tests/training/test_step.py."""
+"""Tests of the training step of a trainer. The rules for lost steps are tested in tests/training/test_step.py."""
 
 import re
 from pathlib import Path
@@ -20,14 +20,14 @@ def no_pictures(monkeypatch):
 
 
 def start_trainer() -> SemiSupervisedTrainer:
-    """Ready for the first step of the first epoch."""
+    """Return a trainer before its first step."""
     trainer = make_trainer(deterministic(nnUNetTrainerDyCON))
     trainer.on_train_start()
     trainer.on_train_epoch_start()
     return trainer
 
 
-def test_a_non_finite_step_changes_neither_student_nor_teacher_and_names_its_cases(tiny):
+def test_non_finite_loss_changes_neither_student_nor_teacher_and_logs_the_cases(tiny):
     trainer = start_trainer()
     trainer.train_step(next(trainer.dataloader_train))
     before = {name: tensor.clone() for name, tensor in weights(trainer).items()}
@@ -44,12 +44,12 @@ def test_a_non_finite_step_changes_neither_student_nor_teacher_and_names_its_cas
     outputs.append(trainer.train_step(next(trainer.dataloader_train)))
     assert trainer.method.teacher.updates == updates + 1
     trainer.on_train_epoch_end(outputs)
-    assert trainer.curves["loss"] == [outputs[1]["loss"]]  # the mean is over the finite steps
-    assert trainer.logger.get_value("train_losses", -1) == pytest.approx(outputs[1]["loss"])  # in nnU-Net's, too
+    assert trainer.curves["loss"] == [outputs[1]["loss"]]  # mean over finite steps
+    assert trainer.logger.get_value("train_losses", -1) == pytest.approx(outputs[1]["loss"])  # also in nnU-Net's log
 
 
 def plant_nan(base: Path, *cases: str) -> None:
-    """Make preprocessed unlabeled cases NaN, as if they had been damaged after preprocessing."""
+    """Set preprocessed unlabeled cases to NaN."""
     folder = base / "nnUNet_preprocessed" / "Dataset901_Tiny" / "nnUNetPlans_3d_fullres_unlabeled"
     for case in cases:
         file = folder / f"{case}.b2nd"
@@ -58,7 +58,7 @@ def plant_nan(base: Path, *cases: str) -> None:
         blosc2.asarray(np.full_like(image, np.nan), urlpath=str(file))
 
 
-def test_a_training_with_a_damaged_case_continues_and_names_it(tiny, train):
+def test_training_with_a_damaged_case_continues_and_logs_the_case(tiny, train):
     plant_nan(tiny, UNLABELED[1])
     trainer = train(epochs=4)
     log = next(Path(trainer.output_folder).glob("training_log*")).read_text()
@@ -72,11 +72,11 @@ def test_a_training_with_a_damaged_case_continues_and_names_it(tiny, train):
     assert np.isfinite(trainer.curves["loss"]).tolist() == [steps < 3 for steps in lost]
 
 
-def test_an_overflow_with_a_gradient_scaler_moves_no_ema(tiny):
+def test_overflow_with_a_gradient_scaler_does_not_update_the_ema(tiny):
     trainer = start_trainer()
     trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
     loss = trainer.loss
-    trainer.loss = lambda *arguments: 100 * loss(*arguments)  # finite, but not when it is scaled
+    trainer.loss = lambda *arguments: 100 * loss(*arguments)  # finite before, but not after scaling
     trainer.train_step(next(trainer.dataloader_train))
     assert trainer.method.teacher.updates == 0
     assert trainer.grad_scaler.get_scale() == 2.0**126
@@ -88,15 +88,15 @@ def test_an_overflow_with_a_gradient_scaler_moves_no_ema(tiny):
 
 @pytest.mark.gpu
 def test_two_epochs_on_a_gpu(tiny):
-    """Half precision, its gradient scaler, and torch.compile with the feature tap."""
+    """With half precision, gradient scaler, and torch.compile with the feature tap."""
     trainer = make_trainer(deterministic(nnUNetTrainerDyCON), device="cuda")
     trainer.run_training()
     assert trainer.method.teacher.updates > 0
     assert all(np.isfinite(curve).all() for curve in trainer.curves.values())
 
 
-def test_a_compiled_network_trains_alike(tiny):
-    """The feature tap is traced with the network; the keys in checkpoints are unchanged."""
+def test_compiled_network_has_equal_losses_and_checkpoint_keys(tiny):
+    """The feature tap is traced together with the network."""
     outputs, keys = [], []
     for compiled in (False, True):
         trainer = make_trainer(deterministic(nnUNetTrainerDyCON))
@@ -114,7 +114,7 @@ def test_a_compiled_network_trains_alike(tiny):
     assert keys[0] == keys[1]
 
 
-def test_the_head_is_trained_and_clipped_with_the_network(tiny):
+def test_head_is_trained_and_clipped_with_the_network(tiny):
     trainer = start_trainer()
     optimised = {id(parameter) for group in trainer.optimizer.param_groups for parameter in group["params"]}
     head = list(trainer.method.head.parameters())
@@ -127,8 +127,8 @@ def test_the_head_is_trained_and_clipped_with_the_network(tiny):
     assert len({group["lr"] for group in trainer.optimizer.param_groups}) == 1
 
 
-def test_no_feature_outlives_the_step(tiny):
-    """It would keep the whole graph alive."""
+def test_features_are_released_after_the_step(tiny):
+    """Otherwise they would keep the whole graph in memory."""
     trainer = start_trainer()
     trainer.train_step(next(trainer.dataloader_train))
     assert trainer._tap.take() is None

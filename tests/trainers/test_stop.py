@@ -1,4 +1,4 @@
-"""Preemption by SIGTERM, damaged checkpoints, and cases that cannot be read."""
+"""Tests of preemption by SIGTERM, of damaged checkpoints, and of cases that cannot be read."""
 
 import os
 import shutil
@@ -37,7 +37,7 @@ Base = deterministic(nnUNetTrainerMeanTeacher, EPOCHS)
 
 
 def stopped(after: int) -> type:
-    """Base, which receives SIGTERM after so many steps of epoch 1."""
+    """Return a trainer that receives SIGTERM after `after` steps of epoch 1."""
 
     class Stopped(Base):
         def on_train_epoch_start(self):
@@ -58,7 +58,7 @@ def stopped(after: int) -> type:
 
 
 def repeating(steps: int) -> type:
-    """Base, which trains so many steps of epoch 1 before that epoch starts again, in one process."""
+    """Return a trainer that trains `steps` steps of epoch 1 and then starts this epoch again, in one process."""
 
     class Repeating(Base):
         def on_epoch_start(self):
@@ -88,9 +88,9 @@ def curves_of(trainer) -> dict[str, list[float]]:
     return {name: values for name, values in trainer.curves.items() if not name.startswith("seconds_")}
 
 
-# The signal arrives after the step of that number. The next step is finished; after the last, validation is left out.
+# The signal arrives after step `after`. The next step is finished. After the last step, validation is skipped.
 @pytest.mark.parametrize(("after", "done"), [(0, 1), (1, 2), (3, 3)])
-def test_a_stopped_training_resumes_at_the_first_step_of_the_interrupted_epoch(after, done):
+def test_stopped_training_repeats_the_interrupted_epoch(after, done):
     whole = make_trainer(repeating(done))
     whole.run_training()
     before = signal.getsignal(signal.SIGTERM)
@@ -104,9 +104,9 @@ def test_a_stopped_training_resumes_at_the_first_step_of_the_interrupted_epoch(a
     )
     assert line in log_of(first)
 
-    # The checkpoints of the earlier training in this folder are not resumed from.
-    aside = "checkpoint_final.pth, of an earlier training, is renamed to earlier_checkpoint_final.pth"
-    assert aside in log_of(first)
+    # Checkpoints of an earlier training in this folder are not resumed.
+    renamed = "checkpoint_final.pth, of an earlier training, is renamed to earlier_checkpoint_final.pth"
+    assert renamed in log_of(first)
     second = resume(Base)
     assert_same_weights(second, first)
     assert second.current_epoch == 1
@@ -123,7 +123,7 @@ def test_a_stopped_training_resumes_at_the_first_step_of_the_interrupted_epoch(a
     assert logged["mean_fg_dice"] == whole.logger.get_checkpoint()["mean_fg_dice"]
 
 
-def test_a_checkpoint_of_a_stop_holds_no_steps_and_no_page_is_drawn(monkeypatch):
+def test_checkpoint_of_a_stop_excludes_the_interrupted_epoch_and_no_page_is_drawn(monkeypatch):
     drawn = []
     monkeypatch.setattr(pseudo_label_page, "draw", lambda *arguments: drawn.append(arguments))
     trainer = make_trainer(stopped(after=1))
@@ -136,7 +136,7 @@ def test_a_checkpoint_of_a_stop_holds_no_steps_and_no_page_is_drawn(monkeypatch)
     assert not drawn
 
 
-def test_a_training_that_is_always_stopped_within_one_epoch_does_not_advance():
+def test_training_that_is_stopped_twice_in_the_same_epoch_repeats_it():
     with pytest.raises(SystemExit):
         make_trainer(stopped(after=1)).run_training()
     second = resume(stopped(after=1))
@@ -148,8 +148,8 @@ def test_a_training_that_is_always_stopped_within_one_epoch_does_not_advance():
 
 
 @pytest.mark.parametrize(("is_ddp", "by_torchrun", "listens"), [(0, 0, True), (1, 0, False), (1, 1, True)])
-def test_a_rank_that_nnunet_started_ends_at_once(monkeypatch, is_ddp, by_torchrun, listens):
-    """It receives the signal because another rank has failed, and it may be waiting for that one."""
+def test_sigterm_is_not_handled_in_processes_that_nnunet_spawned(monkeypatch, is_ddp, by_torchrun, listens):
+    """They receive the signal because another rank has failed, and they may be waiting for that rank."""
     handlers = []
     monkeypatch.setattr(nnUNetTrainer, "run_training", lambda self: handlers.append(signal.getsignal(signal.SIGTERM)))
     if by_torchrun:
@@ -162,28 +162,30 @@ def test_a_rank_that_nnunet_started_ends_at_once(monkeypatch, is_ddp, by_torchru
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_a_request_after_the_last_step_spares_the_final_validation_only():
-    class Asked(Base):
+def test_stop_after_the_last_step_skips_only_the_final_validation():
+    class StoppedAtEnd(Base):
         def on_train_end(self):
             os.kill(os.getpid(), signal.SIGTERM)
             super().on_train_end()
 
-    trainer = make_trainer(Asked)
+    trainer = make_trainer(StoppedAtEnd)
     with pytest.raises(SystemExit) as end:
         trainer.run_training()
     assert end.value.code == EXIT_CODE
-    assert "the training, which is complete; --val runs its validation" in log_of(trainer)
+    assert "after the end of training; run its validation with --val" in log_of(trainer)
     names = {file.name for file in Path(trainer.output_folder).glob("checkpoint*")}
     assert names == {"checkpoint_final.pth", "checkpoint_final_teacher.pth", "checkpoint_best.pth"}
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # nnU-Net's, of a dead worker
-@pytest.mark.parametrize("is_asked", [True, False])
-def test_workers_that_are_ended_with_the_training_do_not_lose_it(monkeypatch, is_asked):
-    """A scheduler signals all processes. If only the workers are killed, training ends with one line."""
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnhandledThreadExceptionWarning"
+)  # raised by nnU-Net after the end of a worker
+@pytest.mark.parametrize("is_stopped", [True, False])
+def test_stop_that_also_ends_the_workers_writes_a_checkpoint(monkeypatch, is_stopped):
+    """A scheduler signals all processes. If only the workers are killed, training ends with a one-line error."""
     monkeypatch.setenv("nnUNet_n_proc_DA", "1")
 
-    class Orphaned(Base):
+    class WithoutWorkers(Base):
         def train_step(self, batch):
             done = super().train_step(batch)
             if (self.current_epoch, self._step_in_epoch) == (0, 1):
@@ -192,14 +194,14 @@ def test_workers_that_are_ended_with_the_training_do_not_lose_it(monkeypatch, is
                     process.join()
                 while self.dataloader_train._latest is not None and not self.dataloader_train.abort_event.is_set():
                     pass  # until nnU-Net notices it
-                if is_asked:
+                if is_stopped:
                     os.kill(os.getpid(), signal.SIGTERM)
             return done
 
-    trainer = make_trainer(Orphaned)
+    trainer = make_trainer(WithoutWorkers)
     with pytest.raises(SystemExit) as end:
         trainer.run_training()
-    if is_asked:
+    if is_stopped:
         assert end.value.code == EXIT_CODE
         assert (Path(trainer.output_folder) / "checkpoint_latest.pth").is_file()
     else:
@@ -207,7 +209,7 @@ def test_workers_that_are_ended_with_the_training_do_not_lose_it(monkeypatch, is
 
 
 def interrupted_with_checkpoints() -> Path:
-    """The folder of a training of three epochs, interrupted after two of them, each with a checkpoint."""
+    """Return the folder of a training of three epochs that was killed after two, with a checkpoint per epoch."""
     trainer = make_trainer(deterministic(nnUNetTrainerMeanTeacher, 3))
     trainer.save_every, trainer.interrupt_before_epoch = 1, 2
     with pytest.raises(Interrupted):
@@ -223,7 +225,7 @@ def damage(file: Path) -> None:
     file.write_bytes(content[: len(content) // 2])
 
 
-def test_a_damaged_latest_checkpoint_is_named_and_the_previous_one_resumed():
+def test_previous_checkpoint_is_resumed_if_the_latest_is_damaged():
     short = deterministic(nnUNetTrainerMeanTeacher, 3)
     whole = make_trainer(short)
     whole.run_training()
@@ -235,13 +237,13 @@ def test_a_damaged_latest_checkpoint_is_named_and_the_previous_one_resumed():
     assert trainer.current_epoch == 1
     log = log_of(trainer)
     assert "checkpoint_latest.pth cannot be loaded" in log
-    assert "Trying checkpoint_previous.pth, the newest of the others" in log
+    assert "Trying checkpoint_previous.pth instead, the newest of the other checkpoints" in log
     trainer.run_training()
     assert_same_weights(trainer, whole)
     assert not (folder / "checkpoint_previous.pth").exists()
 
 
-def test_validation_takes_no_other_checkpoint_than_the_final_one():
+def test_validation_raises_if_the_final_checkpoint_is_damaged():
     folder = interrupted_with_checkpoints()
     shutil.copy(folder / "checkpoint_latest.pth", folder / "checkpoint_final.pth")
     damage(folder / "checkpoint_final.pth")
@@ -264,12 +266,12 @@ CASES = {
 
 @pytest.mark.parametrize("processes", ["0", "1"])
 @pytest.mark.parametrize("kind", CASES)
-def test_a_case_that_cannot_be_read_is_named_with_its_file(base, monkeypatch, kind, processes):
-    """Also by a worker process, of whose death nnU-Net would tell nothing else."""
+def test_unreadable_case_raises_and_the_file_is_named(base, monkeypatch, kind, processes):
+    """Also in worker processes, where nnU-Net does not report the exception."""
     monkeypatch.setenv("nnUNet_n_proc_DA", processes)
     folder, ending, remedy = CASES[kind]
     trainer = make_trainer(Base)
-    # It reads the properties, but not everything that is drawn later.
+    # The preflight checks would already detect damaged properties, but not all other files.
     monkeypatch.setattr(preflight, "check_cases", lambda *arguments: None)
     named = {file for file in (base / f"nnUNetPlans_{folder}").glob("*[0-9]" + ending)}
     for file in named:
@@ -282,7 +284,7 @@ def test_a_case_that_cannot_be_read_is_named_with_its_file(base, monkeypatch, ki
     assert "\n" not in line
 
 
-def test_a_case_that_the_final_validation_cannot_read_is_named(base):
+def test_unreadable_case_in_the_final_validation_raises(base):
     trainer = make_trainer(Base)
     trainer.run_training()
     for file in (base / "nnUNetPlans_3d_fullres").glob("*[0-9].b2nd"):
@@ -291,14 +293,14 @@ def test_a_case_that_the_final_validation_cannot_read_is_named(base):
         trainer.perform_actual_validation()
 
 
-def test_a_case_that_breaks_later_ends_the_training_in_one_line(base):
-    """In the validation of an epoch, too."""
+def test_case_that_is_damaged_during_training_raises(base):
+    """Also in the validation of an epoch."""
 
-    class Breaking(Base):
+    class Damaging(Base):
         def on_validation_epoch_start(self):
             super().on_validation_epoch_start()
             for file in (base / "nnUNetPlans_3d_fullres").glob("*_seg.b2nd"):
                 damage(file)
 
     with pytest.raises(SystemExit, match=r"_seg.b2nd cannot be read; run: nnUNetv2_preprocess"):
-        make_trainer(Breaking).run_training()
+        make_trainer(Damaging).run_training()

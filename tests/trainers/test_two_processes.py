@@ -1,4 +1,4 @@
-"""Two processes that train together, on the CPU with gloo: what -num_gpus 2 does, but for the GPUs."""
+"""Tests of a training with two ranks, as with -num_gpus 2, but on the CPU with gloo."""
 
 import json
 import os
@@ -29,16 +29,16 @@ from tests.trainers.training import (
 )
 
 
-def on_cpu(module: torch.nn.Module, device_ids: list[int]) -> DistributedDataParallel:
+def ddp_on_cpu(module: torch.nn.Module, device_ids: list[int]) -> DistributedDataParallel:
     return DistributedDataParallel(module)
 
 
 def with_planted_nan(base: type[SemiSupervisedTrainer]) -> type[SemiSupervisedTrainer]:
-    """On the CPU, with other data on each rank, and a bad case on rank 1 in the second step."""
+    """Return a trainer on the CPU with different data on each rank, and with NaN on rank 1 in the second step."""
 
     class PlantedNaN(base):
         def initialize(self):
-            self.device, self.grad_scaler = torch.device("cpu"), None  # nnU-Net takes a GPU for each rank
+            self.device, self.grad_scaler = torch.device("cpu"), None  # nnU-Net would use one GPU per rank
             super().initialize()
 
         def on_epoch_start(self):
@@ -55,26 +55,27 @@ def with_planted_nan(base: type[SemiSupervisedTrainer]) -> type[SemiSupervisedTr
 
 
 def train(rank: int, port: int, folder: str) -> None:
+    """Train all methods on one of two ranks, and write their weights, curves and EMA updates."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2, init_method=f"tcp://127.0.0.1:{port}")
-    nnunet_module.DDP = on_cpu
+    nnunet_module.DDP = ddp_on_cpu
     with pytest.MonkeyPatch.context() as patch:
         draw_no_pictures(patch)
         build = UnlabeledCases.build
 
-        def told_build(self, num_processes):
+        def print_and_build(self, num_processes):
             print(f"rank {rank} preprocesses")
             build(self, num_processes)
 
-        patch.setattr(UnlabeledCases, "build", told_build)
-        for name in METHODS:  # all in one pair of processes, which take long to start
+        patch.setattr(UnlabeledCases, "build", print_and_build)
+        for name in METHODS:  # in the same processes, which take long to start
             print(f"rank {rank} trains {name}")
             trainer = make_trainer(with_planted_nan(deterministic(trainer_class(name), 1)))
-            seed_everything(rank)  # other initial weights on each rank
+            seed_everything(rank)  # different initial weights on each rank
             trainer.run_training()
-            peeled = {key.replace("module.", ""): tensor for key, tensor in weights(trainer).items()}
+            unwrapped = {key.replace("module.", ""): tensor for key, tensor in weights(trainer).items()}
             teacher = trainer.method.teacher
-            state = {"weights": peeled, "curves": trainer.curves, "updates": teacher and teacher.updates}
+            state = {"weights": unwrapped, "curves": trainer.curves, "updates": teacher and teacher.updates}
             state["warned"] = rank == 0 and "WARNING: step lost" in Path(trainer.log_file).read_text()
             torch.save(state, f"{folder}/{name}_{rank}.pth")
     file = Path(os.environ["nnUNet_preprocessed"]) / "Dataset901_Tiny" / "nnUNetPlans.json"
@@ -91,7 +92,7 @@ def train(rank: int, port: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def test_networks_and_heads_of_every_method_stay_equal_even_after_a_bad_case(tiny, tmp_path, capfd):
+def test_weights_of_all_methods_are_equal_on_both_ranks_also_after_a_lost_step(tiny, tmp_path, capfd):
     base = tiny / "nnUNet_preprocessed" / "Dataset901_Tiny"
     narrow(base)
     shutil.rmtree(base / "nnUNetPlans_3d_fullres_unlabeled")
@@ -99,22 +100,22 @@ def test_networks_and_heads_of_every_method_stay_equal_even_after_a_bad_case(tin
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     torch.multiprocessing.spawn(train, (port, str(tmp_path)), nprocs=2)
-    # Told by the one that has the case, and not by the other, whose gradients are as bad.
-    told = capfd.readouterr().out
-    assert "rank 0 preprocesses" in told
-    assert "rank 1 preprocesses" not in told
-    assert "rank 0 ends with nnunet_dycon: error: a batch of 3 cannot be divided evenly among 2 processes" in told
-    assert "rank 1 ends with 1\n" in told
-    assert told.count("rank 1: WARNING: step lost") == len(METHODS)
+    # Logged by the rank that has the case, not by the other one, whose gradients are not finite either.
+    output = capfd.readouterr().out
+    assert "rank 0 preprocesses" in output
+    assert "rank 1 preprocesses" not in output
+    assert "rank 0 ends with nnunet_dycon: error: a batch of 3 cannot be divided evenly among 2 processes" in output
+    assert "rank 1 ends with 1\n" in output
+    assert output.count("rank 1: WARNING: step lost") == len(METHODS)
     for name in METHODS:
         first, second = (torch.load(tmp_path / f"{name}_{rank}.pth") for rank in (0, 1))
         has_more = any(key.startswith("method.") for key in first["weights"])  # than a student
         assert has_more == (TRAINERS[name].beside is not None)
         torch.testing.assert_close(first["weights"], second["weights"], rtol=0, atol=0)
-        # The bad step moved nobody.
+        # The lost step updated no weights.
         assert first["updates"] == second["updates"] == (None if first["updates"] is None else 3 - 1)
         for curve, (value,) in first["curves"].items():
-            # Where no foreground is labeled, there is no Dice.
+            # Dice is undefined without foreground.
             assert np.isfinite(value) or (curve in AGREEMENTS and first["curves"]["pseudo_foreground"] == [0])
             assert curve.startswith("seconds_") or np.array_equal([value], second["curves"][curve], equal_nan=True)
         assert not first["warned"]

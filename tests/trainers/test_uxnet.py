@@ -1,4 +1,4 @@
-"""The trainers with a network of their own: nnU-Net builds, trains, resumes and predicts it from its class alone."""
+"""Tests of trainers with 3D UX-Net or DK-UXNet: plans, optimizer, pretrained weights, prediction."""
 
 import json
 import shutil
@@ -28,12 +28,12 @@ def small(tiny) -> Path:
     return tiny
 
 
-def test_nothing_of_a_step_is_kept_alive(small, train):
+def test_queries_are_released_after_the_step(small, train):
     trainer = train(nnUNetTrainerDKUXNet, epochs=1)
-    assert trainer._queries.take() is None  # it would keep the whole graph
+    assert trainer._queries.take() is None  # otherwise they would keep the whole graph in memory
 
 
-def test_the_optimizer_is_the_released_one_with_nnunets_schedule(small):
+def test_optimizer_is_that_of_the_release_with_the_schedule_of_nnunet(small):
     for trainer_class in (nnUNetTrainerDKUXNet, nnUNetTrainerUXNet):
         trainer = make_trainer(trainer_class)
         trainer.initialize()
@@ -45,7 +45,7 @@ def test_the_optimizer_is_the_released_one_with_nnunets_schedule(small):
         assert group["lr"] == pytest.approx(1e-4 * 0.5**0.9)
 
 
-def test_the_network_is_as_the_plans_and_the_settings_say(small):
+def test_network_is_built_from_plans_and_settings(small):
     class FewQueries(nnUNetTrainerDKUXNet):
         method_settings = type(nnUNetTrainerDKUXNet.method_settings)(queries=9)
 
@@ -61,7 +61,7 @@ def test_the_network_is_as_the_plans_and_the_settings_say(small):
     assert type(supervised.network) is UXNet
 
 
-def test_fewer_queries_than_classes_are_refused_in_one_line(small):
+def test_fewer_queries_than_classes_raise(small):
     class OneQuery(nnUNetTrainerDKUXNet):
         method_settings = type(nnUNetTrainerDKUXNet.method_settings)(queries=1)
 
@@ -71,7 +71,7 @@ def test_fewer_queries_than_classes_are_refused_in_one_line(small):
     assert refused.value.code.startswith("nnunet_dycon: error: ")
 
 
-def test_a_single_region_is_refused(small):
+def test_single_region_raises_for_dkuxnet_only(small):
     file = small / PREPROCESSED / "dataset.json"
     description = json.loads(file.read_text())
     description |= {"labels": {"background": 0, "all": [1, 2]}, "regions_class_order": [1]}
@@ -82,7 +82,7 @@ def test_a_single_region_is_refused(small):
     make_trainer(nnUNetTrainerUXNet)
 
 
-def test_without_deep_supervision_nothing_would_teach_the_assignment(small):
+def test_dkuxnet_without_deep_supervision_raises(small):
     trainer = make_trainer(nnUNetTrainerDKUXNet)
     trainer.enable_deep_supervision = False
     with pytest.raises(NotImplementedError, match="nnUNetTrainerDKUXNet needs deep supervision"):
@@ -90,7 +90,7 @@ def test_without_deep_supervision_nothing_would_teach_the_assignment(small):
 
 
 @pytest.mark.parametrize("trainer_class", [nnUNetTrainerDKUXNet, nnUNetTrainerUXNet])
-def test_pretrained_weights_may_be_of_other_classes(small, tmp_path, trainer_class):
+def test_pretrained_weights_may_have_another_number_of_classes(small, tmp_path, trainer_class):
     source, target = make_trainer(trainer_class), make_trainer(trainer_class)
     source.label_manager._all_labels.append(7)
     for trainer in (source, target):
@@ -103,14 +103,14 @@ def test_pretrained_weights_may_be_of_other_classes(small, tmp_path, trainer_cla
 
 
 @pytest.mark.parametrize("trainer_class", [nnUNetTrainerDKUXNet, nnUNetTrainerUXNet])
-def test_plans_of_a_network_without_stages_are_refused_in_one_line(small, trainer_class):
+def test_plans_without_stages_raise(small, trainer_class):
     file = small / PREPROCESSED / "nnUNetPlans.json"
     plans = json.loads(file.read_text())
     architecture = plans["configurations"]["3d_fullres"]["architecture"]
     del architecture["arch_kwargs"]["strides"], architecture["arch_kwargs"]["features_per_stage"]
     file.write_text(json.dumps(plans))
     manager = PlansManager(str(file))
-    with pytest.raises(NotImplementedError, match="needs plans with features_per_stage, strides, which those for dyn"):
+    with pytest.raises(NotImplementedError, match="needs features_per_stage, strides in the plans, but"):
         trainer_class.build_network_architecture(manager, manager.get_configuration("3d_fullres"), 1, 3)
 
 
@@ -118,7 +118,7 @@ class ShortUXNet(nnUNetTrainerUXNet):
     training_settings = TrainingLength(num_epochs=1, num_iterations_per_epoch=2, num_val_iterations_per_epoch=1)
 
 
-def test_a_supervised_training_needs_no_unlabeled_cases_and_knows_regions(small):
+def test_supervised_training_on_regions_requires_no_unlabeled_cases(small):
     shutil.rmtree(small / PREPROCESSED / "nnUNetPlans_3d_fullres_unlabeled")
     shutil.rmtree(small / "nnUNet_raw" / "Dataset901_Tiny" / "imagesUn")
     file = small / PREPROCESSED / "dataset.json"
@@ -133,7 +133,7 @@ def test_a_supervised_training_needs_no_unlabeled_cases_and_knows_regions(small)
 
 
 def save_model(trainer_class: type, base: Path) -> tuple[nnUNetTrainer, Path]:
-    """An untrained trainer, and its model folder."""
+    """Return an untrained trainer and its model folder."""
     trainer = make_trainer(trainer_class, fold=0)
     trainer.initialize()
     folder = Path(trainer.output_folder)
@@ -144,8 +144,8 @@ def save_model(trainer_class: type, base: Path) -> tuple[nnUNetTrainer, Path]:
 
 
 @pytest.mark.parametrize("trainer_class", [nnUNetTrainerDKUXNet, nnUNetTrainerUXNet])
-def test_stock_nnunet_predicts_with_it(small, trainer_class):
-    """By what nnUNetv2_predict runs: nnU-Net looks the trainer up by its name, and has it build the network."""
+def test_nnunet_predicts_with_the_network(small, trainer_class):
+    """As nnUNetv2_predict: nnU-Net looks up the trainer by its name and builds the network with it."""
     trainer, model = save_model(trainer_class, small / PREPROCESSED)
     predictor = nnUNetPredictor(use_mirroring=False, device=torch.device("cpu"), allow_tqdm=False)
     predictor.initialize_from_trained_model_folder(str(model), (0,))
@@ -155,7 +155,7 @@ def test_stock_nnunet_predicts_with_it(small, trainer_class):
     assert predictor.predict_single_npy_array(image, {"spacing": [1.0, 1.0, 1.0]}).shape == image.shape[1:]
 
 
-def test_export_says_that_the_network_is_no_stock_one(small, capsys):
+def test_export_to_plain_nnunet_raises_for_other_networks(small, capsys):
     _, model = save_model(nnUNetTrainerUXNet, small / PREPROCESSED)
     assert main(["export_vanilla", "-m", str(model), "-o", str(small / "vanilla")]) == 1
     assert "nnUNetTrainerUXNet builds a network of its own" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Training on the tiny data set, bit for bit repeatable."""
+"""Helpers for deterministic trainings on the tiny data set."""
 
 import json
 import os
@@ -20,17 +20,20 @@ METHODS = [name for name, trainer in TRAINERS.items() if not trainer.is_supervis
 
 
 class Interrupted(Exception):
-    """Stands for a kill signal."""
+    """An exception that simulates a killed training."""
 
 
 def seed_everything(seed: int) -> None:
     random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002 (what nnU-Net's loaders draw from)
+    np.random.seed(seed)  # noqa: NPY002 (the generator of nnU-Net's loaders)
     torch.manual_seed(seed)
 
 
 def deterministic(base: type[SemiSupervisedTrainer], epochs: int = 2) -> type[SemiSupervisedTrainer]:
-    """The trainer in short, seeded at each epoch's start, without the one transform that times itself."""
+    """Return a short variant of a trainer that is seeded at the start of each epoch.
+
+    The benchmark of GaussianBlurTransform is disabled, since the transform depends on its timings.
+    """
 
     class Deterministic(base):
         training_settings = replace(
@@ -65,7 +68,7 @@ def make_trainer(
     device: str = "cpu",
     resume: bool = False,
 ) -> SemiSupervisedTrainer:
-    """Return a trainer as nnUNetv2_train makes it, before it trains or, with resume (--c), loads a checkpoint."""
+    """Return a trainer as created by nnUNetv2_train, before it trains or, with resume (--c), loads a checkpoint."""
     folder = Path(os.environ["nnUNet_preprocessed"]) / dataset
     plans = json.loads((folder / "nnUNetPlans.json").read_text()) | {"continue_training": resume}
     dataset_json = json.loads((folder / "dataset.json").read_text())
@@ -74,7 +77,7 @@ def make_trainer(
 
 
 def narrow(base: Path) -> None:
-    """Plans of small patches and few features, for networks that take their time on a CPU."""
+    """Reduce patch size and features in the plans, for networks that are slow on a CPU."""
     file = base / "nnUNetPlans.json"
     plans = json.loads(file.read_text())
     configuration = plans["configurations"]["3d_fullres"]
@@ -84,14 +87,14 @@ def narrow(base: Path) -> None:
 
 
 def draw_no_pictures(patch: pytest.MonkeyPatch) -> None:
-    """They take most of the time of a tiny training."""
+    """Disable plots, which take most of the time of a tiny training."""
     patch.setattr(plots, "draw_curves", lambda *arguments: None)
     patch.setattr(pseudo_label_page, "draw", lambda *arguments: None)
     patch.setattr(MetaLogger, "plot_progress_png", lambda *arguments: None)
 
 
 def weights(trainer: SemiSupervisedTrainer) -> dict[str, torch.Tensor]:
-    """All networks and heads."""
+    """Return the state of the network and of all modules of the method."""
     state = {f"network.{name}": tensor for name, tensor in trainer.network.state_dict().items()}
     return state | {f"method.{name}": tensor for name, tensor in trainer.method.state_dict().items()}
 

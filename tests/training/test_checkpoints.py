@@ -1,7 +1,9 @@
-"""Checkpoint files: written completely or not at all, and refused in one line if they do not fit."""
+"""Tests of checkpoints: complete writes, damaged files, and files of another trainer, version or network."""
 
 import os
+import uuid
 from pathlib import Path
+from uuid import UUID
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ STATE = {"settings": {"method_settings": {"beta": 5.0}}, "method": {"teacher": {
 
 
 def save_nnunets(trainer: str = "nnUNetTrainerX"):
-    """What nnU-Net's trainer writes, in short."""
+    """Return a function that writes a minimal checkpoint of nnU-Net."""
     content = {"trainer_name": trainer, "network_weights": {"weight": torch.ones(3)}, "optimizer_state": {}}
     return lambda filename: torch.save(content, filename)
 
@@ -28,14 +30,14 @@ def latest(tmp_path) -> Path:
     return file
 
 
-def test_the_state_lies_under_one_key_with_the_version(latest):
+def test_additional_state_is_stored_under_one_key_with_the_version(latest):
     content = torch.load(latest, weights_only=True)
     assert content[KEY] == {"version": __version__, **STATE}
     assert content["network_weights"]["weight"].tolist() == [1, 1, 1]
     assert checkpoints.load_state(latest, "nnUNetTrainerX") == content[KEY]
 
 
-def test_the_latest_becomes_the_previous_one(latest):
+def test_latest_checkpoint_becomes_the_previous_one(latest):
     first = latest.read_bytes()
     checkpoints.save_extended(latest, save_nnunets("nnUNetTrainerY"), STATE)
     assert latest.with_name(PREVIOUS).read_bytes() == first
@@ -43,7 +45,7 @@ def test_the_latest_becomes_the_previous_one(latest):
 
 
 def fill_disk(monkeypatch):
-    """Fail at the second of the two writes of a checkpoint."""
+    """Make the second of the two writes of a checkpoint fail."""
     save, calls = torch.save, []
 
     def fail(content, target, *arguments):
@@ -55,37 +57,40 @@ def fill_disk(monkeypatch):
     monkeypatch.setattr(torch, "save", fail)
 
 
-def test_a_failed_write_keeps_the_file(latest, monkeypatch):
+def test_failed_write_keeps_the_old_file(latest, monkeypatch):
     before = latest.read_bytes()
     fill_disk(monkeypatch)
-    with pytest.raises(UserError, match=r"latest.pth cannot be written; the previous file is unchanged.* --c .*No s"):
+    with pytest.raises(
+        UserError, match=r"latest.pth cannot be written, and the previous file is unchanged; .* --c .*No s"
+    ):
         checkpoints.save_extended(latest, save_nnunets(), STATE)
     assert latest.read_bytes() == before
     assert [file.name for file in latest.parent.iterdir()] == [LATEST]
 
 
-def test_a_full_disk_keeps_the_file(latest):
+def test_full_disk_keeps_the_old_file(latest, monkeypatch):
     before = latest.read_bytes()
-    latest.with_name(f".{LATEST}.partial").symlink_to("/dev/full")  # every write to it fails
-    with pytest.raises(UserError, match=r"latest.pth cannot be written; the previous file is unchanged") as full:
+    monkeypatch.setattr(uuid, "uuid4", lambda: UUID(int=0))
+    latest.with_name(f".{LATEST}.00000000.partial").symlink_to("/dev/full")  # every write to it fails
+    with pytest.raises(UserError, match=r"latest.pth cannot be written, and the previous file is unchanged") as full:
         checkpoints.save_extended(latest, save_nnunets(), STATE)
     assert "\n" not in str(full.value)
     assert latest.read_bytes() == before
     assert not list(latest.parent.glob(".*partial"))
 
 
-def cut(content: bytes) -> bytes:
+def truncate(content: bytes) -> bytes:
     return content[: len(content) // 2]
 
 
 def flip_bits(content: bytes) -> bytes:
-    """In the middle of the weights."""
+    """Change a byte of the weights."""
     index = content.index(torch.ones(3).numpy().tobytes())
     return content[:index] + b"\xff" + content[index + 1 :]
 
 
-HARMS = {
-    "cut": cut,
+DAMAGES = {
+    "truncated": truncate,
     "flipped bits": flip_bits,
     "zeros": lambda content: bytes(len(content)),
     "empty": lambda content: b"",
@@ -93,23 +98,23 @@ HARMS = {
 }
 
 
-@pytest.mark.parametrize("harm", HARMS.values(), ids=HARMS.keys())
-def test_a_damaged_checkpoint_is_replaced_by_the_newest_readable_one(latest, harm):
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
+def test_newest_readable_checkpoint_is_used_instead_of_a_damaged_one(latest, damage):
     whole = latest.read_bytes()
     for age, name in enumerate((PREVIOUS, "checkpoint_best.pth")):
         latest.with_name(name).write_bytes(whole)
         os.utime(latest.with_name(name), (1000 - age, 1000 - age))
     lines = []
     assert checkpoints.find_readable(str(latest), lines.append) == str(latest)
-    latest.write_bytes(harm(whole))
+    latest.write_bytes(damage(whole))
     assert checkpoints.find_readable(str(latest), lines.append) == str(latest.with_name(PREVIOUS))
     (line,) = lines
     assert "checkpoint_latest.pth cannot be loaded" in line
-    assert line.endswith(f"Trying {PREVIOUS}, the newest of the others")
-    latest.with_name(PREVIOUS).write_bytes(harm(whole))
+    assert line.endswith(f"Trying {PREVIOUS} instead, the newest of the other checkpoints")
+    latest.with_name(PREVIOUS).write_bytes(damage(whole))
     assert checkpoints.find_readable(str(latest), lines.append) == str(latest.with_name("checkpoint_best.pth"))
-    latest.with_name("checkpoint_best.pth").write_bytes(harm(whole))
-    with pytest.raises(Damaged, match=r"\w+.pth cannot be loaded \(.*; replace it by another checkpoint") as damaged:
+    latest.with_name("checkpoint_best.pth").write_bytes(damage(whole))
+    with pytest.raises(Damaged, match=r"\w+.pth cannot be loaded \(.*; replace it with another checkpoint") as damaged:
         checkpoints.find_readable(str(latest), lines.append)
     assert "\n" not in str(damaged.value)
     with pytest.raises(Damaged, match=r"latest.pth cannot be loaded"):
@@ -125,17 +130,17 @@ OTHER_CHECKPOINTS = {
         "was written by nnUNetTrainerX of nnunet-dycon 0.1.0, which this version cannot resume; start from its weights "
         "with -pretrained_weights, or finish",
     ),
-    "a part missing": (
+    "missing part": (
         {KEY: {"version": "0.2.0", "method": {}}},
         "nnUNetTrainerX",
         "was written by nnUNetTrainerX of nnunet-dycon 0.2.0, which this version cannot resume",
     ),
-    "another kind of state": ({KEY: []}, "nnUNetTrainerX", "of nnunet-dycon unknown, which this version cannot resume"),
+    "state of another type": ({KEY: []}, "nnUNetTrainerX", "of nnunet-dycon unknown, which this version cannot resume"),
 }
 
 
 @pytest.mark.parametrize("other", OTHER_CHECKPOINTS.values(), ids=OTHER_CHECKPOINTS.keys())
-def test_a_checkpoint_of_another_trainer_or_version_is_refused(latest, other):
+def test_checkpoint_of_another_trainer_or_version_raises(latest, other):
     changes, trainer, message = other
     content = {**torch.load(latest, weights_only=True), **changes}
     torch.save({key: value for key, value in content.items() if value is not None}, latest)
@@ -150,27 +155,29 @@ def method() -> nn.Module:
     return module
 
 
-def test_the_state_of_each_part_of_a_method_is_restored():
+def test_state_of_each_module_of_a_method_is_restored():
     one, other = method(), method()
     checkpoints.load_method_state(other, checkpoints.method_state(one), "file")
     torch.testing.assert_close(other.state_dict(), one.state_dict(), rtol=0, atol=0)
 
 
-def test_wrappers_leave_no_trace_in_the_state():
+def test_state_does_not_contain_names_of_wrappers():
     one = method()
     one.teacher = torch.compile(one.teacher, backend="eager")
     assert checkpoints.method_state(one)["teacher"].keys() == {"weight", "bias"}
 
 
-def test_a_missing_part_of_a_method_is_named():
+def test_missing_state_of_a_module_raises():
     state = checkpoints.method_state(method())
     del state["head"]
-    message = "latest.pth has no state of the head to resume from; start from its weights with -pretrained_weights"
+    message = (
+        "latest.pth contains no state of the method's head, so it cannot be resumed; start from its weights with -pre"
+    )
     with pytest.raises(UserError, match=message):
         checkpoints.load_method_state(method(), state, "latest.pth")
 
 
-def test_a_part_of_another_shape_is_explained():
+def test_state_of_another_shape_raises():
     state = checkpoints.method_state(method())
     state["head"] = nn.Linear(4, 4).state_dict()
     with (
@@ -180,7 +187,7 @@ def test_a_part_of_another_shape_is_explained():
         checkpoints.load_method_state(method(), state, "latest.pth")
 
 
-def test_companions_are_written_for_prediction_and_the_previous_checkpoint_is_removed(latest):
+def test_companions_are_written_and_the_previous_checkpoint_is_removed(latest):
     latest.rename(latest.with_name(STUDENT))
     latest.with_name(PREVIOUS).touch()
     teacher = nn.Linear(2, 3)

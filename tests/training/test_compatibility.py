@@ -1,4 +1,4 @@
-"""What the trainers refuse, with the reason."""
+"""Tests of compatibility checks of configurations and networks."""
 
 from types import SimpleNamespace
 
@@ -13,7 +13,7 @@ from nnunet_dycon.errors import NotSupported
 from nnunet_dycon.training import compatibility
 
 
-def test_a_cascade_is_refused():
+def test_cascade_raises():
     compatibility.refuse_cascade("nnUNetTrainerX", "3d_fullres", SimpleNamespace(previous_stage_name=None))
     stage = SimpleNamespace(previous_stage_name="3d_lowres")
     with pytest.raises(NotSupported, match="nnUNetTrainerX cannot train 3d_cascade_fullres: in a cascade each"):
@@ -21,8 +21,8 @@ def test_a_cascade_is_refused():
 
 
 @pytest.mark.parametrize("name", [f"{PlainConvUNet.__module__}.PlainConvUNet", "PlainConvUNet", "torch.nn.Sequential"])
-def test_planned_networks_that_can_be_built_are_not_refused(name):
-    """Also those that only nnU-Net's own look-up finds, and those that take any keyword."""
+def test_supported_networks_of_plans_are_accepted(name):
+    """Also short names, which only nnU-Net's look-up finds, and networks that accept any keyword."""
     if name == "torch.nn.Sequential":
         name = f"{__name__}.TakesAnything"
     compatibility.refuse_planned_network("nnUNetTrainerX", name)
@@ -33,14 +33,14 @@ class TakesAnything(nn.Module):
         super().__init__()
 
 
-def test_a_planned_network_without_deep_supervision_is_refused():
-    message = "nnUNetTrainerX cannot train Primus: it has no deep supervision, and no encoder with stages to tap"
+def test_network_of_plans_without_deep_supervision_raises():
+    message = "nnUNetTrainerX cannot train Primus: it has neither deep supervision nor an encoder with stages"
     with pytest.raises(NotSupported, match=message):
         compatibility.refuse_planned_network("nnUNetTrainerX", f"{Primus.__module__}.Primus")
 
 
 class nnUNetTrainerX(SimpleNamespace):
-    """As far as it is looked at."""
+    """A stand-in for a trainer with the attributes that are checked."""
 
     def __init__(self, network: nn.Module, enable_deep_supervision: bool = True):
         strides = [[1, 1, 1], *[[2, 2, 2]] * 4]
@@ -64,20 +64,20 @@ def unet() -> nn.Module:
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_features_are_tapped_at_the_stage_nearest_to_stride_8(compiled):
+def test_stage_with_stride_nearest_to_8(compiled):
     network = torch.compile(unet(), backend="eager") if compiled else unet()
     stage = compatibility.stage_nearest_to_stride_8(nnUNetTrainerX(network))
     assert stage == FeatureStage("encoder.stages.3", 64)
 
 
-def test_a_network_without_stages_is_refused():
-    message = "nnUNetTrainerX needs a network with encoder.stages to tap features from; Conv3d has none. Use nnU-Net's"
+def test_network_without_stages_raises():
+    message = "nnUNetTrainerX requires features of encoder.stages, but the network Conv3d has none. Use nnU-Net's"
     with pytest.raises(NotSupported, match=message):
         compatibility.stage_nearest_to_stride_8(nnUNetTrainerX(nn.Conv3d(1, 1, 1)))
 
 
 @pytest.mark.parametrize("is_on", [False, True])
-def test_deep_supervision_is_off_for_a_while(is_on):
+def test_deep_supervision_is_disabled_and_restored(is_on):
     trainer = nnUNetTrainerX(unet(), enable_deep_supervision=is_on)
     trainer.network.decoder.deep_supervision = is_on
     with compatibility.deep_supervision_off(trainer):
@@ -85,10 +85,10 @@ def test_deep_supervision_is_off_for_a_while(is_on):
     assert trainer.network.decoder.deep_supervision == is_on
 
 
-def test_a_network_without_deep_supervision_is_refused_unless_it_is_off():
+def test_network_without_deep_supervision_raises_if_the_trainer_uses_it():
     network = nn.Conv3d(1, 1, 1)
     with compatibility.deep_supervision_off(nnUNetTrainerX(network, enable_deep_supervision=False)):
         pass
-    message = "nnUNetTrainerX cannot train Conv3d with deep supervision, which it does not have"
+    message = "nnUNetTrainerX requires deep supervision, but the network Conv3d has none"
     with pytest.raises(NotSupported, match=message), compatibility.deep_supervision_off(nnUNetTrainerX(network)):
         pass

@@ -1,4 +1,4 @@
-"""The plots of a training."""
+"""Tests of the plots of a training."""
 
 import math
 
@@ -9,16 +9,17 @@ import pytest
 import seaborn
 import torch
 
-from nnunet_dycon.training.plots import draw_curves, draw_or_warn, draw_progress
+from nnunet_dycon.system.pictures import draw_or_warn
+from nnunet_dycon.training.plots import draw_curves, draw_progress
 
 
-def test_plots_do_not_inherit_the_style_of_nnunets_plot(tmp_path):
+def test_plots_do_not_depend_on_the_global_matplotlib_style(tmp_path):
     curves = {"loss": [1.0, 0.5], "supervised": [1.0, 0.4]}
     draw_progress(curves, tmp_path / "before.png")
     with matplotlib.rc_context():
         seaborn.set_theme(font_scale=2.5)
         draw_progress(curves, tmp_path / "after.png")
-        assert matplotlib.rcParams["font.size"] > 20  # unchanged for nnU-Net
+        assert matplotlib.rcParams["font.size"] > 20  # not changed for nnU-Net
     before, after = (matplotlib.image.imread(tmp_path / name) for name in ("before.png", "after.png"))
     np.testing.assert_array_equal(before, after)
 
@@ -32,13 +33,15 @@ def test_plots_do_not_inherit_the_style_of_nnunets_plot(tmp_path):
     ],
 )
 @pytest.mark.filterwarnings("error")
-def test_any_set_of_curves_can_be_drawn(tmp_path, curves):
+def test_plots_with_missing_values_or_curves(tmp_path, curves):
     draw_progress(curves, tmp_path / "ssl_progress.png")
     assert [file.name for file in tmp_path.iterdir()] == ["ssl_progress.png"]
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no\nmemory"), MemoryError("no memory"), OSError(28)])
-def test_a_plot_that_cannot_be_drawn_is_a_warning(tmp_path, error):
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("no\nmemory"), MemoryError("no memory"), OSError(28), TypeError()]
+)
+def test_failed_plot_logs_a_warning(tmp_path, error):
     def fail(file):
         raise error
 
@@ -49,7 +52,7 @@ def test_a_plot_that_cannot_be_drawn_is_a_warning(tmp_path, error):
     assert "\n" not in line
 
 
-def test_curves_are_drawn_into_the_folder_of_the_fold(tmp_path):
+def test_curves_are_written_to_the_folder(tmp_path):
     lines = []
     draw_curves(tmp_path, {"loss": [1.0, 0.5]}, lines.append)
     assert matplotlib.image.imread(tmp_path / "ssl_progress.png").shape[0] > 400

@@ -1,4 +1,4 @@
-"""Preemption by SIGTERM."""
+"""Tests of preemption by SIGTERM."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ from nnunet_dycon.training.preemption import EXIT_CODE, StopRequest, save_and_ex
 
 
 @pytest.mark.parametrize("can_wait", [False, True])
-def test_the_signal_ends_a_process_at_once_unless_there_is_something_to_save(can_wait):
+def test_signal_ends_the_process_only_before_the_first_step(can_wait):
     child = os.fork()
     if child == 0:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -22,7 +22,7 @@ def test_the_signal_ends_a_process_at_once_unless_there_is_something_to_save(can
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == (7 if can_wait else -signal.SIGTERM)
 
 
-def test_a_forked_process_has_nothing_to_save():
+def test_signal_ends_a_forked_process():
     request = StopRequest()
     request.can_wait = True
     with request.listening():
@@ -34,7 +34,7 @@ def test_a_forked_process_has_nothing_to_save():
     assert not request.is_made
 
 
-def test_the_previous_handler_is_restored():
+def test_previous_handler_is_restored():
     before = signal.getsignal(signal.SIGTERM)
     request = StopRequest()
     request.can_wait = True
@@ -48,14 +48,14 @@ def test_the_previous_handler_is_restored():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_nothing_is_installed_where_the_signal_must_end_the_process():
+def test_handler_is_not_installed_if_disabled():
     before = signal.getsignal(signal.SIGTERM)
-    with StopRequest().listening(False):
+    with StopRequest().listening(is_spawned=True):
         assert signal.getsignal(signal.SIGTERM) is before
 
 
 class Trainer(SimpleNamespace):
-    """In step 2 of epoch 1, whose first values are logged."""
+    """A stand-in for a trainer in step 2 of epoch 1, with logged values of epochs 0 and 1."""
 
     def __init__(self, **attributes):
         self.lines, self.saved = [], []
@@ -70,7 +70,7 @@ class Trainer(SimpleNamespace):
         self.saved.append((filename, self.current_epoch + 1, {name: list(log) for name, log in self.logs.items()}))
 
 
-def test_a_stop_saves_the_number_of_the_interrupted_epoch_without_its_logs():
+def test_checkpoint_of_a_stop_contains_the_epoch_number_but_not_its_logs():
     trainer, curves = Trainer(), {"loss": [1.0, 2.0], "beta": [5.0]}
     with pytest.raises(SystemExit) as end:
         save_and_exit(trainer, curves, 2)
@@ -83,7 +83,7 @@ def test_a_stop_saves_the_number_of_the_interrupted_epoch_without_its_logs():
     ]
 
 
-def test_without_checkpoints_a_stop_saves_nothing():
+def test_stop_writes_nothing_if_checkpoints_are_disabled():
     trainer = Trainer(disable_checkpointing=True)
     with pytest.raises(SystemExit):
         save_and_exit(trainer, {}, 2)

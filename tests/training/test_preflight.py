@@ -1,4 +1,4 @@
-"""Preflight checks: mistakes are named in one line, before a training starts."""
+"""Tests of preflight checks: invalid data or settings raise a one-line error before a training starts."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ def remove_unlabeled(base: Path, raw: Path) -> None:
 
 
 def rename_labeled_to_unlabeled(base: Path, raw: Path) -> None:
-    """An unlabeled case was annotated later, but not removed from imagesUn."""
+    """Simulate an unlabeled case that was annotated later but not removed from imagesUn."""
     for file in (base / "nnUNetPlans_3d_fullres").glob("case_00*"):
         file.rename(file.with_name(file.name.replace("case_00", UNLABELED[0])))
 
@@ -32,7 +32,7 @@ def few_splits(base: Path, raw: Path) -> None:
 
 
 def lost_label(base: Path, raw: Path) -> None:
-    """Planned on 5 cases; then one of them became unlabeled."""
+    """Simulate a label that was removed after planning."""
     for file in (base / "nnUNetPlans_3d_fullres").glob("case_04*"):
         file.unlink()
     (base / "splits_final.json").write_text(json.dumps([{"train": ["case_00"], "val": ["case_01"]}]))
@@ -62,7 +62,7 @@ def damage_manifest(base: Path, raw: Path) -> None:
 
 
 def bad_image(base: Path, raw: Path) -> None:
-    """Found by a training that preprocesses the unlabeled images itself."""
+    """Truncate an unlabeled image that has not been preprocessed."""
     shutil.rmtree(base / "nnUNetPlans_3d_fullres_unlabeled")
     image = raw / "imagesUn" / "scan_01_0000.nii.gz"
     image.write_bytes(image.read_bytes()[:3000])
@@ -70,29 +70,35 @@ def bad_image(base: Path, raw: Path) -> None:
 
 FAULTS = {
     "no unlabeled cases": (remove_unlabeled, "no unlabeled cases: .*imagesUn"),
-    "labeled and unlabeled": (rename_labeled_to_unlabeled, "1 cases are both labeled and unlabeled, scan_00 the first"),
+    "labeled and unlabeled": (
+        rename_labeled_to_unlabeled,
+        "1 cases are both labeled and unlabeled, such as scan_00; remove",
+    ),
     "too few for a split": (few_labeled, "4 labeled cases are too few for nnU-Net's split into 5 folds, .*fold 'all'"),
-    "fold not in the split": (few_splits, "4 labeled cases are too few .*: fold 0 does not exist; train on all"),
-    "stale fingerprint": (lost_label, "fingerprint.json was made from 5 cases, which are not the 4 .* -d 901 --clean"),
+    "fold not in the split": (few_splits, "fold 0 does not exist: 4 labeled cases are too few .*; train on all"),
+    "stale fingerprint": (
+        lost_label,
+        "fingerprint.json was extracted from 5 cases, which are not the current 4 .* -d 901 --clean",
+    ),
     "stale": (
         other_plans,
         "is stale: the plans have changed; run: nnunet_dycon preprocess_unlabeled -d 901 -c 3d_full",
     ),
     "split of absent cases": (
         write_split({"train": ["case_00", "gone"], "val": ["case_01"]}),
-        r"splits_final.json names 1 cases in fold 0 that are not among the labeled, preprocessed ones, gone the first",
+        r"splits_final.json: 1 cases of fold 0 are not preprocessed labeled cases, such as gone",
     ),
     "split of unlabeled cases": (
         write_split({"train": ["case_00"], "val": ["scan_00"]}),
-        r"names 1 cases in fold 0 .*, scan_00 the first \(cases of imagesUn do not belong there.*; mend it, or remove",
+        r"1 cases of fold 0 .*, such as scan_00 \(cases of imagesUn must not be listed.*; fix it, remove it",
     ),
     "split without validation": (
         write_split({"train": ["case_00"], "val": []}),
-        "splits_final.json has no cases to validate on in fold 0; mend it",
+        "splits_final.json has no cases to validate on in fold 0; fix it",
     ),
     "malformed split": (
         write_split({"train": ["case_00"], "val": [["case_01"]]}),
-        "splits_final.json is no list of splits, .*; mend it, or remove it",
+        "splits_final.json is not a list of splits .*; fix it, remove it",
     ),
     "damaged fingerprint": (
         lambda base, raw: (base / "dataset_fingerprint.json").write_text("{"),
@@ -112,7 +118,7 @@ FAULTS = {
         ),
         "is stale: nnUNetPlans_3d_fullres_unlabeled.json is damaged; run: nnunet_dycon preprocess_unlabeled -d 901",
     ),
-    "damaged split": (damage_split, "splits_final.json is no list of splits, .*; mend it, or remove it"),
+    "damaged split": (damage_split, "splits_final.json is not a list of splits .*; fix it, remove it"),
     "damaged manifest": (
         damage_manifest,
         "is stale: nnUNetPlans_3d_fullres_unlabeled.json is damaged; run: nnunet_dycon preprocess_unlabeled -d 901",
@@ -130,12 +136,12 @@ def check() -> None:
     check_cases(unlabeled.folder.with_name("nnUNetPlans_3d_fullres"), 0, unlabeled)
 
 
-def test_a_sound_data_set_passes(base):
+def test_valid_dataset_passes(base):
     check()
 
 
 @pytest.mark.parametrize(("break_it", "message"), FAULTS.values(), ids=FAULTS.keys())
-def test_a_fault_is_named_in_one_line(base, raw, monkeypatch, break_it, message):
+def test_invalid_dataset_raises(base, raw, monkeypatch, break_it, message):
     monkeypatch.setattr(preflight, "default_num_processes", 1)
     break_it(base, raw)
     with pytest.raises(UserError, match=message) as fault:
@@ -163,7 +169,7 @@ def changed(kind: str, **settings) -> dict:
     return {**RECORDED, kind: {**RECORDED[kind], **settings}}
 
 
-def test_equal_settings_are_fine():
+def test_equal_settings_pass():
     lines = []
     check_settings(RECORDED, CURRENT, "fold_0", lines.append)
     assert not lines
@@ -175,27 +181,27 @@ def test_equal_settings_are_fine():
         (
             changed("method_settings", temperature=0.1),
             CURRENT,
-            r"temperature 0.1 \(now 0.6\); resume with those, or star",
+            r"temperature 0.1 \(now 0.6\); resume with these settings, or",
         ),
         (
             {**RECORDED, "method_settings": {"temperature": 0.6}},
             CURRENT,
-            r"mixing None \(now none\); resume with those",
+            r"mixing None \(now none\); resume with these settings",
         ),
     ],
 )
-def test_other_settings_of_the_method_are_refused(recorded, current, message):
+def test_changed_method_settings_raise(recorded, current, message):
     with pytest.raises(UserError, match=f"the checkpoint in fold_0 was trained with other settings: {message}"):
         check_settings(recorded, current, "fold_0", pytest.fail)
 
 
-def test_another_length_is_a_warning():
+def test_changed_length_logs_a_warning():
     lines = []
     check_settings(changed("training_settings", num_epochs=2), CURRENT, "fold_0", lines.append)
-    assert lines == ["WARNING: the resumed training had other settings: num_epochs 2 (now 1000)"]
+    assert lines == ["WARNING: the resumed training had other settings: num_epochs 2 (now 1000); the new ones are used"]
 
 
-def test_the_batch_is_described_with_steps_memory_and_remedy():
+def test_log_line_on_the_batch_and_its_memory():
     trainer = SimpleNamespace(
         batch_size=2, unlabeled_batch_size=1, configuration_manager=SimpleNamespace(batch_size=4),
         activation_memory_factor=2.0, num_epochs=10, num_iterations_per_epoch=25,

@@ -1,4 +1,4 @@
-"""The page of pseudo-labels."""
+"""Tests of the page of pseudo-labels."""
 
 from types import SimpleNamespace
 
@@ -19,7 +19,7 @@ from nnunet_dycon.training.pseudo_label_page import label_names
         ({"background": 0, "first": [2, 3], "second": [1, 2]}, True, ["background", "first", "second"]),
     ],
 )
-def test_names_are_in_the_order_of_the_values_drawn(labels, has_regions, names):
+def test_label_names_are_in_the_order_of_the_drawn_values(labels, has_regions, names):
     dataset_json = {"labels": labels, "regions_class_order": [1, 2]}
     manager = LabelManager(labels, [1, 2] if has_regions else None)
     assert manager.has_regions == has_regions
@@ -29,7 +29,7 @@ def test_names_are_in_the_order_of_the_values_drawn(labels, has_regions, names):
 
 @pytest.fixture
 def trainer(tmp_path) -> SimpleNamespace:
-    """At the end of epoch 49, as far as it is used."""
+    """A stand-in for a trainer at the end of epoch 49."""
     lines: list[str] = []
     return SimpleNamespace(
         current_epoch=50,
@@ -46,7 +46,9 @@ def unlabeled(tmp_path) -> SimpleNamespace:
 
 
 @pytest.mark.parametrize(("labeler", "disabled"), [("teacher", False), (None, False), ("teacher", True)])
-def test_a_page_is_drawn_for_methods_with_a_labeler(trainer, unlabeled, tmp_path, monkeypatch, labeler, disabled):
+def test_page_is_drawn_only_with_a_labeler_and_enabled_checkpoints(
+    trainer, unlabeled, tmp_path, monkeypatch, labeler, disabled
+):
     drawn = []
     monkeypatch.setattr(pseudo_label_page, "draw_page", lambda *arguments: drawn.append(arguments[2:]))
     trainer.disable_checkpointing = disabled
@@ -60,7 +62,7 @@ def test_a_page_is_drawn_for_methods_with_a_labeler(trainer, unlabeled, tmp_path
     assert not trainer.lines
 
 
-def test_a_page_that_cannot_be_drawn_is_a_warning(trainer, unlabeled, monkeypatch):
+def test_failed_page_logs_a_warning(trainer, unlabeled, monkeypatch):
     def fail(*arguments):
         raise torch.OutOfMemoryError("no memory left")
 

@@ -1,4 +1,4 @@
-"""The record of an epoch: means without lost steps, curves, seconds."""
+"""Tests of the recording of epochs: means without lost steps, curves, durations."""
 
 import math
 import time
@@ -20,18 +20,18 @@ LOST = {"loss": math.nan, "uncl": 7.0}
 STEPS = [{"loss": 1.0, "uncl": 2.0}, LOST, {"loss": 3.0, "uncl": math.nan}]
 
 
-def test_means_are_over_steps_with_a_finite_loss():
+def test_mean_of_steps_excludes_steps_with_a_non_finite_loss():
     assert mean_of_steps(STEPS) == {"loss": 2.0, "uncl": 2.0}
     means = mean_of_steps([LOST, LOST])
     assert math.isnan(means["loss"])
     assert means["uncl"] == 7.0
 
 
-def test_nnunet_gets_the_mean_in_place_of_a_lost_step():
+def test_lost_steps_are_replaced_by_the_mean():
     assert replace_lost(STEPS) == [STEPS[0], {"loss": 2.0, "uncl": 2.0}, STEPS[2]]
 
 
-def test_an_epoch_is_appended_to_the_curves_with_its_seconds():
+def test_epoch_is_appended_to_the_curves_with_durations():
     record = EpochRecorder()
     record.start(torch.device("cpu"))
     for _ in range(3):
@@ -45,7 +45,7 @@ def test_an_epoch_is_appended_to_the_curves_with_its_seconds():
     assert all(type(value) is float for curve in record.curves.values() for value in curve)
 
 
-def test_means_are_over_ranks_too(monkeypatch):
+def test_mean_over_ranks(monkeypatch):
     def gather(ranks, values):
         ranks[:] = [values, {"loss": 4.0, "uncl": math.nan}]
 
@@ -54,7 +54,7 @@ def test_means_are_over_ranks_too(monkeypatch):
     assert recorder.mean_over_ranks({"loss": 2.0, "uncl": 2.0}) == {"loss": 3.0, "uncl": 2.0}
 
 
-def test_an_epoch_is_logged_to_additional_loggers_and_as_lines():
+def test_epoch_is_logged_to_additional_loggers_and_the_log():
     class Recorder:
         def __init__(self):
             self.logged = {}
@@ -79,7 +79,7 @@ def test_mean_of_finite():
     assert math.isnan(mean_of_finite([math.nan]))
 
 
-def test_curves_that_begin_later_are_nan_until_then():
+def test_curves_are_nan_before_their_first_value():
     curves = {}
     append_epoch(curves, 0, {"loss": 1.0})
     append_epoch(curves, 1, {"loss": 2.0, "beta": 3.0})
@@ -88,7 +88,7 @@ def test_curves_that_begin_later_are_nan_until_then():
     assert curves["beta"][1] == 3.0
 
 
-def test_the_timer_sums_up_each_part():
+def test_timer_sums_the_durations_of_each_part():
     timer = StepTimer(torch.device("cpu"))
     for _ in range(2):
         time.sleep(0.02)

@@ -1,11 +1,11 @@
-"""The record of a run."""
+"""Tests of the record of a run."""
 
 import json
 
 from nnunet_dycon.training.run_record import record_file, write_record
 
 
-def test_the_record_has_settings_cases_seed_and_versions(tmp_path):
+def test_record_contains_settings_cases_hash_and_versions(tmp_path):
     cases = {"labeled": ["a"], "unlabeled": ["b", "c"]}
     write_record(tmp_path, "nnUNetTrainerX", {"method_settings": {"weight": 0.5}}, cases)
     record = json.loads(record_file(tmp_path).read_text())

@@ -1,4 +1,4 @@
-"""The guarded step: lost steps change nothing, are logged with their cases, and end a training after ten in a row."""
+"""Tests of the guarded step: lost steps change nothing and are logged, and ten in a row end the training."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ CASES = ("case_00", "scan_00")
 
 
 class Training:
-    """One weight of 1 with the loss `factor * weight * value`, optimized with momentum, and the lines of its log."""
+    """Training of a single weight, initially 1, with the loss `factor * weight * value`, and its log lines."""
 
     def __init__(self, scaler: torch.amp.GradScaler | None = None) -> None:
         self.weight = nn.Parameter(torch.ones(()))
@@ -27,7 +27,7 @@ class Training:
         return self.guarded.update(self.gradients, self.optimizer, self.scaler, cases)
 
     def diverge(self) -> None:
-        """Let each gradient be infinite, while the loss is finite."""
+        """Make each gradient infinite, while the loss is finite."""
         self.weight.register_hook(lambda gradient: gradient * torch.inf)
 
     def state(self) -> list[torch.Tensor]:
@@ -39,7 +39,7 @@ def scaler(scale: float) -> torch.amp.GradScaler:
     return torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=3)
 
 
-def test_a_finite_step_moves_the_weight_and_returns_numbers():
+def test_finite_step_updates_the_weight_and_returns_numbers():
     training = Training()
     assert training.step(0.5)
     assert training.gradients.values == {"loss": 0.5, "beta": 2.0}
@@ -57,7 +57,7 @@ def test_gradients_are_clipped_to_nnunets_norm():
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("scale", [None, 1024.0])
-def test_a_step_with_a_non_finite_loss_is_lost_and_names_its_cases(value, scale):
+def test_non_finite_loss_changes_nothing_and_logs_the_cases(value, scale):
     training = Training(None if scale is None else scaler(scale))
     assert training.step()
     before = training.state()
@@ -68,7 +68,7 @@ def test_a_step_with_a_non_finite_loss_is_lost_and_names_its_cases(value, scale)
     assert line.endswith("Cases: case_00, scan_00")
 
 
-def test_without_a_scaler_a_step_with_a_non_finite_gradient_is_lost():
+def test_non_finite_gradient_without_scaler_is_a_lost_step():
     training = Training()
     training.diverge()
     assert not training.step()
@@ -76,8 +76,8 @@ def test_without_a_scaler_a_step_with_a_non_finite_gradient_is_lost():
     assert "step lost: the loss was finite, but its gradient was not; loss 1." in training.lines[0]
 
 
-def test_a_damaged_case_does_not_lower_the_loss_scale():
-    """If it did, all gradients would vanish in the end."""
+def test_non_finite_loss_does_not_lower_the_loss_scale():
+    """Otherwise a damaged case would lower it until all gradients vanish."""
     training = Training(scaler(1024.0))
     for value in (torch.nan, torch.nan, 1.0):
         training.step(value)
@@ -93,10 +93,10 @@ def test_gradients_are_unscaled_before_they_are_clipped():
     assert torch.equal(plain.weight, scaled.weight)
 
 
-def test_an_overflow_is_skipped_and_handled_by_the_scaler():
-    """The scale is halved, and its growth tracker starts again, as in nnU-Net's own step."""
+def test_overflow_skips_the_step_and_lowers_the_loss_scale():
+    """The scale is halved and its growth tracker is reset, as in nnU-Net's own step."""
     training = Training(scaler(2.0**127))
-    assert not training.step(factor=100.0)  # finite, but not when it is scaled
+    assert not training.step(factor=100.0)  # finite before, but not after scaling
     assert training.weight.item() == 1.0
     assert training.scaler.get_scale() == 2.0**126
     assert not training.lines
@@ -112,7 +112,7 @@ def test_an_overflow_is_skipped_and_handled_by_the_scaler():
     assert scales == [1024.0, 1024.0, 512.0, 512.0, 512.0, 1024.0]
 
 
-def test_an_overflow_counts_as_lost_at_a_scale_of_1_or_less_only():
+def test_overflow_is_a_lost_step_only_at_a_scale_of_1_or_less():
     training = Training(scaler(4.0))
     training.diverge()
     for _ in range(2):
@@ -123,8 +123,8 @@ def test_an_overflow_counts_as_lost_at_a_scale_of_1_or_less_only():
     assert "step lost: gradients overflowed in half precision at a loss scale of 1 or less" in training.lines[0]
 
 
-def test_a_norm_that_overflows_alone_is_lost_with_a_scaler_too():
-    """Of finite gradients; the scaler finds no overflow, so lowering the scale would not help."""
+def test_overflow_of_the_gradient_norm_alone_is_a_lost_step():
+    """All gradients are finite, so the scaler detects no overflow and does not lower the scale."""
     training = Training(scaler(1.0))
     training.step()
     before = training.state()
@@ -148,7 +148,7 @@ def test_a_norm_that_overflows_alone_is_lost_with_a_scaler_too():
         (lambda step: (f"case_{step:02d}",), "Their cases are in the training log: repair or remove those that are"),
     ],
 )
-def test_ten_lost_losses_in_a_row_end_the_training_with_advice_on_damaged_cases(cases, advice):
+def test_ten_non_finite_losses_in_a_row_raise_with_advice_on_damaged_cases(cases, advice):
     training = Training()
     for step in range(MAX_LOST_STEPS - 1):
         training.step(torch.nan, cases(step))
@@ -166,7 +166,7 @@ def test_ten_lost_losses_in_a_row_end_the_training_with_advice_on_damaged_cases(
         (4.0, "Gradients overflowed in half precision"),
     ],
 )
-def test_ten_lost_gradients_in_a_row_end_the_training_with_advice_on_divergence_or_overflow(scale, advice):
+def test_ten_non_finite_gradients_in_a_row_raise_with_advice_on_divergence_or_overflow(scale, advice):
     training = Training(None if scale is None else scaler(scale))
     training.diverge()
     skipped = 0 if scale is None else 2  # at scales of 4 and 2
@@ -176,7 +176,7 @@ def test_ten_lost_gradients_in_a_row_end_the_training_with_advice_on_divergence_
         training.step()
 
 
-def test_lost_steps_are_counted_in_a_row_only():
+def test_finite_step_resets_the_count_of_lost_steps():
     training = Training()
     for _ in range(2):
         for _ in range(MAX_LOST_STEPS - 1):
@@ -184,14 +184,14 @@ def test_lost_steps_are_counted_in_a_row_only():
         assert training.step()
 
 
-def test_a_stop_is_returned_with_the_gradients():
+def test_stop_request_is_returned_with_the_gradients():
     training = Training()
     for stop in (False, True):
         loss = training.weight * 1.0
         assert training.guarded.backward({"loss": loss}, training.optimizer, None, stop).stop is stop
 
 
-def test_modules_of_a_method_are_optimized_with_the_network():
+def test_trainable_modules_of_a_method_are_optimized_with_the_network():
     network = nn.Linear(1, 1)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
     method = nn.Module()

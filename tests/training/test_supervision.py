@@ -1,4 +1,4 @@
-"""The supervision of a method, from a trainer's loss and labels."""
+"""Tests of the supervision of a method, from the loss and the labels of a trainer."""
 
 from types import SimpleNamespace
 
@@ -26,12 +26,12 @@ def trainer(labels: LabelManager, deep_supervision: bool) -> SimpleNamespace:
 @pytest.mark.parametrize(
     ("labels", "label_space"), [(CLASSES, ClassLabels(ignore_label=2)), (REGIONS, RegionLabels(has_ignore_label=False))]
 )
-def test_labels_are_classes_or_regions(labels, label_space):
+def test_label_space_of_classes_and_regions(labels, label_space):
     assert make_supervision(trainer(labels, True)).label_space == label_space
 
 
 @pytest.mark.parametrize("deep_supervision", [False, True])
-def test_the_loss_is_the_trainers_current_one_on_all_levels_or_the_first(deep_supervision):
+def test_loss_is_the_trainers_with_or_without_deep_supervision(deep_supervision):
     owner = trainer(CLASSES, deep_supervision)
     supervision = make_supervision(owner)
     owner.loss = lambda logits, targets: (logits, targets)

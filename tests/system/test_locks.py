@@ -1,21 +1,25 @@
-"""The lock of a fold: one training at a time, taken over only from a training that has ended."""
+"""Locks: one holder at a time, taken over only from a process that has ended."""
 
 import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from multiprocessing import get_context
 
 import pytest
 
 from nnunet_dycon.errors import UserError
-from nnunet_dycon.training import fold_lock
-from nnunet_dycon.training.fold_lock import LOCK, FoldLock
+from nnunet_dycon.system import locks
+from nnunet_dycon.system.locks import Lock
+
+LOCK = "training.lock"
+WORK = "a training of this fold"
 
 
 def lock(folder, lines=None):
-    return FoldLock(folder, (lines if lines is not None else []).append)
+    return Lock(folder / LOCK, WORK, (lines if lines is not None else []).append)
 
 
 def written_by(folder, age=0.0, **other):
@@ -31,48 +35,48 @@ def test_a_second_training_is_refused_while_the_first_runs(tmp_path):
     message = rf"a training of this fold is running \(host .+, process {os.getpid()}\); wait .* delete .*{LOCK}"
     with pytest.raises(UserError, match=message):
         second.acquire()
-    second.release()  # not its own
+    second.close()  # not its own
     first.check()
-    first.release()
+    first.close()
     second.acquire()
-    second.release()
+    second.close()
     assert not list(tmp_path.iterdir())
 
 
 def test_a_killed_training_is_taken_over_at_once(tmp_path):
     code = f"""
 from pathlib import Path
-from nnunet_dycon.training.fold_lock import FoldLock
-FoldLock(Path({str(tmp_path)!r}), print).acquire()
+from nnunet_dycon.system.locks import Lock
+Lock(Path({str(tmp_path / LOCK)!r}), {WORK!r}).acquire()
 import os
 os.kill(os.getpid(), 9)
 """
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
     lines = []
     lock(tmp_path, lines).acquire()
-    assert "WARNING: the lock of an earlier training of this fold is taken over: its process has ended" in lines[0]
+    assert "WARNING: the lock of a training of this fold is taken over: its process has ended" in lines[0]
 
 
 def test_a_reused_process_id_is_another_process(tmp_path):
-    written_by(tmp_path, pid=os.getpid(), process_table=fold_lock._process_table(), started="0")
+    written_by(tmp_path, pid=os.getpid(), process_table=locks._process_table(), started="0")
     lock(tmp_path).acquire()
 
 
 @pytest.mark.parametrize("pid", [1, os.getpid()])
 def test_a_process_id_of_another_container_proves_nothing(tmp_path, pid):
     """In containers every training can have the process ID 1, which runs here, too."""
-    written_by(tmp_path, age=30, pid=pid, started=fold_lock._start_of(pid))
+    written_by(tmp_path, age=30, pid=pid, started=locks._start_of(pid))
     with pytest.raises(UserError, match="running"):
         lock(tmp_path).acquire()
-    written_by(tmp_path, age=700, pid=pid, started=fold_lock._start_of(pid))
+    written_by(tmp_path, age=700, pid=pid, started=locks._start_of(pid))
     lines = []
     lock(tmp_path, lines).acquire()
-    assert "its last sign of life is 12 minutes old (host node7" in lines[0]
+    assert "its last heartbeat is 12 minutes old (host node7" in lines[0]
 
 
 @pytest.mark.parametrize("variable", ["SLURM_JOB_ID", "TORCHELASTIC_RUN_ID"])
 def test_a_restarted_job_takes_over_on_another_host(tmp_path, monkeypatch, variable):
-    for name in fold_lock._JOB_VARIABLES:
+    for name in locks._JOB_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(variable, "4711")
     written_by(tmp_path, age=5, job="4712")
@@ -81,7 +85,7 @@ def test_a_restarted_job_takes_over_on_another_host(tmp_path, monkeypatch, varia
     written_by(tmp_path, age=5, job="4711")
     lines = []
     lock(tmp_path, lines).acquire()
-    assert "it is of the same job 4711, which was restarted" in lines[0]
+    assert "it belongs to the same job 4711, which was restarted" in lines[0]
 
 
 def test_two_trainings_of_one_job_in_one_process_table_are_not_confused(tmp_path, monkeypatch):
@@ -92,7 +96,7 @@ def test_two_trainings_of_one_job_in_one_process_table_are_not_confused(tmp_path
 
 
 def test_a_training_without_torchrun_id_has_no_job(tmp_path, monkeypatch):
-    for name in fold_lock._JOB_VARIABLES:
+    for name in locks._JOB_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # the default of torchrun
     written_by(tmp_path, job="none")
@@ -101,7 +105,7 @@ def test_a_training_without_torchrun_id_has_no_job(tmp_path, monkeypatch):
 
 
 def test_the_heartbeat_keeps_the_lock(tmp_path, monkeypatch):
-    monkeypatch.setattr(fold_lock, "HEARTBEAT_SECONDS", 0.01)
+    monkeypatch.setattr(locks, "HEARTBEAT_SECONDS", 0.01)
     held = lock(tmp_path)
     held.acquire()
     os.utime(tmp_path / LOCK, (0, 0))
@@ -110,16 +114,16 @@ def test_the_heartbeat_keeps_the_lock(tmp_path, monkeypatch):
             break
         time.sleep(0.01)
     assert held._age() < 60
-    held.release()
+    held.close()
 
 
 def test_a_training_whose_lock_was_taken_over_ends(tmp_path):
     held = lock(tmp_path)
     held.acquire()
     written_by(tmp_path)
-    with pytest.raises(UserError, match=r"another training of this fold has started \(host node7, process 1\)"):
+    with pytest.raises(UserError, match=r"a training of this fold has started elsewhere \(host node7, process 1\)"):
         held.check()
-    held.release()
+    held.close()
     assert (tmp_path / LOCK).is_file()  # of the other training
 
 
@@ -164,3 +168,22 @@ def test_of_several_simultaneous_starts_one_trains(tmp_path, stale):
     assert sorted(results.get(timeout=60) for _ in processes) == [False, False, False, True]
     for process in processes:
         process.join()
+
+
+def test_waiting_ends_when_the_holder_gives_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(locks, "_POLL_SECONDS", 0.01)
+    lines, first = [], lock(tmp_path)
+    first.acquire()
+    assert f"process {os.getpid()}" in lock(tmp_path).holder()
+    threading.Timer(0.3, first.close).start()
+    lock(tmp_path, lines).acquire(wait=True)
+    assert len(lines) == 1
+    assert lines[0].startswith("waiting for a training of this fold (host ")
+
+
+def test_a_lock_without_a_running_holder_has_no_holder(tmp_path):
+    assert lock(tmp_path).holder() is None
+    written_by(tmp_path, age=700)
+    assert lock(tmp_path).holder() is None
+    written_by(tmp_path)
+    assert lock(tmp_path).holder() == "host node7, process 1"
