@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
-from filelock import FileLock, Timeout
 
 from nnunet_dycon import __version__
 from nnunet_dycon.dataset_conversion.reading import difference
@@ -26,13 +25,15 @@ from nnunet_dycon.dataset_conversion.roles import FOLDERS, Assignment, Case, cro
 from nnunet_dycon.errors import UsageError, UserError, first_line, some
 from nnunet_dycon.system.environment import nnunet_folder
 from nnunet_dycon.system.files import replacing, require_whole
+from nnunet_dycon.system.locks import Lock
 from nnunet_dycon.system.pictures import draw_or_warn
 from nnunet_dycon.system.processes import map_cases
 
 FILE_ENDING = ".nii.gz"
 _KEPT_TYPES = (sitk.sitkUInt8, sitk.sitkInt8, sitk.sitkUInt16, sitk.sitkInt16, sitk.sitkFloat32)
 _FAULTS_SHOWN, _WARNINGS_SHOWN = 5, 20
-_RECORDS, _LOCK, _SETTINGS = ".records", ".lock", ".settings"  # only in the hidden folder
+_RECORDS, _SETTINGS = ".records", ".settings"  # only in the hidden folder
+_LONGEST_NAME = 255  # bytes, of common file systems
 
 
 @dataclass(frozen=True)
@@ -84,18 +85,33 @@ def write_dataset(
     Raises:
         UserError: some cases cannot be converted. The message names all of them; the others are kept for the next call.
     """
+    _check_names(data_set, [case.identifier for cases in assignment.cases.values() for case in cases])
+    dataset_id = _id_of(folder)
     partial_folder = folder.with_name(f".{folder.name}.partial")  # nnU-Net ignores names that do not begin with Dataset
+    # One lock for all names of an ID, of which nnU-Net accepts one.
+    lock = Lock(folder.with_name(f".Dataset{dataset_id:03d}.lock"), f"another conversion to dataset ID {dataset_id}")
     with _writing_errors("cannot write into nnUNet_raw", "change its permissions or free disk space"):
-        partial_folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(partial_folder / _LOCK)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise UserError(
-                f"another conversion is writing to {partial_folder}; wait, or choose another ID with -d"
-            ) from None
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    with closing(lock):
+        new_dataset_folder(dataset_id, data_set.name)  # another conversion may have ended meanwhile
+        return _write_dataset(data_set, assignment, partial_folder, folder, source, num_processes, warnings, notes)
+
+
+def _write_dataset(
+    data_set: DataSet,
+    assignment: Assignment,
+    partial_folder: Path,
+    folder: Path,
+    source: Path,
+    num_processes: int,
+    warnings: Sequence[str],
+    notes: Sequence[str],
+) -> Path:
+    """Write the dataset; the caller holds the lock of its ID."""
     try:
         with _writing_errors(f"cannot write into {partial_folder}", "check the free disk space"):
+            partial_folder.mkdir(exist_ok=True)
             _start_or_resume(partial_folder, data_set, assignment, source)
         reports = _write_cases(data_set, assignment, partial_folder, num_processes)
         folds = cross_validation(assignment.identifiers("labeled"))
@@ -113,15 +129,35 @@ def write_dataset(
             partial_folder.rename(folder)
         # Removed last: they are needed to resume, and harmless in the final folder.
         shutil.rmtree(folder / _RECORDS, ignore_errors=True)
-        for name in (_SETTINGS, _LOCK):
-            with suppress(OSError):
-                (folder / name).unlink()
+        with suppress(OSError):
+            (folder / _SETTINGS).unlink()
     finally:
         if partial_folder.is_dir() and not any((partial_folder / _RECORDS).glob("*")):
             shutil.rmtree(partial_folder, ignore_errors=True)  # nothing to resume
-        lock.release()
     _print_summary(data_set, assignment, folder, len(folds), report["warnings"], notes)
     return folder
+
+
+def _id_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("Dataset")[:3])
+
+
+def _check_names(data_set: DataSet, identifiers: Sequence[str]) -> None:
+    """Raise UserError if a file system cannot store a name of the dataset or of a case, or keep two of them apart."""
+    for name, what in ((data_set.name, "the dataset name"), *((each, "the case name") for each in identifiers)):
+        if not name or not name.isprintable() or "/" in name:
+            raise UserError(f"{what} {name!r} has characters that cannot be used in file names; rename the files")
+        excess = len(f".Dataset000_{name}_0000{FILE_ENDING}.partial".encode()) - _LONGEST_NAME
+        if excess > 0:
+            raise UserError(f"{what} {name} is {excess} bytes too long for a file name; rename the files")
+    known: dict[str, str] = {}
+    for name in identifiers:
+        other = known.setdefault(name.casefold(), name)
+        if other != name:
+            raise UserError(
+                f"the case names {other} and {name} differ only in upper and lower case, which some file systems "
+                "ignore; rename one"
+            )
 
 
 def _start_or_resume(partial_folder: Path, data_set: DataSet, assignment: Assignment, source: Path) -> None:
@@ -138,7 +174,7 @@ def _start_or_resume(partial_folder: Path, data_set: DataSet, assignment: Assign
         for entry in partial_folder.iterdir():
             if entry.is_dir():
                 shutil.rmtree(entry)
-            elif entry.name != _LOCK:
+            else:
                 entry.unlink()
         with replacing(file) as new:
             new.write_text(digest)
@@ -287,7 +323,7 @@ def _print_summary(
     warnings: Sequence[str],
     notes: Sequence[str],
 ) -> None:
-    labeled, dataset_id = assignment.identifiers("labeled"), int(folder.name.removeprefix("Dataset")[:3])
+    labeled, dataset_id = assignment.identifiers("labeled"), _id_of(folder)
     print(f"{data_set.name}: {assignment.rule}")
     for role, folders in FOLDERS.items():
         if assignment.cases[role]:

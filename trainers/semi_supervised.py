@@ -62,7 +62,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self._recorder = EpochRecorder()
         self._guarded_step = GuardedStep(self.print_to_log_file)
         self._stop_request = preemption.StopRequest()
-        self._lock = preflight.fold_lock(Path(self.output_folder), self.print_to_log_file)
+        self._lock = preflight.TrainingLock(Path(self.output_folder), self.unlabeled_cases, self.print_to_log_file)
 
     @classmethod
     def check_compatibility(cls, plans: dict, configuration: str, dataset_json: dict) -> None:

@@ -2,33 +2,38 @@
 
 nnUNet_raw/DatasetXXX/imagesUn is preprocessed into nnUNet_preprocessed/DatasetXXX/<data_identifier>_unlabeled, by
 nnU-Net's own preprocessor with the plans of the labeled cases. The manifest contains a hash of the plans and the names
-and sizes of the images. It is written next to the folder, since nnU-Net requires that the folder contains only cases.
+and sizes of the images.
 """
 
 import hashlib
 import json
 import os
 import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock
 from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id, maybe_convert_to_dataset_name
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunet_dycon.data.image_checks import check_file, check_image
 from nnunet_dycon.data.labeled import check_fingerprint
-from nnunet_dycon.errors import UsageError, UserError
+from nnunet_dycon.errors import UsageError, UserError, explained
 from nnunet_dycon.system.environment import nnunet_folder
 from nnunet_dycon.system.files import replacing, require_writable
+from nnunet_dycon.system.locks import Lock
 from nnunet_dycon.system.processes import map_cases
 
 _MANIFEST_FORMAT = 1  # increase it with each change in the preprocessed cases
 _FAULTS_SHOWN = 10
+_MANIFEST = "manifest.json"
+_USED_BY, _REPLACED = ".used_by_", ".replaced"
 _CASE_FILES = (".b2nd", "_seg.b2nd", ".pkl")
-_RECORD = ".json"  # names and sizes of the images of a case; only in an unfinished folder
+_RECORD = ".record.json"  # names and sizes of the images of a case; only in an unfinished folder
 
 
 def preprocess_unlabeled(
@@ -49,9 +54,9 @@ def preprocess_unlabeled(
     unlabeled = UnlabeledCases.of_dataset(dataset, configuration, plans_name)
     if unlabeled.fault() is None:
         return unlabeled.folder  # before locking, because the folder may be read-only
-    with unlabeled.lock():
+    with unlabeled.locked() as lock:
         if unlabeled.fault() is not None:
-            unlabeled.build(num_processes)
+            unlabeled.build(num_processes, lock)
     return unlabeled.folder
 
 
@@ -105,7 +110,7 @@ class UnlabeledCases:
 
     @property
     def manifest_file(self) -> Path:
-        return self.folder.with_name(f"{self.folder.name}.json")
+        return self.folder / _MANIFEST
 
     @property
     def dataset_id(self) -> int:
@@ -127,16 +132,43 @@ class UnlabeledCases:
         """The remedy for a preprocessed labeled case that cannot be read."""
         return f"run: nnUNetv2_preprocess {self.arguments}"
 
-    def lock(self) -> FileLock:
-        """Return the lock to hold while the folder is built, so that a second training waits.
+    @property
+    def lock(self) -> Lock:
+        """The lock to hold while the folder is built, so that a second process waits."""
+        return Lock(self.folder.with_name(f"{self.folder.name}.lock"), "preprocessing of the unlabeled cases")
 
-        The operating system releases it when its process ends.
+    @contextmanager
+    def locked(self) -> Iterator[Lock]:
+        """Hold the lock; wait for it if another process holds it.
 
         Raises:
             UserError: no file can be created next to the folder.
         """
         require_writable(self.folder.parent)
-        return FileLock(f"{self.folder}.lock")
+        lock = self.lock
+        with explained(OSError, f"{lock.file} cannot be written; change the owner or permissions of its folder"):
+            lock.acquire(wait=True)
+        with closing(lock):
+            yield lock
+
+    def use(self, work: str) -> Lock:
+        """Return a lock that marks the folder as used while it is held; many processes can hold one.
+
+        Args:
+            work: the work of the holder, for the message of a process that wants to replace the folder.
+        """
+        return Lock(self.folder.with_name(f"{self.folder.name}{_USED_BY}{uuid.uuid4().hex}.lock"), work)
+
+    def _check_replaceable(self) -> None:
+        """Raise UserError if the folder exists and a training uses it."""
+        locks = sorted(self.folder.parent.glob(f"{self.folder.name}{_USED_BY}*.lock"))
+        for file in locks if self.folder.exists() else []:
+            if (holder := Lock(file, "").holder()) is not None:
+                raise UserError(
+                    f"{self.folder} is used by a training ({holder}) and cannot be replaced; wait until it has ended, "
+                    f"or stop it, and run again. If it cannot be running, delete {file}"
+                )
+            file.unlink(missing_ok=True)
 
     def digest(self) -> str:
         """Return a hash of the entries of the plans and of dataset.json that affect preprocessing."""
@@ -212,11 +244,10 @@ class UnlabeledCases:
         """
         if self.folder.is_dir() and self.fault() is None:
             return
-        if not self.folder.is_dir():
-            print(f"preprocessing the unlabeled cases into {self.folder}, or waiting for another process that does")
-        with self.lock():
+        with self.locked() as lock:
             if not self.folder.is_dir():
-                self.build(num_processes)
+                print(f"preprocessing the unlabeled cases into {self.folder}")
+                self.build(num_processes, lock)
             elif (fault := self.fault()) is not None:
                 raise UserError(
                     f"{self.folder} is stale: {fault}; run: nnunet_dycon preprocess_unlabeled {self.arguments}"
@@ -227,18 +258,22 @@ class UnlabeledCases:
         """Return the identifiers of the preprocessed cases, from the manifest."""
         return sorted(json.loads(self.manifest_file.read_text())["files"])
 
-    def build(self, num_processes: int) -> None:
-        """Preprocess all cases into a temporary folder and rename it. The caller must hold the lock.
+    def build(self, num_processes: int, lock: Lock) -> None:
+        """Preprocess all cases into a temporary folder, and rename it when it is complete with its manifest.
 
         An interrupted build resumes, also if images have been repaired or removed since: the name of the temporary
-        folder contains the hash of the plans, and each case in it has a record of its images.
+        folder contains the hash of the plans, and each case in it has a record of its images. A process that is killed
+        at any time leaves the old folder, the new one, or a temporary folder that the next build resumes.
 
         Args:
             num_processes: number of worker processes; 1 uses this process.
+            lock: the lock, which the caller holds.
 
         Raises:
-            UserError: cases cannot be used. The message names them; the others are kept for the next build.
+            UserError: a training uses the folder, or cases cannot be used. The message names them; the others are kept
+                for the next build.
         """
+        self._check_replaceable()
         cases = self.raw_cases()
         labels = self.raw.with_name("labelsTr")
         ending = self.dataset_json["file_ending"]
@@ -250,7 +285,7 @@ class UnlabeledCases:
             if outdated != partial:
                 shutil.rmtree(outdated)
         partial.mkdir(exist_ok=True)
-        wanted = {name for case in cases for name in (*_case_files(case), case + _RECORD)}
+        wanted = {name for case in cases for name in (*_case_files(case), case + _RECORD)} | {_MANIFEST}
         for file in partial.iterdir():
             if file.name not in wanted:
                 file.unlink()  # its case has been removed since
@@ -265,14 +300,17 @@ class UnlabeledCases:
                 f"{len(faults)} of {len(cases)} unlabeled cases cannot be used; repair or remove them: {shown}"
             )
 
-        for case in cases:
-            (partial / (case + _RECORD)).unlink()
-        self.manifest_file.unlink(missing_ok=True)
-        if self.folder.exists():
-            shutil.rmtree(self.folder)
-        os.replace(partial, self.folder)
-        with replacing(self.manifest_file) as file:
+        with replacing(partial / _MANIFEST) as file:
             file.write_text(json.dumps({"format": _MANIFEST_FORMAT, "digest": digest, "files": files}, indent=2))
+        lock.check()
+        self._check_replaceable()
+        if self.folder.exists():
+            os.rename(self.folder, self.folder.with_name(f"{self.folder.name}.{uuid.uuid4().hex[:8]}{_REPLACED}"))
+        os.rename(partial, self.folder)
+        for case in cases:
+            (self.folder / (case + _RECORD)).unlink()
+        for replaced in self.folder.parent.glob(f"{self.folder.name}.*{_REPLACED}"):
+            shutil.rmtree(replaced, ignore_errors=True)
 
 
 def dataset_name(dataset: str) -> str:

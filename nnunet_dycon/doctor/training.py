@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from filelock import Timeout
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 
 from nnunet_dycon.components.defaults import unlabeled_patches
@@ -196,12 +195,10 @@ def check_unlabeled(training: Training) -> Iterator[Finding]:
 
 
 def _check_leftovers(unlabeled: UnlabeledCases) -> Iterator[Finding]:
-    if Path(f"{unlabeled.folder}.lock").is_file():
-        try:
-            with suppress(UserError), unlabeled.lock().acquire(timeout=0):  # UserError if the lock cannot be written
-                pass
-        except Timeout:
-            yield Finding("unlabeled", NOTE, "another process is preprocessing them now; training will wait for it")
+    with suppress(OSError):  # without write access nothing is preprocessed here
+        if (holder := unlabeled.lock.holder()) is not None:
+            message = f"another process is preprocessing them now ({holder}); training will wait for it"
+            yield Finding("unlabeled", NOTE, message)
             return
     for folder in sorted(unlabeled.folder.parent.glob(f"{unlabeled.folder.name}.*.partial")):
         message = f"{folder} is left from an interrupted preprocessing; the next call resumes it"

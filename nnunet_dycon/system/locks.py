@@ -99,7 +99,7 @@ class Lock:
         try:
             with os.fdopen(descriptor, "w", encoding="utf-8") as content:
                 json.dump(self._owner, content)
-            os.chmod(name, 0o664)
+            os.chmod(name, 0o644 | self.file.parent.stat().st_mode & 0o020)  # group-writable as its folder
             try:
                 os.link(name, self.file)
             except FileExistsError:

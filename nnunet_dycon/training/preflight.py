@@ -10,13 +10,47 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_dycon.data.labeled import check_fingerprint, check_split, labeled_identifiers
 from nnunet_dycon.data.unlabeled import UnlabeledCases
-from nnunet_dycon.errors import UserError
+from nnunet_dycon.errors import UserError, explained, first_line
 from nnunet_dycon.system.locks import Lock
 
 
-def fold_lock(folder: Path, log: Callable[[str], None]) -> Lock:
-    """Return the lock of an output folder, which global rank 0 holds as long as it trains."""
-    return Lock(folder / "nnunet_dycon_training.lock", "a training of this fold", log)
+class TrainingLock:
+    """The locks that global rank 0 holds while it trains: that of the fold, and one that keeps the unlabeled cases.
+
+    Args:
+        folder: the output folder of the fold.
+        unlabeled: the unlabeled cases, whose folder must not be replaced meanwhile.
+        log: called with a warning if a lock is taken over, or if the unlabeled cases cannot be locked.
+    """
+
+    def __init__(self, folder: Path, unlabeled: UnlabeledCases, log: Callable[[str], None]) -> None:
+        self._fold = Lock(folder / "nnunet_dycon_training.lock", "a training of this fold", log)
+        self._unlabeled, self._use, self._log = unlabeled, unlabeled.use(f"the training in {folder}"), log
+
+    def acquire(self) -> None:
+        """Take both locks.
+
+        Raises:
+            UserError: another training of this fold is running.
+        """
+        with explained(OSError, f"{self._fold.file} cannot be written; change the owner or permissions of its folder"):
+            self._fold.acquire()
+        try:
+            self._use.acquire()
+        except OSError as error:
+            self._log(
+                f"WARNING: {self._unlabeled.folder.parent} cannot be written to ({first_line(error)}); do not run "
+                f"nnunet_dycon preprocess_unlabeled {self._unlabeled.arguments} while this training runs"
+            )
+
+    def check(self) -> None:
+        """Raise UserError if another training of this fold has taken over the lock."""
+        self._fold.check()
+
+    def close(self) -> None:
+        """Give up both locks if they are held."""
+        self._use.close()
+        self._fold.close()
 
 
 def check_cases(folder: Path, fold: int | Literal["all"], unlabeled: UnlabeledCases) -> None:

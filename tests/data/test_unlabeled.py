@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import pickle
 import shutil
 import threading
@@ -114,9 +115,9 @@ def test_preprocessed_folder_is_used_without_raw_images(cases, images, monkeypat
 @pytest.mark.parametrize(
     ("damage", "fault"),
     [
-        (lambda c: c.manifest_file.unlink(), "nnUNetPlans_3d_fullres_unlabeled.json is missing"),
-        (lambda c: c.manifest_file.write_text("{"), "nnUNetPlans_3d_fullres_unlabeled.json is damaged"),
-        (lambda c: c.manifest_file.write_text("[]"), "nnUNetPlans_3d_fullres_unlabeled.json is damaged"),
+        (lambda c: c.manifest_file.unlink(), "manifest.json is missing"),
+        (lambda c: c.manifest_file.write_text("{"), "manifest.json is damaged"),
+        (lambda c: c.manifest_file.write_text("[]"), "manifest.json is damaged"),
         (
             lambda c: c.manifest_file.write_text('{"files": {}, "digest": "", "format": 0}'),
             "it was written by another version of nnunet-dycon",
@@ -318,7 +319,7 @@ def test_completed_cases_are_kept_when_invalid_images_are_repaired_or_removed(ca
     )
     folder = preprocess_unlabeled("901", "3d_fullres")
     assert resumed == ["scan_02", "scan_04"]
-    assert sorted(file.name for file in folder.iterdir()) == sorted(
+    assert sorted(file.name for file in folder.iterdir() if file.name != "manifest.json") == sorted(
         case + suffix for case in ("scan_00", "scan_02", "scan_04") for suffix in (".b2nd", "_seg.b2nd", ".pkl")
     )
 
@@ -416,3 +417,65 @@ def test_missing_environment_variable_raises(tiny, monkeypatch, capsys):
     monkeypatch.delenv("nnUNet_preprocessed")
     assert main(["preprocess_unlabeled", "-d", "901"]) == 2
     assert "the environment variable nnUNet_preprocessed is not set" in capsys.readouterr().err
+
+
+KILLED_AT = {
+    "first rename": ("rename", 1),
+    "second rename": ("rename", 2),
+    "removal of the first record": ("unlink", 1),
+    "removal of the replaced folder": ("rmtree", 1),
+}
+
+
+@pytest.mark.parametrize(("function", "count"), KILLED_AT.values(), ids=KILLED_AT)
+def test_kill_at_the_end_of_preprocessing_loses_nothing(cases, images, monkeypatch, function, count):
+    """Every state is usable: the old folder, the new one, or an unfinished one that the next call completes."""
+    shutil.copy(images / "scan_00_0000.nii.gz", images / "scan_new_0000.nii.gz")
+    calls = []
+    name = {"rename": "os.rename", "unlink": "pathlib.Path.unlink", "rmtree": "shutil.rmtree"}[function]
+    original = {"rename": os.rename, "unlink": Path.unlink, "rmtree": shutil.rmtree}[function]
+
+    class Killed(BaseException):
+        pass
+
+    def killed(path, *arguments, **options):
+        if {"rename": "_unlabeled", "unlink": f"{cases.folder}/scan", "rmtree": ".replaced"}[function] in str(path):
+            calls.append(path)
+            if len(calls) == count:
+                raise Killed
+        return original(path, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(name, killed)
+        with pytest.raises(Killed):
+            preprocess_unlabeled("901", "3d_fullres")
+    monkeypatch.setattr(module, "_preprocess_case", lambda job: pytest.fail("a finished case is preprocessed again"))
+    assert cases.folder.is_dir() == ((function, count) != ("rename", 2))
+    assert len(preprocess_unlabeled("901", "3d_fullres").name) > 0
+    assert cases.fault() is None
+    assert cases.identifiers() == [*UNLABELED, "scan_new"]
+    left = [file.name for file in cases.folder.parent.iterdir() if cases.folder.name in file.name]
+    if function == "rename":
+        assert left == [cases.folder.name]
+
+
+def test_folder_that_a_training_uses_is_not_replaced(cases, images):
+    shutil.copy(images / "scan_00_0000.nii.gz", images / "scan_new_0000.nii.gz")
+    use = cases.use("the training in fold_0")
+    use.acquire()
+    with pytest.raises(UserError, match=rf"is used by a training \(host .*, process {os.getpid()}\) and cannot be"):
+        preprocess_unlabeled("901", "3d_fullres")
+    use.close()
+    preprocess_unlabeled("901", "3d_fullres")
+    assert cases.fault() is None
+
+
+def test_killed_training_does_not_keep_the_folder(cases, images):
+    shutil.copy(images / "scan_00_0000.nii.gz", images / "scan_new_0000.nii.gz")
+    use = cases.use("the training in fold_0")
+    use.acquire()
+    content = json.loads(use.file.read_text())
+    use.file.write_text(json.dumps(content | {"started": "0"}))  # another process had this ID
+    preprocess_unlabeled("901", "3d_fullres")
+    assert cases.fault() is None
+    assert not use.file.exists()

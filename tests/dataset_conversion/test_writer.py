@@ -7,14 +7,13 @@ interrupted conversion.
 import json
 import resource
 import signal
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from filelock import FileLock
 
 from nnunet_dycon.dataset_conversion.report import slices_of
 from nnunet_dycon.dataset_conversion.roles import (
@@ -29,6 +28,7 @@ from nnunet_dycon.dataset_conversion.roles import (
 from nnunet_dycon.dataset_conversion.writer import DataSet, new_dataset_folder, write_dataset
 from nnunet_dycon.errors import UsageError, UserError
 from nnunet_dycon.system import pictures
+from nnunet_dycon.system.locks import Lock
 from nnunet_dycon.system.pictures import new_figure
 
 
@@ -494,9 +494,28 @@ def test_labels_of_an_interrupted_conversion_are_removed_for_another_split(write
 
 
 def test_second_conversion_into_the_same_folder_raises(write_two, raw):
-    with FileLock(raw / ".Dataset007_Name.partial" / ".lock"), pytest.raises(UserError, match="another conversion"):
+    lock = Lock(raw / ".Dataset007.lock", "another conversion to dataset ID 7")
+    lock.acquire()
+    with closing(lock), pytest.raises(UserError, match="another conversion to dataset ID 7 is running"):
         write_two()
     assert (raw / ".Dataset007_Name.partial" / "imagesTr" / "a_0000.nii.gz").is_file()
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("a", "A"), "the case names a and A differ only in upper and lower case"),
+        (("a", "b\nc"), r"the case name 'b\\nc' has characters that cannot be used in file names"),
+        (("a", "b" * 230), "bytes too long for a file name; rename the files"),
+        (("a", "ä" * 120), "bytes too long for a file name"),
+    ],
+)
+def test_names_that_a_file_system_cannot_keep_raise_before_work(raw, names, message):
+    cases = tuple(Case(name, (Path("one"), Path("two")), Path("label")) for name in names)
+    assignment = Assignment({"labeled": cases, "unlabeled": (), "val": (), "test": ()}, "all")
+    with pytest.raises(UserError, match=message):
+        write_dataset(data_set(), assignment, raw / "Dataset007_Name", source=raw, num_processes=1)
+    assert not raw.exists() or not any(raw.iterdir())
 
 
 @contextmanager
@@ -515,7 +534,7 @@ def files_of_at_most(size):
 def test_full_disk_at_the_start_raises(raw, write):
     with (
         files_of_at_most(10),
-        pytest.raises(UserError, match=r"cannot write into .*partial: .*; check the free disk space"),
+        pytest.raises(UserError, match=r"cannot write into nnUNet_raw: .*; change its permissions or free disk"),
     ):
         write(data_set())
     assert list(raw.iterdir()) == []

@@ -2,18 +2,19 @@
 
 import json
 import shutil
+from contextlib import closing
 from math import prod
 from pathlib import Path
 from types import SimpleNamespace
 
 import blosc2
 import pytest
-from filelock import FileLock
 
 from nnunet_dycon.data.unlabeled import UnlabeledCases
 from nnunet_dycon.doctor import training
 from nnunet_dycon.doctor.findings import FAIL, NOTE, OK, WARNING
 from nnunet_dycon.registry import TRAINERS
+from nnunet_dycon.system.locks import Lock
 from tests.tiny import UNLABELED, tiny_volume, write_volume
 
 FOLDER = "nnUNetPlans_3d_fullres"
@@ -223,7 +224,9 @@ def test_without_a_fold_every_fold_is_checked(base, doctor, find):
 def test_preprocessing_in_another_process_is_reported(base, doctor, find):
     unlabeled_not_preprocessed(base)
     interrupted(base)
-    with FileLock(f"{base / FOLDER}_unlabeled.lock"):
+    lock = Lock(base / f"{FOLDER}_unlabeled.lock", "preprocessing")
+    lock.acquire()
+    with closing(lock):
         code, findings = doctor("-d 901 -f 0")
     find(findings, "unlabeled", NOTE, "another process is preprocessing them now")
     assert not [finding for finding in findings if "interrupted" in finding.message]

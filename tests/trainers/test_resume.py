@@ -173,7 +173,7 @@ CHECKPOINTS = {
     ),
     "missing setting": (
         remove_mixing,
-        "was trained with other settings: mixing none .now cutmix.; resume with these settings",
+        "was trained with other settings: mixing None .now cutmix.; resume with these settings",
         nnUNetTrainerDyCON_adapted,
     ),
     "no teacher": (

@@ -58,7 +58,12 @@ def damage_split(base: Path, raw: Path) -> None:
 
 
 def damage_manifest(base: Path, raw: Path) -> None:
-    (base / "nnUNetPlans_3d_fullres_unlabeled.json").write_text("{")
+    (base / "nnUNetPlans_3d_fullres_unlabeled" / "manifest.json").write_text("{")
+
+
+def change_manifest(base: Path, **entries: object) -> None:
+    file = base / "nnUNetPlans_3d_fullres_unlabeled" / "manifest.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | entries))
 
 
 def bad_image(base: Path, raw: Path) -> None:
@@ -113,15 +118,17 @@ FAULTS = {
         "is stale: scan_01.b2nd is missing or empty; run: nnunet_dycon preprocess_unlabeled -d 901",
     ),
     "manifest without files": (
-        lambda base, raw: (base / "nnUNetPlans_3d_fullres_unlabeled.json").write_text(
-            json.dumps(json.loads((base / "nnUNetPlans_3d_fullres_unlabeled.json").read_text()) | {"files": None})
+        lambda base, raw: (base / "nnUNetPlans_3d_fullres_unlabeled" / "manifest.json").write_text(
+            json.dumps(
+                json.loads((base / "nnUNetPlans_3d_fullres_unlabeled" / "manifest.json").read_text()) | {"files": None}
+            )
         ),
-        "is stale: nnUNetPlans_3d_fullres_unlabeled.json is damaged; run: nnunet_dycon preprocess_unlabeled -d 901",
+        "is stale: manifest.json is damaged; run: nnunet_dycon preprocess_unlabeled -d 901",
     ),
     "damaged split": (damage_split, "splits_final.json is not a list of splits .*; fix it, remove it"),
     "damaged manifest": (
         damage_manifest,
-        "is stale: nnUNetPlans_3d_fullres_unlabeled.json is damaged; run: nnunet_dycon preprocess_unlabeled -d 901",
+        "is stale: manifest.json is damaged; run: nnunet_dycon preprocess_unlabeled -d 901",
     ),
     "damaged unlabeled image": (
         bad_image,
