@@ -165,3 +165,42 @@ def test_plans_of_primus_raise(base, name):
     with pytest.raises(NotImplementedError, match=message) as refused:
         make_trainer(trainer_class(name)).run_training()
     assert refused.value.code.startswith("nnunet_dycon: error: ")
+
+
+def test_second_training_of_a_fold_is_refused_and_changes_nothing(tiny, monkeypatch):
+    draw_no_pictures(monkeypatch)
+    first = make_trainer(deterministic(nnUNetTrainerMeanTeacher, 1))
+    folder = Path(first.output_folder)
+    second = make_trainer(deterministic(nnUNetTrainerMeanTeacher, 1))
+    first.on_train_start()
+    (folder / "checkpoint_latest.pth").touch()
+    before = {file.name for file in folder.iterdir()}
+    with pytest.raises(SystemExit, match=r"error: .*fold_all: a training of this fold is running \(host .*\); wait"):
+        second.run_training()
+    assert {file.name for file in folder.iterdir()} == before
+    first._lock.close()
+    (folder / "checkpoint_latest.pth").unlink()
+    second.run_training()
+    assert not list(tiny.rglob("*.lock"))
+
+
+def test_training_that_was_overtaken_writes_no_checkpoint(tiny, monkeypatch):
+    draw_no_pictures(monkeypatch)
+    trainer = make_trainer(deterministic(nnUNetTrainerMeanTeacher, 1))
+    (lock,) = (Path(trainer.output_folder) / name for name in ("nnunet_dycon_training.lock",))
+    monkeypatch.setattr(
+        trainer, "on_epoch_end", lambda: (lock.write_text('{"host": "node7"}'), trainer.save_checkpoint("x"))
+    )
+    with pytest.raises(SystemExit, match="a training of this fold has started elsewhere .host node7"):
+        trainer.run_training()
+    assert not list(Path(trainer.output_folder).glob("*.pth"))
+    assert lock.is_file()  # that of the other training
+
+
+def test_training_without_write_access_to_the_preprocessed_folder_logs_that_it_is_not_locked(tiny, monkeypatch):
+    draw_no_pictures(monkeypatch)
+    trainer = make_trainer(deterministic(nnUNetTrainerMeanTeacher, 1))
+    monkeypatch.setattr(trainer._lock._use, "acquire", lambda: (_ for _ in ()).throw(PermissionError("denied")))
+    trainer.run_training()
+    log = "".join(file.read_text() for file in Path(trainer.output_folder).glob("training_log*"))
+    assert "cannot be written to (denied); do not run nnunet_dycon preprocess_unlabeled -d 901 -c 3d_fullres" in log
