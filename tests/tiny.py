@@ -90,5 +90,6 @@ def forget_in_fingerprint(base: Path) -> None:
     """Remove a case from the fingerprint. Which one does not matter, because all have the same shape."""
     file = base / "dataset_fingerprint.json"
     fingerprint = json.loads(file.read_text())
-    fingerprint["shapes_after_crop"].pop()
+    for entry in ("shapes_after_crop", "spacings"):
+        fingerprint[entry].pop()
     file.write_text(json.dumps(fingerprint))

@@ -2,14 +2,20 @@
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Literal
+from zipfile import BadZipFile, ZipFile
 
-from batchgenerators.utilities.file_and_folder_operations import load_pickle
+import blosc2
+import numpy as np
+from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunet_dycon.errors import UserError, explained
+
+_DAMAGE = (ValueError, KeyError, TypeError, IndexError, EOFError, RuntimeError, OSError, BadZipFile)
 
 
 def labeled_identifiers(folder: Path, arguments: str) -> set[str]:
@@ -68,30 +74,59 @@ def check_split(folder: Path, labeled: set[str], fold: int | Literal["all"]) -> 
         raise UserError(f"{file} has no cases to {'validate' if train else 'train'} on in fold {fold}; {remedy}")
 
 
-def check_fingerprint(base: Path, data_identifier: str, dataset_id: int) -> None:
+def check_fingerprint(base: Path, plans: PlansManager, configuration_name: str, dataset_id: int) -> None:
     """Raise UserError if nnU-Net's fingerprint was extracted from other cases than the current labeled ones.
 
     nnU-Net keeps an existing fingerprint unless --clean is used. If a label was removed since, the fingerprint still
     contains statistics of this label, which determine the plans: spacing, patch size and, for CT, the normalization.
+    The shapes that follow from the fingerprint are compared with those of the preprocessed arrays. The properties of
+    the cases (.pkl) are not read, since loading a pickle can execute code.
 
     Args:
         base: nnUNet_preprocessed/DatasetXXX.
-        data_identifier: data identifier of a configuration in the plans.
-        dataset_id: ID of the data set, for the error message.
+        plans: plans of the dataset.
+        configuration_name: configuration in the plans.
+        dataset_id: ID of the dataset, for the error message.
     """
-    file, folder = base / "dataset_fingerprint.json", base / data_identifier
+    configuration = plans.get_configuration(configuration_name)
+    file, folder = base / "dataset_fingerprint.json", base / configuration.data_identifier
     if not (file.is_file() and folder.is_dir()):
         return
-    # Sorted, because preprocessing may have transposed the axes.
-    damage = (ValueError, KeyError, TypeError, EOFError, UnpicklingError)
-    with explained(damage, f"{file} is damaged; run: nnUNetv2_plan_and_preprocess -d {dataset_id} --clean"):
-        planned = Counter(tuple(sorted(shape)) for shape in json.loads(file.read_text())["shapes_after_crop"])
+    with explained(_DAMAGE, f"{file} is damaged; run: nnUNetv2_plan_and_preprocess -d {dataset_id} --clean"):
+        content = json.loads(file.read_text())
+        cases = list(zip(content["shapes_after_crop"], content["spacings"], strict=True))
+        planned = Counter(_preprocessed_shape(*case, plans, configuration) for case in cases)
     labeled: Counter[tuple[int, ...]] = Counter()
     for case in sorted(folder.glob("*.pkl")):
-        with explained(damage, f"{case} is damaged; run: nnUNetv2_preprocess -d {dataset_id}"):
-            labeled[tuple(sorted(load_pickle(str(case))["shape_after_cropping_and_before_resampling"]))] += 1
-    if planned != labeled:
+        with explained(_DAMAGE, f"case {case.stem} in {folder} is damaged; run: nnUNetv2_preprocess -d {dataset_id}"):
+            labeled[_stored_shape(folder, case.stem)] += 1
+    clean = f"nnUNetv2_plan_and_preprocess -d {dataset_id} --clean"
+    if planned.total() != labeled.total():
         raise UserError(
             f"{file} was extracted from {planned.total()} cases, which are not the current {labeled.total()} labeled "
-            f"cases; run: nnUNetv2_plan_and_preprocess -d {dataset_id} --clean"
+            f"cases; run: {clean}"
         )
+    if planned != labeled:
+        raise UserError(
+            f"the labeled cases in {folder} have other shapes than {file.name} and the plans give; "
+            f"run: nnUNetv2_preprocess -d {dataset_id} if the plans were changed by hand, else {clean}"
+        )
+
+
+def _preprocessed_shape(
+    shape: Sequence[int], spacing: Sequence[float], plans: PlansManager, configuration: ConfigurationManager
+) -> tuple[int, ...]:
+    """Return the shape that nnU-Net's preprocessor gives a cropped image."""
+    shape, spacing = ([values[axis] for axis in plans.transpose_forward] for values in (shape, spacing))
+    target = [*spacing[: len(shape) - len(configuration.spacing)], *configuration.spacing]  # in 2d slices are kept
+    return tuple(int(length) for length in compute_new_shape(shape, spacing, target))
+
+
+def _stored_shape(folder: Path, case: str) -> tuple[int, ...]:
+    """Return the shape of a preprocessed image, in one of the formats of nnU-Net."""
+    if (folder / f"{case}.b2nd").is_file():
+        return tuple(blosc2.open(str(folder / f"{case}.b2nd"), mode="r").shape[1:])
+    with ZipFile(folder / f"{case}.npz") as archive, archive.open("data.npy") as array:
+        major, _ = np.lib.format.read_magic(array)
+        read_header = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
+        return tuple(read_header(array)[0][1:])

@@ -277,7 +277,7 @@ class UnlabeledCases:
         cases = self.raw_cases()
         labels = self.raw.with_name("labelsTr")
         ending = self.dataset_json["file_ending"]
-        check_fingerprint(self.folder.parent, self.configuration.data_identifier, self.dataset_id)
+        check_fingerprint(self.folder.parent, self.plans, self.configuration_name, self.dataset_id)
         self.check_not_labeled({file.name[: -len(ending)] for file in labels.glob(f"*{ending}")}, set(cases))
         files, digest = _names_and_sizes(cases), self.digest()
         partial = self.folder.with_name(f"{self.folder.name}.{_MANIFEST_FORMAT}_{digest[:12]}.partial")

@@ -162,7 +162,7 @@ def check_labeled(training: Training) -> Iterator[Finding]:
         differing = sorted(raw ^ labeled)
         message = f"{len(labeled)} cases are preprocessed, but labelsTr has {len(raw)}; differing: {some(differing)}"
         yield Finding("labeled", WARNING, message, clean)
-    check_fingerprint(folder.parent, folder.name, unlabeled.dataset_id)
+    check_fingerprint(folder.parent, unlabeled.plans, unlabeled.configuration_name, unlabeled.dataset_id)
     if not found:
         yield Finding("labeled", OK, f"{len(labeled)} cases in {folder}")
 

@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 
-import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
 from nnunet_dycon import trainers
 from nnunet_dycon.errors import UnknownTrainer, UsageError, UserError, explained
 from nnunet_dycon.registry import BUILDERS
-from nnunet_dycon.training.checkpoints import STUDENT, TEACHER
+from nnunet_dycon.training.checkpoints import STUDENT, TEACHER, read
 
 
 def find_folds(model: Path, folds: Sequence[str] | None = None) -> list[str]:
@@ -66,7 +65,7 @@ def load_checkpoint(file: Path) -> dict:
         )
     unreadable = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, AttributeError, ImportError)
     with explained(unreadable, f"{file} cannot be loaded; choose another checkpoint with -chk"):
-        checkpoint = torch.load(file, map_location="cpu", weights_only=False)
+        checkpoint = read(file)
     if not isinstance(checkpoint, dict) or not checkpoint.keys() >= {"network_weights", "init_args", "trainer_name"}:
         raise UserError(f"{file} is not a checkpoint of nnU-Net; choose another with -chk")
     return checkpoint

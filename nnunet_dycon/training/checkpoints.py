@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -32,8 +33,28 @@ _PARTS = {"version", "settings", "method", "curves"}
 _REMEDY = "start from its weights with -pretrained_weights instead"
 
 
+# NumPy's scalars: nnU-Net's checkpoints contain some, such as the best pseudo Dice. NumPy 1 and 2 differ in the name.
+_SCALAR: Any = np.float64(0).__reduce__()[0]
+_SAFE_GLOBALS: list[Any] = [
+    np.dtype,
+    *{type(np.dtype(code)) for code in "?bhilqBHILQefd"},
+    *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+]
+
+
 class Damaged(UserError):
     """A checkpoint that cannot be read."""
+
+
+def read(filename: Path | str) -> Any:
+    """Load a checkpoint to the CPU without executing code that it may contain.
+
+    Raises:
+        pickle.UnpicklingError: the file contains other objects than tensors, plain Python data and NumPy scalars.
+        Exception: of various types, if the file is damaged.
+    """
+    with torch.serialization.safe_globals(_SAFE_GLOBALS):
+        return torch.load(filename, map_location="cpu", weights_only=True)
 
 
 def save_extended(filename: Path | str, save: Callable[[str], None], state: dict) -> None:
@@ -51,7 +72,7 @@ def save_extended(filename: Path | str, save: Callable[[str], None], state: dict
     """
     with _written_completely(filename) as partial:
         save(str(partial))
-        checkpoint = torch.load(partial, map_location="cpu", weights_only=False)
+        checkpoint = read(partial)
         checkpoint[KEY] = {"version": __version__, **state}
         torch.save(checkpoint, partial)
         if Path(filename).name == LATEST and Path(filename).is_file():
@@ -135,7 +156,7 @@ def _load(filename: Path | str) -> Any:
         with zipfile.ZipFile(filename) as archive:
             if (name := archive.testzip()) is not None:  # torch does not verify checksums
                 raise ValueError(f"the checksum of {name} is wrong")
-        return torch.load(filename, map_location="cpu", weights_only=False)
+        return read(filename)
     except Exception as error:  # its type depends on the damage
         remedy = "replace it with another checkpoint of this training"
         raise Damaged(f"{filename} cannot be loaded ({first_line(error)}); {remedy}") from None
@@ -200,7 +221,7 @@ def save_for_prediction(
     Raises:
         UserError: the file cannot be written.
     """
-    checkpoint = torch.load(source, map_location="cpu", weights_only=False)
+    checkpoint = read(source)
     checkpoint |= {"network_weights": network_weights, "trainer_name": trainer_name}
     for key in (KEY, "optimizer_state"):
         del checkpoint[key]

@@ -66,7 +66,7 @@ def check_cases(folder: Path, fold: int | Literal["all"], unlabeled: UnlabeledCa
     """
     labeled = labeled_identifiers(folder, unlabeled.arguments)
     check_split(folder, labeled, fold)
-    check_fingerprint(folder.parent, folder.name, unlabeled.dataset_id)
+    check_fingerprint(folder.parent, unlabeled.plans, unlabeled.configuration_name, unlabeled.dataset_id)
     unlabeled.require(default_num_processes)
     unlabeled.check_not_labeled(labeled, set(unlabeled.identifiers()))
 

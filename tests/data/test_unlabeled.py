@@ -29,6 +29,9 @@ def cases(tiny) -> UnlabeledCases:
     return UnlabeledCases.of_dataset("901", "3d_fullres", "nnUNetPlans")
 
 
+LINEAR = {"is_seg": False, "order": 1, "order_z": 0, "force_separate_z": None}  # instead of cubic interpolation
+
+
 def change_plans(base: Path, **configuration) -> None:
     file = base / "nnUNetPlans.json"
     plans = json.loads(file.read_text())
@@ -304,7 +307,7 @@ def cut_inside(file: Path) -> None:
 
 
 def test_completed_cases_are_kept_when_invalid_images_are_repaired_or_removed(cases, images, monkeypatch):
-    change_plans(cases.folder.parent, spacing=[2.0, 1.0, 1.0])
+    change_plans(cases.folder.parent, resampling_fn_data_kwargs=LINEAR)
     for name in ("scan_01", "scan_02"):
         (images / f"{name}_0000.nii.gz").write_bytes(b"")
     with pytest.raises(UserError, match="2 of 4 unlabeled cases cannot be used"):
@@ -326,7 +329,7 @@ def test_completed_cases_are_kept_when_invalid_images_are_repaired_or_removed(ca
 
 def test_full_disk_is_not_reported_as_an_invalid_image(cases, images, monkeypatch):
     """blosc2 raises a RuntimeError if the disk is full."""
-    change_plans(cases.folder.parent, spacing=[2.0, 1.0, 1.0])
+    change_plans(cases.folder.parent, resampling_fn_data_kwargs=LINEAR)
 
     def full(*arguments, **options):
         raise RuntimeError("Error while creating the NDArray")
@@ -342,7 +345,7 @@ def test_interrupted_preprocessing_with_other_plans_is_removed(cases):
     outdated = cases.folder.with_name(f"{cases.folder.name}.1_0123456789ab.partial")
     outdated.mkdir()
     (outdated / "scan_00.b2nd").write_bytes(b"x")
-    change_plans(cases.folder.parent, spacing=[2.0, 1.0, 1.0])
+    change_plans(cases.folder.parent, resampling_fn_data_kwargs=LINEAR)
     preprocess_unlabeled("901", "3d_fullres")
     assert not outdated.exists()
 
@@ -362,7 +365,7 @@ def test_folder_that_is_up_to_date_may_be_read_only(cases, monkeypatch):
 def test_invalid_images_raise_and_keep_the_old_folder(cases, images, capsys, damage, message):
     before = {file.name: file.read_bytes() for file in cases.folder.iterdir()}
     damage(images)
-    change_plans(cases.folder.parent, spacing=[2.0, 1.0, 1.0])  # to make the folder stale
+    change_plans(cases.folder.parent, resampling_fn_data_kwargs=LINEAR)  # to make the folder stale
     capsys.readouterr()
     assert main(["preprocess_unlabeled", "-d", "901", "-np", "1"]) == 1
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("nnunet_dycon: error:")]

@@ -196,7 +196,8 @@ def few(base: Path) -> None:
     stale_fingerprint(base)
     file = base / "dataset_fingerprint.json"
     fingerprint = json.loads(file.read_text())
-    fingerprint["shapes_after_crop"].pop()
+    for entry in ("shapes_after_crop", "spacings"):
+        fingerprint[entry].pop()
     file.write_text(json.dumps(fingerprint))
 
 

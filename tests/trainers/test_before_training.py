@@ -191,7 +191,7 @@ def test_training_that_was_overtaken_writes_no_checkpoint(tiny, monkeypatch):
     monkeypatch.setattr(
         trainer, "on_epoch_end", lambda: (lock.write_text('{"host": "node7"}'), trainer.save_checkpoint("x"))
     )
-    with pytest.raises(SystemExit, match="a training of this fold has started elsewhere .host node7"):
+    with pytest.raises(SystemExit, match=r"a training of this fold has started elsewhere .host node7"):
         trainer.run_training()
     assert not list(Path(trainer.output_folder).glob("*.pth"))
     assert lock.is_file()  # that of the other training

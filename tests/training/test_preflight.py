@@ -41,6 +41,13 @@ def lost_label(base: Path, raw: Path) -> None:
 def other_plans(base: Path, raw: Path) -> None:
     file = base / "nnUNetPlans.json"
     plans = json.loads(file.read_text())
+    plans["configurations"]["3d_fullres"]["normalization_schemes"] = ["RescaleTo01Normalization"]
+    file.write_text(json.dumps(plans))
+
+
+def other_spacing(base: Path, raw: Path) -> None:
+    file = base / "nnUNetPlans.json"
+    plans = json.loads(file.read_text())
     plans["configurations"]["3d_fullres"]["spacing"] = [2.0, 1.0, 1.0]
     file.write_text(json.dumps(plans))
 
@@ -89,6 +96,10 @@ FAULTS = {
         other_plans,
         "is stale: the plans have changed; run: nnunet_dycon preprocess_unlabeled -d 901 -c 3d_full",
     ),
+    "labeled cases of other plans": (
+        other_spacing,
+        "labeled cases in .*nnUNetPlans_3d_fullres have other shapes .*; run: nnUNetv2_preprocess -d 901 if the plans",
+    ),
     "split of absent cases": (
         write_split({"train": ["case_00", "gone"], "val": ["case_01"]}),
         r"splits_final.json: 1 cases of fold 0 are not preprocessed labeled cases, such as gone",
@@ -110,8 +121,8 @@ FAULTS = {
         "dataset_fingerprint.json is damaged; run: nnUNetv2_plan_and_preprocess -d 901 --clean",
     ),
     "damaged labeled case": (
-        lambda base, raw: (base / "nnUNetPlans_3d_fullres" / "case_00.pkl").write_bytes(b""),
-        "case_00.pkl is damaged; run: nnUNetv2_preprocess -d 901",
+        lambda base, raw: (base / "nnUNetPlans_3d_fullres" / "case_00.b2nd").write_bytes(b""),
+        "case case_00 in .*nnUNetPlans_3d_fullres is damaged; run: nnUNetv2_preprocess -d 901",
     ),
     "empty unlabeled case": (
         lambda base, raw: (base / "nnUNetPlans_3d_fullres_unlabeled" / "scan_01.b2nd").write_bytes(b""),
