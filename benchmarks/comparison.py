@@ -80,7 +80,7 @@ class Run:
     @property
     def weights(self) -> dict[str, str]:
         """Names of the weights to score ("student", "teacher" or "second"), and their checkpoints."""
-        companion = None if self.trainer == SUPERVISED else TRAINERS[self.trainer].beside
+        companion = None if self.trainer == SUPERVISED else TRAINERS[self.trainer].companion
         return {"student": STUDENT} | ({} if companion is None else {companion: _COMPANIONS[companion]})
 
 

@@ -26,7 +26,7 @@ class Trainer:
         summary: description of the method in one line.
         paper: source of the method.
         is_supervised: whether it trains without unlabeled cases.
-        beside: the network that can predict in addition to the student: "teacher", "second", or None.
+        companion: the network that can predict in addition to the student: "teacher", "second", or None.
         caveat: warning about measured results that is logged when training starts, or "".
     """
 
@@ -34,7 +34,7 @@ class Trainer:
     summary: str
     paper: str
     is_supervised: bool = False
-    beside: str | None = "teacher"
+    companion: str | None = "teacher"
     caveat: str = ""
 
 
@@ -76,13 +76,13 @@ TRAINERS: dict[str, Trainer] = {
         PUBLISHED,
         "two networks, pseudo-labels weighted and filtered by uncertainty, contrastive loss with prototypes",
         UGPL,
-        beside="second",
+        companion="second",
     ),
     "nnUNetTrainerDKUXNet": Trainer(
         PUBLISHED,
         "DK-UXNet: 3D UX-Net with a k-means mask transformer, consistency of segmentation and queries in two views",
         DKUXNET,
-        beside=None,
+        companion=None,
     ),
     "nnUNetTrainerBCP": Trainer(
         PUBLISHED, "bidirectional copy-paste of labeled and unlabeled images, pseudo-labels of an EMA teacher", BCP
@@ -91,7 +91,7 @@ TRAINERS: dict[str, Trainer] = {
         PUBLISHED,
         "cross pseudo supervision: two networks trained with each other's pseudo-labels",
         CPS,
-        beside="second",
+        companion="second",
     ),
     "nnUNetTrainerFixMatch": Trainer(
         PUBLISHED, "confident pseudo-labels of an EMA teacher for strongly augmented views mixed by CutMix", FIXMATCH
@@ -103,13 +103,13 @@ TRAINERS: dict[str, Trainer] = {
         ADAPTED,
         "DyCON's losses between two networks instead of student and teacher",
         f"derived from {DYCON}",
-        beside="second",
+        companion="second",
     ),
     "nnUNetTrainerMeanTeacher": Trainer(
         BASELINE, "Mean Teacher: consistency with an EMA teacher, without uncertainty", MEAN_TEACHER
     ),
     "nnUNetTrainerPseudoLabel": Trainer(BASELINE, "self-training with the student's own pseudo-labels", PSEUDO_LABEL),
-    "nnUNetTrainerUXNet": Trainer(BASELINE, "3D UX-Net on labeled cases only", UXNET, is_supervised=True, beside=None),
+    "nnUNetTrainerUXNet": Trainer(BASELINE, "3D UX-Net on labeled cases only", UXNET, is_supervised=True, companion=None),
 }
 
 RECOMMENDED = next(name for name, trainer in TRAINERS.items() if trainer.group == RECOMMENDED_DEFAULT)

@@ -59,7 +59,7 @@ def build(name: str, **changes):
 
 
 def test_all_co_training_methods_are_tested():
-    with_second = {name for name, trainer in TRAINERS.items() if trainer.beside == "second"}
+    with_second = {name for name, trainer in TRAINERS.items() if trainer.companion == "second"}
     assert with_second == METHODS.keys()
 
 

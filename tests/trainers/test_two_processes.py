@@ -110,7 +110,7 @@ def test_weights_of_all_methods_are_equal_on_both_ranks_also_after_a_lost_step(t
     for name in METHODS:
         first, second = (torch.load(tmp_path / f"{name}_{rank}.pth") for rank in (0, 1))
         has_more = any(key.startswith("method.") for key in first["weights"])  # than a student
-        assert has_more == (TRAINERS[name].beside is not None)
+        assert has_more == (TRAINERS[name].companion is not None)
         torch.testing.assert_close(first["weights"], second["weights"], rtol=0, atol=0)
         # The lost step updated no weights.
         assert first["updates"] == second["updates"] == (None if first["updates"] is None else 3 - 1)
