@@ -109,7 +109,9 @@ TRAINERS: dict[str, Trainer] = {
         BASELINE, "Mean Teacher: consistency with an EMA teacher, without uncertainty", MEAN_TEACHER
     ),
     "nnUNetTrainerPseudoLabel": Trainer(BASELINE, "self-training with the student's own pseudo-labels", PSEUDO_LABEL),
-    "nnUNetTrainerUXNet": Trainer(BASELINE, "3D UX-Net on labeled cases only", UXNET, is_supervised=True, companion=None),
+    "nnUNetTrainerUXNet": Trainer(
+        BASELINE, "3D UX-Net on labeled cases only", UXNET, is_supervised=True, companion=None
+    ),
 }
 
 RECOMMENDED = next(name for name, trainer in TRAINERS.items() if trainer.group == RECOMMENDED_DEFAULT)

@@ -89,7 +89,7 @@ def tiny_predictions(trained_tiny) -> dict[str, Path]:
     with pytest.MonkeyPatch.context() as patch:
         set_environment(patch, trained_tiny)
         for name, checkpoint in (("student", "checkpoint_final.pth"), ("teacher", "checkpoint_final_teacher.pth")):
-            call = [*predict, "-chk", checkpoint, "-o", folders[name], "-npp", "1", "-nps", "1"]
+            call = [*predict, "-chk", checkpoint, "-o", folders[name], "-npp", "0", "-nps", "0"]
             subprocess.run(list(map(str, call)), check=True, capture_output=True, env=os.environ)
     return folders
 

@@ -52,7 +52,7 @@ def test_trainers_are_found_in_this_environment(tmp_path):
     assert f"FOUND {len(NAMES)}" in result.stdout
 
 
-@pytest.mark.parametrize("where", ["another folder", "the checkout"])
+@pytest.mark.parametrize("where", ["another folder", pytest.param("the checkout", marks=pytest.mark.slow)])
 def test_trainers_are_found_in_a_regular_installation(tmp_path, installed_wheel, where):
     """Started in the checkout, Python imports its package instead, where trainers/ is outside of the package."""
     cwd = tmp_path if where == "another folder" else Path(__file__).parents[1]
@@ -120,7 +120,7 @@ def test_trainer_in_a_later_folder_is_found(tmp_path):
     assert "FOUND mine" in result.stdout, result.stderr
 
 
-@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+@pytest.mark.parametrize("method", ["spawn", pytest.param("forkserver", marks=pytest.mark.slow)])
 def test_worker_processes_unpickle_a_trainer_with_another_length(tmp_path, method):
     code = f"""
 import multiprocessing, pathlib

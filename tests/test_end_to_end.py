@@ -52,7 +52,8 @@ def test_train_validate_resume_predict_evaluate(tiny, elsewhere):
     volumes = {}
     for name in ("checkpoint_final.pth", "checkpoint_final_teacher.pth"):
         out = elsewhere / name
-        run(elsewhere, *predict, "-i", str(raw / "imagesTs"), "-o", str(out), "-chk", name, "--save_probabilities")
+        here = ("-i", str(raw / "imagesTs"), "-o", str(out), "-chk", name, "--save_probabilities")
+        run(elsewhere, *predict, *here, *(() if name == "checkpoint_final.pth" else ("-npp", "0", "-nps", "0")))
         volumes[name] = np.load(out / f"{TEST[0]}.npz")["probabilities"]
         segmentation = sitk.GetArrayFromImage(sitk.ReadImage(str(out / f"{TEST[0]}.nii.gz")))
         assert segmentation.shape == (24, 32, 40)
@@ -65,6 +66,7 @@ def test_train_validate_resume_predict_evaluate(tiny, elsewhere):
         assert {row["case"] for row in csv.DictReader(file)} == set(TEST)
 
 
+@pytest.mark.slow
 def test_training_with_forkserver_workers(tiny, elsewhere):
     """The default of Python 3.14. As with spawn, everything that a worker needs must be importable."""
     code = (

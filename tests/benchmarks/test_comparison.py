@@ -261,9 +261,9 @@ print(*dtypes)
     ("method", "precision"),
     [
         ("lower_bound", "float32"),
-        ("lower_bound", "bfloat16"),
+        pytest.param("lower_bound", "bfloat16", marks=pytest.mark.slow),
         ("nnUNetTrainerDyCON:entropy_weight=0.25", "float32"),
-        ("nnUNetTrainerDyCON:entropy_weight=0.25", "bfloat16"),
+        pytest.param("nnUNetTrainerDyCON:entropy_weight=0.25", "bfloat16", marks=pytest.mark.slow),
         ("nnUNetTrainerUGPL", "bfloat16"),
     ],
 )

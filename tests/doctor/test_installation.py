@@ -144,13 +144,24 @@ def look_up(name: str, code: str, path: str | None, trainer: str, *finding, slow
 LOOK_UPS = [
     look_up("unset", "", None, "DyCON", FAIL, "does not find nnUNetTrainerDyCON, because nnUNet_ext", EXPORT),
     look_up("elsewhere", "", "{tmp}", "DyCON", FAIL, "nnUNetTrainerDyCON in the folders", EXPORT, slow=True),
-    look_up("unknown", "", "{ours}", "Other", FAIL, "no trainer is called nnUNetTrainerOther", "nnunet_dycon list"),
+    look_up(
+        "unknown",
+        "",
+        "{ours}",
+        "Other",
+        FAIL,
+        "no trainer is called nnUNetTrainerOther",
+        "nnunet_dycon list",
+        slow=True,
+    ),
     look_up("retired", "", "{tmp}", "DyCON_paper", FAIL, "nnUNetTrainerDyCON_paper was removed", "nnUNetTrainerDyCON"),
     look_up("no length", "", None, "UGPL_05epochs", FAIL, "number of epochs starts with 0", "use for example"),
     look_up("broken", "import lost", "{tmp}:{ours}", "DyCON", FAIL, "/ext/a.py cannot be imported (Mod", "fix it"),
     look_up("behind", "import lost", "{ours}:{tmp}", "DyCON", OK, "finds nnUNetTrainerDyCON", None, slow=True),
     look_up("own", OWN, "{tmp}:{ours}", "Mine", OK, "nnU-Net finds nnUNetTrainerMine", None, slow=True),
-    look_up("copy", COPY, "{tmp}:{ours}", "DyCON", WARNING, "another class named nnUNetTrainerDyCON, in", "first"),
+    look_up(
+        "copy", COPY, "{tmp}:{ours}", "DyCON", WARNING, "another class named nnUNetTrainerDyCON, in", "first", slow=True
+    ),
     look_up("root", "", "{root}:{ours}", "DyCON", WARNING, "another class named nnUNetTrainerDy", "alone", slow=True),
     look_up(
         "nnU-Net's",

@@ -67,6 +67,7 @@ def test_cascade_raises_at_construction(base, name):
     assert refused.value.code.startswith("nnunet_dycon: error: ")  # the only line that Python prints
 
 
+@pytest.mark.slow
 def test_cascade_ends_nnunetv2_train_with_one_line(base):
     file = base / "nnUNetPlans.json"
     plans = json.loads(file.read_text())

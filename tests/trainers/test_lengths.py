@@ -62,6 +62,7 @@ def test_published_dycon_logs_its_caveat_when_training_starts(tiny, capsys, name
         assert (TRAINERS["nnUNetTrainerDyCON"].caveat in text) == is_published
 
 
+@pytest.mark.slow
 def test_find_best_configuration_accepts_names_with_a_length(trained_tiny, tmp_path, monkeypatch):
     root = tmp_path / "tiny"
     shutil.copytree(trained_tiny, root)

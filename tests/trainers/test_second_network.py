@@ -93,6 +93,7 @@ def test_training_step_without_deep_supervision(tiny):
     assert all(value == value for value in terms.values())
 
 
+@pytest.mark.slow
 def test_compiled_networks_have_equal_losses_and_checkpoint_keys(tiny, monkeypatch):
     compile_really = torch.compile
     outputs, keys = [], []
@@ -113,6 +114,7 @@ def test_compiled_networks_have_equal_losses_and_checkpoint_keys(tiny, monkeypat
     assert keys[0][0] == keys[0][1]
 
 
+@pytest.mark.slow
 def test_2d_training(tiny, monkeypatch):
     """Unlabeled cases are preprocessed for the 2d configuration when training starts."""
     from nnunetv2.experiment_planning.plan_and_preprocess_api import preprocess
