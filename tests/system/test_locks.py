@@ -62,7 +62,7 @@ def test_a_reused_process_id_is_another_process(tmp_path):
     lock(tmp_path).acquire()
 
 
-@pytest.mark.parametrize("pid", [1, os.getpid()])
+@pytest.mark.parametrize("pid", [1, os.getpid()], ids=["1", "own"])
 def test_a_process_id_of_another_container_proves_nothing(tmp_path, pid):
     """In containers every training can have the process ID 1, which runs here, too."""
     written_by(tmp_path, age=30, pid=pid, started=locks._start_of(pid))
