@@ -49,7 +49,7 @@ _ANY_MASK = re.compile(r"[^.].*seg.*\.nii(\.gz)?", re.IGNORECASE)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of this converter, the arguments of `plan`."""
+    """Add this converter's command-line options; their values are passed to `plan` as arguments of the same names."""
     parser.add_argument(
         "--modalities", default=None, metavar="LIST",
         help="modalities of t1,t1ce,t2,flair (default: all four; with --protocol flair, as in the papers)",
@@ -61,11 +61,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def plan(source: Path, *, protocol: Protocol | None = None, modalities: str | None = None, target: str = "wt") -> Plan:
-    """List the cases below `source` without opening an image.
+    """Find the cases in `source` and its subfolders by their file names, without opening an image.
 
     Args:
         source: folder of the download, or a folder above or below it.
-        protocol: a published split; all of them use FLAIR only.
+        protocol: a published split, or None; all published splits use FLAIR only.
         modalities: t1, t1ce, t2 or flair, separated by commas. None: flair for a protocol or h5 files, else all four.
         target: "wt" for the whole tumor, or "regions" for the three nested regions.
 
@@ -84,12 +84,12 @@ def plan(source: Path, *, protocol: Protocol | None = None, modalities: str | No
     if h5 and (chosen != ["flair"] or target != "wt"):
         raise UsageError("the h5 files contain only FLAIR and the whole tumor; omit --modalities and --target")
     if not cases and not h5:
-        raise UserError(f"no case found in {source}; expected {_LAYOUT}, or data/BraTS19_<case>.h5 below")
+        raise UserError(f"no case found in {source}; expected {_LAYOUT}, or data/BraTS19_<case>.h5; correct -i")
     notes = []
     if h5:
         notes.append(
-            "h5 files: FLAIR, already cropped and normalized; a model of them can only predict images that were "
-            "processed in the same way"
+            "h5 files: FLAIR, already cropped and normalized; a model trained on them can only predict images that "
+            "were processed in the same way"
         )
     if protocol and (chosen != ["flair"] or target != "wt"):
         notes.append(

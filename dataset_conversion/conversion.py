@@ -19,18 +19,19 @@ from nnunet_dycon.errors import UsageError, UserError
 
 @dataclass(frozen=True)
 class Plan:
-    """Cases of a source and how to convert them, from the file names alone.
+    """Cases of a source and how to convert them, determined from the file names without opening images.
 
     Attributes:
-        data_set: how the cases are read and written.
-        training: training cases in the published order (`ordered`), else sorted.
+        data_set: properties of the dataset: how its cases are read and written.
+        training: training cases, in the published order if `ordered` is True, else sorted by name.
         test: test cases of the dataset itself.
-        unlisted: cases in none of the dataset's lists; only a split file or a protocol can use them.
+        unlisted: cases that are in none of the dataset's own lists; they are used only if a split file or a protocol
+            names them.
         ordered: whether `training` has the published order.
         left_out: identifier -> reason, for cases that are never used.
         not_scored: identifier -> reason, for cases that are excluded from val and test of a protocol.
-        copies: identifiers of copies of the same scan, which would be a leak on different sides of a split.
-        keep_copies: whether to use copies nevertheless.
+        copies: identifiers of cases that are copies of one scan; if they had different roles, the split would leak.
+        keep_copies: whether to use all copies nevertheless.
         warnings: messages to print and to write into the report.
         notes: messages to print.
     """
@@ -124,10 +125,10 @@ def convert(
 
 
 def _assign_without_copies(plan: Plan, labeled: int | float | None, seed: int) -> Assignment:
-    """Assign roles, and leave out all copies but the first if they would leak.
+    """Assign roles to the cases; if copies of one scan would make the split leak, leave out all but the first copy.
 
-    They leak if they are on different sides of the split, or if several are labeled: cross-validation could train on
-    one and validate on the other.
+    The split leaks if copies have different roles, or if several copies are labeled: cross-validation could train on
+    one and validate on another.
     """
 
     def assign(cases: Plan) -> Assignment:
@@ -182,5 +183,5 @@ def _about_protocol(protocol: Protocol | None, labeled: int | float | None) -> l
     notes = [f"protocol {protocol.name}: {protocol.source}"]
     if labeled is None:
         counts = " or ".join(f"--labeled {count}" for count in protocol.published_labeled)
-        notes.append(f"every training case keeps its label; published with {counts}")
+        notes.append(f"every training case keeps its label; the publications use {counts}")
     return notes

@@ -1,11 +1,11 @@
-"""Own data: any folder with NIfTI, NRRD, DICOM and other formats, found by patterns.
+"""Own data: any folder with images in NIfTI, NRRD, DICOM or other formats, found by patterns of their paths.
 
 URL: none
 License: that of your data
 
-A pattern is a path below the source. `{case}` matches the name of the case, `*` any characters except a slash, and
-`**/` any folders. `{case}` may occur twice and then matches the same name. A pattern that ends in a slash matches
-folders with one DICOM series each.
+A pattern is a path relative to the source folder. `{case}` matches the name of the case, `*` any characters except a
+slash, and `**/` any folders. `{case}` may occur twice and then matches the same name. A pattern that ends in a slash
+matches folders with one DICOM series each.
 """
 
 import argparse
@@ -24,7 +24,7 @@ _WILDCARDS = {"**/": "(?:.*/)?", "*": "[^/]*"}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of this converter, the arguments of `plan`."""
+    """Add this converter's command-line options; their values are passed to `plan` as arguments of the same names."""
     parser.add_argument("--name", default="Own", help="name of the dataset, DatasetXXX_NAME (default: Own)")
     parser.add_argument(
         "--channel", action="append", default=None, metavar="NAME=PATTERN",
@@ -109,7 +109,7 @@ def _named(entry: str, flag: str) -> tuple[str, str]:
 
 
 def _matches(source: Path, entries: Sequence[Path], pattern: str, flag: str) -> dict[str, Path]:
-    """Return case -> matching file, or matching folder if the pattern ends in a slash."""
+    """Return case -> file that matches the pattern, or folder if the pattern ends in a slash."""
     if "{case}" not in pattern:
         raise UsageError(
             f"{flag}: the pattern {pattern} has no {{case}}; write {{case}} in place of the name of the case"
@@ -139,7 +139,7 @@ def _regex(text: str) -> str:
 
 
 def _cases(found: dict[str, dict[str, Path]]) -> dict[str, tuple[Path, ...]]:
-    """Return case -> a path per channel; raise UserError if a case has no file for a channel."""
+    """Return case -> its path for each channel; raise UserError if a case has no file for a channel."""
     every = sorted(set().union(*found.values()))
     for key, paths in found.items():
         if missing := [case for case in every if case not in paths]:
@@ -151,7 +151,7 @@ def _cases(found: dict[str, dict[str, Path]]) -> dict[str, tuple[Path, ...]]:
 
 
 def _label_values(foreground: Sequence[str]) -> tuple[dict[str, int | tuple[int, ...]], dict[int, int]]:
-    """Return name -> new value, and value in the files -> new value."""
+    """Return two dicts: label name -> value in nnU-Net, and value in the mask files -> value in nnU-Net."""
     names: dict[str, int | tuple[int, ...]] = {"background": 0}
     values = {0: 0}
     for entry in foreground:
@@ -159,7 +159,10 @@ def _label_values(foreground: Sequence[str]) -> tuple[dict[str, int | tuple[int,
         new = 0 if name == "background" else len(names)
         for text in listed.split(","):
             if not re.fullmatch(r"-?\d+", text.strip()):
-                raise UsageError(f"--foreground {entry}: {text!r} is not an integer; give the values in the files")
+                raise UsageError(
+                    f"--foreground {entry}: {text!r} is not an integer; give the label values that the mask files "
+                    "contain, such as lesion=1"
+                )
             if values.get(int(text), new) != new:
                 raise UsageError(f"--foreground: value {int(text)} is named twice; name it once")
             values[int(text)] = new
@@ -168,5 +171,7 @@ def _label_values(foreground: Sequence[str]) -> tuple[dict[str, int | tuple[int,
     if len(names) == 1:
         raise UsageError("--foreground: name at least one label other than background")
     if "ignore" in names and list(names)[-1] != "ignore":
-        raise UsageError("--foreground: name ignore last, since nnU-Net requires the highest value for it")
+        raise UsageError(
+            '--foreground: give the label "ignore" last, since nnU-Net requires it to have the highest value'
+        )
     return names, values

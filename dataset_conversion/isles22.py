@@ -39,7 +39,7 @@ _SMALLEST_OVERLAP = 0.8
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of this converter, the arguments of `plan`."""
+    """Add this converter's command-line options; their values are passed to `plan` as arguments of the same names."""
     parser.add_argument(
         "--modalities", default=None, metavar="LIST",
         help="dwi and optionally adc and flair, separated by commas (default: dwi,adc; with --protocol dwi, as in the "
@@ -62,11 +62,11 @@ def plan(
     harmonize_adc: bool = False,
     keep_empty: bool = False,
 ) -> Plan:
-    """List the cases below `source` without opening an image.
+    """Find the cases in `source` and its subfolders by their file names, without opening an image.
 
     Args:
-        source: folder of the download, a folder above it, or its rawdata.
-        protocol: a published split; all of them use DWI only.
+        source: folder of the download, a folder that contains it, or its subfolder rawdata.
+        protocol: a published split, or None; all published splits use DWI only.
         modalities: dwi and optionally adc and flair, separated by commas. None: dwi for a protocol, else dwi and adc.
         harmonize_adc: convert ADC to 1e-6 mm²/s.
         keep_empty: keep cases with an empty mask in val and test of a protocol.
@@ -86,7 +86,7 @@ def plan(
     names = sorted({case for case, kind in files if kind != "msk"})
     if not names:
         raise UserError(
-            f"no case found in {source}; expected files such as 'sub-strokecase0001_ses-0001_dwi.nii.gz' below, "
+            f"no case found in {source}; expected files such as 'sub-strokecase0001_ses-0001_dwi.nii.gz' "
             "in ISLES-2022 (the release) or rawdata (the challenge); correct -i"
         )
     for name in names:
@@ -152,7 +152,11 @@ def _brain(image: sitk.Image) -> np.ndarray:
 
 
 def _report_overlap(kind: str, dwi: sitk.Image, image: sitk.Image, report: CaseReport) -> None:
-    """Report the Dice of the foregrounds of DWI and a resampled image, and the uncovered fraction of the brain."""
+    """Add to the report how well a resampled image overlaps with DWI, and warn if the overlap is low.
+
+    The report contains the Dice of the foreground masks of both images, and the fraction of the brain in DWI that the
+    other image does not cover.
+    """
     brain, other = _brain(dwi), _brain(image)
     dice = 2 * int((brain & other).sum()) / max(1, int(brain.sum()) + int(other.sum()))
     outside = float((sitk.GetArrayViewFromImage(image)[brain] == 0).mean())
@@ -162,7 +166,7 @@ def _report_overlap(kind: str, dwi: sitk.Image, image: sitk.Image, report: CaseR
 
 
 def _in_one_unit(adc: sitk.Image, dwi: sitk.Image, report: CaseReport, harmonize: bool) -> sitk.Image:
-    """Report the unit of ADC and, with harmonize, convert it to 1e-6 mm²/s."""
+    """Add the unit of an ADC image to the report and, if `harmonize` is set, convert the image to 1e-6 mm²/s."""
     inside = sitk.GetArrayViewFromImage(adc)[_brain(dwi)]
     largest = float(np.percentile(inside, 99.9)) if inside.size else 0.0  # a constant DWI raises an error later
     unit, factor = next((unit, factor) for limit, unit, factor in _ADC_UNITS if largest < limit)

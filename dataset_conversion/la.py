@@ -39,7 +39,7 @@ DUPLICATES = ("0RZDK210BSMWAA6467LU", "CMPXO4J23G58J53Q98SZ")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of this converter, the arguments of `plan`."""
+    """Add this converter's command-line options; their values are passed to `plan` as arguments of the same names."""
     parser.add_argument(
         "--spacing", type=float, default=0.625, metavar="MM",
         help="isotropic voxel spacing in mm (default: 0.625; the headers of the files have 1.0, which is wrong)",
@@ -47,7 +47,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def plan(source: Path, *, protocol: Protocol | None = None, spacing: float = 0.625) -> Plan:
-    """List the cases below `source` without opening an image.
+    """Find the cases in `source` and its subfolders by their file names, without opening an image.
 
     Args:
         source: folder of cases, or the folder that contains it.

@@ -42,7 +42,7 @@ _MOST_TASKS = 10  # in an error message
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of this converter, the arguments of `plan`."""
+    """Add this converter's command-line options; their values are passed to `plan` as arguments of the same names."""
     parser.add_argument(
         "--test_as_unlabeled", action="store_true",
         help="make the images of imagesTs, which have no labels, unlabeled cases (imagesUn); by default they are test "
@@ -54,7 +54,7 @@ def plan(source: Path, *, protocol: Protocol | None = None, test_as_unlabeled: b
     """List the cases of a task without opening an image.
 
     Args:
-        source: folder of the task, or one above it that contains no other task.
+        source: folder of the task, or a folder that contains this task and no other.
         protocol: unused, there is no published split.
         test_as_unlabeled: make the images of imagesTs unlabeled cases instead of test cases.
 
@@ -141,7 +141,7 @@ def _cases(root: Path, part: str, listed: object, warnings: list[str]) -> dict[s
 
 
 def _volumes(folder: Path) -> dict[str, Path]:
-    """Return case -> NIfTI file of a folder, which need not exist."""
+    """Return case -> NIfTI file for all cases in a folder, which need not exist."""
     found: dict[str, Path] = {}
     for file in sorted(folder.iterdir()) if folder.is_dir() else ():
         if (match := _FILE.fullmatch(file.name)) and file.is_file():
@@ -160,7 +160,7 @@ def _listed_cases(entries: Sequence[object]) -> set[str]:
 
 def _read_description(file: Path) -> dict[str, Any]:
     if not file.is_file():
-        raise UserError(f"{file} does not exist, but defines channels and labels; unpack the archive again")
+        raise UserError(f"{file}, which defines channels and labels, does not exist; unpack the archive again")
     try:
         content = json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
@@ -183,7 +183,10 @@ def _numbered(content: Mapping[str, Any], key: str, example: str, file: Path) ->
     """Return an entry of dataset.json that maps numbers to names, in ascending order."""
     entry = content.get(key)
     if key == "modality" and entry is None and "channel_names" in content:
-        raise UserError(f'{file} has "channel_names": data in nnU-Net\'s raw format need no conversion')
+        raise UserError(
+            f'{file} has "channel_names", so the data are already in nnU-Net\'s raw format; copy the folder to '
+            "nnUNet_raw instead of converting it"
+        )
     if not (
         isinstance(entry, dict)
         and entry
@@ -203,7 +206,10 @@ def _channels(content: Mapping[str, Any], file: Path) -> tuple[str, ...]:
 
 
 def _label_values(content: Mapping[str, Any], file: Path) -> tuple[dict[str, int | tuple[int, ...]], dict[int, int]]:
-    """Return name -> new value, and value in the files -> new value. 0 is background, whatever its name."""
+    """Return two dicts: label name -> value in nnU-Net, and value in the files -> value in nnU-Net.
+
+    The value 0 is background, whatever its name.
+    """
     declared = _numbered(content, "labels", '{"0": "background", "1": "tumor"}', file)
     foreground = sorted((value for value in declared if value), key=lambda value: (declared[value] == "ignore", value))
     names: dict[str, int | tuple[int, ...]] = {"background": 0}

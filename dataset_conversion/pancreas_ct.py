@@ -55,7 +55,12 @@ _SMALLEST_FRACTION = 0.9  # of label voxels with plausible intensity
 
 @dataclass(frozen=True)
 class _Family:
-    """File names of h5 files that were preprocessed by one recipe."""
+    """File names of h5 files that were preprocessed in the same way.
+
+    Attributes:
+        pattern: regular expression of the file names; its group is the number of the case.
+        recipe: description of the preprocessing.
+    """
 
     pattern: str
     recipe: str
@@ -76,7 +81,7 @@ _FAMILIES = (
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of this converter, the arguments of `plan`."""
+    """Add this converter's command-line options; their values are passed to `plan` as arguments of the same names."""
     parser.add_argument(
         "--keep_duplicates", action="store_true",
         help="keep PANCREAS_0025 and PANCREAS_0070, which are copies of the scan PANCREAS_0002",
@@ -84,7 +89,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def plan(source: Path, *, protocol: Protocol | None = None, keep_duplicates: bool = False) -> Plan:
-    """List the cases below `source` without opening an image.
+    """Find the cases in `source` and its subfolders by their file names, without opening an image.
 
     Args:
         source: folder that contains images and labels.
@@ -105,7 +110,7 @@ def plan(source: Path, *, protocol: Protocol | None = None, keep_duplicates: boo
     if not native and not h5:
         raise UserError(
             f"no case found in {source}; expected 'Pancreas-CT/PANCREAS_0001/.../1-001.dcm', 'PANCREAS_0001.nii.gz' or "
-            "h5 files below; correct -i"
+            "h5 files; correct -i"
         )
     if native and not labels:
         raise UserError(f"{source} has no label0001.nii.gz; unpack TCIA_pancreas_labels-02-05-2017.zip into it")
@@ -180,7 +185,10 @@ def _h5(entries: Sequence[Path]) -> tuple[dict[str, Path], str]:
                 _add(families.setdefault(family.recipe, {}), number, file, "image")
     if len(families) > 1:
         one, other = (next(iter(files.values())) for files in list(families.values())[:2])
-        raise UserError(f"{one} and {other} were preprocessed differently; convert them separately")
+        raise UserError(
+            f"{one} and {other} were preprocessed differently (cropping or spacing), according to their file names; "
+            "put each kind in its own folder and convert each folder to its own dataset"
+        )
     return next(((files, recipe) for recipe, files in families.items()), ({}, ""))
 
 
@@ -192,7 +200,7 @@ def _add(found: dict[str, Path], number: str, path: Path, what: str) -> None:
 
 
 def _read_label(path: Path, images: Sequence[sitk.Image], report: CaseReport) -> sitk.Image:
-    """Read a label, reoriented to the grid of the image if their axes differ, and check the intensities under it."""
+    """Read a label, reorient it to the grid of the image if the axes differ, and check the intensities under it."""
     label = read_volume(path)
     if difference(label, images[0]):
         label = reoriented(label, images[0])

@@ -14,10 +14,10 @@ class Protocol:
     Attributes:
         name: the value of --protocol.
         source: the publication of the split.
-        published_labeled: numbers of labeled cases in publications, always the first cases of `train`.
+        published_labeled: numbers of labeled cases in publications; the first cases of `train` are the labeled ones.
         faults: known faults of the split or of its use in publications.
         train: identifiers of training cases in the published order.
-        val: identifiers of cases for choosing settings.
+        val: identifiers of validation cases, for choosing settings.
         test: identifiers of test cases.
     """
 

@@ -1,4 +1,4 @@
-"""Reading of source files, with one-line errors that name the file, and comparison of grids."""
+"""Reading of source images, with one-line errors that name the file, and comparison of voxel grids."""
 
 import locale
 import os
@@ -25,7 +25,7 @@ _NUMBER, _POSITION, _ORIENTATION = "0020|0013", "0020|0032", "0020|0037"
 def entries_below(folder: Path) -> list[Path]:
     """Return all files and folders below a folder, sorted.
 
-    Links to folders are followed, but no folder is entered twice, and no parent of the folder is entered.
+    Links to folders are followed, except links to a parent of the given folder. No folder is entered twice.
     """
     entries: list[Path] = []
     entered = set(folder.resolve().parents)
@@ -87,7 +87,7 @@ def read_h5(path: Path, key: str, spacing: tuple[float, float, float], axes: str
 def read_h5_channels(
     paths: Sequence[Path], report: CaseReport, *, spacing: tuple[float, float, float], axes: str = "xyz"
 ) -> list[sitk.Image]:
-    """Read the image of an h5 file; a `read_images` of a DataSet once its spacing is given."""
+    """Read "image" from an h5 file; with a fixed spacing (functools.partial) usable as `read_images` of a DataSet."""
     return [read_h5(path, "image", spacing, axes) for path in paths]
 
 
@@ -99,12 +99,12 @@ def read_h5_mask(
     spacing: tuple[float, float, float],
     axes: str = "xyz",
 ) -> sitk.Image:
-    """Read the label of an h5 file; a `read_label` of a DataSet once its spacing is given."""
+    """Read "label" from an h5 file; with a fixed spacing (functools.partial) usable as `read_label` of a DataSet."""
     return read_h5(path, "label", spacing, axes)
 
 
 def _type_of_simpleitk(kind: np.dtype) -> np.dtype:
-    """Return a data type that SimpleITK supports: the same in native byte order, or else the nearest."""
+    """Return the nearest data type that SimpleITK supports, in native byte order."""
     if kind.kind == "b":
         return np.dtype(np.uint8)
     if kind.kind == "f":
@@ -113,7 +113,7 @@ def _type_of_simpleitk(kind: np.dtype) -> np.dtype:
 
 
 def difference(first: sitk.Image, second: sitk.Image) -> str | None:
-    """Return the first property in which two grids differ, with both values, or None for the same grid."""
+    """Return the first property (such as the spacing) in which two voxel grids differ, with both values, or None."""
     for what in ("Size", "Spacing", "Origin", "Direction"):
         values, others = (getattr(each, f"Get{what}")() for each in (first, second))
         if len(values) != len(others) or not np.allclose(values, others, rtol=0, atol=GEOMETRY_TOLERANCE):
@@ -161,7 +161,7 @@ def reading_errors(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _keeping_locale() -> Iterator[None]:
-    """Restore the locale: ITK sets it to C when it reads .vtk, in which text files are ASCII."""
+    """Restore the locale: ITK sets it to "C" when it reads a .vtk file, and Python then reads text files as ASCII."""
     before = locale.setlocale(locale.LC_ALL)
     try:
         yield
@@ -184,7 +184,7 @@ def _read_file(path: Path) -> sitk.Image:
 
 
 def _read_series(folder: Path, report: CaseReport) -> sitk.Image:
-    """Read a DICOM series with slices at equal distances, in the direction of its orientation."""
+    """Read a DICOM series, with slices sorted by position; raise UserError if they are not equally spaced."""
     series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
     if not series:
         raise UserError(f"{folder} has no readable DICOM series; download it again or leave the case out")
@@ -229,7 +229,10 @@ def _sorted_by_position(files: Sequence[str]) -> list[str]:
 
 
 def _check_numbers(reader: sitk.ImageSeriesReader, slices: int, report: CaseReport) -> None:
-    """Warn if the slice numbers, if all slices have one, do not start with 0 or 1 or are not consecutive."""
+    """Warn if the DICOM instance numbers do not start with 0 or 1 or are not consecutive.
+
+    Nothing is checked if a slice has no number.
+    """
     tags = [
         reader.GetMetaData(index, _NUMBER).strip() for index in range(slices) if reader.HasMetaDataKey(index, _NUMBER)
     ]

@@ -25,7 +25,7 @@ _VERSIONS_OF = ("nnunetv2", "SimpleITK", "numpy")
 
 @dataclass
 class CaseReport:
-    """Facts and warnings of a converter about one case, for the report; warnings are also printed."""
+    """Facts and warnings that a converter collects about one case for the report; warnings are also printed."""
 
     facts: dict[str, object] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
@@ -60,7 +60,7 @@ def report_on_all(
     cases: Mapping[str, dict[str, Any]],
     warnings: Sequence[str],
 ) -> dict:
-    """Return the content of conversion_report.json: the entries `cases`, and what applies to all of them."""
+    """Return the content of conversion_report.json: the entry of each case, and settings, counts and warnings."""
     empty = [name for name, case in cases.items() if set(case.get("label_voxels", {"1": 1})) == {"0"}]
     all_warnings = [*warnings, *assignment.warnings]
     all_warnings += [f"case {name}: {warning}" for name, case in cases.items() for warning in case["warnings"]]

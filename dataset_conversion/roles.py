@@ -38,12 +38,20 @@ class Case:
 
 @dataclass(frozen=True)
 class Assignment:
-    """Cases of each role (all keys of FOLDERS), how they were chosen, and which cases are left out and why."""
+    """Assignment of cases to roles.
+
+    Attributes:
+        cases: role -> cases, for all keys of FOLDERS.
+        rule: description of how the roles were assigned.
+        left_out: identifier -> reason, for cases without a role.
+        seed: random seed of the draw of labeled cases; None without a random draw.
+        warnings: messages to print and to write into the report.
+    """
 
     cases: Mapping[str, tuple[Case, ...]]
     rule: str
     left_out: Mapping[str, str] = field(default_factory=dict)
-    seed: int | None = None  # None if nothing was drawn
+    seed: int | None = None
     warnings: tuple[str, ...] = ()
 
     def identifiers(self, role: str) -> list[str]:
@@ -63,7 +71,8 @@ def assign_by_count(
 
     Args:
         training: training cases, with and without label.
-        labeled: number of labels, or a float for a fraction of the existing labels, rounded; None keeps all.
+        labeled: number of cases that keep their label, or a float for a fraction of the cases with a label, rounded;
+            None keeps all labels.
         ordered: whether the cases are in the published order.
         seed: random seed of the draw.
         test: test cases, with and without label.
@@ -103,7 +112,7 @@ def assign_by_file(
         cases: all cases of the source.
         split: the JSON file.
         left_out: identifier -> reason, for cases that the source has but that are never used.
-        held_out: test cases of the dataset itself, which may be in the list test without a label.
+        held_out: identifiers of the dataset's own test cases, which may be in the list test without having a label.
 
     Raises:
         UserError: the file is invalid, or a case in it is unknown, left out or lacks its label.
@@ -137,7 +146,7 @@ def assign_by_protocol(
     not_scored: Mapping[str, str],
     left_out_before: Mapping[str, str],
 ) -> Assignment:
-    """Assign the published roles; the first `labeled` training cases keep their label.
+    """Assign the roles of a published split; the first `labeled` training cases keep their label.
 
     Cases that are missing in the source are reported. Val and test cases without a label are left out.
 
@@ -187,7 +196,7 @@ def split_record(assignment: Assignment) -> dict[str, object]:
 
 
 def cross_validation(labeled: Iterable[str]) -> list[dict[str, list[str]]]:
-    """Return nnU-Net's own folds of the labeled cases, fewer than 5 if there are fewer cases.
+    """Return the 5 folds into which nnU-Net splits the labeled cases, or one fold per case if there are fewer than 5.
 
     A single case is used for training and validation, because nnU-Net requires one of each.
     """

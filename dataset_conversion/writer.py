@@ -1,4 +1,4 @@
-"""Writer of all converters: nnU-Net's raw format with a folder of unlabeled cases, a report and an overlay.
+"""Writer that all converters use: nnU-Net's raw format with a folder of unlabeled cases, a report and an overlay.
 
 Labels of unlabeled cases are neither read nor written. All files are written into a hidden folder next to the final one
 and renamed at the end; an interrupted conversion resumes from that folder.
@@ -83,7 +83,8 @@ def write_dataset(
     """Write all cases in nnU-Net's raw format, print a summary with warnings and notes, and return the folder.
 
     Raises:
-        UserError: some cases cannot be converted. The message names all of them; the others are kept for the next call.
+        UserError: some cases cannot be converted. The message names all of them; the converted cases are kept for the
+            next call.
     """
     _check_names(data_set, [case.identifier for cases in assignment.cases.values() for case in cases])
     dataset_id = _id_of(folder)
@@ -143,7 +144,7 @@ def _id_of(folder: Path) -> int:
 
 
 def _check_names(data_set: DataSet, identifiers: Sequence[str]) -> None:
-    """Raise UserError if a file system cannot store a name of the dataset or of a case, or keep two of them apart."""
+    """Raise UserError if a name cannot be used in file names, or if two names differ only in upper and lower case."""
     for name, what in ((data_set.name, "the dataset name"), *((each, "the case name") for each in identifiers)):
         if not name or not name.isprintable() or "/" in name:
             raise UserError(f"{what} {name!r} has characters that cannot be used in file names; rename the files")
@@ -161,7 +162,7 @@ def _check_names(data_set: DataSet, identifiers: Sequence[str]) -> None:
 
 
 def _start_or_resume(partial_folder: Path, data_set: DataSet, assignment: Assignment, source: Path) -> None:
-    """Empty the folder unless it is from an interrupted conversion with the same source, settings and roles."""
+    """Empty the partial folder, unless an interrupted conversion of equal source, settings and roles wrote it."""
     settings = {
         "source": str(source.resolve()),
         "data_set": [data_set.name, data_set.channel_names, dict(data_set.labels), dict(data_set.settings)],
@@ -219,7 +220,7 @@ def _stamps(role: str, case: Case) -> list[list[object]]:
 
 
 def _write_case(data_set: DataSet, folder: Path, job: tuple[str, Case]) -> str | None:
-    """Write one case and then a record that it is complete; return an error message on its source files, or None.
+    """Write one case, then a record that it is complete; return an error message if its files are invalid.
 
     Raises:
         UserError: the output cannot be written.
@@ -255,7 +256,10 @@ def _read_images(data_set: DataSet, case: Case, report: CaseReport) -> list[sitk
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise UserError(f"{path}: the image has NaN or infinite voxels; repair it or leave the case out")
         if array.min() == array.max():
-            raise UserError(f"{path}: the image is constant on the grid of the case; repair it or leave the case out")
+            raise UserError(
+                f"{path}: all voxels have the same value, at least on the voxel grid of the first channel; repair the "
+                "file or leave the case out"
+            )
         if images:
             _require_same_grid(case.images[0], images[0], path, image)
             image.CopyInformation(images[0])  # remove differences within the tolerance
@@ -282,7 +286,7 @@ def _write_image(image: sitk.Image, path: Path) -> None:
 
 
 def _require_same_grid(first_file: Path, first: sitk.Image, file: Path, image: sitk.Image) -> None:
-    """Raise UserError if two grids differ: nnU-Net ignores headers and would not detect a shifted or flipped label."""
+    """Raise UserError if two voxel grids differ: nnU-Net would not detect a shifted or flipped label by the headers."""
     if found := difference(first, image):
         raise UserError(f"{first_file} and {file} differ in {found}; repair the files or leave the case out")
 
@@ -348,7 +352,7 @@ def _print_summary(
 
 @contextmanager
 def _writing_errors(what: str, remedy: str) -> Iterator[None]:
-    """Turn errors of the file system and of SimpleITK into a one-line UserError."""
+    """Turn errors in writing files into a one-line UserError: what failed, the reason, and the remedy."""
     try:
         yield
     except (OSError, RuntimeError, EOFError) as error:

@@ -3,9 +3,9 @@
     torchrun --nnodes 2 --nproc-per-node 4 --max-restarts 3 --rdzv-backend c10d --rdzv-endpoint FIRST_NODE:29500 \
         -m nnunet_dycon.launch 101 3d_fullres 0 -tr nnUNetTrainerDyCON
 
-nnU-Net's own -num_gpus starts processes on one machine only, and uses the global rank as GPU number. Here, torchrun
-manages rendezvous, restarts and environment. This module assigns each rank its local GPU, also for nnU-Net's own
-trainers, and resumes a training from its last checkpoint after a restart.
+nnU-Net's own option -num_gpus starts processes on one machine only, and uses the global rank as GPU number. With this
+module, torchrun starts and restarts the processes. The module assigns each process the GPU of its local rank, also for
+nnU-Net's own trainers, and resumes a training from its last checkpoint after a restart.
 """
 
 import inspect
@@ -28,11 +28,11 @@ from nnunet_dycon.system.distributed import ids_for_ddp, on_any_rank, on_rank_ze
 from nnunet_dycon.system.environment import require_nnunet
 from nnunet_dycon.training.checkpoints import RESUMABLE, set_aside
 
-MARK = "torchrun_id.txt"  # in a fold's folder: the torchrun ID of the training that its checkpoints belong to
+MARK = "torchrun_id.txt"  # file in fold_X: the torchrun ID of the training that wrote the checkpoints there
 
 
 def main() -> None:
-    """Parse the arguments with nnUNetv2_train's own parser, and train."""
+    """Run nnUNetv2_train with its own argument parser, but train through `_train` in this process."""
     with ends_in_one_line():
         require_nnunet()
         run_training.run_training = partial(_train, run_training.run_training)
@@ -42,8 +42,13 @@ def main() -> None:
 def _train(train, *arguments, **options) -> None:
     """Call nnU-Net's run_training in a process group, on the device of this rank.
 
+    Args:
+        train: nnU-Net's run_training.
+        arguments: its positional arguments.
+        options: its keyword arguments.
+
     Raises:
-        UsageError: this process was not started by torchrun, has no GPU of its own, or -num_gpus is given.
+        UsageError: torchrun did not start this process, there are fewer GPUs than processes, or -num_gpus is given.
     """
     call = inspect.signature(train).bind(*arguments, **options)
     given = call.arguments
@@ -57,7 +62,7 @@ def _train(train, *arguments, **options) -> None:
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=_empty_store(rank, ranks), rank=rank, world_size=ranks)
-    # On any rank, because torchrun does not count earlier restarts on a machine that joins later.
+    # Ask all ranks, because on a machine that joins later, torchrun's count does not include earlier restarts.
     is_restarted = on_any_rank(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0", device)
     _use_device(device)
     is_resume = given["continue_training"]
@@ -69,11 +74,12 @@ def _train(train, *arguments, **options) -> None:
 
 
 def _empty_store(rank: int, ranks: int) -> dist.Store:
-    """Return torchrun's store with a new key prefix that all ranks of this attempt share.
+    """Return torchrun's store with a key prefix that is new after each restart and the same on all ranks.
 
-    torchrun uses one store for all attempts (as of torch 2.14). It contains addresses of killed processes, to which the
-    first rank of a new attempt would connect. No number of the attempt is the same on all machines, because each counts
-    its own restarts. Rank 0 therefore generates the prefix, and answers requests of the other ranks until all have it.
+    torchrun keeps one store for a training and all its restarts (as of torch 2.14). After a restart, the store still
+    contains the addresses of killed processes, to which ranks would try to connect. The restart count cannot serve as
+    prefix, because each machine counts only its own restarts. Rank 0 therefore generates a random prefix, and sends it
+    to the other ranks through the store.
     """
     store, *_ = next(dist.rendezvous("env://"))
     identifier = uuid4().hex
@@ -94,6 +100,7 @@ def _empty_store(rank: int, ranks: int) -> dist.Store:
 
 
 def _own_device(kind: str) -> torch.device:
+    """Return the CPU or the GPU of the local rank; raise UsageError if that GPU does not exist."""
     if "LOCAL_RANK" not in os.environ:
         raise UsageError(
             "nnunet_dycon.launch must be started by torchrun; run, with the arguments of nnUNetv2_train: torchrun "
@@ -111,7 +118,7 @@ def _own_device(kind: str) -> torch.device:
 
 
 def _use_device(device: torch.device) -> None:
-    """Patch nnU-Net to use this device instead of the GPU whose number is the global rank."""
+    """Patch nnU-Net to train on a device, instead of on the GPU whose number is the global rank."""
     initialise = trainer_module.nnUNetTrainer.__init__
 
     @wraps(initialise)  # nnU-Net inspects its signature
@@ -123,7 +130,7 @@ def _use_device(device: torch.device) -> None:
 
     trainer_module.nnUNetTrainer.__init__ = on_own_device
     trainer_module.DDP = lambda module, device_ids: DistributedDataParallel(module, device_ids=ids_for_ddp(device))
-    # It uses the global rank as GPU number.
+    # nnU-Net's load_pretrained_weights uses the global rank as GPU number, too.
     load_pretrained_weights.dist = SimpleNamespace(
         is_initialized=lambda: device.type == "cuda", get_rank=lambda: device.index
     )
@@ -132,7 +139,19 @@ def _use_device(device: torch.device) -> None:
 def _load_checkpoint(
     load, is_restarted: bool, is_resume: bool, trainer, continue_training: bool, validation_only: bool, pretrained=None
 ) -> None:
-    """Call nnU-Net's maybe_load_checkpoint; after a restart, resume from a checkpoint of this training."""
+    """Call nnU-Net's maybe_load_checkpoint; after a restart by torchrun, resume as if --c were given.
+
+    After a restart without a checkpoint, the training starts from epoch 0, with the pretrained weights if given.
+
+    Args:
+        load: nnU-Net's maybe_load_checkpoint.
+        is_restarted: whether torchrun has restarted the training.
+        is_resume: whether the user has given --c.
+        trainer: nnU-Net's trainer.
+        continue_training: argument of maybe_load_checkpoint, which a restart may override.
+        validation_only: argument of maybe_load_checkpoint, passed on.
+        pretrained: file with pretrained weights, or None.
+    """
     if not validation_only and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
         continue_training = on_rank_zero(partial(_should_resume, Path(trainer.output_folder), is_restarted, is_resume))
         pretrained = None if is_restarted and continue_training else pretrained
@@ -143,15 +162,16 @@ def _load_checkpoint(
 
 
 def _should_resume(folder: Path, is_restarted: bool, is_resume: bool) -> bool:
-    """Return whether a training resumes from a checkpoint.
+    """Return whether to resume the training from a checkpoint in its folder.
 
-    A new training renames checkpoints of an earlier one, and writes its torchrun ID to the file MARK. Checkpoints that
-    are found there after a restart are then its own.
+    When a training starts anew, this function renames the checkpoints of an earlier training in the folder, and writes
+    the torchrun ID of the new training to the file MARK. If MARK contains this ID after a restart, the checkpoints in
+    the folder belong to the restarted training.
 
     Args:
-        folder: the folder of the fold.
+        folder: the folder of the fold, fold_X.
         is_restarted: whether torchrun has restarted the training.
-        is_resume: whether --c is given.
+        is_resume: whether the user has given --c.
     """
     mark, run = folder / MARK, os.environ["TORCHELASTIC_RUN_ID"]
     if is_restarted and mark.is_file() and mark.read_text() == run:

@@ -1,4 +1,4 @@
-"""Registry of trainers and converters, without heavy imports."""
+"""Names and descriptions of all trainers and converters. Importing this module imports neither torch nor nnU-Net."""
 
 from dataclasses import dataclass
 
@@ -19,15 +19,16 @@ RECOMMENDED_DEFAULT, PUBLISHED, ADAPTED, BASELINE = "recommended", "published me
 
 @dataclass(frozen=True)
 class Trainer:
-    """A trainer class that `nnUNetv2_train -tr` accepts, defined in the module of its name in nnunet_dycon.trainers.
+    """Description of a trainer for `nnUNetv2_train -tr NAME`, whose class is in the module nnunet_dycon.trainers.NAME.
 
     Attributes:
-        group: the group in which `nnunet_dycon list` shows it.
+        group: the group in which `nnunet_dycon list` shows the trainer.
         summary: description of the method in one line.
-        paper: source of the method.
-        is_supervised: whether it trains without unlabeled cases.
-        companion: the network that can predict in addition to the student: "teacher", "second", or None.
-        caveat: warning about measured results that is logged when training starts, or "".
+        paper: reference of the method: authors, title, year.
+        is_supervised: whether the trainer uses labeled cases only.
+        companion: the network that is saved in addition to the student: "teacher", "second" (the second of two
+            trained networks), or None.
+        caveat: warning about measured results that is logged when training starts; "" for no warning.
     """
 
     group: str
@@ -40,11 +41,11 @@ class Trainer:
 
 @dataclass(frozen=True)
 class Converter:
-    """A converter `nnunet_dycon convert NAME`, defined in the module of its name in nnunet_dycon.dataset_conversion.
+    """Description of `nnunet_dycon convert NAME`, which is in the module nnunet_dycon.dataset_conversion.NAME.
 
     Attributes:
         summary: description of the data set in one line.
-        reference: address of the data set.
+        reference: web address of the data set.
     """
 
     summary: str
@@ -124,7 +125,7 @@ RETIRED: dict[str, str] = {
     "nnUNetTrainerDyCON_demo": f"use {RECOMMENDED}, which `nnunet_dycon demo` trains",
 }
 
-# Further classes that nnU-Net looks up: the builder of second networks, and the trainer of the demo.
+# Further classes that nnU-Net looks up by name: one builds second networks for prediction, one trains in the demo.
 BUILDERS = ("nnUNetTrainerSecondNetwork", "nnUNetTrainerDemo")
 
 CONVERTERS: dict[str, Converter] = {
@@ -156,7 +157,7 @@ CONVERTERS: dict[str, Converter] = {
 
 
 def groups() -> dict[str, list[str]]:
-    """Return the names of the trainers by group."""
+    """Return the groups of trainers, in the order of TRAINERS: group -> names of its trainers."""
     found: dict[str, list[str]] = {}
     for name, trainer in TRAINERS.items():
         found.setdefault(trainer.group, []).append(name)

@@ -46,14 +46,14 @@ def registered_name(name: str) -> str | None:
 
 
 def caveat_of(name: str) -> str | None:
-    """Return a line with the caveat of a registered trainer of any length; None if there is none."""
+    """Return "NAME: caveat" for a registered trainer, with or without length suffix; None if it has no caveat."""
     trainer, _ = _split(name)
     caveat = TRAINERS[trainer].caveat if trainer in TRAINERS else ""
     return f"{trainer}: {caveat}" if caveat else None
 
 
 def trainer_class(name: str) -> Any:
-    """Return the class of a registered trainer of any length, or a class of `BUILDERS`.
+    """Return the class of a registered trainer, with or without length suffix, or of an internal one in `BUILDERS`.
 
     Raises:
         UnknownTrainer: there is no such trainer.
@@ -70,7 +70,7 @@ def trainer_class(name: str) -> Any:
 
 
 def __getattr__(name: str) -> Any:
-    """Create and store the class of a registered trainer with another length."""
+    """Create and store the class of a registered trainer with a length suffix."""
     trainer, match = _split(name)
     if match is None or trainer not in TRAINERS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -44,7 +44,7 @@ class nnUNetTrainerDKUXNet(UXNetTraining, SemiSupervisedTrainer):
         return DKUXNet(supervision, self.method_settings)
 
     def initialize(self) -> None:
-        """Initialize as `SemiSupervisedTrainer`, then tap the queries.
+        """Initialize like `SemiSupervisedTrainer`, then register a forward hook that keeps the queries of the student.
 
         Raises:
             NotSupported: deep supervision is off. Without it, the assignment of voxels to queries is not trained.

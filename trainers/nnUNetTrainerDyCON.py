@@ -17,13 +17,13 @@ class nnUNetTrainerDyCON(SemiSupervisedTrainer):
       input and keeps its dropout active.
     - FeCL uses the features of the encoder stage with the stride nearest to 8; the release upsamples features of stride
       16.
-    - Ground truth of unlabeled images is not available. The release takes the class of their patches from it; here it
-      is taken from the teacher's prediction.
+    - The release takes the class of patches of unlabeled images from their ground truth, which is not available here;
+      the class is taken from the teacher's prediction instead.
 
     Both losses
 
-    - They are ramped up over the first 40 % of the training; in the release they have their full weight from the first
-      step.
+    - Both losses are ramped up over the first 40 % of the training; in the release they have their full weight from the
+      first step.
     - The release's third term, a mean squared error with a weight of nearly 0, is omitted.
 
     UnCL
@@ -35,9 +35,9 @@ class nnUNetTrainerDyCON(SemiSupervisedTrainer):
 
     - The focal weights are computed from the cosine c, clamped to [0, 1], instead of S = c/τ.
     - The loss is the mean over valid anchors, which have at least one positive and one negative. The release takes the
-      mean over all anchors, with 0 for invalid ones.
+      mean over all anchors, in which invalid ones count as 0.
     - The number of hard negatives, k = 5, and the clamping are our interpretation.
-    - The projection head has layer norm instead of batch norm, and no final normalization layer as in the release.
+    - The projection head has layer norm instead of batch norm and, unlike in the release, no final normalization layer.
     - The class of a patch depends on its foreground fraction, and patches with a fraction between 0.05 and 0.25 are
       ignored; the release uses the central 2 x 2 x 2 voxels.
     - The entropy of an anchor is the mean over its patch of the entropy of the student's softmax; the paper's

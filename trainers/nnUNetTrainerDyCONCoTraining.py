@@ -7,7 +7,8 @@ from nnunet_dycon.trainers.two_networks import TwoNetworksTrainer
 class nnUNetTrainerDyCONCoTraining(TwoNetworksTrainer):
     """DyCON's losses in co-training (arXiv:2504.04566); see `nnunet_dycon.methods.dycon_cotraining`.
 
-    As in `nnUNetTrainerDyCON_adapted`, UnCL has a larger weight and no entropy term, and FeCL no focal weights.
+    Unlike in the paper, UnCL has the weight 4 instead of 0.5 and no entropy term (η = 0), and FeCL has no focal weights
+    (γ = 0).
     """
 
     method_settings = DyCONTerms(uncl_weight=4.0, entropy_weight=0.0, gamma=0.0)

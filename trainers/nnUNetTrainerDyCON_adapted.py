@@ -8,7 +8,7 @@ from nnunet_dycon.trainers.semi_supervised import TrainingSettings
 class nnUNetTrainerDyCON_adapted(nnUNetTrainerDyCON):
     """DyCON with adapted loss weights, CutMix and stronger intensity augmentation; docs/methods.md explains why.
 
-    Differences to `nnUNetTrainerDyCON`:
+    Differences from `nnUNetTrainerDyCON`:
 
     - UnCL has the weight 16 and no entropy term (η = 0);
     - FeCL has no focal weights (γ = 0);

@@ -5,7 +5,10 @@ from nnunet_dycon.trainers.semi_supervised import SemiSupervisedTrainer
 
 
 class nnUNetTrainerPseudoLabel(SemiSupervisedTrainer):
-    """Self-training with all pseudo-labels of the student itself; see `nnunet_dycon.methods.pseudo_labels`."""
+    """Self-training: the student is trained with its own pseudo-labels, without a confidence threshold.
+
+    See `nnunet_dycon.methods.pseudo_labels`.
+    """
 
     method_settings = PseudoLabelSettings(ema_decay=0.0)
 

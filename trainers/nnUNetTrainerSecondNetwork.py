@@ -15,16 +15,17 @@ _SHARED = (
 
 
 def second_architecture(architecture: dict) -> dict:
-    """Return the architecture of the second network for an architecture of the plans.
+    """Return the architecture of the second network, given the architecture in the plans.
 
-    It is a residual-encoder U-Net for a plain U-Net and vice versa, with nnU-Net's default numbers of blocks or
-    convolutions per stage. Stages, widths and strides are equal, so that patch sizes and features correspond.
+    The second network is a residual-encoder U-Net for a plain U-Net and vice versa, with nnU-Net's default numbers of
+    blocks or convolutions per stage. Both networks have equal numbers of stages, widths and strides, so that patch
+    sizes and features correspond.
 
     Args:
         architecture: the entry "architecture" of a configuration in nnU-Net's plans.
 
     Raises:
-        NotSupported: the architecture is neither of both.
+        NotSupported: the architecture in the plans is neither a plain nor a residual-encoder U-Net.
     """
     name, given = architecture["network_class_name"].rpartition(".")[2], architecture["arch_kwargs"]
     stages = given["n_stages"]
@@ -51,7 +52,7 @@ def second_architecture(architecture: dict) -> dict:
 
 
 class nnUNetTrainerSecondNetwork(nnUNetTrainer):
-    """nnU-Net's trainer with the second network. nnU-Net uses it to predict with checkpoints of second networks."""
+    """nnU-Net's trainer with the second network, for nnUNetv2_predict with checkpoints of second networks."""
 
     @staticmethod
     def build_network_architecture(

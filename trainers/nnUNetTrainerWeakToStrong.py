@@ -7,7 +7,7 @@ from nnunet_dycon.trainers.nnUNetTrainerFixMatch import nnUNetTrainerFixMatch
 
 
 class nnUNetTrainerWeakToStrong(nnUNetTrainerFixMatch):
-    """FixMatch without confidence threshold, with half the weight of the supervised loss.
+    """FixMatch without confidence threshold; the loss on pseudo-labels has half the weight of the supervised loss.
 
     docs/results.md lists the settings that were compared.
     """

@@ -32,7 +32,7 @@ from nnunet_dycon.training.supervision import make_supervision
 
 
 class SemiSupervisedTrainer(nnUNetTrainer):
-    """nnU-Net's trainer with unlabeled cases from imagesUn. A subclass defines its settings and builds its method."""
+    """nnU-Net's trainer with unlabeled cases from imagesUn. Subclasses define the settings and build the method."""
 
     training_settings = TrainingSettings()
     method_settings: Any  # frozen dataclass with the settings of the method
@@ -66,7 +66,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
     @classmethod
     def check_compatibility(cls, plans: dict, configuration: str, dataset_json: dict) -> None:
-        """Raise NotSupported, or UserError for an uneven batch, if this trainer cannot train a configuration."""
+        """Raise NotSupported for unsupported configurations, UserError if the batch does not divide among the GPUs."""
         planned = PlansManager(plans).get_configuration(configuration)
         on_rank_zero(partial(require_even_batch, planned.batch_size))
         compatibility.refuse_cascade(cls.__name__, configuration, planned)
@@ -78,11 +78,11 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         raise NotImplementedError(f"{type(self).__name__} builds no method; use one of its subclasses")
 
     def feature_stage(self) -> FeatureStage:
-        """Return the stage of the network whose features are tapped."""
+        """Return the network stage whose output is used as features; by default the stage with stride nearest to 8."""
         return compatibility.stage_nearest_to_stride_8(self)
 
     def initialize(self) -> None:
-        """Initialize as nnU-Net, then build the method, add its modules to the optimizer, and tap the student."""
+        """Initialize as nnU-Net, build the method, add its modules to the optimizer, and hook the feature stage."""
         super().initialize()
         with compatibility.deep_supervision_off(self):  # the teacher is a copy of the network and does not need it
             self.method = self.build_method(self.network, make_supervision(self))
@@ -116,16 +116,16 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
     @property
     def curves(self) -> dict[str, list[float]]:
-        """Means over the steps of each epoch, by name of the curve."""
+        """Curve name -> one value per epoch: the mean over the steps of this epoch."""
         return self._recorder.curves
 
     @ends_in_one_line()
     def on_train_start(self) -> None:
         """Run the preflight checks, then nnU-Net's hook, and write the run record."""
         on_rank_zero(self._check_before_training)
-        with explained(OSError, f"training cannot start in {self.output_folder}; free disk space or repair the file"):
+        is_new, folder = self._resumed_settings is None, Path(self.output_folder)
+        with explained(OSError, f"{folder}: a training file cannot be read or written; repair it or free disk space"):
             super().on_train_start()
-            is_new, folder = self._resumed_settings is None, Path(self.output_folder)
             if self.local_rank == 0 and (is_new or not record_file(folder).is_file()):
                 write_record(folder, type(self).__name__, self.settings, self._cases)
         if is_new:
@@ -193,7 +193,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             super().run_training()
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
-        """Run nnU-Net's hook without lost steps, then record and log the means and times of the epoch."""
+        """Run nnU-Net's hook, with non-finite losses replaced, then record and log means and times of the epoch."""
         super().on_train_epoch_end(replace_lost(train_outputs))
         self._recorder.end(self.current_epoch, train_outputs).log(self.logger.loggers, self.print_to_log_file)
 
@@ -216,7 +216,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
     @ends_in_one_line()
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
-        """Load nnU-Net's checkpoint and the state of the method; with --c the newest readable one if it is damaged."""
+        """Load nnU-Net's checkpoint with the method's state. If it is damaged, --c loads another one of the folder."""
         if self._continue_training:
             self._continue_training = False  # later calls load exactly the given file
             filename_or_checkpoint = checkpoints.find_readable(filename_or_checkpoint, self.print_to_log_file)
@@ -229,13 +229,13 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self._recorder.curves, self._resumed_settings = own["curves"], own["settings"]
 
     def companions(self) -> dict[str, tuple[str, nn.Module]]:
-        """Return the other networks that can predict, by file name: the trainer that builds it, and the network."""
+        """Return checkpoint file -> (name of the trainer class, network) for each network other than the student."""
         teacher = self.method.teacher
         return {} if teacher is None else {checkpoints.TEACHER: (type(self).__name__, teacher.network)}
 
     @ends_in_one_line()
     def on_train_end(self) -> None:
-        """Run nnU-Net's hook, then write the checkpoints of the companions, for nnUNetv2_predict -chk."""
+        """Run nnU-Net's hook, then write the checkpoints of the other networks, for nnUNetv2_predict -chk."""
         super().on_train_end()
         if self.local_rank == 0 and not self.disable_checkpointing:
             checkpoints.save_companions(Path(self.output_folder), self.companions())

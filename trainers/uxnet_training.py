@@ -1,4 +1,4 @@
-"""Base class of the trainers of 3D UX-Net: network with the widths of nnU-Net's plans, and optimizer."""
+"""Base class of the trainers of 3D UX-Net, with the network, built from nnU-Net's plans, and the optimizer."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,7 @@ _IMPORTED = ("conv_op", "norm_op", "nonlin")  # stored in the plans as names of 
 
 @dataclass(frozen=True)
 class AdamWSettings:
-    """Settings of AdamW, those of the released code. The learning rate decays to 0 with nnU-Net's schedule.
+    """Settings of AdamW, equal to those of the released code. The learning rate decays to 0 with nnU-Net's schedule.
 
     Attributes:
         learning_rate: the initial learning rate.
@@ -32,8 +32,8 @@ class AdamWSettings:
 class UXNetTraining(nnUNetTrainer):
     """nnU-Net's trainer with a network of `nnunet_dycon.networks`, and AdamW.
 
-    nnU-Net builds the network from the class in training and prediction, so the network's options are class attributes
-    and class methods.
+    nnU-Net builds the network by a method of the trainer class, without an instance. So the options of the network are
+    class attributes and class methods.
     """
 
     network_class = "nnunet_dycon.networks.UXNet"
@@ -41,7 +41,7 @@ class UXNetTraining(nnUNetTrainer):
 
     @classmethod
     def network_options(cls) -> dict[str, Any]:
-        """Return arguments of the network that are not in the plans."""
+        """Return keyword arguments of the network in addition to those in the plans."""
         return {}
 
     @classmethod
@@ -70,7 +70,8 @@ class UXNetTraining(nnUNetTrainer):
                 deep_supervision=enable_deep_supervision,
             )
         except ValueError as error:
-            raise NotSupported(f"{cls.__name__} cannot build its network: {error}") from None
+            remedy = "change the settings in a subclass of the trainer, or arch_kwargs in the plans"
+            raise NotSupported(f"{cls.__name__} cannot build its network: {error}; {remedy}") from None
 
     def configure_optimizers(self):
         """Return AdamW and nnU-Net's learning-rate schedule."""

@@ -1,4 +1,4 @@
-"""The command nnunet_dycon. Sub-commands import their modules only when they run, so that --help is fast."""
+"""The command nnunet_dycon. Torch and nnU-Net are imported only by sub-commands that run, so --help is fast."""
 
 import argparse
 import os
@@ -14,10 +14,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a sub-command.
 
     Args:
-        argv: the arguments; None for the arguments of the process.
+        argv: the command-line arguments without the program name; None for sys.argv.
 
     Returns:
-        The exit code: 0 for success, 1 if a problem was found, 2 for wrong usage.
+        The exit code: 0 for success, 1 for a problem in data or folders, 2 for wrong usage, 130 if interrupted, 141 if
+        the output pipe was closed.
     """
     argv = sys.argv[1:] if argv is None else argv
     try:
@@ -35,7 +36,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
-    """Return the parser. It contains options of the converter in `argv`, but not of other converters."""
+    """Return the parser of all sub-commands.
+
+    Only the converter that `argv` calls gets its options, since these are defined in the module of each converter.
+
+    Args:
+        argv: the command-line arguments without the program name.
+    """
     parser = argparse.ArgumentParser(
         prog="nnunet_dycon",
         description="Semi-supervised training for nnU-Net v2.",

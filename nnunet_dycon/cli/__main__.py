@@ -1,4 +1,4 @@
-"""`python -m nnunet_dycon.cli`: the command nnunet_dycon."""
+"""Entry point of `python -m nnunet_dycon.cli`, which is the same as the command nnunet_dycon."""
 
 import sys
 

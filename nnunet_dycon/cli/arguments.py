@@ -1,4 +1,4 @@
-"""Types and help texts of arguments that several sub-commands share."""
+"""Types and help texts of command-line arguments that several sub-commands have."""
 
 import argparse
 import math

@@ -1,4 +1,4 @@
-"""Sub-commands on data: convert, preprocess_unlabeled."""
+"""Sub-commands that prepare data: convert, preprocess_unlabeled."""
 
 import argparse
 from collections.abc import Sequence
@@ -37,9 +37,9 @@ def _add_converter(parser: argparse.ArgumentParser, name: str) -> None:
     chosen = parser.add_mutually_exclusive_group()
     chosen.add_argument(
         "--labeled", type=count_or_fraction, default=None, metavar="N",
-        help="keep the labels of N or N%% of the training cases: the first in the published order, which comes with "
-        "--protocol or with the data, or a random choice with --seed if there is none; the others become unlabeled "
-        "(default: keep all labels)",
+        help="keep the labels of only N, or N%%, of the training cases; the others become unlabeled (default: keep all "
+        "labels). The first cases in the published order of --protocol or of the data set are kept or, without such "
+        "an order, random cases (see --seed)",
     )  # fmt: skip
     chosen.add_argument(
         "--split", type=Path, default=None, metavar="FILE",
@@ -47,7 +47,7 @@ def _add_converter(parser: argparse.ArgumentParser, name: str) -> None:
     )  # fmt: skip
     if protocols := published_names(name):
         parser.add_argument("--protocol", choices=protocols, default=None, help="published split")
-    parser.add_argument("--seed", type=int, default=0, help="seed of --labeled without a published order (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random cases of --labeled (default: 0)")
     parser.add_argument("-np", dest="num_processes", type=positive, default=None, help=PROCESSES)
     import_module(f"nnunet_dycon.dataset_conversion.{name}").add_options(parser)
     parser.set_defaults(run=_convert, converter=name)

@@ -1,4 +1,4 @@
-"""Sub-commands on the installation: trainers_path, list, doctor, demo."""
+"""Sub-commands that show or test the installation: trainers_path, list, doctor, demo."""
 
 import argparse
 import json

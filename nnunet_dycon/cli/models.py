@@ -1,4 +1,4 @@
-"""Sub-commands on trained models: export_vanilla, predict_both, predict_uncertainty."""
+"""Sub-commands that use trained models: export_vanilla, predict_both, predict_uncertainty."""
 
 import argparse
 import json

@@ -28,7 +28,9 @@ def add_evaluate(commands: Any) -> None:
         help="label values to score (default: the foreground labels of dataset.json in -pred, where nnUNetv2_predict "
         "writes it)",
     )  # fmt: skip
-    evaluate.add_argument("-o", dest="output", type=Path, default=None, metavar="FOLDER", help="default: that of -pred")
+    evaluate.add_argument(
+        "-o", dest="output", type=Path, default=None, metavar="FOLDER", help="default: the folder of -pred"
+    )
     evaluate.add_argument("-np", dest="num_processes", type=positive, default=None, help=PROCESSES)
     evaluate.add_argument("--json", action="store_true", help="print evaluation.json instead of the table")
     evaluate.set_defaults(run=_evaluate)

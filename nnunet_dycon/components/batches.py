@@ -13,10 +13,12 @@ class LabeledBatch:
     """Batch of patches of labeled cases.
 
     Attributes:
-        weak: (B, C, *spatial), with spatial and mirror augmentation only.
-        strong: (B, C, *spatial), the same patches, voxel by voxel, with nnU-Net's intensity augmentation as well.
-        targets: (B, T, *spatial), nnU-Net's targets: a label map (T = 1), or a channel for each region and one more for
-            ignored voxels (see `LabelSpace`). With deep supervision a list, highest resolution first.
+        weak: (B, C, *spatial), the patches with spatial and mirror augmentation only.
+        strong: (B, C, *spatial), the patches of ``weak`` with nnU-Net's intensity augmentation in addition. The voxels
+            of both views correspond.
+        targets: (B, T, *spatial), nnU-Net's targets: a label map (T = 1) for classes; for regions one channel per
+            region and, if the data set has an ignore label, a last channel that marks ignored voxels. With deep
+            supervision a list with one target per resolution, highest first.
         keys: the B case identifiers.
     """
 
@@ -30,17 +32,18 @@ class LabeledBatch:
 
     @property
     def full_resolution(self) -> torch.Tensor:
-        """Target at full resolution, (B, T, *spatial)."""
+        """The target at full resolution, (B, T, *spatial)."""
         return self.targets[0] if isinstance(self.targets, list) else self.targets
 
 
 @dataclass(frozen=True)
 class UnlabeledBatch:
-    """Batch of patches of unlabeled cases: two views, no target.
+    """Batch of patches of unlabeled cases: two views of each patch, no target.
 
     Attributes:
-        weak: (B, C, *spatial), with spatial and mirror augmentation only.
-        strong: (B, C, *spatial), the same patches, voxel by voxel, with nnU-Net's intensity augmentation as well.
+        weak: (B, C, *spatial), the patches with spatial and mirror augmentation only.
+        strong: (B, C, *spatial), the patches of ``weak`` with nnU-Net's intensity augmentation in addition. The voxels
+            of both views correspond.
         keys: the B case identifiers.
     """
 
@@ -57,9 +60,10 @@ class StudentOutput:
     """Output of a network for a batch of images.
 
     Attributes:
-        logits: (B, K, *spatial) each, highest resolution first; more than one with deep supervision.
-        features: (B, F, *grid) of the tapped encoder stage, or None if no stage is tapped.
-        queries: (B, K, *spatial) each, the query distribution of a mask transformer as logits, at the resolutions of
+        logits: the logits, (B, K, *spatial), at each resolution, highest first. Without deep supervision only the
+            highest.
+        features: (B, F, *grid), the output of the network stage that a `FeatureTap` stores, or None without a tap.
+        queries: the logits of a mask transformer's query distribution, (B, K, *spatial), at each resolution of
             ``logits``; empty for other networks.
     """
 
@@ -71,7 +75,7 @@ class StudentOutput:
     def of(
         cls, returned: torch.Tensor | Sequence[torch.Tensor], features: torch.Tensor | None = None
     ) -> "StudentOutput":
-        """Build the output from the return value of a network: logits, or with deep supervision a list of them."""
+        """Build a `StudentOutput` from a network's return value: logits, or a list of logits with deep supervision."""
         return cls([returned] if isinstance(returned, torch.Tensor) else list(returned), features)
 
     def __getitem__(self, samples: slice) -> "StudentOutput":

@@ -12,26 +12,26 @@ from nnunet_dycon.components.features import FeatureStage, FeatureTap
 from nnunet_dycon.components.method import Method, Student, Supervision, Terms
 from nnunet_dycon.components.schedules import sigmoid_rampup
 
-OF_SECOND = "_second"  # suffix of the names of the second network's terms
+OF_SECOND = "_second"  # suffix of the names of the second network's loss terms
 
 
 class CoTraining(Method):
-    r"""Base class of co-training: two networks, each trained with ground truth and with the peer's predictions.
+    r"""Base class of co-training: two networks, each trained with ground truth and the other network's predictions.
 
     .. math:: L = \sum_{s} \sum_k w_k(t)\, L_k(s, \bar{s})
 
-    over both students s and the terms k, with the supervised loss as a term of weight 1. The peer :math:`\bar{s}`
-    receives no gradient from the loss of s. Both students see the same strong views, labeled images first. There is no
-    teacher.
+    The first sum is over both networks (students) s, the second one over the loss terms k, of which the supervised loss
+    has weight 1. :math:`\bar{s}` is the other network, called the peer of s; it receives no gradient from the loss of
+    s. Both students see the same strong views, labeled images first. There is no teacher.
 
-    A subclass defines the `mutual_losses` and their `weights`. Its settings have the field ``rampup``, the length of
-    the ramp-up as a fraction of the training.
+    A subclass defines the `mutual_losses` and their `weights`. Its settings must have the field ``rampup``, the length
+    of the ramp-up as a fraction of the training.
 
     Args:
-        supervision: losses on labels.
+        supervision: the losses between logits and labels, and the label space.
         settings: the settings of the subclass.
-        second: the second network; it must return as many resolutions as the first.
-        stage: the stage of the second network whose features are tapped, or None.
+        second: the second network; it must return logits at as many resolutions as the first.
+        stage: the stage of the second network whose features the losses use, or None if they use none.
 
     Attributes:
         second: the second network, in training mode.
@@ -49,7 +49,7 @@ class CoTraining(Method):
         self._second_tap = None if stage is None else FeatureTap(unwrap(second), stage.name)
 
     def weights(self, ramp: float) -> dict[str, float]:
-        """Return the weight of each mutual loss. A term of weight 0 need not be computed.
+        """Return the weight of each mutual loss by name. `mutual_losses` may omit terms of weight 0.
 
         Args:
             ramp: the ramp-up factor, from 0 to 1.
@@ -59,16 +59,17 @@ class CoTraining(Method):
     def mutual_losses(
         self, first: StudentOutput, second: StudentOutput, labeled: LabeledBatch, progress: float
     ) -> tuple[Terms, Terms, Terms]:
-        """Compute the losses of both networks with the peer's predictions.
+        """Compute the losses that train each network with the predictions of its peer.
 
         Args:
-            first: output of the first network for labeled, then unlabeled images.
+            first: output of the first network for the labeled images, followed by the unlabeled ones.
             second: output of the second network for the same images.
             labeled: the labeled batch.
             progress: training progress in [0, 1].
 
         Returns:
-            The terms of the first network, the same terms of the second, and diagnostics.
+            The unweighted loss terms of the first network, those of the second network under the same names, and
+            diagnostics.
         """
         raise NotImplementedError
 
@@ -97,7 +98,7 @@ class CoTraining(Method):
 
     @torch.no_grad()
     def label(self, images: torch.Tensor) -> torch.Tensor:
-        """Return the logits of the second network in eval mode, see `Method.label`."""
+        """Return the logits that the second network predicts for images in eval mode; see `Method.label`."""
         network = unwrap(self.second)
         network.eval()
         try:
@@ -107,6 +108,6 @@ class CoTraining(Method):
 
 
 def each_with_peer(first: StudentOutput, second: StudentOutput) -> Iterator[tuple[StudentOutput, StudentOutput]]:
-    """Yield each output together with its peer's: (first, second), then (second, first)."""
+    """Yield the output of each network with the output of its peer: (first, second), then (second, first)."""
     yield first, second
     yield second, first

@@ -1,7 +1,7 @@
 """Defaults: self-configured hyperparameters.
 
-They are derived from the plans, the numbers of labeled and unlabeled cases, and the length of the training. None is an
-absolute number of steps, epochs or cases.
+They are derived from the plans, the numbers of labeled and unlabeled cases, and the length of the training. No default
+is an absolute number of steps, epochs or cases.
 """
 
 from collections.abc import Sequence
@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 
 RAMPUP = 0.4
-"""Length of the ramp-up of unsupervised losses as a fraction of the training; early pseudo-labels are unreliable."""
+"""Length of the ramp-up of unsupervised losses as a fraction of the training. It is needed because early pseudo-labels
+are unreliable."""
 
 EMA_DECAY = 0.99
 """Decay of EMA teachers (Mean Teacher, arXiv:1703.01780)."""
@@ -46,7 +47,7 @@ def nearest_stage(strides: Sequence[Sequence[int]], wanted_stride: float = 8.0) 
 
     Args:
         strides: the stride of each stage along each axis, as `pool_op_kernel_sizes` in the plans.
-        wanted_stride: total stride in voxels of the patch.
+        wanted_stride: the wanted total stride in voxels at full resolution.
 
     >>> nearest_stage([[1, 1, 1], [2, 2, 2], [2, 2, 2], [2, 2, 2], [2, 2, 2]])
     3

@@ -1,4 +1,4 @@
-"""Diagnostics of a training: foreground of pseudo-labels, agreement of predictions, and names of curves."""
+"""Diagnostics of a training: foreground of pseudo-labels, agreement of predictions, and names of the logged curves."""
 
 from collections.abc import Iterable
 
@@ -28,12 +28,13 @@ def pseudo_label_diagnostics(
     Args:
         student: (B, *spatial), the student's label maps of unlabeled images.
         teacher: (B, *spatial), the pseudo-labels: label maps of the teacher, the peer, or the weak view.
-        where: (B, *spatial), boolean: the voxels to use, those of unlabeled images; None for all.
+        where: (B, *spatial), boolean mask of the voxels to use, such as those that come from unlabeled images; None for
+            all.
         agreement: the name of the agreement, one of `AGREEMENTS`.
 
     Returns:
         "pseudo_foreground", the fraction of voxels whose pseudo-label is foreground, and, under the name ``agreement``,
-        the Dice of both label maps, pooled over foreground classes and batch; NaN if both are empty.
+        the Dice between both label maps, pooled over foreground classes and batch; NaN if both have no foreground.
     """
     voxels: int | torch.Tensor = teacher.numel()
     if where is not None:
@@ -61,7 +62,7 @@ def pseudo_region_diagnostics(
 
     Returns:
         "pseudo_foreground", the fraction of voxels in any pseudo-labeled region, and, under the name ``agreement``, the
-        mean Dice over the regions that are not empty in both.
+        mean Dice over the regions, without those that are empty in both predictions.
     """
     voxels: int | torch.Tensor = teacher[:, 0].numel()
     if where is not None:
@@ -72,6 +73,6 @@ def pseudo_region_diagnostics(
 
 
 def terms_of_loss(names: Iterable[str]) -> list[str]:
-    """Return those names of curves that are terms of the loss."""
+    """Return the names of loss terms among names of curves, in the same order. The total loss is not a term."""
     others = {"loss", *SCHEDULES, *FRACTIONS, *AGREEMENTS}
     return [name for name in names if name not in others and not name.startswith(SECONDS)]

@@ -15,7 +15,7 @@ def unwrap(module: nn.Module) -> nn.Module:
 
 
 def _unwrapped(module: nn.Module) -> tuple[nn.Module, bool]:
-    """Return the module inside the wrappers, and whether it is compiled."""
+    """Return the module inside the wrappers of `unwrap`, and whether torch.compile wraps it."""
     is_compiled = False
     while True:
         if isinstance(module, nn.parallel.DistributedDataParallel):
@@ -32,15 +32,17 @@ class EMATeacher(nn.Module):
     .. math:: \theta^t_{n} = \alpha_n \theta^t_{n-1} + (1 - \alpha_n)\,\theta^s_n,
         \qquad \alpha_n = \min\left(1 - \frac{1}{n + 1}, \alpha\right)
 
-    for the updates n = 0, 1, ...: the first update copies the student, and the average is the arithmetic mean until
-    the decay α is reached (Mean Teacher, arXiv:1703.01780; as in the released DyCON). Buffers are copied, not averaged.
+    with the weights θ of teacher (t) and student (s), and the updates n = 0, 1, ... The first update copies the
+    student. Until :math:`\alpha_n` reaches the decay α, the teacher is the arithmetic mean of the student's weights so
+    far (Mean Teacher, arXiv:1703.01780; as in the released DyCON). Buffers are copied, not averaged.
 
     An update is one fused operation over all weights, without synchronization of host and device. torch's own
     `AveragedModel` synchronizes, because it copies its counter to the device.
 
     Args:
         network: the student; may be wrapped by DDP or torch.compile. If it is compiled, the teacher is compiled, too.
-            Hooks are copied, so taps must be registered afterwards.
+            Forward hooks of the student are copied to the teacher, so register hooks that read features, such as
+            `FeatureTap`, only after the teacher is created.
         head: the student's projection head, or None.
         stage: the encoder stage whose features the head embeds; required with a head.
         decay: α, in [0, 1).
@@ -71,7 +73,7 @@ class EMATeacher(nn.Module):
 
     @property
     def network(self) -> nn.Module:
-        """The teacher's network."""
+        """The network with the averaged weights."""
         return self._averages[0]
 
     def get_extra_state(self) -> torch.Tensor:
@@ -88,13 +90,13 @@ class EMATeacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> StudentOutput:
-        """Return logits at full resolution and, with a head, features of the tapped stage; without gradient."""
+        """Return logits at full resolution and, with a projection head, the features of ``stage``, without gradient."""
         logits = StudentOutput.of(self._forward[0](images)).logits
         return StudentOutput(logits[:1], None if self._tap is None else self._tap.take())
 
     @torch.no_grad()
     def embed(self, features: torch.Tensor) -> torch.Tensor:
-        """Embed features with the averaged head."""
+        """Embed features with the averaged projection head; see `ProjectionHead`."""
         return self._averages[1](features)
 
     @torch.no_grad()

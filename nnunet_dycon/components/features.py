@@ -1,4 +1,4 @@
-"""Features for contrastive losses: feature tap, projection head, and labels of patches."""
+"""Features for contrastive losses: forward hook that reads them, projection head, sampling, and labels of patches."""
 
 import math
 from collections.abc import Sequence
@@ -13,14 +13,14 @@ IGNORED_PATCH = -1
 
 @dataclass(frozen=True)
 class FeatureStage:
-    """Name of the module of an encoder stage in the network, and its number of channels."""
+    """Stage of a network: the name of its module, and the number of its output channels."""
 
     name: str
     channels: int
 
 
 class FeatureTap:
-    """Forward hook that stores the output of one module of a network until it is taken.
+    """Forward hook that stores the output of one module of a network until `take` is called.
 
     The network, its state dict and its outputs are unchanged. Nothing is stored while the module is in eval mode
     (validation, sliding-window prediction), unless ``always`` is set.
@@ -36,9 +36,9 @@ class FeatureTap:
             self._output = output
 
     def take(self) -> Any:
-        """Return and release the stored output of the latest forward pass, or None.
+        """Return the stored output of the latest forward pass and clear it; return None if nothing is stored.
 
-        The output of an encoder stage is (B, F, *grid).
+        The output of an encoder stage has the shape (B, F, *grid).
         """
         output, self._output = self._output, None
         return output
@@ -48,8 +48,8 @@ class ProjectionHead(nn.Module):
     """Projection head for a contrastive loss, applied to each patch: linear, layer norm, ReLU, linear.
 
     Deviations from the released DyCON (commit 69c1384): layer norm instead of batch norm, which would need buffers in
-    the EMA teacher and behave differently in its eval mode; features are tapped at stride 8 instead of upsampled from
-    stride 16.
+    the EMA teacher and behave differently in its eval mode; the input is features of stride 8 instead of features that
+    are upsampled from stride 16.
     """
 
     def __init__(self, channels: int, width: int = 256) -> None:
@@ -64,10 +64,18 @@ class ProjectionHead(nn.Module):
 
 
 def pool_to_patches(volume: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
-    """Average a volume (B, *spatial) over each cell of a grid: (B, N), in the order of `ProjectionHead`.
+    """Return the mean of a volume over each cell of a feature grid.
+
+    Args:
+        volume: (B, *spatial).
+        grid: the number of cells along each spatial axis.
+
+    Returns:
+        (B, N), with the N cells in the same order as in the output of `ProjectionHead`.
 
     Raises:
-        ValueError: the grid does not divide the volume. The grid of a network from nnU-Net's plans always does.
+        ValueError: a size of the volume is not a multiple of the number of cells. With the feature grid of a network
+            from nnU-Net's plans it always is.
     """
     # Not avg_pool3d, which MPS does not support.
     split = _split(volume, grid)
@@ -98,8 +106,8 @@ class DrawnVoxels:
 
     Attributes:
         index: (M,), indices into the batch flattened to (B * voxels).
-        labels: (M,), integers.
-        valid: (M,), False for entries without an eligible voxel.
+        labels: (M,), integers, the class of each voxel.
+        valid: (M,), boolean, False for padding entries, which occur if a class has too few eligible voxels.
     """
 
     index: torch.Tensor
@@ -117,13 +125,14 @@ class DrawnVoxels:
 def draw_voxels(labels: torch.Tensor, eligible: torch.Tensor, number: int, num_classes: int) -> DrawnVoxels:
     """Sample ``number`` eligible voxels of each class uniformly without replacement, or all if there are fewer.
 
-    M is always ``num_classes`` * ``number`` (at most the number of voxels), so the host does not wait for the device.
+    The result is padded to the same number of entries for each class, so its shape does not depend on the labels and
+    the host does not wait for the device.
 
     Args:
         labels: (B, *spatial), integers.
-        eligible: (B, *spatial), True for voxels that may be drawn.
+        eligible: (B, *spatial), boolean, True for voxels that may be sampled.
         number: the number of voxels per class.
-        num_classes: including background.
+        num_classes: the number of classes, including background.
     """
     flat = labels.flatten()
     number = min(number, len(flat))
@@ -142,24 +151,24 @@ def patch_labels(
     background_fraction: float = 0.05,
     known: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return the class of each cell (patch) of a feature grid, by the fraction of its volume.
+    """Return the class of each cell (patch) of a feature grid, determined by the foreground fraction of the cell.
 
     A cell with at least ``foreground_fraction`` of foreground has the foreground class with the largest volume; a cell
     with at most ``background_fraction`` is background; all others are `IGNORED_PATCH`. So a lesion smaller than a cell
-    can still make a foreground patch: 6×6×6 voxels fill 42 % of 8×8×8. The fractions are relative to the annotated
-    voxels; a cell with less than half of its voxels annotated is ignored.
+    can still make a foreground patch: 6×6×6 voxels fill 42 % of a cell of 8×8×8. The fractions are relative to the
+    annotated voxels of the cell; a cell with less than half of its voxels annotated is ignored.
 
     Args:
         label_map: (B, *spatial), integers.
         grid: the number of cells along each spatial axis.
-        num_classes: including background.
+        num_classes: the number of classes, including background.
         foreground_fraction: the smallest foreground fraction of a foreground cell.
         background_fraction: the largest foreground fraction of a background cell.
-        known: (B, *spatial), False for voxels that are not annotated, which must be 0 in the label map. None: all are
-            annotated.
+        known: (B, *spatial), boolean, False for voxels that are not annotated, which must be 0 in the label map. None
+            if all voxels are annotated.
 
     Returns:
-        (B, N) integers.
+        (B, N) integers: classes, or `IGNORED_PATCH`.
     """
     fractions = torch.stack([pool_to_patches((label_map == c).float(), grid) for c in range(1, num_classes)])
     largest = fractions.argmax(0) + 1
@@ -174,21 +183,22 @@ def patch_codes(
     background_fraction: float = 0.05,
     known: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return the combination of regions of each cell of a feature grid, in analogy to `patch_labels`.
+    """Return the class of each cell (patch) of a feature grid for regions: a code of a combination of regions.
 
-    Foreground are the voxels in any region. A foreground cell has the most frequent combination of its foreground
-    voxels, in case of a tie that with the lowest code. Unlike a majority vote for each region, this is always a
-    combination that occurs in the cell. Combinations are sorted and not counted one by one, since there can be many.
+    As in `patch_labels`, the foreground fraction of a cell determines whether it is foreground, background or ignored.
+    Voxels in any region are foreground. The class of a foreground cell is the most frequent code of its foreground
+    voxels; in case of a tie, the lowest of these codes. Unlike a majority vote for each region, this is always a
+    combination that occurs in the cell. The codes are sorted instead of counted one by one, since there can be many.
 
     Args:
-        codes: (B, *spatial), integers: the combination of each voxel, 0 for the background.
+        codes: (B, *spatial), integers: the code of each voxel (see `region_codes`), 0 for the background.
         grid: the number of cells along each spatial axis.
         foreground_fraction: as in `patch_labels`.
         background_fraction: as in `patch_labels`.
         known: as in `patch_labels`.
 
     Returns:
-        (B, N) integers.
+        (B, N) integers: codes, or `IGNORED_PATCH`.
     """
     foreground = pool_to_patches((codes > 0).float(), grid)
     ordered = _cells(codes, grid).sort(-1).values
@@ -210,7 +220,15 @@ def _classed(
     foreground_fraction: float,
     background_fraction: float,
 ) -> torch.Tensor:
-    """Return the labels of cells from their fractions of foreground and of annotated voxels: (B, N) each."""
+    """Return the label of each cell, (B, N).
+
+    Args:
+        foreground: (B, N), the foreground fraction of each cell.
+        largest: (B, N), the label of each cell if it is a foreground cell.
+        annotated: (B, N), the annotated fraction of each cell; None if all voxels are annotated.
+        foreground_fraction: as in `patch_labels`.
+        background_fraction: as in `patch_labels`.
+    """
     if annotated is not None:
         foreground = foreground / annotated.clamp(min=1e-6)
     # Tolerance for rounding errors of fractions such as 0.25.

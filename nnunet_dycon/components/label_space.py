@@ -1,4 +1,4 @@
-"""Label spaces: classes, of which a voxel has one, and regions, of which it can be in several.
+"""Label spaces: mutually exclusive classes, and regions, which may overlap.
 
 Methods use a `LabelSpace` and need not distinguish the two. *Labels* are (B, *spatial) integers for classes, and
 (B, R, *spatial) booleans for R regions. Masks and weights of labels have the same shape.
@@ -24,7 +24,7 @@ class ClassMap(NamedTuple):
 
     Attributes:
         labels: (B, *spatial), integers.
-        mask: (B, *spatial), boolean: the voxels to use.
+        mask: (B, *spatial), boolean, True for the voxels to use.
         classes: the number of classes, including background.
     """
 
@@ -45,20 +45,23 @@ class LabelSpace:
     def weighted_loss(
         self, level_weights: tuple[float, ...], batch_dice: bool
     ) -> WeightedDiceCELoss | WeightedDiceBCELoss:
-        """Return nnU-Net's loss with a weight for each label.
+        """Build nnU-Net's loss with a weight for each voxel or, for regions, for each voxel and region.
 
         Args:
             level_weights: the weight of each resolution of deep supervision.
-            batch_dice: whether Dice is computed over the batch instead of each image.
+            batch_dice: whether the Dice is computed over the batch instead of for each image.
         """
         raise NotImplementedError
 
     def split(self, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return labels and their mask of known labels from nnU-Net's target (B, T, *spatial). Unknown labels are 0."""
+        """Split nnU-Net's target (B, T, *spatial) into labels and a mask that is False at voxels with the ignore label.
+
+        The labels of these voxels are 0.
+        """
         raise NotImplementedError
 
     def truth(self, labeled: LabeledBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return labels and mask of known labels of a labeled batch, at full resolution."""
+        """Return labels and mask, as in `split`, of a labeled batch at full resolution."""
         return self.split(labeled.full_resolution)
 
     def labels(self, logits: torch.Tensor) -> torch.Tensor:
@@ -66,7 +69,7 @@ class LabelSpace:
         raise NotImplementedError
 
     def confident_labels(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the predicted labels, and the probability of each."""
+        """Return the labels that are predicted by logits (B, C, *spatial), and the probability of each label."""
         raise NotImplementedError
 
     def voxel_entropy(self, logits: torch.Tensor) -> torch.Tensor:
@@ -82,11 +85,11 @@ class LabelSpace:
         raise NotImplementedError
 
     def class_maps(self, labels: torch.Tensor, mask: torch.Tensor, channels: int) -> Iterator[ClassMap]:
-        """Yield the map of classes, or for each region a map of two classes: outside and inside.
+        """Yield one map of all classes or, for regions, a map of the two classes outside (0) and inside (1) per region.
 
         Args:
-            labels: labels.
-            mask: boolean, of the same shape.
+            labels: (B, *spatial) integers or, for regions, (B, R, *spatial) booleans.
+            mask: boolean, of the same shape, True for the labels to use.
             channels: the number of channels of the logits.
         """
         raise NotImplementedError
@@ -111,7 +114,7 @@ class LabelSpace:
         where: torch.Tensor | None = None,
         agreement: str = AGREEMENT,
     ) -> dict[str, torch.Tensor]:
-        """Return the agreement of two predictions; see `pseudo_label_diagnostics` and `pseudo_region_diagnostics`."""
+        """Return foreground fraction and agreement; see `pseudo_label_diagnostics` and `pseudo_region_diagnostics`."""
         raise NotImplementedError
 
 
@@ -179,10 +182,10 @@ class ClassLabels(LabelSpace):
 
 @dataclass(frozen=True)
 class RegionLabels(LabelSpace):
-    """Regions, which may overlap: sigmoid of each channel. Background is the voxels outside all regions.
+    """Regions, which may overlap: sigmoid of each channel. Voxels outside all regions are background.
 
     Attributes:
-        has_ignore_label: whether nnU-Net's targets have an additional last channel, True for ignored voxels.
+        has_ignore_label: whether nnU-Net's targets have an additional last channel that marks ignored voxels.
     """
 
     has_ignore_label: bool = False
@@ -205,14 +208,17 @@ class RegionLabels(LabelSpace):
         return logits > 0, logits.float().abs().sigmoid()
 
     def voxel_entropy(self, logits: torch.Tensor) -> torch.Tensor:
-        """Return the mean over regions of the binary entropy of each voxel in nats, (B, *spatial)."""
+        """Return for each voxel the mean over regions of the binary entropy in nats, (B, *spatial)."""
         return sigmoid_entropy(logits).mean(1)
 
     def highest_entropy(self, channels: int) -> float:
         return math.log(2)
 
     def shown(self, logits: torch.Tensor) -> torch.Tensor:
-        """Return the number of the last region that contains each voxel, counted from 1; inner regions come last."""
+        """Return one label per voxel for plots: the number, from 1, of the last region that contains the voxel, else 0.
+
+        nnU-Net's order of regions has inner regions last, so they are visible.
+        """
         shown = torch.zeros_like(logits[:, 0], dtype=torch.int16)  # one volume for all regions of a whole case
         for number, of_region in enumerate(logits.unbind(1), 1):
             shown[of_region > 0] = number
@@ -244,7 +250,7 @@ class RegionLabels(LabelSpace):
 
 
 def region_codes(labels: torch.Tensor) -> torch.Tensor:
-    """Return the combination of regions of each voxel as an integer: bit r is set inside region r.
+    """Return the combination of regions that contain each voxel as an integer, whose bit r is set inside region r.
 
     Args:
         labels: (B, R, *spatial), boolean.
@@ -259,7 +265,10 @@ def region_codes(labels: torch.Tensor) -> torch.Tensor:
     tensor([[0, 1, 3]])
     """
     if labels.shape[1] > MOST_REGIONS:
-        raise ValueError(f"at most {MOST_REGIONS} regions are supported, got {labels.shape[1]}; set fecl_weight=0")
+        raise ValueError(
+            f"FeCL supports at most {MOST_REGIONS} regions, got {labels.shape[1]}; train without FeCL: set "
+            "fecl_weight=0 in a subclass of the trainer"
+        )
     codes = labels.new_zeros((len(labels), *labels.shape[2:]), dtype=torch.long)
     for bit, inside in enumerate(labels.unbind(1)):
         codes = codes | inside.long() << bit

@@ -1,4 +1,4 @@
-"""Base class of all methods, and losses on labels."""
+"""Base class of the semi-supervised training methods, and the losses between logits and labels."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,11 +18,11 @@ Terms = dict[str, torch.Tensor | float]
 
 @dataclass(frozen=True)
 class Supervision:
-    """Losses on labels, and the label space.
+    """Losses between logits and labels, and the label space.
 
     Attributes:
-        loss: nnU-Net's loss of logits (highest resolution first) and targets.
-        weighted_loss: the same loss with a weight for each label, for pseudo-labels and mixed images.
+        loss: nnU-Net's loss, called with a list of logits (highest resolution first) and nnU-Net's targets.
+        weighted_loss: the same loss with a weight for each voxel (and region), for pseudo-labels and mixed images.
         label_space: the label space: classes or regions.
     """
 
@@ -32,10 +32,10 @@ class Supervision:
 
 
 class Method(nn.Module):
-    """Base class of methods: the loss of a training step and its state; see `nnunet_dycon.methods`.
+    """Base class of the methods, which compute the loss of a training step; see `nnunet_dycon.methods`.
 
     Args:
-        supervision: losses on labels.
+        supervision: the losses between logits and labels, and the label space.
 
     Attributes:
         teacher: the EMA teacher, or None in methods without one.
@@ -56,7 +56,14 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def supervised(self, output: StudentOutput, labeled: LabeledBatch, mix: Mixture | None = None) -> torch.Tensor:
-        """Return the loss on ground truth: of the labeled (first) half, or of all voxels that ``mix`` took from it."""
+        """Return the loss between the student's logits and ground truth.
+
+        Args:
+            output: the student's output for a batch whose first images are the labeled ones.
+            labeled: the labeled batch.
+            mix: the mixture that was applied to the images, or None. If it replaces parts of labeled images, the loss
+                is computed on all voxels that come from labeled images; otherwise on the labeled images.
+        """
         if mix is None or not mix.cuts_labeled:
             return self.supervision.loss(output[: len(labeled)].logits, labeled.targets)
         target, known = self.supervision.label_space.truth(labeled)

@@ -18,7 +18,7 @@ class Mixture:
     """Concatenation of labeled and unlabeled images without mixing; base class of the mixtures.
 
     Attributes:
-        truth: (B', *spatial) for the B' images of the student's batch, True for voxels from a labeled image.
+        truth: (B', *spatial), boolean, True for voxels from a labeled image; B' is the size of the student's batch.
     """
 
     cuts_labeled = False  # whether parts of labeled images are replaced
@@ -41,7 +41,7 @@ class Mixture:
         return self(of_unlabeled.new_zeros((self._numbers[0], *of_unlabeled.shape[1:])), of_unlabeled)
 
     def on_grid(self, grid: Sequence[int]) -> "Mixture":
-        """Return the same mixture on a coarser grid: each cell is taken from the image at its center."""
+        """Return the same mixture on a coarser grid: the voxel at the center of a cell determines its source image."""
         scaled = copy(self)
         for name, value in vars(self).items():
             if isinstance(value, torch.Tensor) and value.dtype == torch.bool:
@@ -50,10 +50,11 @@ class Mixture:
 
 
 class CutMix(Mixture):
-    """CutMix (arXiv:1905.04899) of unlabeled images: each gets a box of the previous one. Labeled images are unchanged.
+    """CutMix (arXiv:1905.04899) of unlabeled images; labeled images are unchanged.
 
-    A single unlabeled image gets a box of the last labeled image. There `only_unlabeled` is 0, so pseudo-labels are not
-    used in the box.
+    A box of each unlabeled image is replaced by the same box of the previous unlabeled image in the batch. If there is
+    only one unlabeled image, the box comes from the last labeled image; `only_unlabeled` is 0 in this box, so no
+    pseudo-labels are used there.
     """
 
     def __init__(
@@ -72,8 +73,8 @@ class CutMix(Mixture):
 class CopyPaste(Mixture):
     """Bidirectional copy-paste (BCP, arXiv:2305.00673): a labeled and an unlabeled image exchange a box.
 
-    The batch has first the labeled images with an unlabeled box, then the unlabeled images with a labeled box. If the
-    numbers of images differ, those of the smaller number are repeated.
+    The batch consists of the labeled images with a box of an unlabeled image, followed by the unlabeled images with a
+    box of a labeled image. If there are fewer images of one kind, they are repeated.
     """
 
     cuts_labeled = True
@@ -106,7 +107,7 @@ def mixture(
         kind: "none", "cutmix" or "copy_paste".
         labeled: the number of labeled images.
         unlabeled: the number of unlabeled images.
-        spatial: the shape of an image.
+        spatial: the spatial shape of an image.
         device: the device of the volumes to mix.
         box_fraction: the length of a box as a fraction of each axis, in [0, 1].
 
@@ -122,15 +123,20 @@ def mixture(
 
 
 def check_mixture(kind: str, box_fraction: float) -> None:
-    """Raise ValueError if the kind of mixture does not exist or the length of a box is not in [0, 1]."""
+    """Raise ValueError if the kind of mixture does not exist or ``box_fraction`` is not in [0, 1]."""
     if kind not in MIXTURES:
         raise ValueError(f"mixing must be one of {', '.join(MIXTURES)}, got {kind!r}")
     if not 0 <= box_fraction <= 1:
-        raise ValueError(f"box_fraction, the length as a fraction of an axis, must be in [0, 1], got {box_fraction}")
+        raise ValueError(
+            f"box_fraction (length of a box as a fraction of each axis) must be in [0, 1], got {box_fraction}"
+        )
 
 
 def random_boxes(number: int, spatial: Sequence[int], side: float, device: torch.device) -> torch.Tensor:
-    """Draw masks (number, *spatial), True in a box at a random place with the fraction ``side`` of each axis."""
+    """Draw ``number`` boolean masks (number, *spatial), each True in a box at a random place.
+
+    The length of the box is the fraction ``side`` of each axis.
+    """
     inside = torch.zeros((number, *spatial), dtype=torch.bool, device=device)
     lengths = [round(side * size) for size in spatial]
     # Drawn on the CPU: the same for a seed on every device, and the host does not wait for the device.

@@ -11,7 +11,7 @@ def exponential_decay(progress: float, start: float, end: float) -> float:
 
     .. math:: \beta(t) = \beta_{start} \left(\beta_{end} / \beta_{start}\right)^t
 
-    DyCON (arXiv:2504.04566) decreases β of UnCL from 5 to 0.5 in this way.
+    with the progress t. DyCON (arXiv:2504.04566) decreases β of UnCL from 5 to 0.5 in this way.
 
     Raises:
         ValueError: ``start`` or ``end`` is not positive.
@@ -38,8 +38,8 @@ def sigmoid_rampup(progress: float, start: float = 0.0, end: float = 1.0, steepn
 
     .. math:: r(t) = \exp\left(-s\,(1 - u)^2\right), \quad u = \mathrm{clamp}\left(\frac{t - start}{end - start}\right)
 
-    The ramp-up of Laine and Aila (arXiv:1610.02242) with the steepness s = 5: its first value is exp(-5) = 0.0067, not
-    0. If ``end`` equals ``start``, the factor jumps from exp(-s) to 1.
+    with the progress t and the steepness s. With s = 5 it is the ramp-up of Laine and Aila (arXiv:1610.02242), whose
+    first value is exp(-5) = 0.0067, not 0. If ``end`` equals ``start``, the factor jumps from exp(-s) to 1.
 
     Raises:
         ValueError: ``end`` is less than ``start``, or ``steepness`` is negative.

@@ -1,4 +1,4 @@
-"""Data: preprocessing of unlabeled cases, their manifest, the two-stream loader and its views."""
+"""Data: checks of cases, preprocessing of unlabeled cases, and loaders of labeled and unlabeled patches."""
 
 from nnunet_dycon.components.batches import LabeledBatch, UnlabeledBatch
 

@@ -1,4 +1,4 @@
-"""Augmenters, which draw batches from a loader in this process or in workers and raise errors that name a case."""
+"""Augmenters, which draw batches from a data loader in this process or in workers, and report unreadable cases."""
 
 from collections.abc import Callable
 from time import sleep
@@ -17,22 +17,23 @@ _SIGNAL_DELAY = 2.0  # seconds within which a scheduler signals all processes of
 
 
 class InProcess(SingleThreadedAugmenter):
-    """An augmenter that draws from a loader in this process. It raises UserError if a case cannot be read."""
+    """An augmenter that draws batches from a data loader in this process. It raises UserError for unreadable cases."""
 
     def __next__(self) -> dict:
         return _batch(super().__next__())
 
 
 class Workers(NonDetMultiThreadedAugmenter):
-    """An augmenter that draws from a loader in worker processes.
+    """An augmenter that draws batches from a data loader in worker processes.
 
     It raises UserError if a case cannot be read or if a worker was killed.
 
-    A scheduler that stops a training signals all of its processes. The workers end at once, but the trainer finishes
-    its step, the same one on all ranks. For that step it gets the previous batch again.
+    A job scheduler that stops a training sends SIGTERM to all of its processes. The workers end at once, but the
+    trainer still finishes a step, so that all ranks stop after the same one. If no new batch can be drawn for this
+    step, the augmenter returns the previous batch again.
 
     Args:
-        is_ending: called without arguments; returns whether this process has received SIGTERM.
+        is_ending: function without arguments that returns whether this process has received SIGTERM.
     """
 
     def __init__(self, *arguments, is_ending: Callable[[], bool] = lambda: False, **options) -> None:
@@ -75,14 +76,14 @@ def augmenter(
     pin_memory: bool,
     is_ending: Callable[[], bool] = lambda: False,
 ) -> InProcess | Workers:
-    """Return an augmenter that draws from a loader, in this process or in workers.
+    """Return an augmenter that draws batches from a data loader, in this process or in worker processes.
 
     Args:
         loader: the loader to draw from.
-        processes: number of worker processes; 0 draws in this process.
+        processes: number of worker processes; with 0, batches are drawn in this process.
         cached: number of batches that the workers prepare in advance.
-        pin_memory: whether batches are copied to pinned memory.
-        is_ending: called without arguments; returns whether this process has received SIGTERM.
+        pin_memory: whether the batches of workers are copied to pinned memory.
+        is_ending: function without arguments that returns whether this process has received SIGTERM.
     """
     if processes == 0:
         return InProcess(loader, None)
@@ -103,7 +104,7 @@ def augmenter(
 def start(
     training: TwoStreamLoader, validation: LabeledLoader, pin_memory: bool, is_ending: Callable[[], bool]
 ) -> tuple[InProcess | Workers, InProcess | Workers]:
-    """Start the augmenters of both loaders, with nnU-Net's numbers of processes and cached batches, and return them."""
+    """Start and return the augmenters of both loaders, with as many workers and cached batches as in nnU-Net."""
     processes = get_allowed_n_proc_DA()
     for_validation = min(processes, max(1, processes // 2))
     augmenters = (
@@ -116,7 +117,7 @@ def start(
 
 
 def shut_down(*augmenters: Any) -> None:
-    """End the worker processes, if any, of augmenters."""
+    """End the worker processes of augmenters; augmenters without workers are ignored."""
     for started in augmenters:
         if isinstance(started, Workers):
             started._finish()

@@ -43,7 +43,7 @@ def check_file(file: Path) -> None:
 
 
 def _require_all_voxels(file: Path, header: int) -> None:
-    """Raise EOFError if a file is shorter than its header, in bytes, and its voxels together."""
+    """Raise EOFError if an image file is too short for its header, with the given length in bytes, and all voxels."""
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(file))
     reader.ReadImageInformation()
@@ -56,11 +56,11 @@ def _require_all_voxels(file: Path, header: int) -> None:
 
 
 def _vtk_header(file: Path) -> int:
-    """Return the length of the header of a binary .vtk file in bytes; raise ValueError for a text file."""
+    """Return the length of the header of a .vtk file in bytes; raise ValueError if the voxels are stored as text."""
     with file.open("rb") as content:
         lines = list(itertools.islice(content, 20))
     if b"ASCII\n" in lines:
-        raise ValueError("it is a text file, and SimpleITK does not detect truncated ones; convert it to binary")
+        raise ValueError("its voxels are stored as text, so missing voxels cannot be detected; convert it to binary")
     last = next((number for number, line in enumerate(lines) if line.startswith(b"LOOKUP_TABLE")), -1)
     return sum(map(len, lines[: last + 1]))
 
@@ -79,12 +79,12 @@ def check_image(image: np.ndarray, spacing: Sequence[float], channels: int, usua
     if not np.isfinite(image).all():
         raise ValueError("it has NaN or infinite voxels")
     if image.min() == image.max():
-        raise ValueError("it is constant")
+        raise ValueError("all voxels have the same value")
     check_unit(spacing, usual_spacing)
 
 
 def check_unit(spacing: Sequence[float], usual_spacing: Sequence[float]) -> None:
-    """Raise ValueError if a spacing differs so much from the usual one that its unit is probably not mm."""
+    """Raise ValueError if a spacing differs so much from the usual spacing that its unit is probably not mm."""
     scale = np.exp(np.log(spacing).mean() - np.log(usual_spacing).mean())
     if not 1 / _SPACING_SCALE < scale < _SPACING_SCALE:
         shown = " x ".join(f"{length:g}" for length in spacing)

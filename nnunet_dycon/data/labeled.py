@@ -19,11 +19,11 @@ _DAMAGE = (ValueError, KeyError, TypeError, IndexError, EOFError, RuntimeError, 
 
 
 def labeled_identifiers(folder: Path, arguments: str) -> set[str]:
-    """Return the identifiers of the cases in a preprocessed folder.
+    """Return the identifiers of the preprocessed labeled cases in a folder.
 
     Args:
         folder: nnUNet_preprocessed/DatasetXXX/<data_identifier>.
-        arguments: arguments of nnUNetv2_preprocess for this folder, for the error message.
+        arguments: command-line arguments of nnUNetv2_preprocess that create the folder, for the error message.
 
     Raises:
         UserError: the folder does not exist, or it has no cases.
@@ -67,20 +67,21 @@ def check_split(folder: Path, labeled: set[str], fold: int | Literal["all"]) -> 
     absent = sorted((train | val) - labeled, key=str)
     if absent:
         raise UserError(
-            f"{file}: {len(absent)} cases of fold {fold} are not preprocessed labeled cases, such as {absent[0]} "
-            f"(cases of imagesUn must not be listed, since they are always used for training); {remedy}"
+            f"{file}: fold {fold} lists {len(absent)} cases that are not among the preprocessed labeled cases, such as "
+            f"{absent[0]}; {remedy} (do not list cases of imagesUn: they are always used for training)"
         )
     if not (train and val):
         raise UserError(f"{file} has no cases to {'validate' if train else 'train'} on in fold {fold}; {remedy}")
 
 
 def check_fingerprint(base: Path, plans: PlansManager, configuration_name: str, dataset_id: int) -> None:
-    """Raise UserError if nnU-Net's fingerprint was extracted from other cases than the current labeled ones.
+    """Raise UserError if nnU-Net's fingerprint was not extracted from the current labeled cases.
 
-    nnU-Net keeps an existing fingerprint unless --clean is used. If a label was removed since, the fingerprint still
-    contains statistics of this label, which determine the plans: spacing, patch size and, for CT, the normalization.
-    The shapes that follow from the fingerprint are compared with those of the preprocessed arrays. The properties of
-    the cases (.pkl) are not read, since loading a pickle can execute code.
+    nnU-Net keeps an existing fingerprint unless --clean is used. If a label has been removed meanwhile, the fingerprint
+    still contains statistics of this label, which determine the plans: spacing, patch size and, for CT, the
+    normalization. The check computes the shapes of the preprocessed images from the shapes and spacings in the
+    fingerprint, and compares them with the shapes of the stored images. The properties of the cases (.pkl) are not
+    read, since loading a pickle can execute code.
 
     Args:
         base: nnUNet_preprocessed/DatasetXXX.
@@ -108,22 +109,22 @@ def check_fingerprint(base: Path, plans: PlansManager, configuration_name: str, 
         )
     if planned != labeled:
         raise UserError(
-            f"the labeled cases in {folder} have other shapes than {file.name} and the plans give; "
-            f"run: nnUNetv2_preprocess -d {dataset_id} if the plans were changed by hand, else {clean}"
+            f"the preprocessed labeled cases in {folder} do not have the shapes that {file.name} and the plans imply; "
+            f"if the plans were changed by hand, run: nnUNetv2_preprocess -d {dataset_id}; otherwise run: {clean}"
         )
 
 
 def _preprocessed_shape(
     shape: Sequence[int], spacing: Sequence[float], plans: PlansManager, configuration: ConfigurationManager
 ) -> tuple[int, ...]:
-    """Return the shape that nnU-Net's preprocessor gives a cropped image."""
+    """Return the shape to which nnU-Net's preprocessor resamples a cropped image with a shape and a spacing in mm."""
     shape, spacing = ([values[axis] for axis in plans.transpose_forward] for values in (shape, spacing))
     target = [*spacing[: len(shape) - len(configuration.spacing)], *configuration.spacing]  # in 2d slices are kept
     return tuple(int(length) for length in compute_new_shape(shape, spacing, target))
 
 
 def _stored_shape(folder: Path, case: str) -> tuple[int, ...]:
-    """Return the shape of a preprocessed image, in one of the formats of nnU-Net."""
+    """Return the spatial shape of a preprocessed image, which nnU-Net stores as .b2nd or .npz."""
     if (folder / f"{case}.b2nd").is_file():
         return tuple(blosc2.open(str(folder / f"{case}.b2nd"), mode="r").shape[1:])
     with ZipFile(folder / f"{case}.npz") as archive, archive.open("data.npy") as array:

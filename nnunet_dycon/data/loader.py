@@ -1,10 +1,12 @@
-"""The two-stream loader: nnU-Net's batch of labeled patches with a batch of unlabeled patches.
+"""Two-stream data loader: each batch consists of nnU-Net's batch of labeled patches and a batch of unlabeled patches.
 
-A single loader keeps the composition of a batch fixed, needs no additional worker processes, and works with nnU-Net's
-loop, pinning and shutdown. It is defined in an importable module because worker processes may be spawned.
+One loader draws both. So the numbers of labeled and unlabeled patches per batch are fixed, no additional worker
+processes are needed, and nnU-Net's training loop, pinned memory and shutdown can be used. The loader is defined in an
+importable module because worker processes may be spawned.
 
-nnU-Net does not report the exception of a worker process, only that it ended. Therefore a loader returns a fault in
-place of a batch if a case cannot be read, and `nnunet_dycon.data.augmenters` raises it.
+nnU-Net does not report the exception of a worker process, only that the process has ended. Therefore, if a case cannot
+be read, a loader returns the error message in a dict with the only key `FAULT` instead of a batch, and
+`nnunet_dycon.data.augmenters` raises a UserError with this message in the main process.
 """
 
 import multiprocessing
@@ -29,7 +31,7 @@ from nnunet_dycon.data.views import TwoViews, split_views, stronger
 from nnunet_dycon.errors import UserError, explained
 
 _REMEDY = "preprocess it again"
-FAULT = "fault"  # the only key of a dict that is returned instead of a batch
+FAULT = "fault"  # the only key of the dict that replaces a batch if a case cannot be read; its value is the message
 
 
 class UnlabeledDataset:
@@ -45,7 +47,7 @@ class UnlabeledDataset:
         self.identifiers = sorted(identifiers)
 
     def load_image(self, identifier: str) -> blosc2.NDArray:
-        """Return the image (C, X, Y, Z) of a case, which is read lazily."""
+        """Return the image (C, X, Y, Z) of a case; voxels are read from the file only when the array is indexed."""
         # As in nnU-Net's own dataset: memory mapping fails on Windows.
         mapping = {} if os.name == "nt" else {"mmap_mode": "r"}
         file = os.path.join(self.folder, f"{identifier}.b2nd")
@@ -53,12 +55,12 @@ class UnlabeledDataset:
 
 
 def require_readable(folder: str, cases: Sequence[str], remedy: str) -> None:
-    """Read all files of preprocessed labeled cases.
+    """Read all files of preprocessed labeled cases, to find files that cannot be read.
 
     Args:
         folder: folder of the preprocessed cases.
         cases: identifiers of the cases.
-        remedy: the remedy in the error message.
+        remedy: remedy for the error message, such as a command to run.
 
     Raises:
         UserError: a file cannot be read. The message names it.
@@ -94,10 +96,10 @@ def _end_with_parent() -> None:
 
 
 class LabeledLoader(nnUNetDataLoader):
-    """nnU-Net's loader, which returns a fault instead of a batch if a case cannot be read.
+    """nnU-Net's data loader, except that it returns {`FAULT`: message} instead of a batch if a case cannot be read.
 
     Args:
-        remedy: the remedy in the message of a fault.
+        remedy: remedy for the error message on a case that cannot be read, such as a command to run.
     """
 
     def __init__(self, data, *arguments, remedy: str = _REMEDY, **options) -> None:
@@ -112,7 +114,7 @@ class LabeledLoader(nnUNetDataLoader):
             return {FAULT: str(error)}
 
     def set_thread_id(self, thread_id: int) -> None:
-        """Set the number of the worker. Called at the start of a worker process, which will end with its parent."""
+        """Set the number of this worker process, and end it when its parent ends; called by the worker at its start."""
         super().set_thread_id(thread_id)
         threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -136,7 +138,7 @@ class UnlabeledLoader(nnUNetDataLoader):
     Args:
         data: the unlabeled cases.
         mask_channels: for each channel, whether it is normalized within its nonzero region (use_mask_for_norm).
-        remedy: the remedy for a case that cannot be read, for the error message.
+        remedy: remedy for the error message on a case that cannot be read, such as a command to run.
     """
 
     def __init__(
@@ -149,7 +151,11 @@ class UnlabeledLoader(nnUNetDataLoader):
         self.masked = [channel for channel, masked in enumerate(mask_channels) if masked]
 
     def generate_train_batch(self) -> dict:
-        """Return {"data": (B, 2C, *spatial), "keys": B identifiers}."""
+        """Return a batch of B unlabeled patches.
+
+        "data" has the shape (B, 2C, *spatial): the C channels of the strong view, then those of the weak view. "keys"
+        are the identifiers of the B cases.
+        """
         keys = self.get_indices()
         with torch.no_grad(), self._libraries.limit(limits=1):
             return {"data": torch.stack([self._patch(key) for key in keys]), "keys": keys}
@@ -171,7 +177,7 @@ class UnlabeledLoader(nnUNetDataLoader):
         return self.transforms(image=patch, segmentation=outside)["image"]
 
     def _outside(self, patch: torch.Tensor) -> torch.Tensor:
-        """Return a segmentation (1, *spatial): -1 where all masked channels are 0, else 0.
+        """Return a segmentation (1, *spatial) for the augmentation: -1 where all channels in `masked` are 0, else 0.
 
         For images that are normalized within their nonzero region, nnU-Net's augmentation sets all voxels with -1 in
         the segmentation to 0. Unlabeled cases have no segmentation, but preprocessing made their images exactly 0
@@ -181,11 +187,11 @@ class UnlabeledLoader(nnUNetDataLoader):
 
 
 class TwoStreamLoader(LabeledLoader):
-    """A loader of labeled and unlabeled patches, with two views of each.
+    """A loader of labeled and unlabeled patches, with a strong and a weak view of each patch.
 
     Args:
         unlabeled: the loader of unlabeled patches.
-        transforms: the augmentation of labeled patches.
+        transforms: the augmentation of labeled patches, which returns both views.
     """
 
     def __init__(self, *arguments, unlabeled: UnlabeledLoader, transforms: TwoViews, **options) -> None:
@@ -193,9 +199,10 @@ class TwoStreamLoader(LabeledLoader):
         self.unlabeled = unlabeled
 
     def generate_train_batch(self) -> dict:
-        """Return nnU-Net's batch with both views, and the unlabeled batch.
+        """Return nnU-Net's batch of labeled patches, to which the batch of unlabeled patches is added.
 
-        "data" and "unlabeled_data" have the shape (B, 2C, *spatial). "unlabeled_keys" are identifiers.
+        "data" (labeled) and "unlabeled_data" have the shape (B, 2C, *spatial), each with its own B: the C channels of
+        the strong view, then those of the weak view. "unlabeled_keys" are the identifiers of the unlabeled cases.
         """
         batch = super().generate_train_batch()
         unlabeled = self.unlabeled.generate_train_batch()
@@ -203,7 +210,7 @@ class TwoStreamLoader(LabeledLoader):
 
 
 def to_batches(batch: dict, device: torch.device) -> tuple[LabeledBatch, UnlabeledBatch]:
-    """Return the labeled and the unlabeled batch of a `TwoStreamLoader`, moved to a device."""
+    """Split a batch of a `TwoStreamLoader` into a labeled and an unlabeled batch, and move them to a device."""
 
     def on_device(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""Preprocessing of unlabeled cases, and a manifest to detect stale ones.
+"""Preprocessing of unlabeled cases, and a manifest file to detect that preprocessed cases are outdated.
 
 nnUNet_raw/DatasetXXX/imagesUn is preprocessed into nnUNet_preprocessed/DatasetXXX/<data_identifier>_unlabeled, by
 nnU-Net's own preprocessor with the plans of the labeled cases. The manifest contains a hash of the plans and the names
@@ -76,7 +76,7 @@ class UnlabeledCases:
 
     @classmethod
     def of_dataset(cls, dataset: str, configuration: str, plans_name: str) -> "UnlabeledCases":
-        """Read the plans and dataset.json from nnUNet_preprocessed; see `preprocess_unlabeled` for the arguments.
+        """Create an instance from the files in nnUNet_preprocessed; see `preprocess_unlabeled` for the arguments.
 
         Raises:
             UserError: a file is damaged.
@@ -99,12 +99,12 @@ class UnlabeledCases:
 
     @property
     def raw(self) -> Path:
-        """The folder of the raw images, imagesUn."""
+        """The folder of the raw unlabeled images, nnUNet_raw/DatasetXXX/imagesUn."""
         return nnunet_folder("nnUNet_raw") / self.plans.dataset_name / "imagesUn"
 
     @property
     def folder(self) -> Path:
-        """The folder of the preprocessed cases."""
+        """The folder of the preprocessed unlabeled cases."""
         base = nnunet_folder("nnUNet_preprocessed") / self.plans.dataset_name
         return base / f"{self.configuration.data_identifier}_unlabeled"
 
@@ -118,28 +118,28 @@ class UnlabeledCases:
 
     @property
     def arguments(self) -> str:
-        """The arguments of nnUNetv2_preprocess and preprocess_unlabeled for this configuration."""
+        """The command-line arguments, for messages, of nnUNetv2_preprocess and preprocess_unlabeled."""
         plans = "" if self.plans.plans_name == "nnUNetPlans" else f" -plans_name {self.plans.plans_name}"
         return f"-d {self.dataset_id} -c {self.configuration_name}{plans}"
 
     @property
     def remedy(self) -> str:
-        """The remedy for a preprocessed unlabeled case that cannot be read."""
+        """The remedy, for messages, for a preprocessed unlabeled case that cannot be read."""
         return f"remove {self.folder.name}, and run: nnunet_dycon preprocess_unlabeled {self.arguments}"
 
     @property
     def labeled_remedy(self) -> str:
-        """The remedy for a preprocessed labeled case that cannot be read."""
+        """The remedy, for messages, for a preprocessed labeled case that cannot be read."""
         return f"run: nnUNetv2_preprocess {self.arguments}"
 
     @property
     def lock(self) -> Lock:
-        """The lock to hold while the folder is built, so that a second process waits."""
+        """The lock that a process holds while it builds the folder of preprocessed cases, so that others wait."""
         return Lock(self.folder.with_name(f"{self.folder.name}.lock"), "preprocessing of the unlabeled cases")
 
     @contextmanager
     def locked(self) -> Iterator[Lock]:
-        """Hold the lock; wait for it if another process holds it.
+        """Acquire `lock`, wait while another process holds it, and release it at the end.
 
         Raises:
             UserError: no file can be created next to the folder.
@@ -152,15 +152,18 @@ class UnlabeledCases:
             yield lock
 
     def use(self, work: str) -> Lock:
-        """Return a lock that marks the folder as used while it is held; many processes can hold one.
+        """Return a new lock; while a process holds it, the folder of preprocessed cases cannot be replaced.
+
+        Each call returns a lock of its own, so several trainings can use the folder at the same time.
 
         Args:
-            work: the work of the holder, for the message of a process that wants to replace the folder.
+            work: description of the work that uses the folder, for the error message if another process tries to
+                replace it.
         """
         return Lock(self.folder.with_name(f"{self.folder.name}{_USED_BY}{uuid.uuid4().hex}.lock"), work)
 
     def _check_replaceable(self) -> None:
-        """Raise UserError if the folder exists and a training uses it."""
+        """Raise UserError if a running training uses the folder of preprocessed cases."""
         locks = sorted(self.folder.parent.glob(f"{self.folder.name}{_USED_BY}*.lock"))
         for file in locks if self.folder.exists() else []:
             if (holder := Lock(file, "").holder()) is not None:
@@ -188,7 +191,8 @@ class UnlabeledCases:
         """Return the image files of each case in imagesUn, one per channel.
 
         Raises:
-            UserError: there are no images, a file name has no channel number, or a case has not one file per channel.
+            UserError: there are no images, a file name has no channel number, or a case does not have one file
+                per channel.
         """
         ending = self.dataset_json["file_ending"]
         cases = image_files(self.raw, ending, self.channels, "unlabeled")
@@ -206,7 +210,10 @@ class UnlabeledCases:
             )
 
     def fault(self) -> str | None:
-        """Return why the folder cannot be used, or None if it is up to date. Raw images need not exist any more."""
+        """Return why the folder of preprocessed cases cannot be used, or None if it is complete and up to date.
+
+        The raw images are only compared with the manifest if they still exist.
+        """
         if not self.folder.is_dir():
             return "it does not exist"
         if not self.manifest_file.is_file():
@@ -234,7 +241,7 @@ class UnlabeledCases:
         return bool(os.environ.get("nnUNet_raw")) and self.raw.is_dir() and any(self.raw.iterdir())
 
     def require(self, num_processes: int) -> None:
-        """Build the folder if it does not exist; raise UserError if it is stale.
+        """Preprocess the unlabeled cases if their folder does not exist; raise UserError if the folder is stale.
 
         Args:
             num_processes: number of worker processes; 1 uses this process.
@@ -261,17 +268,18 @@ class UnlabeledCases:
     def build(self, num_processes: int, lock: Lock) -> None:
         """Preprocess all cases into a temporary folder, and rename it when it is complete with its manifest.
 
-        An interrupted build resumes, also if images have been repaired or removed since: the name of the temporary
-        folder contains the hash of the plans, and each case in it has a record of its images. A process that is killed
-        at any time leaves the old folder, the new one, or a temporary folder that the next build resumes.
+        The next build resumes an interrupted one, also if images have been repaired or removed meanwhile: the name of
+        the temporary folder contains the hash of the plans, and each complete case in it has a file with the names and
+        sizes of its images. A process that is killed at any time leaves the old folder, the new one, or a temporary
+        folder that the next build resumes.
 
         Args:
             num_processes: number of worker processes; 1 uses this process.
-            lock: the lock, which the caller holds.
+            lock: the acquired `lock`.
 
         Raises:
-            UserError: a training uses the folder, or cases cannot be used. The message names them; the others are kept
-                for the next build.
+            UserError: a training uses the folder, or images cannot be used. The message names these images; all other
+                preprocessed cases are kept for the next build.
         """
         self._check_replaceable()
         cases = self.raw_cases()
@@ -335,7 +343,7 @@ def image_files(folder: Path, ending: str, channels: int, role: str) -> dict[str
         role: role of the cases for error messages, such as "unlabeled".
 
     Raises:
-        UserError: a file name has no channel number, or a case has not exactly one file per channel.
+        UserError: a file name has no channel number, or a case does not have exactly one file per channel.
     """
     found: dict[str, set[str]] = {}
     for file in sorted(folder.glob(f"*{ending}")):
@@ -374,7 +382,7 @@ def _names_and_sizes(cases: dict[str, list[Path]]) -> dict[str, list[list]]:
 
 
 def _is_complete(record: Path, made_from: list[list]) -> bool:
-    """Return whether an interrupted build has completed a case from the current images."""
+    """Return whether the record of a case exists and has the names and sizes of the current images, `made_from`."""
     try:
         return json.loads(record.read_text()) == made_from
     except (OSError, ValueError):
@@ -382,9 +390,9 @@ def _is_complete(record: Path, made_from: list[list]) -> bool:
 
 
 def _preprocess_case(job: tuple[UnlabeledCases, list[Path], list[list], str]) -> str | None:
-    """Preprocess one case without a segmentation; return an error message on its images, or None.
+    """Preprocess one case without a segmentation; return an error message if its images cannot be used, else None.
 
-    The record of the images is written last, so a case with a record is complete.
+    The file with the names and sizes of the images is written last, so a case with this file is complete.
 
     Raises:
         UserError: the images are valid, but preprocessing failed for lack of disk space or memory.

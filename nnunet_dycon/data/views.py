@@ -10,11 +10,12 @@ from batchgeneratorsv2.transforms.utils.random import RandomTransform
 
 
 class TwoViews:
-    """A wrapper of nnU-Net's training transforms that returns both views of a patch.
+    """A wrapper of nnU-Net's training transforms that returns a strong and a weak view of a patch.
 
-    The spatial and mirror transforms of batchgeneratorsv2 transform a ``regression_target`` with the parameters of the
-    image. Intensity transforms do not change it. So a copy of the image as ``regression_target`` becomes the weak view.
-    Both views have the same geometry, and the only additional cost is one interpolation.
+    The spatial and mirror transforms of batchgeneratorsv2 are applied to ``image`` and ``regression_target`` with the
+    same parameters; intensity transforms change only ``image``. So a copy of the image, passed as
+    ``regression_target``, becomes the weak view. Both views have the same geometry, and the only additional cost is one
+    interpolation.
 
     Args:
         transforms: nnU-Net's training transforms.
@@ -24,7 +25,7 @@ class TwoViews:
         self.transforms = transforms
 
     def __call__(self, image: torch.Tensor, segmentation: torch.Tensor | None = None) -> dict:
-        """Transform an image (C, *spatial). The "image" of the result is (2C, *spatial), with the strong view first."""
+        """Transform an image (C, *spatial); the result's "image" (2C, *spatial) is the strong, then the weak view."""
         # A clone, because intensity transforms work in place.
         views = {"image": image, "regression_target": image.clone()}
         if segmentation is not None:
@@ -37,17 +38,17 @@ class TwoViews:
 def stronger(transforms: ComposeTransforms) -> ComposeTransforms:
     """Return nnU-Net's training transforms with additional intensity augmentation.
 
-    It simulates differences between scanners or sequences. nnU-Net's own intensity transforms leave about a third of
-    single-channel patches unchanged, and do not shift intensities. Three transforms are added after them. Each is
-    applied to half of the patches, with different parameters for each channel:
+    The additional augmentation simulates differences between scanners or sequences. nnU-Net's own intensity transforms
+    leave about a third of single-channel patches unchanged, and do not shift intensities. Three transforms are added
+    after them. Each is applied to half of the patches, with different parameters for each channel:
 
     - gamma between 0.5 and 2
     - contrast, scaled by a factor between 0.5 and 2
-    - a shift with a standard deviation of 0.5 in the normalized image, that is half a standard deviation of the case
-      with nnU-Net's z-score
+    - a random shift, normally distributed with a standard deviation of 0.5 in units of the normalized image; with
+      nnU-Net's z-score normalization, this is half the standard deviation of the intensities of the case
 
     Args:
-        transforms: as returned by nnUNetTrainer.get_training_transforms.
+        transforms: training transforms, as returned by nnUNetTrainer.get_training_transforms.
 
     Raises:
         ValueError: the transforms contain no intensity transform.

@@ -1,4 +1,4 @@
-"""`nnunet_dycon demo`: nnU-Net's own commands on phantoms, from planning to evaluation, and a picture of the result."""
+"""The command `nnunet_dycon demo`: all steps from planning to evaluation on phantoms, and a picture of the result."""
 
 import json
 import os
@@ -28,7 +28,7 @@ from nnunet_dycon.trainers.nnUNetTrainerDemo import nnUNetTrainerDemo
 DATASET = "Dataset900_Phantom"
 COUNTS = {"labeled": 6, "unlabeled": 18, "test": 6}
 TRAINER = nnUNetTrainerDemo.__name__
-# Values for the plans with which a CPU trains in minutes. Multiples of 16 channels are fast on CPUs.
+# Changed values in the plans, so that a CPU trains in minutes. Multiples of 16 channels are fast on CPUs.
 FEATURES_PER_STAGE = (16, 32, 48, 64)
 PATCH_SIZE = (32, 32, 40)
 _STEPS = 8
@@ -42,8 +42,8 @@ def run_demo(output: Path, *, seed: int = 0, device: str | None = None) -> None:
 
     Args:
         output: a new or empty folder for all files.
-        seed: the seed of the phantoms. Training itself is not seeded, as always in nnU-Net.
-        device: "cuda" or "cpu"; None for CUDA if it is available.
+        seed: the seed of the phantoms. Training is not seeded, as always in nnU-Net.
+        device: "cuda" or "cpu"; None for "cuda" if it is available, else "cpu".
 
     Raises:
         UsageError: the folder is not empty, the seed is negative, or the device is not available.
@@ -83,7 +83,7 @@ def run_demo(output: Path, *, seed: int = 0, device: str | None = None) -> None:
     print(f"\ntotal: {time.monotonic() - start:.0f} s")
     print(f"picture: {picture}")
     print(f"model:   {output / 'nnUNet_results' / DATASET / f'{TRAINER}__nnUNetPlans__3d_fullres'}")
-    print("The demo shows that all commands run. Phantoms and a few short epochs do not show how good the method is.")
+    print("The demo shows that all commands run. Phantoms and a few short epochs cannot show how good the method is.")
 
 
 @dataclass(frozen=True)
@@ -92,11 +92,11 @@ class Example:
 
     Attributes:
         name: the name of the case.
-        dice: the Dice of its lesions.
-        image: (Z, Y, X).
-        reference: (Z, Y, X), 1 is lesion.
-        prediction: (Z, Y, X), 1 is lesion.
-        entropy: (Z, Y, X), the entropy of the predicted probabilities in nats.
+        dice: the Dice of the label "lesion".
+        image: the intensities (Z, Y, X).
+        reference: the reference label map (Z, Y, X), where 1 is lesion.
+        prediction: the predicted label map (Z, Y, X), where 1 is lesion.
+        entropy: the entropy of the predicted probabilities (Z, Y, X) in nats.
     """
 
     name: str
@@ -108,7 +108,13 @@ class Example:
 
 
 def read_examples(raw: Path, predictions: Path, limit: int = 4) -> list[Example]:
-    """Return the first held-out cases, with their scores from evaluation.json in the folder of the predictions."""
+    """Return the first held-out cases with their images, labels, predictions and scores.
+
+    Args:
+        raw: nnUNet_raw/DatasetXXX_Name.
+        predictions: folder with the predictions, their probabilities, and evaluation.json.
+        limit: largest number of cases.
+    """
 
     def read(file: Path) -> np.ndarray:
         return sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
@@ -125,7 +131,14 @@ def read_examples(raw: Path, predictions: Path, limit: int = 4) -> list[Example]
 
 
 def draw(examples: Sequence[Example], file: Path) -> None:
-    """Write a picture with a row per case: image, reference, prediction and entropy of the slice with most lesion."""
+    """Write a picture with a row per case: image, reference, prediction and entropy in one slice.
+
+    The slice is the one with the most lesion voxels in the reference.
+
+    Args:
+        examples: the cases to draw.
+        file: PNG file to write.
+    """
     figure = new_figure(10.6, 0.4 + 2.05 * len(examples), dpi=150)
     rows = figure.subplots(len(examples), 4, squeeze=False)
     titles = {"image": "black", "reference": _REFERENCE, "prediction": _PREDICTION, "uncertainty": "black"}
@@ -150,6 +163,7 @@ def draw(examples: Sequence[Example], file: Path) -> None:
 
 
 def _make_empty(folder: Path) -> None:
+    """Create a folder; raise UsageError if it exists and is not empty, UserError if it cannot be created."""
     try:
         if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
             raise UsageError(f"{folder} exists and is not an empty folder; choose a new folder with -o, or delete it")
@@ -159,7 +173,7 @@ def _make_empty(folder: Path) -> None:
 
 
 def _variables(output: Path, device: str) -> dict[str, str]:
-    """Return the environment variables for the commands. nnU-Net variables of the user are neither used nor changed."""
+    """Return nnU-Net's environment variables for the demo. Those of the user are neither used nor changed."""
     workers = 1 if device == "cpu" else min(8, os.cpu_count() or 1)  # on a CPU, the network takes most of the time
     return {
         **{name: str(output / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")},
@@ -172,7 +186,10 @@ def _variables(output: Path, device: str) -> dict[str, str]:
 
 
 def _shrink(plans_file: Path) -> None:
-    """Reduce network and patch size in the plans, and print the changes. Preprocessed cases depend on neither."""
+    """Reduce network and patch size in the plans, and print the changes.
+
+    Preprocessed cases do not depend on these sizes, so they need not be preprocessed again.
+    """
     plans = json.loads(plans_file.read_text())
     configuration = plans["configurations"]["3d_fullres"]
     architecture = configuration["architecture"]["arch_kwargs"]
@@ -187,7 +204,7 @@ def _shrink(plans_file: Path) -> None:
 
 @dataclass
 class _Run:
-    """A run of numbered and timed steps. Commands write their output to log files.
+    """The steps of the demo, which are printed with a number and the time they took. Each command has a log file.
 
     Attributes:
         output: the folder of the demo.
@@ -200,6 +217,7 @@ class _Run:
     number: int = 0
 
     def print_variables(self) -> None:
+        """Print shell commands that set the environment variables."""
         print("To repeat a command below by hand, first run:")
         folder = Path(sys.executable).parent
         if shutil.which("nnUNetv2_train") != str(folder / "nnUNetv2_train"):
@@ -210,6 +228,7 @@ class _Run:
 
     @contextmanager
     def step(self, title: str) -> Iterator[None]:
+        """Print the number and the title of a step, and at its end the time it took."""
         self.number += 1
         print(f"[{self.number}/{_STEPS}] {title}", flush=True)
         start = time.monotonic()
@@ -217,7 +236,15 @@ class _Run:
         print(f"{_INDENT}{time.monotonic() - start:.0f} s", flush=True)
 
     def command(self, *command: str, report: Callable[[str], None] | None = None) -> None:
-        """Run a command as a step. Write each line of its output to a log file, and pass it to `report`."""
+        """Run a command as a step. Write its output to a log file, and pass each line of it to `report`.
+
+        Args:
+            command: the name of the command and its arguments.
+            report: function called with each line of the output; None to print nothing.
+
+        Raises:
+            UserError: the command failed. The last lines of its output are printed.
+        """
         name = command[:2] if command[0] == "nnunet_dycon" else command[:1]
         with self.step(shlex.join(command)):
             log = self.output / "logs" / f"{self.number:02d}_{name[-1].removeprefix('nnUNetv2_')}.log"
@@ -235,6 +262,7 @@ class _Run:
 
 
 def _find(name: str) -> str:
+    """Return the path of an installed command; raise UserError if there is none."""
     installed = Path(sys.executable).with_name(name)
     found = str(installed) if installed.is_file() else shutil.which(name)
     if found is None:
@@ -245,7 +273,7 @@ def _find(name: str) -> str:
 
 
 def _stream(command: list[str], environment: dict[str, str], log: TextIO, report: Callable[[str], None] | None) -> int:
-    """Run a command, pass on each line of its output at once, and return its exit code."""
+    """Run a command, write each line of its output to `log` and `report` at once, and return the exit code."""
     pipe, both = subprocess.PIPE, subprocess.STDOUT
     with subprocess.Popen(
         command, env=environment, stdout=pipe, stderr=both, encoding="utf-8", errors="replace"
@@ -266,7 +294,7 @@ def _show(line: str) -> None:
 
 
 class _Epochs:
-    """A parser of the output of nnUNetv2_train that prints a line for each epoch."""
+    """Callable that reads the output of nnUNetv2_train line by line, and prints losses and time of each epoch."""
 
     def __init__(self) -> None:
         self._epoch, self._losses = 0, ""

@@ -1,6 +1,6 @@
-"""Phantoms: textured 3D volumes with lesions of very different sizes, and a data set of them in nnU-Net's raw format.
+"""Phantoms: random 3D images with lesions of very different sizes, and a data set of phantoms in nnU-Net's raw format.
 
-Phantoms imitate no particular organ. They share difficulties with real scans: lesions differ in size and contrast,
+Phantoms imitate no particular organ, but have some difficulties of real scans: lesions differ in size and contrast,
 other structures are equally bright, and borders are blurred.
 """
 
@@ -24,18 +24,19 @@ def phantom(
     shape: tuple[int, int, int] = SHAPE,
     lesion_radii: tuple[float, float] = LESION_RADII,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return a random volume and its lesions.
+    """Return a random image and the label map of its lesions.
 
-    An organ in a darker background contains 1 to 5 lesions, and vessels of similar brightness. Bright lumps of the size
-    of lesions are outside the organ. Neither intensity nor shape alone therefore identifies lesions.
+    The image shows an organ in front of a darker background. The organ contains up to 5 lesions, and vessels of similar
+    brightness. Outside the organ there are bright lumps of the size of lesions. Therefore, neither intensity nor shape
+    alone identifies lesions.
 
     Args:
         rng: the random number generator.
         shape: (Z, Y, X).
-        lesion_radii: the smallest and the largest radius in voxels, before the border is made irregular.
+        lesion_radii: the smallest and the largest lesion radius in voxels, before the shape is made irregular.
 
     Returns:
-        The image (Z, Y, X), float32 in arbitrary units, and the label (Z, Y, X), uint8: 1 is lesion.
+        The image (Z, Y, X), float32 in arbitrary units, and the label map (Z, Y, X), uint8, where 1 is lesion.
     """
     center = np.array(shape) / 2 + rng.uniform(-2, 2, 3)
     organ = _blob(rng, shape, center, np.array(shape) * rng.uniform(0.36, 0.44, 3), roughness=0.08)
@@ -67,10 +68,10 @@ def write_dataset(
     cases are not written.
 
     Args:
-        folder: DatasetXXX_Name, which must not exist or must be empty. It appears when all files are written.
+        folder: DatasetXXX_Name, which must not exist or must be empty. It is created after all files are written.
         seed: the seed of the data set.
-        counts: the number of cases of each role (labeled, unlabeled, val, test), in the order of case numbers.
-        shape: the shape of each case, see `phantom`.
+        counts: role (labeled, unlabeled, val or test) -> number of cases. Cases are numbered in the order of the roles.
+        shape: the shape of each image, see `phantom`.
         lesion_radii: the range of the lesions' radii, see `phantom`.
     """
     roles = [role for role, count in counts.items() for _ in range(count)]
@@ -100,7 +101,13 @@ def _write(array: np.ndarray, file: Path) -> None:
 
 
 def _lesions(rng: np.random.Generator, organ: np.ndarray, lesion_radii: tuple[float, float]) -> np.ndarray:
-    """Return a mask of 1 to 5 separate lesions. Their radii are uniform on a logarithmic scale."""
+    """Return a mask (Z, Y, X) of up to 5 separate lesions, with radii drawn uniformly on a logarithmic scale.
+
+    Args:
+        rng: the random number generator.
+        organ: mask (Z, Y, X) of the organ, which contains the lesions.
+        lesion_radii: the smallest and the largest radius in voxels.
+    """
     lesions = np.zeros_like(organ)
     smallest, largest = np.log(lesion_radii)
     radii = np.exp(rng.uniform(smallest, largest, size=rng.integers(1, 6)))
@@ -114,7 +121,7 @@ def _lesions(rng: np.random.Generator, organ: np.ndarray, lesion_radii: tuple[fl
 
 
 def _lumps(rng: np.random.Generator, outside: np.ndarray, lesion_radii: tuple[float, float]) -> np.ndarray:
-    """Return a mask of lumps in the background, with sizes like those of lesions."""
+    """Return a mask (Z, Y, X) of lumps in the background, with similar sizes as lesions."""
     lumps = np.zeros_like(outside)
     for center in rng.choice(np.argwhere(distance_transform_edt(outside) > 3), 8):
         lumps |= _blob(rng, outside.shape, center, rng.uniform(*lesion_radii, 3) * 0.6, roughness=0.15)
@@ -124,13 +131,27 @@ def _lumps(rng: np.random.Generator, outside: np.ndarray, lesion_radii: tuple[fl
 def _blob(
     rng: np.random.Generator, shape: tuple[int, ...], center: np.ndarray, radii: np.ndarray, roughness: float
 ) -> np.ndarray:
-    """Return a mask (Z, Y, X) of an ellipsoid with an irregular border."""
+    """Return a mask (Z, Y, X) of an ellipsoid with an irregular border.
+
+    Args:
+        rng: the random number generator.
+        shape: (Z, Y, X).
+        center: center of the ellipsoid (z, y, x) in voxels.
+        radii: half axes of the ellipsoid (z, y, x) in voxels.
+        roughness: standard deviation of the border, as a fraction of the radii.
+    """
     offsets = np.moveaxis(np.indices(shape), 0, -1) - center
     distance = np.linalg.norm(offsets / radii, axis=-1)
     return distance + roughness * _noise(rng, shape, max(1.0, np.min(radii) / 2)) < 1
 
 
 def _noise(rng: np.random.Generator, shape: tuple[int, ...], scale: float) -> np.ndarray:
-    """Return smooth noise (Z, Y, X), mean 0, standard deviation 1; `scale` is the sigma of the filter in voxels."""
+    """Return smooth noise (Z, Y, X) with mean 0 and standard deviation 1.
+
+    Args:
+        rng: the random number generator.
+        shape: (Z, Y, X).
+        scale: sigma of the Gaussian filter that smooths the noise, in voxels.
+    """
     noise = gaussian_filter(rng.normal(size=shape), scale, mode="wrap")
     return (noise - noise.mean()) / noise.std()

@@ -1,8 +1,9 @@
-"""Entry point of nnU-Net's look-up of trainers. nnUNet_extTrainer must contain this folder.
+"""The module in which nnU-Net finds the trainers of this package. nnUNet_extTrainer must contain its folder.
 
-nnU-Net imports every module below this folder by its bare name, looks for the class with hasattr, and removes the
-module from sys.modules. A class defined here could not be pickled, and would be a new class at each look-up. This
-module therefore defines none. It returns the class from nnunet_dycon.trainers, and imports only that class's module.
+For each look-up, nnU-Net imports every module in this folder by its bare name, looks for the trainer class with
+hasattr, and removes the module from sys.modules. A class defined in such a module could not be pickled, and each
+look-up would return a different class. This module therefore defines no class. Its __getattr__ returns the class from
+nnunet_dycon.trainers, and imports only the module of this class.
 """
 
 import os
@@ -13,7 +14,7 @@ from nnunet_dycon.trainers import registered_name, trainer_class
 
 
 def __getattr__(name: str) -> type:
-    if not name.startswith("nnUNetTrainer"):  # attributes that Python looks up
+    if not name.startswith("nnUNetTrainer"):  # attributes that Python itself looks up, such as __path__
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if registered_name(name) is not None or name in BUILDERS or _is_searched_last():
         return trainer_class(name)
@@ -21,7 +22,7 @@ def __getattr__(name: str) -> type:
 
 
 def _is_searched_last() -> bool:
-    """Return whether this is the last folder in nnUNet_extTrainer, so that no later one can contain the trainer."""
+    """Return whether this is the last folder in nnUNet_extTrainer, so no folder after it can contain the trainer."""
     folders = [Path(entry) for entry in os.environ.get("nnUNet_extTrainer", "").split(os.pathsep) if entry.strip()]
     folders = [folder.resolve() for folder in folders if folder.exists()]
     return bool(folders) and folders[-1] == Path(__file__).resolve().parent

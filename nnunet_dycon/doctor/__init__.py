@@ -1,4 +1,4 @@
-"""`nnunet_dycon doctor`: checks before a training, with remedies for the problems found."""
+"""The command `nnunet_dycon doctor`: checks before a training, with remedies for the problems found."""
 
 import json
 import os
@@ -15,7 +15,15 @@ from nnunet_dycon.system.environment import nnunet_folder
 
 @dataclass(frozen=True)
 class Question:
-    """The arguments of the nnUNetv2_train call to check. If `dataset` is None, only the installation is checked."""
+    """The arguments of the nnUNetv2_train call that the doctor checks.
+
+    Attributes:
+        trainer: name of the trainer (-tr).
+        dataset: ID or name of the dataset; None to check only the installation.
+        configuration: such as "3d_fullres".
+        plans_name: plans identifier (-p).
+        fold: fold to check; None to check every fold.
+    """
 
     trainer: str
     dataset: str | None = None
@@ -53,7 +61,7 @@ def run_doctor(question: Question, as_json: bool = False) -> int:
 
 
 def _without_repetitions(findings: Iterator[Finding]) -> Iterator[Finding]:
-    """Yield findings, and skip those whose message has been yielded before, as several checks can hit one problem."""
+    """Yield each finding unless one with the same message was yielded before: several checks can find one problem."""
     seen = set()
     for finding in findings:
         if finding.message not in seen:
@@ -62,7 +70,7 @@ def _without_repetitions(findings: Iterator[Finding]) -> Iterator[Finding]:
 
 
 def diagnose(question: Question) -> Iterator[Finding]:
-    """Yield the findings of all checks. Errors become findings and are not raised."""
+    """Run all checks and yield their findings. An error in a check becomes a finding and is not raised."""
     yield from examine("versions", installation.check_versions)
     yield from examine("device", installation.check_device)
     yield from examine("settings", installation.check_settings)
@@ -76,8 +84,11 @@ def diagnose(question: Question) -> Iterator[Finding]:
     except UserError as error:
         yield as_finding("data set", error)
     except Exception as error:  # a package that cannot be imported, plans that nnU-Net cannot use
-        remedy = "fix the problems reported above; if there are none, plan and preprocess again"
-        yield Finding("data set", FAIL, f"cannot be checked ({named(error)})", remedy)
+        remedy = (
+            "fix the problems reported above; if there are none, plan and preprocess again, and if that does not help, "
+            "report this error as an issue of nnunet_dycon"
+        )
+        yield Finding("data set", FAIL, f"the checks of the data set failed with an error ({named(error)})", remedy)
 
 
 def _diagnose_dataset(question: Question, name_or_id: str) -> Iterator[Finding]:

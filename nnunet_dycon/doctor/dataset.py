@@ -1,4 +1,8 @@
-"""Checks of a raw data set: file names, headers and duplicate images."""
+"""Checks of a data set in nnUNet_raw: file names, headers and duplicate images.
+
+The role of a case is labeled, unlabeled, val or test. It follows from the folder of its images: imagesTr, imagesUn,
+imagesVal or imagesTs.
+"""
 
 import json
 import os
@@ -22,8 +26,8 @@ from nnunet_dycon.system.processes import map_cases
 
 _FORMAT = "https://github.com/MIC-DKFZ/nnUNet/blob/master/documentation/dataset_format.md"
 _HELD_OUT = ("val", "test")
-_FEW_IMAGES = 20  # starting processes would take longer than reading this many
-# Remedies for images that are in two roles. Duplicates between held-out roles are harmless.
+_FEW_IMAGES = 20  # up to this number of images, reading takes less time than starting processes
+# Pair of roles -> remedy for an image that occurs in both. An image in both val and test does no harm.
 _REMEDIES = {
     ("labeled", "unlabeled"): "remove them from imagesUn: training uses them with their labels",
     **{("labeled", role): "remove them from one folder: scores on training images are not valid" for role in _HELD_OUT},
@@ -36,14 +40,14 @@ _REMEDIES = {
 
 @dataclass(frozen=True)
 class RawDataset:
-    """A folder nnUNet_raw/DatasetXXX_Name.
+    """The files of a folder nnUNet_raw/DatasetXXX_Name.
 
     Attributes:
         folder: the path of the folder.
         dataset_json: the content of dataset.json.
-        preprocessed: the roles whose raw images training does not need because they are preprocessed.
-        cases: the image files of each case, one per channel, by role ("labeled", ...).
-        misnamed: the error for each role with wrong file names. Such a role has no cases in `cases`.
+        preprocessed: the roles whose cases are preprocessed, so that training does not need their raw images.
+        cases: role -> name of the case -> image files, one per channel.
+        misnamed: role -> error, for each role with wrong file names. Such a role has no cases in `cases`.
     """
 
     folder: Path
@@ -54,7 +58,15 @@ class RawDataset:
 
     @classmethod
     def read(cls, folder: Path, preprocessed: frozenset[str]) -> "RawDataset":
-        """List the files of a data set. Raise UserError if dataset.json is missing, damaged or incomplete."""
+        """Read dataset.json and list the image files of a data set.
+
+        Args:
+            folder: nnUNet_raw/DatasetXXX_Name.
+            preprocessed: the roles whose cases are preprocessed.
+
+        Raises:
+            UserError: dataset.json is missing, damaged or incomplete.
+        """
         raw = cls(folder, _read_dataset_json(folder / "dataset.json"), preprocessed)
         channels = len(raw.dataset_json["channel_names"])
         for role, (images, _) in FOLDERS.items():
@@ -70,12 +82,12 @@ class RawDataset:
 
     @cached_property
     def headers(self) -> dict[Path, Header | None]:
-        """The header of each image, None where it cannot be read."""
+        """Image file -> its header, or None if the header cannot be read; for the images of all roles."""
         files = [file for cases in self.cases.values() for case in cases.values() for file in case]
         return dict(zip(files, map_cases(read_header, files, 1, "reading headers")))
 
     def severity(self, role: str) -> str:
-        """Return the status of a finding if an image of this role cannot be used."""
+        """Return the status of a problem with images of a role: FAIL if training needs them, else WARNING."""
         return WARNING if role in _HELD_OUT or role in self.preprocessed else FAIL
 
 
@@ -93,11 +105,16 @@ def _read_dataset_json(file: Path) -> dict:
 
 
 def examine_raw(folder: Path, preprocessed: frozenset[str]) -> Iterator[Finding]:
-    """Yield the findings of all checks of a raw data set."""
+    """Run all checks of a data set in nnUNet_raw, and yield their findings.
+
+    Args:
+        folder: nnUNet_raw/DatasetXXX_Name.
+        preprocessed: the roles whose cases are preprocessed, so that training does not need their raw images.
+    """
     if not folder.is_dir():
         message = f"{folder} does not exist"
         if preprocessed >= {"labeled", "unlabeled"}:
-            yield Finding("raw data", NOTE, f"{message}; all cases are preprocessed, so training does not need it")
+            yield Finding("raw data", NOTE, f"{message}; all cases are preprocessed, so it is not needed")
         else:
             yield Finding("raw data", FAIL, message, "copy the data set there, or correct nnUNet_raw")
         return
@@ -112,18 +129,22 @@ def examine_raw(folder: Path, preprocessed: frozenset[str]) -> Iterator[Finding]
         yield from examine("headers", check_headers, raw)
         yield from examine("duplicates", check_duplicates, raw)
     else:
-        yield Finding("headers", NOTE, f"headers and duplicates are not checked for images in {raw.ending}")
+        yield Finding("headers", NOTE, f"headers and duplicates of {raw.ending} files are not checked")
 
 
 def check_files(raw: RawDataset) -> Iterator[Finding]:
-    """Count the cases, and check that each image has its label and that numTraining in dataset.json is right."""
+    """Count the cases; check that each labeled image has a label, and that numTraining in dataset.json is correct."""
     counts = ", ".join(f"{len(cases)} {role}" for role, cases in raw.cases.items() if cases or role not in _HELD_OUT)
     channels = len(raw.dataset_json["channel_names"])
     yield Finding("raw data", OK, f"{raw.folder}: {counts}; {channels} channel{'s' * (channels > 1)}")
     for role, error in raw.misnamed.items():
         yield as_finding("raw data", error, raw.severity(role))
     if "dataset" in raw.dataset_json:
-        yield Finding("raw data", NOTE, 'dataset.json lists the labeled files in "dataset"; these are not checked')
+        yield Finding(
+            "raw data",
+            NOTE,
+            'labeled files are not checked, because dataset.json lists them under "dataset"',
+        )
         return
     for role in ("labeled", "unlabeled"):
         if not raw.cases[role] and role not in raw.misnamed:
@@ -146,12 +167,17 @@ def check_files(raw: RawDataset) -> Iterator[Finding]:
 
 
 def label_names(folder: Path, ending: str) -> set[str]:
-    """Return the names of the cases in labelsTr."""
+    """Return the names of the cases in labelsTr.
+
+    Args:
+        folder: nnUNet_raw/DatasetXXX_Name.
+        ending: file ending, such as ".nii.gz".
+    """
     return {file.name[: -len(ending)] for file in (folder / "labelsTr").glob(f"*{ending}")}
 
 
 def check_names(raw: RawDataset) -> Iterator[Finding]:
-    """Check that no case has two roles."""
+    """Check that no case name occurs in more than one of imagesTr, imagesUn, imagesVal and imagesTs."""
     found = False
     for one, other in combinations(FOLDERS, 2):
         both = sorted(raw.cases[one].keys() & raw.cases[other].keys())
@@ -160,15 +186,19 @@ def check_names(raw: RawDataset) -> Iterator[Finding]:
             status = FAIL if (one, other) == ("labeled", "unlabeled") else WARNING
             folders = " and ".join(FOLDERS[role][0] for role in (one, other))
             message = counted(both, f"case is in {folders}", f"cases are in {folders}")
-            yield Finding("case names", status, message, "remove each from one of the folders")
+            yield Finding("case names", status, message, "remove each of them from one of the two folders")
     if not found:
-        yield Finding("case names", OK, "each case has one role")
+        yield Finding("case names", OK, "no case is in more than one of imagesTr, imagesUn, imagesVal and imagesTs")
 
 
 def check_headers(raw: RawDataset) -> Iterator[Finding]:
-    """Check that headers can be read, with spacings in the unit of the labeled images. Voxels are not read."""
+    """Check that each image has at most 3 dimensions, one value per voxel, and a spacing in the expected unit.
+
+    The unit is expected to be that of the labeled images. All channels of a case must have the same size. Only headers
+    are read, not voxels.
+    """
     readable = {file: header for file, header in raw.headers.items() if header is not None}
-    # One number per case, because the order of axes may differ.
+    # The mean over the axes, because their order may differ between cases.
     labeled = [readable[files[0]] for files in raw.cases["labeled"].values() if files[0] in readable]
     usual = [median(geometric_mean(header.spacing) for header in labeled)] if labeled else None
     found = False
@@ -187,6 +217,13 @@ def check_headers(raw: RawDataset) -> Iterator[Finding]:
 
 
 def _fault(header: Header | None, first: Header | None, usual_spacing: list[float] | None) -> str | None:
+    """Return why training cannot use an image, or None if it can.
+
+    Args:
+        header: header of the image; None if it cannot be read.
+        first: header of the first channel of the case; None if it cannot be read.
+        usual_spacing: typical spacing of the labeled images in mm; None to omit the check of the unit.
+    """
     if header is None:
         return "cannot be read"
     if len(header.size) > 3:
@@ -206,7 +243,10 @@ def _fault(header: Header | None, first: Header | None, usual_spacing: list[floa
 
 
 def check_duplicates(raw: RawDataset) -> Iterator[Finding]:
-    """Check that no image has two roles under different names. Only images of equal size are read."""
+    """Check that no image is in two folders, such as imagesTr and imagesTs, under different case names.
+
+    Voxels are compared, but only of images with equal sizes.
+    """
     by_size = defaultdict(list)
     for role, cases in raw.cases.items():
         for case, files in cases.items():
@@ -229,5 +269,5 @@ def check_duplicates(raw: RawDataset) -> Iterator[Finding]:
         message = counted(names, f"image is the same in {folders}", f"images are the same in {folders}")
         yield Finding("duplicates", WARNING, message, _REMEDIES[roles])
     if not pairs:
-        message = f"no image is in two folders under two names ({len(alike)} of equal size were compared)"
+        message = f"no image is in two folders under different names ({len(alike)} images of equal size were compared)"
         yield Finding("duplicates", OK, message)

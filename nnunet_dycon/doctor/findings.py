@@ -1,4 +1,4 @@
-"""Findings of the doctor, and the conversion of checks and their errors to findings."""
+"""Findings, the results of the doctor's checks, and functions that run a check or turn an error into a finding."""
 
 import io
 from collections import Counter
@@ -17,9 +17,10 @@ class Finding:
 
     Attributes:
         check: the name of the check.
-        status: OK, NOTE (information), WARNING (training works, but perhaps not as intended) or FAIL (it would fail).
+        status: OK, NOTE (information), WARNING (training works, but perhaps not as intended) or FAIL (training would
+            fail).
         message: the result in one line.
-        remedy: the action that solves the problem, if any.
+        remedy: the action that solves the problem; None if there is no problem or no known action.
     """
 
     check: str
@@ -34,13 +35,19 @@ class Finding:
 
 
 def examine(check: str, function: Callable[..., Iterable[Finding]], *arguments) -> list[Finding]:
-    """Run a check without its output, and return its findings.
+    """Run a check, suppress what it prints, and return its findings.
 
-    UserError and NotSupported become a FAIL. Any other error becomes a WARNING that the check could not be run.
+    If the check raises UserError or NotSupported, this becomes a finding with status FAIL. Any other error becomes a
+    WARNING that the check itself failed.
+
+    Args:
+        check: the name of the check.
+        function: the check, which yields findings.
+        arguments: arguments of the check.
     """
     findings: list[Finding] = []
     try:
-        with redirect_stdout(io.StringIO()):  # nnU-Net prints
+        with redirect_stdout(io.StringIO()):  # nnU-Net's functions print
             for finding in function(*arguments):
                 findings.append(finding)
     except UserError as error:
@@ -49,22 +56,22 @@ def examine(check: str, function: Callable[..., Iterable[Finding]], *arguments) 
         findings.append(Finding(check, FAIL, str(error)))
     except Exception as error:
         remedy = "training may work; please report this error as an issue of nnunet_dycon"
-        findings.append(Finding(check, WARNING, f"could not be checked ({named(error)})", remedy))
+        findings.append(Finding(check, WARNING, f"the check itself failed ({named(error)})", remedy))
     return findings
 
 
 def as_finding(check: str, error: UserError, status: str = FAIL) -> Finding:
-    """Return a UserError as a finding. The remedy is the part of its message behind the first semicolon."""
+    """Return a finding for a UserError. The error's message is split at its first semicolon into message and remedy."""
     message, _, remedy = str(error).partition("; ")
     return Finding(check, status, message, remedy or None)
 
 
 def named(error: Exception) -> str:
-    """Return an unexpected error in one line, with its type."""
+    """Return the type and the first line of an error, such as "ValueError: wrong shape"."""
     return f"{type(error).__name__}: {first_line(error)}"
 
 
 def count(findings: Iterable[Finding]) -> dict[str, int]:
-    """Return the number of findings of each status."""
+    """Return status -> number of findings with this status, for all four statuses."""
     counts = Counter(finding.status for finding in findings)
     return {status: counts[status] for status in STATUSES}

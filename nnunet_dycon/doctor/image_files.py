@@ -1,4 +1,7 @@
-"""Headers of image files, and hashes of their voxels. Worker processes import this module, so it imports little."""
+"""Headers of image files, and hashes of their voxels.
+
+The module does not import torch or nnU-Net, so that the worker processes that import it start quickly.
+"""
 
 import hashlib
 from dataclasses import dataclass
@@ -14,8 +17,8 @@ class Header:
 
     Attributes:
         size: the number of voxels along x, y, z.
-        spacing: the distance of voxels along x, y, z, in mm unless the file is wrong.
-        components: the number of values per voxel.
+        spacing: the voxel spacing along x, y, z according to the file, which should be in mm.
+        components: the number of values per voxel; more than 1 in a color image.
     """
 
     size: tuple[int, ...]
@@ -35,7 +38,10 @@ def read_header(file: Path) -> Header | None:
 
 
 def hash_voxels(file: Path) -> str | None:
-    """Return a hash of the voxel values, independent of type, compression and header; None if unreadable."""
+    """Return a hash of the voxel values, independent of data type, compression and header.
+
+    Return None if the file cannot be read.
+    """
     try:
         voxels = sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
     except RuntimeError:

@@ -1,4 +1,4 @@
-"""Checks that need no data: packages, device, environment variables of nnU-Net, and its look-up of trainers."""
+"""Checks that need no data: packages, device, environment variables of nnU-Net, and nnU-Net's look-up of trainers."""
 
 import importlib.util
 import json
@@ -29,7 +29,7 @@ _SHARED_MEMORY = Path("/dev/shm")
 
 
 def check_versions() -> Iterator[Finding]:
-    """Check the installed versions of all requirements of nnunet-dycon and nnU-Net."""
+    """Check that the installed packages meet the version requirements of nnunet-dycon and of nnU-Net."""
     from packaging.requirements import Requirement  # installed with matplotlib, which nnU-Net requires
 
     versions = [f"Python {platform.python_version()}", f"nnunet-dycon {__version__}"]
@@ -39,7 +39,11 @@ def check_versions() -> Iterator[Finding]:
             texts = metadata.requires(package) or []
         except metadata.PackageNotFoundError:
             if package == "nnunet-dycon":
-                yield Finding("versions", NOTE, "nnunet-dycon is not installed, but imported from a folder")
+                yield Finding(
+                    "versions", NOTE,
+                    "nnunet-dycon is imported from a folder without installation, so its requirements are not checked",
+                    "to check them, install nnunet-dycon with pip and run the doctor again",
+                )  # fmt: skip
             continue
         for requirement in map(Requirement, texts):
             if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
@@ -68,7 +72,7 @@ def check_device() -> Iterator[Finding]:
     try:
         import torch
     except Exception as error:  # OSError if a library is missing
-        reinstall = "install it again, see https://pytorch.org/get-started"
+        reinstall = "install torch again, see https://pytorch.org/get-started"
         yield Finding("device", FAIL, f"torch cannot be imported ({first_line(error)})", reinstall)
         return
     with warnings.catch_warnings(record=True) as caught:
@@ -91,7 +95,7 @@ def check_device() -> Iterator[Finding]:
         torch.ones(8, device="cuda").sum().item()
         free, total = torch.cuda.mem_get_info()
     except Exception as error:
-        install = "install a torch that supports this GPU, or train with -device cpu"
+        install = "install a version of torch that supports this GPU, or train with -device cpu"
         yield Finding("device", FAIL, f"torch {torch.__version__} cannot use {names[0]} ({first_line(error)})", install)
         return
     memory = f"{total / GIB:.0f} GiB ({free / GIB:.0f} GiB free)"
@@ -101,6 +105,7 @@ def check_device() -> Iterator[Finding]:
 
 
 def _check_compiler() -> Iterator[Finding]:
+    """Check that a C compiler and Python's header files, which torch.compile needs, are installed."""
     missing = []
     if not ("CC" in os.environ or shutil.which("gcc") or shutil.which("clang")):
         missing.append("a C compiler")
@@ -115,7 +120,7 @@ def _check_compiler() -> Iterator[Finding]:
 
 
 def check_settings() -> Iterator[Finding]:
-    """Check the optional environment variables of nnU-Net that are set, and the size of shared memory."""
+    """Check the values of nnU-Net's optional environment variables, and the size of /dev/shm."""
     findings = [
         *_check_number("nnUNet_def_n_proc", least=1),
         *_check_number("nnUNet_n_proc_DA", least=0),
@@ -183,9 +188,12 @@ def _check_shared_memory() -> Iterator[Finding]:
 
 
 def check_folders() -> Iterator[Finding]:
-    """Check nnU-Net's three folders: variables set, paths absolute, nnUNet_raw readable, the others writable."""
+    """Check the variables nnUNet_raw, nnUNet_preprocessed and nnUNet_results, and the folders that they contain.
+
+    Each variable must be set to an absolute path. nnUNet_raw must be readable, the other two folders writable.
+    """
     for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-        # Preprocessed cases can be trained on without raw data.
+        # Training does not need raw data if all cases are preprocessed.
         worst = WARNING if variable == "nnUNet_raw" else FAIL
         value = os.environ.get(variable)
         if not value:
@@ -219,12 +227,15 @@ def _examine_folder(variable: str, folder: Path, worst: str) -> Finding:
 
 
 def existing_part(folder: Path) -> Path:
-    """Return the folder, or its nearest parent that exists."""
+    """Return the folder itself if it exists, else its nearest parent folder that exists."""
     return next(path for path in (folder, *folder.parents) if path.exists())
 
 
 def check_ext_trainer() -> Iterator[Finding]:
-    """Check that each folder in nnUNet_extTrainer exists, and that none contains modules of nnunet_dycon."""
+    """Check that each folder in nnUNet_extTrainer exists, and does not contain the source code of nnunet_dycon.
+
+    The folder that `nnunet_dycon trainers_path` prints contains a single module for the look-up, and is allowed.
+    """
     name = "nnUNet_extTrainer"
     harmful = _harmful_folders()
     for entry in _ext_entries():
@@ -248,6 +259,7 @@ def _ext_entries() -> list[str]:
 
 
 def _harmful_folders() -> dict[Path, str]:
+    """Return the folders that nnUNet_extTrainer must not contain: path -> description."""
     package = _DISCOVERY.parent
     return {
         package.parent: "the parent folder of the package nnunet_dycon",
@@ -257,14 +269,15 @@ def _harmful_folders() -> dict[Path, str]:
 
 
 def _correction(entry: str) -> str:
+    """Return the remedy for an entry of nnUNet_extTrainer that is not a folder."""
     if entry.startswith("~"):
-        return "write $HOME instead of ~, which was quoted"
+        return "write $HOME instead of ~, which the shell does not expand in quotes"
     if os.path.isdir(entry.split(";" if os.pathsep == ":" else ":")[0]) or "," in entry:
         return f'separate folders by "{os.pathsep}"'
     return "correct it, or remove it from nnUNet_extTrainer"
 
 
-# Run in a separate process, like a training: look-up in some folders of nnUNet_extTrainer breaks imported modules.
+# Run in a separate process, since the look-up in some folders of nnUNet_extTrainer would break modules of this process.
 _LOOK_UP = """
 import json, sys
 sys.path[:] = [entry for entry in sys.path if entry]  # nnUNetv2_train does not import from the current folder
@@ -296,21 +309,23 @@ def check_look_up(trainer: str) -> Iterator[Finding]:
     found = json.loads(result.stdout.splitlines()[-1])
     if not found["is_own"]:
         message = f"nnU-Net finds another class named {trainer}, in the module {found['module']}"
-        remedy = "put the folder printed by `nnunet_dycon trainers_path` first in nnUNet_extTrainer, or alone"
+        remedy = "in nnUNet_extTrainer, put the folder printed by `nnunet_dycon trainers_path` first, or list it alone"
         yield Finding("trainer", WARNING, message, remedy)
     elif not found["is_semi_supervised"]:
         message = f"{trainer} is not a semi-supervised trainer of nnunet_dycon, and would not use unlabeled cases"
-        yield Finding("trainer", WARNING, message, "choose a trainer of: nnunet_dycon list")
+        yield Finding("trainer", WARNING, message, "choose a trainer that `nnunet_dycon list` prints")
     else:
         yield Finding("trainer", OK, f"nnU-Net finds {trainer}")
 
 
 def _unknown(reason: str) -> Finding:
+    """Return a finding for an error message that contains the problem, a semicolon, and the remedy."""
     message, _, remedy = reason.partition("; ")
     return Finding("trainer", FAIL, message, remedy)
 
 
 def _failed_look_up(trainer: str, output: str, errors: str) -> Finding:
+    """Return a finding for nnU-Net's failed look-up of a trainer, given its stdout and stderr."""
     error = next((line for line in reversed(errors.splitlines()) if line.strip()), "no error message")
     if error.startswith(ONE_LINE):  # raised by nnunet_dycon
         return _unknown(error.removeprefix(ONE_LINE))
@@ -320,7 +335,7 @@ def _failed_look_up(trainer: str, output: str, errors: str) -> Finding:
             return Finding("trainer", FAIL, f"{message}, because nnUNet_extTrainer is not set", _EXPORT)
         if trainers.registered_name(trainer) is not None:
             return Finding("trainer", FAIL, f"{message} in the folders of nnUNet_extTrainer", _EXPORT)
-        remedy = "choose a trainer of: nnunet_dycon list, or add the folder of your own trainer to nnUNet_extTrainer"
+        remedy = "choose a trainer that `nnunet_dycon list` prints, or add the folder of your own to nnUNet_extTrainer"
         return Finding("trainer", FAIL, message, remedy)
     folders, modules = (re.findall(rf"{text} *(.+)", output) for text in ("Searching in:", "Inspecting module:"))
     if not modules:
@@ -328,4 +343,4 @@ def _failed_look_up(trainer: str, output: str, errors: str) -> Finding:
         return Finding("trainer", FAIL, f"nnU-Net cannot be imported ({error})", remedy)
     file = Path(folders[-1], *modules[-1].split(".")).with_suffix(".py")
     message = f"{file} cannot be imported ({error}), which ends nnU-Net's search for trainers"
-    return Finding("trainer", FAIL, message, f"fix it, or remove {folders[-1]} from nnUNet_extTrainer")
+    return Finding("trainer", FAIL, message, f"fix this file, or remove {folders[-1]} from nnUNet_extTrainer")

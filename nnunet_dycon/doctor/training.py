@@ -1,4 +1,4 @@
-"""Checks of one training: preprocessed cases, splits, results, disk space and GPU memory."""
+"""Checks of a single training: preprocessed cases, splits, results, disk space and GPU memory."""
 
 import json
 import os
@@ -29,8 +29,8 @@ from nnunet_dycon.system.files import require_writable
 from nnunet_dycon.trainers import registered_name
 from nnunet_dycon.trainers.semi_supervised import SemiSupervisedTrainer
 
-# nnU-Net's planners expect 8 GB for these values of compute_conv_feature_map_size with these numbers of patches, in 2D
-# and 3D.
+# nnU-Net's planners assume that training takes 8 GB if compute_conv_feature_map_size returns the value of
+# _PLANNED_FEATURE_MAPS and the batch has the number of patches of _PLANNED_PATCHES. The keys 2 and 3 are dimensions.
 _PLANNED_GB = 8
 _PLANNED_FEATURE_MAPS = {
     "PlainConvUNet": {2: 85_000_000, 3: 560_000_000},
@@ -42,13 +42,13 @@ _FLOAT = 4  # bytes
 
 @dataclass(frozen=True)
 class Training:
-    """A call of nnUNetv2_train whose plans exist.
+    """The arguments of the nnUNetv2_train call to check, and the plans for it.
 
     Attributes:
         trainer: the trainer's class; None if it is not semi-supervised, or cannot be found.
-        trainer_name: the argument of -tr.
+        trainer_name: name of the trainer (-tr).
         unlabeled: the unlabeled cases, with data set, plans and configuration.
-        fold: the fold; None if no fold is given.
+        fold: fold to check; None to check every fold.
     """
 
     trainer: type[SemiSupervisedTrainer] | None
@@ -63,19 +63,19 @@ class Training:
 
     @cached_property
     def labeled(self) -> set[str]:
-        """Identifiers of the labeled, preprocessed cases. Raises UserError if there are none."""
+        """Identifiers of the preprocessed labeled cases. Access raises UserError if there are none."""
         return labeled_identifiers(self.labeled_folder, self.unlabeled.arguments)
 
     @property
     def output_folder(self) -> Path:
-        """The folder for the results of all folds."""
+        """The folder nnUNet_results/DatasetXXX_Name/TRAINER__PLANS__CONFIGURATION, which contains all folds."""
         plans = self.unlabeled.plans
         name = f"{self.trainer_name}__{plans.plans_name}__{self.unlabeled.configuration_name}"
         return nnunet_folder("nnUNet_results") / plans.dataset_name / name
 
 
 def find_trainer(name: str) -> type[SemiSupervisedTrainer] | None:
-    """Return the class that nnU-Net would train with; None if it is not semi-supervised, or cannot be found."""
+    """Return the trainer class that nnU-Net finds; None if there is none, or if the class is not semi-supervised."""
     try:
         found = trainer_class(name)
     except Exception:  # raised by any module in nnUNet_extTrainer; installation.check_look_up reports it
@@ -84,7 +84,7 @@ def find_trainer(name: str) -> type[SemiSupervisedTrainer] | None:
 
 
 def build_students(trainer: type[SemiSupervisedTrainer], unlabeled: UnlabeledCases) -> list[Any]:
-    """Return the network, or both networks of co-training, without allocating memory for parameters."""
+    """Return the trainer's network, or both networks of co-training, on the meta device, without memory for weights."""
     plans, configuration = unlabeled.plans, unlabeled.configuration
     channels = determine_num_input_channels(plans, configuration, unlabeled.dataset_json)
     heads = plans.get_label_manager(unlabeled.dataset_json).num_segmentation_heads
@@ -94,7 +94,10 @@ def build_students(trainer: type[SemiSupervisedTrainer], unlabeled: UnlabeledCas
 
 
 def preprocessed_roles(training: Training) -> frozenset[str]:
-    """Return which of "labeled" and "unlabeled" are preprocessed, so that training does not need their raw data."""
+    """Return the roles whose cases are preprocessed, so that training does not need their raw images.
+
+    The roles are "labeled" and "unlabeled". Cases with other roles are never preprocessed.
+    """
     roles = set()
     with suppress(UserError):
         if training.labeled:
@@ -106,7 +109,7 @@ def preprocessed_roles(training: Training) -> frozenset[str]:
 
 
 def examine_training(training: Training) -> Iterator[Finding]:
-    """Yield the findings of all checks that need plans."""
+    """Run all checks that need plans, and yield their findings."""
     trainer = training.trainer
     if trainer is not None:
         yield from examine("trainer", check_supported, trainer, training.unlabeled)
@@ -128,15 +131,15 @@ def _is_supervised(name: str) -> bool:
 
 
 def check_supported(trainer: type[SemiSupervisedTrainer], unlabeled: UnlabeledCases) -> Iterator[Finding]:
-    """Check that the trainer supports the configuration and the labels."""
+    """Check that the trainer supports the configuration and the label space of the data set."""
     trainer.check_compatibility(unlabeled.plans.plans, unlabeled.configuration_name, unlabeled.dataset_json)
     yield Finding("trainer", OK, f"{trainer.__name__} trains {unlabeled.configuration_name}")
 
 
 def check_labeled(training: Training) -> Iterator[Finding]:
-    """Check that all labeled cases, and no others, were planned on and are preprocessed.
+    """Check that the preprocessed labeled cases are complete, and equal the cases in labelsTr and in the fingerprint.
 
-    The references that the final validation needs must exist, too.
+    Also check that gt_segmentations contains the references for the final validation.
     """
     unlabeled, folder, labeled = training.unlabeled, training.labeled_folder, training.labeled
     again = f"run: nnUNetv2_preprocess {unlabeled.arguments}"
@@ -160,7 +163,7 @@ def check_labeled(training: Training) -> Iterator[Finding]:
     if raw and raw != labeled:
         found = True
         differing = sorted(raw ^ labeled)
-        message = f"{len(labeled)} cases are preprocessed, but labelsTr has {len(raw)}; differing: {some(differing)}"
+        message = f"{len(labeled)} cases are preprocessed, but labelsTr has {len(raw)}; in only one: {some(differing)}"
         yield Finding("labeled", WARNING, message, clean)
     check_fingerprint(folder.parent, unlabeled.plans, unlabeled.configuration_name, unlabeled.dataset_id)
     if not found:
@@ -168,6 +171,8 @@ def check_labeled(training: Training) -> Iterator[Finding]:
 
 
 def _is_complete(folder: Path, case: str) -> bool:
+    """Return whether a folder has all files of a preprocessed labeled case, and none is empty."""
+
     def holds(name: str) -> bool:
         return (folder / name).is_file() and (folder / name).stat().st_size > 0
 
@@ -183,7 +188,7 @@ def check_unlabeled(training: Training) -> Iterator[Finding]:
         cases = unlabeled.raw_cases()
         unlabeled.check_not_labeled(training.labeled, set(cases))
         require_writable(unlabeled.folder.parent)
-        message = f"{len(cases)} cases are not preprocessed yet; training preprocesses them when it starts"
+        message = f"{len(cases)} unlabeled cases are not preprocessed yet; training preprocesses them when it starts"
         yield Finding("unlabeled", NOTE, message, f"to preprocess them now, {command}")
     elif (fault := unlabeled.fault()) is not None:
         yield Finding("unlabeled", FAIL, f"{unlabeled.folder} is stale: {fault}", command)
@@ -195,9 +200,10 @@ def check_unlabeled(training: Training) -> Iterator[Finding]:
 
 
 def _check_leftovers(unlabeled: UnlabeledCases) -> Iterator[Finding]:
+    """Report a running or an interrupted preprocessing of the unlabeled cases."""
     with suppress(OSError):  # without write access nothing is preprocessed here
         if (holder := unlabeled.lock.holder()) is not None:
-            message = f"another process is preprocessing them now ({holder}); training will wait for it"
+            message = f"another process is preprocessing the unlabeled cases now ({holder}); training will wait for it"
             yield Finding("unlabeled", NOTE, message)
             return
     for folder in sorted(unlabeled.folder.parent.glob(f"{unlabeled.folder.name}.*.partial")):
@@ -206,7 +212,10 @@ def _check_leftovers(unlabeled: UnlabeledCases) -> Iterator[Finding]:
 
 
 def check_folds(training: Training) -> Iterator[Finding]:
-    """Check that the given fold, or each fold if none is given, fits the labeled cases."""
+    """Check that nnU-Net can train the given fold, or every fold if none is given.
+
+    The fold must list only preprocessed labeled cases, and none of them for both training and validation.
+    """
     folder, labeled = training.labeled_folder, training.labeled
     file = folder.parent / "splits_final.json"
     if training.fold == "all":
@@ -220,7 +229,7 @@ def check_folds(training: Training) -> Iterator[Finding]:
         check_split(folder, labeled, training.fold or 0)
         yield Finding("split", OK, f"nnU-Net will split the {len(labeled)} cases into 5 folds")
         return
-    check_split(folder, labeled, training.fold or 0)  # also that the file is a list of splits
+    check_split(folder, labeled, training.fold or 0)  # raises, too, if the file is not a list of splits
     splits = json.loads(file.read_text())
     for fold in range(max(1, len(splits))) if training.fold is None else [training.fold]:
         check_split(folder, labeled, fold)
@@ -239,7 +248,7 @@ def check_folds(training: Training) -> Iterator[Finding]:
 
 
 def check_results(training: Training) -> Iterator[Finding]:
-    """Check that training can write to its folder, and report checkpoints of an earlier training in it."""
+    """Check that the results folder is writable, and report checkpoints of an earlier training of the fold."""
     output = training.output_folder
     require_writable(existing_part(output))
     if training.fold is None:
@@ -254,11 +263,11 @@ def check_results(training: Training) -> Iterator[Finding]:
 
 
 def check_disk(trainer: type[SemiSupervisedTrainer], unlabeled: UnlabeledCases) -> Iterator[Finding]:
-    """Check the disk space for checkpoints, and for unlabeled cases that are not preprocessed yet."""
+    """Check that the disks have space for checkpoints and for unlabeled cases that are not preprocessed yet."""
     students = build_students(trainer, unlabeled)
     parameters = [sum(parameter.numel() for parameter in student.parameters()) for student in students]
-    # The best one, the two latest and the one being written. Each has weights and momenta of one or two networks, and,
-    # for a single network, the teacher.
+    # Four checkpoints: the best, the two latest, and the one being written. Each contains the weights and momenta of
+    # one or two networks. With one network, the weights of the teacher are added.
     checkpoints = 4 * (2 * sum(parameters) + (parameters[0] if len(students) == 1 else 0)) * _FLOAT
     yield _compare_disk(nnunet_folder("nnUNet_results"), checkpoints, "checkpoints", FAIL)
     if not unlabeled.folder.is_dir():
@@ -281,8 +290,8 @@ def _bytes(number: float) -> str:
 
 
 def _unlabeled_bytes(unlabeled: UnlabeledCases) -> float:
-    """Return the size of the resampled unlabeled cases in bytes, without compression."""
-    target = unlabeled.configuration.spacing  # in 2D, of the last two axes; the first is not resampled
+    """Return the size of all unlabeled cases in bytes after resampling, without cropping and compression."""
+    target = unlabeled.configuration.spacing  # in 2D, only of the last two axes, since the first is not resampled
     total = 0.0
     for files in unlabeled.raw_cases().values():
         if (header := read_header(files[0])) is not None:
@@ -294,13 +303,17 @@ def _unlabeled_bytes(unlabeled: UnlabeledCases) -> float:
 
 
 def check_memory(trainer: type[SemiSupervisedTrainer], training: Training) -> Iterator[Finding]:
-    """Check that labeled and unlabeled patches of a batch fit the GPU, by the estimate of nnU-Net's planners."""
+    """Estimate the GPU memory of a batch of labeled and unlabeled patches, and compare it with the GPU.
+
+    The estimate is that of nnU-Net's planners. For a network that they do not plan, the finding contains the memory
+    relative to nnU-Net's own training with the same plans.
+    """
     cases = training.unlabeled
     configuration, students = cases.configuration, build_students(trainer, cases)
     labeled = configuration.batch_size
     unlabeled = trainer.training_settings.unlabeled_batch_size
     if unlabeled is None:
-        unlabeled = labeled  # at most
+        unlabeled = labeled  # upper bound
         with suppress(UserError):  # reported by other checks
             unlabeled = unlabeled_patches(labeled, len(training.labeled), len(cases.raw_cases()))
     patches = f"{labeled} labeled and {unlabeled} unlabeled patches"

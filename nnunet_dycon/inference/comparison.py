@@ -96,7 +96,7 @@ def compare_folders(
 
     Args:
         reference: folder of reference labels.
-        methods: names of methods and their folders of predictions, one folder per seed; the baseline first.
+        methods: maps the name of each method to its folders of predictions, one folder per seed; the baseline first.
         labels: label values to score; by default the foreground labels and regions of dataset.json.
         num_processes: number of processes for scoring.
         seed: seed of the bootstrap.
@@ -114,7 +114,10 @@ def compare_folders(
     runs = {name: tuple(next(scored) for _ in its) for name, its in methods.items()}
     comparison = Comparison(reference, {name: tuple(its) for name, its in methods.items()}, runs, seed)
     if not comparison.labels:
-        raise UserError(f"{reference}: no case has a score in each run; check that the references contain the labels")
+        raise UserError(
+            f"{reference}: no case has a score in all prediction folders, so nothing can be compared; check that the "
+            "references contain the labels"
+        )
     return comparison
 
 
@@ -128,7 +131,7 @@ def _require_different(folders: Sequence[tuple[str, Path]]) -> None:
 
 
 def _require_same(folders: Sequence[Path], matched: Sequence[MatchedFolders]) -> None:
-    """Raise UserError if folders have different labels or cases."""
+    """Raise UserError if a folder has other labels or cases than the first folder."""
     for folder, one in zip(folders[1:], matched[1:]):
         if (one.task.regions, one.task.ignore) != (matched[0].task.regions, matched[0].task.ignore):
             choose = ", or choose the labels with -l" if one.task.ignore == matched[0].task.ignore else ""
@@ -155,8 +158,8 @@ class Comparison:
 
     Attributes:
         reference: folder of the references.
-        methods: names of methods and their folders, one per seed; the baseline first.
-        runs: names of methods and the scores of each folder, in the same order.
+        methods: maps the name of each method to its folders of predictions, one per seed; the baseline first.
+        runs: maps the name of each method to the scores of its folders, in the order of ``methods``.
         seed: seed of the bootstrap.
     """
 
@@ -187,20 +190,20 @@ class Comparison:
 
     @cached_property
     def single_labels(self) -> list[str]:
-        """Labels that have a score in each run for at least one case."""
+        """Labels for which at least one case has a score in all runs of all methods."""
         return [label for label in self.runs[self.baseline][0].labels if self._kept(label).any()]
 
     @property
     def labels(self) -> list[str]:
-        """Single labels, and ALL if there are several."""
+        """The single labels, followed by ALL (their mean) if there are several."""
         return [*self.single_labels, ALL] if len(self.single_labels) > 1 else self.single_labels
 
     def _column(self, name: str, label: str, key: str) -> np.ndarray:
-        """Return the values (seeds, cases) of a method for a label; NaN where there is no score."""
+        """Return the values in column ``key`` for a method and a label, (seeds, cases); NaN where there is no score."""
         return np.array([[row[key] for row in run.rows if row["label"] == label] for run in self.runs[name]])
 
     def _kept(self, label: str) -> np.ndarray:
-        """Return for each case whether the label has a score in each run of each method, (cases,)."""
+        """Return for each case whether the label has a score in all runs of all methods, (cases,)."""
         scores = np.concatenate([self._column(name, label, DICE) for name in self.methods])
         return np.asarray(~np.isnan(scores).any(0))
 
@@ -266,7 +269,7 @@ class Comparison:
         }
 
     def _empty(self, label: str) -> dict[str, Any]:
-        """Return the number of cases whose reference lacks the label, and in how many of them each run predicts it."""
+        """Return the number of cases whose reference lacks the label, and in how many of these each run predicts it."""
         empty = self._column(self.baseline, label, VOXELS[0])[0] == 0
         predicted = {
             name: [int(one) for one in (self._column(name, label, VOXELS[1])[:, empty] > 0).sum(1)]
@@ -353,7 +356,7 @@ class Comparison:
         draw_or_warn(folder / "comparison.png", self.draw, partial(print, file=sys.stderr))
 
     def draw(self, file: Path) -> None:
-        """Write a picture: for each method, the Dice of each case (mean over seeds) against the baseline's."""
+        """Write a PNG file: a scatter plot per method of its Dice (mean over seeds) and the baseline's in each case."""
         scores = {label: self._scores(label, DICE)[1] for label in self.single_labels}
         panels = []
         for name in list(self.methods)[1:]:
@@ -392,7 +395,7 @@ def _compare(cases: Sequence[str], differences: np.ndarray, estimate: stats.Esti
 
 
 def _correct(tests: Sequence[dict[str, Any]]) -> None:
-    """Set p_holm of all tests that have a p."""
+    """Set ``p_holm``, the p-value with Holm's correction, in all tests whose ``p`` is not None."""
     done = [test for test in tests if test["p"] is not None]
     for test, p in zip(done, stats.holm([test["p"] for test in done])):
         test["p_holm"] = p

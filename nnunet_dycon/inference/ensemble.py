@@ -34,24 +34,24 @@ def predict_both(
 ) -> tuple[str, str]:
     """Predict a folder of images with both networks of a model, and write the ensemble.
 
-    The networks are the student and the second network, or, without a second network, the student and the teacher.
-    Each predicts like nnUNetv2_predict (sliding window, mirroring, folds), and the softmax outputs are averaged like
-    nnUNetv2_ensemble does. The probabilities of both are stored in a temporary folder next to the output.
+    The networks are the student and the second network, or, without a second network, the student and the teacher. Each
+    predicts like nnUNetv2_predict (sliding window, mirroring, folds), and the softmax outputs are averaged like
+    nnUNetv2_ensemble does. The probabilities of both networks are stored in a temporary folder next to the output.
 
     Args:
         model: nnUNet_results/DatasetXXX_Name/TRAINER__PLANS__CONFIGURATION.
         images: folder of CASE_XXXX files, as for nnUNetv2_predict.
         output: a new or empty folder; it is created after the last prediction.
         folds: numbers or "all"; None for all existing folds.
-        device: "cuda" or "cpu"; None for cuda if available.
+        device: "cuda" or "cpu"; None for cuda if available, else cpu.
         step_size: step of the sliding window as a fraction of the patch size.
         mirroring: whether to use test-time mirroring, nnU-Net's default.
         save_probabilities: whether to write the averaged probabilities, too.
-        num_processes: number of processes for preprocessing and for export; with 0 both run in this process, and
-            averaging uses one more.
+        num_processes: number of processes for preprocessing, for export, and for averaging. With 0, preprocessing and
+            export run in this process, and averaging uses one other process.
 
     Returns:
-        The names of the two checkpoints.
+        The file names of the two checkpoints.
 
     Raises:
         UsageError: the model, fold, image folder or device does not exist, or the output folder is not empty.
@@ -112,13 +112,18 @@ def choose_device(wanted: str | None) -> str:
 
 
 def _other_checkpoint(model: Path, folds: Sequence[str]) -> str:
-    """Return the checkpoint of the second network or the teacher that exists in all folds."""
+    """Return the name of the checkpoint to combine with the student's: the second network's, or else the teacher's.
+
+    Raises:
+        UserError: neither of them exists in all folds.
+    """
     for name in (SECOND, TEACHER):
         if all((model / f"fold_{fold}" / name).is_file() for fold in folds):
             return name
     raise UserError(
-        f"{model} has neither {SECOND} nor {TEACHER} in each of the folds {', '.join(folds)}: it was trained with one "
-        "network, or its training has not finished; choose other folds with -f, or predict with nnUNetv2_predict"
+        f"{model}: neither {SECOND} nor {TEACHER} exists in all of the folds {', '.join(folds)}: either the model was "
+        "trained with one network, or its training has not finished; choose other folds with -f, or predict with "
+        "nnUNetv2_predict"
     )
 
 

@@ -62,7 +62,7 @@ def evaluate_folder(
 
 
 def match_folders(reference: Path, prediction: Path, *, labels: Sequence[int] | None = None) -> "MatchedFolders":
-    """Return the labels and the pairs of files that `evaluate_folder` scores. The headers of each pair are compared."""
+    """Return the labels and the pairs of files that `evaluate_folder` scores, after comparing the files' headers."""
     for folder in (reference, prediction):
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder; check the path")
@@ -73,7 +73,17 @@ def match_folders(reference: Path, prediction: Path, *, labels: Sequence[int] | 
 
 
 def evaluate_matched(matched: Sequence["MatchedFolders"], num_processes: int = 1) -> list["Evaluation"]:
-    """Score the pairs of several folders in one process pool. Warnings and progress go to stderr."""
+    """Score all pairs of reference and prediction, from several prediction folders, in one process pool.
+
+    Warnings and progress go to stderr.
+
+    Args:
+        matched: the pairs of each prediction folder, from `match_folders`.
+        num_processes: number of processes for scoring.
+
+    Returns:
+        The scores of each prediction folder, in the same order.
+    """
     jobs = [(pair, one.task) for one in matched for pair in one.pairs]
     processes = 1 if len(jobs) <= _FEW_CASES else num_processes
     results = list(map_cases(_score_case, jobs, processes, "scoring"))
@@ -122,7 +132,7 @@ def score(reference: np.ndarray, prediction: np.ndarray, spacing_mm: Sequence[fl
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of a folder.
+    """Scores of the predictions in a folder.
 
     Attributes:
         rows: one row per case and label, with the keys case, label, METRICS, reference_voxels and prediction_voxels.
@@ -135,11 +145,14 @@ class Evaluation:
         return list(dict.fromkeys(row["label"] for row in self.rows))
 
     def over_cases(self, statistic: Callable[[Iterable[float]], float]) -> dict[str, dict[str, float]]:
-        """Return by label a statistic, such as fmean, of each metric over the cases with a score; NaN without any."""
+        """Return for each label and metric a statistic, such as fmean, over the cases with a score; NaN if none has."""
         return {label: _reduce([r for r in self.rows if r["label"] == label], statistic) for label in self.labels}
 
     def count_empty(self, masks: int) -> dict[str, int]:
-        """Return by label the number of cases in which exactly `masks` (1 or 2) of both masks are empty."""
+        """Return for each label the number of cases in which one (``masks`` = 1) or both (2) of the masks are empty.
+
+        The masks are those of reference and prediction.
+        """
         found = [row["label"] for row in self.rows if sum(row[key] == 0 for key in VOXELS) == masks]
         return {label: found.count(label) for label in self.labels}
 
@@ -238,7 +251,7 @@ def _read_task(reference: Path, prediction: Path, chosen: Sequence[int] | None) 
 
 
 def _match(reference: Path, prediction: Path, file_ending: str) -> list[tuple[str, Path, Path]]:
-    """Return case, reference file and prediction file of all cases, sorted; raise UserError if their grids differ."""
+    """Return name, reference file and prediction file of all cases, sorted; raise UserError if files do not match."""
     references, predictions = (
         {f.name.removesuffix(file_ending) for f in folder.glob(f"*{file_ending}") if not f.name.startswith(".")}
         for folder in (reference, prediction)

@@ -1,7 +1,7 @@
 """Export to plain nnU-Net: a model folder whose predictions are identical voxel by voxel without this package.
 
 The export requires that nnU-Net can build the network from the plans. nnU-Net uses the trainer's name in a checkpoint
-only to find the class that builds the network.
+only to find the class that builds the network, so the exported checkpoint names nnUNetTrainer.
 """
 
 import hashlib
@@ -36,7 +36,8 @@ def export_vanilla(
 
     Each exported fold contains:
 
-    - checkpoint_final.pth, with only those entries that nnU-Net's predictor reads, whatever checkpoint is exported;
+    - checkpoint_final.pth, with only those entries that nnU-Net's predictor reads. It has this name whichever
+      checkpoint is exported;
     - the run record nnunet_dycon.json, with the trainer and the checksum of the source checkpoint added;
     - the files that nnUNetv2_export_model_to_zip requires.
 
@@ -104,7 +105,7 @@ def _export_fold(model: Path, output: Path, fold: str, name: str) -> None:
 
 
 def _plan_second_network(source: Path, target: Path, configuration: str) -> None:
-    """Write plans whose architecture is that of the second network, so that nnU-Net builds it."""
+    """Write a copy of the plans with the second network's architecture, so that nnU-Net builds the second network."""
     plans = json.loads(source.read_text())
     architecture = PlansManager(plans).get_configuration(configuration).configuration["architecture"]
     plans["configurations"][configuration]["architecture"] = second_architecture(architecture)
@@ -112,7 +113,7 @@ def _plan_second_network(source: Path, target: Path, configuration: str) -> None
 
 
 def _copy(source: Path, target: Path, names: Sequence[str]) -> None:
-    """Copy the existing files among `names`."""
+    """Copy the files ``names`` from the folder ``source`` to the folder ``target``, without those that do not exist."""
     target.mkdir(exist_ok=True)
     for name in names:
         if (source / name).is_file():

@@ -57,7 +57,9 @@ def load_checkpoint(file: Path) -> dict:
     """
     if not file.is_file():
         if file.name == TEACHER and file.with_name(STUDENT).is_file():
-            raise UserError(f"{file} does not exist: the model's trainer has no teacher; choose another checkpoint")
+            raise UserError(
+                f"{file} does not exist: the model's trainer has no teacher; choose another checkpoint with -chk"
+            )
         others = ", ".join(sorted(other.name for other in file.parent.glob("*.pth"))) or "none"
         raise UserError(
             f"{file} does not exist (existing checkpoints: {others}); if training has not finished, finish it, choose "
@@ -72,7 +74,7 @@ def load_checkpoint(file: Path) -> dict:
 
 
 def trainer_class(name: str) -> type[nnUNetTrainer]:
-    """Return the class of a trainer: ours from this package, any other from nnU-Net and nnUNet_extTrainer.
+    """Return the class of a trainer of this package, of nnU-Net, or of a folder in nnUNet_extTrainer.
 
     Raises:
         UsageError: the trainer is not found or was removed.

@@ -31,11 +31,11 @@ class Estimate:
 
 @dataclass(frozen=True)
 class SeedNoise:
-    """Seed noise.
+    """Variation of a method's mean score between seeds.
 
     Attributes:
         sd: standard deviation over seeds of the mean score over cases.
-        degrees_of_freedom: degrees of freedom of its estimate.
+        degrees_of_freedom: degrees of freedom of the estimate ``sd``.
     """
 
     sd: float
@@ -43,13 +43,13 @@ class SeedNoise:
 
 
 def pooled_seed_noise(scores: Iterable[np.ndarray]) -> SeedNoise | None:
-    """Return the standard deviation over seeds of the mean over cases, pooled over methods, or None without seeds.
+    """Estimate the standard deviation over seeds of the mean score over cases, pooled over methods.
 
     Args:
         scores: (seeds, cases) of each method.
 
     Returns:
-        The noise, or None if no method has two seeds.
+        The noise, or None if no method has at least two seeds.
     """
     means = [its.mean(1) for its in scores]
     freedom = sum(len(of) - 1 for of in means)
@@ -139,7 +139,10 @@ class PairedBootstrap(Generic[Key]):
 
 
 def case_differences(method: np.ndarray, baseline: np.ndarray) -> np.ndarray:
-    """Return the differences (cases,) of the means over seeds, rounded to DECIMALS."""
+    """Return for each case the difference of the means over seeds, method minus baseline: (cases,).
+
+    It is rounded to DECIMALS decimals.
+    """
     return np.round(method.mean(0) - baseline.mean(0), DECIMALS)
 
 
@@ -215,7 +218,7 @@ class Influence:
 
 
 def leave_one_out(differences: np.ndarray) -> Influence:
-    """Compute the mean of differences (cases,), at least two, without each of them in turn."""
+    """Return how the mean of the differences (cases,) changes if one case is left out; needs at least two cases."""
     means = (differences.sum() - differences) / (len(differences) - 1)
     case = int(np.abs(means - differences.mean()).argmax())
     return Influence(case, float(means[case]), float(means.min()), float(means.max()))

@@ -1,4 +1,4 @@
-"""Tables as aligned text, CSV and JSON, and files that are visible only when complete."""
+"""Tables as aligned text, CSV and JSON, and writing of text files that are never visible while incomplete."""
 
 import csv
 import io
@@ -48,7 +48,7 @@ def write_texts(folder: Path, texts: Mapping[str, str], what: str) -> None:
     Args:
         folder: the output folder.
         texts: names of files and their content.
-        what: what the files contain, for the error message.
+        what: the name of the content in the error message, such as "ranking".
 
     Raises:
         UserError: a file cannot be written.

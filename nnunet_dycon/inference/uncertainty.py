@@ -1,7 +1,7 @@
 """Uncertainty of predictions: an entropy map of each case, and a ranking of the cases, worst first.
 
 The input is the output of `nnUNetv2_predict --save_probabilities`. The probabilities of several folders, such as those
-of student and teacher or of folds, are averaged, and their disagreement is computed. See DEFINITIONS.
+of student and teacher or of folds, are averaged, and their disagreement is computed. DEFINITIONS defines the numbers.
 """
 
 import json
@@ -93,10 +93,10 @@ def rank_predictions(folders: Sequence[Path], output: Path, *, num_processes: in
 
 @dataclass(frozen=True)
 class Ranking:
-    """Ranked cases.
+    """Cases, ranked by expected Dice.
 
     Attributes:
-        rows: a row per case, worst first, with the keys case, expected_dice_per_label and those of DEFINITIONS.
+        rows: a row per case, worst first, with the keys case, expected_dice_per_label and the keys of DEFINITIONS.
     """
 
     rows: tuple[dict[str, Any], ...]
@@ -135,8 +135,8 @@ class Measures:
     """Uncertainty of one case.
 
     Attributes:
-        maps: maps (Z, Y, X) by name, float32 in nats: entropy, and with several members mutual_information.
-        numbers: the numbers of DEFINITIONS except the rank.
+        maps: maps (Z, Y, X) by name, float32 in nats: entropy, and with several ensemble members mutual_information.
+        numbers: the numbers that DEFINITIONS defines, except the rank.
         dice_per_label: expected_dice of each label except background; None for labels that are left out.
     """
 
@@ -146,7 +146,7 @@ class Measures:
 
 
 def measure(members: Sequence[np.ndarray], voxel_ml: float, label_space: LabelSpace = _CLASSES) -> Measures:
-    """Compute the maps of a case, and all numbers of DEFINITIONS except the rank.
+    """Compute the maps of a case, and all numbers that DEFINITIONS defines, except the rank.
 
     Args:
         members: probabilities (K, Z, Y, X) of each member of the ensemble.
@@ -204,7 +204,7 @@ def _of_labels(probabilities: np.ndarray, label_space: LabelSpace) -> np.ndarray
 
 
 class _Voxels:
-    """Predictions and entropies from probabilities, computed with the label spaces that training uses.
+    """Predictions and entropies of the voxels of a volume, computed from their probabilities as in training.
 
     Args:
         probabilities: (K, Z, Y, X), float64.
@@ -226,7 +226,7 @@ class _Voxels:
         return labels.numpy()
 
     def segmentation(self) -> np.ndarray:
-        """Return the number of the predicted class or region, (Z, Y, X)."""
+        """Return the number of the predicted class or region of each voxel, (Z, Y, X)."""
         return self._space.shown(self._logits)[0].numpy()
 
     def entropy(self) -> np.ndarray:
@@ -234,7 +234,7 @@ class _Voxels:
         return self._space.voxel_entropy(self._logits)[0].numpy()
 
     def error(self) -> np.ndarray:
-        """Return the probability that the prediction is wrong, for regions the mean over them: (Z, Y, X)."""
+        """Return the probability that the prediction of a voxel is wrong, for regions their mean: (Z, Y, X)."""
         if self._space.sigmoid:
             return np.minimum(self.probabilities, 1 - self.probabilities).mean(0)
         return 1 - self.probabilities.max(0)
@@ -297,7 +297,10 @@ class _Task:
         return numbers if self.values is None else np.array((0, *self.values))[numbers]
 
     def fault(self, probabilities: np.ndarray) -> str | None:
-        """Return why values (K, Z, Y, X) are not probabilities of these labels, or None. NaN is not a probability."""
+        """Return why the values (K, Z, Y, X) are not probabilities of these labels, or None if they are.
+
+        NaN is not a probability.
+        """
         if self.label_space.sigmoid:
             return None if ((probabilities >= 0) & (probabilities <= 1)).all() else "are not all between 0 and 1"
         if (abs(probabilities.sum(0, dtype=np.float32) - 1) < 0.01).all():
@@ -305,11 +308,11 @@ class _Task:
         return "do not sum to 1, as required for mutually exclusive labels"
 
     def as_predicted(self, image: sitk.Image) -> sitk.Image:
-        """Return an image of the case with the orientation of the probabilities, as from nnU-Net's reader."""
+        """Return an image of the case in the orientation of the probabilities, which is that of nnU-Net's reader."""
         return sitk.DICOMOrient(image, "RAS") if self.reorients else image
 
     def as_image(self, values: np.ndarray, like: sitk.Image) -> sitk.Image:
-        """Return values with the orientation of the probabilities as an image on the grid of `like`."""
+        """Convert values (Z, Y, X) in the orientation of the probabilities to an image on the grid of ``like``."""
         image = sitk.GetImageFromArray(values)
         image.CopyInformation(self.as_predicted(like))
         if self.reorients:

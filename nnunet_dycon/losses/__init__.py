@@ -1,4 +1,4 @@
-"""Losses as pure functions of tensors. Where speed matters, the work is done in `nnunet_dycon.losses.kernels`."""
+"""Losses as pure functions of tensors. `nnunet_dycon.losses.kernels` contains fast implementations of some of them."""
 
 from nnunet_dycon.losses.consistency import consistency_loss
 from nnunet_dycon.losses.cross_pseudo import rectified_cross_pseudo_loss

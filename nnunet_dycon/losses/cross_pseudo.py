@@ -18,16 +18,16 @@ def _equation(logits: torch.Tensor, peer_logits: torch.Tensor) -> torch.Tensor:
 def rectified_cross_pseudo_loss(
     logits: torch.Tensor, peer_logits: torch.Tensor, *, sigmoid: bool = False
 ) -> torch.Tensor:
-    r"""Return the cross-entropy with the peer's pseudo-labels, down-weighted by the divergence of the two networks.
+    r"""Return the cross-entropy with the other network's pseudo-labels, down-weighted where the two networks diverge.
 
     .. math::
         L = \frac{1}{N} \sum_{i=1}^{N} \left[ e^{-D_i} \left(-\ln p_{i y_i}\right) + D_i \right],
         \qquad D_i = \sum_c q_{ic} \ln \frac{q_{ic}}{p_{ic}}, \qquad y_i = \arg\max_c q_{ic}
 
-    with N voxels, the softmax output p of the trained network and q of its peer, which receives no gradient. The
-    divergence D estimates the uncertainty: it lowers the weight of the cross-entropy and is itself penalised. This is
-    the uncertainty-weighted pseudo-label loss of arXiv:2509.13084, in the form of Zheng and Yang (arXiv:2003.03773).
-    Gradients flow through the cross-entropy, the weight and the divergence.
+    with N voxels, the softmax outputs p of the trained network and q of the other one (its peer), which receives no
+    gradient. The divergence D estimates the uncertainty: it lowers the weight of the cross-entropy and is itself
+    penalised. This is the uncertainty-weighted pseudo-label loss of arXiv:2509.13084, in the form of Zheng and Yang
+    (arXiv:2003.03773). Gradients flow through the cross-entropy, the weight and the divergence.
 
     For regions with the sigmoid outputs p and q, the loss is the mean over voxels i and regions r of the same
     expression for the two classes "outside" and "inside":
@@ -37,8 +37,9 @@ def rectified_cross_pseudo_loss(
 
     Deviations from the released code (AIPMLab/Semi-supervised-Segmentation):
 
-    - both networks are trained with this loss; in the release always the same one of them is, whichever is right;
-    - the release does not support regions. A separate weight for each region is our reading.
+    - both networks are trained with this loss; the release always trains the same one of them with it, regardless of
+      which one is right;
+    - the release does not support regions. A separate weight for each region is our choice.
 
     Args:
         logits: (B, C, *spatial), before the softmax or sigmoid.
@@ -49,7 +50,7 @@ def rectified_cross_pseudo_loss(
         The loss, a scalar of at least float32.
 
     Raises:
-        ValueError: the shapes differ, or there are fewer than two classes or one region.
+        ValueError: the shapes differ, or the logits have fewer than two classes or no region.
 
     >>> logits = torch.tensor([[[0.0], [0.0]]])  # one image, two classes, one voxel: p is (1/2, 1/2), D is ln 2
     >>> round(rectified_cross_pseudo_loss(logits, torch.tensor([[[100.0], [0.0]]])).item(), 4)  # 1.5 ln 2
@@ -62,7 +63,7 @@ def rectified_cross_pseudo_loss(
 
 
 def check_pair(logits: torch.Tensor, peer_logits: torch.Tensor, sigmoid: bool = False) -> None:
-    """Raise ValueError unless both logits have the same shape (B, C, *spatial), C ≥ 2 classes or C ≥ 1 regions."""
+    """Raise ValueError unless both logits have the same shape (B, C, *spatial) with C ≥ 2 classes or C ≥ 1 regions."""
     if logits.shape != peer_logits.shape or logits.ndim < 3 or logits.shape[1] < (1 if sigmoid else 2):
         fewest = "one region" if sigmoid else "two classes"
         raise ValueError(

@@ -14,7 +14,14 @@ _SMOOTH = 1e-5  # nnU-Net's
 
 
 def _dice(overlap: torch.Tensor, predicted: torch.Tensor, labeled: torch.Tensor, batch_dice: bool) -> torch.Tensor:
-    """Return the soft Dice from sums over an image or, with batch_dice, over the batch, summed over all ranks."""
+    """Return the soft Dice of each image or, with ``batch_dice``, of the batches of all ranks together.
+
+    Args:
+        overlap: weighted sum over voxels of prediction × label.
+        predicted: weighted sum over voxels of the predicted probabilities.
+        labeled: weighted sum over voxels of the labels.
+        batch_dice: whether the sums are over the batch instead of over each image.
+    """
     if batch_dice:
         overlap, predicted, labeled = sum_over_ranks(torch.stack([overlap, predicted, labeled]))
     return (2 * overlap + _SMOOTH) / (predicted + labeled + _SMOOTH)
@@ -32,9 +39,10 @@ def weighted_dice_ce_loss(
               \frac{2 \sum_{i \in b} w_i p_{ic} [y_i = c] + \epsilon}
                    {\sum_{i \in b} w_i p_{ic} + \sum_{i \in b} w_i [y_i = c] + \epsilon}
 
-    with the softmax output p, the weight w of each voxel i, and ε = 1e-5. The Dice is averaged over the images b that
-    have any weight. If all weights are 1, this is nnU-Net's loss. If the weights are 0 and 1, it is nnU-Net's loss with
-    the ignore label where the weight is 0 (except that nnU-Net counts a completely ignored image as a Dice of 1).
+    with the softmax output p, the weight w of each voxel i, and ε = 1e-5. The Dice is averaged over the images b whose
+    weights are not all 0. If all weights are 1, this is nnU-Net's loss. If the weights are 0 and 1, it is nnU-Net's
+    loss with the ignore label where the weight is 0 (except that nnU-Net counts a completely ignored image as a Dice of
+    1).
 
     Args:
         logits: (B, C, *spatial), before the softmax.
@@ -95,9 +103,9 @@ def weighted_dice_bce_loss(
                    {\sum_{i \in b} w_{ir} p_{ir} + \sum_{i \in b} w_{ir} y_{ir} + \epsilon}
 
     with the sigmoid output p, the weight w of each voxel i and region r, and ε = 1e-5. The Dice is averaged over the
-    pairs of image b and region r that have any weight. With ``summed`` set as described below, this is nnU-Net's loss
-    for regions if all weights are 1. If the weights are 0 and 1, it is nnU-Net's loss with the ignore label where the
-    weight is 0 (except that nnU-Net counts a completely ignored image as a Dice of 1).
+    pairs of image b and region r whose weights are not all 0. With ``summed`` set as described below, this is nnU-Net's
+    loss for regions if all weights are 1. If the weights are 0 and 1, it is nnU-Net's loss with the ignore label where
+    the weight is 0 (except that nnU-Net counts a completely ignored image as a Dice of 1).
 
     Args:
         logits: (B, R, *spatial), before the sigmoid.
@@ -143,7 +151,7 @@ class WeightedDiceCELoss:
 
     Attributes:
         level_weights: the weight of each resolution, highest resolution first.
-        batch_dice: as in the plans.
+        batch_dice: as in `weighted_dice_ce_loss`; nnU-Net's plans contain the value.
     """
 
     level_weights: tuple[float, ...] = (1.0,)
@@ -167,8 +175,8 @@ class WeightedDiceBCELoss:
 
     Attributes:
         level_weights: the weight of each resolution, highest resolution first.
-        batch_dice: as in the plans.
-        summed: whether the dataset has an ignore label.
+        batch_dice: as in `weighted_dice_bce_loss`; nnU-Net's plans contain the value.
+        summed: as in `weighted_dice_bce_loss`; True if the dataset has an ignore label.
     """
 
     level_weights: tuple[float, ...] = (1.0,)
@@ -176,7 +184,13 @@ class WeightedDiceBCELoss:
     summed: bool = False
 
     def __call__(self, logits: Sequence[torch.Tensor], target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Return the weighted sum of the losses at all resolutions; the shapes are (B, R, *spatial), see above."""
+        """Return the weighted sum of the losses at all resolutions.
+
+        Args:
+            logits: (B, R, *spatial) for each resolution, highest first.
+            target: (B, R, *spatial) at the highest resolution, downsampled here as in nnU-Net (nearest voxel).
+            weight: (B, R, *spatial), downsampled in the same way.
+        """
         loss = partial(weighted_dice_bce_loss, batch_dice=self.batch_dice, summed=self.summed)
         return _of_levels(loss, self.level_weights, logits, target, weight)
 

@@ -27,8 +27,8 @@ def reliable_labels(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     r"""Return the joint pseudo-labels of two networks and a mask of the reliable ones.
 
-    The label of a voxel is that of the network with the lower entropy H. A label is reliable if its entropy is among
-    the lowest ``kept_fraction`` of its class in the batch:
+    The label of a voxel is the prediction of the network with the lower entropy H at this voxel. A label is reliable if
+    its entropy is among the lowest ``kept_fraction`` of its class in the batch:
 
     .. math:: H_i \le Q_{y_i}, \qquad Q_c = \text{the smallest } h \text{ with }
         \left|\{j : y_j = c, H_j \le h\}\right| \ge \text{kept\_fraction} \cdot \left|\{j : y_j = c\}\right|
@@ -38,11 +38,11 @@ def reliable_labels(
 
     Deviations from the released code of arXiv:2509.13084:
 
-    - one threshold for each class and for both networks together. The release takes one percentile over all voxels for
-      each network, which would keep almost only background voxels;
-    - entropies of probabilities; the release computes them from raw logits;
-    - any number of classes. The release labels a voxel foreground if either network does, which is limited to two
-      classes;
+    - one threshold for each class, computed from the joint pseudo-labels of both networks. The release takes one
+      percentile over all voxels for each network, which would keep almost only background voxels;
+    - entropies are computed from probabilities; the release computes them from raw logits;
+    - any number of classes is supported. The release labels a voxel foreground if either network does, which is limited
+      to two classes;
     - the release does not support regions.
 
     Args:
@@ -80,7 +80,7 @@ def reliable_labels(
 
 
 def _thresholds(entropy: torch.Tensor, labels: torch.Tensor, classes: int, kept_fraction: float) -> torch.Tensor:
-    """Return the entropy threshold Q of each class, (C,). The value of a class without voxels is arbitrary."""
+    """Return the threshold Q of `reliable_labels` for each class, (C,); the value of an empty class is arbitrary."""
     ascending, order = entropy.flatten().sort()
     # Sort by class, then by entropy. All shapes are static, so the host does not wait for the device.
     by_class = labels.flatten()[order].argsort(stable=True)

@@ -21,14 +21,16 @@ def fecl_reference(
 ) -> torch.Tensor:
     """Return Eqs. 3-6 of DyCON for the N patches of one image, written as in the paper.
 
-    Tests hold `fecl_loss` to it, which is faster and takes batches and ignored patches.
+    Tests compare `fecl_loss` with this function. `fecl_loss` is faster and supports batches and ignored patches.
 
     Args:
         z: (N, D), the student's L2-normalised embeddings.
-        labels: (N,).
-        z_t: (N, D), the teacher's.
-        entropy: (N,), H in nats.
-        tau, gamma, top_k: constants.
+        labels: (N,), the class of each patch.
+        z_t: (N, D), the teacher's L2-normalised embeddings.
+        entropy: (N,), the entropy H of each anchor in nats.
+        tau: the temperature τ.
+        gamma: the exponent γ of the focal weights.
+        top_k: the number of hard negatives of each anchor.
     """
     cosine = z @ z.T
     positive = (labels[:, None] == labels) & ~torch.eye(len(z), dtype=torch.bool)
@@ -81,17 +83,17 @@ def fecl_loss(
     Deviations:
 
     - ``top_k`` and the clamp are our reading; the available version of the paper specifies neither;
-    - the released code (commit 69c1384) has one positive at a time in the denominator, no weights F on the negatives,
-      and a threshold term instead of h, see `fecl_released_loss`.
+    - the released code (commit 69c1384) has only one positive in the denominator of each pair, no weights F on the
+      negatives, and a threshold term instead of h, see `fecl_released_loss`.
 
-    `fecl_reference` is the equation; it is computed by `nnunet_dycon.losses.kernels.fecl` in blocks of anchors, which
-    keeps only the gradient, (B, N, D), for the backward pass.
+    `fecl_reference` computes the equation literally. This function uses `nnunet_dycon.losses.kernels.fecl`, which
+    processes blocks of anchors and keeps only the gradient, (B, N, D), for the backward pass.
 
     Args:
         embedding: (B, N, D), the student's embeddings of N patches; they are L2-normalised here.
         patch_labels: (B, N), integers.
         teacher_embedding: (B, N, D), the teacher's embeddings; they are L2-normalised and detached here.
-        anchor_entropy: (B, N), H in nats; it is detached here. None: 0.
+        anchor_entropy: (B, N), H in nats; it is detached here. None means an entropy of 0.
         temperature: τ, at least 0.03.
         gamma: γ, 0 (no focal weights) or at least 1, so that the gradient is finite everywhere.
         top_k: the number of hard negatives from the teacher, at least 1.

@@ -16,16 +16,16 @@ def fecl_released_reference(
     threshold: float,
     cross_weight: float,
 ) -> torch.Tensor:
-    """Return the released FeCL, written with N × N matrices. Tests compare `fecl_released_loss` with it.
+    """Return FeCL of the released code, computed with N × N matrices. Tests compare `fecl_released_loss` with it.
 
     Args:
         z: (B, N, D), the student's L2-normalised embeddings.
-        labels: (B, N).
+        labels: (B, N), the class of each patch.
         z_t: (B, N, D), the teacher's L2-normalised embeddings.
-        tau: τ.
-        gamma: γ.
-        threshold: t.
-        cross_weight: λ.
+        tau: the temperature τ.
+        gamma: the exponent γ of the focal weight.
+        threshold: the cosine threshold t of the second term.
+        cross_weight: the weight λ of the second term.
     """
     itself = torch.eye(z.shape[1], dtype=torch.bool)
     similarity = (z @ z.transpose(1, 2)).masked_fill(itself, 0) / tau
@@ -63,13 +63,13 @@ def fecl_released_loss(
     and :math:`c^{st}_{iq} = z_i \cdot z^t_q` the cosine with the teacher's embedding.
 
     As in the release, the maximum m is taken over the anchors instead of over the patches of each sum, so it does not
-    cancel. The release computes its threshold t from the epoch: 0.3 + 0.2 exp(-5 (1 - epoch/1500)²).
+    cancel from the fraction. The release computes its threshold t from the epoch: 0.3 + 0.2 exp(-5 (1 - epoch/1500)²).
 
     Deviations from the released code, only where it gives NaN: a patch that is alone in its class adds 0 instead of
     0/0, a batch without a cosine above t has no second term, and 1 - c is at least 1e-6.
 
-    `fecl_released_reference` is the equation; `nnunet_dycon.losses.kernels.fecl_released` computes it without N × N
-    matrices.
+    `fecl_released_reference` computes the equation literally. This function uses
+    `nnunet_dycon.losses.kernels.fecl_released`, which stores no N × N matrices.
 
     Args:
         embedding: (B, N, D), the student's embeddings; they are L2-normalised here.
@@ -78,8 +78,8 @@ def fecl_released_loss(
         temperature: τ, positive.
         gamma: γ of the focal weight, 0 (none) or at least 1, so that the gradient is finite everywhere.
         use_focal: False omits the weight (1 - d)^γ.
-        cross_threshold: t.
-        cross_weight: λ.
+        cross_threshold: t, the cosine above which a negative enters the second term.
+        cross_weight: λ, the weight of the second term.
 
     Returns:
         The loss, a scalar of at least float32.

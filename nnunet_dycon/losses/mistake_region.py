@@ -35,22 +35,26 @@ def mistake_region_loss(
         M = \{i : f(p_i) \ne f(q_i)\}, \qquad
         f(p) = \begin{cases} \arg\max_c p_c & \text{if } \max_c p_c \ge \text{confidence} \\ 0 & \text{else}\end{cases}
 
-    with the softmax output p of the trained network, q of its peer, which receives no gradient, and the one-hot vector
-    e of the true class y. At each voxel of M at least one of the networks is wrong or not confident. For two classes M
-    is :math:`[p_1 \ge \text{confidence}] \oplus [q_1 \ge \text{confidence}]` and the error :math:`(p_1 - y)^2`: the
-    L_cr of arXiv:2509.13084, which is the mistake region of MCF (Wang et al., CVPR 2023).
+    with the softmax output p of the trained network, q of the other one, which receives no gradient, and the one-hot
+    vector e of the true class y. At each voxel of M at least one of the networks is wrong or not confident. For two
+    classes M is :math:`[p_1 \ge \text{confidence}] \oplus [q_1 \ge \text{confidence}]` and the error
+    :math:`(p_1 - y)^2`: the L_cr of arXiv:2509.13084, which is the mistake region of MCF (Wang et al., CVPR 2023).
 
     For regions, M is the set of pairs of voxel and region where one network assigns the voxel to the region with
     confidence and the other does not; p, q and y are those of this region.
 
-    Deviations from the released code (AIPMLab/Semi-supervised-Segmentation): any number of classes, and one softmax
-    over the classes; the release applies a second softmax over an axis of the image. It does not support regions.
+    Deviations from the released code (AIPMLab/Semi-supervised-Segmentation):
+
+    - any number of classes is supported;
+    - one softmax over the classes; the release applies a second softmax over an axis of the image;
+    - the release does not support regions.
 
     Args:
         logits: (B, C, *spatial), before the softmax or sigmoid.
         peer_logits: (B, C, *spatial).
         target: (B, *spatial), integers in [0, C); for regions (B, C, *spatial), boolean.
-        known: boolean, of the same shape as ``target``: False where the target is unknown. None: known everywhere.
+        known: boolean, of the same shape as ``target``, False where the target is unknown. None if it is known
+            everywhere.
         confidence: the confidence threshold, a probability in [0.5, 1].
         sigmoid: True if the C channels are regions, which may overlap; False for mutually exclusive classes.
 

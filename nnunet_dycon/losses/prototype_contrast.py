@@ -30,10 +30,11 @@ def class_prototypes(
         features: (B, F, *spatial).
         labels: (B, *spatial), integers in [0, K).
         reliable: (B, *spatial), boolean.
-        classes: K.
+        classes: K, the number of classes.
 
     Returns:
-        The prototypes, (K, F) of at least float32, and a boolean mask (K,) of the classes that have one.
+        The prototypes, (K, F) of at least float32, and a boolean mask (K,) of the classes that have a prototype, which
+        requires at least one reliable voxel.
 
     Raises:
         ValueError: the shapes do not match.
@@ -84,9 +85,9 @@ def prototype_contrast_loss(
     .. math::
         L = \operatorname*{mean}_{i} -\ln \frac{e^{\cos(z_i, \mu_{y_i}) / \tau}}{\sum_c e^{\cos(z_i, \mu_c) / \tau}}
 
-    over the valid anchors i whose class has a prototype, and the classes c that have one. The loss pulls the feature z
-    of an uncertain voxel to the prototype μ of its class and pushes it away from the others. Gradients reach only the
-    anchors, since prototypes of reliable voxels should not follow uncertain ones.
+    over the valid anchors i whose class has a prototype, and the classes c that have a prototype. The loss pulls the
+    feature z of an uncertain voxel to the prototype μ of its class and pushes it away from the others. Gradients reach
+    only the anchors, since prototypes of reliable voxels should not follow uncertain ones.
 
     This replaces the feature alignment of arXiv:2509.13084. Deviations from the released code
     (AIPMLab/Semi-supervised-Segmentation), which adds the distances of anchors to their prototype and the distance of
@@ -94,7 +95,7 @@ def prototype_contrast_loss(
 
     - the release *minimises* the distance between prototypes, which pulls the classes together. Here other prototypes
       push an anchor away;
-    - any number of classes, and a loss that does not reward a collapse: it is ln K if all features are equal.
+    - any number of classes is supported, and the loss does not reward a collapse: it is ln K if all features are equal.
 
     Args:
         anchors: (M, F), features of M uncertain voxels.

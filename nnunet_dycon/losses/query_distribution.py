@@ -46,15 +46,16 @@ def query_distribution_loss(
 
     Deviations from the released code (Rows21/DK-UXNet, e268484), the only source of the equation:
 
-    - the mean over voxels instead of the sum, which would grow with the patch size;
-    - logits instead of ln q, so that log(0) cannot occur;
+    - the loss is the mean over voxels instead of the sum, which would grow with the patch size;
+    - the cross-entropy is computed from logits instead of from q, so that log(0) cannot occur;
     - one group for each class. The release has three groups and changes the labels in place accordingly;
     - the release does not support regions.
 
     Args:
-        logits: (B, K, *spatial), l.
+        logits: (B, K, *spatial), the logits l of the query distribution.
         target: (B, *spatial), integers in [0, K); for regions (B, K, *spatial), boolean.
-        known: boolean, of the same shape as ``target``: False excludes a voxel. None: known everywhere.
+        known: boolean, of the same shape as ``target``, False where the target is unknown. None if it is known
+            everywhere.
         sigmoid: True if the K groups are regions, which may overlap; False for mutually exclusive classes.
 
     Returns:

@@ -9,7 +9,7 @@ from nnunet_dycon.losses.kernels.uncl import UnCL
 def uncl_reference(
     student_logits: torch.Tensor, teacher_logits: torch.Tensor, beta: float, entropy_weight: float = 1.0
 ) -> torch.Tensor:
-    """Return Eq. 1 of DyCON for classes, written as in the paper. Tests hold `uncl_loss` to it, which is faster."""
+    """Return Eq. 1 of DyCON for classes, written as in the paper. Tests compare the faster `uncl_loss` with it."""
     p_s, h_s = softmax_and_entropy(student_logits)
     p_t, h_t = softmax_and_entropy(teacher_logits.detach())
     consistency = (p_s - p_t).square().sum(1) / (torch.exp(beta * h_s) + torch.exp(beta * h_t))
@@ -32,8 +32,8 @@ def uncl_loss(
             + \eta \beta \left( H(p^s_i) + H(p^t_i) \right) \right],
         \qquad H(p) = -\sum_c p_c \ln p_c
 
-    with the N voxels i of the batch, and the softmax outputs p of student (s) and teacher (t). The first term weighs
-    down the consistency of uncertain voxels; the second one minimises the entropy.
+    with the N voxels i of the batch, and the softmax outputs p of student (s) and teacher (t). The first term is the
+    consistency, with a lower weight for uncertain voxels; the second one minimises the entropy.
 
     For R regions with the sigmoid outputs :math:`p_r = \sigma(z_r)`, distance and entropy of a voxel are the means over
     regions of the distance and entropy of the two classes "outside" and "inside":
@@ -52,12 +52,13 @@ def uncl_loss(
     - neither paper nor code supports regions. One uncertainty per voxel, the mean over its regions, is our reading. One
       region with logit z gives the same loss as two classes with the logits 0 and z.
 
-    `uncl_reference` is the equation; it is computed by `nnunet_dycon.losses.kernels.uncl` in blocks.
+    `uncl_reference` computes the equation literally. This function uses `nnunet_dycon.losses.kernels.uncl`, which
+    processes blocks of voxels.
 
     Args:
         student_logits: (B, C, *spatial), before the softmax or sigmoid.
         teacher_logits: (B, C, *spatial).
-        beta: β ≥ 0, the weight of the entropies.
+        beta: β ≥ 0, the factor of the entropies in both terms.
         entropy_weight: η ≥ 0, the weight of the second term; 0 leaves only the consistency.
         sigmoid: True if the C channels are regions, which may overlap; False for mutually exclusive classes.
 
@@ -65,7 +66,7 @@ def uncl_loss(
         The loss, a scalar of at least float32.
 
     Raises:
-        ValueError: the shapes differ, there are fewer than two classes or one region, or β or η is negative.
+        ValueError: the shapes differ, the logits have fewer than two classes or no region, or β or η is negative.
 
     >>> student = torch.tensor([[[0.0, 2.0], [0.0, 0.0]]])  # one image, two classes, two voxels
     >>> teacher = torch.tensor([[[1.0, 1.0], [0.0, 0.0]]])

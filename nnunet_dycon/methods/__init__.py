@@ -1,17 +1,18 @@
 """Semi-supervised methods, one per file: the loss of one training step, independent of nnU-Net.
 
-A `Method` is an nn.Module that owns all that training needs in addition to the student network: teachers, heads, second
-networks.
+A `Method` is an nn.Module that contains everything that training needs in addition to the student network: teacher,
+projection head, second network.
 
 - ``method(student, labeled, unlabeled, progress)`` returns the loss under "loss", its unweighted terms by name, and
   diagnostics under the names in `nnunet_dycon.components.diagnostics`, as scalar tensors or numbers.
-  ``student(images)`` returns a `StudentOutput`; a method calls it exactly once per step, after its teachers, with any
-  batch of images.
+  ``student(images)`` returns a `StudentOutput`; a method calls it exactly once per step, with any batch of images, and
+  only after it has called its teacher.
 - ``method.before_first_step()`` is called once when a new training starts, ``method.after_optimizer_step()`` after each
   step in which the optimizer updated the student.
 - The children of the module contain all state that a resumed run needs; children with parameters that require a
   gradient are trained together with the student.
-- A method without a teacher overrides ``method.label``, which returns the pseudo-labels for plots.
+- ``method.label`` returns the logits of the pseudo-labels for plots. A method without a teacher overrides it, or sets
+  ``labeler`` to None.
 - ``method.uses_features`` is True if `StudentOutput.features` is required.
 - Labels are classes or regions: ``supervision.label_space`` (a `LabelSpace`) hides the difference from methods.
 """

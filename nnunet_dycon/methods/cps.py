@@ -16,7 +16,7 @@ class CPSSettings:
     """Settings of cross pseudo supervision.
 
     Attributes:
-        weight: the weight of the loss with the peer's pseudo-labels after the ramp-up.
+        weight: the weight of the loss on the other network's pseudo-labels after the ramp-up.
         rampup: the length of the ramp-up as a fraction of the training.
     """
 
@@ -25,19 +25,19 @@ class CPSSettings:
 
 
 class CPS(CoTraining):
-    r"""Cross pseudo supervision: each network is trained with the peer's pseudo-labels of all images.
+    r"""Cross pseudo supervision: each network is trained with the other network's pseudo-labels of all images.
 
     .. math:: L = \sum_s L_{sup}(s) + r(t)\, w\, L(p^s, \arg\max p^{\bar{s}})
 
-    with both networks s, the peer :math:`\bar{s}`, the ramp-up factor r and the weight w.
+    with both networks s, the other network (peer) :math:`\bar{s}`, the ramp-up factor r and the weight w.
 
     Chen et al., "Semi-Supervised Semantic Segmentation with Cross Pseudo Supervision", CVPR 2021, arXiv:2106.01226.
 
-    Deviations:
+    Deviations from the paper:
 
     - two architectures instead of two initialisations of one architecture;
     - the loss on pseudo-labels is nnU-Net's (Dice and cross-entropy, with deep supervision) instead of cross-entropy;
-    - the term is ramped up;
+    - the loss on pseudo-labels is ramped up;
     - no CutMix.
     """
 

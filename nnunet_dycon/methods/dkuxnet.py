@@ -16,8 +16,8 @@ from nnunet_dycon.losses import consistency_loss, query_consistency_loss, query_
 class DKUXNetSettings:
     """Settings of the method and of its network.
 
-    The weight of the query loss is that of the released code, which, however, sums over voxels instead of averaging.
-    The other weights of the paper are not known.
+    ``query_weight`` has the value of the released code, although that code sums the query loss over voxels instead of
+    averaging it. The paper's other weights are not known to us.
 
     Attributes:
         query_weight: the weight of the query loss on labeled images.
@@ -40,15 +40,19 @@ class DKUXNet(Method):
     .. math::
         L = L_{sup} + w_q L_{qd} + r(t) \left[ w_s L_{segc} + w_c L_{qdc} \right]
 
+    with the supervised loss, the query loss :math:`L_{qd}`, the consistencies of segmentations :math:`L_{segc}` and of
+    query distributions :math:`L_{qdc}`, the ramp-up factor r and the weights w.
+
     The student (DK-UXNet) predicts a segmentation and a query distribution for a weak and a strong view of each image.
     On labeled images both views are supervised: with nnU-Net's loss on the segmentation and with the query loss, the
     cross-entropy of the query distribution with the true class. On unlabeled images the prediction of the weak view,
     without gradient, is the target of the strong view: for the segmentation (mean squared error of the softmax) and for
-    the query distribution (Kullback-Leibler divergence). The paper calls the sum of both its dual-contrastive loss.
+    the query distribution (Kullback-Leibler divergence). The paper calls the sum of these two consistency terms its
+    dual-contrastive loss.
 
     The semi-supervised part is our reading. Available to us were the abstract, captions of figures, and the released
-    code (Rows21/DK-UXNet, e268484), which has the network and the query loss, but no second view, no consistency and no
-    unlabeled images. The following are our choices:
+    code (Rows21/DK-UXNet, e268484), which contains the network and the query loss, but no second view, no consistency
+    loss and no unlabeled images. The following are our choices:
 
     - both branches are one network with shared weights; the paper describes two branches of one architecture;
     - the two consistency terms, their weights and their direction from weak to strong;
@@ -98,9 +102,10 @@ class DKUXNet(Method):
         }
 
     def _query_loss(self, queries: Sequence[torch.Tensor], targets: Targets) -> torch.Tensor:
-        """Return the mean query loss over resolutions, with halved weight for each lower one.
+        """Return the mean of the query loss (`query_distribution_loss`) over the deep-supervision resolutions.
 
-        No resolution is omitted, since its queries would not be trained.
+        Each resolution has half the weight of the next higher one. Unlike in nnU-Net, the lowest resolution has a
+        weight, too, since the layers for its queries would otherwise not be trained.
         """
         label_space = self.supervision.label_space
         levels = targets if isinstance(targets, list) else [targets]
@@ -113,7 +118,7 @@ class DKUXNet(Method):
 
 
 def _twice(targets: Targets) -> Targets:
-    """Repeat the targets for both views, which have the same spatial augmentation."""
+    """Repeat the targets along the batch axis, for weak and strong views with the same spatial augmentation."""
     if isinstance(targets, list):
         return [torch.cat([level, level]) for level in targets]
     return torch.cat([targets, targets])

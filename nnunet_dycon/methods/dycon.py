@@ -18,9 +18,10 @@ from nnunet_dycon.losses import fecl_loss, fecl_released_loss, uncl_loss
 
 @dataclass(frozen=True)
 class DyCONTerms:
-    """Settings of UnCL and FeCL, for any pair of networks. The defaults are the paper's.
+    """Settings of DyCON's losses UnCL and FeCL, between student and teacher or between two students.
 
-    The ramp-up is ours; top_k, foreground_fraction and background_fraction are not in the paper.
+    UnCL is the uncertainty-aware consistency loss, FeCL the focal entropy-aware contrastive loss. The defaults are the
+    paper's values, except rampup, top_k, foreground_fraction and background_fraction, which are not in the paper.
 
     Attributes:
         uncl_weight: the weight of UnCL; 0 omits it.
@@ -28,11 +29,11 @@ class DyCONTerms:
         beta_start: β of UnCL at the start of training.
         beta_end: β of UnCL at the end of training.
         entropy_weight: η of UnCL; 0 omits its entropy term.
-        rampup: the length of the ramp-up of both terms as a fraction of the training.
+        rampup: the length of the ramp-up of UnCL and FeCL as a fraction of the training.
         embedding_width: the width of the projection head's output.
         temperature: τ of FeCL.
         gamma: γ of FeCL; 0 omits its focal weights.
-        top_k: the number of hard negatives of FeCL.
+        top_k: the number of hard negatives of each anchor in FeCL.
         foreground_fraction: the smallest foreground fraction of a foreground patch.
         background_fraction: the largest foreground fraction of a background patch; patches in between are ignored.
     """
@@ -71,13 +72,13 @@ class DyCONTerms:
     def consistency(
         self, label_space: LabelSpace, logits: torch.Tensor, teacher_logits: torch.Tensor, beta: float
     ) -> torch.Tensor:
-        """Return UnCL of a student's logits with those of its teacher or peer."""
+        """Return UnCL between the logits of a student and the logits of its teacher or peer."""
         return uncl_loss(logits, teacher_logits, beta, entropy_weight=self.entropy_weight, sigmoid=label_space.sigmoid)
 
     def patches(
         self, label_space: LabelSpace, labels: torch.Tensor, known: torch.Tensor, output: StudentOutput
     ) -> torch.Tensor:
-        """Return the class of each patch of the features, (B, N), from voxel labels and the mask of known labels."""
+        """Return the class of each patch (cell of the feature grid), (B, N), from voxel labels and their known mask."""
         return label_space.patches(
             labels,
             known,
@@ -95,7 +96,15 @@ class DyCONTerms:
         teacher_embedding: torch.Tensor,
         patches: torch.Tensor,
     ) -> torch.Tensor:
-        """Return FeCL of a student's embedding (B, N, D), with hard negatives from its teacher or peer."""
+        """Return FeCL of a student.
+
+        Args:
+            label_space: the label space.
+            output: the student's output.
+            embedding: (B, N, D), the student's embeddings of the patches.
+            teacher_embedding: (B, N, D), the embeddings of its teacher or peer, used for hard negatives.
+            patches: (B, N), the class of each patch, see `patches`.
+        """
         entropy = label_space.voxel_entropy(output.logits[0].detach())
         return fecl_loss(
             embedding,
@@ -111,13 +120,13 @@ class DyCONTerms:
 
 @dataclass(frozen=True)
 class DyCONSettings(DyCONTerms):
-    """Settings of DyCON: those of its terms, and the following.
+    """Settings of DyCON: the settings of UnCL and FeCL (`DyCONTerms`), and the following.
 
     Attributes:
         ema_decay: the decay of the EMA teacher.
-        fecl_form: "paper" for FeCL of both halves of the batch, or "released" for the form of the released code on the
-            unlabeled half. The released form does not support ignored patches, so foreground_fraction and
-            background_fraction must be equal.
+        fecl_form: "paper" for `fecl_loss` on labeled and unlabeled images, or "released" for `fecl_released_loss` on
+            unlabeled images only, as in the released code. The latter does not support ignored patches, so
+            foreground_fraction and background_fraction must be equal, and it does not support mixing.
         mixing: the mixing of the student's images, see `nnunet_dycon.components.mixing.mixture`.
         box_fraction: the length of a pasted box as a fraction of each axis.
     """
@@ -133,11 +142,11 @@ class DyCONSettings(DyCONTerms):
             raise ValueError(f'fecl_form must be "paper" or "released", got {self.fecl_form!r}')
         if self.fecl_form == "released" and self.foreground_fraction != self.background_fraction:
             raise ValueError(
-                "the released FeCL does not support ignored patches; set foreground_fraction and background_fraction "
-                "equal"
+                'fecl_form="released" does not support ignored patches, which are those between '
+                "background_fraction and foreground_fraction; set both to the same value"
             )
         if self.fecl_form == "released" and self.mixing != "none":
-            raise ValueError('the released FeCL does not support mixed images; set mixing to "none"')
+            raise ValueError('fecl_form="released" does not support mixed images; set mixing to "none"')
 
 
 class DyCON(Method):
@@ -158,8 +167,8 @@ class DyCON(Method):
 
     - the released code takes the patch classes of unlabeled images from their ground truth. Here unlabeled images have
       no ground truth;
-    - both terms are ramped up (`DyCONSettings.rampup`); in the release they are active from the first step. The third
-      term of the release, a mean squared error with a weight of nearly 0, is omitted;
+    - UnCL and FeCL are ramped up (`DyCONSettings.rampup`); in the release they have their full weight from the first
+      step. The third term of the release, a mean squared error with a weight of nearly 0, is omitted;
     - the student's images, and the teacher's output with them, can be mixed (`mixing`);
     - the teacher sees the weak view in eval mode; the release adds noise to its input and keeps its dropout active;
     - the class of a patch depends on its foreground fraction, and patches of an intermediate fraction are ignored; the
@@ -170,7 +179,7 @@ class DyCON(Method):
 
     Args:
         network: the student's network.
-        supervision: losses on labels.
+        supervision: the losses between logits and labels, and the label space.
         settings: see `DyCONSettings`.
         stage: the encoder stage whose features FeCL uses; not needed without FeCL.
     """

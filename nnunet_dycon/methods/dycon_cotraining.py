@@ -16,19 +16,19 @@ class DyCONCoTraining(CoTraining):
     .. math::
         L = \sum_s L_{sup}(s) + r(t) \left[ w_u L_{UnCL}(s, \bar{s}) + w_f L_{FeCL}(s, \bar{s}) \right]
 
-    with both students s and the peer :math:`\bar{s}`. The class of a patch is taken from the ground truth in the
-    labeled half of the batch and from the peer's prediction in the unlabeled half. The hard negatives are embeddings of
-    the peer.
+    with both students s and the other student (peer) :math:`\bar{s}`. The class of a patch is taken from the ground
+    truth in the labeled half of the batch and from the peer's prediction in the unlabeled half. The hard negatives are
+    embeddings of the peer.
 
     Deviations from the paper, which describes this framework only briefly and releases no code for it:
 
-    - those of `DyCON`;
+    - the deviations of `DyCON`;
     - both students see the same strong view;
     - both students share one projection head, so that their embeddings are comparable. The loss of one student has a
-      gradient with respect to its own network and the head, not to the peer's network.
+      gradient with respect to its own network and the head, but not with respect to the peer's network.
 
     Args:
-        supervision: losses on labels.
+        supervision: the losses between logits and labels, and the label space.
         settings: see `DyCONTerms`.
         second: the second network.
         stage: the encoder stage of both networks whose features FeCL uses; not needed without FeCL.

@@ -36,8 +36,8 @@ class MeanTeacher(Method):
     with the ramp-up factor r and the weight w. Tarvainen and Valpola, arXiv:1703.01780. The student sees the strong
     view, the teacher the weak view.
 
-    Deviations: the views differ in nnU-Net's intensity augmentation instead of independent noise. Both have the same
-    spatial augmentation, so their voxels correspond.
+    Deviations from the paper: the views differ in nnU-Net's intensity augmentation instead of independent noise. Both
+    have the same spatial augmentation, so their voxels correspond.
     """
 
     teacher: EMATeacher

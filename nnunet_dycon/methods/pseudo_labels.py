@@ -19,7 +19,7 @@ class PseudoLabelSettings:
     Attributes:
         weight: the weight of the loss on pseudo-labels after the ramp-up.
         rampup: the length of the ramp-up as a fraction of the training.
-        ema_decay: the decay of the EMA teacher; with 0 it equals the student after its last step.
+        ema_decay: the decay of the EMA teacher; with 0 the teacher equals the student after its latest update.
         confidence: the confidence threshold: voxels whose pseudo-label has a lower probability are excluded.
         mixing: the mixing of the student's images, see `nnunet_dycon.components.mixing.mixture`.
         box_fraction: the length of a pasted box as a fraction of each axis.
@@ -41,13 +41,14 @@ class PseudoLabels(Method):
 
     .. math:: L = L_{sup}(\text{ground truth}) + r(t)\, w\, \bar{\omega}\, L_{\omega}(\text{pseudo-labels})
 
-    with nnU-Net's loss L, the ramp-up factor r and the weight w. The weight ω of a voxel is 0 below the confidence
-    threshold, else 1. Its mean over the unlabeled voxels scales the loss down if few pseudo-labels are confident. For
-    regions, label and weight are computed for each region separately.
+    with nnU-Net's loss L, the ramp-up factor r and the weight w. The weight ω of a voxel is 0 if the probability of its
+    pseudo-label is below the confidence threshold, else 1. Its mean :math:`\bar{\omega}` over the unlabeled voxels
+    scales the loss down if few pseudo-labels are confident. For regions, pseudo-label and ω are computed for each
+    region separately.
 
     Args:
         network: the student's network.
-        supervision: losses on labels.
+        supervision: the losses between logits and labels, and the label space.
         settings: see `PseudoLabelSettings`.
     """
 

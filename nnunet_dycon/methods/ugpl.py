@@ -26,7 +26,8 @@ from nnunet_dycon.losses import (
 class UGPLSettings:
     """Settings of UGPL.
 
-    mistake_weight, contrast_weight, confidence and kept_start are those of the released code; the others are ours.
+    mistake_weight, contrast_weight, confidence and kept_start have the values of the released code; the other values
+    are ours.
 
     Attributes:
         mistake_weight: the weight of the squared error in the mistake region; 0 omits it.
@@ -35,8 +36,10 @@ class UGPLSettings:
         contrast_weight: the weight of the contrastive loss with prototypes; 0 omits it.
         confidence: the confidence threshold of the mistake region, a probability.
         kept_start: the fraction of each class that the entropy filter keeps at the start of training.
-        kept_end: the same at the end of training, with linear interpolation in between.
-        contrast_voxels: the number of uncertain voxels of each class that are drawn in a step.
+        kept_end: the fraction of each class that the entropy filter keeps at the end of training, with linear
+            interpolation in between.
+        contrast_voxels: the number of uncertain voxels of each class that are sampled for the contrastive loss in a
+            step.
         temperature: the temperature of the contrastive loss.
         rampup: the length of the ramp-up of all terms except the mistake region, as a fraction of the training.
     """
@@ -74,10 +77,10 @@ class UGPL(CoTraining):
       means over the labeled voxels and the voxels that the filter keeps.
 
     Deviations from the released code (AIPMLab/Semi-supervised-Segmentation; the paper's equations were not available to
-    us in full), in addition to those of the losses:
+    us in full), in addition to the deviations that the docstrings of the losses list:
 
-    - all terms train both students. In the release only the student with the higher Dice loss in a batch has the
-      contrastive loss, and only the ResNet has the divergence, whichever student is right;
+    - all terms train both students. In the release, the contrastive loss trains only the student with the higher Dice
+      loss in a batch, and the divergence trains only the ResNet, regardless of which student is right;
     - the networks are nnU-Net's plain and residual U-Nets from the plans instead of a V-Net and a ResNet-34;
     - prototypes are computed from both halves, and the same number of uncertain voxels is drawn from each class; the
       release draws 1 % of all voxels;
@@ -88,10 +91,11 @@ class UGPL(CoTraining):
       outside; the contrastive loss is the mean over regions.
 
     Args:
-        supervision: losses on labels.
+        supervision: the losses between logits and labels, and the label space.
         settings: see `UGPLSettings`.
         second: the second network.
-        stage: the stage whose features, at full resolution, the contrastive loss uses; not needed without it.
+        stage: the stage of both networks whose full-resolution features the contrastive loss uses; not needed if
+            contrast_weight is 0.
     """
 
     def __init__(
@@ -100,7 +104,7 @@ class UGPL(CoTraining):
         contrasts = settings.contrast_weight != 0
         if contrasts and stage is None:
             raise ValueError(
-                "the contrast needs features at full resolution, but stage is None; pass a stage or set "
+                "the contrastive loss needs features at full resolution, but stage is None; pass a stage or set "
                 "contrast_weight=0"
             )
         super().__init__(supervision, settings, second, stage if contrasts else None)

@@ -28,15 +28,15 @@ class PixelDecoder(UNetResDecoder):
 class DKUXNet(nn.Module):
     """3D UX-Net with a k-means mask transformer: the network of DK-UXNet (Wu, Li and Zhang, arXiv:2311.12364).
 
-    It consists of `UXEncoder`, nnU-Net's residual decoder, and `KMaXDecoder` on the features of the latter. Forward
-    returns the logits. The query distribution is available through a `FeatureTap` on ``kmax``, whose output is a
-    `KMaXOutput`.
+    It consists of `UXEncoder`, nnU-Net's residual decoder, and `KMaXDecoder` on the features of the residual decoder.
+    Forward returns the logits. The query distribution is available through a `FeatureTap` on ``kmax``, whose output is
+    a `KMaXOutput`.
 
     Deviations from the released code: see `UXNet` and `KMaXDecoder`.
 
     Args:
         input_channels: the number of channels of the images.
-        num_classes: including background.
+        num_classes: the number of output channels: classes including background, or regions.
         deep_supervision: see `UXNet`.
         queries: the number of queries, at least one for each class.
         **architecture: see `Architecture`.
@@ -59,6 +59,6 @@ class DKUXNet(nn.Module):
         self.kmax = KMaXDecoder(Architecture(**architecture), num_classes, queries)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
-        """Return logits (B, K, *spatial) for images (B, C, *spatial), with deep supervision as a list."""
+        """Return logits (B, K, *spatial) for images (B, C, *spatial); with deep supervision, of each resolution."""
         logits = self.kmax(self.decoder(self.encoder(images)), self.decoder.deep_supervision).logits
         return logits if self.decoder.deep_supervision else logits[0]

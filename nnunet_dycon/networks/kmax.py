@@ -1,4 +1,4 @@
-"""k-means mask transformer: voxels are assigned to queries, which are updated with the mean of their voxels."""
+"""k-means mask transformer: voxels are assigned to queries; each query is updated with the mean of its voxels."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -21,11 +21,11 @@ _HIDDEN = 64  # hidden width of the class head
 
 
 class KMaXOutput(NamedTuple):
-    """Output of the decoder at each resolution, highest first.
+    """Output of the decoder: lists with one tensor (B, K, *spatial) per resolution, highest first.
 
     Attributes:
-        logits: (B, K, *spatial) each, the segmentation logits.
-        queries: (B, K, *spatial) each, the logarithm of the query distribution: for each voxel the sum of the softmax
+        logits: the segmentation logits.
+        queries: the logarithm of the query distribution, which is for each voxel the softmax over all queries, summed
             over the queries of each class.
     """
 
@@ -52,7 +52,7 @@ def group_sizes(queries: int, groups: int) -> list[int]:
 
 
 def merged(log_responses: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
-    r"""Merge the responses of the queries of each group.
+    r"""Sum the responses (softmax over all queries) within each group of queries; input and output are logarithms.
 
     .. math:: \ln q_{gi} = \ln \sum_{n \in g} r_{ni}
 
@@ -67,12 +67,12 @@ def merged(log_responses: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
 
 
 def cluster_means(values: torch.Tensor, assignment: torch.Tensor, clusters: int) -> torch.Tensor:
-    """Return the mean of the voxels of each cluster, 0 for an empty cluster.
+    """Return the mean feature vector of each cluster of voxels, 0 for an empty cluster.
 
     Args:
         values: (B, C, V), features of V voxels.
         assignment: (B, V), the cluster of each voxel, integers in [0, N).
-        clusters: N.
+        clusters: N, the number of clusters.
 
     Returns:
         (B, N, C), in float32.
@@ -85,7 +85,7 @@ def cluster_means(values: torch.Tensor, assignment: torch.Tensor, clusters: int)
 
 
 class CenterUpdate(nn.Module):
-    """Update of the queries: a k-means step (add the mean of their voxels), then self-attention among the queries."""
+    """Update of the queries: add to each the mean of its voxels (k-means), then self-attention among the queries."""
 
     def __init__(self, width: int, channels: int) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ class CenterUpdate(nn.Module):
 
     @torch.compiler.disable  # it would be recompiled for each width, up to torch's limit
     def forward(self, centers: torch.Tensor, values: torch.Tensor, assignment: torch.Tensor) -> torch.Tensor:
-        """Update the queries (B, N, D) with the values (B, C, V) of the voxels and their assignment (B, V)."""
+        """Update the queries (B, N, D) with the features (B, C, V) of the voxels and their query indices (B, V)."""
         means = cluster_means(values, assignment, centers.shape[1])
         return self.attention(centers + self.of_voxels(means))
 
@@ -125,7 +125,8 @@ class KMaXLevel(nn.Module):
             centers: (B, N, D), queries.
 
         Returns:
-            The L2-normalised voxels (B, C, V), the kernels (B, N, C), and the updated queries (B, N, D).
+            The L2-normalised embeddings of the voxels (B, C, V); the kernels (B, N, C), which are the updated queries
+            projected to C channels; and the updated queries (B, N, D).
         """
         embedded = normalize(self.embedding(pixels), dim=1).flatten(2)
         if self.values is not None:
@@ -138,7 +139,12 @@ class KMaXLevel(nn.Module):
 @torch.no_grad()
 @torch.compiler.disable  # the compiler would unroll the loop
 def assign(embedded: torch.Tensor, kernels: torch.Tensor) -> torch.Tensor:
-    """Return the index of the query most similar to each voxel, (B, V), from (B, C, V) and (B, N, C); no gradient."""
+    """Return the index of the query that is most similar to each voxel, (B, V), without gradient.
+
+    Args:
+        embedded: (B, C, V), the embedded voxels.
+        kernels: (B, N, C), the kernels of the queries.
+    """
     kernels = kernels.float()
     with without_autocast(embedded.device.type):
         return torch.cat([(kernels @ block.float()).argmax(1) for block in _blocks(embedded, kernels)], 1)
@@ -168,7 +174,7 @@ def respond(
 
 
 class _Respond(torch.autograd.Function):
-    """`respond` with a hand-written gradient."""
+    """Autograd function of `respond` with a hand-written gradient."""
 
     @staticmethod
     def forward(ctx, embedded, kernels, classes, sizes):
@@ -187,8 +193,8 @@ class _Respond(torch.autograd.Function):
     def backward(ctx, of_logits, of_queries):
         r"""Compute the gradients of embedded voxels, kernels and class logits.
 
-        With the incoming gradients u of l and w of ln q, and the group g(n) of a query, the gradient with respect to
-        the similarity s = k z of a voxel is
+        In the notation of `respond`, with the incoming gradients u of l and w of ln q, and the group g(n) of a query,
+        the gradient with respect to the similarity s = k z of a voxel is
 
         .. math:: \frac{\partial L}{\partial s_n} = r_n \left(a_n - \sum_m r_m a_m - \sum_g w_g\right)
             + \frac{r_n}{q_{g(n)}} w_{g(n)}, \qquad a_n = \sum_k c_{nk} u_k
@@ -222,29 +228,30 @@ class KMaXDecoder(nn.Module):
 
     N learned queries are processed from the deepest resolution to the highest. At each resolution except the highest
     they are updated twice: each voxel is assigned to the query most similar to it (argmax, the hard assignment of
-    k-means, without a gradient), and the mean of its voxels is added to each query. A head predicts logits of the K
-    classes for each query. The segmentation logits of a voxel are their mean, weighted with the softmax of the voxel
-    over queries. The queries form K groups, one per class. The sums of that softmax over the groups are the query
-    distribution of the voxel.
+    k-means, without a gradient), and the mean of the assigned voxels is added to each query. A head predicts logits of
+    the K classes for each query. The segmentation logits of a voxel are the mean of the queries' class logits, weighted
+    with the softmax over queries of their similarity to the voxel. The queries form K groups, one per class. The query
+    distribution of a voxel is this softmax, summed over the queries of each group.
 
     Deviations from the released code of DK-UXNet (Rows21/DK-UXNet, e268484), which this network reproduces:
 
     - one group for each class, equally large, instead of 16, 4 and 108 of 128 queries for background, organ and tumor;
     - segmentation and query distribution at every resolution, for deep supervision. The release computes them only at
-      the highest resolution, so the layers that assign voxels at lower resolutions are never trained. Here the
-      assignment uses the same kernels as the output; without deep supervision it is not trained, either;
+      the highest resolution, so the layers that assign voxels at lower resolutions are never trained. Here these layers
+      also compute the output, so deep supervision trains them; without deep supervision they are not trained, either;
     - updates at all resolutions except the highest, as in the variant UXNET of the release; its DKUNET also skips the
       second highest;
     - layer norm for queries and the plans' norm for voxels instead of batch norm; the mean of the voxels is added to a
       query instead of their sum, which would grow with the patch size;
     - widths follow the plans: the embedding of voxels is as wide as their features, queries are as wide as the deepest
       stage (256 in the release);
-    - one class head applied to each query (width → 64 → K) instead of one applied to all of them flattened.
+    - one class head applied to each query (width → 64 → K) instead of one applied to the flattened vector of all
+      queries.
 
     Args:
-        architecture: as in the plans.
-        num_classes: K, including background.
-        queries: N, at least K.
+        architecture: the architecture in the plans, see `Architecture`.
+        num_classes: K, the number of output channels: classes including background, or regions.
+        queries: N, the number of queries, at least K.
         updates: the number of updates of the queries at each resolution.
 
     Raises:
@@ -268,7 +275,7 @@ class KMaXDecoder(nn.Module):
     def forward(self, pixels: Sequence[torch.Tensor], all_levels: bool = True) -> KMaXOutput:
         """Decode features (B, C, *spatial) of each resolution, lowest first.
 
-        The output has all resolutions, or without ``all_levels`` only the highest.
+        The output contains all resolutions, or only the highest one if ``all_levels`` is False.
         """
         output = KMaXOutput([], [])
         centers = self.centers.expand(len(pixels[0]), -1, -1)

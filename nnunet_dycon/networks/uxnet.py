@@ -17,7 +17,7 @@ _BLOCKS = 2  # UX blocks per stage
 
 @dataclass(frozen=True)
 class Architecture:
-    """Architecture of a network in nnU-Net's plans, with the same names.
+    """Architecture of a network, with the names and values of nnU-Net's plans.
 
     Attributes:
         features_per_stage: the number of channels of each stage, highest resolution first.
@@ -26,9 +26,9 @@ class Architecture:
         conv_op: Conv2d or Conv3d.
         conv_bias: whether residual blocks and transposed convolutions have a bias.
         norm_op: the norm of residual blocks; InstanceNorm in nnU-Net.
-        norm_op_kwargs: its arguments.
+        norm_op_kwargs: the keyword arguments of ``norm_op``.
         nonlin: the activation of residual blocks.
-        nonlin_kwargs: its arguments.
+        nonlin_kwargs: the keyword arguments of ``nonlin``.
     """
 
     features_per_stage: Sequence[int]
@@ -49,13 +49,13 @@ class Architecture:
         )  # fmt: skip
 
     def depth_wise(self, stage: int, channels: int, size: int) -> nn.Module:
-        """Build a depth-wise convolution, ``size`` voxels along each axis where the plans' kernel is not 1."""
+        """Build a depth-wise convolution with ``size`` voxels along each axis, but 1 where the plans' kernel has 1."""
         kernel = widened_kernel(self.kernel_sizes[stage], size)
         return self.conv_op(channels, channels, kernel, padding=same_padding(kernel), groups=channels)
 
 
 def widened_kernel(kernel: Sequence[int], size: int) -> list[int]:
-    """Return the kernel with ``size`` along each axis where it is longer than 1.
+    """Return the kernel size with each entry that is greater than 1 replaced by ``size``.
 
     >>> widened_kernel([1, 3, 3], 7)
     [1, 7, 7]
@@ -80,8 +80,8 @@ class UXBlock(nn.Module):
 
     .. math:: y = x + \gamma \odot W_2\, \mathrm{GELU}(W_1\, \mathrm{LN}(D x))
 
-    with the depth-wise convolution D of 7 voxels, W_1, which expands each channel to 4, and W_2, which merges these 4
-    into one again ("depth-wise convolution scaling"); γ is initialised with 1e-6.
+    with the layer norm LN, the depth-wise convolution D with 7 voxels along each axis, W_1, which expands each channel
+    to 4, and W_2, which merges these 4 into one again ("depth-wise convolution scaling"); γ is initialised with 1e-6.
     """
 
     def __init__(self, architecture: Architecture, stage: int, channels: int) -> None:
@@ -104,9 +104,11 @@ class UXBlock(nn.Module):
 class UXEncoder(nn.Module):
     """Encoder of 3D UX-Net; returns the skip connections of images (B, C, *spatial), highest resolution first.
 
-    Stage 0 is a residual block at full resolution. Each further stage downsamples its input (the first one with a
-    convolution of 7 voxels on the image, the others with a kernel as long as the stride), and has two UX blocks as wide
-    as the stage before. A residual block with the width of the stage gives its skip connection.
+    Stage 0 is a residual block on the image, at full resolution. Every other stage consists of a downsampling
+    convolution, two UX blocks and a residual block. Stage 1 downsamples the image with a kernel of 7 voxels; each later
+    stage downsamples the UX blocks' output of the previous stage with a kernel as long as the stride. Convolution and
+    UX blocks have as many channels as the plans give for the previous stage, the residual block as many as they give
+    for this stage. The output of the residual block is the skip connection.
 
     The attributes have the names that nnU-Net's decoders expect of an encoder; the modules in ``stages`` output the
     skip connections.
@@ -162,13 +164,13 @@ class UXNet(nn.Module):
 
     - the number of stages follows the plans, and 2D networks are supported;
     - along an axis where the plans have a kernel size of 1, all kernels have size 1;
-    - norm, activation and biases of residual blocks are those of the plans (InstanceNorm with affine parameters; the
-      release has none);
-    - deep supervision.
+    - norm, activation and biases of residual blocks are those of the plans, such as InstanceNorm with affine
+      parameters; the release has no affine parameters;
+    - deep supervision is possible.
 
     Args:
         input_channels: the number of channels of the images.
-        num_classes: including background.
+        num_classes: the number of output channels: classes including background, or regions.
         deep_supervision: whether forward returns the logits of all stages of the decoder, as a list, highest resolution
             first. ``decoder.deep_supervision`` switches it, as in nnU-Net's own networks.
         **architecture: see `Architecture`.
@@ -183,5 +185,5 @@ class UXNet(nn.Module):
         self.decoder = UNetResDecoder(self.encoder, num_classes, blocks, deep_supervision)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
-        """Return logits (B, K, *spatial) for images (B, C, *spatial), with deep supervision as a list."""
+        """Return logits (B, K, *spatial) for images (B, C, *spatial); with deep supervision, of each resolution."""
         return self.decoder(self.encoder(images))

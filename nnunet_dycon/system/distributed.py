@@ -1,4 +1,4 @@
-"""Distributed helpers. With a single process, they return at once."""
+"""Helpers for distributed training. In a training with a single process, they do not communicate."""
 
 from collections.abc import Callable
 from datetime import timedelta
@@ -9,33 +9,33 @@ from torch import distributed as dist
 
 from nnunet_dycon.errors import UserError
 
-_RANK_ZERO_TIMEOUT = timedelta(days=7)  # torch's own are 10 to 30 minutes
+_RANK_ZERO_TIMEOUT = timedelta(days=7)  # torch's default timeouts are 10 to 30 minutes
 
 Result = TypeVar("Result")
 
 
 def number_of_ranks() -> int:
-    """Return the number of ranks; 1 without a process group."""
+    """Return the world size; 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Return the rank of this process among all; 0 without a process group."""
+    """Return the global rank of this process; 0 without a process group."""
     return dist.get_rank() if number_of_ranks() > 1 else 0
 
 
 def on_rank_zero(work: Callable[[], Result]) -> Result:
     """Call a function on rank 0 and return its result on all ranks.
 
-    All ranks must call it. The others wait in a process group of their own with a timeout of 7 days; in the default
-    group they would time out after some minutes.
+    All ranks must call on_rank_zero. It creates a process group with a timeout of 7 days, in which the other ranks wait
+    for rank 0; in the default process group they would time out after some minutes.
 
     Args:
-        work: its result must be picklable.
+        work: a function without arguments. Its result must be picklable.
 
     Raises:
-        UserError: on rank 0, if the function raises it.
-        SystemExit: on the other ranks if the function fails; without a message, so that the error is printed once.
+        UserError: on rank 0, if `work` raises it. Other errors of `work` are raised on rank 0, too.
+        SystemExit: on the other ranks if `work` raises an error; without a message, so that the error is printed once.
     """
     if number_of_ranks() == 1:
         return work()
@@ -54,7 +54,7 @@ def on_rank_zero(work: Callable[[], Result]) -> Result:
 
 
 def all_reduce_max(values: torch.Tensor) -> torch.Tensor:
-    """Return the elementwise maximum of a tensor over all ranks. The host does not wait for the device."""
+    """Return the elementwise maximum of a tensor over all ranks. This does not synchronize the GPU with the CPU."""
     if number_of_ranks() == 1:
         return values
     highest = values.clone()
@@ -63,15 +63,20 @@ def all_reduce_max(values: torch.Tensor) -> torch.Tensor:
 
 
 def on_any_rank(flag: bool, device: torch.device) -> bool:
-    """Return whether a flag is set on any rank."""
+    """Return whether a flag is true on at least one rank. All ranks must call this function.
+
+    Args:
+        flag: the flag of this rank.
+        device: device of the tensor to communicate: the GPU of this rank for NCCL, the CPU for gloo.
+    """
     return bool(all_reduce_max(torch.full((), float(flag), device=device)))
 
 
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the sum over all ranks of a tensor of the same shape on each rank.
+    """Return the sum of a tensor over all ranks; the tensor must have the same shape on each rank.
 
-    The gradient with respect to the tensor is summed over all ranks, too. DistributedDataParallel then averages the
-    gradients of the weights, which yields the gradient of a single process with the whole batch.
+    In the backward pass, the gradient is also summed over all ranks. DistributedDataParallel then averages the
+    gradients of the weights over the ranks, which yields the gradient of a single process with the whole batch.
     """
     return _SumOverRanks.apply(tensor) if number_of_ranks() > 1 else tensor
 
@@ -93,20 +98,24 @@ def _summed(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def ids_for_ddp(device: torch.device) -> list[int] | None:
-    """Return the `device_ids` of DistributedDataParallel for a module on a device."""
+    """Return the argument `device_ids` of DistributedDataParallel for a network on a device."""
     return [device.index] if device.type == "cuda" else None
 
 
 def require_even_batch(batch_size: int) -> None:
     """Raise UserError if a batch cannot be divided evenly among the ranks.
 
-    nnU-Net would give some ranks an additional patch. A mean over ranks would then differ from the mean over patches,
-    and nnU-Net's batch Dice would fail because shapes differ.
+    nnU-Net would give some ranks one patch more than others. A mean over ranks would then differ from the mean over
+    patches, and nnU-Net's batch Dice would fail because the shapes on the ranks differ.
+
+    Args:
+        batch_size: number of patches in the batch of all ranks together.
     """
     ranks = number_of_ranks()
     if batch_size % ranks:
         fitting = " or ".join(str(number) for number in range(1, batch_size + 1) if batch_size % number == 0)
         raise UserError(
-            f"a batch of {batch_size} cannot be divided evenly among {ranks} processes; use {fitting} of them, or add "
-            f"a configuration to the plans with a batch_size that is a multiple of {ranks}, see docs/distributed.md"
+            f"a batch of {batch_size} cannot be divided evenly among {ranks} processes; use {fitting} processes, "
+            f"or add a configuration to the plans with a batch_size that is a multiple of {ranks}, see "
+            "docs/distributed.md"
         )

@@ -12,20 +12,20 @@ DISCOVERY = Path(__file__).parents[1] / "discovery"  # the folder that nnUNet_ex
 
 
 def require_nnunet() -> None:
-    """Raise UsageError unless nnU-Net 2.8.0 or newer is installed (older ones ignore nnUNet_extTrainer)."""
+    """Raise UsageError unless nnU-Net 2.8.0 or newer is installed; older versions ignore nnUNet_extTrainer."""
     try:
         version = metadata.version("nnunetv2")
     except metadata.PackageNotFoundError:
         raise UsageError("nnU-Net is not installed; run: pip install 'nnunetv2>=2.8.0,<2.9'") from None
     if tuple(int(number) for number in re.findall(r"\d+", version)[:2]) < OLDEST_NNUNET:
         raise UsageError(
-            f"nnU-Net {version} is too old: it ignores nnUNet_extTrainer and cannot find these trainers; "
+            f"nnU-Net {version} is too old: it ignores nnUNet_extTrainer and cannot find the trainers of nnunet_dycon; "
             "run: pip install 'nnunetv2>=2.8.0,<2.9'"
         )
 
 
 def nnunet_folder(variable: str) -> Path:
-    """Return the folder that an environment variable of nnU-Net contains.
+    """Return the path in one of nnU-Net's environment variables for folders. The folder need not exist.
 
     Args:
         variable: nnUNet_raw, nnUNet_preprocessed or nnUNet_results.

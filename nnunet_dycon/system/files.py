@@ -1,4 +1,4 @@
-"""Complete files: they are renamed when they are written completely, and truncated ones are detected."""
+"""Atomic writing: files and folders are written under a temporary name and then renamed. Also checks of files."""
 
 import gzip
 import os
@@ -16,10 +16,10 @@ VOLUME_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".gipl")  # formats of Sim
 
 @contextmanager
 def replacing(file: Path | str) -> Iterator[Path]:
-    """Yield a temporary file next to a file. It replaces the file at the end, or is removed after an error.
+    """Yield a temporary path in the folder of `file`. At the end, rename it to `file`; after an error, remove it.
 
-    The temporary name is unique, so that processes that write the same file do not disturb each other. The content is
-    on the disk before the file is renamed, so that a power failure leaves the old or the new file.
+    The temporary name is unique, so that several processes can write the same file at once. The content is flushed to
+    the disk before the renaming, so that after a power failure either the old or the new file exists, and is complete.
     """
     file = Path(file)
     partial = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}.partial")
@@ -32,7 +32,7 @@ def replacing(file: Path | str) -> Iterator[Path]:
 
 
 def _flush(file: Path) -> None:
-    """Wait until the content of a file is on the disk."""
+    """Flush the content of a file to the disk, if the storage supports it."""
     descriptor = os.open(file, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -44,15 +44,15 @@ def _flush(file: Path) -> None:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Yield a temporary empty folder next to a folder. It replaces the folder at the end, or is removed after an error.
+    """Yield a new temporary folder next to `folder`. At the end, rename it to `folder`; after an error, remove it.
 
     Raises:
-        UsageError: the folder already exists and is not empty, or it is a mount point.
+        UsageError: `folder` exists and is not an empty folder, or it is a mount point.
     """
     folder = folder.resolve()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UsageError(
-            f"{folder} already exists and is not an empty folder; choose another -o, since nothing is overwritten"
+            f"{folder} already exists and is not an empty folder; choose another folder with -o, or empty this one"
         )
     if os.path.ismount(folder):
         raise UsageError(f"{folder} is a mount point and cannot be replaced; name a new folder inside it with -o")
@@ -69,7 +69,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
 def require_whole(file: Path) -> None:
     """Raise EOFError, OSError or zlib.error if a file is empty, or if a gzip file is truncated or damaged.
 
-    SimpleITK does not detect this: it fills the rest of the image with arbitrary values.
+    SimpleITK does not detect a truncated file: it fills the rest of the image with arbitrary values.
     """
     if file.stat().st_size == 0:
         raise EOFError("the file is empty")
@@ -80,7 +80,7 @@ def require_whole(file: Path) -> None:
 
 
 def require_writable(folder: Path) -> None:
-    """Create a temporary file in a folder; raise UserError if that fails."""
+    """Raise UserError if no file can be created in a folder, which is tested with a temporary file."""
     try:
         with TemporaryFile(dir=folder):
             pass

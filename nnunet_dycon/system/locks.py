@@ -1,4 +1,4 @@
-"""Locks that work on shared storage: files with host, process, job, and a heartbeat."""
+"""Lock files for processes on several hosts with shared storage, such as the jobs of a cluster."""
 
 import json
 import os
@@ -16,26 +16,26 @@ from nnunet_dycon.errors import UserError
 HEARTBEAT_SECONDS = 60.0
 STALE_SECONDS = 600.0
 _POLL_SECONDS = 2.0
-# Identifiers of a job, equal after a requeue. Array jobs of Slurm have a job ID for each task.
+# Variables with the ID of a job, which is unchanged after a requeue. Slurm gives each task of an array its own job ID.
 _JOB_VARIABLES = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID", "TORCHELASTIC_RUN_ID")
 
 
 class Lock:
-    """A lock file with host, process, job, and a heartbeat.
+    """A lock file that contains the host, process and job of its holder, and has a heartbeat.
 
-    It needs no lock service of the file system: it is created by a hard link, which fails if the file exists, on
-    network storage, too. The file's modification time is the heartbeat; a thread renews it. An existing lock is taken
-    over if its process has certainly or most probably ended:
+    The storage needs no support for locks. The file is created as a hard link, which fails if the file exists, also on
+    network storage. The heartbeat is the file's modification time, which a thread of the holder renews every minute.
+    A process takes over the lock of another holder if that holder has certainly or most probably ended, which is if:
 
-    - the process is gone, which is decided by the process table if both see the same one (host and PID namespace);
-    - it belongs to the same job, on another host or in another container: the scheduler has restarted the job;
-    - its heartbeat is older than 10 minutes. Ages are measured against a file that is written to the same folder, so
-      that the clocks of two hosts need not agree.
+    - both run in the same PID namespace of the same host, and the holder's process no longer exists;
+    - both belong to the same job, but not to the same host or container, since the scheduler has restarted the job;
+    - the heartbeat is older than 10 minutes. The age is the difference from the modification time of a new file in the
+      same folder, so that the clocks of the hosts need not agree.
 
     Args:
         file: the lock file; its folder must exist.
-        work: the work of the holder, for messages, such as "a training of this fold".
-        log: called with a line if the lock is taken over, or waited for.
+        work: the work that the lock protects, for messages, such as "a training of this fold".
+        log: function that logs one line; called when a lock is taken over, and when the process waits for a lock.
     """
 
     def __init__(self, file: Path, work: str, log: Callable[[str], None] = print) -> None:
@@ -47,11 +47,11 @@ class Lock:
         """Take the lock.
 
         Args:
-            wait: wait until the holder gives it up, instead of raising an error.
+            wait: if another process holds the lock, wait until it is free instead of raising an error.
 
         Raises:
-            UserError: the work is running elsewhere.
-            OSError: the lock cannot be written.
+            UserError: another process holds the lock, and `wait` is False.
+            OSError: the lock file cannot be written.
         """
         self._owner, self._stopped, announced = _this_process(), threading.Event(), False
         while not self._create():
@@ -85,21 +85,22 @@ class Lock:
         if self._owner and (other := _read(self.file)).get("token") != self._owner["token"]:
             raise UserError(
                 f"{self.file.parent}: {self._work} has started elsewhere ({_described(other)}) while this process did "
-                "not respond; this one ends and writes nothing more"
+                "not respond; this process stops without writing anything more, so let the other one finish"
             )
 
     def holder(self) -> str | None:
-        """Return a description of the running process that holds the lock; None if there is none."""
+        """Return a description of the process that holds the lock; None if no running process holds it."""
         other, reason = self._state()
         return None if other is None or reason is not None else _described(other)
 
     def _create(self) -> bool:
-        # A hard link appears with its content, and fails if the name exists, on network storage, too.
+        """Create the lock file, and return whether it was created; False means that it exists already."""
+        # A hard link makes the complete file appear at once, and fails if the name exists, also on network storage.
         descriptor, name = tempfile.mkstemp(prefix=f".{self.file.name}.", dir=self.file.parent)
         try:
             with os.fdopen(descriptor, "w", encoding="utf-8") as content:
                 json.dump(self._owner, content)
-            os.chmod(name, 0o644 | self.file.parent.stat().st_mode & 0o020)  # group-writable as its folder
+            os.chmod(name, 0o644 | self.file.parent.stat().st_mode & 0o020)  # group-writable if its folder is
             try:
                 os.link(name, self.file)
             except FileExistsError:
@@ -111,6 +112,7 @@ class Lock:
             os.unlink(name)
 
     def _create_exclusively(self) -> bool:
+        """Create the lock file without a hard link; return False if it exists already."""
         try:
             with self.file.open("x", encoding="utf-8") as content:
                 json.dump(self._owner, content)
@@ -119,12 +121,20 @@ class Lock:
         return True
 
     def _state(self) -> tuple[dict[str, Any] | None, str | None]:
-        """Return the content of an existing lock, None if there is none; and why its process has ended, or None."""
+        """Return the content of the lock file, and the reason to take it over.
+
+        The content is None if there is no lock file. The reason is None if the holder may be running.
+        """
         content, age = _read(self.file), self._age()
         return (None, None) if age is None else (content, _why_ended(content, age))
 
     def _take_over(self, other: Mapping[str, Any], reason: str) -> None:
-        """Remove the lock of a process that has ended, with a warning."""
+        """Remove the lock file of a process that has ended, and log a warning.
+
+        Args:
+            other: content of the lock file.
+            reason: why the process is assumed to have ended.
+        """
         aside = self.file.with_name(f".{self.file.name}.{self._owner['token']}")
         try:
             os.rename(self.file, aside)
@@ -137,7 +147,7 @@ class Lock:
         self._log(f"WARNING: the lock of {self._work} is taken over: {reason} ({_described(other)})")
 
     def _age(self) -> float | None:
-        """Return the seconds since the last heartbeat, or None if the lock has been removed."""
+        """Return the seconds since the last heartbeat, or None if there is no lock file."""
         with tempfile.NamedTemporaryFile(prefix=f".{self.file.name}.", dir=self.file.parent) as now:
             try:
                 return os.stat(now.name).st_mtime - self.file.stat().st_mtime
@@ -145,6 +155,7 @@ class Lock:
                 return None
 
     def _beat(self) -> None:
+        """Renew the heartbeat until the lock is given up or taken over by another process."""
         stopped, token = self._stopped, self._owner["token"]
         while not stopped.wait(HEARTBEAT_SECONDS):
             try:
@@ -156,6 +167,7 @@ class Lock:
 
 
 def _this_process() -> dict[str, Any]:
+    """Return the content of a lock file of this process."""
     job = next((value for name in _JOB_VARIABLES if (value := os.environ.get(name)) not in (None, "", "none")), None)
     pid = os.getpid()
     return {
@@ -169,7 +181,10 @@ def _this_process() -> dict[str, Any]:
 
 
 def _process_table() -> str | None:
-    """Return an identifier of the boot and the PID namespace (containers have their own), or None if unknown."""
+    """Return an identifier of the PID namespace and the boot of the host; None if it cannot be read.
+
+    Two processes with equal identifiers see the same PIDs. Containers have their own PID namespace.
+    """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
@@ -178,7 +193,10 @@ def _process_table() -> str | None:
 
 
 def _start_of(pid: int) -> str | None:
-    """Return the start time of a process in ticks since boot, to detect a reused PID; None if it does not exist."""
+    """Return the start time of a process in ticks since boot, or None if there is no such process.
+
+    A process with the same PID but another start time is another process.
+    """
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):
@@ -186,7 +204,12 @@ def _start_of(pid: int) -> str | None:
 
 
 def _why_ended(other: Mapping[str, Any], age: float) -> str | None:
-    """Return why the process of a lock has ended, given its last heartbeat in seconds; None if it may be running."""
+    """Return why the process that holds a lock must have ended; None if it may be running.
+
+    Args:
+        other: content of the lock file.
+        age: seconds since the last heartbeat of the process.
+    """
     owner = _this_process()
     if other.get("process_table") is not None and other["process_table"] == owner["process_table"]:
         running = other.get("started") is not None and _start_of(other.get("pid", 0)) == other["started"]
@@ -199,12 +222,13 @@ def _why_ended(other: Mapping[str, Any], age: float) -> str | None:
 
 
 def _described(lock: Mapping[str, Any]) -> str:
+    """Return host, process and job in the content of a lock file as text."""
     job = f", job {lock['job']}" if lock.get("job") else ""
     return f"host {lock.get('host', 'unknown')}, process {lock.get('pid', 'unknown')}{job}"
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """Return the content of a lock file; empty if there is none, or if it is being written."""
+    """Return the content of a lock file; an empty dict if the file does not exist or is not complete yet."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Figures and overlays of label maps, drawn without pyplot: the matplotlib state of the user is not changed."""
+"""Figures and overlays of label maps, drawn without pyplot, so that the user's matplotlib state is unchanged."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -22,12 +22,12 @@ _LARGEST = 60.0  # inches; matplotlib draws at most 65,536 pixels
 
 
 def draw_or_warn(file: Path, draw: Callable[[Path], None], log: Callable[[str], None]) -> None:
-    """Draw a picture. Log a warning if that fails for any reason, so that a picture never ends the work it belongs to.
+    """Draw a picture. If this fails, log a warning instead of raising, so that for instance training continues.
 
     Args:
         file: PNG file to write.
-        draw: function that writes it.
-        log: called with the warning.
+        draw: function that draws the picture and writes it to `file`.
+        log: function that logs the warning.
     """
     try:
         draw(file)
@@ -36,24 +36,24 @@ def draw_or_warn(file: Path, draw: Callable[[Path], None], log: Callable[[str], 
 
 
 def new_figure(width: float, height: float, dpi: int = 100) -> Figure:
-    """Return a figure of width × height inches that needs no display. Larger ones are scaled down to 60 inches."""
+    """Return a figure of width × height inches that needs no display, scaled down to at most 60 inches per side."""
     scale = min(1.0, _LARGEST / max(width, height))
     figure = Figure(figsize=(max(1.0, width * scale), max(1.0, height * scale)), dpi=dpi, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
-# Decorator for functions that draw: nnU-Net's plot changes the global font size of matplotlib.
+# Decorator for functions that draw, needed because nnU-Net's progress plot changes matplotlib's global font size.
 in_default_style = style.context("default")
 
 
 @dataclass(frozen=True)
 class Panel:
-    """Comparison of a method with a baseline.
+    """Data of one panel of `draw_paired_scores`: scores of a method and of the baseline.
 
     Attributes:
         title: title of the panel.
-        scores: label -> scores of the baseline and of the method, for the same cases in the same order.
+        scores: name of a label -> scores of the baseline and scores of the method, both (cases,) in the same order.
     """
 
     title: str
@@ -62,10 +62,12 @@ class Panel:
 
 @in_default_style
 def draw_paired_scores(panels: Sequence[Panel], xlabel: str, ylabel: str, file: Path) -> None:
-    """Write a figure with a panel per method: a point per case, and the line on which both scores are equal.
+    """Write a figure with a scatter plot per method, and the diagonal line of equal scores.
+
+    Each point is a case: x is the score of the baseline, y the score of the method.
 
     Args:
-        panels: one or more panels with the same labels. Each label has its own color.
+        panels: one or more panels, one per method, with the same labels. Each label has its own color.
         xlabel: axis label for the scores of the baseline, which are at most 1.
         ylabel: axis label for the scores of the methods, which are at most 1.
         file: PNG file to write.
@@ -99,23 +101,23 @@ def draw_paired_scores(panels: Sequence[Panel], xlabel: str, ylabel: str, file: 
 
 
 def class_color(value: int) -> str:
-    """Return the color of a label value, which is at least 1."""
+    """Return the color of a label value, which must be at least 1. Every 8 values, the colors repeat."""
     return _CLASS_COLORS[(value - 1) % len(_CLASS_COLORS)]
 
 
 def overlay(axes: Axes, mask: np.ndarray, color: str) -> None:
-    """Draw a mask (Y, X) as a transparent area with an outline."""
+    """Draw a mask (Y, X) over an image, as a transparent area with an outline."""
     axes.imshow(np.where(mask, 1.0, np.nan), cmap=ListedColormap([color]), alpha=0.4, aspect=axes.get_aspect())
     outline(axes, mask, color)
 
 
 def outline(axes: Axes, mask: np.ndarray, color: str) -> None:
-    """Draw the outline of a mask (Y, X), if it has one."""
+    """Draw the outline of a mask (Y, X); draw nothing if the mask is empty, full, or only one pixel wide."""
     if min(mask.shape) > 1 and mask.any() and not mask.all():  # otherwise matplotlib raises or warns
         axes.contour(mask, [0.5], colors=color, linewidths=1.1)
 
 
 def save(figure: Figure, file: Path) -> None:
-    """Write a figure as PNG. An existing file is replaced when the new one is complete."""
+    """Write a figure as PNG. An existing file is replaced only when the new file is complete."""
     with replacing(file) as partial:
         figure.savefig(partial, format="png")

@@ -1,4 +1,4 @@
-"""Upcasting of half precision to float32, for losses and for similarities in networks."""
+"""Upcasting of half-precision tensors (float16, bfloat16) to float32, for losses and similarities of features."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -11,10 +11,10 @@ Result = TypeVar("Result")
 
 
 def at_least_float32(function: Callable[..., Result]) -> Callable[..., Result]:
-    """Decorate a function to run without autocast and with half precision tensors upcast to float32.
+    """Decorate a function so that it runs without autocast, and half-precision arguments are upcast to float32.
 
-    Entropies, exponentials and similarities are too inaccurate in half precision: in float16, exp overflows at 12 and
-    1e-8 is 0. Tensors of float32 and float64 are unchanged, so gradcheck can be run in float64.
+    Entropies, exponentials and similarities are too inaccurate in half precision: in float16, exp(12) overflows and
+    1e-8 is rounded to 0. Arguments of float32 and float64 are unchanged, so gradcheck can be run in float64.
     """
 
     @wraps(function)
@@ -33,7 +33,7 @@ def without_autocast(device: str) -> AbstractContextManager:
 
 
 def upcast(value):
-    """Return a half precision tensor as float32, and anything else unchanged."""
+    """Return a float16 or bfloat16 tensor as float32, and any other value unchanged."""
     if isinstance(value, torch.Tensor) and value.dtype in (torch.float16, torch.bfloat16):
         return value.float()
     return value

@@ -17,14 +17,15 @@ Result = TypeVar("Result")
 def map_cases(
     function: Callable[[Job], Result], jobs: Sequence[Job], num_processes: int, title: str
 ) -> Iterator[Result]:
-    """Yield function(job) for each job, in order, and show a progress bar on stderr.
+    """Yield function(job) for each job, in the order of the jobs, and show a progress bar on stderr.
 
-    Exceptions of the function are raised here. Jobs that have not started by then are dropped.
+    If the function raises an exception in a worker process, it is raised in this process, too, and the jobs that have
+    not started yet are cancelled.
 
     Args:
-        function: a picklable function with picklable arguments and results.
-        jobs: the arguments.
-        num_processes: number of worker processes; 1 uses this process.
+        function: a picklable function with one picklable argument and a picklable result.
+        jobs: arguments of the function, one for each call.
+        num_processes: number of worker processes; with 1, the function runs in this process.
         title: title of the progress bar.
 
     Raises:
@@ -44,7 +45,7 @@ def map_cases(
             yield from with_progress(pool.map(function, jobs))
         except BrokenProcessPool:
             raise UserError(
-                f"{title}: a process was killed, perhaps for lack of memory; run again with fewer processes: -np 1"
+                f"{title}: a worker process was killed, perhaps for lack of memory; run again with -np 1"
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)

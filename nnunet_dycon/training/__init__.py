@@ -1,4 +1,4 @@
-"""Parts of a training that all semi-supervised trainers use. Each can be used without a trainer.
+"""Components that all semi-supervised trainers share, such as checkpoints, preflight checks, training step and plots.
 
-`nnunet_dycon.trainers.semi_supervised` connects them to nnU-Net's hooks.
+`nnunet_dycon.trainers.semi_supervised` calls them in nnU-Net's hooks.
 """

@@ -1,6 +1,7 @@
-"""Checkpoints: nnU-Net's files with the state of the method under one additional key, written completely or not at all.
+"""Checkpoints: nnU-Net's checkpoints, with the state of the semi-supervised training under one additional key.
 
-The state holds only tensors and plain dicts, lists and numbers, so that nnUNetv2_predict loads it without this package.
+A file is written completely or not at all. The additional state contains only tensors and plain dicts, lists and
+numbers, so that nnUNetv2_predict can load the file without this package.
 """
 
 import os
@@ -23,7 +24,7 @@ from nnunet_dycon.system.distributed import on_rank_zero
 from nnunet_dycon.system.files import replacing
 
 KEY = "nnunet_dycon"
-# Checkpoints of a finished training: the student, and its companion if there is one.
+# Checkpoints of a finished training: the student, and the EMA teacher or the second network if there is one.
 STUDENT, TEACHER, SECOND = "checkpoint_final.pth", "checkpoint_final_teacher.pth", "checkpoint_final_second.pth"
 # Checkpoints of an unfinished training. nnU-Net itself writes no previous one.
 LATEST, PREVIOUS, BEST = "checkpoint_latest.pth", "checkpoint_previous.pth", "checkpoint_best.pth"
@@ -92,7 +93,7 @@ def set_aside(folder: Path, log: Callable[[str], None]) -> None:
     """Rename the checkpoints of an earlier training, so that no later training resumes from them.
 
     Args:
-        folder: folder of the fold.
+        folder: output folder of the fold.
         log: called with a line for each renamed checkpoint.
     """
     for file in (folder / name for name in (*RESUMABLE, TEACHER, SECOND)):
@@ -104,7 +105,7 @@ def set_aside(folder: Path, log: Callable[[str], None]) -> None:
 def find_readable(filename: str, log: Callable[[str], None]) -> str:
     """Return a checkpoint to resume from: the given one, or if it is damaged the newest readable one in its folder.
 
-    Rank 0 searches; all ranks must call it.
+    Only rank 0 searches, but all ranks must call this function.
 
     Args:
         filename: checkpoint to try first.
@@ -135,7 +136,7 @@ def load_state(filename: Path | str, trainer_name: str) -> dict:
     """Return the additional state of a checkpoint, on the CPU.
 
     Raises:
-        UserError: the file is damaged, or was written by another trainer or by version 0.1.
+        UserError: the file is damaged, or was written by another trainer or by version 0.1 of this package.
     """
     checkpoint = _load(filename)
     writer = checkpoint.get("trainer_name", "another program") if isinstance(checkpoint, dict) else "another program"
@@ -186,18 +187,19 @@ def load_method_state(method: nn.Module, state: dict[str, dict], filename: Path 
 
 @contextmanager
 def fitting(filename: Path | str) -> Iterator[None]:
-    """Turn errors in loading a state of other networks into a UserError."""
+    """Turn errors that occur when a checkpoint does not fit the networks of the trainer into a UserError."""
     unfit = (RuntimeError, KeyError, ValueError, TypeError)
     with explained(unfit, f"{filename} does not fit the networks; perhaps the plans have changed; {_REMEDY}"):
         yield
 
 
 def save_companions(folder: Path, companions: dict[str, tuple[str, nn.Module]]) -> None:
-    """Write a checkpoint for prediction of each companion of the student, and remove the previous checkpoint.
+    """Write a checkpoint for prediction with each network other than the student; remove checkpoint_previous.pth.
 
     Args:
         folder: folder of a fold whose training is finished.
-        companions: file name of the checkpoint -> name of the trainer that builds the network, and the network.
+        companions: file name of the checkpoint -> name of the trainer class that builds the network for prediction, and
+            the network: the EMA teacher or the second network.
 
     Raises:
         UserError: a file cannot be written.
@@ -210,13 +212,13 @@ def save_companions(folder: Path, companions: dict[str, tuple[str, nn.Module]]) 
 def save_for_prediction(
     filename: Path, source: Path, network_weights: dict[str, torch.Tensor], trainer_name: str
 ) -> None:
-    """Write a copy of a checkpoint with other weights and without the state that only training needs.
+    """Write a copy of a checkpoint with the weights of another network and without the state that only training needs.
 
     Args:
         filename: file to write.
         source: checkpoint of the same training to copy.
-        network_weights: state dict with the other weights.
-        trainer_name: name of the trainer that builds the network of these weights.
+        network_weights: state dict of the other network.
+        trainer_name: name of the trainer class that builds the other network for prediction.
 
     Raises:
         UserError: the file cannot be written.

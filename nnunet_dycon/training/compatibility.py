@@ -18,12 +18,12 @@ _REMEDY = "Use nnU-Net's default or residual-encoder plans."
 
 
 def refuse_cascade(trainer: str, configuration_name: str, configuration: ConfigurationManager) -> None:
-    """Raise NotSupported if a configuration has a previous stage.
+    """Raise NotSupported if a configuration is the second stage of a cascade.
 
     Args:
         trainer: name of the trainer, for the error message.
         configuration_name: name of the configuration, such as 3d_cascade_fullres.
-        configuration: the configuration.
+        configuration: the configuration in the plans.
     """
     if configuration.previous_stage_name is not None:
         raise NotSupported(

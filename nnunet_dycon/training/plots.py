@@ -16,13 +16,13 @@ from nnunet_dycon.system.pictures import class_color, draw_or_warn, in_default_s
 
 
 def draw_curves(folder: Path, curves: dict[str, list[float]], log: Callable[[str], None]) -> None:
-    """Write ssl_progress.png to a folder; a failure is logged as a warning."""
+    """Write the plot of the training curves, ssl_progress.png, to a folder; a failure is logged as a warning."""
     draw_or_warn(folder / "ssl_progress.png", partial(draw_progress, curves), log)
 
 
 @in_default_style
 def draw_progress(curves: dict[str, list[float]], file: Path) -> None:
-    """Write a plot of all curves over the epochs, grouped as in `nnunet_dycon.components.diagnostics`."""
+    """Write a plot of all curves over the epochs: loss terms, schedules, pseudo-labels, and time per step."""
     seconds = {name.removeprefix(SECONDS): curve for name, curve in curves.items() if name.startswith(SECONDS)}
     figure = new_figure(11, 7.5)
     (losses, schedules), (fractions, times) = figure.subplots(2, 2)
@@ -81,9 +81,9 @@ class PseudoLabel:
     Attributes:
         case: identifier of the case.
         index: index of the slice along the first axis.
-        foreground: fraction of all voxels of the case that are labeled as foreground.
+        foreground: fraction of the voxels of the whole case that are labeled as foreground.
         image: preprocessed image of the slice, (Y, X).
-        label: pseudo-label of the slice, (Y, X), with the values of `LabelSpace.shown`.
+        label: pseudo-label of the slice, (Y, X), one integer per voxel as returned by `LabelSpace.shown`.
         entropy: per-voxel entropy of the slice in nats, (Y, X).
     """
 

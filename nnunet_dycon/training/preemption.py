@@ -16,15 +16,15 @@ from nnunet_dycon.data.augmenters import shut_down
 from nnunet_dycon.system.distributed import number_of_ranks
 from nnunet_dycon.training.checkpoints import LATEST
 
-EXIT_CODE = 128 + signal.SIGTERM  # as of a process that SIGTERM has ended
+EXIT_CODE = 128 + signal.SIGTERM  # exit code of a process that was ended by SIGTERM
 
 
 class StopRequest:
     """A handler of SIGTERM that records the signal, so that the training can finish its step and write a checkpoint.
 
     Attributes:
-        can_wait: False before the first step. While it is False, the signal ends the process at once.
-        is_made: whether the signal has been received.
+        can_wait: whether SIGTERM is only recorded. If False, as before the first step, it ends the process at once.
+        is_made: whether SIGTERM has been recorded.
     """
 
     def __init__(self) -> None:
@@ -38,8 +38,8 @@ class StopRequest:
         """Install the handler, and restore the previous one at the end.
 
         Args:
-            is_spawned: whether nnUNetv2_train -num_gpus has started this process. There the handler is not installed:
-                SIGTERM means that another rank has failed, and this rank may be waiting for it.
+            is_spawned: whether nnUNetv2_train -num_gpus has started this process. If so, the handler is not installed:
+                SIGTERM then means that another rank has failed, and this rank may be waiting for the failed one.
         """
         if not is_spawned:
             self.listen()
@@ -71,7 +71,7 @@ class StopRequest:
 def save_and_exit(trainer: nnUNetTrainer, curves: dict[str, list[float]], steps_done: int) -> NoReturn:
     """Write the current weights to checkpoint_latest.pth and exit. All ranks must call it after the same step.
 
-    A resumed run repeats the interrupted epoch, so what this epoch has logged is removed.
+    A resumed run repeats the interrupted epoch, so the values that this epoch has already logged are removed.
 
     Args:
         trainer: trainer in the middle of an epoch.
@@ -98,7 +98,7 @@ def save_and_exit(trainer: nnUNetTrainer, curves: dict[str, list[float]], steps_
 
 
 def end(trainer: nnUNetTrainer, message: str) -> NoReturn:
-    """Log a message and exit with the exit code of SIGTERM.
+    """Log a message and exit with the exit code of a process that was ended by SIGTERM.
 
     Raises:
         SystemExit: always.

@@ -15,12 +15,16 @@ from nnunet_dycon.system.locks import Lock
 
 
 class TrainingLock:
-    """The locks that global rank 0 holds while it trains: that of the fold, and one that keeps the unlabeled cases.
+    """The two locks that global rank 0 holds during a training.
+
+    One prevents a second training of the same fold. The other prevents that the folder of the preprocessed unlabeled
+    cases is replaced.
 
     Args:
         folder: the output folder of the fold.
-        unlabeled: the unlabeled cases, whose folder must not be replaced meanwhile.
-        log: called with a warning if a lock is taken over, or if the unlabeled cases cannot be locked.
+        unlabeled: the unlabeled cases of the training.
+        log: called with a warning if the lock of an ended process is taken over, or if the unlabeled cases cannot be
+            locked.
     """
 
     def __init__(self, folder: Path, unlabeled: UnlabeledCases, log: Callable[[str], None]) -> None:
@@ -44,11 +48,11 @@ class TrainingLock:
             )
 
     def check(self) -> None:
-        """Raise UserError if another training of this fold has taken over the lock."""
+        """Raise UserError if another training of this fold has taken over the lock of the fold."""
         self._fold.check()
 
     def close(self) -> None:
-        """Give up both locks if they are held."""
+        """Release both locks if they are held."""
         self._use.close()
         self._fold.close()
 
@@ -74,13 +78,13 @@ def check_cases(folder: Path, fold: int | Literal["all"], unlabeled: UnlabeledCa
 def check_settings(
     recorded: dict[str, dict], current: dict[str, Any], folder: Path | str, log: Callable[[str], None]
 ) -> None:
-    """Compare the settings in a checkpoint with those of the training that resumes from it.
+    """Compare the settings in a checkpoint with the current settings of the training that resumes from it.
 
     Settings of the method must be equal. Other differences are logged.
 
     Args:
-        recorded: settings in the checkpoint: group, such as "method_settings" -> dict.
-        current: current settings: group -> dataclass.
+        recorded: settings in the checkpoint: name of the group, such as "method_settings" -> dict of settings.
+        current: current settings: name of the group -> dataclass of settings.
         folder: folder of the checkpoint, for the error message.
         log: called with a line for each group that differs.
 
@@ -96,14 +100,14 @@ def check_settings(
             continue
         if group == "method_settings":
             raise UserError(
-                f"the checkpoint in {folder} was trained with other settings: {', '.join(changed)}; resume with these "
-                "settings, or start a subclass with another name from its weights with -pretrained_weights"
+                f"the checkpoint in {folder} was trained with other settings: {', '.join(changed)}; change them back "
+                "to resume, or train a subclass with a new name and pass the checkpoint with -pretrained_weights"
             )
         log(f"WARNING: the resumed training had other settings: {', '.join(changed)}; the new ones are used")
 
 
 def describe_batch(trainer: nnUNetTrainer, cases: dict[str, list[str]]) -> str:
-    """Return a log line on the batch of a semi-supervised trainer, its memory, and how to reduce it.
+    """Return a log line with the numbers of cases and patches, the expected memory, and how to reduce the memory.
 
     Args:
         trainer: an initialized semi-supervised trainer.

@@ -1,4 +1,4 @@
-"""A page with the pseudo-labels of a few unlabeled cases, to detect failures of a training early."""
+"""A PNG page with the pseudo-labels of a few unlabeled cases, to detect failures of a training early."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -22,13 +22,13 @@ _CASES = 3
 
 
 def draw(trainer: nnUNetTrainer, method: Method, unlabeled: UnlabeledCases) -> None:
-    """Draw the page of the last epoch, unless the method has no labeler or checkpoints are disabled.
+    """Draw the page after an epoch, unless the method makes no pseudo-labels or checkpoints are disabled.
 
     A failure is logged as a warning.
 
     Args:
         trainer: trainer after the end of an epoch.
-        method: method whose labeler predicts the cases.
+        method: method whose `labeler`, the network that makes pseudo-labels, predicts the cases.
         unlabeled: the preprocessed unlabeled cases.
     """
     if method.labeler is not None and not trainer.disable_checkpointing:
@@ -42,7 +42,7 @@ def draw_page(trainer: nnUNetTrainer, method: Method, cases: UnlabeledDataset, e
 
     Args:
         trainer: trainer with plans and dataset.json.
-        method: method whose labeler predicts the cases.
+        method: method whose `labeler`, the network that makes pseudo-labels, predicts the cases.
         cases: dataset of the unlabeled cases.
         epoch: number of the epoch, for the title.
         file: PNG file to write.
@@ -77,7 +77,7 @@ def draw_page(trainer: nnUNetTrainer, method: Method, cases: UnlabeledDataset, e
 
 
 class _Labeler(nn.Module):
-    """The labeler of a method as a module for nnU-Net's predictor. The method's training mode does not change."""
+    """A module that predicts a method's pseudo-labels, for nnU-Net's predictor. The training mode does not change."""
 
     def __init__(self, method: Method) -> None:
         super().__init__()
@@ -88,7 +88,10 @@ class _Labeler(nn.Module):
 
 
 def label_names(dataset_json: dict, labels: LabelManager) -> list[str]:
-    """Return the names of the values of `LabelSpace.shown`: background, then classes by value or regions in order."""
+    """Return the name of each value that `LabelSpace.shown` returns, in ascending order of the values.
+
+    The first name is background, followed by the classes, or by the regions in the order of dataset.json.
+    """
     values = {name: np.ravel(value).tolist() for name, value in dataset_json["labels"].items()}  # 1 or [1]
     names = [name for name in values if name not in ("background", "ignore")]
     return ["background", *(names if labels.has_regions else sorted(names, key=values.__getitem__))]
@@ -110,6 +113,6 @@ def _predict(predictor: nnUNetPredictor, label_space: LabelSpace, cases: Unlabel
 
 
 def _spread(identifiers: Sequence[str]) -> list[str]:
-    """Return a few cases, evenly spaced from the first to the last."""
+    """Return at most three identifiers, evenly spaced from the first to the last."""
     chosen = np.linspace(0, len(identifiers) - 1, min(_CASES, len(identifiers))).round().astype(int)
     return [identifiers[index] for index in chosen]

@@ -31,7 +31,7 @@ class Epoch:
 
     @property
     def values(self) -> Values:
-        """All values by the names of their curves."""
+        """All means and durations, by name of the curve."""
         return self.means | {SECONDS + part: mean for part, mean in self.seconds.items()}
 
     @property
@@ -47,9 +47,9 @@ class Epoch:
         """Log all values.
 
         Args:
-            loggers: nnU-Net's additional loggers. Its local logger is not among them, since it accepts only nnU-Net's
-                own curves.
-            log: called with each of the `lines`.
+            loggers: nnU-Net's additional loggers. nnU-Net's local logger must not be among them, since it accepts only
+                nnU-Net's own curves.
+            log: called with each line of `lines`.
         """
         for name, value in self.values.items():
             for logger in loggers:
@@ -70,11 +70,11 @@ class EpochRecorder:
         self._timer: StepTimer
 
     def start(self, device: torch.device) -> None:
-        """Start an epoch."""
+        """Start an epoch, and measure its durations on a device."""
         self._timer = StepTimer(device)
 
     def mark(self, part: str) -> None:
-        """End a part of a step; see `StepTimer.mark`."""
+        """End the part of a step with the name `part`; see `StepTimer.mark`."""
         self._timer.mark(part)
 
     def end(self, number: int, outputs: Sequence[Values]) -> Epoch:
@@ -97,9 +97,9 @@ def mean_of_steps(outputs: Sequence[Values]) -> Values:
 
 
 def replace_lost(outputs: Sequence[Values]) -> list[Values]:
-    """Return the outputs of all steps, with those of lost steps replaced by the mean of the others.
+    """Return the outputs of all steps, with those of steps with a non-finite loss replaced by the mean of the others.
 
-    nnU-Net averages the loss over all steps, and requires the same number of steps on all ranks.
+    They are not removed, since nnU-Net requires the same number of steps on all ranks.
     """
     mean = mean_of_steps(outputs)
     return [output if math.isfinite(output["loss"]) else mean for output in outputs]
@@ -121,7 +121,7 @@ def mean_of_finite(values: Iterable[float]) -> float:
 
 
 def append_epoch(curves: dict[str, list[float]], epoch: int, values: Values) -> None:
-    """Append the values of an epoch to the curves. Earlier epochs without a value become NaN."""
+    """Append the values of an epoch to the curves. Missing values of earlier epochs are filled with NaN."""
     for name, value in values.items():
         curve = curves.setdefault(name, [])
         curve.extend([math.nan] * (epoch - len(curve)))
@@ -132,7 +132,7 @@ class StepTimer:
     """A timer for the parts of training steps. The host waits for the GPU only in `totals`."""
 
     def __init__(self, device: torch.device) -> None:
-        """Start the first part.
+        """Start the timer, and with it the first part of a step.
 
         Args:
             device: device of the training; on a GPU, CUDA events are used.
@@ -141,7 +141,7 @@ class StepTimer:
         self._marks = [("", self._now())]
 
     def mark(self, part: str) -> None:
-        """End the part that started with the previous mark, and start the next one."""
+        """End the current part of a step, which gets the name `part`, and start the next part."""
         self._marks.append((part, self._now()))
 
     def totals(self) -> dict[str, float]:

@@ -19,13 +19,13 @@ def record_file(folder: Path) -> Path:
 
 
 def write_record(folder: Path, trainer: str, settings: dict[str, dict], cases: dict[str, list[str]]) -> None:
-    """Write nnunet_dycon.json.
+    """Write the record of a run, nnunet_dycon.json, to the folder of a fold.
 
     Args:
         folder: folder of the fold.
         trainer: name of the trainer.
-        settings: group, such as "method_settings" -> settings.
-        cases: identifiers of the cases by role. A hash of all of them is written, too.
+        settings: name of the group, such as "method_settings" -> dict of settings.
+        cases: role, such as "labeled" -> identifiers of the cases. A hash of all identifiers is written, too.
     """
     record = {
         "trainer": trainer,

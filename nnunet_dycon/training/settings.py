@@ -14,7 +14,7 @@ class TrainingLength:
     num_val_iterations_per_epoch: int = 50
 
     def apply_to(self, trainer: nnUNetTrainer) -> None:
-        """Set the attributes of a trainer. Call it after nnU-Net's __init__, which sets the defaults."""
+        """Set the equally named attributes of a trainer; call it after nnU-Net's __init__, which sets the defaults."""
         trainer.num_epochs = self.num_epochs
         trainer.num_iterations_per_epoch = self.num_iterations_per_epoch
         trainer.num_val_iterations_per_epoch = self.num_val_iterations_per_epoch
@@ -25,7 +25,8 @@ class TrainingSettings(TrainingLength):
     """Settings of a semi-supervised training: length, unlabeled batch and augmentation.
 
     Attributes:
-        unlabeled_batch_size: number of unlabeled patches per step and GPU; None for `defaults.unlabeled_patches`.
+        unlabeled_batch_size: number of unlabeled patches per step and GPU; None for the number returned by
+            `nnunet_dycon.components.defaults.unlabeled_patches`.
         strong_intensity_augmentation: whether the strong view has additional intensity augmentation; see
             `nnunet_dycon.data.views.stronger`.
     """

@@ -1,14 +1,15 @@
 """The guarded training step: nnU-Net's backward pass and optimizer step, unless a loss or gradient is not finite.
 
-Rules for lost steps:
+A step without an update is called "skipped" if only the GradScaler has to lower its scale, as in nnU-Net. Otherwise it
+is called "lost":
 
 - A step is lost on all ranks if the loss is not finite on any rank.
-- Without a GradScaler, it is lost if the gradient norm is not finite.
-- With a GradScaler, a step with a non-finite norm is skipped, and the scaler lowers its scale. It counts as lost only
-  at a scale of 1 or less.
-- A lost or skipped step changes neither weights nor optimizer. `GuardedStep.update` returns False, and no EMA may be
-  updated.
-- Ten lost steps in a row end the training.
+- Without a GradScaler, a step is lost if the gradient norm is not finite.
+- With a GradScaler, a step with a non-finite gradient norm is skipped, and the scaler lowers its scale. The step counts
+  as lost only if the scale is 1 or less, or if all gradients are finite and only their norm overflows.
+- A lost or skipped step changes neither weights nor optimizer. `GuardedStep.update` returns False, and the caller must
+  not update an EMA teacher.
+- Ten lost steps in a row raise UserError, which ends the training.
 """
 
 from collections.abc import Callable, Sequence
@@ -67,10 +68,10 @@ def optimize_with_network(
     """Add the trainable children of a method to the optimizer, and wrap them in DDP like the network.
 
     Args:
-        method: its children are replaced by wrapped ones.
+        method: method whose trainable children are wrapped in place.
         optimizer: optimizer of the network.
         device: device of the children.
-        is_ddp: whether several ranks train together.
+        is_ddp: whether several ranks train together; without it, nothing is wrapped.
     """
     for name, child in method.named_children():
         trainable = [parameter for parameter in child.parameters() if parameter.requires_grad]
@@ -83,10 +84,10 @@ def optimize_with_network(
 
 
 class GuardedStep:
-    """Backward pass, gradient clipping and optimizer step, with the rules for lost steps above.
+    """Backward pass, gradient clipping and optimizer step, with the rules for lost steps in the module's docstring.
 
     Args:
-        log: called on rank 0 with a line for each lost step whose cause may be on this rank; other ranks print it.
+        log: called with a line for each lost step that rank 0 may have caused; other ranks print such a line.
     """
 
     def __init__(self, log: Callable[[str], None]) -> None:
@@ -105,9 +106,9 @@ class GuardedStep:
         All ranks must call it. It is the only place in a step where the host waits for the device.
 
         Args:
-            terms: scalars, among them the "loss".
+            terms: scalar terms by name; "loss" is the one to minimize.
             optimizer: optimizer of the parameters.
-            grad_scaler: None without half precision.
+            grad_scaler: scaler for half precision; None without half precision.
             stop: whether this rank requests a stop.
         """
         loss = terms["loss"]
@@ -131,12 +132,12 @@ class GuardedStep:
         grad_scaler: torch.amp.GradScaler | None,
         cases: Sequence[str],
     ) -> bool:
-        """Update the parameters, unless the step is lost or skipped. All ranks return the same.
+        """Update the parameters, unless the step is lost or skipped. The result is the same on all ranks.
 
         Args:
             gradients: the result of `backward`.
             optimizer: optimizer of the parameters.
-            grad_scaler: None without half precision.
+            grad_scaler: scaler for half precision; None without half precision.
             cases: identifiers of the cases in the batch.
 
         Returns:
@@ -162,7 +163,8 @@ class GuardedStep:
             line = f"WARNING: step lost: {cause.value}; loss {loss:.4g}. Nothing was updated. Cases: {names}"
             self._log(line) if rank() == 0 else print(f"rank {rank()}: {line}")
         if len(self._lost) == MAX_LOST_STEPS:
-            raise UserError(f"{MAX_LOST_STEPS} steps in a row were lost. {self._advice()}")
+            problem = "steps in a row changed no weights, since loss or gradients were not finite"
+            raise UserError(f"{MAX_LOST_STEPS} {problem}. {self._advice()}")
 
     def _advice(self) -> str:
         causes = {cause for cause, _ in self._lost}
@@ -192,7 +194,7 @@ def _step(optimizer: torch.optim.Optimizer, grad_scaler: torch.amp.GradScaler | 
 
 
 def _skip(gradients: Gradients, grad_scaler: torch.amp.GradScaler | None) -> Cause | None:
-    """Update only the scaler; return the cause if the step is lost, or None if it is skipped."""
+    """Update the scaler but no parameters; return the cause if the step is lost, or None if it is only skipped."""
     if grad_scaler is None:
         return Cause.DIVERGENCE if gradients.loss_is_finite else Cause.LOSS
     scale = grad_scaler.get_scale()

@@ -1,4 +1,4 @@
-"""Supervision of a method, from the configuration of nnU-Net's trainer."""
+"""Supervised losses and label space of a method, from the configuration of nnU-Net's trainer."""
 
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -9,7 +9,7 @@ from nnunet_dycon.methods import Supervision
 
 
 def make_supervision(trainer: nnUNetTrainer) -> Supervision:
-    """Return the supervision of a method: the trainer's loss, with deep supervision if enabled, and its label space."""
+    """Return the supervised losses of a trainer, with deep supervision if enabled, and its label space."""
 
     def loss(logits: list[torch.Tensor], targets: Targets) -> torch.Tensor:
         return trainer.loss(logits if trainer.enable_deep_supervision else logits[0], targets)

@@ -230,7 +230,8 @@ def test_state_contains_the_second_network_but_not_the_first(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("nnUNetTrainerUGPL", "contrast needs"), ("nnUNetTrainerDyCONCoTraining", "FeCL needs")]
+    ("name", "message"),
+    [("nnUNetTrainerUGPL", "contrastive loss needs"), ("nnUNetTrainerDyCONCoTraining", "FeCL needs")],
 )
 def test_missing_feature_stage_raises(name, message):
     method, settings, _ = METHODS[name]

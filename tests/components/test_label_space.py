@@ -107,7 +107,7 @@ def test_different_combinations_of_regions_have_different_codes(regions):
 
 
 def test_more_regions_than_bits_raise():
-    with pytest.raises(ValueError, match="at most 62 regions are supported, got 63; set fecl_weight=0"):
+    with pytest.raises(ValueError, match="at most 62 regions, got 63; train without FeCL: set fecl_weight=0"):
         region_codes(torch.zeros(1, 63, 2, dtype=torch.bool))
 
 

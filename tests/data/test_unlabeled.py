@@ -275,7 +275,7 @@ BAD_IMAGES = {
     ),
     "constant": (
         lambda d: write_volume(np.full((24, 32, 40), 7, np.float32), d / "scan_02_0000.nii.gz"),
-        r"scan_02_0000.nii.gz \(it is constant\)",
+        r"scan_02_0000.nii.gz \(all voxels have the same value\)",
     ),
     "metres for millimetres": (
         lambda d: write_volume(tiny_volume(1)[0], d / "scan_02_0000.nii.gz", spacing=(0.001, 0.001, 0.001)),

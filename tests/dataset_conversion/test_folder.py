@@ -159,7 +159,7 @@ def test_labels_without_image_are_reported(source, target, capsys):
         (["--channel", T1, "--foreground", "a=1", "--foreground", "b=1"], "value 1 is named twice"),
         (["--channel", T1, "--foreground", "a=1", "--foreground", "a=2"], "a is named twice"),
         (["--channel", T1, "--foreground", "background=1"], "at least one label"),
-        (["--channel", T1, "--foreground", "ignore=9", "--foreground", "a=1"], "name ignore last"),
+        (["--channel", T1, "--foreground", "ignore=9", "--foreground", "a=1"], 'give the label "ignore" last'),
     ],
 )
 def test_invalid_options_raise(source, raw, capsys, options, message):
@@ -231,7 +231,7 @@ def test_nan_raises(source, raw, capsys, ending):
 
 
 @pytest.mark.parametrize(
-    ("ending", "message"), [(".tif", "TIFF has no spacing in mm"), (".vtk", "it is a text file, and SimpleITK")]
+    ("ending", "message"), [(".tif", "TIFF has no spacing in mm"), (".vtk", "its voxels are stored as text")]
 )
 def test_unsupported_formats_raise(tmp_path, raw, capsys, ending, message):
     file = tmp_path / "i" / f"a{ending}"

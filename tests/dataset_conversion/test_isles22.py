@@ -197,7 +197,7 @@ def test_adc_on_a_different_grid_is_resampled_and_reported(tmp_path, target, cap
 def test_constant_images_raise(tmp_path, raw, capsys, kind, value):
     put_case(tmp_path, 9, **{kind: head(0, noise=value)})
     assert convert("isles22", tmp_path, "--harmonize_adc") == 1
-    assert f"{path(tmp_path, case(9), kind)}: the image is constant" in the_one_error(capsys)
+    assert f"{path(tmp_path, case(9), kind)}: all voxels have the same value" in the_one_error(capsys)
 
 
 def test_mask_on_a_different_grid_raises(tmp_path, target, capsys):

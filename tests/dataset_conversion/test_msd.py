@@ -348,7 +348,7 @@ def copied(file, to):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (removed("dataset.json"), r"dataset\.json does not exist, .*; unpack the archive again"),
+        (removed("dataset.json"), r"dataset\.json, which defines .*, does not exist; unpack the archive again"),
         (rewritten("{"), r"cannot read .*dataset\.json: .*; unpack the archive again"),
         (rewritten(""), r"cannot read .*dataset\.json: .*; unpack the archive again"),
         (rewritten("[]"), r"dataset\.json: expected a JSON object; unpack"),
@@ -363,7 +363,7 @@ def copied(file, to):
         (edited(modality={"1": "CT"}), r'the channels in "modality" must be numbered 0, 1, \.\.\. without gaps'),
         (
             edited(modality=DELETE, channel_names={"0": "CT"}, labels={"background": 0}),
-            r'dataset\.json has "channel_names": data in nnU-Net\'s raw format need no conversion',
+            r'dataset\.json has "channel_names", so the data are already in nnU-Net\'s raw format; copy',
         ),
         (edited(labels=DELETE), r'dataset\.json: "labels" is missing .* \{"0": "background", "1": "tumor"\}; correct'),
         (edited(labels={"0": "background", "-1": "x"}), r'"labels" is missing or not in the form'),

@@ -281,7 +281,7 @@ NAN[0, 0, 0] = float("nan")
         ({"second": NAN}, "two: the image has NaN"),
         ({"label": volume(4, size=(4, 4, 5))}, "one and label differ in size"),
         ({"label": volume(4, origin=(1, 2, 4))}, "one and label differ in origin"),
-        ({"second": volume(0)}, "two: the image is constant"),
+        ({"second": volume(0)}, "two: all voxels have the same value"),
         ({"label": volume(3.5)}, r"label: label values 0, 3\.5, but only 0, 4 are known"),
     ],
 )

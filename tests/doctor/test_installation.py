@@ -156,7 +156,7 @@ LOOK_UPS = [
     ),
     look_up("retired", "", "{tmp}", "DyCON_paper", FAIL, "nnUNetTrainerDyCON_paper was removed", "nnUNetTrainerDyCON"),
     look_up("no length", "", None, "UGPL_05epochs", FAIL, "number of epochs starts with 0", "use for example"),
-    look_up("broken", "import lost", "{tmp}:{ours}", "DyCON", FAIL, "/ext/a.py cannot be imported (Mod", "fix it"),
+    look_up("broken", "import lost", "{tmp}:{ours}", "DyCON", FAIL, "/ext/a.py cannot be imported (Mod", "fix this"),
     look_up("behind", "import lost", "{ours}:{tmp}", "DyCON", OK, "finds nnUNetTrainerDyCON", None, slow=True),
     look_up("own", OWN, "{tmp}:{ours}", "Mine", OK, "nnU-Net finds nnUNetTrainerMine", None, slow=True),
     look_up(

@@ -128,7 +128,10 @@ def cut_image(model: Path, images: Path) -> None:
 
 
 FAULTS = {
-    remove_second: (1, "has neither checkpoint_final_second.pth nor checkpoint_final_teacher.pth in each of the folds"),
+    remove_second: (
+        1,
+        "neither checkpoint_final_second.pth nor checkpoint_final_teacher.pth exists in all of the folds",
+    ),
     cut_second: (1, "checkpoint_final_second.pth cannot be loaded"),
     damage_dataset: (1, "dataset.json is damaged"),
     remove_plans: (2, "is not a model folder: plans.json is missing"),

@@ -251,7 +251,7 @@ def test_released_form_of_fecl_uses_the_unlabeled_half_with_the_teachers_labels(
     ("settings", "message"),
     [
         ({"fecl_form": "published"}, "fecl_form must be"),
-        ({"fecl_form": "released"}, "set foreground_fraction and background_fraction equal"),
+        ({"fecl_form": "released"}, "does not support ignored patches"),
         (
             {"fecl_form": "released", "foreground_fraction": 0.5, "background_fraction": 0.5, "mixing": "cutmix"},
             "does not support mixed images",

@@ -169,11 +169,11 @@ def narrow_network(checkpoint: dict) -> None:
 CHECKPOINTS = {
     "other settings": (
         change_temperature,
-        "was trained with other settings: temperature 0.1 .now 0.6.; resume with these settings, or start a subclass",
+        "was trained with other settings: temperature 0.1 .now 0.6.; change them back to resume, or train a subclass",
     ),
     "missing setting": (
         remove_mixing,
-        "was trained with other settings: mixing None .now cutmix.; resume with these settings",
+        "was trained with other settings: mixing None .now cutmix.; change them back to resume",
         nnUNetTrainerDyCON_adapted,
     ),
     "no teacher": (

@@ -98,15 +98,15 @@ FAULTS = {
     ),
     "labeled cases of other plans": (
         other_spacing,
-        "labeled cases in .*nnUNetPlans_3d_fullres have other shapes .*; run: nnUNetv2_preprocess -d 901 if the plans",
+        "labeled cases in .*nnUNetPlans_3d_fullres do not have the shapes .* by hand, run: nnUNetv2_preprocess -d 901",
     ),
     "split of absent cases": (
         write_split({"train": ["case_00", "gone"], "val": ["case_01"]}),
-        r"splits_final.json: 1 cases of fold 0 are not preprocessed labeled cases, such as gone",
+        r"splits_final.json: fold 0 lists 1 cases that are not among the preprocessed labeled cases, such as gone",
     ),
     "split of unlabeled cases": (
         write_split({"train": ["case_00"], "val": ["scan_00"]}),
-        r"1 cases of fold 0 .*, such as scan_00 \(cases of imagesUn must not be listed.*; fix it, remove it",
+        r"fold 0 lists 1 cases .*, such as scan_00; fix it, remove it .* \(do not list cases of imagesUn",
     ),
     "split without validation": (
         write_split({"train": ["case_00"], "val": []}),
@@ -199,12 +199,12 @@ def test_equal_settings_pass():
         (
             changed("method_settings", temperature=0.1),
             CURRENT,
-            r"temperature 0.1 \(now 0.6\); resume with these settings, or",
+            r"temperature 0.1 \(now 0.6\); change them back to resume, or",
         ),
         (
             {**RECORDED, "method_settings": {"temperature": 0.6}},
             CURRENT,
-            r"mixing None \(now none\); resume with these settings",
+            r"mixing None \(now none\); change them back to resume",
         ),
     ],
 )

@@ -1,1 +1,4 @@
-"""Fast losses: gradients written by hand and computed in blocks. Tests compare them with the references."""
+"""Fast implementations of losses: computed in blocks, with hand-written gradients.
+
+Tests compare them with reference functions such as `fecl_reference`.
+"""

@@ -11,7 +11,7 @@ _BLOCK_ENTRIES = {"cpu": 2**20, "cuda": 2**22}
 
 
 def blocks_of_anchors(embedding: torch.Tensor) -> Iterator[slice]:
-    """Yield the slices of anchors to process together; they depend only on B and N of the embedding (B, N, D)."""
+    """Yield slices of the N anchors to process together, for an embedding (B, N, D). Their size depends on B and N."""
     batch, patches, _ = embedding.shape
     entries = _BLOCK_ENTRIES.get(embedding.device.type, 2**20)
     rows = max(16, entries // (batch * patches) // 16 * 16)  # a multiple of 16 suits matrix units
@@ -20,7 +20,7 @@ def blocks_of_anchors(embedding: torch.Tensor) -> Iterator[slice]:
 
 
 class FeCL(KeptGradient):
-    """FeCL of normalised embeddings, with a hand-written gradient."""
+    """Autograd function of `fecl_loss` for L2-normalised embeddings, with a hand-written gradient."""
 
     @staticmethod
     def forward(ctx, student, teacher, patch_labels, participates, entropy_weight, constants):
@@ -39,7 +39,7 @@ class FeCL(KeptGradient):
 
 
 class _Block:
-    """A block of anchors of each image (rows R) and their pairs with all patches of the image (columns N)."""
+    """Pairs of R anchors of each image (the block) with all N patches of the image, as tensors (B, R, N)."""
 
     def __init__(self, block, student, teacher, patch_labels, participates, entropy_weight, temperature, gamma, top_k):
         self.block, self.student, self.teacher = block, student, teacher
@@ -72,7 +72,7 @@ class _Block:
         self.log_ratio = self.similarity - self.denominator.log()
 
     def _find_hard_negatives(self, top_k: int) -> None:
-        """Set h, shifted by 1/τ, (B, R, 1), and the values that its gradient needs."""
+        """Compute ``hard``, the term h of `fecl_loss` times exp(-1/τ), (B, R, 1), and the values for its gradient."""
         similar = self.student[:, self.block] @ self.teacher.transpose(1, 2)
         similar.masked_fill_(~self.negative, -torch.inf)
         cosines, self.hardest = similar.topk(min(top_k, similar.shape[-1]), dim=-1)
@@ -87,10 +87,10 @@ class _Block:
         return -(self.share * per_pair.sum(-1, keepdim=True)).sum()
 
     def add_gradient(self, gradient: torch.Tensor) -> None:
-        r"""Add the gradient of `loss` to the gradient (B, N, D) of all embeddings.
+        r"""Add the gradient of `loss` with respect to all embeddings to ``gradient``, (B, N, D).
 
-        With the denominator d and :math:`a_i = \frac{1}{|P(i)|\, d_i} \sum_{k \in P(i)} F^+_{ik}`, the derivatives
-        with respect to the cosines are
+        In the notation of `fecl_loss`, with the denominator d, a dot for derivatives with respect to the cosine, and
+        :math:`a_i = \frac{1}{|P(i)|\, d_i} \sum_{k \in P(i)} F^+_{ik}`, the derivatives with respect to the cosines are
 
         .. math::
             \frac{\partial L}{\partial c_{ik}} &= -\frac{1}{|P(i)|} \left(\frac{F^+_{ik}}{\tau}

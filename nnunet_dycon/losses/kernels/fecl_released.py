@@ -1,4 +1,4 @@
-"""The released FeCL in blocks of anchors, with a hand-written gradient."""
+"""FeCL of the released DyCON code, computed in blocks of anchors, with a hand-written gradient."""
 
 import torch
 
@@ -9,10 +9,11 @@ _SMALLEST_DISTANCE = 1e-6
 
 
 class FeCLReleased(KeptGradient):
-    r"""The released FeCL of normalised embeddings, with a hand-written gradient.
+    r"""Autograd function of `fecl_released_loss` for L2-normalised embeddings, with a hand-written gradient.
 
-    With the exponentials E, their sum n over negatives, and the loss ℓ of a pair, the derivatives of the first term
-    with respect to the similarities are
+    In the notation of `fecl_released_loss`, with :math:`E_{ik} = e^{S_{ik} - m_k}`, the sum :math:`n_i` of E over the
+    negatives of i, and the contribution :math:`\ell_{ik}` of a pair to the first term, the derivatives of the first
+    term with respect to the similarities are
 
     .. math::
         \frac{\partial L}{\partial S_{ik}} = n_i s_{ik},\ k \in P(i), \qquad

@@ -1,10 +1,13 @@
-"""Losses with hand-written gradients instead of recorded operations."""
+"""Base class of autograd functions with hand-written gradients, and a check against second derivatives."""
 
 import torch
 
 
 class KeptGradient(torch.autograd.Function):
-    """An autograd function whose forward pass also computes the gradient of its first argument."""
+    """Base class of autograd functions whose forward pass also computes the gradient for the first argument.
+
+    Forward saves this gradient with ``ctx.save_for_backward``; the other arguments receive no gradient.
+    """
 
     @staticmethod
     def backward(ctx, gradient):

@@ -14,7 +14,7 @@ _BLOCK_ENTRIES = {"cpu": 2**18, "cuda": 2**23}
 
 
 class UnCL(torch.autograd.Function):
-    """UnCL with a hand-written gradient."""
+    """Autograd function of `uncl_loss` with a hand-written gradient."""
 
     @staticmethod
     def forward(ctx, student_logits, teacher_logits, beta, entropy_weight, sigmoid):
@@ -52,7 +52,8 @@ def _between_classes(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
 def _gradient_of_classes(student, teacher, beta, entropy_weight, scale) -> torch.Tensor:
     r"""Return the gradient of the loss with respect to the student's logits z of classes.
 
-    With :math:`D = \lVert p - q \rVert^2` and :math:`E = e^{\beta H(p)} + e^{\beta H(q)}`, it is for each voxel
+    With the softmax outputs p of the student and q of the teacher, :math:`D = \lVert p - q \rVert^2` and
+    :math:`E = e^{\beta H(p)} + e^{\beta H(q)}`, it is for each voxel, before the multiplication with ``scale``,
 
     .. math::
         \frac{\partial L}{\partial z_c} = p_c \left(g_c - \sum_k p_k g_k\right), \qquad
@@ -71,20 +72,21 @@ def _gradient_of_classes(student, teacher, beta, entropy_weight, scale) -> torch
 
 
 def _of_regions(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the sigmoid (B, R, voxels) and the mean of its binary entropies over regions (B, voxels)."""
+    """Return the sigmoid outputs (B, R, voxels), and the mean over regions of their binary entropies (B, voxels)."""
     probabilities, entropies = softmax_and_entropy(as_two_classes(logits))
     return probabilities[:, 1], entropies.mean(1)
 
 
 def _between_regions(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """Return the squared distance of each voxel, the mean over regions: (B, voxels)."""
+    """Return for each voxel the mean over regions of the squared distance 2 (p - q)²: (B, voxels)."""
     return 2 * (p - q).square_().mean(1)
 
 
 def _gradient_of_regions(student, teacher, beta, entropy_weight, scale) -> torch.Tensor:
     r"""Return the gradient of the loss with respect to the student's logits z of regions.
 
-    With D and E as above and the derivative :math:`h'(z) = -p (1 - p) z` of a binary entropy, it is for each voxel
+    With the sigmoid outputs p and q, D and E as in `_gradient_of_classes`, and the derivative
+    :math:`h'(z) = -p (1 - p) z` of the binary entropy, it is for each voxel, before the multiplication with ``scale``,
 
     .. math::
         \frac{\partial L}{\partial z_r} = \frac{p_r (1 - p_r)}{R} \left[ \frac{4 (p_r - q_r)}{E}
@@ -102,7 +104,7 @@ def _gradient_of_regions(student, teacher, beta, entropy_weight, scale) -> torch
 def _blocks(*volumes: torch.Tensor) -> Iterator[list[torch.Tensor]]:
     """Yield blocks (B, C, voxels) of volumes (B, C, *spatial), the first two upcast to at least float32.
 
-    A third volume is not converted, so that its blocks are views to write to.
+    Further volumes are not converted, so that writing to their blocks changes the volumes.
     """
     first = volumes[0]
     flat = [volume.flatten(2) for volume in volumes]
