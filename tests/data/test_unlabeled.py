@@ -488,7 +488,7 @@ def test_killed_training_does_not_keep_the_folder(cases, images):
 def test_broken_links_in_the_raw_folder_do_not_stop_a_training_but_a_new_preprocessing(cases, images, capsys):
     """The storage behind the links is not mounted any more."""
     image = images / "scan_01_0000.nii.gz"
-    image.rename(images.parent / image.name)
+    image.unlink()
     image.symlink_to(images.parent / "gone" / image.name)
     assert cases.fault() is None
     cases.require(num_processes=1)
