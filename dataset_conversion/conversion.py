@@ -6,6 +6,7 @@ from importlib import import_module
 from pathlib import Path
 
 from nnunet_dycon.dataset_conversion.protocols import Protocol, published
+from nnunet_dycon.dataset_conversion.reading import unusable_below
 from nnunet_dycon.dataset_conversion.roles import (
     Assignment,
     Case,
@@ -98,20 +99,16 @@ def convert(
         raise UserError(f"the source folder {source} does not exist; name the download with -i")
     chosen = None if protocol is None else published(converter, protocol)
     plan_source: Callable[..., Plan] = import_module(f"nnunet_dycon.dataset_conversion.{converter}").plan
-    plan = plan_source(source, protocol=chosen, **options)
-    folder = new_dataset_folder(dataset_id, plan.data_set.name)
-    warnings = list(plan.warnings)
-    if split is not None:
-        held_out = [case.identifier for case in plan.test]
-        assignment = assign_by_file(plan.cases, split, plan.left_out, held_out)
-        _check_copies_in_file(plan, assignment, split)
-        warnings += _about_copies(plan, assignment)
-    elif chosen is not None:
-        assignment = assign_by_protocol(plan.cases, chosen, labeled, plan.not_scored, plan.left_out)
-        warnings += [f"protocol {chosen.name}: {fault}" for fault in chosen.faults]
-    else:
-        assignment = _assign_without_copies(plan, labeled, seed)
-        warnings += _about_copies(plan, assignment)
+    warnings = unusable_below(source)
+    try:
+        plan = plan_source(source, protocol=chosen, **options)
+        folder = new_dataset_folder(dataset_id, plan.data_set.name)
+        warnings += plan.warnings
+        assignment = _assign(plan, split, chosen, labeled, seed, warnings)
+    except UserError:
+        for warning in warnings:  # they may explain the error
+            print(f"warning: {warning}")
+        raise
     assignment = replace(assignment, left_out={**assignment.left_out, **plan.left_out})
     return write_dataset(
         plan.data_set,
@@ -122,6 +119,29 @@ def convert(
         warnings=warnings,
         notes=[*plan.notes, *_about_protocol(chosen, labeled)],
     )
+
+
+def _assign(
+    plan: Plan,
+    split: Path | None,
+    protocol: Protocol | None,
+    labeled: int | float | None,
+    seed: int,
+    warnings: list[str],
+) -> Assignment:
+    """Assign roles by a split file, a protocol or a number of labels; append warnings to a list."""
+    if split is not None:
+        held_out = [case.identifier for case in plan.test]
+        assignment = assign_by_file(plan.cases, split, plan.left_out, held_out)
+        _check_copies_in_file(plan, assignment, split)
+        warnings += _about_copies(plan, assignment)
+    elif protocol is not None:
+        assignment = assign_by_protocol(plan.cases, protocol, labeled, plan.not_scored, plan.left_out)
+        warnings += [f"protocol {protocol.name}: {fault}" for fault in protocol.faults]
+    else:
+        assignment = _assign_without_copies(plan, labeled, seed)
+        warnings += _about_copies(plan, assignment)
+    return assignment
 
 
 def _assign_without_copies(plan: Plan, labeled: int | float | None, seed: int) -> Assignment:

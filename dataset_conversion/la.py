@@ -31,6 +31,7 @@ from nnunet_dycon.dataset_conversion.report import CaseReport
 from nnunet_dycon.dataset_conversion.roles import Case
 from nnunet_dycon.dataset_conversion.writer import DataSet
 from nnunet_dycon.errors import UsageError, UserError, counted
+from nnunet_dycon.system.files import read_text
 
 TRAINING_FOLDERS = ("Training Set", "2018LA_Seg_Training Set", "2018LA_Seg_TrainingSet", "LA_data")
 TEST_FOLDER = "Testing Set"
@@ -133,7 +134,7 @@ def _add_cases(folder: Path, cases: dict[str, Case], warnings: list[str]) -> Non
 def _read_list(name: str, places: tuple[Path, ...]) -> list[str] | None:
     for place in places:
         if (place / name).is_file():
-            lines = (place / name).read_text(encoding="utf-8-sig", errors="replace").splitlines()
+            lines = read_text(place / name).splitlines()
             return list(dict.fromkeys(line.strip() for line in lines if line.strip()))
     return None
 

@@ -15,7 +15,6 @@ and `dataset.json`.
 """
 
 import argparse
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -33,6 +32,7 @@ from nnunet_dycon.dataset_conversion.report import CaseReport
 from nnunet_dycon.dataset_conversion.roles import Case
 from nnunet_dycon.dataset_conversion.writer import DataSet
 from nnunet_dycon.errors import UsageError, UserError, counted, first_line, some
+from nnunet_dycon.system.files import read_json
 
 LABEL_TOLERANCE = 1e-3  # rounding error of labels stored as floating point numbers
 _FILE = re.compile(r"(?P<case>[^.].*?)\.nii(?:\.gz)?", re.IGNORECASE)  # no hidden file
@@ -162,7 +162,7 @@ def _read_description(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise UserError(f"{file}, which defines channels and labels, does not exist; unpack the archive again")
     try:
-        content = json.loads(file.read_text(encoding="utf-8-sig"))
+        content = read_json(file)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {file}: {first_line(error)}; unpack the archive again") from None
     if not isinstance(content, dict):

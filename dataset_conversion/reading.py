@@ -13,7 +13,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from nnunet_dycon.dataset_conversion.report import CaseReport
-from nnunet_dycon.errors import UserError, first_line
+from nnunet_dycon.errors import UserError, counted, first_line
 from nnunet_dycon.system.files import require_whole
 
 GEOMETRY_TOLERANCE = 1e-3  # in mm, and for cosines; headers store float32
@@ -40,6 +40,22 @@ def entries_below(folder: Path) -> list[Path]:
             entries += [place / name for name in folders + files]
             waiting += [place / name for name in folders if (place / name).is_symlink()]
     return sorted(entries)
+
+
+def unusable_below(folder: Path) -> list[str]:
+    """Return warnings about links to files that do not exist, and about folders that cannot be entered."""
+    denied: list[str] = []
+    broken = []
+    for root, folders, files in os.walk(folder, onerror=lambda error: denied.append(str(error.filename))):
+        broken += [str(path) for name in (*folders, *files) if not (path := Path(root) / name).exists()]
+    warnings = []
+    if broken:
+        one, many = "link leads to a file that does not exist and is not used", "links lead to files that do not exist"
+        warnings.append(counted(sorted(broken), one, f"{many} and are not used"))
+    if denied:
+        one, many = "folder cannot be entered and is not used", "folders cannot be entered and are not used"
+        warnings.append(counted(sorted(denied), one, many))
+    return warnings
 
 
 def read_volume(path: Path, report: CaseReport | None = None) -> sitk.Image:

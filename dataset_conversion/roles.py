@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from nnunet_dycon.dataset_conversion.protocols import Protocol
 from nnunet_dycon.errors import UsageError, UserError, counted, first_line
+from nnunet_dycon.system.files import VOLUME_ENDINGS, read_json
 
 # Role -> folders of images and labels. Labels are never read for a role without a label folder.
 FOLDERS: dict[str, tuple[str, str | None]] = {
@@ -119,8 +120,8 @@ def assign_by_file(
     """
     known = {case.identifier: case for case in cases}
     roles: dict[str, str] = {}
-    for role, identifiers in _read_split(split).items():
-        for identifier in identifiers:
+    for role, entries in _read_split(split).items():
+        for identifier in (_without_ending(entry, known) for entry in entries):
             if identifier in roles:
                 places = role if roles[identifier] == role else f"{roles[identifier]} and {role}"
                 raise UserError(f"{split}: case {identifier} is listed twice (in {places}); list it once")
@@ -218,9 +219,15 @@ def listed(text: str, allowed: Iterable[str], flag: str) -> list[str]:
     return entries
 
 
+def _without_ending(entry: str, known: Collection[str]) -> str:
+    """Return the case identifier of an entry of a split file, which may be a file name."""
+    stripped = next((entry.removesuffix(ending) for ending in VOLUME_ENDINGS if entry.endswith(ending)), entry)
+    return stripped if stripped in known and entry not in known else entry
+
+
 def _read_split(split: Path) -> dict[str, list[str]]:
     try:
-        content = json.loads(split.read_text(encoding="utf-8"))
+        content = read_json(split)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the split file {split}: {first_line(error)}; name a valid JSON file") from None
     if not isinstance(content, dict):
@@ -229,8 +236,9 @@ def _read_split(split: Path) -> dict[str, list[str]]:
         raise UserError(f"{split}: unknown lists {', '.join(unknown)}; expected {', '.join(FOLDERS)}")
     lists = {role: content.get(role, []) for role in FOLDERS}
     for role, identifiers in lists.items():
-        if not isinstance(identifiers, list) or not all(isinstance(entry, str) for entry in identifiers):
+        if not isinstance(identifiers, list) or not all(type(entry) in (str, int) for entry in identifiers):
             raise UserError(f'{split}: "{role}" must be a list of case identifiers (strings)')
+        lists[role] = [str(entry).strip() for entry in identifiers]
     if not lists["labeled"]:
         raise UserError(f'{split}: the list "labeled" is missing or empty; name at least one case')
     return lists

@@ -33,6 +33,7 @@ FILE_ENDING = ".nii.gz"
 _KEPT_TYPES = (sitk.sitkUInt8, sitk.sitkInt8, sitk.sitkUInt16, sitk.sitkInt16, sitk.sitkFloat32)
 _FAULTS_SHOWN, _WARNINGS_SHOWN = 5, 20
 _RECORDS, _SETTINGS = ".records", ".settings"  # only in the hidden folder
+_ROUNDING = 1e-3  # label values that differ from an integer by less are that integer
 _LONGEST_NAME = 255  # bytes, of common file systems
 
 
@@ -293,10 +294,13 @@ def _require_same_grid(first_file: Path, first: sitk.Image, file: Path, image: s
 
 def _mapped(label: sitk.Image, label_values: Mapping[int, int], file: Path) -> sitk.Image:
     """Replace the values of the source by those of nnU-Net; raise UserError for unknown values."""
-    array = sitk.GetArrayViewFromImage(label)
+    array = sitk.GetArrayFromImage(label)
+    if array.dtype.kind == "f":  # such as integers that were rescaled
+        rounded = np.rint(array)
+        array = np.where(abs(array - rounded) <= _ROUNDING, rounded, array)
     found = np.unique(array).tolist()
     if not set(found) <= set(label_values):
-        shown, expected = (", ".join(f"{value:g}" for value in values) for values in (found[:10], label_values))
+        shown, expected = (", ".join(f"{value:.7g}" for value in values) for values in (found[:10], label_values))
         raise UserError(f"{file}: label values {shown}, but only {expected} are known; repair it or leave the case out")
     mapped = np.zeros(array.shape, np.uint8)
     for value in found:

@@ -102,3 +102,17 @@ def test_closed_pipe_prints_no_traceback():
     process.stdout.close()
     _, error = process.communicate()
     assert not error
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [("~/raw", "starts with ~"), ("/data/raw\r", "Windows line end"), ('"/data/raw"', "contains quotes")],
+)
+def test_folders_that_the_shell_did_not_expand_raise(monkeypatch, capsys, value, problem):
+    monkeypatch.setenv("nnUNet_raw", value)
+    assert main(["convert", "folder", "-i", ".", "-d", "7", "--channel", "CT={case}.nii"]) in (1, 2)
+    monkeypatch.setenv("nnUNet_preprocessed", value)
+    assert main(["preprocess_unlabeled", "-d", "7"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert problem in error
+    assert "run: export nnUNet_" in error

@@ -12,8 +12,9 @@ import nibabel
 import numpy as np
 import SimpleITK as sitk
 from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
 
-from nnunet_dycon.system.files import require_whole
+from nnunet_dycon.system.files import is_compressed, require_whole
 
 # Largest plausible ratio of two spacings (geometric mean over the axes). Scans of the same organ differ by less, even
 # with thick slices. The ratio of cm to mm is 10.
@@ -34,12 +35,19 @@ def check_file(file: Path) -> None:
     if not name.endswith((".nii", ".hdr", ".img")):
         return
     try:
-        image: Any = nibabel.load(file)
-    except ImageFileError:
+        image: Any = _load_nifti(file)
+    except (ImageFileError, HeaderDataError):
         return  # reading it raises an error with the reason
     voxels = np.asanyarray(image.dataobj.get_unscaled())
     if voxels.dtype.kind == "f" and not np.isfinite(voxels).all():
         raise ValueError("it has NaN or infinite voxels")
+
+
+def _load_nifti(file: Path) -> Any:
+    """Load a NIfTI file with nibabel, also an uncompressed one that is named .nii.gz."""
+    if file.name.lower().endswith(".gz") and not is_compressed(file):
+        return nibabel.Nifti1Image.from_bytes(file.read_bytes())
+    return nibabel.load(file)
 
 
 def _require_all_voxels(file: Path, header: int) -> None:
@@ -49,7 +57,7 @@ def _require_all_voxels(file: Path, header: int) -> None:
     reader.ReadImageInformation()
     voxel = sitk.GetArrayViewFromImage(sitk.Image((1, 1), reader.GetPixelID(), reader.GetNumberOfComponents())).nbytes
     expected = header + math.prod(reader.GetSize()) * voxel
-    with gzip.open(file) if file.suffix.lower() == ".gz" else file.open("rb") as content:
+    with gzip.open(file) if is_compressed(file) else file.open("rb") as content:
         found = content.seek(0, os.SEEK_END)
     if found < expected:
         raise EOFError(f"it is truncated: expected {expected} bytes, found {found}")
@@ -85,6 +93,8 @@ def check_image(image: np.ndarray, spacing: Sequence[float], channels: int, usua
 
 def check_unit(spacing: Sequence[float], usual_spacing: Sequence[float]) -> None:
     """Raise ValueError if a spacing differs so much from the usual spacing that its unit is probably not mm."""
+    if not (np.isfinite(spacing).all() and min(spacing) > 0):
+        raise ValueError(f"its spacing {tuple(spacing)} is not finite and positive")
     scale = np.exp(np.log(spacing).mean() - np.log(usual_spacing).mean())
     if not 1 / _SPACING_SCALE < scale < _SPACING_SCALE:
         shown = " x ".join(f"{length:g}" for length in spacing)

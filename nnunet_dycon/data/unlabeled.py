@@ -22,7 +22,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from nnunet_dycon.data.image_checks import check_file, check_image
 from nnunet_dycon.data.labeled import check_fingerprint
-from nnunet_dycon.errors import UsageError, UserError, explained
+from nnunet_dycon.errors import UsageError, UserError, counted, explained
 from nnunet_dycon.system.environment import nnunet_folder
 from nnunet_dycon.system.files import replacing, require_writable
 from nnunet_dycon.system.locks import Lock
@@ -229,7 +229,7 @@ class UnlabeledCases:
             return "the plans have changed"
         if not isinstance(files, dict):
             return f"{self.manifest_file.name} is damaged"
-        if self._raw_is_there() and files != _names_and_sizes(self.raw_cases()):
+        if self._raw_is_there() and not _are_equal(files, _names_and_sizes(self.raw_cases())):
             return f"the images in {self.raw} have changed"
         for name in (name for case in files for name in _case_files(case)):
             file = self.folder / name
@@ -238,7 +238,12 @@ class UnlabeledCases:
         return None
 
     def _raw_is_there(self) -> bool:
-        return bool(os.environ.get("nnUNet_raw")) and self.raw.is_dir() and any(self.raw.iterdir())
+        if not os.environ.get("nnUNet_raw"):
+            return False
+        try:
+            return any(self.raw.iterdir())
+        except OSError:  # it does not exist, or cannot be entered
+            return False
 
     def require(self, num_processes: int) -> None:
         """Preprocess the unlabeled cases if their folder does not exist; raise UserError if the folder is stale.
@@ -288,6 +293,14 @@ class UnlabeledCases:
         check_fingerprint(self.folder.parent, self.plans, self.configuration_name, self.dataset_id)
         self.check_not_labeled({file.name[: -len(ending)] for file in labels.glob(f"*{ending}")}, set(cases))
         files, digest = _names_and_sizes(cases), self.digest()
+        if unreachable := [name for case in files.values() for name, size in case if size is None]:
+            raise UserError(
+                counted(
+                    [self.raw / name for name in unreachable],
+                    "image of an unlabeled case cannot be read (a broken link, or no permission); repair or remove it",
+                    "images of unlabeled cases cannot be read (broken links, or no permission); repair or remove them",
+                )
+            )
         partial = self.folder.with_name(f"{self.folder.name}.{_MANIFEST_FORMAT}_{digest[:12]}.partial")
         for outdated in self.folder.parent.glob(f"{self.folder.name}.*.partial"):
             if outdated != partial:
@@ -378,7 +391,24 @@ def _case_files(case: str) -> list[str]:
 
 
 def _names_and_sizes(cases: dict[str, list[Path]]) -> dict[str, list[list]]:
-    return {case: [[file.name, file.stat().st_size] for file in files] for case, files in sorted(cases.items())}
+    """Return the name and size in bytes of each image of each case; the size is None if the file cannot be reached."""
+    return {case: [[file.name, _size(file)] for file in files] for case, files in sorted(cases.items())}
+
+
+def _size(file: Path) -> int | None:
+    try:
+        return file.stat().st_size
+    except OSError:  # such as a link to storage that is not mounted
+        return None
+
+
+def _are_equal(recorded: dict[str, list[list]], current: dict[str, list[list]]) -> bool:
+    """Return whether names and sizes are equal, except for the sizes of files that cannot be reached now."""
+    return recorded.keys() == current.keys() and all(
+        name == known[0] and size in (None, known[1])
+        for case, files in current.items()
+        for (name, size), known in zip(files, recorded[case])
+    )
 
 
 def _is_complete(record: Path, made_from: list[list]) -> bool:

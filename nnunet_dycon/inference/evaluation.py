@@ -1,6 +1,5 @@
 """Scores of predictions against references: Dice, Jaccard, HD95 in mm and ASD in mm."""
 
-import json
 import math
 import sys
 import warnings
@@ -19,7 +18,7 @@ from scipy.ndimage import find_objects
 
 from nnunet_dycon.errors import UsageError, UserError
 from nnunet_dycon.inference.tables import aligned, as_csv, as_json, nan_to_none, write_texts
-from nnunet_dycon.system.files import VOLUME_ENDINGS, require_whole
+from nnunet_dycon.system.files import VOLUME_ENDINGS, read_json, require_whole
 from nnunet_dycon.system.processes import map_cases
 
 DEFINITIONS = {
@@ -130,6 +129,9 @@ def score(reference: np.ndarray, prediction: np.ndarray, spacing_mm: Sequence[fl
     return dict(zip(METRICS + VOXELS, (*values, n_reference, n_prediction), strict=True))
 
 
+_ROUNDING = 1e-3  # label values that differ from an integer by less are that integer
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """Scores of the predictions in a folder.
@@ -224,7 +226,7 @@ def _read_task(reference: Path, prediction: Path, chosen: Sequence[int] | None) 
     declared, file_ending = {}, ".nii.gz"
     if file is not None:
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
+            content = read_json(file)
             declared = {name: tuple(int(v) for v in np.ravel(values)) for name, values in content["labels"].items()}
             file_ending = content.get("file_ending", file_ending)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -291,7 +293,7 @@ def _score_case(job: tuple[tuple[str, Path, Path], _Task]) -> tuple[list[dict[st
     """Return the rows of one case, and warnings about its files."""
     (case, *files), task = job
     images = [_read(file) for file in files]
-    reference, prediction = arrays = [sitk.GetArrayFromImage(image) for image in images]
+    reference, prediction = arrays = [_label_map(image) for image in images]
     spacing_mm = images[0].GetSpacing()[::-1]  # SimpleITK's order is X, Y, Z
     remarks = []
     for file, array in zip(files, arrays, strict=True):
@@ -303,6 +305,15 @@ def _score_case(job: tuple[tuple[str, Path, Path], _Task]) -> tuple[list[dict[st
         first, second = (np.isin(array, values) & valid for array in (reference, prediction))
         rows.append({"case": case, "label": label, **score(first, second, spacing_mm)})
     return rows, remarks
+
+
+def _label_map(image: sitk.Image) -> np.ndarray:
+    """Return the voxels of a label map; values within 0.001 of an integer, as rescaled files have them, are rounded."""
+    array = sitk.GetArrayFromImage(image)
+    if array.dtype.kind != "f":
+        return array
+    rounded = np.rint(array)
+    return np.where(abs(array - rounded) <= _ROUNDING, rounded, array)
 
 
 def _open(file: Path) -> sitk.ImageFileReader:

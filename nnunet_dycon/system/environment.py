@@ -31,9 +31,14 @@ def nnunet_folder(variable: str) -> Path:
         variable: nnUNet_raw, nnUNet_preprocessed or nnUNet_results.
 
     Raises:
-        UsageError: the variable is not set.
+        UsageError: the variable is not set, or its value cannot be the intended path. nnU-Net would use it literally.
     """
     value = os.environ.get(variable)
     if not value:
         raise UsageError(f"the environment variable {variable} is not set; run: export {variable}=/path/to/{variable}")
+    for found, problem in ((value.startswith("~"), "starts with ~, which was quoted and is not expanded"),
+                           (value != value.strip(), "starts or ends with white space, or has a Windows line end"),
+                           (value[0] in "\"'" or value[-1] in "\"'", "contains quotes")):  # fmt: skip
+        if found:
+            raise UsageError(f"{variable}={value!r} {problem}; run: export {variable}=/path/to/{variable}")
     return Path(value)

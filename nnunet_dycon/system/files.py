@@ -1,6 +1,8 @@
 """Atomic writing: files and folders are written under a temporary name and then renamed. Also checks of files."""
 
+import codecs
 import gzip
+import json
 import os
 import shutil
 import uuid
@@ -8,9 +10,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import Any
 
 from nnunet_dycon.errors import UsageError, UserError
 
+# UTF-32 first: its little-endian mark starts with that of UTF-16.
+_BYTE_ORDER_MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"),
+)  # fmt: skip
 VOLUME_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".gipl")  # formats of SimpleITK with a spacing in mm
 
 
@@ -73,10 +81,38 @@ def require_whole(file: Path) -> None:
     """
     if file.stat().st_size == 0:
         raise EOFError("the file is empty")
-    if file.suffix == ".gz":
+    if is_compressed(file):
         with gzip.open(file) as content:
             while content.read(2**24):
                 pass
+
+
+def is_compressed(file: Path) -> bool:
+    """Return whether the content of a file is gzip. SimpleITK also reads uncompressed files that are named .nii.gz."""
+    with file.open("rb") as content:
+        return content.read(2) == b"\x1f\x8b"
+
+
+def read_json(file: Path) -> Any:
+    """Return the content of a JSON file in UTF-8, UTF-16 or UTF-32, with or without a byte order mark.
+
+    Raises:
+        ValueError: the file is not JSON.
+    """
+    content = file.read_bytes()
+    for mark, encoding in _BYTE_ORDER_MARKS:
+        if content.startswith(mark):
+            return json.loads(content.decode(encoding))
+    return json.loads(content)
+
+
+def read_text(file: Path) -> str:
+    """Return the content of a text file in UTF-8 or UTF-16; bytes that are not valid become replacement characters."""
+    content = file.read_bytes()
+    for mark, encoding in _BYTE_ORDER_MARKS:
+        if content.startswith(mark):
+            return content.decode(encoding, errors="replace")
+    return content.decode(errors="replace")
 
 
 def require_writable(folder: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from nnunet_dycon.cli import main
 from nnunet_dycon.data import unlabeled as module
+from nnunet_dycon.data.image_checks import check_unit
 from nnunet_dycon.data.unlabeled import UnlabeledCases, preprocess_unlabeled
 from nnunet_dycon.errors import UsageError, UserError
 from tests.tiny import UNLABELED, tiny_volume, write_volume
@@ -482,3 +483,24 @@ def test_killed_training_does_not_keep_the_folder(cases, images):
     preprocess_unlabeled("901", "3d_fullres")
     assert cases.fault() is None
     assert not use.file.exists()
+
+
+def test_broken_links_in_the_raw_folder_do_not_stop_a_training_but_a_new_preprocessing(cases, images, capsys):
+    """The storage behind the links is not mounted any more."""
+    image = images / "scan_01_0000.nii.gz"
+    image.unlink()
+    image.symlink_to(images.parent / "gone" / image.name)
+    assert cases.fault() is None
+    cases.require(num_processes=1)
+    change_plans(cases.folder.parent, resampling_fn_data_kwargs=LINEAR)
+    assert main(["preprocess_unlabeled", "-d", "901", "-np", "1"]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert (
+        f"1 image of an unlabeled case cannot be read (a broken link, or no permission); repair or remove it: {image}"
+        in error
+    )
+
+
+def test_spacing_of_0_is_named(cases, images):
+    with pytest.raises(ValueError, match=r"its spacing \(0.0, 1.0, 1.0\) is not finite and positive"):
+        check_unit((0.0, 1.0, 1.0), (1.0, 1.0, 1.0))

@@ -286,3 +286,73 @@ def test_gzip_with_wrong_checksum_raises(source, target, capsys):
         gzip.decompress(bytes(content))
     assert convert("folder", source, *BOTH) == 1
     assert "a_t1.nii.gz: CRC check failed" in the_one_error(capsys)
+
+
+def store_uncompressed(file):
+    file.write_bytes(gzip.decompress(file.read_bytes()))
+
+
+def test_uncompressed_nifti_named_gz_is_converted(source, target):
+    """SimpleITK and nnU-Net read such files."""
+    for file in source.glob("images/*.nii.gz"):
+        store_uncompressed(file)
+    assert convert("folder", source, *BOTH) == 0
+    assert stems(target / "imagesUn") == ["c"]
+
+
+def test_truncated_uncompressed_nifti_raises(source, target, capsys):
+    file = source / "images" / "c_t1.nii.gz"
+    store_uncompressed(file)
+    file.write_bytes(file.read_bytes()[:-20])
+    assert convert("folder", source, *BOTH) == 1
+    assert f"cannot read {file}" in the_one_error(capsys)
+
+
+def test_broken_links_and_closed_folders_are_named(source, target, capsys):
+    (source / "images" / "d_t1.nii.gz").symlink_to(source / "gone.nii.gz")
+    (source / "masks" / "c.nrrd").symlink_to(source / "gone.nrrd")
+    assert convert("folder", source, *BOTH) == 0
+    printed = capsys.readouterr().out
+    assert f"warning: 2 links lead to files that do not exist and are not used: {source}/images/d_t1.nii.gz" in printed
+    report = read_json(target, "conversion_report")
+    assert any("2 links" in warning for warning in report["warnings"])
+
+
+def test_broken_links_are_named_with_the_error_that_they_cause(source, capsys):
+    for file in source.glob("masks/*"):
+        file.unlink()
+        file.symlink_to(source / "gone" / file.name)
+    assert convert("folder", source, *BOTH) == 1
+    printed = capsys.readouterr()
+    assert "warning: 2 links lead to files that do not exist" in printed.out
+    assert "no file in" in printed.err
+
+
+def test_warnings_of_the_plan_are_printed_with_an_error_in_the_assignment(source, capsys):
+    write(source / "masks" / "z.nrrd", label())
+    assert convert("folder", source, *BOTH, "--labeled", "5") == 2
+    printed = capsys.readouterr()
+    assert "warning: 1 label has no image and is not used: z" in printed.out
+    assert "--labeled 5, but only 2 training cases have a label" in printed.err
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_split_file_of_windows_programs_is_read(source, target, tmp_path, encoding):
+    file = tmp_path / "split.json"
+    file.write_text('{"labeled": ["a.nii.gz"],\r\n"unlabeled": ["b ", "c"]}', encoding=encoding)
+    assert convert("folder", source, *BOTH, "--split", str(file)) == 0
+    assert stems(target / "labelsTr") == ["a"]
+
+
+def test_label_values_that_differ_from_integers_by_rounding_are_converted(source, target):
+    values = sitk.Cast(label(), sitk.sitkFloat32) * 0.99995
+    values.CopyInformation(label())
+    write(source / "masks" / "a.nrrd", values)
+    assert convert("folder", source, *BOTH) == 0
+    assert array(target / "labelsTr" / "a.nii.gz").max() == 1
+
+
+def test_unknown_label_values_are_printed_in_full(source, capsys):
+    write(source / "masks" / "a.nrrd", sitk.Cast(label(), sitk.sitkFloat32) * 1.0025)
+    assert convert("folder", source, *BOTH) == 1
+    assert "label values 0, 1.0025, but only 0, 1 are known" in the_one_error(capsys)

@@ -383,3 +383,11 @@ def test_number_of_processes_does_not_change_scores(folders):
         for folder in folders:
             save(folder / f"more_{seed}.nii.gz", 1 * blobs(seed) + blobs(len(folder.name) + seed))
     assert evaluate_folder(*folders, num_processes=2).rows == evaluate_folder(*folders).rows
+
+
+def test_labels_that_were_rescaled_are_rounded(folders):
+    expected = evaluate_folder(*folders).rows
+    for file in sorted(folders[1].glob("*.nii.gz")):
+        volume = sitk.ReadImage(str(file), sitk.sitkFloat64)
+        sitk.WriteImage(volume * 0.99995, str(file))
+    assert evaluate_folder(*folders).rows == expected

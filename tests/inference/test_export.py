@@ -68,7 +68,7 @@ def edit(file: Path, **changes) -> None:
 
 def predict_with_plain_nnunet(entry_point: str, *arguments) -> None:
     call = [sys.executable, "-c", STOCK, entry_point, *map(str, arguments), "--save_probabilities", "-device", "cpu"]
-    result = subprocess.run([*call, "-npp", "0", "-nps", "0"], capture_output=True, text=True, env=os.environ)
+    result = subprocess.run([*call, "-npp", "1", "-nps", "1"], capture_output=True, text=True, env=os.environ)
     assert result.returncode == 0, result.stderr[-3000:]
 
 

@@ -126,4 +126,6 @@ def _preprocess(root: Path, label_space: str) -> None:
         for case in _LABELED:
             files = str(raw / "imagesTr" / f"{case}_0000.nii.gz"), str(raw / "labelsTr" / f"{case}.nii.gz")
             preprocessor.run_case_save(str(folder / case), [files[0]], files[1], manager, configuration, dataset_json)
-        UnlabeledCases(manager, name, dataset_json).build(1)
+        cases = UnlabeledCases(manager, name, dataset_json)
+        with cases.locked() as lock:
+            cases.build(1, lock)

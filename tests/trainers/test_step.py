@@ -110,6 +110,7 @@ def test_compiled_network_has_equal_losses_and_checkpoint_keys(tiny):
         trainer.save_checkpoint(str(tiny / "checkpoint.pth"))
         checkpoint = torch.load(tiny / "checkpoint.pth", weights_only=False)
         keys.append(set(checkpoint["network_weights"]) | set(checkpoint["nnunet_dycon"]["method"]["teacher"]))
+        trainer._lock.close()
     assert outputs[0] == pytest.approx(outputs[1], rel=1e-5)
     assert keys[0] == keys[1]
 

@@ -63,9 +63,9 @@ def train(rank: int, port: int, folder: str) -> None:
         draw_no_pictures(patch)
         build = UnlabeledCases.build
 
-        def print_and_build(self, num_processes):
+        def print_and_build(self, num_processes, lock):
             print(f"rank {rank} preprocesses")
-            build(self, num_processes)
+            build(self, num_processes, lock)
 
         patch.setattr(UnlabeledCases, "build", print_and_build)
         for name in METHODS:  # in the same processes, which take long to start
