@@ -13,6 +13,7 @@ import numpy as np
 import SimpleITK as sitk
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
+from nibabel.wrapstruct import WrapStructError
 
 from nnunet_dycon.system.files import is_compressed, require_whole
 
@@ -36,7 +37,7 @@ def check_file(file: Path) -> None:
         return
     try:
         image: Any = _load_nifti(file)
-    except (ImageFileError, HeaderDataError):
+    except ImageFileError:
         return  # reading it raises an error with the reason
     voxels = np.asanyarray(image.dataobj.get_unscaled())
     if voxels.dtype.kind == "f" and not np.isfinite(voxels).all():
@@ -45,9 +46,12 @@ def check_file(file: Path) -> None:
 
 def _load_nifti(file: Path) -> Any:
     """Load a NIfTI file with nibabel, also an uncompressed one that is named .nii.gz."""
-    if file.name.lower().endswith(".gz") and not is_compressed(file):
+    if is_compressed(file) or not file.name.lower().endswith(".gz"):
+        return nibabel.load(file)
+    try:
         return nibabel.Nifti1Image.from_bytes(file.read_bytes())
-    return nibabel.load(file)
+    except (ImageFileError, HeaderDataError, WrapStructError):
+        raise ValueError("it is neither a gzip nor an uncompressed NIfTI file") from None
 
 
 def _require_all_voxels(file: Path, header: int) -> None:

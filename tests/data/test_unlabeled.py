@@ -256,7 +256,7 @@ BAD_IMAGES = {
     ),
     "not gzip": (
         lambda d: (d / "scan_02_0000.nii.gz").write_bytes(b"no image"),
-        r"scan_02_0000.nii.gz \(Not a gzipped file",
+        r"scan_02_0000.nii.gz \(it is neither a gzip nor an uncompressed NIfTI",
     ),
     "empty": (
         lambda d: (d / "scan_02_0000.nii.gz").write_bytes(b""),

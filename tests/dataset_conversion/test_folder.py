@@ -318,7 +318,7 @@ def test_broken_links_and_closed_folders_are_named(source, target, capsys):
     assert any("2 links" in warning for warning in report["warnings"])
 
 
-def test_broken_links_are_named_with_the_error_that_they_cause(source, capsys):
+def test_broken_links_are_named_with_the_error_that_they_cause(source, target, capsys):
     for file in source.glob("masks/*"):
         file.unlink()
         file.symlink_to(source / "gone" / file.name)
@@ -328,7 +328,7 @@ def test_broken_links_are_named_with_the_error_that_they_cause(source, capsys):
     assert "no file in" in printed.err
 
 
-def test_warnings_of_the_plan_are_printed_with_an_error_in_the_assignment(source, capsys):
+def test_warnings_of_the_plan_are_printed_with_an_error_in_the_assignment(source, target, capsys):
     write(source / "masks" / "z.nrrd", label())
     assert convert("folder", source, *BOTH, "--labeled", "5") == 2
     printed = capsys.readouterr()
@@ -352,7 +352,7 @@ def test_label_values_that_differ_from_integers_by_rounding_are_converted(source
     assert array(target / "labelsTr" / "a.nii.gz").max() == 1
 
 
-def test_unknown_label_values_are_printed_in_full(source, capsys):
+def test_unknown_label_values_are_printed_in_full(source, target, capsys):
     write(source / "masks" / "a.nrrd", sitk.Cast(label(), sitk.sitkFloat32) * 1.0025)
     assert convert("folder", source, *BOTH) == 1
     assert "label values 0, 1.0025, but only 0, 1 are known" in the_one_error(capsys)

@@ -126,8 +126,8 @@ FAULTS = {
     "stale": (stale_unlabeled, "unlabeled", FAIL, "the plans have changed", "preprocess_unlabeled -d 901 -c"),
     "both": (labeled_and_unlabeled, "unlabeled", FAIL, "1 cases are both labeled and unlabeled", "remove them"),
     "interrupted": (interrupted, "unlabeled", NOTE, "0123456789ab.partial is left from an interrupted", None),
-    "split of others": (splits((THREE, ["gone"])), "split", FAIL, "1 cases of fold 0 are not", "fix it"),
-    "split of unlabeled": (splits((UNLABELED, TWO)), "split", FAIL, "4 cases of fold 0 are not", "fix it"),
+    "split of others": (splits((THREE, ["gone"])), "split", FAIL, "fold 0 lists 1 cases that are not", "fix it"),
+    "split of unlabeled": (splits((UNLABELED, TWO)), "split", FAIL, "fold 0 lists 4 cases that are not", "fix it"),
     "split that overlaps": (splits((THREE, THREE + TWO)), "split", WARNING, "trains and validates on case_00", "if"),
     "split without fold": (splits(), "split", WARNING, "has no fold 0; nnU-Net would train on a random 80 %", "choose"),
     "split of some": (splits((THREE, TWO[:1])), "split", NOTE, "fold 0 does not use these labeled cases: case", None),
@@ -218,7 +218,7 @@ def test_four_labeled_cases_allow_only_fold_all(base, doctor, find, fold, status
 
 def test_without_a_fold_every_fold_is_checked(base, doctor, find):
     splits((THREE, TWO), (TWO, ["gone"]))(base)
-    find(doctor("-d 901")[1], "split", FAIL, "of fold 1")
+    find(doctor("-d 901")[1], "split", FAIL, "fold 1 lists")
     assert doctor("-d 901 -f 0")[0] == 0
 
 

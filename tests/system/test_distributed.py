@@ -135,5 +135,5 @@ def test_even_batch_passes(monkeypatch, batch_size, number):
 @pytest.mark.parametrize(("batch_size", "number", "fitting"), [(2, 4, "1 or 2"), (6, 4, "1 or 2 or 3 or 6")])
 def test_uneven_batch_raises_with_possible_numbers_of_processes(monkeypatch, batch_size, number, fitting):
     monkeypatch.setattr(distributed, "number_of_ranks", lambda: number)
-    with pytest.raises(UserError, match=f"batch of {batch_size} cannot .* among {number} processes; use {fitting} of"):
+    with pytest.raises(UserError, match=f"batch of {batch_size} cannot .* among {number} processes; use {fitting} p"):
         distributed.require_even_batch(batch_size)
