@@ -79,7 +79,8 @@ def plan(source: Path, *, protocol: Protocol | None = None, modalities: str | No
     cases = _native(entries, chosen)
     if cases and h5:
         raise UserError(
-            f"{source} has MRI ({cases[0].images[0]}) and normalized h5 files; name a folder with one of them by -i"
+            f"{source} has MRI ({cases[0].images[0]}) and normalized h5 files; name a folder that contains only one of "
+            "them with -i"
         )
     if h5 and (chosen != ["flair"] or target != "wt"):
         raise UsageError("the h5 files contain only FLAIR and the whole tumor; omit --modalities and --target")
@@ -120,7 +121,8 @@ def _native(entries: Sequence[Path], chosen: Sequence[str]) -> tuple[Case, ...]:
         known = folders.setdefault(case, {})
         if other := next((path for path in known.values() if path.parent != file.parent), None):
             raise UserError(
-                f"case {case} is in {other.parent} and in {file.parent}; name a folder with one of them by -i"
+                f"case {case} is in {other.parent} and in {file.parent}; name a folder that contains only one of them "
+                "with -i"
             )
         if kind in known:
             raise UserError(f"{known[kind]} and {file} are both {kind} of case {case}; keep one; expected {_LAYOUT}")
@@ -153,6 +155,8 @@ def _h5(entries: Sequence[Path]) -> tuple[Case, ...]:
             continue
         if file.stem in cases:
             first = cases[file.stem].images[0]
-            raise UserError(f"{first} and {file} are both case {file.stem}; name a folder with one of them by -i")
+            raise UserError(
+                f"{first} and {file} are both case {file.stem}; name a folder that contains only one of them with -i"
+            )
         cases[file.stem] = Case(file.stem, (file,), file)
     return tuple(cases.values())

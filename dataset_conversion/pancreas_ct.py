@@ -105,7 +105,7 @@ def plan(source: Path, *, protocol: Protocol | None = None, keep_duplicates: boo
     if native and h5:
         raise UserError(
             f"{source} has CT ({next(iter(native.values()))}) and normalized h5 files; name a folder with one "
-            "of them by -i"
+            "of them with -i"
         )
     if not native and not h5:
         raise UserError(
@@ -168,7 +168,8 @@ def _native(entries: Sequence[Path]) -> tuple[dict[str, Path], dict[str, Path], 
             warnings.append(f"{folder} has only {count} DICOM files and is skipped")
         elif not matches:
             raise UserError(
-                f"{folder}: unknown case of these DICOM files; move them below a folder named like PANCREAS_0001"
+                f"{folder}: the path does not name the case of these DICOM files; move them into a folder named like "
+                "PANCREAS_0001"
             )
         else:
             _add(images, matches[-1][1], folder, "image")

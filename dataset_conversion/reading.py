@@ -235,7 +235,7 @@ def _sorted_by_position(files: Sequence[str]) -> list[str]:
     for (first, second), step in zip(pairwise(files), steps):
         names = f"{first} and {Path(second).name}"
         if step < GEOMETRY_TOLERANCE:
-            raise UserError(f"{names} are at the same position; delete one")
+            raise UserError(f"the slices {names} have the same position in the patient; delete one")
         if abs(step - usual) > _Z_TOLERANCE * usual:
             raise UserError(
                 f"{names} are {step:g} mm apart, others {usual:g} mm: a slice is missing or displaced; download the "

@@ -53,7 +53,8 @@ def test_train_validate_resume_predict_evaluate(tiny, elsewhere):
     for name in ("checkpoint_final.pth", "checkpoint_final_teacher.pth"):
         out = elsewhere / name
         here = ("-i", str(raw / "imagesTs"), "-o", str(out), "-chk", name, "--save_probabilities")
-        run(elsewhere, *predict, *here, *(() if name == "checkpoint_final.pth" else ("-npp", "0", "-nps", "0")))
+        number = "1" if name == "checkpoint_final.pth" else "0"  # processes for preprocessing and for export
+        run(elsewhere, *predict, *here, "-npp", number, "-nps", number)
         volumes[name] = np.load(out / f"{TEST[0]}.npz")["probabilities"]
         segmentation = sitk.GetArrayFromImage(sitk.ReadImage(str(out / f"{TEST[0]}.nii.gz")))
         assert segmentation.shape == (24, 32, 40)

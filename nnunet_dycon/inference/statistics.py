@@ -100,7 +100,7 @@ class PairedBootstrap(Generic[Key]):
             scores: (seeds, cases) of each method.
             noise: result of `pooled_seed_noise` for these methods or some of them.
             rng: random number generator; a fixed seed makes intervals reproducible.
-            draws: number of draws.
+            draws: number of bootstrap resamples for the intervals.
             level: nominal coverage of the intervals.
         """
         self.level = level

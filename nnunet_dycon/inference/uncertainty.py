@@ -234,7 +234,7 @@ class _Voxels:
         return self._space.voxel_entropy(self._logits)[0].numpy()
 
     def error(self) -> np.ndarray:
-        """Return the probability that the prediction of a voxel is wrong, for regions their mean: (Z, Y, X)."""
+        """Return the probability that the prediction of a voxel is wrong, (Z, Y, X); of regions, their mean."""
         if self._space.sigmoid:
             return np.minimum(self.probabilities, 1 - self.probabilities).mean(0)
         return 1 - self.probabilities.max(0)

@@ -31,7 +31,8 @@ def nnunet_folder(variable: str) -> Path:
         variable: nnUNet_raw, nnUNet_preprocessed or nnUNet_results.
 
     Raises:
-        UsageError: the variable is not set, or its value cannot be the intended path. nnU-Net would use it literally.
+        UsageError: the variable is not set, or its value contains a ~, quotes or white space at its ends, which nnU-Net
+            would use as part of the path.
     """
     value = os.environ.get(variable)
     if not value:

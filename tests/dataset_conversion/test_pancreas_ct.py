@@ -138,7 +138,7 @@ def test_incomplete_series_are_skipped_and_reported(tmp_path):
         (["PANCREAS_0001.nii", "label0001.nii.gz", "0001.h5"], "has CT .* and normalized h5 files"),
         (["image0001_norm.h5", "0002.h5"], "were preprocessed differently"),
         (["0001.h5", "pancreas_001.h5"], "are both the image of PANCREAS_0001"),
-        ([f"series/{number}.dcm" for number in range(12)], "unknown case of these DICOM files"),
+        ([f"series/{number}.dcm" for number in range(12)], "the path does not name the case of these DICOM files"),
     ],
 )
 def test_plan_raises_for_ambiguous_or_missing_files(tmp_path, files, message):
@@ -265,7 +265,7 @@ def remove_last(folder):
     ("damage", "messages"),
     [
         (remove, ["1-004.dcm and 1-006.dcm are 2 mm apart, others 1 mm: a slice is missing or displaced"]),
-        (copy, ["1-005.dcm and 1-100.dcm are at the same position; delete one"]),
+        (copy, ["1-005.dcm and 1-100.dcm have the same position in the patient; delete one"]),
         (cut, ["1-005.dcm"]),
         (empty, ["1-005.dcm"]),
         (add_series, ["Pancreas-99667: expected one DICOM series, found 2"]),

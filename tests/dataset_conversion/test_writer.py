@@ -109,7 +109,7 @@ def test_split_file_may_list_test_cases_without_label(split_file):
         ({"labeled": []}, '"labeled" is missing or empty'),
         ({"labeled": ["a"], "tests": ["b"], "Val": []}, r"split\.json: unknown lists Val, tests; expected labeled"),
         ({"labeled": "a"}, '"labeled" must be a list'),
-        ({"labeled": ["a"], "val": [1]}, '"val" must be a list'),
+        ({"labeled": ["a"], "val": [[1]]}, '"val" must be a list'),
         ({"labeled": ["a"], "test": ["zz"]}, r"split\.json: case zz \(test\) is not in the source"),
         ({"labeled": ["a", "a"]}, r"case a is listed twice \(in labeled\)"),
         ({"labeled": ["a"], "test": ["a"]}, r"case a is listed twice \(in labeled and test\)"),
