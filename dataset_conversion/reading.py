@@ -47,7 +47,7 @@ def unusable_below(folder: Path) -> list[str]:
     denied: list[str] = []
     broken = []
     for root, folders, files in os.walk(folder, onerror=lambda error: denied.append(str(error.filename))):
-        broken += [str(path) for name in (*folders, *files) if not (path := Path(root) / name).exists()]
+        broken += [str(path) for name in (*folders, *files) if not os.path.exists(path := Path(root) / name)]
     warnings = []
     if broken:
         one, many = "link leads to a file that does not exist and is not used", "links lead to files that do not exist"

@@ -97,7 +97,9 @@ def write_dataset(
         lock.acquire()
     with closing(lock):
         new_dataset_folder(dataset_id, data_set.name)  # another conversion may have ended meanwhile
-        return _write_dataset(data_set, assignment, partial_folder, folder, source, num_processes, warnings, notes)
+        return _write_dataset(
+            data_set, assignment, partial_folder, folder, source, num_processes, warnings, notes, lock
+        )
 
 
 def _write_dataset(
@@ -109,6 +111,7 @@ def _write_dataset(
     num_processes: int,
     warnings: Sequence[str],
     notes: Sequence[str],
+    lock: Lock,
 ) -> Path:
     """Write the dataset; the caller holds the lock of its ID."""
     try:
@@ -128,6 +131,7 @@ def _write_dataset(
                 partial(draw_overlays, partial_folder, assignment.cases["labeled"], data_set),
                 print,
             )
+            lock.check()
             partial_folder.rename(folder)
         # Removed last: they are needed to resume, and harmless in the final folder.
         shutil.rmtree(folder / _RECORDS, ignore_errors=True)
@@ -173,6 +177,9 @@ def _start_or_resume(partial_folder: Path, data_set: DataSet, assignment: Assign
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     file = partial_folder / _SETTINGS
     if not (file.is_file() and file.read_text() == digest):
+        # Without these two, an interruption in between leaves nothing that looks complete.
+        file.unlink(missing_ok=True)
+        shutil.rmtree(partial_folder / _RECORDS, ignore_errors=True)
         for entry in partial_folder.iterdir():
             if entry.is_dir():
                 shutil.rmtree(entry)

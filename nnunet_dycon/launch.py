@@ -11,6 +11,7 @@ nnU-Net's own trainers, and resumes a training from its last checkpoint after a 
 import inspect
 import multiprocessing
 import os
+from collections.abc import Callable
 from functools import partial, wraps
 from pathlib import Path
 from time import sleep
@@ -26,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from nnunet_dycon.errors import UsageError, ends_in_one_line
 from nnunet_dycon.system.distributed import ids_for_ddp, on_any_rank, on_rank_zero
 from nnunet_dycon.system.environment import require_nnunet
+from nnunet_dycon.system.files import replacing
 from nnunet_dycon.training.checkpoints import RESUMABLE, set_aside
 
 MARK = "torchrun_id.txt"  # file in fold_X: the torchrun ID of the training that wrote the checkpoints there
@@ -153,7 +155,9 @@ def _load_checkpoint(
         pretrained: file with pretrained weights, or None.
     """
     if not validation_only and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
-        continue_training = on_rank_zero(partial(_should_resume, Path(trainer.output_folder), is_restarted, is_resume))
+        lock = getattr(trainer, "_lock", None)  # of our trainers: no checkpoint of a running training is renamed
+        resumes = partial(_should_resume, Path(trainer.output_folder), is_restarted, is_resume, lock and lock.acquire)
+        continue_training = on_rank_zero(resumes)
         pretrained = None if is_restarted and continue_training else pretrained
         if is_restarted and dist.get_rank() == 0:
             start = "resumed from a checkpoint" if continue_training else "started from epoch 0"
@@ -161,7 +165,7 @@ def _load_checkpoint(
     load(trainer, continue_training, validation_only, pretrained)
 
 
-def _should_resume(folder: Path, is_restarted: bool, is_resume: bool) -> bool:
+def _should_resume(folder: Path, is_restarted: bool, is_resume: bool, lock: Callable[[], None] | None = None) -> bool:
     """Return whether to resume the training from a checkpoint in its folder.
 
     When a training starts anew, this function renames the checkpoints of an earlier training in the folder, and writes
@@ -172,13 +176,17 @@ def _should_resume(folder: Path, is_restarted: bool, is_resume: bool) -> bool:
         folder: the folder of the fold, fold_X.
         is_restarted: whether torchrun has restarted the training.
         is_resume: whether the user has given --c.
+        lock: takes the lock of the fold; None for trainers without one.
     """
+    if lock is not None:
+        lock()
     mark, run = folder / MARK, os.environ["TORCHELASTIC_RUN_ID"]
     if is_restarted and mark.is_file() and mark.read_text() == run:
         return any((folder / name).is_file() for name in RESUMABLE)
     if not is_resume:
         set_aside(folder, print)
-    mark.write_text(run)
+    with replacing(mark) as file:
+        file.write_text(run)
     return is_resume
 
 

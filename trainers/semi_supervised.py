@@ -142,7 +142,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         if self._resumed_settings is not None:
             current = {kind: getattr(self, kind) for kind in self.settings}
             preflight.check_settings(self._resumed_settings, current, folder, self.print_to_log_file)
-        preflight.check_cases(Path(self.preprocessed_dataset_folder), self.fold, self.unlabeled_cases)
+        preflight.check_cases(Path(self.preprocessed_dataset_folder), self.fold, self.unlabeled_cases, self._lock)
         if self._resumed_settings is None and not self.disable_checkpointing:
             checkpoints.set_aside(folder, self.print_to_log_file)  # --c would prefer an earlier final checkpoint
 
@@ -218,8 +218,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
         """Load nnU-Net's checkpoint with the method's state. If it is damaged, --c loads another one of the folder."""
         if self._continue_training:
-            self._continue_training = False  # later calls load exactly the given file
-            filename_or_checkpoint = checkpoints.find_readable(filename_or_checkpoint, self.print_to_log_file)
+            self._continue_training, log = False, self.print_to_log_file  # later calls load exactly the given file
+            filename_or_checkpoint = checkpoints.find_readable(filename_or_checkpoint, log, self._lock.acquire)
         own = checkpoints.load_state(filename_or_checkpoint, type(self).__name__)
         if not self.was_initialized:
             self.initialize()

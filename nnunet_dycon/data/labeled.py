@@ -15,6 +15,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from nnunet_dycon.errors import UserError, explained
 
+# Resampling functions of nnU-Net that give the shape of compute_new_shape.
+_RESAMPLING = ("resample_data_or_seg_to_shape", "resample_torch_fornnunet", "resample_torch_simple")
 _DAMAGE = (ValueError, KeyError, TypeError, IndexError, EOFError, RuntimeError, OSError, BadZipFile)
 
 
@@ -107,7 +109,10 @@ def check_fingerprint(base: Path, plans: PlansManager, configuration_name: str, 
             f"{file} was extracted from {planned.total()} cases, which are not the current {labeled.total()} labeled "
             f"cases; run: {clean}"
         )
-    if planned != labeled:
+    is_default = configuration.configuration["preprocessor_name"] == "DefaultPreprocessor"
+    resampling = configuration.configuration["resampling_fn_data"]
+    # Others can keep the original shape, such as nnU-Net's planners without resampling.
+    if planned != labeled and is_default and resampling in _RESAMPLING:
         raise UserError(
             f"the preprocessed labeled cases in {folder} do not have the shapes that {file.name} and the plans imply; "
             f"if the plans were changed by hand, run: nnUNetv2_preprocess -d {dataset_id}; otherwise run: {clean}"

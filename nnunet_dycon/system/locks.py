@@ -8,16 +8,19 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from nnunet_dycon.errors import UserError
 
-HEARTBEAT_SECONDS = 60.0
+HEARTBEAT_SECONDS = 20.0
 STALE_SECONDS = 600.0
 _POLL_SECONDS = 2.0
 # Variables with the ID of a job, which is unchanged after a requeue. Slurm gives each task of an array its own job ID.
 _JOB_VARIABLES = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID", "TORCHELASTIC_RUN_ID")
+_TASK_VARIABLES = ("SLURM_PROCID", "LSB_JOBINDEX", "SGE_TASK_ID")  # tasks that share the identifier of the job
+_RESTART_VARIABLES = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
 
 
 class Lock:
@@ -53,15 +56,27 @@ class Lock:
             UserError: another process holds the lock, and `wait` is False.
             OSError: the lock file cannot be written.
         """
-        self._owner, self._stopped, announced = _this_process(), threading.Event(), False
+        if self._owner:
+            return
+        self._owner, self._stopped = _this_process(), threading.Event()
+        try:
+            self._create_or_wait(wait)
+        except BaseException:
+            self._owner = {}
+            raise
+        threading.Thread(target=self._beat, daemon=True, name=self.file.name).start()
+
+    def _create_or_wait(self, wait: bool) -> None:
+        announced = False
         while not self._create():
             holder, reason = self._state()
             if holder is None:
                 continue  # it was given up meanwhile
+            if reason is None and _is_of_this_job(holder) and self._is_silent():
+                reason = f"it belongs to the same job {holder['job']}, which was restarted"
             if reason is not None:
                 self._take_over(holder, reason)
             elif not wait:
-                self._owner = {}
                 raise UserError(
                     f"{self.file.parent}: {self._work} is running ({_described(holder)}); wait until it has ended, or "
                     f"stop it. If it cannot be running, delete {self.file}"
@@ -71,21 +86,38 @@ class Lock:
                     self._log(f"waiting for {self._work} ({_described(holder)})")
                     announced = True
                 time.sleep(_POLL_SECONDS)
-        threading.Thread(target=self._beat, daemon=True, name=self.file.name).start()
+
+    def _is_silent(self) -> bool:
+        """Return whether no heartbeat arrives while two are due, so that the holder has ended."""
+        try:
+            last = self.file.stat().st_mtime_ns
+            end = time.monotonic() + 2.25 * HEARTBEAT_SECONDS
+            while time.monotonic() < end:
+                time.sleep(min(_POLL_SECONDS, HEARTBEAT_SECONDS / 4))
+                if self.file.stat().st_mtime_ns != last:
+                    return False
+        except FileNotFoundError:
+            return False
+        return True
 
     def close(self) -> None:
-        """Give up the lock if it is held. May be called repeatedly."""
+        """Release the lock if it is held. May be called repeatedly."""
         self._stopped.set()
-        if self._owner and _read(self.file).get("token") == self._owner["token"]:
-            self.file.unlink(missing_ok=True)
+        with suppress(OSError):  # a lock that cannot be removed is taken over later
+            if self._owner and _read(self.file).get("token") == self._owner["token"]:
+                self.file.unlink(missing_ok=True)
         self._owner = {}
 
     def check(self) -> None:
         """Raise UserError if another process has taken over the lock, for instance while this one was suspended."""
-        if self._owner and (other := _read(self.file)).get("token") != self._owner["token"]:
+        try:
+            other = _read(self.file).get("token") if self._owner else None
+        except OSError:
+            return  # the storage may return
+        if other is not None and other != self._owner["token"]:
             raise UserError(
-                f"{self.file.parent}: {self._work} has started elsewhere ({_described(other)}) while this process did "
-                "not respond; this process stops without writing anything more, so let the other one finish"
+                f"{self.file.parent}: {self._work} has started elsewhere ({_described(_read(self.file))}) while this "
+                "process did not respond; this one ends and writes nothing more"
             )
 
     def holder(self) -> str | None:
@@ -103,8 +135,8 @@ class Lock:
             os.chmod(name, 0o644 | self.file.parent.stat().st_mode & 0o020)  # group-writable if its folder is
             try:
                 os.link(name, self.file)
-            except FileExistsError:
-                return False
+            except FileExistsError:  # on NFS also if the reply to a successful call was lost
+                return _read(self.file).get("token") == self._owner["token"]
             except OSError:  # the file system has no hard links
                 return self._create_exclusively()
             return True
@@ -141,7 +173,9 @@ class Lock:
         except FileNotFoundError:
             return
         if _read(aside).get("token") != other.get("token"):  # another process was faster, and its lock was renamed
-            os.replace(aside, self.file)
+            with suppress(FileExistsError):  # of a third process
+                os.link(aside, self.file)
+            aside.unlink(missing_ok=True)
             return
         aside.unlink(missing_ok=True)
         self._log(f"WARNING: the lock of {self._work} is taken over: {reason} ({_described(other)})")
@@ -159,9 +193,13 @@ class Lock:
         stopped, token = self._stopped, self._owner["token"]
         while not stopped.wait(HEARTBEAT_SECONDS):
             try:
-                if _read(self.file).get("token") != token:
+                found = _read(self.file).get("token")
+                if found is None:
+                    self._create()  # it was deleted
+                elif found != token:
                     return
-                os.utime(self.file)
+                else:
+                    os.utime(self.file)
             except OSError:
                 pass  # the storage may return
 
@@ -176,7 +214,8 @@ def _this_process() -> dict[str, Any]:
         "pid": pid,
         "process_table": _process_table(),
         "started": _start_of(pid),
-        "job": job,
+        "job": job and "/".join([job, *(os.environ[name] for name in _TASK_VARIABLES if name in os.environ)]),
+        "restart": [os.environ.get(name) for name in _RESTART_VARIABLES],
     }
 
 
@@ -193,14 +232,40 @@ def _process_table() -> str | None:
 
 
 def _start_of(pid: int) -> str | None:
-    """Return the start time of a process in ticks since boot, or None if there is no such process.
+    """Return the start time of a process in ticks since boot; None if there is none, or if it cannot be seen.
 
-    A process with the same PID but another start time is another process.
+    A process with the same PID but another start time is another process. A zombie has ended.
     """
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (OSError, ValueError):
         return None
+    return None if state in "ZX" else fields[18]
+
+
+def _is_running(lock: Mapping[str, Any]) -> bool | None:
+    """Return whether the process of a lock of this process table is running; None if it cannot be seen."""
+    pid, started = lock.get("pid", 0), lock.get("started")
+    if (found := _start_of(pid)) is not None:
+        return found == started
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return None  # /proc hides the processes of other users
+    except (OSError, TypeError, OverflowError):
+        return False
+    return False  # a zombie
+
+
+def _is_of_this_job(other: Mapping[str, Any]) -> bool:
+    """Return whether a lock belongs to the job of this process but to another host or container."""
+    owner = _this_process()
+    return other.get("job") is not None and other["job"] == owner["job"] and not _shares_processes(other, owner)
+
+
+def _shares_processes(other: Mapping[str, Any], owner: Mapping[str, Any]) -> bool:
+    """Return whether the processes of two locks see the same process table."""
+    return other.get("process_table") is not None and other["process_table"] == owner["process_table"]
 
 
 def _why_ended(other: Mapping[str, Any], age: float) -> str | None:
@@ -211,10 +276,9 @@ def _why_ended(other: Mapping[str, Any], age: float) -> str | None:
         age: seconds since the last heartbeat of the process.
     """
     owner = _this_process()
-    if other.get("process_table") is not None and other["process_table"] == owner["process_table"]:
-        running = other.get("started") is not None and _start_of(other.get("pid", 0)) == other["started"]
+    if _shares_processes(other, owner) and (running := _is_running(other)) is not None:
         return None if running else "its process has ended"
-    if other.get("job") is not None and other["job"] == owner["job"]:
+    if _is_of_this_job(other) and "restart" in other and other["restart"] != owner["restart"]:
         return f"it belongs to the same job {other['job']}, which was restarted"
     if age > STALE_SECONDS:
         return f"its last heartbeat is {age / 60:.0f} minutes old"
@@ -228,9 +292,13 @@ def _described(lock: Mapping[str, Any]) -> str:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """Return the content of a lock file; an empty dict if the file does not exist or is not complete yet."""
+    """Return the content of a lock file; an empty dict if it does not exist or is not complete yet.
+
+    Raises:
+        OSError: the storage does not respond.
+    """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (FileNotFoundError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -9,7 +9,6 @@ import shutil
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +101,7 @@ def set_aside(folder: Path, log: Callable[[str], None]) -> None:
             file.replace(file.with_name(_ASIDE + file.name))
 
 
-def find_readable(filename: str, log: Callable[[str], None]) -> str:
+def find_readable(filename: str, log: Callable[[str], None], lock: Callable[[], None] = lambda: None) -> str:
     """Return a checkpoint to resume from: the given one, or if it is damaged the newest readable one in its folder.
 
     Only rank 0 searches, but all ranks must call this function.
@@ -110,11 +109,17 @@ def find_readable(filename: str, log: Callable[[str], None]) -> str:
     Args:
         filename: checkpoint to try first.
         log: called with a line for each damaged checkpoint.
+        lock: called on rank 0 before the search, so that no other training writes a newer checkpoint afterwards.
 
     Raises:
         Damaged: no checkpoint is readable.
     """
-    return str(on_rank_zero(partial(_find_readable, Path(filename), log)))
+
+    def find() -> Path:
+        lock()
+        return _find_readable(Path(filename), log)
+
+    return str(on_rank_zero(find))
 
 
 def _find_readable(file: Path, log: Callable[[str], None]) -> Path:

@@ -32,13 +32,16 @@ class TrainingLock:
         self._unlabeled, self._use, self._log = unlabeled, unlabeled.use(f"the training in {folder}"), log
 
     def acquire(self) -> None:
-        """Take both locks.
+        """Take the lock of the fold, unless it is held.
 
         Raises:
             UserError: another training of this fold is running.
         """
         with explained(OSError, f"{self._fold.file} cannot be written; change the owner or permissions of its folder"):
             self._fold.acquire()
+
+    def keep_unlabeled(self) -> None:
+        """Take the lock of the unlabeled cases; log a warning if their folder cannot be written to."""
         try:
             self._use.acquire()
         except OSError as error:
@@ -48,8 +51,9 @@ class TrainingLock:
             )
 
     def check(self) -> None:
-        """Raise UserError if another training of this fold has taken over the lock of the fold."""
+        """Raise UserError if another process has taken over a lock."""
         self._fold.check()
+        self._use.check()
 
     def close(self) -> None:
         """Release both locks if they are held."""
@@ -57,13 +61,16 @@ class TrainingLock:
         self._fold.close()
 
 
-def check_cases(folder: Path, fold: int | Literal["all"], unlabeled: UnlabeledCases) -> None:
+def check_cases(
+    folder: Path, fold: int | Literal["all"], unlabeled: UnlabeledCases, lock: TrainingLock | None = None
+) -> None:
     """Check labeled and unlabeled cases, and preprocess the unlabeled ones if necessary.
 
     Args:
         folder: folder of the labeled cases, nnUNet_preprocessed/DatasetXXX/<data_identifier>.
         fold: fold to train.
         unlabeled: the unlabeled cases.
+        lock: the locks of the training, of which the one of the unlabeled cases is taken once these are up to date.
 
     Raises:
         UserError: cases, fold or fingerprint are invalid.
@@ -72,6 +79,9 @@ def check_cases(folder: Path, fold: int | Literal["all"], unlabeled: UnlabeledCa
     check_split(folder, labeled, fold)
     check_fingerprint(folder.parent, unlabeled.plans, unlabeled.configuration_name, unlabeled.dataset_id)
     unlabeled.require(default_num_processes)
+    if lock is not None:
+        lock.keep_unlabeled()
+        unlabeled.require(default_num_processes)  # again, since the folder may have been replaced before it was locked
     unlabeled.check_not_labeled(labeled, set(unlabeled.identifiers()))
 
 

@@ -79,6 +79,7 @@ def test_a_restarted_job_takes_over_on_another_host(tmp_path, monkeypatch, varia
     for name in locks._JOB_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(variable, "4711")
+    monkeypatch.setattr(locks, "HEARTBEAT_SECONDS", 0.1)
     written_by(tmp_path, age=5, job="4712")
     with pytest.raises(UserError, match="job 4712"):
         lock(tmp_path).acquire()
@@ -187,3 +188,82 @@ def test_a_lock_without_a_running_holder_has_no_holder(tmp_path):
     assert lock(tmp_path).holder() is None
     written_by(tmp_path)
     assert lock(tmp_path).holder() == "host node7, process 1"
+
+
+def test_running_process_of_the_same_job_keeps_its_lock(tmp_path, monkeypatch):
+    """Such as another task of an allocation with several nodes."""
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    monkeypatch.setattr(locks, "HEARTBEAT_SECONDS", 0.4)
+    written_by(tmp_path, job="4711")
+    timer = threading.Timer(0.3, os.utime, (tmp_path / LOCK,))
+    timer.start()
+    with pytest.raises(UserError, match="job 4711"):
+        lock(tmp_path).acquire()
+
+
+def test_restarted_job_with_another_restart_count_takes_over_at_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
+    monkeypatch.delenv("SLURM_PROCID", raising=False)
+    written_by(tmp_path, job="4711", restart=[None, None])
+    lock(tmp_path).acquire()
+
+
+def test_zombie_has_ended(tmp_path):
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    started = locks._start_of(child.pid)
+    child.kill()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # it is not reaped
+    written_by(tmp_path, pid=child.pid, process_table=locks._process_table(), started=started)
+    lock(tmp_path).acquire()
+    child.wait()
+
+
+def test_hidden_process_of_another_user_is_judged_by_its_heartbeat(tmp_path, monkeypatch):
+    def hidden(pid, signal):
+        raise PermissionError
+
+    monkeypatch.setattr(os, "kill", hidden)
+    written_by(tmp_path, pid=2**22 + 1, process_table=locks._process_table(), started="5")
+    with pytest.raises(UserError, match="running"):
+        lock(tmp_path).acquire()
+    os.utime(tmp_path / LOCK, (0, 0))
+    lock(tmp_path).acquire()
+
+
+def test_storage_that_does_not_respond_for_a_while_does_not_end_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(locks, "HEARTBEAT_SECONDS", 0.01)
+    held = lock(tmp_path)
+    held.acquire()
+    read = locks._read
+
+    def broken(file):
+        raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr(locks, "_read", broken)
+    time.sleep(0.1)
+    held.check()
+    monkeypatch.setattr(locks, "_read", read)
+    os.utime(tmp_path / LOCK, (0, 0))
+    for _ in range(500):
+        if (tmp_path / LOCK).stat().st_mtime > 0:
+            break
+        time.sleep(0.01)
+    assert held._age() < 60
+    (tmp_path / LOCK).unlink()
+    for _ in range(500):
+        if (tmp_path / LOCK).exists():
+            break
+        time.sleep(0.01)
+    held.check()
+    held.close()
+    assert not (tmp_path / LOCK).exists()
+
+
+def test_acquire_of_a_held_lock_does_nothing(tmp_path):
+    held = lock(tmp_path)
+    held.acquire()
+    held.acquire()
+    held.close()
+    assert not list(tmp_path.iterdir())

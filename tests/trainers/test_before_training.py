@@ -190,7 +190,9 @@ def test_training_that_was_overtaken_writes_no_checkpoint(tiny, monkeypatch):
     trainer = make_trainer(deterministic(nnUNetTrainerMeanTeacher, 1))
     (lock,) = (Path(trainer.output_folder) / name for name in ("nnunet_dycon_training.lock",))
     monkeypatch.setattr(
-        trainer, "on_epoch_end", lambda: (lock.write_text('{"host": "node7"}'), trainer.save_checkpoint("x"))
+        trainer,
+        "on_epoch_end",
+        lambda: (lock.write_text('{"host": "node7", "token": "other"}'), trainer.save_checkpoint("x")),
     )
     with pytest.raises(SystemExit, match=r"a training of this fold has started elsewhere .host node7"):
         trainer.run_training()
