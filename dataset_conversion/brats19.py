@@ -6,11 +6,11 @@ License: the data use agreement of CBICA's image processing portal; do not redis
 Two layouts are read:
 
 - NIfTI, anywhere below the source: `HGG/<case>/<case>_{flair,t1,t1ce,t2,seg}.nii.gz`, or `.nii` as in the re-upload
-  that the semi-supervised literature refers to, which can be nested once more. All images of a case have the same grid
-  of 240 x 240 x 155 voxels of 1 mm. Mask values: 1 necrosis and non-enhancing tumor, 2 edema, 4 enhancing tumor; not
-  every case has all of them. A case without a mask is unlabeled.
-- The h5 files of that literature (SSL4MIS), `data/<case>.h5`, with the axes (z, y, x): `image` is FLAIR, cropped to the
-  brain and normalized, `label` is the whole tumor.
+  that the semi-supervised literature refers to, which can have one more level of folders. All images of a case have
+  the same grid of 240 x 240 x 155 voxels of 1 mm. Mask values: 1 necrosis and non-enhancing tumor, 2 edema, 4 enhancing
+  tumor; not every case has all of them. A case without a mask is unlabeled.
+- The h5 files of the semi-supervised literature (SSL4MIS), `data/<case>.h5`, with the axes (z, y, x): `image` is
+  FLAIR, cropped to the brain and normalized, `label` is the whole tumor.
 """
 
 import argparse

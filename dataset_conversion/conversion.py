@@ -1,4 +1,4 @@
-"""Conversion of a dataset: list the cases of the source, assign roles to them, and write them."""
+"""Conversion of a dataset: list the cases, make each labeled, unlabeled, val or test (its role), and write them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,19 +20,19 @@ from nnunet_dycon.errors import UsageError, UserError
 
 @dataclass(frozen=True)
 class Plan:
-    """Cases of a source and how to convert them, determined from the file names without opening images.
+    """Cases of a source folder and how to convert them, determined from the file names without opening images.
 
     Attributes:
         data_set: properties of the dataset: how its cases are read and written.
         training: training cases, in the published order if `ordered` is True, else sorted by name.
-        test: test cases of the dataset itself.
-        unlisted: cases that are in none of the dataset's own lists; they are used only if a split file or a protocol
-            names them.
-        ordered: whether `training` has the published order.
+        test: test cases according to the source, from its test folder or its list of test cases.
+        unlisted: cases in the source that are in none of the lists of the source; they are used only if a split file or
+            a protocol names them.
+        ordered: whether `training` has the published order; if so, the first cases keep their labels.
         left_out: identifier -> reason, for cases that are never used.
-        not_scored: identifier -> reason, for cases that are excluded from val and test of a protocol.
+        not_scored: identifier -> reason, for cases that are excluded from val and test of a published split (protocol).
         copies: identifiers of cases that are copies of one scan; if they had different roles, the split would leak.
-        keep_copies: whether to use all copies nevertheless.
+        keep_copies: whether to use all copies although the split may leak.
         warnings: messages to print and to write into the report.
         notes: messages to print.
     """
@@ -54,7 +54,7 @@ class Plan:
         return self.training + self.test + self.unlisted
 
     def without(self, identifiers: Sequence[str]) -> "Plan":
-        """Return the plan without some cases."""
+        """Return a copy of the plan without the cases in `identifiers`."""
 
         def kept(cases: tuple[Case, ...]) -> tuple[Case, ...]:
             return tuple(case for case in cases if case.identifier not in identifiers)
@@ -79,9 +79,9 @@ def convert(
     Args:
         converter: name of the converter in the registry.
         source: folder of the download.
-        dataset_id: an unused dataset ID.
+        dataset_id: ID of the new dataset, from 1 to 999, which no other dataset has.
         labeled: number of training cases that keep their label; a float is a fraction; None keeps all.
-        split: a JSON file with the lists labeled, unlabeled, val and test.
+        split: a JSON file with the lists labeled, unlabeled, val and test, which contain case identifiers.
         protocol: name of a published split.
         seed: random seed of the draw for `labeled`, used if there is no published order.
         num_processes: number of processes that convert cases.
@@ -129,7 +129,16 @@ def _assign(
     seed: int,
     warnings: list[str],
 ) -> Assignment:
-    """Assign roles by a split file, a protocol or a number of labels; append warnings to a list."""
+    """Assign roles by a split file, else by a protocol, else by a number of labeled cases.
+
+    Args:
+        plan: cases of the source.
+        split: JSON file with a list for each role, or None.
+        protocol: published split, or None.
+        labeled: number or fraction of training cases that keep their label; None keeps all.
+        seed: random seed of the draw for `labeled`.
+        warnings: list to which warnings are appended.
+    """
     if split is not None:
         held_out = [case.identifier for case in plan.test]
         assignment = assign_by_file(plan.cases, split, plan.left_out, held_out)
@@ -147,8 +156,8 @@ def _assign(
 def _assign_without_copies(plan: Plan, labeled: int | float | None, seed: int) -> Assignment:
     """Assign roles to the cases; if copies of one scan would make the split leak, leave out all but the first copy.
 
-    The split leaks if copies have different roles, or if several copies are labeled: cross-validation could train on
-    one and validate on another.
+    The split leaks if copies have different roles. It also leaks if several copies are labeled, since cross-validation
+    could train on one copy and validate on another.
     """
 
     def assign(cases: Plan) -> Assignment:
@@ -168,7 +177,7 @@ def _assign_without_copies(plan: Plan, labeled: int | float | None, seed: int) -
 
 
 def _check_copies_in_file(plan: Plan, assignment: Assignment, split: Path) -> None:
-    """Raise UserError if copies are on different sides of a split file, unless the plan keeps copies."""
+    """Raise UserError if a split file gives copies of one scan different roles, unless `plan.keep_copies` is set."""
     roles = _roles_of_copies(plan, assignment)
     if len(set(roles.values())) > 1 and not plan.keep_copies:
         remedy = " and ".join(list(roles)[1:])
@@ -176,7 +185,7 @@ def _check_copies_in_file(plan: Plan, assignment: Assignment, split: Path) -> No
 
 
 def _about_copies(plan: Plan, assignment: Assignment) -> list[str]:
-    """Return warnings about copies on different sides of a split, or about several labeled copies."""
+    """Return a list with a warning if copies of one scan have different roles or if several are labeled, else []."""
     roles = _roles_of_copies(plan, assignment)
     if len(set(roles.values())) > 1:
         return [f"cases {_with_roles(roles)} are copies of one scan on different sides of the split"]

@@ -109,7 +109,18 @@ def _named(entry: str, flag: str) -> tuple[str, str]:
 
 
 def _matches(source: Path, entries: Sequence[Path], pattern: str, flag: str) -> dict[str, Path]:
-    """Return case -> file that matches the pattern, or folder if the pattern ends in a slash."""
+    """Return case -> the file that matches a pattern, or the folder if the pattern ends in a slash.
+
+    Args:
+        source: folder to which the pattern is relative.
+        entries: all files and folders below the source.
+        pattern: pattern as described in the module's docstring.
+        flag: command-line option of the pattern, for error messages.
+
+    Raises:
+        UserError: nothing matches, or several files match for a case.
+        UsageError: the pattern does not contain {case}.
+    """
     if "{case}" not in pattern:
         raise UsageError(
             f"{flag}: the pattern {pattern} has no {{case}}; write {{case}} in place of the name of the case"
@@ -139,7 +150,11 @@ def _regex(text: str) -> str:
 
 
 def _cases(found: dict[str, dict[str, Path]]) -> dict[str, tuple[Path, ...]]:
-    """Return case -> its path for each channel; raise UserError if a case has no file for a channel."""
+    """Return case -> one path per channel; raise UserError if a case lacks a channel.
+
+    Args:
+        found: channel -> case -> path.
+    """
     every = sorted(set().union(*found.values()))
     for key, paths in found.items():
         if missing := [case for case in every if case not in paths]:
@@ -151,7 +166,14 @@ def _cases(found: dict[str, dict[str, Path]]) -> dict[str, tuple[Path, ...]]:
 
 
 def _label_values(foreground: Sequence[str]) -> tuple[dict[str, int | tuple[int, ...]], dict[int, int]]:
-    """Return two dicts: label name -> value in nnU-Net, and value in the mask files -> value in nnU-Net."""
+    """Return two dicts: label name -> value in nnU-Net, and value in the mask files -> value in nnU-Net.
+
+    Args:
+        foreground: NAME=VALUES for each label, as on the command line.
+
+    Raises:
+        UsageError: an entry is invalid, or a name or value is repeated.
+    """
     names: dict[str, int | tuple[int, ...]] = {"background": 0}
     values = {0: 0}
     for entry in foreground:

@@ -1,4 +1,4 @@
-"""Ischemic stroke: ISLES 2022 (250 cases with DWI, ADC, FLAIR and a lesion mask; 150 more are hidden).
+"""Ischemic stroke: ISLES 2022 (250 cases with DWI, ADC, FLAIR and a lesion mask; 150 test cases are not public).
 
 URL: https://doi.org/10.5281/zenodo.7153326
 License: see LICENSE in the archive; CC BY-SA 4.0 according to the organizers' repository
@@ -8,8 +8,8 @@ Two layouts are read, with names in upper or lower case: that of the release
 (`rawdata/<case>/ses-0001/..._{dwi,adc,flair}.nii.gz`), both with `derivatives/<case>/ses-0001/..._msk.nii.gz`.
 
 - The masks are on the grid of DWI. ADC has the same grid in all cases, FLAIR in none. So DWI is the reference grid.
-- ADC images have one of three units. This has no influence if each image is normalized separately, but it would with a
-  fixed window.
+- ADC images have one of three units. The unit has no influence if each image is normalized separately, as nnU-Net does
+  with MRI, but it would have with a fixed intensity window.
 - Three masks are empty.
 """
 
@@ -117,7 +117,7 @@ def plan(
 
 
 def _files(folder: Path) -> dict[tuple[str, str], Path]:
-    """Return (case, kind) -> file for all files below a folder."""
+    """Return (case, kind) -> file for all images and masks below a folder; kind is dwi, adc, flair or msk."""
     found: dict[tuple[str, str], Path] = {}
     for file in entries_below(folder):
         if (match := _FILE.fullmatch(file.name)) and file.is_file():
@@ -154,8 +154,8 @@ def _brain(image: sitk.Image) -> np.ndarray:
 def _report_overlap(kind: str, dwi: sitk.Image, image: sitk.Image, report: CaseReport) -> None:
     """Add to the report how well a resampled image overlaps with DWI, and warn if the overlap is low.
 
-    The report contains the Dice of the foreground masks of both images, and the fraction of the brain in DWI that the
-    other image does not cover.
+    The report contains the Dice of the foreground masks of both images, and the fraction of the brain in DWI where the
+    other image is 0. The foreground masks are those of `_brain`.
     """
     brain, other = _brain(dwi), _brain(image)
     dice = 2 * int((brain & other).sum()) / max(1, int(brain.sum()) + int(other.sum()))
@@ -166,7 +166,16 @@ def _report_overlap(kind: str, dwi: sitk.Image, image: sitk.Image, report: CaseR
 
 
 def _in_one_unit(adc: sitk.Image, dwi: sitk.Image, report: CaseReport, harmonize: bool) -> sitk.Image:
-    """Add the unit of an ADC image to the report and, if `harmonize` is set, convert the image to 1e-6 mm²/s."""
+    """Return an ADC image, converted to 1e-6 mm²/s if `harmonize` is True, and add its original unit to the report.
+
+    The unit is estimated from the 99.9th percentile of ADC in the brain, which is segmented in DWI.
+
+    Args:
+        adc: ADC image on the grid of DWI.
+        dwi: DWI of the same case.
+        report: report of the case.
+        harmonize: whether to convert the image.
+    """
     inside = sitk.GetArrayViewFromImage(adc)[_brain(dwi)]
     largest = float(np.percentile(inside, 99.9)) if inside.size else 0.0  # a constant DWI raises an error later
     unit, factor = next((unit, factor) for limit, unit, factor in _ADC_UNITS if largest < limit)

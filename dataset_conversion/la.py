@@ -5,9 +5,9 @@ License: no license file in the download; Cardiac Atlas Project data policy; do 
 
 Two layouts are read. The source is the folder of cases or the folder that contains it.
 
-- NRRD of the challenge: `Training Set/<id>/lgemri.nrrd` and `laendo.nrrd` (100 cases), and `Testing Set` (54 cases) in
-  the same form. Label values are 0 and 255. Every header has a spacing of 1 mm, which is wrong: it is 0.625 mm on all
-  axes.
+- NRRD of the challenge: `Training Set/<id>/lgemri.nrrd` (image) and `laendo.nrrd` (label) for 100 cases, and the same
+  files in `Testing Set` for 54 cases. Label values are 0 and 255. Every header has a spacing of 1 mm, which is wrong:
+  the spacing is 0.625 mm on all axes.
 - h5 files of the community (UA-MT): `2018LA_Seg_Training Set/<id>/mri_norm2.h5` (100 cases) with `image` and `label`
   with the axes (x, y, z), cropped in x and y around the label and already z-scored. So the field of view of unlabeled
   and test cases depends on their labels.
@@ -148,7 +148,7 @@ def _read_label(path: Path, images: Sequence[sitk.Image], report: CaseReport, sp
 
 
 def _read(path: Path, key: str, spacing: float) -> sitk.Image:
-    """Read an image from NRRD, or from the dataset `key` of an h5 file, with the given spacing in mm."""
+    """Read a NRRD file, or the dataset `key` of an h5 file, and set the spacing of all axes to `spacing` in mm."""
     if path.suffix == ".h5":
         return read_h5(path, key, (spacing,) * 3)
     image = read_volume(path)

@@ -124,7 +124,14 @@ def _root(source: Path) -> Path:
 
 
 def _cases(root: Path, part: str, listed: object, warnings: list[str]) -> dict[str, Case]:
-    """Return the cases of imagesTr or imagesTs; append warnings on unused labels and differences from dataset.json."""
+    """Return identifier -> case for the images in imagesTr or imagesTs.
+
+    Args:
+        root: folder of the task.
+        part: "Tr" or "Ts".
+        listed: list of these cases in dataset.json; None if there is none.
+        warnings: list to which warnings are appended, about unused labels and differences from dataset.json.
+    """
     images, labels = _volumes(root / f"images{part}"), _volumes(root / f"labels{part}")
     if stray := sorted(labels.keys() - images.keys()):
         one, many = "has no image and is not used", "have no image and are not used"
@@ -152,7 +159,7 @@ def _volumes(folder: Path) -> dict[str, Path]:
 
 
 def _listed_cases(entries: Sequence[object]) -> set[str]:
-    """Return the cases of a list in dataset.json; entries are image paths or {"image": path, "label": path}."""
+    """Return the identifiers in a list of dataset.json; its entries are paths or {"image": path, "label": path}."""
     paths = [entry.get("image") if isinstance(entry, dict) else entry for entry in entries]
     matches = [_FILE.fullmatch(PurePosixPath(path).name) for path in paths if isinstance(path, str)]
     return {match["case"] for match in matches if match}
@@ -180,7 +187,17 @@ def _name(content: Mapping[str, Any], file: Path) -> str:
 
 
 def _numbered(content: Mapping[str, Any], key: str, example: str, file: Path) -> dict[int, str]:
-    """Return an entry of dataset.json that maps numbers to names, in ascending order."""
+    """Return an entry of dataset.json as a dict, number -> name, in ascending order of the numbers.
+
+    Args:
+        content: content of dataset.json.
+        key: key of the entry, such as "labels".
+        example: valid entry, for the error message.
+        file: path of dataset.json, for the error message.
+
+    Raises:
+        UserError: the entry is missing or has another form.
+    """
     entry = content.get(key)
     if key == "modality" and entry is None and "channel_names" in content:
         raise UserError(
@@ -198,7 +215,7 @@ def _numbered(content: Mapping[str, Any], key: str, example: str, file: Path) ->
 
 
 def _channels(content: Mapping[str, Any], file: Path) -> tuple[str, ...]:
-    """Return the names of the channels, unchanged, since nnU-Net chooses the normalization by name ("CT")."""
+    """Return the names of the channels without changes, since nnU-Net chooses the normalization by the name ("CT")."""
     channels = _numbered(content, "modality", '{"0": "CT"}', file)
     if list(channels) != list(range(len(channels))):
         raise UserError(f'{file}: the channels in "modality" must be numbered 0, 1, ... without gaps; correct it')
@@ -208,7 +225,7 @@ def _channels(content: Mapping[str, Any], file: Path) -> tuple[str, ...]:
 def _label_values(content: Mapping[str, Any], file: Path) -> tuple[dict[str, int | tuple[int, ...]], dict[int, int]]:
     """Return two dicts: label name -> value in nnU-Net, and value in the files -> value in nnU-Net.
 
-    The value 0 is background, whatever its name.
+    The value 0 is background, whatever its name in dataset.json.
     """
     declared = _numbered(content, "labels", '{"0": "background", "1": "tumor"}', file)
     foreground = sorted((value for value in declared if value), key=lambda value: (declared[value] == "ignore", value))
@@ -230,7 +247,7 @@ def _read_images(paths: tuple[Path, ...], report: CaseReport, channels: Sequence
 
 
 def _read_label(path: Path, images: Sequence[sitk.Image], report: CaseReport) -> sitk.Image:
-    """Read a label, rounding integers that are stored as floating point numbers."""
+    """Read a label; round floating point values, and raise UserError if one of them is not nearly an integer."""
     label = read_volume(path)
     array = sitk.GetArrayViewFromImage(label)
     if array.dtype.kind != "f":

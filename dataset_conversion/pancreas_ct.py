@@ -55,11 +55,11 @@ _SMALLEST_FRACTION = 0.9  # of label voxels with plausible intensity
 
 @dataclass(frozen=True)
 class _Family:
-    """File names of h5 files that were preprocessed in the same way.
+    """A family of h5 files: files that were preprocessed in the same way, recognized by their names.
 
     Attributes:
-        pattern: regular expression of the file names; its group is the number of the case.
-        recipe: description of the preprocessing.
+        pattern: regular expression of the file names; its only matching group is the number of the case.
+        recipe: origin, cropping and spacing of the files, for the summary.
     """
 
     pattern: str
@@ -147,7 +147,7 @@ def plan(source: Path, *, protocol: Protocol | None = None, keep_duplicates: boo
 
 
 def _native(entries: Sequence[Path]) -> tuple[dict[str, Path], dict[str, Path], list[str]]:
-    """Return case -> NIfTI file or folder of a DICOM series, case -> label, and warnings."""
+    """Return a dict case -> NIfTI file or folder of a DICOM series, a dict case -> label file, and warnings."""
     images: dict[str, Path] = {}
     labels: dict[str, Path] = {}
     slices: dict[Path, int] = {}
@@ -177,7 +177,7 @@ def _native(entries: Sequence[Path]) -> tuple[dict[str, Path], dict[str, Path], 
 
 
 def _h5(entries: Sequence[Path]) -> tuple[dict[str, Path], str]:
-    """Return case -> h5 file, and a description of how the files were preprocessed."""
+    """Return a dict case -> h5 file and the `recipe` of the files; raise UserError if there are several families."""
     families: dict[str, dict[str, Path]] = {}
     for file in entries:
         for family in _FAMILIES:
@@ -214,8 +214,8 @@ def _read_label(path: Path, images: Sequence[sitk.Image], report: CaseReport) ->
 def _check_intensities(image: sitk.Image, label: sitk.Image, report: CaseReport) -> None:
     """Warn if the header of the label is probably wrong.
 
-    This is the case if the intensities under the label are implausible, or if they would be more uniform with the label
-    flipped. (PANCREAS_0001 passes the first test with any flip.)
+    The header is suspicious if the intensities under the label are implausible, or if they would be more uniform with
+    the label flipped. The second test is necessary: in PANCREAS_0001, intensities are plausible with any flip.
     """
     hounsfield = sitk.GetArrayViewFromImage(image)
     marked = np.nonzero(sitk.GetArrayViewFromImage(label))

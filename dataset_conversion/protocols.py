@@ -15,7 +15,7 @@ class Protocol:
         name: the value of --protocol.
         source: the publication of the split.
         published_labeled: numbers of labeled cases in publications; the first cases of `train` are the labeled ones.
-        faults: known faults of the split or of its use in publications.
+        faults: known faults of the split or of its use in publications, which are printed as warnings.
         train: identifiers of training cases in the published order.
         val: identifiers of validation cases, for choosing settings.
         test: identifiers of test cases.
@@ -35,13 +35,13 @@ class Protocol:
 
 
 def published_names(converter: str) -> list[str]:
-    """Return the names of the protocols of a converter."""
+    """Return the names of the protocols (published splits) for a converter, such as "la"."""
     prefix = f"{converter}_"
     return sorted(file.stem.removeprefix(prefix) for file in _FOLDER.glob(f"{prefix}*.json"))
 
 
 def published(converter: str, name: str) -> Protocol:
-    """Load the protocol `name` of a converter."""
+    """Load the protocol (published split) `name` for a converter."""
     content = json.loads((_FOLDER / f"{converter}_{name}.json").read_text(encoding="utf-8"))
     source = content.pop("source")
     return Protocol(name, source, **{key: tuple(value) for key, value in content.items()})

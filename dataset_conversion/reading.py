@@ -59,7 +59,15 @@ def unusable_below(folder: Path) -> list[str]:
 
 
 def read_volume(path: Path, report: CaseReport | None = None) -> sitk.Image:
-    """Read a 3D image with one value per voxel from a file or from a folder with one DICOM series."""
+    """Read a 3D image with one value per voxel from a file or from a folder with one DICOM series.
+
+    Args:
+        path: the file or folder.
+        report: report of the case, for warnings about a DICOM series; None discards them.
+
+    Raises:
+        UserError: the image cannot be read or has another form.
+    """
     with reading_errors(path), _keeping_locale():
         image = _read_series(path, report or CaseReport()) if path.is_dir() else _read_file(path)
     if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
@@ -79,17 +87,27 @@ def read_3d_or_4d(path: Path) -> list[sitk.Image]:
 
 
 def read_channels(paths: Sequence[Path], report: CaseReport) -> list[sitk.Image]:
-    """Read one file per channel; the default `read_images` of a DataSet."""
+    """Read one file or DICOM series per channel. Usable as `read_images` of a DataSet."""
     return [read_volume(path, report) for path in paths]
 
 
 def read_mask(path: Path, images: Sequence[sitk.Image], report: CaseReport) -> sitk.Image:
-    """Read a label file; the default `read_label` of a DataSet."""
+    """Read a label file; `images` and `report` are unused. Usable as `read_label` of a DataSet."""
     return read_volume(path)
 
 
 def read_h5(path: Path, key: str, spacing: tuple[float, float, float], axes: str = "xyz") -> sitk.Image:
-    """Read an image from the dataset `key` of an h5 file with the axes "xyz" or "zyx"; spacing in mm."""
+    """Read a 3D image from an h5 file.
+
+    Args:
+        path: the h5 file.
+        key: name of the dataset in the file.
+        spacing: spacing (x, y, z) in mm, which h5 files do not contain.
+        axes: order of the axes in the file, "xyz" or "zyx".
+
+    Raises:
+        UserError: the file cannot be read, or the dataset is not a 3D array of numbers.
+    """
     with reading_errors(path), h5py.File(path, "r") as file:
         data = file[key]
         if not (isinstance(data, h5py.Dataset) and data.ndim == 3 and data.size and data.dtype.kind in "biuf"):
@@ -103,7 +121,7 @@ def read_h5(path: Path, key: str, spacing: tuple[float, float, float], axes: str
 def read_h5_channels(
     paths: Sequence[Path], report: CaseReport, *, spacing: tuple[float, float, float], axes: str = "xyz"
 ) -> list[sitk.Image]:
-    """Read "image" from an h5 file; with a fixed spacing (functools.partial) usable as `read_images` of a DataSet."""
+    """Read the dataset "image" of h5 files. With a spacing bound by functools.partial, usable as `read_images`."""
     return [read_h5(path, "image", spacing, axes) for path in paths]
 
 
@@ -115,7 +133,7 @@ def read_h5_mask(
     spacing: tuple[float, float, float],
     axes: str = "xyz",
 ) -> sitk.Image:
-    """Read "label" from an h5 file; with a fixed spacing (functools.partial) usable as `read_label` of a DataSet."""
+    """Read the dataset "label" of an h5 file. With a spacing bound by functools.partial, usable as `read_label`."""
     return read_h5(path, "label", spacing, axes)
 
 
@@ -129,7 +147,7 @@ def _type_of_simpleitk(kind: np.dtype) -> np.dtype:
 
 
 def difference(first: sitk.Image, second: sitk.Image) -> str | None:
-    """Return the first property (such as the spacing) in which two voxel grids differ, with both values, or None."""
+    """Return the first property in which two voxel grids differ, as "spacing: (...) and (...)", or None if equal."""
     for what in ("Size", "Spacing", "Origin", "Direction"):
         values, others = (getattr(each, f"Get{what}")() for each in (first, second))
         if len(values) != len(others) or not np.allclose(values, others, rtol=0, atol=GEOMETRY_TOLERANCE):
@@ -164,7 +182,7 @@ def reoriented(image: sitk.Image, reference: sitk.Image) -> sitk.Image:
 
 @contextmanager
 def reading_errors(path: Path) -> Iterator[None]:
-    """Turn errors of the file system, SimpleITK, nibabel and h5py into a one-line UserError that names the file."""
+    """Within a context that reads `path`, turn errors of all readers into a one-line UserError that names the file."""
     try:
         yield
     except (OSError, EOFError, zlib.error, RuntimeError, KeyError, ValueError) as error:
@@ -177,7 +195,7 @@ def reading_errors(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _keeping_locale() -> Iterator[None]:
-    """Restore the locale: ITK sets it to "C" when it reads a .vtk file, and Python then reads text files as ASCII."""
+    """Restore the locale after a context: to read .vtk, ITK sets it to "C", and Python then reads text as ASCII."""
     before = locale.setlocale(locale.LC_ALL)
     try:
         yield
@@ -200,7 +218,7 @@ def _read_file(path: Path) -> sitk.Image:
 
 
 def _read_series(folder: Path, report: CaseReport) -> sitk.Image:
-    """Read a DICOM series, with slices sorted by position; raise UserError if they are not equally spaced."""
+    """Read the DICOM series in a folder, slices sorted by position; raise UserError if these are not equidistant."""
     series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
     if not series:
         raise UserError(f"{folder} has no readable DICOM series; download it again or leave the case out")
@@ -218,7 +236,7 @@ def _read_series(folder: Path, report: CaseReport) -> sitk.Image:
 
 
 def _sorted_by_position(files: Sequence[str]) -> list[str]:
-    """Sort slices by position; raise UserError if two are at the same position or one is missing in between."""
+    """Sort DICOM files by slice position; raise UserError for equal positions and for gaps between slices."""
     reader = sitk.ImageFileReader()
     places = {}
     for file in files:
@@ -245,9 +263,9 @@ def _sorted_by_position(files: Sequence[str]) -> list[str]:
 
 
 def _check_numbers(reader: sitk.ImageSeriesReader, slices: int, report: CaseReport) -> None:
-    """Warn if the DICOM instance numbers do not start with 0 or 1 or are not consecutive.
+    """Add a warning to the report if the DICOM instance numbers are not consecutive from 0 or 1.
 
-    Nothing is checked if a slice has no number.
+    The first or last slice may then be missing. Nothing is checked if a slice has no number.
     """
     tags = [
         reader.GetMetaData(index, _NUMBER).strip() for index in range(slices) if reader.HasMetaDataKey(index, _NUMBER)

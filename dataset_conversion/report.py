@@ -25,13 +25,28 @@ _VERSIONS_OF = ("nnunetv2", "SimpleITK", "numpy")
 
 @dataclass
 class CaseReport:
-    """Facts and warnings that a converter collects about one case for the report; warnings are also printed."""
+    """Facts and warnings about one case that are collected during its conversion.
+
+    Attributes:
+        facts: additional entries of the case in conversion_report.json.
+        warnings: warnings about the case, which are also printed.
+    """
 
     facts: dict[str, object] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
     def of_case(self, role: str, case: Case, images: Sequence[sitk.Image], label: sitk.Image | None) -> dict:
-        """Return the entry of the case in conversion_report.json; `intensity_under_label` has one entry per channel."""
+        """Return the entry of the case in conversion_report.json.
+
+        It contains the source files, the voxel grid, the number of voxels and the mean intensity in each channel
+        (`intensity_under_label`) per label value, and `facts` and `warnings`.
+
+        Args:
+            role: "labeled", "unlabeled", "val" or "test".
+            case: the case.
+            images: one image per channel, as written.
+            label: label with the values of nnU-Net; None for cases without a label.
+        """
         entry: dict[str, object] = {"role": role, "images": [str(path) for path in case.images]}
         if label is not None:
             entry["label"] = str(case.label)
@@ -60,7 +75,15 @@ def report_on_all(
     cases: Mapping[str, dict[str, Any]],
     warnings: Sequence[str],
 ) -> dict:
-    """Return the content of conversion_report.json: the entry of each case, and settings, counts and warnings."""
+    """Return the content of conversion_report.json: the entry of each case, and settings, counts and warnings.
+
+    Args:
+        data_set: properties of the dataset.
+        assignment: roles of the cases.
+        source: source folder.
+        cases: identifier -> result of `CaseReport.of_case`.
+        warnings: warnings that do not concern a single case.
+    """
     empty = [name for name, case in cases.items() if set(case.get("label_voxels", {"1": 1})) == {"0"}]
     all_warnings = [*warnings, *assignment.warnings]
     all_warnings += [f"case {name}: {warning}" for name, case in cases.items() for warning in case["warnings"]]
@@ -137,7 +160,8 @@ def slices_of(folder: Path, identifier: str) -> tuple[list[np.ndarray], int, np.
     Rows go from anterior to posterior and columns from right to left, as usual in radiology.
 
     Returns:
-        All channels (Y, X) of the slice, its index, the label (Y, X), and the aspect ratio of a voxel.
+        All channels (Y, X) of the slice, its index along z, its label (Y, X), and the height of a voxel divided by its
+        width.
     """
     label = sitk.DICOMOrient(sitk.ReadImage(str(folder / "labelsTr" / f"{identifier}.nii.gz")), "LPS")
     files = sorted((folder / "imagesTr").glob(f"{escape(identifier)}_[0-9][0-9][0-9][0-9].nii.gz"))

@@ -26,9 +26,13 @@ _ORIGIN = ("left_out", "source", "seed", "sha256")  # entries that split_record 
 
 @dataclass(frozen=True)
 class Case:
-    """One scan of the source: a path per channel, and the path of the label, if any.
+    """One case of the source.
 
-    A path is a file or the folder of a DICOM series. `facts` are written into the report.
+    Attributes:
+        identifier: name of the case.
+        images: one path per channel; a path is a file or the folder of a DICOM series.
+        label: file of the label; None if the case has no label.
+        facts: additional entries of the case in conversion_report.json, such as the tumor grade.
     """
 
     identifier: str
@@ -46,7 +50,7 @@ class Assignment:
         rule: description of how the roles were assigned.
         left_out: identifier -> reason, for cases without a role.
         seed: random seed of the draw of labeled cases; None without a random draw.
-        warnings: messages to print and to write into the report.
+        warnings: messages about the assignment, which are printed and written into the report.
     """
 
     cases: Mapping[str, tuple[Case, ...]]
@@ -149,12 +153,13 @@ def assign_by_protocol(
 ) -> Assignment:
     """Assign the roles of a published split; the first `labeled` training cases keep their label.
 
-    Cases that are missing in the source are reported. Val and test cases without a label are left out.
+    Cases of the protocol that are missing in the source lead to a warning. Val and test cases without a label are left
+    out.
 
     Args:
         cases: all cases of the source.
         protocol: the published split.
-        labeled: see `assign_by_count`.
+        labeled: number or fraction of the training cases that keep their label; None keeps all labels.
         not_scored: identifier -> reason, for cases to exclude from val and test.
         left_out_before: identifier -> reason, for cases that the source has but that are never used.
     """
@@ -197,9 +202,10 @@ def split_record(assignment: Assignment) -> dict[str, object]:
 
 
 def cross_validation(labeled: Iterable[str]) -> list[dict[str, list[str]]]:
-    """Return the 5 folds into which nnU-Net splits the labeled cases, or one fold per case if there are fewer than 5.
+    """Return the content of splits_final.json: nnU-Net's 5 folds, or one fold per case if there are fewer than 5.
 
-    A single case is used for training and validation, because nnU-Net requires one of each.
+    Each fold is a dict with the identifiers of "train" and "val". A single case is used for both, because nnU-Net
+    requires at least one case for training and one for validation.
     """
     from nnunetv2.utilities.crossval_split import (
         generate_crossval_split,
@@ -212,7 +218,7 @@ def cross_validation(labeled: Iterable[str]) -> list[dict[str, list[str]]]:
 
 
 def listed(text: str, allowed: Iterable[str], flag: str) -> list[str]:
-    """Split a comma-separated option; raise UsageError for entries that are not allowed or repeated."""
+    """Return the entries of a comma-separated option in lower case; raise UsageError for unknown or repeated ones."""
     entries = [entry.strip().lower() for entry in text.split(",")]
     if not set(entries) <= set(allowed) or len(set(entries)) < len(entries):
         raise UsageError(f"{flag} {text}: choose from {', '.join(allowed)}, each at most once")
@@ -220,7 +226,7 @@ def listed(text: str, allowed: Iterable[str], flag: str) -> list[str]:
 
 
 def _without_ending(entry: str, known: Collection[str]) -> str:
-    """Return the case identifier of an entry of a split file, which may be a file name."""
+    """Return an entry of a split file as case identifier: without file ending if only then it is a known case."""
     stripped = next((entry.removesuffix(ending) for ending in VOLUME_ENDINGS if entry.endswith(ending)), entry)
     return stripped if stripped in known and entry not in known else entry
 

@@ -39,7 +39,11 @@ _LONGEST_NAME = 255  # bytes, of common file systems
 
 @dataclass(frozen=True)
 class DataSet:
-    """Properties common to all cases. The readers must be picklable and return images (x, y, z) with spacing in mm."""
+    """Properties that all cases of a dataset share.
+
+    `read_images` and `read_label` must be picklable, since worker processes call them. They return SimpleITK images
+    with the axes (x, y, z) and the spacing in mm.
+    """
 
     name: str
     channel_names: tuple[str, ...]
@@ -81,7 +85,16 @@ def write_dataset(
     warnings: Sequence[str] = (),
     notes: Sequence[str] = (),
 ) -> Path:
-    """Write all cases in nnU-Net's raw format, print a summary with warnings and notes, and return the folder.
+    """Write all cases in nnU-Net's raw format, print a summary, and return the folder.
+
+    Args:
+        data_set: properties of the dataset.
+        assignment: roles of the cases.
+        folder: folder to write, a result of `new_dataset_folder`.
+        source: source folder, for the report.
+        num_processes: number of processes that convert cases.
+        warnings: messages for the summary and the report.
+        notes: messages for the summary only.
 
     Raises:
         UserError: some cases cannot be converted. The message names all of them; the converted cases are kept for the
@@ -113,7 +126,7 @@ def _write_dataset(
     notes: Sequence[str],
     lock: Lock,
 ) -> Path:
-    """Write the dataset; the caller holds the lock of its ID."""
+    """Write the dataset to `partial_folder`, rename it to `folder`, and print a summary; the caller holds the lock."""
     try:
         with _writing_errors(f"cannot write into {partial_folder}", "check the free disk space"):
             partial_folder.mkdir(exist_ok=True)
@@ -167,7 +180,7 @@ def _check_names(data_set: DataSet, identifiers: Sequence[str]) -> None:
 
 
 def _start_or_resume(partial_folder: Path, data_set: DataSet, assignment: Assignment, source: Path) -> None:
-    """Empty the partial folder, unless an interrupted conversion of equal source, settings and roles wrote it."""
+    """Empty the partial folder, unless it was written by a conversion with the same source, settings and roles."""
     settings = {
         "source": str(source.resolve()),
         "data_set": [data_set.name, data_set.channel_names, dict(data_set.labels), dict(data_set.settings)],
@@ -193,7 +206,7 @@ def _start_or_resume(partial_folder: Path, data_set: DataSet, assignment: Assign
 def _write_cases(
     data_set: DataSet, assignment: Assignment, folder: Path, num_processes: int
 ) -> dict[str, dict[str, Any]]:
-    """Write all cases that an interrupted conversion has not written; return the report of each case."""
+    """Write all cases that an interrupted conversion has not written; return identifier -> report for all cases."""
     jobs = [(role, case) for role in FOLDERS for case in assignment.cases[role]]
     missing = [job for job in jobs if _recorded(folder, *job) is None]
     if len(missing) < len(jobs):
@@ -212,7 +225,7 @@ def _write_cases(
 
 
 def _recorded(folder: Path, role: str, case: Case) -> dict[str, Any] | None:
-    """Return the report of a case if it was written from the current files, else None."""
+    """Return the report of a case if its complete output was written from the current source files, else None."""
     try:
         record = json.loads((folder / _RECORDS / f"{case.identifier}.json").read_text())
         return record["report"] if record["made_from"] == _stamps(role, case) else None
@@ -221,7 +234,7 @@ def _recorded(folder: Path, role: str, case: Case) -> dict[str, Any] | None:
 
 
 def _stamps(role: str, case: Case) -> list[list[object]]:
-    """Return path, size and modification time of all source files of a case."""
+    """Return path, size and modification time of all source files of a case that are read for its role."""
     label = (case.label,) if case.label is not None and FOLDERS[role][1] is not None else ()
     files = [file for path in (*case.images, *label) for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
     return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
@@ -229,6 +242,11 @@ def _stamps(role: str, case: Case) -> list[list[object]]:
 
 def _write_case(data_set: DataSet, folder: Path, job: tuple[str, Case]) -> str | None:
     """Write one case, then a record that it is complete; return an error message if its files are invalid.
+
+    Args:
+        data_set: properties of the dataset.
+        folder: folder that becomes the folder of the dataset.
+        job: role of the case, and the case.
 
     Raises:
         UserError: the output cannot be written.
@@ -257,7 +275,7 @@ def _write_case(data_set: DataSet, folder: Path, job: tuple[str, Case]) -> str |
 
 
 def _read_images(data_set: DataSet, case: Case, report: CaseReport) -> list[sitk.Image]:
-    """Read and check the channels of a case."""
+    """Return one image per channel of a case; raise UserError for NaN, constant images and different voxel grids."""
     images: list[sitk.Image] = []
     for path, image in zip(case.images, data_set.read_images(case.images, report), strict=True):
         array = sitk.GetArrayViewFromImage(image)
@@ -294,13 +312,16 @@ def _write_image(image: sitk.Image, path: Path) -> None:
 
 
 def _require_same_grid(first_file: Path, first: sitk.Image, file: Path, image: sitk.Image) -> None:
-    """Raise UserError if two voxel grids differ: nnU-Net would not detect a shifted or flipped label by the headers."""
+    """Raise UserError if two voxel grids differ.
+
+    All files of a case are written with the header of its first channel, so nnU-Net could not detect a difference.
+    """
     if found := difference(first, image):
         raise UserError(f"{first_file} and {file} differ in {found}; repair the files or leave the case out")
 
 
 def _mapped(label: sitk.Image, label_values: Mapping[int, int], file: Path) -> sitk.Image:
-    """Replace the values of the source by those of nnU-Net; raise UserError for unknown values."""
+    """Return a label with the values of nnU-Net in place of those of the source; raise UserError for unknown values."""
     array = sitk.GetArrayFromImage(label)
     if array.dtype.kind == "f":  # such as integers that were rescaled
         rounded = np.rint(array)
@@ -363,7 +384,7 @@ def _print_summary(
 
 @contextmanager
 def _writing_errors(what: str, remedy: str) -> Iterator[None]:
-    """Turn errors in writing files into a one-line UserError: what failed, the reason, and the remedy."""
+    """Within a context that writes files, turn errors into a one-line UserError: "{what}: {reason}; {remedy}"."""
     try:
         yield
     except (OSError, RuntimeError, EOFError) as error:

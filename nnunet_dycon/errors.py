@@ -20,9 +20,10 @@ ONE_LINE = "nnunet_dycon: error: "
 
 
 class _OneLine(SystemExit):
-    """Base class of exceptions that print one line instead of a traceback if they are not caught.
+    """Base class of exceptions that, if they are not caught, print one line instead of a traceback and end the process.
 
-    Subclasses have a second base class, such as RuntimeError, so that nnU-Net's code can catch them as usual.
+    Subclasses have a second base class, such as RuntimeError, so that code of nnU-Net that catches RuntimeError also
+    catches them.
     """
 
     def __init__(self, reason: str) -> None:
@@ -35,7 +36,10 @@ class NotSupported(_OneLine, NotImplementedError):
 
 
 class UnknownTrainer(_OneLine, RuntimeError):
-    """Error for a trainer that does not exist or was removed; a RuntimeError, as in nnU-Net's look-up of trainers."""
+    """Error for a trainer that does not exist or was removed.
+
+    It is a RuntimeError, because nnU-Net's look-up of trainers raises RuntimeError for an unknown name.
+    """
 
 
 @contextmanager
@@ -49,11 +53,11 @@ def ends_in_one_line() -> Iterator[None]:
 
 @contextmanager
 def explained(cause: type[Exception] | tuple[type[Exception], ...], text: str) -> Iterator[None]:
-    """Catch an error and raise a UserError instead: "TEXT (first line of the caught error's message)".
+    """Catch errors in a `with` block, and raise a UserError instead: "TEXT (first line of the caught error's message)".
 
     Args:
         cause: types of the errors to catch.
-        text: the problem and the remedy, for the new message.
+        text: TEXT in the new message, which names the problem and the remedy.
     """
     try:
         yield
@@ -62,16 +66,16 @@ def explained(cause: type[Exception] | tuple[type[Exception], ...], text: str) -
 
 
 def some(names: Sequence[object], limit: int = 3) -> str:
-    """Return at most `limit` names, and how many more there are, such as "a, b, c and 2 more"."""
+    """Return the first `limit` names as text, and the number of names left out, such as "a, b, c and 2 more"."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(map(str, names[:limit])) + more
 
 
 def counted(names: Sequence[object], one: str, many: str) -> str:
-    """Return the number of names and some of them, such as "1 case has no mask: a" or "2 cases have no mask: a, b".
+    """Return the number of names and the first 3 of them, such as "2 cases have no mask: a, b".
 
     Args:
-        names: the names.
+        names: the names to count and to list, such as names of cases.
         one: the words after the number 1, such as "case has no mask".
         many: the words after other numbers, such as "cases have no mask".
     """

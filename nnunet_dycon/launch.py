@@ -42,12 +42,12 @@ def main() -> None:
 
 
 def _train(train, *arguments, **options) -> None:
-    """Call nnU-Net's run_training in a process group, on the device of this rank.
+    """Call nnU-Net's run_training in a process group, on the GPU or CPU of this rank.
 
     Args:
         train: nnU-Net's run_training.
-        arguments: its positional arguments.
-        options: its keyword arguments.
+        arguments: positional arguments for `train`.
+        options: keyword arguments for `train`.
 
     Raises:
         UsageError: torchrun did not start this process, there are fewer GPUs than processes, or -num_gpus is given.
@@ -76,12 +76,16 @@ def _train(train, *arguments, **options) -> None:
 
 
 def _empty_store(rank: int, ranks: int) -> dist.Store:
-    """Return torchrun's store with a key prefix that is new after each restart and the same on all ranks.
+    """Return torchrun's key-value store, with a key prefix that is new after each restart and the same on all ranks.
 
-    torchrun keeps one store for a training and all its restarts (as of torch 2.14). After a restart, the store still
-    contains the addresses of killed processes, to which ranks would try to connect. The restart count cannot serve as
-    prefix, because each machine counts only its own restarts. Rank 0 therefore generates a random prefix, and sends it
-    to the other ranks through the store.
+    Through this store, the ranks exchange their addresses. torchrun keeps one store for a training and all its restarts
+    (as of torch 2.14). After a restart, the store still contains the addresses of killed processes, and ranks would try
+    to connect to these. The restart count cannot serve as prefix, because each machine counts only its own restarts.
+    Therefore, rank 0 generates a random prefix, and sends it to the other ranks through the store.
+
+    Args:
+        rank: the global rank of this process.
+        ranks: the world size.
     """
     store, *_ = next(dist.rendezvous("env://"))
     identifier = uuid4().hex
@@ -102,7 +106,14 @@ def _empty_store(rank: int, ranks: int) -> dist.Store:
 
 
 def _own_device(kind: str) -> torch.device:
-    """Return the CPU or the GPU of the local rank; raise UsageError if that GPU does not exist."""
+    """Return the device for this process: the CPU, or the GPU whose number is the local rank.
+
+    Args:
+        kind: the device type, "cpu" or "cuda".
+
+    Raises:
+        UsageError: torchrun did not start this process, this GPU does not exist, or another device type is given.
+    """
     if "LOCAL_RANK" not in os.environ:
         raise UsageError(
             "nnunet_dycon.launch must be started by torchrun; run, with the arguments of nnUNetv2_train: torchrun "
@@ -120,7 +131,14 @@ def _own_device(kind: str) -> torch.device:
 
 
 def _use_device(device: torch.device) -> None:
-    """Patch nnU-Net to train on a device, instead of on the GPU whose number is the global rank."""
+    """Patch nnU-Net's trainers, DDP wrapper and loading of pretrained weights to use a device.
+
+    Without the patch, nnU-Net uses the GPU whose number is the global rank. This GPU does not exist on the second
+    machine.
+
+    Args:
+        device: the device of this rank.
+    """
     initialise = trainer_module.nnUNetTrainer.__init__
 
     @wraps(initialise)  # nnU-Net inspects its signature
@@ -150,8 +168,9 @@ def _load_checkpoint(
         is_restarted: whether torchrun has restarted the training.
         is_resume: whether the user has given --c.
         trainer: nnU-Net's trainer.
-        continue_training: argument of maybe_load_checkpoint, which a restart may override.
-        validation_only: argument of maybe_load_checkpoint, passed on.
+        continue_training: whether to resume. If torchrun may restart the training (--max-restarts), the result of
+            `_should_resume` is used instead.
+        validation_only: whether the user has given --val, to run only the final validation.
         pretrained: file with pretrained weights, or None.
     """
     if not validation_only and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
@@ -168,9 +187,11 @@ def _load_checkpoint(
 def _should_resume(folder: Path, is_restarted: bool, is_resume: bool, lock: Callable[[], None] | None = None) -> bool:
     """Return whether to resume the training from a checkpoint in its folder.
 
-    When a training starts anew, this function renames the checkpoints of an earlier training in the folder, and writes
-    the torchrun ID of the new training to the file MARK. If MARK contains this ID after a restart, the checkpoints in
-    the folder belong to the restarted training.
+    At the first start, the result is whether the user has given --c. Without --c, this function renames checkpoints of
+    an earlier training in the folder. In both cases, it writes the torchrun ID of the training to the file MARK.
+
+    After a restart, the ID in MARK shows that the checkpoints in the folder belong to the restarted training. The
+    result is then whether there are any. If MARK does not contain the ID, the restart is handled like a first start.
 
     Args:
         folder: the folder of the fold, fold_X.

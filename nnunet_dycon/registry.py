@@ -22,13 +22,13 @@ class Trainer:
     """Description of a trainer for `nnUNetv2_train -tr NAME`, whose class is in the module nnunet_dycon.trainers.NAME.
 
     Attributes:
-        group: the group in which `nnunet_dycon list` shows the trainer.
+        group: heading under which `nnunet_dycon list` shows the trainer, such as "published methods".
         summary: description of the method in one line.
         paper: reference of the method: authors, title, year.
         is_supervised: whether the trainer uses labeled cases only.
-        companion: the network that is saved in addition to the student: "teacher", "second" (the second of two
-            trained networks), or None.
-        caveat: warning about measured results that is logged when training starts; "" for no warning.
+        companion: the network that is saved in addition to the student: "teacher" (the EMA of the student), "second"
+            (the second of two trained networks), or None if no other network is saved.
+        caveat: warning that is logged when training starts, such as a lower measured Dice; "" for no warning.
     """
 
     group: str
@@ -157,7 +157,7 @@ CONVERTERS: dict[str, Converter] = {
 
 
 def groups() -> dict[str, list[str]]:
-    """Return the groups of trainers, in the order of TRAINERS: group -> names of its trainers."""
+    """Return the names of the trainers in each group: group -> names, both in the order of TRAINERS."""
     found: dict[str, list[str]] = {}
     for name, trainer in TRAINERS.items():
         found.setdefault(trainer.group, []).append(name)

@@ -24,7 +24,7 @@ _SMOKE = {"num_epochs": 2, "num_iterations_per_epoch": 5, "num_val_iterations_pe
 
 
 def _split(name: str) -> tuple[str, re.Match | None]:
-    """Return a trainer's name without its length suffix, and the match of the suffix, or None without one."""
+    """Return a trainer's name without length suffix, and the match of `_LENGTH`, or None if there is no suffix."""
     match = _LENGTH.fullmatch(name)
     return (match["trainer"] if match else name), match
 
@@ -46,14 +46,14 @@ def registered_name(name: str) -> str | None:
 
 
 def caveat_of(name: str) -> str | None:
-    """Return "NAME: caveat" for a registered trainer, with or without length suffix; None if it has no caveat."""
+    """Return "NAME: caveat" for a trainer, with or without length suffix; None without a caveat."""
     trainer, _ = _split(name)
     caveat = TRAINERS[trainer].caveat if trainer in TRAINERS else ""
     return f"{trainer}: {caveat}" if caveat else None
 
 
 def trainer_class(name: str) -> Any:
-    """Return the class of a registered trainer, with or without length suffix, or of an internal one in `BUILDERS`.
+    """Return the class of a trainer: registered, with or without length suffix, or internal (`BUILDERS`).
 
     Raises:
         UnknownTrainer: there is no such trainer.
@@ -70,7 +70,7 @@ def trainer_class(name: str) -> Any:
 
 
 def __getattr__(name: str) -> Any:
-    """Create and store the class of a registered trainer with a length suffix."""
+    """Return the class of a registered trainer with a length suffix, which is created and stored in the module."""
     trainer, match = _split(name)
     if match is None or trainer not in TRAINERS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,6 +5,9 @@ from nnunet_dycon.trainers.nnUNetTrainerPseudoLabel import nnUNetTrainerPseudoLa
 
 
 class nnUNetTrainerBCP(nnUNetTrainerPseudoLabel):
-    """Bidirectional copy-paste of labeled and unlabeled images (arXiv:2305.00673)."""
+    """Bidirectional copy-paste (arXiv:2305.00673).
+
+    A box of each labeled image is replaced by a box of an unlabeled image, and vice versa.
+    """
 
     method_settings = PseudoLabelSettings(mixing="copy_paste", weight=0.5)

@@ -16,7 +16,7 @@ from nnunet_dycon.trainers.uxnet_training import UXNetTraining
 
 
 class nnUNetTrainerDKUXNet(UXNetTraining, SemiSupervisedTrainer):
-    """Query distribution consistency (arXiv:2311.12364); see `nnunet_dycon.methods.dkuxnet`."""
+    """DK-UXNet: query distribution consistency (arXiv:2311.12364); see `nnunet_dycon.methods.dkuxnet`."""
 
     network_class = "nnunet_dycon.networks.DKUXNet"
     activation_memory_factor = 4.5  # two views and the mask transformer; measured in docs/cost.md
@@ -44,7 +44,7 @@ class nnUNetTrainerDKUXNet(UXNetTraining, SemiSupervisedTrainer):
         return DKUXNet(supervision, self.method_settings)
 
     def initialize(self) -> None:
-        """Initialize like `SemiSupervisedTrainer`, then register a forward hook that keeps the queries of the student.
+        """Initialize like `SemiSupervisedTrainer`, then register a forward hook that stores the student's queries.
 
         Raises:
             NotSupported: deep supervision is off. Without it, the assignment of voxels to queries is not trained.

@@ -13,35 +13,37 @@ class nnUNetTrainerDyCON(SemiSupervisedTrainer):
     Framework
 
     - Network, optimizer, learning rate, patch size, augmentation and deep supervision of the supervised loss are
-      nnU-Net's. The teacher sees the view without intensity augmentation, in eval mode; the release adds noise to its
-      input and keeps its dropout active.
+      nnU-Net's. The teacher is in eval mode and its input is the view without intensity augmentation; the release adds
+      noise to the teacher's input and keeps the teacher's dropout active.
     - FeCL uses the features of the encoder stage with the stride nearest to 8; the release upsamples features of stride
       16.
     - The release takes the class of patches of unlabeled images from their ground truth, which is not available here;
       the class is taken from the teacher's prediction instead.
 
-    Both losses
+    Both losses (UnCL and FeCL)
 
-    - Both losses are ramped up over the first 40 % of the training; in the release they have their full weight from the
-      first step.
+    - The weights of both losses are ramped up over the first 40 % of the training; in the release they have their final
+      values from the first step.
     - The release's third term, a mean squared error with a weight of nearly 0, is omitted.
 
     UnCL
 
-    - β decreases from 5 to 0.5, as in the released code; quotations of the paper's text give 1 to 0.1.
+    - The factor β of the entropies decreases from 5 to 0.5, as in the released code; quotations of the paper's text
+      give 1 to 0.1.
     - Entropies are computed with log_softmax instead of log(p + 1e-6).
 
     FeCL
 
-    - The focal weights are computed from the cosine c, clamped to [0, 1], instead of S = c/τ.
-    - The loss is the mean over valid anchors, which have at least one positive and one negative. The release takes the
-      mean over all anchors, in which invalid ones count as 0.
-    - The number of hard negatives, k = 5, and the clamping are our interpretation.
+    - The focal weights are computed from the cosine similarity c of two patches, clamped to [0, 1], instead of S = c/τ
+      with the temperature τ.
+    - The loss is the mean over valid anchors, which are patches with at least one positive and one negative patch. The
+      release takes the mean over all anchors, in which invalid ones count as 0.
+    - The number of hard negatives, k = 5, and the clamping of c are our interpretation.
     - The projection head has layer norm instead of batch norm and, unlike in the release, no final normalization layer.
     - The class of a patch depends on its foreground fraction, and patches with a fraction between 0.05 and 0.25 are
       ignored; the release uses the central 2 x 2 x 2 voxels.
-    - The entropy of an anchor is the mean over its patch of the entropy of the student's softmax; the paper's
-      "gambling softmax" is equal to a softmax.
+    - The entropy of an anchor is the entropy of the student's softmax, averaged over the voxels of the patch; the
+      paper's "gambling softmax" is equal to a softmax.
     """
 
     method_settings = DyCONSettings()

@@ -6,7 +6,10 @@ from nnunet_dycon.trainers.semi_supervised import TrainingSettings
 
 
 class nnUNetTrainerFixMatch(nnUNetTrainerPseudoLabel):
-    """FixMatch (arXiv:2001.07685): confident pseudo-labels of the weak view for strong views mixed by CutMix."""
+    """FixMatch (arXiv:2001.07685), with confidence threshold 0.8 and CutMix.
+
+    Confident pseudo-labels, predicted from weak views, are the targets for strong views, which CutMix mixes.
+    """
 
     training_settings = TrainingSettings(strong_intensity_augmentation=True)
     method_settings = PseudoLabelSettings(mixing="cutmix", confidence=0.8)

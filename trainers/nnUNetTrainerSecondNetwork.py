@@ -15,11 +15,11 @@ _SHARED = (
 
 
 def second_architecture(architecture: dict) -> dict:
-    """Return the architecture of the second network, given the architecture in the plans.
+    """Return the architecture of the second network, in the form of nnU-Net's plans.
 
     The second network is a residual-encoder U-Net for a plain U-Net and vice versa, with nnU-Net's default numbers of
-    blocks or convolutions per stage. Both networks have equal numbers of stages, widths and strides, so that patch
-    sizes and features correspond.
+    blocks or convolutions per stage. Both networks have the same number of stages, and in each stage the same
+    width and stride, so that both accept the same patch size and have features of equal shape.
 
     Args:
         architecture: the entry "architecture" of a configuration in nnU-Net's plans.
@@ -52,7 +52,7 @@ def second_architecture(architecture: dict) -> dict:
 
 
 class nnUNetTrainerSecondNetwork(nnUNetTrainer):
-    """nnU-Net's trainer with the second network, for nnUNetv2_predict with checkpoints of second networks."""
+    """Trainer by which nnUNetv2_predict builds the second network of a checkpoint; it is not used for training."""
 
     @staticmethod
     def build_network_architecture(

@@ -82,7 +82,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         return compatibility.stage_nearest_to_stride_8(self)
 
     def initialize(self) -> None:
-        """Initialize as nnU-Net, build the method, add its modules to the optimizer, and hook the feature stage."""
+        """Initialize as in nnU-Net, then build the method, optimize its modules, and register the feature hook."""
         super().initialize()
         with compatibility.deep_supervision_off(self):  # the teacher is a copy of the network and does not need it
             self.method = self.build_method(self.network, make_supervision(self))
@@ -111,7 +111,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
     @property
     def settings(self) -> dict[str, dict]:
-        """All settings of this training as dicts of plain values."""
+        """Group, such as "method_settings" -> dict of the settings in this group."""
         return {"training_settings": asdict(self.training_settings), "method_settings": asdict(self.method_settings)}
 
     @property
@@ -147,7 +147,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             checkpoints.set_aside(folder, self.print_to_log_file)  # --c would prefer an earlier final checkpoint
 
     def get_dataloaders(self):
-        """Return nnU-Net's data loaders; the training loader has a labeled and an unlabeled stream."""
+        """Return the augmenters of training (labeled and unlabeled patches) and of validation, as nnU-Net's hook."""
         labeled, validation = self.get_tr_and_val_datasets()
         unlabeled = loader.UnlabeledDataset(self.unlabeled_cases.folder, self.unlabeled_cases.identifiers())
         streams = {"labeled": labeled, "unlabeled": unlabeled, "validation": validation}
@@ -180,7 +180,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         return gradients.values
 
     def validation_step(self, batch: dict) -> dict:
-        """Run nnU-Net's step. If a stop is requested, save a checkpoint and exit instead."""
+        """Run nnU-Net's validation step. If SIGTERM has been received, save a checkpoint and exit instead."""
         if on_any_rank(self._stop_request.is_made, self.device):
             preemption.save_and_exit(self, self.curves, self._step_in_epoch)
         return super().validation_step(batch)
@@ -193,7 +193,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             super().run_training()
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
-        """Run nnU-Net's hook, with non-finite losses replaced, then record and log means and times of the epoch."""
+        """Run nnU-Net's hook without non-finite losses, then record and log means and durations of the epoch."""
         super().on_train_epoch_end(replace_lost(train_outputs))
         self._recorder.end(self.current_epoch, train_outputs).log(self.logger.loggers, self.print_to_log_file)
 
@@ -216,7 +216,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
     @ends_in_one_line()
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
-        """Load nnU-Net's checkpoint with the method's state. If it is damaged, --c loads another one of the folder."""
+        """Load a checkpoint with the method's state. With --c, a damaged one is replaced by the newest readable one."""
         if self._continue_training:
             self._continue_training, log = False, self.print_to_log_file  # later calls load exactly the given file
             filename_or_checkpoint = checkpoints.find_readable(filename_or_checkpoint, log, self._lock.acquire)

@@ -13,7 +13,7 @@ from nnunet_dycon.training import checkpoints
 
 
 class TwoNetworksTrainer(SemiSupervisedTrainer):
-    """Semi-supervised trainer with a second network from the same plans, stored as `second` in the method."""
+    """Semi-supervised trainer with a second network from the same plans, stored as `method.second`."""
 
     second_network = nnUNetTrainerSecondNetwork
     activation_memory_factor = 2.3  # plain and residual-encoder U-Net, from the shapes of their activations

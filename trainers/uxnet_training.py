@@ -1,4 +1,4 @@
-"""Base class of the trainers of 3D UX-Net, with the network, built from nnU-Net's plans, and the optimizer."""
+"""Base class of the trainers of 3D UX-Net, with a network that is built from nnU-Net's plans, and AdamW."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -18,11 +18,11 @@ _IMPORTED = ("conv_op", "norm_op", "nonlin")  # stored in the plans as names of 
 
 @dataclass(frozen=True)
 class AdamWSettings:
-    """Settings of AdamW, equal to those of the released code. The learning rate decays to 0 with nnU-Net's schedule.
+    """Settings of AdamW, with the values of the released code of DK-UXNet as defaults.
 
     Attributes:
-        learning_rate: the initial learning rate.
-        weight_decay: the weight decay.
+        learning_rate: learning rate of the first epoch, which decays to 0 with nnU-Net's schedule.
+        weight_decay: decoupled weight decay, as in torch.optim.AdamW.
     """
 
     learning_rate: float = 1e-4
@@ -32,8 +32,8 @@ class AdamWSettings:
 class UXNetTraining(nnUNetTrainer):
     """nnU-Net's trainer with a network of `nnunet_dycon.networks`, and AdamW.
 
-    nnU-Net builds the network by a method of the trainer class, without an instance. So the options of the network are
-    class attributes and class methods.
+    nnU-Net calls build_network_architecture on the trainer class, without an instance. So the options of the network
+    are class attributes and class methods.
     """
 
     network_class = "nnunet_dycon.networks.UXNet"
@@ -48,7 +48,7 @@ class UXNetTraining(nnUNetTrainer):
     def build_network_architecture(
         cls, plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision=True
     ) -> nn.Module:
-        """Build the network from the entries of the plans that it has in common with nnU-Net's own networks.
+        """Build the network from those entries of the plans that also configure nnU-Net's own networks.
 
         Raises:
             NotSupported: an entry is missing in the plans, or the network cannot be built from them.
@@ -74,7 +74,7 @@ class UXNetTraining(nnUNetTrainer):
             raise NotSupported(f"{cls.__name__} cannot build its network: {error}; {remedy}") from None
 
     def configure_optimizers(self):
-        """Return AdamW and nnU-Net's learning-rate schedule."""
+        """Return the AdamW optimizer and nnU-Net's polynomial learning-rate schedule."""
         settings = self.optimizer_settings
         self.initial_lr, self.weight_decay = settings.learning_rate, settings.weight_decay
         optimizer = torch.optim.AdamW(self.network.parameters(), self.initial_lr, weight_decay=self.weight_decay)

@@ -1,4 +1,4 @@
-"""The command nnunet_dycon. Torch and nnU-Net are imported only by sub-commands that run, so --help is fast."""
+"""The command nnunet_dycon. Only the sub-command that is run imports torch and nnU-Net, so --help is fast."""
 
 import argparse
 import os
@@ -38,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build_parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
     """Return the parser of all sub-commands.
 
-    Only the converter that `argv` calls gets its options, since these are defined in the module of each converter.
+    Of the converters (`nnunet_dycon convert NAME`), only the one named in `argv` gets its command-line options. The
+    options are defined in the module of each converter, and importing all these modules would be slow.
 
     Args:
         argv: the command-line arguments without the program name.

@@ -1,4 +1,7 @@
-"""Batches of a training step and outputs of a network. Unlabeled batches have no field for labels."""
+"""Batches of a training step and outputs of a network.
+
+Unlabeled batches have no field for labels, so no method can use labels of unlabeled cases by mistake.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -62,9 +65,10 @@ class StudentOutput:
     Attributes:
         logits: the logits, (B, K, *spatial), at each resolution, highest first. Without deep supervision only the
             highest.
-        features: (B, F, *grid), the output of the network stage that a `FeatureTap` stores, or None without a tap.
-        queries: the logits of a mask transformer's query distribution, (B, K, *spatial), at each resolution of
-            ``logits``; empty for other networks.
+        features: (B, F, *grid), the output of the network stage on which a `FeatureTap` (a forward hook) is registered;
+            None if none is registered.
+        queries: the logits of the query distribution of a mask transformer (`KMaXOutput`), (B, K, *spatial), at each
+            resolution of ``logits``; empty for other networks.
     """
 
     logits: list[torch.Tensor]
@@ -75,7 +79,12 @@ class StudentOutput:
     def of(
         cls, returned: torch.Tensor | Sequence[torch.Tensor], features: torch.Tensor | None = None
     ) -> "StudentOutput":
-        """Build a `StudentOutput` from a network's return value: logits, or a list of logits with deep supervision."""
+        """Build a `StudentOutput`.
+
+        Args:
+            returned: the return value of a network: logits, or with deep supervision a list of logits.
+            features: see `StudentOutput`.
+        """
         return cls([returned] if isinstance(returned, torch.Tensor) else list(returned), features)
 
     def __getitem__(self, samples: slice) -> "StudentOutput":

@@ -22,7 +22,8 @@ class CoTraining(Method):
 
     The first sum is over both networks (students) s, the second one over the loss terms k, of which the supervised loss
     has weight 1. :math:`\bar{s}` is the other network, called the peer of s; it receives no gradient from the loss of
-    s. Both students see the same strong views, labeled images first. There is no teacher.
+    s. Both students see the same batch: the strongly augmented labeled images, then the strongly augmented unlabeled
+    images. There is no teacher.
 
     A subclass defines the `mutual_losses` and their `weights`. Its settings must have the field ``rampup``, the length
     of the ramp-up as a fraction of the training.
@@ -49,7 +50,7 @@ class CoTraining(Method):
         self._second_tap = None if stage is None else FeatureTap(unwrap(second), stage.name)
 
     def weights(self, ramp: float) -> dict[str, float]:
-        """Return the weight of each mutual loss by name. `mutual_losses` may omit terms of weight 0.
+        """Return the weight of each loss term of `mutual_losses` by name. `mutual_losses` may omit terms of weight 0.
 
         Args:
             ramp: the ramp-up factor, from 0 to 1.
@@ -68,8 +69,8 @@ class CoTraining(Method):
             progress: training progress in [0, 1].
 
         Returns:
-            The unweighted loss terms of the first network, those of the second network under the same names, and
-            diagnostics.
+            Three dicts: the unweighted loss terms of the first network by name, the unweighted loss terms of the second
+            network under the same names, and diagnostics by name.
         """
         raise NotImplementedError
 
@@ -98,7 +99,7 @@ class CoTraining(Method):
 
     @torch.no_grad()
     def label(self, images: torch.Tensor) -> torch.Tensor:
-        """Return the logits that the second network predicts for images in eval mode; see `Method.label`."""
+        """Return the logits (B, K, *spatial) of the second network in eval mode for images (B, C, *spatial)."""
         network = unwrap(self.second)
         network.eval()
         try:

@@ -28,9 +28,9 @@ def pseudo_label_diagnostics(
     Args:
         student: (B, *spatial), the student's label maps of unlabeled images.
         teacher: (B, *spatial), the pseudo-labels: label maps of the teacher, the peer, or the weak view.
-        where: (B, *spatial), boolean mask of the voxels to use, such as those that come from unlabeled images; None for
-            all.
-        agreement: the name of the agreement, one of `AGREEMENTS`.
+        where: (B, *spatial), boolean, True for the voxels to use, such as the voxels from unlabeled images in a mixed
+            batch; None for all voxels.
+        agreement: the name under which the agreement is returned, a key of `AGREEMENTS`.
 
     Returns:
         "pseudo_foreground", the fraction of voxels whose pseudo-label is foreground, and, under the name ``agreement``,
@@ -62,7 +62,7 @@ def pseudo_region_diagnostics(
 
     Returns:
         "pseudo_foreground", the fraction of voxels in any pseudo-labeled region, and, under the name ``agreement``, the
-        mean Dice over the regions, without those that are empty in both predictions.
+        mean Dice over the regions, without regions that are empty in both predictions.
     """
     voxels: int | torch.Tensor = teacher[:, 0].numel()
     if where is not None:
@@ -73,6 +73,6 @@ def pseudo_region_diagnostics(
 
 
 def terms_of_loss(names: Iterable[str]) -> list[str]:
-    """Return the names of loss terms among names of curves, in the same order. The total loss is not a term."""
+    """Return the curve names that are terms of the loss, in the same order. The total, "loss", is not a term."""
     others = {"loss", *SCHEDULES, *FRACTIONS, *AGREEMENTS}
     return [name for name in names if name not in others and not name.startswith(SECONDS)]

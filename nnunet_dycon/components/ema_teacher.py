@@ -15,7 +15,7 @@ def unwrap(module: nn.Module) -> nn.Module:
 
 
 def _unwrapped(module: nn.Module) -> tuple[nn.Module, bool]:
-    """Return the module inside the wrappers of `unwrap`, and whether torch.compile wraps it."""
+    """Return the module as `unwrap` does, and whether one of the removed wrappers is that of torch.compile."""
     is_compiled = False
     while True:
         if isinstance(module, nn.parallel.DistributedDataParallel):
@@ -37,7 +37,7 @@ class EMATeacher(nn.Module):
     far (Mean Teacher, arXiv:1703.01780; as in the released DyCON). Buffers are copied, not averaged.
 
     An update is one fused operation over all weights, without synchronization of host and device. torch's own
-    `AveragedModel` synchronizes, because it copies its counter to the device.
+    `AveragedModel` synchronizes, because it copies its count of updates to the device.
 
     Args:
         network: the student; may be wrapped by DDP or torch.compile. If it is compiled, the teacher is compiled, too.
@@ -77,7 +77,7 @@ class EMATeacher(nn.Module):
         return self._averages[0]
 
     def get_extra_state(self) -> torch.Tensor:
-        """Return the number of updates for the state dict, as a tensor like its other entries."""
+        """Return the number of updates, which torch adds to the state dict; a tensor, like the other entries."""
         return torch.tensor(self.updates)
 
     def set_extra_state(self, state: torch.Tensor) -> None:
@@ -85,18 +85,21 @@ class EMATeacher(nn.Module):
         self.updates = int(state)
 
     def train(self, mode: bool = True) -> "EMATeacher":
-        """Stay in eval mode regardless of ``mode``: a teacher uses no dropout and no batch statistics."""
+        """Stay in eval mode regardless of ``mode``, so that the teacher uses no dropout and no batch statistics."""
         return super().train(False)
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> StudentOutput:
-        """Return logits at full resolution and, with a projection head, the features of ``stage``, without gradient."""
+        """Return the teacher's logits at full resolution, without gradient.
+
+        With a projection head, the output also contains the features of the encoder stage ``stage`` of the constructor.
+        """
         logits = StudentOutput.of(self._forward[0](images)).logits
         return StudentOutput(logits[:1], None if self._tap is None else self._tap.take())
 
     @torch.no_grad()
     def embed(self, features: torch.Tensor) -> torch.Tensor:
-        """Embed features with the averaged projection head; see `ProjectionHead`."""
+        """Return embeddings (B, N, D) of features (B, F, *grid), computed with the averaged `ProjectionHead`."""
         return self._averages[1](features)
 
     @torch.no_grad()
@@ -110,7 +113,7 @@ class EMATeacher(nn.Module):
         self.updates += 1
 
     def synchronize(self) -> None:
-        """Reset the average to the student's weights."""
+        """Copy the student's weights, and set the number of updates to 0."""
         self.updates = 0
         self.update()
         self.updates = 0

@@ -1,4 +1,7 @@
-"""Features for contrastive losses: forward hook that reads them, projection head, sampling, and labels of patches."""
+"""Features for contrastive losses: a forward hook that reads features, a projection head, and labels of patches.
+
+Here a patch is a cell of the feature grid: the box of voxels of the image that one feature vector represents.
+"""
 
 import math
 from collections.abc import Sequence
@@ -13,7 +16,12 @@ IGNORED_PATCH = -1
 
 @dataclass(frozen=True)
 class FeatureStage:
-    """Stage of a network: the name of its module, and the number of its output channels."""
+    """Stage of a network whose output is used as features.
+
+    Attributes:
+        name: the name of the module in the network, as for `torch.nn.Module.get_submodule`.
+        channels: the number of output channels of the module.
+    """
 
     name: str
     channels: int
@@ -24,6 +32,11 @@ class FeatureTap:
 
     The network, its state dict and its outputs are unchanged. Nothing is stored while the module is in eval mode
     (validation, sliding-window prediction), unless ``always`` is set.
+
+    Args:
+        network: the network on which the hook is registered.
+        name: the name of the module in the network, as for `torch.nn.Module.get_submodule`.
+        always: whether to store the output in eval mode, too.
     """
 
     def __init__(self, network: nn.Module, name: str, always: bool = False) -> None:
@@ -47,9 +60,9 @@ class FeatureTap:
 class ProjectionHead(nn.Module):
     """Projection head for a contrastive loss, applied to each patch: linear, layer norm, ReLU, linear.
 
-    Deviations from the released DyCON (commit 69c1384): layer norm instead of batch norm, which would need buffers in
-    the EMA teacher and behave differently in its eval mode; the input is features of stride 8 instead of features that
-    are upsampled from stride 16.
+    Deviations from the released DyCON (commit 69c1384): layer norm instead of batch norm, which has running
+    statistics, and would therefore compute something else in the EMA teacher, which is in eval mode; the input is
+    features of stride 8 instead of features that are upsampled from stride 16.
     """
 
     def __init__(self, channels: int, width: int = 256) -> None:
@@ -59,7 +72,7 @@ class ProjectionHead(nn.Module):
         )
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Embed features (B, F, *grid) as (B, N, D) with the N cells of the grid and the width D."""
+        """Return embeddings (B, N, D) of features (B, F, *grid), with the N cells of the grid and the width D."""
         return self.layers(features.flatten(2).transpose(1, 2))
 
 
@@ -74,8 +87,8 @@ def pool_to_patches(volume: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
         (B, N), with the N cells in the same order as in the output of `ProjectionHead`.
 
     Raises:
-        ValueError: a size of the volume is not a multiple of the number of cells. With the feature grid of a network
-            from nnU-Net's plans it always is.
+        ValueError: the number of voxels along an axis is not a multiple of the number of cells. This cannot occur for
+            the feature grid of a network from nnU-Net's plans.
     """
     # Not avg_pool3d, which MPS does not support.
     split = _split(volume, grid)
@@ -94,7 +107,7 @@ def _split(volume: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
 
 
 def _cells(volume: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
-    """Reshape (B, *spatial) to (B, N, voxels per cell)."""
+    """Reshape a volume (B, *spatial) to (B, N, voxels per cell) with the N cells of the feature grid."""
     split = _split(volume, grid)
     axes = range(1, split.ndim)
     return split.permute(0, *axes[::2], *axes[1::2]).reshape(len(volume), math.prod(grid), -1)
@@ -102,7 +115,7 @@ def _cells(volume: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class DrawnVoxels:
-    """Indices and labels of sampled voxels of a batch.
+    """Indices and labels of M sampled voxels of a batch.
 
     Attributes:
         index: (M,), indices into the batch flattened to (B * voxels).
@@ -129,7 +142,7 @@ def draw_voxels(labels: torch.Tensor, eligible: torch.Tensor, number: int, num_c
     the host does not wait for the device.
 
     Args:
-        labels: (B, *spatial), integers.
+        labels: (B, *spatial), integers, the class of each voxel.
         eligible: (B, *spatial), boolean, True for voxels that may be sampled.
         number: the number of voxels per class.
         num_classes: the number of classes, including background.
@@ -159,7 +172,7 @@ def patch_labels(
     annotated voxels of the cell; a cell with less than half of its voxels annotated is ignored.
 
     Args:
-        label_map: (B, *spatial), integers.
+        label_map: (B, *spatial), integers, the class of each voxel.
         grid: the number of cells along each spatial axis.
         num_classes: the number of classes, including background.
         foreground_fraction: the smallest foreground fraction of a foreground cell.
@@ -188,7 +201,8 @@ def patch_codes(
     As in `patch_labels`, the foreground fraction of a cell determines whether it is foreground, background or ignored.
     Voxels in any region are foreground. The class of a foreground cell is the most frequent code of its foreground
     voxels; in case of a tie, the lowest of these codes. Unlike a majority vote for each region, this is always a
-    combination that occurs in the cell. The codes are sorted instead of counted one by one, since there can be many.
+    combination that occurs in the cell. The codes in a cell are sorted to count them, since there can be too many
+    possible codes to count each one separately.
 
     Args:
         codes: (B, *spatial), integers: the code of each voxel (see `region_codes`), 0 for the background.
@@ -220,11 +234,13 @@ def _classed(
     foreground_fraction: float,
     background_fraction: float,
 ) -> torch.Tensor:
-    """Return the label of each cell, (B, N).
+    """Return a label for each of the N cells, (B, N): the value of ``largest``, 0 for background or `IGNORED_PATCH`.
+
+    The rule is that of `patch_labels`.
 
     Args:
-        foreground: (B, N), the foreground fraction of each cell.
-        largest: (B, N), the label of each cell if it is a foreground cell.
+        foreground: (B, N), the foreground fraction of each cell, relative to all voxels of the cell.
+        largest: (B, N), the label that each cell has if it is a foreground cell.
         annotated: (B, N), the annotated fraction of each cell; None if all voxels are annotated.
         foreground_fraction: as in `patch_labels`.
         background_fraction: as in `patch_labels`.

@@ -24,7 +24,7 @@ class ClassMap(NamedTuple):
 
     Attributes:
         labels: (B, *spatial), integers.
-        mask: (B, *spatial), boolean, True for the voxels to use.
+        mask: (B, *spatial), boolean, True for the voxels to use, for example in a loss.
         classes: the number of classes, including background.
     """
 
@@ -61,7 +61,7 @@ class LabelSpace:
         raise NotImplementedError
 
     def truth(self, labeled: LabeledBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return labels and mask, as in `split`, of a labeled batch at full resolution."""
+        """Return the labels of a labeled batch at full resolution, and the mask of annotated voxels; see `split`."""
         return self.split(labeled.full_resolution)
 
     def labels(self, logits: torch.Tensor) -> torch.Tensor:
@@ -69,7 +69,10 @@ class LabelSpace:
         raise NotImplementedError
 
     def confident_labels(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the labels that are predicted by logits (B, C, *spatial), and the probability of each label."""
+        """Return the labels that are predicted by logits (B, C, *spatial), and the probability of each label.
+
+        Both have the shape of labels. For regions, the probability is that of the prediction "inside" or "outside".
+        """
         raise NotImplementedError
 
     def voxel_entropy(self, logits: torch.Tensor) -> torch.Tensor:
@@ -77,7 +80,7 @@ class LabelSpace:
         raise NotImplementedError
 
     def highest_entropy(self, channels: int) -> float:
-        """Return the upper bound of `voxel_entropy` in nats, for logits with this number of channels."""
+        """Return the largest possible value of `voxel_entropy` in nats, for logits with ``channels`` channels."""
         raise NotImplementedError
 
     def shown(self, logits: torch.Tensor) -> torch.Tensor:
@@ -85,7 +88,7 @@ class LabelSpace:
         raise NotImplementedError
 
     def class_maps(self, labels: torch.Tensor, mask: torch.Tensor, channels: int) -> Iterator[ClassMap]:
-        """Yield one map of all classes or, for regions, a map of the two classes outside (0) and inside (1) per region.
+        """Yield one map of all classes or, for regions, one map per region with the classes outside (0) and inside (1).
 
         Args:
             labels: (B, *spatial) integers or, for regions, (B, R, *spatial) booleans.
@@ -104,7 +107,16 @@ class LabelSpace:
         foreground_fraction: float,
         background_fraction: float,
     ) -> torch.Tensor:
-        """Return the class of each patch as an integer, (B, N); see `patch_labels` and `patch_codes`."""
+        """Return the class of each patch (cell of a feature grid) as an integer, (B, N).
+
+        Args:
+            labels: the labels of the voxels.
+            known: boolean, of the same shape, False for voxels that are not annotated.
+            grid: the number of cells along each spatial axis.
+            channels: the number of channels of the logits.
+            foreground_fraction: see `patch_labels` for classes, `patch_codes` for regions.
+            background_fraction: as ``foreground_fraction``.
+        """
         raise NotImplementedError
 
     @staticmethod
@@ -114,7 +126,10 @@ class LabelSpace:
         where: torch.Tensor | None = None,
         agreement: str = AGREEMENT,
     ) -> dict[str, torch.Tensor]:
-        """Return foreground fraction and agreement; see `pseudo_label_diagnostics` and `pseudo_region_diagnostics`."""
+        """Return the foreground fraction of pseudo-labels and their agreement with the student's labels.
+
+        For arguments and names see `pseudo_label_diagnostics` (classes) and `pseudo_region_diagnostics` (regions).
+        """
         raise NotImplementedError
 
 
@@ -217,7 +232,7 @@ class RegionLabels(LabelSpace):
     def shown(self, logits: torch.Tensor) -> torch.Tensor:
         """Return one label per voxel for plots: the number, from 1, of the last region that contains the voxel, else 0.
 
-        nnU-Net's order of regions has inner regions last, so they are visible.
+        nnU-Net's order of regions has inner regions last, so that outer regions do not hide them.
         """
         shown = torch.zeros_like(logits[:, 0], dtype=torch.int16)  # one volume for all regions of a whole case
         for number, of_region in enumerate(logits.unbind(1), 1):
@@ -250,7 +265,7 @@ class RegionLabels(LabelSpace):
 
 
 def region_codes(labels: torch.Tensor) -> torch.Tensor:
-    """Return the combination of regions that contain each voxel as an integer, whose bit r is set inside region r.
+    """Return an integer for each voxel that encodes its regions: bit r is set if region r contains the voxel.
 
     Args:
         labels: (B, R, *spatial), boolean.

@@ -18,12 +18,12 @@ Terms = dict[str, torch.Tensor | float]
 
 @dataclass(frozen=True)
 class Supervision:
-    """Losses between logits and labels, and the label space.
+    """Supervised losses of a training, and its label space.
 
     Attributes:
         loss: nnU-Net's loss, called with a list of logits (highest resolution first) and nnU-Net's targets.
         weighted_loss: the same loss with a weight for each voxel (and region), for pseudo-labels and mixed images.
-        label_space: the label space: classes or regions.
+        label_space: `ClassLabels` or `RegionLabels`.
     """
 
     loss: Callable[[list[torch.Tensor], Targets], torch.Tensor]
@@ -39,8 +39,9 @@ class Method(nn.Module):
 
     Attributes:
         teacher: the EMA teacher, or None in methods without one.
-        uses_features: whether `StudentOutput.features` is required.
-        labeler: the name, in curves and plots, of the network that makes pseudo-labels; None if there is none.
+        uses_features: whether `forward` requires `StudentOutput.features` of the student.
+        labeler: the name of the network that makes pseudo-labels, such as "teacher". It is used in the plots of
+            pseudo-labels and in the curve of computing times; None if only the student makes predictions.
     """
 
     teacher: EMATeacher | None
@@ -70,7 +71,10 @@ class Method(nn.Module):
         return self.supervision.weighted_loss(output.logits, mix.only_labeled(target), mix.only_labeled(known.float()))
 
     def label(self, images: torch.Tensor) -> torch.Tensor:
-        """Return the logits (B, K, *spatial) of the `labeler` for images (B, C, *spatial), without gradient."""
+        """Return the logits (B, K, *spatial) of the network named by `labeler` for images (B, C, *spatial).
+
+        The logits have no gradient.
+        """
         if self.teacher is None:
             raise NotImplementedError(f"{type(self).__name__} has no teacher; override label() or set labeler to None")
         return self.teacher(images).logits[0]

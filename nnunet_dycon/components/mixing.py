@@ -1,6 +1,7 @@
 """Mixing of labeled and unlabeled images in the student's batch: none, CutMix or copy-paste.
 
-A mixture is drawn once per step and applied to images, labels, masks and all other volumes of the same shape.
+The boxes to exchange are drawn once per step; the same mixture is then applied to images, labels, masks and all other
+volumes of the same spatial shape.
 """
 
 from collections.abc import Sequence
@@ -29,19 +30,27 @@ class Mixture:
         self.truth[:labeled] = True
 
     def __call__(self, of_labeled: torch.Tensor, of_unlabeled: torch.Tensor) -> torch.Tensor:
-        """Mix volumes of labeled (L, [C,] *spatial) and unlabeled (U, [C,] *spatial) images to (B', [C,] *spatial)."""
+        """Return the mixed batch of volumes, (B', [C,] *spatial).
+
+        Args:
+            of_labeled: (L, [C,] *spatial), volumes such as images or label maps of the L labeled images.
+            of_unlabeled: (U, [C,] *spatial), the same kind of volumes of the U unlabeled images.
+        """
         return torch.cat([of_labeled, of_unlabeled])
 
     def only_labeled(self, of_labeled: torch.Tensor) -> torch.Tensor:
-        """Mix volumes of labeled images, with 0 for voxels from unlabeled images."""
+        """Return the mixed batch for volumes of labeled images, with 0 in the voxels from unlabeled images."""
         return self(of_labeled, of_labeled.new_zeros((self._numbers[1], *of_labeled.shape[1:])))
 
     def only_unlabeled(self, of_unlabeled: torch.Tensor) -> torch.Tensor:
-        """Mix volumes of unlabeled images, with 0 for voxels from labeled images."""
+        """Return the mixed batch for volumes of unlabeled images, with 0 in the voxels from labeled images."""
         return self(of_unlabeled.new_zeros((self._numbers[0], *of_unlabeled.shape[1:])), of_unlabeled)
 
     def on_grid(self, grid: Sequence[int]) -> "Mixture":
-        """Return the same mixture on a coarser grid: the voxel at the center of a cell determines its source image."""
+        """Return the same mixture for volumes on a coarser grid, such as features.
+
+        Each cell of the grid comes from the image from which the voxel at its center comes.
+        """
         scaled = copy(self)
         for name, value in vars(self).items():
             if isinstance(value, torch.Tensor) and value.dtype == torch.bool:
@@ -74,7 +83,8 @@ class CopyPaste(Mixture):
     """Bidirectional copy-paste (BCP, arXiv:2305.00673): a labeled and an unlabeled image exchange a box.
 
     The batch consists of the labeled images with a box of an unlabeled image, followed by the unlabeled images with a
-    box of a labeled image. If there are fewer images of one kind, they are repeated.
+    box of a labeled image. If there are fewer labeled than unlabeled images, the labeled images are repeated, and vice
+    versa.
     """
 
     cuts_labeled = True
@@ -104,7 +114,7 @@ def mixture(
     """Draw a mixture with boxes at random places.
 
     Args:
-        kind: "none", "cutmix" or "copy_paste".
+        kind: "none" (`Mixture`), "cutmix" (`CutMix`) or "copy_paste" (`CopyPaste`).
         labeled: the number of labeled images.
         unlabeled: the number of unlabeled images.
         spatial: the spatial shape of an image.
@@ -112,7 +122,7 @@ def mixture(
         box_fraction: the length of a box as a fraction of each axis, in [0, 1].
 
     Raises:
-        ValueError: see `check_mixture`.
+        ValueError: ``kind`` is not one of these, or ``box_fraction`` is not in [0, 1].
     """
     check_mixture(kind, box_fraction)
     if kind == "none":
@@ -135,7 +145,7 @@ def check_mixture(kind: str, box_fraction: float) -> None:
 def random_boxes(number: int, spatial: Sequence[int], side: float, device: torch.device) -> torch.Tensor:
     """Draw ``number`` boolean masks (number, *spatial), each True in a box at a random place.
 
-    The length of the box is the fraction ``side`` of each axis.
+    The length of the box along each axis is ``side`` times the length of the axis.
     """
     inside = torch.zeros((number, *spatial), dtype=torch.bool, device=device)
     lengths = [round(side * size) for size in spatial]

@@ -29,7 +29,7 @@ class Workers(NonDetMultiThreadedAugmenter):
     It raises UserError if a case cannot be read or if a worker was killed.
 
     A job scheduler that stops a training sends SIGTERM to all of its processes. The workers end at once, but the
-    trainer still finishes a step, so that all ranks stop after the same one. If no new batch can be drawn for this
+    trainer still finishes a step, so that all ranks stop after the same step. If no new batch can be drawn for this
     step, the augmenter returns the previous batch again.
 
     Args:
@@ -79,7 +79,7 @@ def augmenter(
     """Return an augmenter that draws batches from a data loader, in this process or in worker processes.
 
     Args:
-        loader: the loader to draw from.
+        loader: the data loader, which is copied to each worker process.
         processes: number of worker processes; with 0, batches are drawn in this process.
         cached: number of batches that the workers prepare in advance.
         pin_memory: whether the batches of workers are copied to pinned memory.
@@ -104,7 +104,16 @@ def augmenter(
 def start(
     training: TwoStreamLoader, validation: LabeledLoader, pin_memory: bool, is_ending: Callable[[], bool]
 ) -> tuple[InProcess | Workers, InProcess | Workers]:
-    """Start and return the augmenters of both loaders, with as many workers and cached batches as in nnU-Net."""
+    """Return the augmenters of the training and the validation loader, after each has drawn a first batch.
+
+    The numbers of workers and cached batches are those of nnU-Net.
+
+    Args:
+        training: loader of labeled and unlabeled patches.
+        validation: loader of validation patches.
+        pin_memory: whether the batches of workers are copied to pinned memory.
+        is_ending: function without arguments that returns whether this process has received SIGTERM.
+    """
     processes = get_allowed_n_proc_DA()
     for_validation = min(processes, max(1, processes // 2))
     augmenters = (

@@ -45,7 +45,7 @@ def check_file(file: Path) -> None:
 
 
 def _load_nifti(file: Path) -> Any:
-    """Load a NIfTI file with nibabel, also an uncompressed one that is named .nii.gz."""
+    """Load a NIfTI file with nibabel, even if it is uncompressed but named .nii.gz."""
     if is_compressed(file) or not file.name.lower().endswith(".gz"):
         return nibabel.load(file)
     try:
@@ -55,7 +55,12 @@ def _load_nifti(file: Path) -> Any:
 
 
 def _require_all_voxels(file: Path, header: int) -> None:
-    """Raise EOFError if an image file is too short for its header, with the given length in bytes, and all voxels."""
+    """Raise EOFError if an image file contains fewer bytes than its header and all voxels require.
+
+    Args:
+        file: image file, which may be compressed by gzip. Its voxels must be stored without other compression.
+        header: length of the header in bytes.
+    """
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(file))
     reader.ReadImageInformation()
@@ -68,7 +73,7 @@ def _require_all_voxels(file: Path, header: int) -> None:
 
 
 def _vtk_header(file: Path) -> int:
-    """Return the length of the header of a .vtk file in bytes; raise ValueError if the voxels are stored as text."""
+    """Return the length in bytes of the header of a .vtk file; raise ValueError if the voxels are stored as text."""
     with file.open("rb") as content:
         lines = list(itertools.islice(content, 20))
     if b"ASCII\n" in lines:
@@ -84,7 +89,7 @@ def check_image(image: np.ndarray, spacing: Sequence[float], channels: int, usua
         image: (C, X, Y, Z), as returned by nnU-Net's reader.
         spacing: voxel spacing according to the header, in mm.
         channels: number of channels in dataset.json.
-        usual_spacing: median spacing of the labeled cases in mm, with the axes in any order.
+        usual_spacing: median spacing of the labeled cases in mm. The order of the axes has no influence.
     """
     if len(image) != channels:
         raise ValueError(f"{len(image)} channels or time points, but dataset.json names {channels} channels")
@@ -96,7 +101,15 @@ def check_image(image: np.ndarray, spacing: Sequence[float], channels: int, usua
 
 
 def check_unit(spacing: Sequence[float], usual_spacing: Sequence[float]) -> None:
-    """Raise ValueError if a spacing differs so much from the usual spacing that its unit is probably not mm."""
+    """Raise ValueError if a spacing is not positive, or if its unit is probably not mm.
+
+    The unit is probably wrong if the geometric mean of the spacing over the axes differs from the geometric mean of the
+    usual spacing by a factor of 8 or more.
+
+    Args:
+        spacing: voxel spacing of an image according to its header.
+        usual_spacing: median spacing of the labeled cases in mm. The order of the axes has no influence.
+    """
     if not (np.isfinite(spacing).all() and min(spacing) > 0):
         raise ValueError(f"its spacing {tuple(spacing)} is not finite and positive")
     scale = np.exp(np.log(spacing).mean() - np.log(usual_spacing).mean())

@@ -79,8 +79,8 @@ def check_split(folder: Path, labeled: set[str], fold: int | Literal["all"]) -> 
 def check_fingerprint(base: Path, plans: PlansManager, configuration_name: str, dataset_id: int) -> None:
     """Raise UserError if nnU-Net's fingerprint was not extracted from the current labeled cases.
 
-    nnU-Net keeps an existing fingerprint unless --clean is used. If a label has been removed meanwhile, the fingerprint
-    still contains statistics of this label, which determine the plans: spacing, patch size and, for CT, the
+    nnU-Net keeps an existing fingerprint unless --clean is used. If a case has lost its label since then, the
+    fingerprint still contains statistics of this case, which influence the plans: spacing, patch size and, for CT, the
     normalization. The check computes the shapes of the preprocessed images from the shapes and spacings in the
     fingerprint, and compares them with the shapes of the stored images. The properties of the cases (.pkl) are not
     read, since loading a pickle can execute code.
@@ -122,14 +122,21 @@ def check_fingerprint(base: Path, plans: PlansManager, configuration_name: str, 
 def _preprocessed_shape(
     shape: Sequence[int], spacing: Sequence[float], plans: PlansManager, configuration: ConfigurationManager
 ) -> tuple[int, ...]:
-    """Return the shape to which nnU-Net's preprocessor resamples a cropped image with a shape and a spacing in mm."""
+    """Return the shape that an image has after nnU-Net's preprocessor has transposed and resampled it.
+
+    Args:
+        shape: shape of the image after cropping, with the axes in the order of the file.
+        spacing: spacing of the image in mm, with the axes in the same order.
+        plans: plans of the dataset, which define the transposition.
+        configuration: configuration in the plans, which defines the spacing after resampling.
+    """
     shape, spacing = ([values[axis] for axis in plans.transpose_forward] for values in (shape, spacing))
     target = [*spacing[: len(shape) - len(configuration.spacing)], *configuration.spacing]  # in 2d slices are kept
     return tuple(int(length) for length in compute_new_shape(shape, spacing, target))
 
 
 def _stored_shape(folder: Path, case: str) -> tuple[int, ...]:
-    """Return the spatial shape of a preprocessed image, which nnU-Net stores as .b2nd or .npz."""
+    """Return the spatial shape of a preprocessed image, stored as .b2nd or .npz, without loading the voxels."""
     if (folder / f"{case}.b2nd").is_file():
         return tuple(blosc2.open(str(folder / f"{case}.b2nd"), mode="r").shape[1:])
     with ZipFile(folder / f"{case}.npz") as archive, archive.open("data.npy") as array:

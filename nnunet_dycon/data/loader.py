@@ -1,8 +1,8 @@
 """Two-stream data loader: each batch consists of nnU-Net's batch of labeled patches and a batch of unlabeled patches.
 
-One loader draws both. So the numbers of labeled and unlabeled patches per batch are fixed, no additional worker
-processes are needed, and nnU-Net's training loop, pinned memory and shutdown can be used. The loader is defined in an
-importable module because worker processes may be spawned.
+A single loader draws both kinds of patches. So the numbers of labeled and unlabeled patches per batch are fixed, no
+additional worker processes are needed, and nnU-Net's training loop, pinned memory and shutdown can be used. The loader
+is defined in an importable module because worker processes may be spawned, and then import the loader by name.
 
 nnU-Net does not report the exception of a worker process, only that the process has ended. Therefore, if a case cannot
 be read, a loader returns the error message in a dict with the only key `FAULT` instead of a batch, and
@@ -60,7 +60,7 @@ def require_readable(folder: str, cases: Sequence[str], remedy: str) -> None:
     Args:
         folder: folder of the preprocessed cases.
         cases: identifiers of the cases.
-        remedy: remedy for the error message, such as a command to run.
+        remedy: last part of the error message, such as a command to run.
 
     Raises:
         UserError: a file cannot be read. The message names it.
@@ -75,7 +75,13 @@ def require_readable(folder: str, cases: Sequence[str], remedy: str) -> None:
 
 @contextmanager
 def naming_unreadable_cases(trainer: nnUNetTrainer) -> Iterator[None]:
-    """Turn an error in nnU-Net's validation into a UserError if its cause is a validation case that cannot be read."""
+    """Raise a UserError instead of an error of nnU-Net's validation if a validation case cannot be read.
+
+    To be used as a context manager around the validation. Other errors are raised unchanged.
+
+    Args:
+        trainer: semi-supervised trainer that runs the validation.
+    """
     try:
         yield
     except Exception:
@@ -99,7 +105,7 @@ class LabeledLoader(nnUNetDataLoader):
     """nnU-Net's data loader, except that it returns {`FAULT`: message} instead of a batch if a case cannot be read.
 
     Args:
-        remedy: remedy for the error message on a case that cannot be read, such as a command to run.
+        remedy: last part of the error message on a case that cannot be read, such as a command to run.
     """
 
     def __init__(self, data, *arguments, remedy: str = _REMEDY, **options) -> None:
@@ -114,7 +120,10 @@ class LabeledLoader(nnUNetDataLoader):
             return {FAULT: str(error)}
 
     def set_thread_id(self, thread_id: int) -> None:
-        """Set the number of this worker process, and end it when its parent ends; called by the worker at its start."""
+        """Store the number of this worker process, and start a thread that ends the process when its parent ends.
+
+        batchgenerators calls this method in each worker process at its start.
+        """
         super().set_thread_id(thread_id)
         threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -138,7 +147,7 @@ class UnlabeledLoader(nnUNetDataLoader):
     Args:
         data: the unlabeled cases.
         mask_channels: for each channel, whether it is normalized within its nonzero region (use_mask_for_norm).
-        remedy: remedy for the error message on a case that cannot be read, such as a command to run.
+        remedy: last part of the error message on a case that cannot be read, such as a command to run.
     """
 
     def __init__(
@@ -177,11 +186,11 @@ class UnlabeledLoader(nnUNetDataLoader):
         return self.transforms(image=patch, segmentation=outside)["image"]
 
     def _outside(self, patch: torch.Tensor) -> torch.Tensor:
-        """Return a segmentation (1, *spatial) for the augmentation: -1 where all channels in `masked` are 0, else 0.
+        """Return a segmentation (1, *spatial) of a patch (C, *spatial): -1 outside the nonzero region, else 0.
 
-        For images that are normalized within their nonzero region, nnU-Net's augmentation sets all voxels with -1 in
-        the segmentation to 0. Unlabeled cases have no segmentation, but preprocessing made their images exactly 0
-        outside the region.
+        A voxel is outside if it is 0 in all channels that are normalized within their nonzero region (`masked`). In
+        such channels, nnU-Net's augmentation sets all voxels with -1 in the segmentation to 0. Unlabeled cases have no
+        stored segmentation, but preprocessing made their images exactly 0 outside the region.
         """
         return -(patch[self.masked] == 0).all(0, keepdim=True).to(torch.int16)
 

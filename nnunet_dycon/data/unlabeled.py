@@ -79,7 +79,7 @@ class UnlabeledCases:
         """Create an instance from the files in nnUNet_preprocessed; see `preprocess_unlabeled` for the arguments.
 
         Raises:
-            UserError: a file is damaged.
+            UserError: the plans file or dataset.json is damaged.
             UsageError: the data set, its plans or the configuration do not exist.
         """
         preprocessed = nnunet_folder("nnUNet_preprocessed")
@@ -118,28 +118,28 @@ class UnlabeledCases:
 
     @property
     def arguments(self) -> str:
-        """The command-line arguments, for messages, of nnUNetv2_preprocess and preprocess_unlabeled."""
+        """Arguments -d, -c and -plans_name that select these cases in nnUNetv2_preprocess and preprocess_unlabeled."""
         plans = "" if self.plans.plans_name == "nnUNetPlans" else f" -plans_name {self.plans.plans_name}"
         return f"-d {self.dataset_id} -c {self.configuration_name}{plans}"
 
     @property
     def remedy(self) -> str:
-        """The remedy, for messages, for a preprocessed unlabeled case that cannot be read."""
+        """Instruction in error messages on a preprocessed unlabeled case that cannot be read."""
         return f"remove {self.folder.name}, and run: nnunet_dycon preprocess_unlabeled {self.arguments}"
 
     @property
     def labeled_remedy(self) -> str:
-        """The remedy, for messages, for a preprocessed labeled case that cannot be read."""
+        """Instruction in error messages on a preprocessed labeled case that cannot be read."""
         return f"run: nnUNetv2_preprocess {self.arguments}"
 
     @property
     def lock(self) -> Lock:
-        """The lock that a process holds while it builds the folder of preprocessed cases, so that others wait."""
+        """A lock that a process must hold while it builds the folder of preprocessed cases; other processes wait."""
         return Lock(self.folder.with_name(f"{self.folder.name}.lock"), "preprocessing of the unlabeled cases")
 
     @contextmanager
     def locked(self) -> Iterator[Lock]:
-        """Acquire `lock`, wait while another process holds it, and release it at the end.
+        """Acquire `lock`, yield it, and release it at the end of the context; wait while another process holds it.
 
         Raises:
             UserError: no file can be created next to the folder.
@@ -188,7 +188,7 @@ class UnlabeledCases:
         return len(self.dataset_json.get("channel_names", self.dataset_json.get("modality", {})))
 
     def raw_cases(self) -> dict[str, list[Path]]:
-        """Return the image files of each case in imagesUn, one per channel.
+        """Return case identifier -> image files, one per channel, for all cases in imagesUn.
 
         Raises:
             UserError: there are no images, a file name has no channel number, or a case does not have one file
@@ -201,7 +201,14 @@ class UnlabeledCases:
         return cases
 
     def check_not_labeled(self, labeled: set[str], unlabeled: set[str]) -> None:
-        """Raise UserError if a case is both labeled and unlabeled: its label would leak into the unlabeled cases."""
+        """Raise UserError if a case is both labeled and unlabeled.
+
+        All unlabeled cases are used for training, so if a validation case is one of them, its score is too optimistic.
+
+        Args:
+            labeled: identifiers of the labeled cases.
+            unlabeled: identifiers of the unlabeled cases.
+        """
         both = sorted(labeled & unlabeled)
         if both:
             raise UserError(
@@ -246,13 +253,14 @@ class UnlabeledCases:
             return False
 
     def require(self, num_processes: int) -> None:
-        """Preprocess the unlabeled cases if their folder does not exist; raise UserError if the folder is stale.
+        """Preprocess the unlabeled cases if their folder does not exist; raise UserError if the folder has a `fault`.
 
         Args:
             num_processes: number of worker processes; 1 uses this process.
 
         Raises:
-            UserError: the folder is stale or cannot be built. The message names the reason and the command to run.
+            UserError: the folder is outdated, incomplete, or cannot be built. The message names the reason and the
+                command to run.
         """
         if self.folder.is_dir() and self.fault() is None:
             return
@@ -271,16 +279,16 @@ class UnlabeledCases:
         return sorted(json.loads(self.manifest_file.read_text())["files"])
 
     def build(self, num_processes: int, lock: Lock) -> None:
-        """Preprocess all cases into a temporary folder, and rename it when it is complete with its manifest.
+        """Preprocess all cases into a temporary folder, and rename it when all cases and the manifest are written.
 
-        The next build resumes an interrupted one, also if images have been repaired or removed meanwhile: the name of
-        the temporary folder contains the hash of the plans, and each complete case in it has a file with the names and
-        sizes of its images. A process that is killed at any time leaves the old folder, the new one, or a temporary
+        The next build resumes an interrupted one, even if images have been repaired or removed meanwhile: the name of
+        the temporary folder contains the hash of the plans, and next to each complete case is a file with the names
+        and sizes of its images. A process that is killed at any time leaves the old folder, the new one, or a temporary
         folder that the next build resumes.
 
         Args:
             num_processes: number of worker processes; 1 uses this process.
-            lock: the acquired `lock`.
+            lock: `lock`, already acquired. Before the renaming, build checks that it is still held.
 
         Raises:
             UserError: a training uses the folder, or images cannot be used. The message names these images; all other
@@ -347,13 +355,13 @@ def dataset_name(dataset: str) -> str:
 
 
 def image_files(folder: Path, ending: str, channels: int, role: str) -> dict[str, list[Path]]:
-    """Return the image files of each case in a raw folder, one per channel.
+    """Return case identifier -> image files, one per channel, for all cases in a raw folder.
 
     Args:
         folder: a folder such as imagesUn; it need not exist.
         ending: ending of the file names.
         channels: number of files that each case must have.
-        role: role of the cases for error messages, such as "unlabeled".
+        role: kind of the cases, such as "unlabeled", for error messages.
 
     Raises:
         UserError: a file name has no channel number, or a case does not have exactly one file per channel.
@@ -391,7 +399,10 @@ def _case_files(case: str) -> list[str]:
 
 
 def _names_and_sizes(cases: dict[str, list[Path]]) -> dict[str, list[list]]:
-    """Return the name and size in bytes of each image of each case; the size is None if the file cannot be reached."""
+    """Return case identifier -> [file name, size in bytes] of each image.
+
+    The size is None if the file cannot be reached, such as a link to storage that is not mounted.
+    """
     return {case: [[file.name, _size(file)] for file in files] for case, files in sorted(cases.items())}
 
 
@@ -403,7 +414,14 @@ def _size(file: Path) -> int | None:
 
 
 def _are_equal(recorded: dict[str, list[list]], current: dict[str, list[list]]) -> bool:
-    """Return whether names and sizes are equal, except for the sizes of files that cannot be reached now."""
+    """Return whether the images are those from which the cases were preprocessed, judged by names and sizes.
+
+    The sizes of images that cannot be reached now are not compared.
+
+    Args:
+        recorded: result of `_names_and_sizes` in the manifest.
+        current: result of `_names_and_sizes` for the existing images.
+    """
     return recorded.keys() == current.keys() and all(
         name == known[0] and size in (None, known[1])
         for case, files in current.items()
@@ -412,7 +430,12 @@ def _are_equal(recorded: dict[str, list[list]], current: dict[str, list[list]]) 
 
 
 def _is_complete(record: Path, made_from: list[list]) -> bool:
-    """Return whether the record of a case exists and has the names and sizes of the current images, `made_from`."""
+    """Return whether a case has been completely preprocessed from its current images.
+
+    Args:
+        record: file that is written after the preprocessed case, with the names and sizes of the images.
+        made_from: [file name, size in bytes] of each current image of the case.
+    """
     try:
         return json.loads(record.read_text()) == made_from
     except (OSError, ValueError):
@@ -423,6 +446,10 @@ def _preprocess_case(job: tuple[UnlabeledCases, list[Path], list[list], str]) ->
     """Preprocess one case without a segmentation; return an error message if its images cannot be used, else None.
 
     The file with the names and sizes of the images is written last, so a case with this file is complete.
+
+    Args:
+        job: a tuple with the data set, the image files of the case, [file name, size in bytes] of each image, and the
+            path of the preprocessed files without their ending.
 
     Raises:
         UserError: the images are valid, but preprocessing failed for lack of disk space or memory.

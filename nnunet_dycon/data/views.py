@@ -25,7 +25,12 @@ class TwoViews:
         self.transforms = transforms
 
     def __call__(self, image: torch.Tensor, segmentation: torch.Tensor | None = None) -> dict:
-        """Transform an image (C, *spatial); the result's "image" (2C, *spatial) is the strong, then the weak view."""
+        """Transform an image (C, *spatial) and, if given, its segmentation (1, *spatial).
+
+        Returns:
+            The dict that the transforms return, whose "image" has the shape (2C, *spatial): the C channels of the
+            strong view, then those of the weak view.
+        """
         # A clone, because intensity transforms work in place.
         views = {"image": image, "regression_target": image.clone()}
         if segmentation is not None:

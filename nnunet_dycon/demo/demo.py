@@ -38,10 +38,10 @@ _REFERENCE, _PREDICTION = "#1faa59", "#e8590c"  # colors
 
 
 def run_demo(output: Path, *, seed: int = 0, device: str | None = None) -> None:
-    """Generate phantoms, train on them, predict the held-out ones, and print their scores.
+    """Generate phantoms, train on them, predict the held-out phantoms, and print the scores of these predictions.
 
     Args:
-        output: a new or empty folder for all files.
+        output: a new or empty folder for all files of the demo.
         seed: the seed of the phantoms. Training is not seeded, as always in nnU-Net.
         device: "cuda" or "cpu"; None for "cuda" if it is available, else "cpu".
 
@@ -88,7 +88,7 @@ def run_demo(output: Path, *, seed: int = 0, device: str | None = None) -> None:
 
 @dataclass(frozen=True)
 class Example:
-    """A predicted case to draw.
+    """A case of the test set with its prediction, to be drawn as one row of the picture.
 
     Attributes:
         name: the name of the case.
@@ -96,7 +96,7 @@ class Example:
         image: the intensities (Z, Y, X).
         reference: the reference label map (Z, Y, X), where 1 is lesion.
         prediction: the predicted label map (Z, Y, X), where 1 is lesion.
-        entropy: the entropy of the predicted probabilities (Z, Y, X) in nats.
+        entropy: the entropy of the predicted class probabilities per voxel (Z, Y, X), in nats.
     """
 
     name: str
@@ -108,12 +108,12 @@ class Example:
 
 
 def read_examples(raw: Path, predictions: Path, limit: int = 4) -> list[Example]:
-    """Return the first held-out cases with their images, labels, predictions and scores.
+    """Return the first held-out cases with their images, reference and predicted label maps, and scores.
 
     Args:
         raw: nnUNet_raw/DatasetXXX_Name.
-        predictions: folder with the predictions, their probabilities, and evaluation.json.
-        limit: largest number of cases.
+        predictions: folder with the predicted label maps, their class probabilities, and evaluation.json.
+        limit: the largest number of cases to return.
     """
 
     def read(file: Path) -> np.ndarray:
@@ -131,12 +131,12 @@ def read_examples(raw: Path, predictions: Path, limit: int = 4) -> list[Example]
 
 
 def draw(examples: Sequence[Example], file: Path) -> None:
-    """Write a picture with a row per case: image, reference, prediction and entropy in one slice.
+    """Write a picture with one row per case: image, reference, prediction and entropy in one slice along z.
 
-    The slice is the one with the most lesion voxels in the reference.
+    The slice is the one in which the reference has the most lesion voxels.
 
     Args:
-        examples: the cases to draw.
+        examples: the cases to draw, one per row.
         file: PNG file to write.
     """
     figure = new_figure(10.6, 0.4 + 2.05 * len(examples), dpi=150)
@@ -163,7 +163,12 @@ def draw(examples: Sequence[Example], file: Path) -> None:
 
 
 def _make_empty(folder: Path) -> None:
-    """Create a folder; raise UsageError if it exists and is not empty, UserError if it cannot be created."""
+    """Create an empty folder, with its parent folders. An existing empty folder is used.
+
+    Raises:
+        UsageError: the path exists and is not an empty folder.
+        UserError: the folder cannot be created.
+    """
     try:
         if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
             raise UsageError(f"{folder} exists and is not an empty folder; choose a new folder with -o, or delete it")
@@ -173,7 +178,14 @@ def _make_empty(folder: Path) -> None:
 
 
 def _variables(output: Path, device: str) -> dict[str, str]:
-    """Return nnU-Net's environment variables for the demo. Those of the user are neither used nor changed."""
+    """Return the environment variables for the commands of the demo: name -> value.
+
+    Variables of nnU-Net that the user has set are neither used nor changed.
+
+    Args:
+        output: the folder of the demo, which will contain nnUNet_raw, nnUNet_preprocessed and nnUNet_results.
+        device: "cuda" or "cpu"; sets the number of worker processes for data augmentation.
+    """
     workers = 1 if device == "cpu" else min(8, os.cpu_count() or 1)  # on a CPU, the network takes most of the time
     return {
         **{name: str(output / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")},
@@ -186,9 +198,9 @@ def _variables(output: Path, device: str) -> dict[str, str]:
 
 
 def _shrink(plans_file: Path) -> None:
-    """Reduce network and patch size in the plans, and print the changes.
+    """Write fewer feature channels and a smaller patch size to the plans file, and print the changes.
 
-    Preprocessed cases do not depend on these sizes, so they need not be preprocessed again.
+    Preprocessed cases do not depend on these values, so they need not be preprocessed again.
     """
     plans = json.loads(plans_file.read_text())
     configuration = plans["configurations"]["3d_fullres"]
@@ -204,12 +216,14 @@ def _shrink(plans_file: Path) -> None:
 
 @dataclass
 class _Run:
-    """The steps of the demo, which are printed with a number and the time they took. Each command has a log file.
+    """Runner of the demo's steps, which prints the number, the title and the duration of each step.
+
+    A step is a command with a log file, or Python code in a `with` block.
 
     Attributes:
         output: the folder of the demo.
         variables: the environment variables of the commands.
-        number: the number of the current step, from 1.
+        number: the number of the current step, from 1; 0 before the first step.
     """
 
     output: Path
@@ -217,7 +231,7 @@ class _Run:
     number: int = 0
 
     def print_variables(self) -> None:
-        """Print shell commands that set the environment variables."""
+        """Print shell commands that set the environment variables, so that the user can repeat a command."""
         print("To repeat a command below by hand, first run:")
         folder = Path(sys.executable).parent
         if shutil.which("nnUNetv2_train") != str(folder / "nnUNetv2_train"):
@@ -228,7 +242,7 @@ class _Run:
 
     @contextmanager
     def step(self, title: str) -> Iterator[None]:
-        """Print the number and the title of a step, and at its end the time it took."""
+        """Count a step, print its number and title, run the `with` block, and print the seconds that the block took."""
         self.number += 1
         print(f"[{self.number}/{_STEPS}] {title}", flush=True)
         start = time.monotonic()
@@ -236,14 +250,15 @@ class _Run:
         print(f"{_INDENT}{time.monotonic() - start:.0f} s", flush=True)
 
     def command(self, *command: str, report: Callable[[str], None] | None = None) -> None:
-        """Run a command as a step. Write its output to a log file, and pass each line of it to `report`.
+        """Run a command as a step, and write its output to a log file.
 
         Args:
             command: the name of the command and its arguments.
-            report: function called with each line of the output; None to print nothing.
+            report: function called with each line of the output, for instance to print it; None to print nothing.
 
         Raises:
-            UserError: the command failed. The last lines of its output are printed.
+            UserError: the command is not installed, or it failed. If it failed, the last lines of its output are
+                printed.
         """
         name = command[:2] if command[0] == "nnunet_dycon" else command[:1]
         with self.step(shlex.join(command)):
@@ -262,7 +277,11 @@ class _Run:
 
 
 def _find(name: str) -> str:
-    """Return the path of an installed command; raise UserError if there is none."""
+    """Return the path of a command in the folder of the Python interpreter or, if it is not there, in PATH.
+
+    Raises:
+        UserError: the command is in neither.
+    """
     installed = Path(sys.executable).with_name(name)
     found = str(installed) if installed.is_file() else shutil.which(name)
     if found is None:
@@ -273,7 +292,14 @@ def _find(name: str) -> str:
 
 
 def _stream(command: list[str], environment: dict[str, str], log: TextIO, report: Callable[[str], None] | None) -> int:
-    """Run a command, write each line of its output to `log` and `report` at once, and return the exit code."""
+    """Run a command, pass on each line of its output as soon as it is written, and return the exit code.
+
+    Args:
+        command: the path of the command and its arguments.
+        environment: all environment variables of the command.
+        log: open text file, to which each line of stdout and stderr is written.
+        report: function called with each line, without its line end; None to only write the log.
+    """
     pipe, both = subprocess.PIPE, subprocess.STDOUT
     with subprocess.Popen(
         command, env=environment, stdout=pipe, stderr=both, encoding="utf-8", errors="replace"
@@ -294,7 +320,7 @@ def _show(line: str) -> None:
 
 
 class _Epochs:
-    """Callable that reads the output of nnUNetv2_train line by line, and prints losses and time of each epoch."""
+    """Callable for each output line of nnUNetv2_train. After each epoch, it prints the losses and the duration."""
 
     def __init__(self) -> None:
         self._epoch, self._losses = 0, ""

@@ -27,13 +27,14 @@ def phantom(
     """Return a random image and the label map of its lesions.
 
     The image shows an organ in front of a darker background. The organ contains up to 5 lesions, and vessels of similar
-    brightness. Outside the organ there are bright lumps of the size of lesions. Therefore, neither intensity nor shape
-    alone identifies lesions.
+    brightness. Outside the organ there are bright lumps that are about as large as lesions. Therefore, neither
+    intensity nor shape alone identifies lesions.
 
     Args:
         rng: the random number generator.
-        shape: (Z, Y, X).
-        lesion_radii: the smallest and the largest lesion radius in voxels, before the shape is made irregular.
+        shape: the shape of the image (Z, Y, X) in voxels.
+        lesion_radii: the smallest and the largest lesion radius in voxels. The border is made irregular afterwards, so
+            the largest lesions can exceed this radius.
 
     Returns:
         The image (Z, Y, X), float32 in arbitrary units, and the label map (Z, Y, X), uint8, where 1 is lesion.
@@ -62,17 +63,18 @@ def write_dataset(
     shape: tuple[int, int, int] = SHAPE,
     lesion_radii: tuple[float, float] = LESION_RADII,
 ) -> None:
-    """Write phantoms in nnU-Net's raw format.
+    """Write a data set of phantoms in nnU-Net's raw format.
 
-    The n-th case of a data set is `phantom(default_rng([seed, n]), shape, lesion_radii)`. Labels of unlabeled
-    cases are not written.
+    The n-th case, counted from 0, is `phantom(default_rng([seed, n]), shape, lesion_radii)`. Labels of unlabeled cases
+    are not written.
 
     Args:
         folder: DatasetXXX_Name, which must not exist or must be empty. It is created after all files are written.
         seed: the seed of the data set.
-        counts: role (labeled, unlabeled, val or test) -> number of cases. Cases are numbered in the order of the roles.
-        shape: the shape of each image, see `phantom`.
-        lesion_radii: the range of the lesions' radii, see `phantom`.
+        counts: number of cases for each of "labeled", "unlabeled", "val" and "test", of which only "labeled" is
+            required. Cases are numbered in the order of the keys.
+        shape: the shape of each image (Z, Y, X) in voxels.
+        lesion_radii: the smallest and the largest lesion radius in voxels, see `phantom`.
     """
     roles = [role for role, count in counts.items() for _ in range(count)]
     with new_folder(folder) as partial:
@@ -101,7 +103,9 @@ def _write(array: np.ndarray, file: Path) -> None:
 
 
 def _lesions(rng: np.random.Generator, organ: np.ndarray, lesion_radii: tuple[float, float]) -> np.ndarray:
-    """Return a mask (Z, Y, X) of up to 5 separate lesions, with radii drawn uniformly on a logarithmic scale.
+    """Return a mask (Z, Y, X) of up to 5 lesions, with radii drawn uniformly on a logarithmic scale.
+
+    Lesions for which the organ has no space left are omitted.
 
     Args:
         rng: the random number generator.
@@ -121,7 +125,13 @@ def _lesions(rng: np.random.Generator, organ: np.ndarray, lesion_radii: tuple[fl
 
 
 def _lumps(rng: np.random.Generator, outside: np.ndarray, lesion_radii: tuple[float, float]) -> np.ndarray:
-    """Return a mask (Z, Y, X) of lumps in the background, with similar sizes as lesions."""
+    """Return a mask (Z, Y, X) of 8 lumps outside the organ, which are about as large as lesions and may overlap.
+
+    Args:
+        rng: the random number generator.
+        outside: mask (Z, Y, X) of the voxels outside the organ.
+        lesion_radii: the smallest and the largest lesion radius in voxels. Radii of lumps are 0.6 times as large.
+    """
     lumps = np.zeros_like(outside)
     for center in rng.choice(np.argwhere(distance_transform_edt(outside) > 3), 8):
         lumps |= _blob(rng, outside.shape, center, rng.uniform(*lesion_radii, 3) * 0.6, roughness=0.15)
@@ -135,10 +145,10 @@ def _blob(
 
     Args:
         rng: the random number generator.
-        shape: (Z, Y, X).
+        shape: the shape of the mask (Z, Y, X).
         center: center of the ellipsoid (z, y, x) in voxels.
         radii: half axes of the ellipsoid (z, y, x) in voxels.
-        roughness: standard deviation of the border, as a fraction of the radii.
+        roughness: standard deviation of the border's random displacement, as a fraction of the radii.
     """
     offsets = np.moveaxis(np.indices(shape), 0, -1) - center
     distance = np.linalg.norm(offsets / radii, axis=-1)

@@ -20,9 +20,9 @@ class Question:
     Attributes:
         trainer: name of the trainer (-tr).
         dataset: ID or name of the dataset; None to check only the installation.
-        configuration: such as "3d_fullres".
+        configuration: nnU-Net's configuration, such as "3d_fullres".
         plans_name: plans identifier (-p).
-        fold: fold to check; None to check every fold.
+        fold: fold to check, a number or "all"; None to check every fold.
     """
 
     trainer: str
@@ -39,7 +39,12 @@ class Question:
 
 
 def run_doctor(question: Question, as_json: bool = False) -> int:
-    """Run all checks and print their findings; return 1 if training would fail, else 0."""
+    """Run all checks and print their findings; return 1 if at least one finding has the status FAIL, else 0.
+
+    Args:
+        question: the arguments of the nnUNetv2_train call to check.
+        as_json: print one JSON object at the end, instead of a line of text per finding.
+    """
     findings = []
     for finding in _without_repetitions(diagnose(question)):
         findings.append(finding)
@@ -70,7 +75,12 @@ def _without_repetitions(findings: Iterator[Finding]) -> Iterator[Finding]:
 
 
 def diagnose(question: Question) -> Iterator[Finding]:
-    """Run all checks and yield their findings. An error in a check becomes a finding and is not raised."""
+    """Run all checks and yield their findings. An error in a check becomes a finding and is not raised.
+
+    Args:
+        question: the arguments of the nnUNetv2_train call to check. Without a dataset, only the installation is
+            checked.
+    """
     yield from examine("versions", installation.check_versions)
     yield from examine("device", installation.check_device)
     yield from examine("settings", installation.check_settings)

@@ -1,7 +1,7 @@
-"""Checks of a data set in nnUNet_raw: file names, headers and duplicate images.
+"""Checks of a data set in nnUNet_raw: number of cases, file names, headers and duplicate images.
 
-The role of a case is labeled, unlabeled, val or test. It follows from the folder of its images: imagesTr, imagesUn,
-imagesVal or imagesTs.
+Each case has one of four roles: labeled, unlabeled, val or test. The role follows from the folder of the images, which
+is imagesTr, imagesUn, imagesVal or imagesTs.
 """
 
 import json
@@ -42,6 +42,9 @@ _REMEDIES = {
 class RawDataset:
     """The files of a folder nnUNet_raw/DatasetXXX_Name.
 
+    The keys of the dicts are roles of cases: labeled (imagesTr), unlabeled (imagesUn), val (imagesVal), test
+    (imagesTs).
+
     Attributes:
         folder: the path of the folder.
         dataset_json: the content of dataset.json.
@@ -62,7 +65,7 @@ class RawDataset:
 
         Args:
             folder: nnUNet_raw/DatasetXXX_Name.
-            preprocessed: the roles whose cases are preprocessed.
+            preprocessed: the roles ("labeled", "unlabeled") whose cases are preprocessed.
 
         Raises:
             UserError: dataset.json is missing, damaged or incomplete.
@@ -82,12 +85,18 @@ class RawDataset:
 
     @cached_property
     def headers(self) -> dict[Path, Header | None]:
-        """Image file -> its header, or None if the header cannot be read; for the images of all roles."""
+        """Headers of the image files of all roles: file -> header, or None if it cannot be read."""
         files = [file for cases in self.cases.values() for case in cases.values() for file in case]
         return dict(zip(files, map_cases(read_header, files, 1, "reading headers")))
 
     def severity(self, role: str) -> str:
-        """Return the status of a problem with images of a role: FAIL if training needs them, else WARNING."""
+        """Return the status of a finding about faulty images: FAIL if training needs the images, else WARNING.
+
+        Training needs images of labeled and unlabeled cases that are not preprocessed.
+
+        Args:
+            role: the role of the images' cases: "labeled", "unlabeled", "val" or "test".
+        """
         return WARNING if role in _HELD_OUT or role in self.preprocessed else FAIL
 
 
@@ -109,7 +118,8 @@ def examine_raw(folder: Path, preprocessed: frozenset[str]) -> Iterator[Finding]
 
     Args:
         folder: nnUNet_raw/DatasetXXX_Name.
-        preprocessed: the roles whose cases are preprocessed, so that training does not need their raw images.
+        preprocessed: the roles ("labeled", "unlabeled") whose cases are preprocessed, so that training does not need
+            their raw images.
     """
     if not folder.is_dir():
         message = f"{folder} does not exist"
@@ -133,7 +143,11 @@ def examine_raw(folder: Path, preprocessed: frozenset[str]) -> Iterator[Finding]
 
 
 def check_files(raw: RawDataset) -> Iterator[Finding]:
-    """Count the cases; check that each labeled image has a label, and that numTraining in dataset.json is correct."""
+    """Yield the number of cases per folder, and a finding for each problem with the files.
+
+    Problems are wrong file names, no labeled or no unlabeled cases, images without label, labels without image, and a
+    wrong numTraining in dataset.json.
+    """
     counts = ", ".join(f"{len(cases)} {role}" for role, cases in raw.cases.items() if cases or role not in _HELD_OUT)
     channels = len(raw.dataset_json["channel_names"])
     yield Finding("raw data", OK, f"{raw.folder}: {counts}; {channels} channel{'s' * (channels > 1)}")
@@ -167,7 +181,7 @@ def check_files(raw: RawDataset) -> Iterator[Finding]:
 
 
 def label_names(folder: Path, ending: str) -> set[str]:
-    """Return the names of the cases in labelsTr.
+    """Return the names of the cases with a file in labelsTr.
 
     Args:
         folder: nnUNet_raw/DatasetXXX_Name.
@@ -177,7 +191,10 @@ def label_names(folder: Path, ending: str) -> set[str]:
 
 
 def check_names(raw: RawDataset) -> Iterator[Finding]:
-    """Check that no case name occurs in more than one of imagesTr, imagesUn, imagesVal and imagesTs."""
+    """Check that no case name occurs in more than one of imagesTr, imagesUn, imagesVal and imagesTs.
+
+    Yield one finding for each pair of folders with common names, or a single OK.
+    """
     found = False
     for one, other in combinations(FOLDERS, 2):
         both = sorted(raw.cases[one].keys() & raw.cases[other].keys())
@@ -192,10 +209,11 @@ def check_names(raw: RawDataset) -> Iterator[Finding]:
 
 
 def check_headers(raw: RawDataset) -> Iterator[Finding]:
-    """Check that each image has at most 3 dimensions, one value per voxel, and a spacing in the expected unit.
+    """Check the dimensions, the values per voxel and the unit of the spacing of each image.
 
-    The unit is expected to be that of the labeled images. All channels of a case must have the same size. Only headers
-    are read, not voxels.
+    An image must have at most 3 dimensions, one value per voxel, and a spacing in the same unit as the labeled images.
+    All channels of a case must have the same size. Only headers are read, not voxels. Yield one finding for each fault
+    in each folder, with the names of the files, or a single OK.
     """
     readable = {file: header for file, header in raw.headers.items() if header is not None}
     # The mean over the axes, because their order may differ between cases.
@@ -217,12 +235,13 @@ def check_headers(raw: RawDataset) -> Iterator[Finding]:
 
 
 def _fault(header: Header | None, first: Header | None, usual_spacing: list[float] | None) -> str | None:
-    """Return why training cannot use an image, or None if it can.
+    """Return why training cannot use an image, such as "cannot be read", or None if it can.
 
     Args:
         header: header of the image; None if it cannot be read.
         first: header of the first channel of the case; None if it cannot be read.
-        usual_spacing: typical spacing of the labeled images in mm; None to omit the check of the unit.
+        usual_spacing: list with the median spacing of the labeled images in mm, where the spacing of an image is the
+            geometric mean over its axes; None to omit the check of the unit.
     """
     if header is None:
         return "cannot be read"
@@ -245,7 +264,9 @@ def _fault(header: Header | None, first: Header | None, usual_spacing: list[floa
 def check_duplicates(raw: RawDataset) -> Iterator[Finding]:
     """Check that no image is in two folders, such as imagesTr and imagesTs, under different case names.
 
-    Voxels are compared, but only of images with equal sizes.
+    The voxels of the first channel are compared, but only of images with equal sizes. Images that are both in imagesVal
+    and in imagesTs are not reported, because training uses neither. Yield a WARNING for each pair of folders with
+    common images, or a single OK.
     """
     by_size = defaultdict(list)
     for role, cases in raw.cases.items():

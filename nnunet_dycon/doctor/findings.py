@@ -1,4 +1,4 @@
-"""Findings, the results of the doctor's checks, and functions that run a check or turn an error into a finding."""
+"""Findings (results of the doctor's checks), and functions that run a check or make a finding of an error."""
 
 import io
 from collections import Counter
@@ -13,7 +13,7 @@ OK, NOTE, WARNING, FAIL = STATUSES = ("ok", "note", "warning", "fail")
 
 @dataclass(frozen=True)
 class Finding:
-    """A result of a check.
+    """One result of a check. A check can have several.
 
     Attributes:
         check: the name of the check.
@@ -35,15 +35,15 @@ class Finding:
 
 
 def examine(check: str, function: Callable[..., Iterable[Finding]], *arguments) -> list[Finding]:
-    """Run a check, suppress what it prints, and return its findings.
+    """Run a check without its output on stdout, and return its findings.
 
-    If the check raises UserError or NotSupported, this becomes a finding with status FAIL. Any other error becomes a
-    WARNING that the check itself failed.
+    If the check raises UserError or NotSupported, a finding with status FAIL is added to those found before the error.
+    After any other error, a WARNING is added that the check itself failed.
 
     Args:
         check: the name of the check.
-        function: the check, which yields findings.
-        arguments: arguments of the check.
+        function: function that runs the check and yields findings.
+        arguments: positional arguments for `function`.
     """
     findings: list[Finding] = []
     try:
@@ -61,7 +61,13 @@ def examine(check: str, function: Callable[..., Iterable[Finding]], *arguments) 
 
 
 def as_finding(check: str, error: UserError, status: str = FAIL) -> Finding:
-    """Return a finding for a UserError. The error's message is split at its first semicolon into message and remedy."""
+    """Return a finding for a UserError. The error's message is split at its first semicolon into message and remedy.
+
+    Args:
+        check: the name of the check in which the error was raised.
+        error: the error.
+        status: status of the finding.
+    """
     message, _, remedy = str(error).partition("; ")
     return Finding(check, status, message, remedy or None)
 
@@ -72,6 +78,6 @@ def named(error: Exception) -> str:
 
 
 def count(findings: Iterable[Finding]) -> dict[str, int]:
-    """Return status -> number of findings with this status, for all four statuses."""
+    """Return status -> number of findings with this status, which is 0 for a status that does not occur."""
     counts = Counter(finding.status for finding in findings)
     return {status: counts[status] for status in STATUSES}

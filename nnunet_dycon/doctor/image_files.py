@@ -16,8 +16,8 @@ class Header:
     """The header of an image file.
 
     Attributes:
-        size: the number of voxels along x, y, z.
-        spacing: the voxel spacing along x, y, z according to the file, which should be in mm.
+        size: the number of voxels along x, y, z and, in an image with more dimensions, along the others.
+        spacing: the voxel spacing along the same axes as stored in the file. It should be in mm.
         components: the number of values per voxel; more than 1 in a color image.
     """
 
@@ -38,9 +38,9 @@ def read_header(file: Path) -> Header | None:
 
 
 def hash_voxels(file: Path) -> str | None:
-    """Return a hash of the voxel values, independent of data type, compression and header.
+    """Return a SHA-256 hash of the voxel values as float32, or None if the file cannot be read.
 
-    Return None if the file cannot be read.
+    The hash does not depend on the data type in the file, its compression and its header.
     """
     try:
         voxels = sitk.GetArrayFromImage(sitk.ReadImage(str(file)))

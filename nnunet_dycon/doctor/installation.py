@@ -29,7 +29,10 @@ _SHARED_MEMORY = Path("/dev/shm")
 
 
 def check_versions() -> Iterator[Finding]:
-    """Check that the installed packages meet the version requirements of nnunet-dycon and of nnU-Net."""
+    """Check that the installed packages meet the version requirements of nnunet-dycon and of nnU-Net.
+
+    Yield a FAIL for each unmet requirement of nnunet-dycon, a WARNING for each of nnU-Net, or a single OK.
+    """
     from packaging.requirements import Requirement  # installed with matplotlib, which nnU-Net requires
 
     versions = [f"Python {platform.python_version()}", f"nnunet-dycon {__version__}"]
@@ -68,7 +71,10 @@ def check_versions() -> Iterator[Finding]:
 
 
 def check_device() -> Iterator[Finding]:
-    """Check that torch works on a GPU, and that nnU-Net can compile networks for it."""
+    """Check that torch can compute on a GPU, and on Linux that torch.compile finds the compiler it needs.
+
+    Yield a finding with the name and the memory of the GPU, or with the reason why torch cannot use one.
+    """
     try:
         import torch
     except Exception as error:  # OSError if a library is missing
@@ -105,7 +111,7 @@ def check_device() -> Iterator[Finding]:
 
 
 def _check_compiler() -> Iterator[Finding]:
-    """Check that a C compiler and Python's header files, which torch.compile needs, are installed."""
+    """Yield a WARNING if the C compiler or Python's header files, which torch.compile needs, are not installed."""
     missing = []
     if not ("CC" in os.environ or shutil.which("gcc") or shutil.which("clang")):
         missing.append("a C compiler")
@@ -120,7 +126,10 @@ def _check_compiler() -> Iterator[Finding]:
 
 
 def check_settings() -> Iterator[Finding]:
-    """Check the values of nnU-Net's optional environment variables, and the size of /dev/shm."""
+    """Check the values of optional environment variables that nnU-Net reads, and the size of /dev/shm.
+
+    /dev/shm is the shared memory through which the worker processes of nnU-Net pass batches to the training process.
+    """
     findings = [
         *_check_number("nnUNet_def_n_proc", least=1),
         *_check_number("nnUNet_n_proc_DA", least=0),
@@ -188,9 +197,10 @@ def _check_shared_memory() -> Iterator[Finding]:
 
 
 def check_folders() -> Iterator[Finding]:
-    """Check the variables nnUNet_raw, nnUNet_preprocessed and nnUNet_results, and the folders that they contain.
+    """Check the variables nnUNet_raw, nnUNet_preprocessed and nnUNet_results, and the folders that they name.
 
-    Each variable must be set to an absolute path. nnUNet_raw must be readable, the other two folders writable.
+    Each variable must be set to an absolute path. nnUNet_raw must be readable, the other two folders writable. Yield
+    one finding for each variable.
     """
     for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         # Training does not need raw data if all cases are preprocessed.
@@ -227,14 +237,16 @@ def _examine_folder(variable: str, folder: Path, worst: str) -> Finding:
 
 
 def existing_part(folder: Path) -> Path:
-    """Return the folder itself if it exists, else its nearest parent folder that exists."""
+    """Return the folder itself if it exists, else the nearest of its parent folders that exists."""
     return next(path for path in (folder, *folder.parents) if path.exists())
 
 
 def check_ext_trainer() -> Iterator[Finding]:
-    """Check that each folder in nnUNet_extTrainer exists, and does not contain the source code of nnunet_dycon.
+    """Check that each folder in nnUNet_extTrainer exists, and is not a source folder of nnunet_dycon.
 
-    The folder that `nnunet_dycon trainers_path` prints contains a single module for the look-up, and is allowed.
+    nnU-Net would import modules of a source folder a second time under other names. The folder that
+    `nnunet_dycon trainers_path` prints is allowed, because it contains only a single module for nnU-Net's look-up of
+    trainers. Yield one finding for each folder.
     """
     name = "nnUNet_extTrainer"
     harmful = _harmful_folders()
@@ -259,7 +271,7 @@ def _ext_entries() -> list[str]:
 
 
 def _harmful_folders() -> dict[Path, str]:
-    """Return the folders that nnUNet_extTrainer must not contain: path -> description."""
+    """Return the source folders of nnunet_dycon that nnUNet_extTrainer must not contain: path -> description."""
     package = _DISCOVERY.parent
     return {
         package.parent: "the parent folder of the package nnunet_dycon",
@@ -269,7 +281,10 @@ def _harmful_folders() -> dict[Path, str]:
 
 
 def _correction(entry: str) -> str:
-    """Return the remedy for an entry of nnUNet_extTrainer that is not a folder."""
+    """Return the remedy for an entry of nnUNet_extTrainer that is not a folder.
+
+    The remedy depends on the likely mistake: a quoted ~, a wrong separator between folders, or a wrong path.
+    """
     if entry.startswith("~"):
         return "write $HOME instead of ~, which the shell does not expand in quotes"
     if os.path.isdir(entry.split(";" if os.pathsep == ":" else ":")[0]) or "," in entry:
@@ -296,7 +311,14 @@ print(json.dumps({
 
 
 def check_look_up(trainer: str) -> Iterator[Finding]:
-    """Check that nnU-Net finds the trainer, in the same way as nnUNetv2_train does."""
+    """Check that nnU-Net finds the trainer, by running the look-up of nnUNetv2_train in a separate process.
+
+    Yield a FAIL if the trainer is not found, a WARNING if nnU-Net finds another class with this name or one that is not
+    semi-supervised, else an OK.
+
+    Args:
+        trainer: name of the trainer (-tr).
+    """
     try:
         trainers.registered_name(trainer)
     except UnknownTrainer as error:  # a removed trainer, or a wrong number of epochs
@@ -319,13 +341,19 @@ def check_look_up(trainer: str) -> Iterator[Finding]:
 
 
 def _unknown(reason: str) -> Finding:
-    """Return a finding for an error message that contains the problem, a semicolon, and the remedy."""
+    """Return a FAIL of the check "trainer" for an error message of the form "problem; remedy"."""
     message, _, remedy = reason.partition("; ")
     return Finding("trainer", FAIL, message, remedy)
 
 
 def _failed_look_up(trainer: str, output: str, errors: str) -> Finding:
-    """Return a finding for nnU-Net's failed look-up of a trainer, given its stdout and stderr."""
+    """Return a FAIL with the reason why nnU-Net's look-up did not find a trainer, and with the remedy.
+
+    Args:
+        trainer: name of the trainer.
+        output: stdout of the look-up, in which nnU-Net lists the folders and modules it has searched.
+        errors: stderr of the look-up, which ends with the error message.
+    """
     error = next((line for line in reversed(errors.splitlines()) if line.strip()), "no error message")
     if error.startswith(ONE_LINE):  # raised by nnunet_dycon
         return _unknown(error.removeprefix(ONE_LINE))

@@ -47,8 +47,9 @@ class Training:
     Attributes:
         trainer: the trainer's class; None if it is not semi-supervised, or cannot be found.
         trainer_name: name of the trainer (-tr).
-        unlabeled: the unlabeled cases, with data set, plans and configuration.
-        fold: fold to check; None to check every fold.
+        unlabeled: the unlabeled cases. This object also contains the plans and the configuration, which apply to
+            labeled cases, too.
+        fold: fold to check, a number or "all"; None to check every fold.
     """
 
     trainer: type[SemiSupervisedTrainer] | None
@@ -63,7 +64,7 @@ class Training:
 
     @cached_property
     def labeled(self) -> set[str]:
-        """Identifiers of the preprocessed labeled cases. Access raises UserError if there are none."""
+        """Identifiers of the preprocessed labeled cases. Reading this property raises UserError if there are none."""
         return labeled_identifiers(self.labeled_folder, self.unlabeled.arguments)
 
     @property
@@ -75,7 +76,10 @@ class Training:
 
 
 def find_trainer(name: str) -> type[SemiSupervisedTrainer] | None:
-    """Return the trainer class that nnU-Net finds; None if there is none, or if the class is not semi-supervised."""
+    """Return the class that nnU-Net finds for the name of a trainer.
+
+    Return None if nnU-Net finds none, or if the class is not a SemiSupervisedTrainer.
+    """
     try:
         found = trainer_class(name)
     except Exception:  # raised by any module in nnUNet_extTrainer; installation.check_look_up reports it
@@ -84,7 +88,11 @@ def find_trainer(name: str) -> type[SemiSupervisedTrainer] | None:
 
 
 def build_students(trainer: type[SemiSupervisedTrainer], unlabeled: UnlabeledCases) -> list[Any]:
-    """Return the trainer's network, or both networks of co-training, on the meta device, without memory for weights."""
+    """Return the trainer's network in a list, or both networks for trainers with two (co-training).
+
+    The networks are on the meta device, so that their weights take no memory. This suffices to count parameters and to
+    estimate the memory of feature maps.
+    """
     plans, configuration = unlabeled.plans, unlabeled.configuration
     channels = determine_num_input_channels(plans, configuration, unlabeled.dataset_json)
     heads = plans.get_label_manager(unlabeled.dataset_json).num_segmentation_heads
@@ -94,9 +102,10 @@ def build_students(trainer: type[SemiSupervisedTrainer], unlabeled: UnlabeledCas
 
 
 def preprocessed_roles(training: Training) -> frozenset[str]:
-    """Return the roles whose cases are preprocessed, so that training does not need their raw images.
+    """Return which cases are preprocessed, so that training does not need their raw images.
 
-    The roles are "labeled" and "unlabeled". Cases with other roles are never preprocessed.
+    The result contains "labeled" if there are preprocessed labeled cases, and "unlabeled" if the unlabeled cases are
+    preprocessed and up to date. Cases in imagesVal and imagesTs are never preprocessed.
     """
     roles = set()
     with suppress(UserError):
@@ -109,7 +118,7 @@ def preprocessed_roles(training: Training) -> frozenset[str]:
 
 
 def examine_training(training: Training) -> Iterator[Finding]:
-    """Run all checks that need plans, and yield their findings."""
+    """Run all checks of a training for which plans exist, and yield their findings."""
     trainer = training.trainer
     if trainer is not None:
         yield from examine("trainer", check_supported, trainer, training.unlabeled)
@@ -131,15 +140,24 @@ def _is_supervised(name: str) -> bool:
 
 
 def check_supported(trainer: type[SemiSupervisedTrainer], unlabeled: UnlabeledCases) -> Iterator[Finding]:
-    """Check that the trainer supports the configuration and the label space of the data set."""
+    """Check that the trainer supports the configuration and the label space of the data set; yield an OK.
+
+    Raises:
+        NotSupported: the trainer does not support them. `examine` turns this into a finding with status FAIL.
+    """
     trainer.check_compatibility(unlabeled.plans.plans, unlabeled.configuration_name, unlabeled.dataset_json)
     yield Finding("trainer", OK, f"{trainer.__name__} trains {unlabeled.configuration_name}")
 
 
 def check_labeled(training: Training) -> Iterator[Finding]:
-    """Check that the preprocessed labeled cases are complete, and equal the cases in labelsTr and in the fingerprint.
+    """Check that labeled cases are preprocessed completely, and that none were added or removed since planning.
 
-    Also check that gt_segmentations contains the references for the final validation.
+    The preprocessed cases must be the same as those in labelsTr and in nnU-Net's dataset fingerprint. The folder
+    gt_segmentations must contain the reference segmentation of each case, which nnU-Net's validation after training
+    needs. Yield one finding for each problem, or a single OK.
+
+    Raises:
+        UserError: there are no preprocessed cases, or the fingerprint contains other cases.
     """
     unlabeled, folder, labeled = training.unlabeled, training.labeled_folder, training.labeled
     again = f"run: nnUNetv2_preprocess {unlabeled.arguments}"
@@ -171,7 +189,14 @@ def check_labeled(training: Training) -> Iterator[Finding]:
 
 
 def _is_complete(folder: Path, case: str) -> bool:
-    """Return whether a folder has all files of a preprocessed labeled case, and none is empty."""
+    """Return whether a folder has all files of a preprocessed labeled case, and none of them is empty.
+
+    The files are CASE.pkl and either CASE.b2nd with CASE_seg.b2nd, or CASE.npz.
+
+    Args:
+        folder: nnUNet_preprocessed/DatasetXXX_Name/PLANS_CONFIGURATION.
+        case: the name of the case.
+    """
 
     def holds(name: str) -> bool:
         return (folder / name).is_file() and (folder / name).stat().st_size > 0
@@ -181,7 +206,10 @@ def _is_complete(folder: Path, case: str) -> bool:
 
 
 def check_unlabeled(training: Training) -> Iterator[Finding]:
-    """Check that the unlabeled cases are preprocessed and up to date, or can be preprocessed."""
+    """Check that the unlabeled cases are preprocessed and up to date, or can be preprocessed when training starts.
+
+    Also check that none of them is also a labeled case. Yield the number of cases or the problem.
+    """
     unlabeled = training.unlabeled
     command = f"run: nnunet_dycon preprocess_unlabeled {unlabeled.arguments}"
     if not unlabeled.folder.is_dir():
@@ -200,7 +228,7 @@ def check_unlabeled(training: Training) -> Iterator[Finding]:
 
 
 def _check_leftovers(unlabeled: UnlabeledCases) -> Iterator[Finding]:
-    """Report a running or an interrupted preprocessing of the unlabeled cases."""
+    """Yield a NOTE if the preprocessing of unlabeled cases runs in another process now, or was interrupted."""
     with suppress(OSError):  # without write access nothing is preprocessed here
         if (holder := unlabeled.lock.holder()) is not None:
             message = f"another process is preprocessing the unlabeled cases now ({holder}); training will wait for it"
@@ -214,7 +242,8 @@ def _check_leftovers(unlabeled: UnlabeledCases) -> Iterator[Finding]:
 def check_folds(training: Training) -> Iterator[Finding]:
     """Check that nnU-Net can train the given fold, or every fold if none is given.
 
-    The fold must list only preprocessed labeled cases, and none of them for both training and validation.
+    The fold must contain only preprocessed labeled cases, and no case may be in both the training and the validation
+    list. Yield a finding for each problem, and one with the number of folds.
     """
     folder, labeled = training.labeled_folder, training.labeled
     file = folder.parent / "splits_final.json"
@@ -248,7 +277,7 @@ def check_folds(training: Training) -> Iterator[Finding]:
 
 
 def check_results(training: Training) -> Iterator[Finding]:
-    """Check that the results folder is writable, and report checkpoints of an earlier training of the fold."""
+    """Check that the results folder is writable; yield a NOTE if the fold has checkpoints of an earlier training."""
     output = training.output_folder
     require_writable(existing_part(output))
     if training.fold is None:
@@ -263,7 +292,10 @@ def check_results(training: Training) -> Iterator[Finding]:
 
 
 def check_disk(trainer: type[SemiSupervisedTrainer], unlabeled: UnlabeledCases) -> Iterator[Finding]:
-    """Check that the disks have space for checkpoints and for unlabeled cases that are not preprocessed yet."""
+    """Check that the disks have space for checkpoints and for unlabeled cases that are not preprocessed yet.
+
+    Yield one finding for each of the two, with the size needed and the free space.
+    """
     students = build_students(trainer, unlabeled)
     parameters = [sum(parameter.numel() for parameter in student.parameters()) for student in students]
     # Four checkpoints: the best, the two latest, and the one being written. Each contains the weights and momenta of
@@ -303,10 +335,11 @@ def _unlabeled_bytes(unlabeled: UnlabeledCases) -> float:
 
 
 def check_memory(trainer: type[SemiSupervisedTrainer], training: Training) -> Iterator[Finding]:
-    """Estimate the GPU memory of a batch of labeled and unlabeled patches, and compare it with the GPU.
+    """Estimate the GPU memory of a batch of labeled and unlabeled patches, and compare it with the memory of GPU 0.
 
-    The estimate is that of nnU-Net's planners. For a network that they do not plan, the finding contains the memory
-    relative to nnU-Net's own training with the same plans.
+    The estimate uses the formula of nnU-Net's planners, which have reference values only for PlainConvUNet and
+    ResidualEncoderUNet. For other networks, the finding contains the memory relative to nnU-Net's own training with the
+    same plans. Yield one finding.
     """
     cases = training.unlabeled
     configuration, students = cases.configuration, build_students(trainer, cases)

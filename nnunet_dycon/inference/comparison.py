@@ -66,7 +66,7 @@ def parse_methods(texts: Sequence[str]) -> dict[str, tuple[Path, ...]]:
     """Return the folders of each method, one per seed, from texts NAME=FOLDER[,FOLDER...]; the baseline comes first.
 
     Raises:
-        UsageError: a text has another form, a method occurs twice, or there are fewer than two methods.
+        UsageError: a text does not have this form, a method occurs twice, or there are fewer than two methods.
     """
     methods: dict[str, tuple[Path, ...]] = {}
     for text in texts:
@@ -122,7 +122,7 @@ def compare_folders(
 
 
 def _require_different(folders: Sequence[tuple[str, Path]]) -> None:
-    """Raise UsageError if a folder occurs twice."""
+    """Raise UsageError if a folder occurs twice in ``folders``, pairs of method name and folder of predictions."""
     found: dict[Path, str] = {}
     for name, folder in folders:
         if (resolved := folder.resolve()) in found:
@@ -131,7 +131,12 @@ def _require_different(folders: Sequence[tuple[str, Path]]) -> None:
 
 
 def _require_same(folders: Sequence[Path], matched: Sequence[MatchedFolders]) -> None:
-    """Raise UserError if a folder has other labels or cases than the first folder."""
+    """Raise UserError if a folder has other labels or cases than the first folder.
+
+    Args:
+        folders: folders of predictions.
+        matched: result of `match_folders` for each folder, in the same order.
+    """
     for folder, one in zip(folders[1:], matched[1:]):
         if (one.task.regions, one.task.ignore) != (matched[0].task.regions, matched[0].task.ignore):
             choose = ", or choose the labels with -l" if one.task.ignore == matched[0].task.ignore else ""
@@ -170,7 +175,7 @@ class Comparison:
 
     @property
     def baseline(self) -> str:
-        """Name of the first method."""
+        """Name of the baseline, which is the first method."""
         return next(iter(self.methods))
 
     @property
@@ -195,7 +200,7 @@ class Comparison:
 
     @property
     def labels(self) -> list[str]:
-        """The single labels, followed by ALL (their mean) if there are several."""
+        """`single_labels`; if there are several, followed by ALL, the mean over the labels of a case."""
         return [*self.single_labels, ALL] if len(self.single_labels) > 1 else self.single_labels
 
     def _column(self, name: str, label: str, key: str) -> np.ndarray:
@@ -203,12 +208,21 @@ class Comparison:
         return np.array([[row[key] for row in run.rows if row["label"] == label] for run in self.runs[name]])
 
     def _kept(self, label: str) -> np.ndarray:
-        """Return for each case whether the label has a score in all runs of all methods, (cases,)."""
+        """Return a boolean array (cases,): whether the label of a case has a score in all runs of all methods."""
         scores = np.concatenate([self._column(name, label, DICE) for name in self.methods])
         return np.asarray(~np.isnan(scores).any(0))
 
     def _scores(self, label: str, metric: str) -> tuple[list[str], dict[str, np.ndarray]]:
-        """Return the cases used for a label, and the scores (seeds, cases) of each method."""
+        """Return the cases and scores that the statistics of a label and a metric use.
+
+        Args:
+            label: a label, or ALL for the mean over the labels that have a score in the case.
+            metric: a key of COMPARED.
+
+        Returns:
+            The names of the cases in which the label has a score in all runs of all methods; and for each method the
+            scores in these cases, (seeds, cases).
+        """
         if label == ALL:
             kept = np.array([self._kept(one) for one in self.single_labels])
             used = kept.any(0)
@@ -224,7 +238,7 @@ class Comparison:
 
     @cached_property
     def summary(self) -> dict[str, Any]:
-        """Content of comparison.json; missing numbers are None."""
+        """Content of comparison.json, explained by its entry "definitions"; missing numbers are None."""
         means: list[dict[str, Any]] = []
         noises: list[dict[str, Any]] = []
         comparisons: list[dict[str, Any]] = []
@@ -269,7 +283,12 @@ class Comparison:
         }
 
     def _empty(self, label: str) -> dict[str, Any]:
-        """Return the number of cases whose reference lacks the label, and in how many of these each run predicts it."""
+        """Count the cases whose reference does not contain a label.
+
+        Returns:
+            "cases", the number of these cases; and "predicted", for each method a list with one number per seed: in how
+            many of these cases the label is predicted.
+        """
         empty = self._column(self.baseline, label, VOXELS[0])[0] == 0
         predicted = {
             name: [int(one) for one in (self._column(name, label, VOXELS[1])[:, empty] > 0).sum(1)]
@@ -278,7 +297,12 @@ class Comparison:
         return {"cases": int(empty.sum()), "predicted": predicted}
 
     def _worst(self) -> dict[str, dict[str, list[dict[str, Any]]]]:
-        """Return the cases of each method with the largest losses to the baseline, and with the lowest Dice."""
+        """Return the worst cases of each method, compared to the baseline and absolutely.
+
+        Returns:
+            "largest_losses" and "lowest_dice", each for each method a list of at most SHOWN rows, worst first. A row is
+            a case and label with its Dice (mean over seeds) and, in "largest_losses", the difference to the baseline.
+        """
         lowest: dict[str, list[dict[str, Any]]] = {name: [] for name in self.methods}
         losses: dict[str, list[dict[str, Any]]] = {name: [] for name in list(self.methods)[1:]}
         for label in self.single_labels:
@@ -356,7 +380,10 @@ class Comparison:
         draw_or_warn(folder / "comparison.png", self.draw, partial(print, file=sys.stderr))
 
     def draw(self, file: Path) -> None:
-        """Write a PNG file: a scatter plot per method of its Dice (mean over seeds) and the baseline's in each case."""
+        """Write a PNG file with one scatter plot for each method except the baseline.
+
+        A point is a case and label: the Dice (mean over seeds) of the method against the Dice of the baseline.
+        """
         scores = {label: self._scores(label, DICE)[1] for label in self.single_labels}
         panels = []
         for name in list(self.methods)[1:]:
@@ -395,7 +422,11 @@ def _compare(cases: Sequence[str], differences: np.ndarray, estimate: stats.Esti
 
 
 def _correct(tests: Sequence[dict[str, Any]]) -> None:
-    """Set ``p_holm``, the p-value with Holm's correction, in all tests whose ``p`` is not None."""
+    """Set the p-values with Holm's correction.
+
+    Args:
+        tests: dicts with the p-value ``p``. Where it is not None, ``p_holm`` is set, corrected for all these tests.
+    """
     done = [test for test in tests if test["p"] is not None]
     for test, p in zip(done, stats.holm([test["p"] for test in done])):
         test["p_holm"] = p

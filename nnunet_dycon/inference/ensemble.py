@@ -1,4 +1,4 @@
-"""Ensemble of the two networks of a trained model: nnU-Net predicts with each and averages the probabilities."""
+"""Ensemble of two networks of a trained model, such as student and teacher: the mean of their probabilities."""
 
 import os
 import shutil
@@ -41,8 +41,8 @@ def predict_both(
     Args:
         model: nnUNet_results/DatasetXXX_Name/TRAINER__PLANS__CONFIGURATION.
         images: folder of CASE_XXXX files, as for nnUNetv2_predict.
-        output: a new or empty folder; it is created after the last prediction.
-        folds: numbers or "all"; None for all existing folds.
+        output: a new or empty folder. It is created only after both networks have predicted all images.
+        folds: folds to use, such as "0", or "all" for the folder fold_all; None for every existing fold.
         device: "cuda" or "cpu"; None for cuda if available, else cpu.
         step_size: step of the sliding window as a fraction of the patch size.
         mirroring: whether to use test-time mirroring, nnU-Net's default.
@@ -115,7 +115,7 @@ def _other_checkpoint(model: Path, folds: Sequence[str]) -> str:
     """Return the name of the checkpoint to combine with the student's: the second network's, or else the teacher's.
 
     Raises:
-        UserError: neither of them exists in all folds.
+        UserError: neither of these two checkpoints exists in all folds.
     """
     for name in (SECOND, TEACHER):
         if all((model / f"fold_{fold}" / name).is_file() for fold in folds):
@@ -129,7 +129,10 @@ def _other_checkpoint(model: Path, folds: Sequence[str]) -> str:
 
 @contextmanager
 def _discoverable() -> Iterator[None]:
-    """Add our trainers to nnUNet_extTrainer temporarily, so that nnU-Net finds them."""
+    """Add the folder of this package's trainers to the environment variable nnUNet_extTrainer in a ``with`` block.
+
+    nnU-Net searches the folders in this variable for the class of a trainer. The earlier value is restored at the end.
+    """
     before = os.environ.get("nnUNet_extTrainer")
     os.environ["nnUNet_extTrainer"] = os.pathsep.join(filter(None, (str(DISCOVERY), before)))
     try:

@@ -61,7 +61,10 @@ def evaluate_folder(
 
 
 def match_folders(reference: Path, prediction: Path, *, labels: Sequence[int] | None = None) -> "MatchedFolders":
-    """Return the labels and the pairs of files that `evaluate_folder` scores, after comparing the files' headers."""
+    """Return the labels and the pairs of files that `evaluate_folder` scores.
+
+    Arguments and errors are those of `evaluate_folder`. Of the label maps, only the headers are read and compared.
+    """
     for folder in (reference, prediction):
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder; check the path")
@@ -93,7 +96,9 @@ def evaluate_matched(matched: Sequence["MatchedFolders"], num_processes: int = 1
 
 
 def score(reference: np.ndarray, prediction: np.ndarray, spacing_mm: Sequence[float]) -> dict[str, float]:
-    """Return the four METRICS of a pair of masks, and the number of voxels in each mask; see DEFINITIONS.
+    """Return Dice, Jaccard, HD95 in mm and ASD in mm of two masks, and the number of voxels in each mask.
+
+    The keys are METRICS and VOXELS; DEFINITIONS describes the metrics. They are NaN if both masks are empty.
 
     Args:
         reference: (Z, Y, X) or (Y, X), boolean.
@@ -137,7 +142,7 @@ class Evaluation:
     """Scores of the predictions in a folder.
 
     Attributes:
-        rows: one row per case and label, with the keys case, label, METRICS, reference_voxels and prediction_voxels.
+        rows: one row per case and label: case, label, and the values of `score`.
     """
 
     rows: tuple[dict[str, Any], ...]
@@ -147,13 +152,19 @@ class Evaluation:
         return list(dict.fromkeys(row["label"] for row in self.rows))
 
     def over_cases(self, statistic: Callable[[Iterable[float]], float]) -> dict[str, dict[str, float]]:
-        """Return for each label and metric a statistic, such as fmean, over the cases with a score; NaN if none has."""
+        """Return a statistic over the cases that have a score: label -> metric -> value, NaN if no case has a score.
+
+        Args:
+            statistic: the function to apply to the scores, such as fmean or median.
+        """
         return {label: _reduce([r for r in self.rows if r["label"] == label], statistic) for label in self.labels}
 
     def count_empty(self, masks: int) -> dict[str, int]:
-        """Return for each label the number of cases in which one (``masks`` = 1) or both (2) of the masks are empty.
+        """Return for each label in how many cases the masks of reference and prediction are empty.
 
-        The masks are those of reference and prediction.
+        Args:
+            masks: 1 to count the cases in which exactly one of the two masks is empty, 2 to count those in which both
+                are.
         """
         found = [row["label"] for row in self.rows if sum(row[key] == 0 for key in VOXELS) == masks]
         return {label: found.count(label) for label in self.labels}
@@ -204,8 +215,8 @@ class MatchedFolders:
     """Pairs of references and predictions that have the same voxel grid.
 
     Attributes:
-        task: labels and regions to score.
-        pairs: case, reference file and prediction file of each pair, sorted by case.
+        task: the labels and regions to score.
+        pairs: name of the case, reference file and prediction file of each pair, sorted by name.
     """
 
     task: "_Task"
@@ -253,7 +264,13 @@ def _read_task(reference: Path, prediction: Path, chosen: Sequence[int] | None) 
 
 
 def _match(reference: Path, prediction: Path, file_ending: str) -> list[tuple[str, Path, Path]]:
-    """Return name, reference file and prediction file of all cases, sorted; raise UserError if files do not match."""
+    """Return the name, the reference file and the prediction file of each case, sorted by name.
+
+    Predictions without a reference, and files that differ in origin or direction, cause a warning.
+
+    Raises:
+        UserError: there are no references, a reference has no prediction, or two files differ in size or spacing.
+    """
     references, predictions = (
         {f.name.removesuffix(file_ending) for f in folder.glob(f"*{file_ending}") if not f.name.startswith(".")}
         for folder in (reference, prediction)
@@ -290,7 +307,7 @@ def _same_placement(reference: Path, prediction: Path) -> bool:
 
 
 def _score_case(job: tuple[tuple[str, Path, Path], _Task]) -> tuple[list[dict[str, Any]], list[str]]:
-    """Return the rows of one case, and warnings about its files."""
+    """Return a row for each label of a case, as in `Evaluation`, and warnings about unknown label values."""
     (case, *files), task = job
     images = [_read(file) for file in files]
     reference, prediction = arrays = [_label_map(image) for image in images]
@@ -308,7 +325,10 @@ def _score_case(job: tuple[tuple[str, Path, Path], _Task]) -> tuple[list[dict[st
 
 
 def _label_map(image: sitk.Image) -> np.ndarray:
-    """Return the voxels of a label map; values within 0.001 of an integer, as rescaled files have them, are rounded."""
+    """Return the voxels of a label map as an array (Z, Y, X) or (Y, X).
+
+    Values within 0.001 of an integer are rounded, since rescaled files contain such values.
+    """
     array = sitk.GetArrayFromImage(image)
     if array.dtype.kind != "f":
         return array

@@ -32,7 +32,7 @@ _SCORES_OF_MODEL = ("summary.json", "postprocessing.pkl", "postprocessing.json")
 def export_vanilla(
     model: Path, output: Path, *, folds: Sequence[str] | None = None, checkpoint: str = STUDENT
 ) -> list[str]:
-    """Write a model folder for plain nnU-Net, and return its folds.
+    """Write a model folder for plain nnU-Net, and return the names of the exported folds.
 
     Each exported fold contains:
 
@@ -41,12 +41,13 @@ def export_vanilla(
     - the run record nnunet_dycon.json, with the trainer and the checksum of the source checkpoint added;
     - the files that nnUNetv2_export_model_to_zip requires.
 
-    Scores and postprocessing are valid for nnU-Net's final checkpoint and are copied only with it.
+    The files with validation scores and postprocessing are copied only with nnU-Net's final checkpoint, since they were
+    computed from the predictions of this checkpoint.
 
     Args:
         model: nnUNet_results/DatasetXXX_Name/TRAINER__PLANS__CONFIGURATION.
         output: a new or empty folder.
-        folds: numbers or "all"; None for all existing folds.
+        folds: folds to export, such as "0", or "all" for the folder fold_all; None for every existing fold.
         checkpoint: file name of the checkpoint to export from each fold.
 
     Raises:
@@ -105,7 +106,13 @@ def _export_fold(model: Path, output: Path, fold: str, name: str) -> None:
 
 
 def _plan_second_network(source: Path, target: Path, configuration: str) -> None:
-    """Write a copy of the plans with the second network's architecture, so that nnU-Net builds the second network."""
+    """Write a copy of the plans from which nnU-Net builds the second network instead of the student.
+
+    Args:
+        source: the plans of the model.
+        target: the file to write.
+        configuration: the configuration whose architecture is replaced, such as "3d_fullres".
+    """
     plans = json.loads(source.read_text())
     architecture = PlansManager(plans).get_configuration(configuration).configuration["architecture"]
     plans["configurations"][configuration]["architecture"] = second_architecture(architecture)
@@ -113,7 +120,7 @@ def _plan_second_network(source: Path, target: Path, configuration: str) -> None
 
 
 def _copy(source: Path, target: Path, names: Sequence[str]) -> None:
-    """Copy the files ``names`` from the folder ``source`` to the folder ``target``, without those that do not exist."""
+    """Copy the files ``names`` from the folder ``source`` to the folder ``target``; skip files that do not exist."""
     target.mkdir(exist_ok=True)
     for name in names:
         if (source / name).is_file():

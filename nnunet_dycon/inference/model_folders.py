@@ -17,11 +17,11 @@ from nnunet_dycon.training.checkpoints import STUDENT, TEACHER, read
 
 
 def find_folds(model: Path, folds: Sequence[str] | None = None) -> list[str]:
-    """Return the requested folds of a model, or all existing ones.
+    """Return the names of the requested folds of a model, or of all existing folds.
 
     Args:
         model: nnUNet_results/DatasetXXX_Name/TRAINER__PLANS__CONFIGURATION.
-        folds: numbers or "all"; None for all existing folds.
+        folds: requested folds, such as "0", or "all" for the folder fold_all; None for every existing fold.
 
     Raises:
         UsageError: the model or a fold does not exist.
@@ -77,7 +77,7 @@ def trainer_class(name: str) -> type[nnUNetTrainer]:
     """Return the class of a trainer of this package, of nnU-Net, or of a folder in nnUNet_extTrainer.
 
     Raises:
-        UsageError: the trainer is not found or was removed.
+        UsageError: no class has this name, or it is a trainer that this package no longer contains.
     """
     try:
         if trainers.registered_name(name) is not None or name in BUILDERS:

@@ -35,7 +35,7 @@ class SeedNoise:
 
     Attributes:
         sd: standard deviation over seeds of the mean score over cases.
-        degrees_of_freedom: degrees of freedom of the estimate ``sd``.
+        degrees_of_freedom: degrees of freedom of ``sd``: the number of seeds minus 1, summed over methods.
     """
 
     sd: float
@@ -46,10 +46,10 @@ def pooled_seed_noise(scores: Iterable[np.ndarray]) -> SeedNoise | None:
     """Estimate the standard deviation over seeds of the mean score over cases, pooled over methods.
 
     Args:
-        scores: (seeds, cases) of each method.
+        scores: the scores (seeds, cases) of each method.
 
     Returns:
-        The noise, or None if no method has at least two seeds.
+        The standard deviation with its degrees of freedom, or None if no method has at least two seeds.
     """
     means = [its.mean(1) for its in scores]
     freedom = sum(len(of) - 1 for of in means)
@@ -76,14 +76,15 @@ class PairedBootstrap(Generic[Key]):
       of few cases are too narrow. Only the cases vary: the interval holds for these trained models, not for other
       seeds.
     - 2 to 5 seeds, 16 or 60 cases: 95 % to 97 %, compared to 86 % to 93 % with resampled seeds; 92 % if a few cases
-      cause most of the difference. Seed noise that differs between cases is counted twice, with the cases and with the
-      seeds: without any other noise, the coverage is 99 %.
+      cause most of the difference. If the effect of a seed differs between cases, it widens the interval twice: by the
+      resampled cases and by the added noise. If scores vary for no other reason, the coverage is 99 %.
 
     Assumptions: all methods have the same standard deviation over seeds, and runs are independent. With two methods and
     equal numbers of seeds, the standard deviations may differ. With six methods, of which four have a quarter of the
-    noise of the two that are compared, the coverage is about 80 %. If runs are trained on several draws of labeled
-    cases, pass one run per draw, averaged over its seeds, because seeds of one draw are not independent. An effect of a
-    draw that is equal for all methods is counted as noise of each, so intervals of differences are too wide.
+    noise of the two that are compared, the coverage is about 80 %. If runs are trained on different random subsets of
+    labeled cases, pass one run per subset, averaged over the seeds, because runs on the same subset are not
+    independent. If a subset changes the scores of all methods equally, this change is counted as noise of each method,
+    so intervals of differences are too wide.
     """
 
     def __init__(
@@ -97,11 +98,11 @@ class PairedBootstrap(Generic[Key]):
     ) -> None:
         """
         Args:
-            scores: (seeds, cases) of each method.
-            noise: result of `pooled_seed_noise` for these methods or some of them.
+            scores: the scores (seeds, cases) of each method.
+            noise: result of `pooled_seed_noise` for these methods or some of these; None adds no seed noise.
             rng: random number generator; a fixed seed makes intervals reproducible.
-            draws: number of bootstrap resamples for the intervals.
-            level: nominal coverage of the intervals.
+            draws: number of times that the cases are resampled.
+            level: nominal coverage of the intervals, such as 0.95.
         """
         self.level = level
         self.means = {key: float(its.mean()) for key, its in scores.items()}
@@ -116,15 +117,20 @@ class PairedBootstrap(Generic[Key]):
         }
 
     def difference(self, method: Key, baseline: Key) -> Estimate:
-        """Return the mean of a method minus the mean of the baseline, with its interval."""
+        """Return the mean score of a method minus the mean score of the baseline, with confidence interval."""
         return self._estimate(self.means[method] - self.means[baseline], self.draws[method] - self.draws[baseline])
 
     def share_of_gap(self, method: Key, lower: Key, upper: Key) -> Estimate | None:
-        """Return the fraction of the gap between lower and upper bound that a method closes: 1 at the upper bound.
+        """Return (method - lower) / (upper - lower) of the mean scores: 0 at the lower bound, 1 at the upper bound.
+
+        Args:
+            method: the method to rate.
+            lower: the method that is the lower bound, such as supervised training on the labeled cases only.
+            upper: the method that is the upper bound, such as supervised training with all labels.
 
         Returns:
-            The fraction with its interval, or None if the interval of the gap contains 0, so that the fraction is not
-            defined.
+            The fraction with confidence interval, or None if the interval of upper - lower is not entirely above 0:
+            the denominator could then be 0.
         """
         gap = self.draws[upper] - self.draws[lower]
         if self._estimate(0, gap).low <= 0:
@@ -139,9 +145,13 @@ class PairedBootstrap(Generic[Key]):
 
 
 def case_differences(method: np.ndarray, baseline: np.ndarray) -> np.ndarray:
-    """Return for each case the difference of the means over seeds, method minus baseline: (cases,).
+    """Return the difference of the means over seeds, method minus baseline, of each case: (cases,).
 
-    It is rounded to DECIMALS decimals.
+    Args:
+        method: the scores (seeds, cases) of the method.
+        baseline: the scores (seeds, cases) of the baseline, on the same cases.
+
+    The differences are rounded to DECIMALS decimals, so that rounding errors do not hide ties.
     """
     return np.round(method.mean(0) - baseline.mean(0), DECIMALS)
 
@@ -176,7 +186,7 @@ def signed_rank(differences: np.ndarray) -> SignedRank:
 def holm(p_values: Sequence[float]) -> list[float]:
     """Return p-values adjusted by Holm's step-down method, in the order given.
 
-    The i-th smallest of m p-values, counted from 1, becomes the maximum of (m - j + 1) p_j over j <= i, at most 1.
+    With the m p-values sorted, p_1 <= ... <= p_m, p_i becomes the maximum of (m - j + 1) p_j over j <= i, at most 1.
     """
     p = np.asarray(p_values, float)
     order = np.argsort(p)
@@ -195,7 +205,12 @@ class Tally:
 
 
 def tally(differences: np.ndarray, *, higher_is_better: bool) -> Tally:
-    """Count wins, losses and ties from differences (cases,) to the baseline."""
+    """Count the cases in which a method is better than, worse than and equal to the baseline.
+
+    Args:
+        differences: (cases,), score of the method minus score of the baseline.
+        higher_is_better: True for scores such as Dice, False for distances such as HD95.
+    """
     above, below = int((differences > 0).sum()), int((differences < 0).sum())
     wins, losses = (above, below) if higher_is_better else (below, above)
     return Tally(wins, losses, len(differences) - wins - losses)
@@ -203,12 +218,12 @@ def tally(differences: np.ndarray, *, higher_is_better: bool) -> Tally:
 
 @dataclass(frozen=True)
 class Influence:
-    """Influence of single cases on the mean difference.
+    """Influence of single cases on the mean difference between a method and the baseline.
 
     Attributes:
-        case: index of the case whose removal changes the mean most.
-        without: the mean without this case.
-        low, high: minimum and maximum of the mean without one case.
+        case: index of the case whose removal changes the mean difference most.
+        without: the mean difference without this case.
+        low, high: minimum and maximum of the mean difference if each case in turn is left out.
     """
 
     case: int

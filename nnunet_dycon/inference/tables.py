@@ -13,7 +13,12 @@ from nnunet_dycon.system.files import replacing
 
 
 def aligned(lines: Sequence[Sequence[str]], left: Collection[int] = ()) -> list[str]:
-    """Return a table as lines of text. Columns whose index is in `left` are left-aligned, others right-aligned."""
+    """Return a table as lines of text with aligned columns.
+
+    Args:
+        lines: the cells of each line.
+        left: indices of the left-aligned columns; the others are right-aligned.
+    """
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     template = "  ".join(f"{{:{'<' if i in left else '>'}{width}}}" for i, width in enumerate(widths))
     return [template.format(*line).rstrip() for line in lines]
@@ -47,8 +52,8 @@ def write_texts(folder: Path, texts: Mapping[str, str], what: str) -> None:
 
     Args:
         folder: the output folder.
-        texts: names of files and their content.
-        what: the name of the content in the error message, such as "ranking".
+        texts: maps the name of each file to its content.
+        what: what the files contain, for the error message, such as "ranking".
 
     Raises:
         UserError: a file cannot be written.

@@ -1,7 +1,8 @@
 """Uncertainty of predictions: an entropy map of each case, and a ranking of the cases, worst first.
 
 The input is the output of `nnUNetv2_predict --save_probabilities`. The probabilities of several folders, such as those
-of student and teacher or of folds, are averaged, and their disagreement is computed. DEFINITIONS defines the numbers.
+of student and teacher or of folds, are averaged, and their disagreement is computed. DEFINITIONS describes each column
+of the ranking.
 """
 
 import json
@@ -61,7 +62,7 @@ def rank_predictions(folders: Sequence[Path], output: Path, *, num_processes: in
 
     Args:
         folders: folders with nnU-Net's CASE.npz and segmentation of each case; all must contain the same cases.
-        output: a folder that is not among `folders`, where nnU-Net would treat the maps as predictions.
+        output: a folder that is not one of `folders`: nnU-Net would treat the maps in them as predictions.
         num_processes: number of processes; each needs memory for the probabilities of one case.
 
     Raises:
@@ -103,7 +104,7 @@ class Ranking:
 
     @property
     def columns(self) -> list[str]:
-        """Columns of uncertainty.csv."""
+        """Names of the columns of uncertainty.csv."""
         return [name for name in self.rows[0] if name != "expected_dice_per_label"]
 
     def as_json(self) -> dict[str, Any]:
@@ -136,8 +137,9 @@ class Measures:
 
     Attributes:
         maps: maps (Z, Y, X) by name, float32 in nats: entropy, and with several ensemble members mutual_information.
-        numbers: the numbers that DEFINITIONS defines, except the rank.
-        dice_per_label: expected_dice of each label except background; None for labels that are left out.
+        numbers: the values of the keys of DEFINITIONS, except the rank.
+        dice_per_label: expected_dice of each label except background; None for a label whose probability is below 10 %
+            in all voxels.
     """
 
     maps: dict[str, np.ndarray]
@@ -146,12 +148,13 @@ class Measures:
 
 
 def measure(members: Sequence[np.ndarray], voxel_ml: float, label_space: LabelSpace = _CLASSES) -> Measures:
-    """Compute the maps of a case, and all numbers that DEFINITIONS defines, except the rank.
+    """Compute the maps of a case, and the values of all keys of DEFINITIONS except the rank.
 
     Args:
-        members: probabilities (K, Z, Y, X) of each member of the ensemble.
+        members: probabilities (K, Z, Y, X) of each member of the ensemble, with one channel for each of the K classes
+            (including background) or regions.
         voxel_ml: volume of a voxel in ml.
-        label_space: label space of the probabilities.
+        label_space: whether the channels are classes or regions.
     """
     labels, shape = len(_of_labels(members[0], label_space)), members[0].shape[1:]
     maps = {name: np.empty(shape, np.float32) for name in ("entropy", "mutual_information")[: len(members)]}
@@ -199,16 +202,16 @@ def measure(members: Sequence[np.ndarray], voxel_ml: float, label_space: LabelSp
 
 
 def _of_labels(probabilities: np.ndarray, label_space: LabelSpace) -> np.ndarray:
-    """Return the probabilities (L, Z, Y, X) of all labels except background."""
+    """Return the probabilities of all L labels except background, (L, Z, Y, X), from (K, Z, Y, X) of all channels."""
     return probabilities if label_space.sigmoid else probabilities[1:]
 
 
 class _Voxels:
-    """Predictions and entropies of the voxels of a volume, computed from their probabilities as in training.
+    """Predictions and entropies of the voxels of a volume, computed with the functions of the training.
 
     Args:
-        probabilities: (K, Z, Y, X), float64.
-        label_space: label space of the probabilities.
+        probabilities: (K, Z, Y, X), float64, with one channel for each class (including background) or region.
+        label_space: whether the channels are classes or regions.
     """
 
     def __init__(self, probabilities: np.ndarray, label_space: LabelSpace) -> None:
@@ -219,22 +222,25 @@ class _Voxels:
         self._logits = torch.from_numpy(logits)[None]
 
     def predicted(self) -> np.ndarray:
-        """Return masks (L, Z, Y, X) of all predicted labels except background."""
+        """Return boolean masks (L, Z, Y, X): the voxels in which each label except background is predicted."""
         labels = self._space.labels(self._logits)[0]
         if not self._space.sigmoid:
             labels = labels == torch.arange(1, len(self.probabilities)).view(-1, 1, 1, 1)
         return labels.numpy()
 
     def segmentation(self) -> np.ndarray:
-        """Return the number of the predicted class or region of each voxel, (Z, Y, X)."""
+        """Return the predicted class of each voxel or, for regions, the number of the last predicted one: (Z, Y, X)."""
         return self._space.shown(self._logits)[0].numpy()
 
     def entropy(self) -> np.ndarray:
-        """Return the entropy in nats, (Z, Y, X)."""
+        """Return the entropy of each voxel in nats, (Z, Y, X); for regions, the mean of their binary entropies."""
         return self._space.voxel_entropy(self._logits)[0].numpy()
 
     def error(self) -> np.ndarray:
-        """Return the probability that the prediction of a voxel is wrong, (Z, Y, X); of regions, their mean."""
+        """Return the probability that the prediction of a voxel is wrong, (Z, Y, X).
+
+        For regions, this is the mean over regions of the probability that the voxel is wrongly inside or outside.
+        """
         if self._space.sigmoid:
             return np.minimum(self.probabilities, 1 - self.probabilities).mean(0)
         return 1 - self.probabilities.max(0)
@@ -297,9 +303,10 @@ class _Task:
         return numbers if self.values is None else np.array((0, *self.values))[numbers]
 
     def fault(self, probabilities: np.ndarray) -> str | None:
-        """Return why the values (K, Z, Y, X) are not probabilities of these labels, or None if they are.
+        """Check whether an array (K, Z, Y, X) contains probabilities of the labels.
 
-        NaN is not a probability.
+        Returns:
+            The reason why it does not, as the end of an error message, or None if it does. NaN is not a probability.
         """
         if self.label_space.sigmoid:
             return None if ((probabilities >= 0) & (probabilities <= 1)).all() else "are not all between 0 and 1"
@@ -308,7 +315,7 @@ class _Task:
         return "do not sum to 1, as required for mutually exclusive labels"
 
     def as_predicted(self, image: sitk.Image) -> sitk.Image:
-        """Return an image of the case in the orientation of the probabilities, which is that of nnU-Net's reader."""
+        """Return an image of the case in the orientation in which nnU-Net stores the probabilities."""
         return sitk.DICOMOrient(image, "RAS") if self.reorients else image
 
     def as_image(self, values: np.ndarray, like: sitk.Image) -> sitk.Image:
@@ -325,21 +332,31 @@ class _Task:
 def _read_json(file: Path) -> dict:
     """Return the content of a JSON file, or {} if it does not exist.
 
-    nnUNetv2_predict writes these files next to its predictions, but nnU-Net's validation does not.
+    dataset.json and plans.json can be missing: nnU-Net writes them next to the predictions of nnUNetv2_predict, but not
+    next to those of its validation.
     """
     with explained(ValueError, f"{file} is damaged; predict again"):
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def _remove_earlier_maps(output: Path, ending: str) -> None:
-    """Remove the maps of an earlier ranking in this folder, which may have used other cases or folders."""
+    """Remove the maps of an earlier ranking from a folder, since that ranking may have used other cases or folders.
+
+    Args:
+        output: the folder, with the earlier uncertainty.json.
+        ending: the file ending of the maps, such as ".nii.gz".
+    """
     for case in (row["case"] for row in _read_json(output / "uncertainty.json").get("cases", [])):
         for name in ("entropy", "mutual_information"):
             (output / f"{case}_{name}{ending}").unlink(missing_ok=True)
 
 
 def _cases(folders: Sequence[Path]) -> list[str]:
-    """Return the names of the cases, sorted; raise UserError if the folders contain none or different ones."""
+    """Return the sorted names of the cases, CASE of each file CASE.npz.
+
+    Raises:
+        UserError: a folder contains no cases, or other cases than the first folder.
+    """
     found = [{file.stem for file in folder.glob("*.npz")} for folder in folders]
     for folder, cases in zip(folders, found):
         if not cases:
@@ -353,7 +370,14 @@ def _cases(folders: Sequence[Path]) -> list[str]:
 
 
 def _rank_case(case: str, folders: Sequence[Path], output: Path, task: _Task) -> tuple[dict[str, Any], list[str]]:
-    """Write the maps of a case; return its row, and warnings about its files."""
+    """Write the uncertainty maps of a case.
+
+    Returns:
+        The row of the case as in `Ranking`, without the rank; and warnings about its files.
+
+    Raises:
+        UserError: a file is missing or damaged, or the files of the case do not match.
+    """
     members, remarks = [], []
     for folder in folders:
         file, label_map = folder / f"{case}.npz", folder / f"{case}{task.file_ending}"
@@ -395,7 +419,11 @@ def _read_segmentation(file: Path) -> sitk.Image:
 
 
 def _read_probabilities(file: Path, task: _Task) -> np.ndarray:
-    """Return the probabilities (K, Z, Y, X) of a case as nnU-Net stores them."""
+    """Return the probabilities (K, Z, Y, X) in a file CASE.npz of nnU-Net, in the orientation of the file.
+
+    Raises:
+        UserError: the file cannot be read, or does not contain probabilities of the labels of ``task``.
+    """
     unreadable = (OSError, EOFError, ValueError, KeyError, BadZipFile, zlib.error)
     with explained(unreadable, f"{file} cannot be read; predict again with --save_probabilities"):  # noqa: SIM117
         with np.load(file) as content:

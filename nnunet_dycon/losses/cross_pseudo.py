@@ -37,8 +37,8 @@ def rectified_cross_pseudo_loss(
 
     Deviations from the released code (AIPMLab/Semi-supervised-Segmentation):
 
-    - both networks are trained with this loss; the release always trains the same one of them with it, regardless of
-      which one is right;
+    - both networks are trained with this loss; the release trains only one of the networks with this loss, regardless
+      of which network is right;
     - the release does not support regions. A separate weight for each region is our choice.
 
     Args:

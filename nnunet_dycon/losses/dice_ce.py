@@ -14,7 +14,9 @@ _SMOOTH = 1e-5  # nnU-Net's
 
 
 def _dice(overlap: torch.Tensor, predicted: torch.Tensor, labeled: torch.Tensor, batch_dice: bool) -> torch.Tensor:
-    """Return the soft Dice of each image or, with ``batch_dice``, of the batches of all ranks together.
+    """Return the soft Dice of each image and class (or region), (B, C), or with ``batch_dice`` of each class, (C,).
+
+    The first three arguments have the shape of the result. With ``batch_dice``, they are summed over all ranks.
 
     Args:
         overlap: weighted sum over voxels of prediction × label.
@@ -212,7 +214,7 @@ def _of_levels(
 
 
 def _scaled(volume: torch.Tensor, spatial: torch.Size) -> torch.Tensor:
-    """Resize (B, [R,] *size) to (B, [R,] *spatial) by nearest neighbor."""
+    """Resize a volume (B, [R,] *size) to the shape (B, [R,] *spatial) by nearest-neighbor interpolation."""
     axes = len(spatial)
     if volume.shape[-axes:] == spatial:
         return volume

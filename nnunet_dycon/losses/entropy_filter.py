@@ -33,8 +33,7 @@ def reliable_labels(
     .. math:: H_i \le Q_{y_i}, \qquad Q_c = \text{the smallest } h \text{ with }
         \left|\{j : y_j = c, H_j \le h\}\right| \ge \text{kept\_fraction} \cdot \left|\{j : y_j = c\}\right|
 
-    For regions, each region is filtered separately, as a problem of the two classes "outside" and "inside" with their
-    binary entropy.
+    For regions, each region is filtered separately: y is "outside" or "inside", and H is the binary entropy.
 
     Deviations from the released code of arXiv:2509.13084:
 
@@ -80,7 +79,16 @@ def reliable_labels(
 
 
 def _thresholds(entropy: torch.Tensor, labels: torch.Tensor, classes: int, kept_fraction: float) -> torch.Tensor:
-    """Return the threshold Q of `reliable_labels` for each class, (C,); the value of an empty class is arbitrary."""
+    """Return the entropy threshold Q of `reliable_labels` for each class, (C,).
+
+    The threshold of a class without voxels is arbitrary.
+
+    Args:
+        entropy: the entropy of each voxel; any shape.
+        labels: the class of each voxel, integers of the same shape.
+        classes: the number of classes.
+        kept_fraction: the fraction of the voxels of each class whose entropy is at most the threshold.
+    """
     ascending, order = entropy.flatten().sort()
     # Sort by class, then by entropy. All shapes are static, so the host does not wait for the device.
     by_class = labels.flatten()[order].argsort(stable=True)

@@ -1,4 +1,4 @@
-"""Focal entropy-aware contrastive loss (FeCL) between the patches of an image."""
+"""Focal entropy-aware contrastive loss (FeCL) between the patches (cells of a feature grid) of an image."""
 
 import torch
 from torch.nn.functional import normalize
@@ -19,7 +19,7 @@ def fecl_reference(
     gamma: float,
     top_k: int,
 ) -> torch.Tensor:
-    """Return Eqs. 3-6 of DyCON for the N patches of one image, written as in the paper.
+    """Return the FeCL of DyCON (Eqs. 3-6) for the N patches of one image, written as in the paper.
 
     Tests compare `fecl_loss` with this function. `fecl_loss` is faster and supports batches and ignored patches.
 
@@ -27,7 +27,7 @@ def fecl_reference(
         z: (N, D), the student's L2-normalised embeddings.
         labels: (N,), the class of each patch.
         z_t: (N, D), the teacher's L2-normalised embeddings.
-        entropy: (N,), the entropy H of each anchor in nats.
+        entropy: (N,), the entropy H of each patch in nats; each patch is an anchor.
         tau: the temperature τ.
         gamma: the exponent γ of the focal weights.
         top_k: the number of hard negatives of each anchor.
@@ -103,7 +103,7 @@ def fecl_loss(
         The loss, a scalar of at least float32; a differentiable 0 if no anchor has positives and negatives.
 
     Raises:
-        ValueError: the shapes do not match, or a constant is out of range.
+        ValueError: the shapes do not match, labels are not integers, or temperature, gamma or top_k is too small.
 
     >>> embedding = torch.tensor([[[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]]])
     >>> round(fecl_loss(embedding, torch.tensor([[0, 0, 1]]), gamma=2.0).item(), 4)

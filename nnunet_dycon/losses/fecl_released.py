@@ -16,7 +16,7 @@ def fecl_released_reference(
     threshold: float,
     cross_weight: float,
 ) -> torch.Tensor:
-    """Return FeCL of the released code, computed with N × N matrices. Tests compare `fecl_released_loss` with it.
+    """Return FeCL of the released code, computed with N × N matrices. Tests compare it with `fecl_released_loss`.
 
     Args:
         z: (B, N, D), the student's L2-normalised embeddings.
@@ -85,7 +85,7 @@ def fecl_released_loss(
         The loss, a scalar of at least float32.
 
     Raises:
-        ValueError: the shapes do not match, or a constant is out of range.
+        ValueError: the shapes do not match, or temperature or gamma has a value other than described.
 
     >>> embedding = torch.tensor([[[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]]])
     >>> round(fecl_released_loss(embedding, torch.tensor([[0, 0, 1]])).item(), 4)

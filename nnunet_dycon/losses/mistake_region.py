@@ -35,8 +35,9 @@ def mistake_region_loss(
         M = \{i : f(p_i) \ne f(q_i)\}, \qquad
         f(p) = \begin{cases} \arg\max_c p_c & \text{if } \max_c p_c \ge \text{confidence} \\ 0 & \text{else}\end{cases}
 
-    with the softmax output p of the trained network, q of the other one, which receives no gradient, and the one-hot
-    vector e of the true class y. At each voxel of M at least one of the networks is wrong or not confident. For two
+    with the softmax output p of the trained network, the softmax output q of the other network, which receives no
+    gradient, and the one-hot vector e of the true class y. f is the predicted class if its probability reaches the
+    threshold, else background. At each voxel of M at least one of the networks is wrong or not confident. For two
     classes M is :math:`[p_1 \ge \text{confidence}] \oplus [q_1 \ge \text{confidence}]` and the error
     :math:`(p_1 - y)^2`: the L_cr of arXiv:2509.13084, which is the mistake region of MCF (Wang et al., CVPR 2023).
 
@@ -85,6 +86,6 @@ def mistake_region_loss(
 
 @torch.no_grad()
 def _confident_class(probabilities: torch.Tensor, confidence: float) -> torch.Tensor:
-    """Return the class of highest probability where it reaches the threshold, else 0: (B, *spatial)."""
+    """Return the most probable class of each voxel if its probability reaches ``confidence``, else 0: (B, *spatial)."""
     highest, label = probabilities.detach().max(1)
     return torch.where(highest >= confidence, label, 0)

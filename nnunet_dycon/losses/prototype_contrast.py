@@ -14,7 +14,7 @@ _CLASSES_AT_A_TIME = 8  # limits the memory of the (classes, voxels) membership 
 def _equation(
     anchors: torch.Tensor, labels: torch.Tensor, prototypes: torch.Tensor, present: torch.Tensor, temperature: float
 ) -> torch.Tensor:
-    """Return the loss of each anchor, (M,)."""
+    """Return -ln of the fraction in `prototype_contrast_loss` for each of the M anchors, (M,)."""
     cosine = normalize(anchors, dim=1, eps=_SMALLEST_NORM) @ normalize(prototypes, dim=1).T
     similarity = (cosine / temperature).masked_fill(~present, torch.finfo(cosine.dtype).min)
     return cross_entropy(similarity, labels, reduction="none")
@@ -66,7 +66,7 @@ def class_prototypes(
 
 @at_least_float32
 def _sums(member: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-    """Sum features (F, N) over the members (K, N) of each class: (K, F)."""
+    """Return the sum of features (F, N) over the voxels of each class, (K, F); ``member`` (K, N) marks these voxels."""
     return member.to(features.dtype) @ features.T
 
 
@@ -86,8 +86,9 @@ def prototype_contrast_loss(
         L = \operatorname*{mean}_{i} -\ln \frac{e^{\cos(z_i, \mu_{y_i}) / \tau}}{\sum_c e^{\cos(z_i, \mu_c) / \tau}}
 
     over the valid anchors i whose class has a prototype, and the classes c that have a prototype. The loss pulls the
-    feature z of an uncertain voxel to the prototype μ of its class and pushes it away from the others. Gradients reach
-    only the anchors, since prototypes of reliable voxels should not follow uncertain ones.
+    feature z of an uncertain voxel (the anchor) to the prototype μ of its class and pushes it away from the other
+    prototypes. Gradients reach only the anchors: uncertain voxels should not change the prototypes, which are means of
+    reliable voxels.
 
     This replaces the feature alignment of arXiv:2509.13084. Deviations from the released code
     (AIPMLab/Semi-supervised-Segmentation), which adds the distances of anchors to their prototype and the distance of

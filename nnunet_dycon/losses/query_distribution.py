@@ -1,4 +1,8 @@
-"""Losses on the query distribution of a mask transformer: softmax over queries, summed over each class's queries."""
+"""Losses on the query distribution of a mask transformer.
+
+The query distribution of a voxel is a softmax over all queries, summed over the group of queries that belongs to each
+class; see `nnunet_dycon.networks.kmax`.
+"""
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -35,8 +39,8 @@ def query_distribution_loss(
     .. math:: L_{qd} = -\frac{1}{N} \sum_{i=1}^{N} \ln q_{y_i i}, \qquad q_{ki} = \mathrm{softmax}_k(l_{ki})
 
     over the N voxels i with a label y. This is the query loss of DK-UXNet (arXiv:2311.12364), where q is a softmax over
-    all queries, summed over the queries of each group. The logarithms of these sums are valid logits l
-    (`nnunet_dycon.networks.kmax`).
+    all queries, summed over the group of queries that belongs to each class k. The logarithms of these sums can be used
+    as the logits l, since their softmax is q.
 
     For regions, q remains a softmax over the groups; there is one group for each region and none for the background.
     The target is the uniform distribution over the regions :math:`S_i` that contain the voxel. Voxels outside all
@@ -85,8 +89,8 @@ def query_consistency_loss(strong_logits: torch.Tensor, weak_logits: torch.Tenso
     with N voxels i and the distributions q = softmax(l) of the weak (w) and the strong (s) view. The weak view receives
     no gradient. The equation is the same for regions, since q is a distribution over groups of queries there, too.
 
-    DK-UXNet (arXiv:2311.12364) describes such a loss. The Kullback-Leibler divergence is our reading: its equation was
-    not available to us, and the released code does not contain the loss.
+    DK-UXNet (arXiv:2311.12364) describes a consistency of query distributions. The Kullback-Leibler divergence is our
+    choice: the equation of the paper was not available to us, and the released code does not contain this loss.
 
     Args:
         strong_logits: (B, K, *spatial), logits of the strong view, as in `query_distribution_loss`.

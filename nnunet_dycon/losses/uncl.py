@@ -9,7 +9,10 @@ from nnunet_dycon.losses.kernels.uncl import UnCL
 def uncl_reference(
     student_logits: torch.Tensor, teacher_logits: torch.Tensor, beta: float, entropy_weight: float = 1.0
 ) -> torch.Tensor:
-    """Return Eq. 1 of DyCON for classes, written as in the paper. Tests compare the faster `uncl_loss` with it."""
+    """Return the UnCL of DyCON (Eq. 1) for classes, written as in the paper; for the arguments see `uncl_loss`.
+
+    Tests compare `uncl_loss`, which is faster, with this function.
+    """
     p_s, h_s = softmax_and_entropy(student_logits)
     p_t, h_t = softmax_and_entropy(teacher_logits.detach())
     consistency = (p_s - p_t).square().sum(1) / (torch.exp(beta * h_s) + torch.exp(beta * h_t))

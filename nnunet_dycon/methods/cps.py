@@ -29,7 +29,8 @@ class CPS(CoTraining):
 
     .. math:: L = \sum_s L_{sup}(s) + r(t)\, w\, L(p^s, \arg\max p^{\bar{s}})
 
-    with both networks s, the other network (peer) :math:`\bar{s}`, the ramp-up factor r and the weight w.
+    The sum is over both networks s, with the other network (peer) :math:`\bar{s}`, the supervised loss
+    :math:`L_{sup}`, the softmax outputs p, the ramp-up factor r and the weight w.
 
     Chen et al., "Semi-Supervised Semantic Segmentation with Cross Pseudo Supervision", CVPR 2021, arXiv:2106.01226.
 

@@ -1,4 +1,4 @@
-"""Query distribution consistency (DK-UXNet): consistency of a mask transformer on weak and strong views."""
+"""Query distribution consistency (DK-UXNet): a mask transformer predicts the same for a weak and a strong view."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,8 +16,8 @@ from nnunet_dycon.losses import consistency_loss, query_consistency_loss, query_
 class DKUXNetSettings:
     """Settings of the method and of its network.
 
-    ``query_weight`` has the value of the released code, although that code sums the query loss over voxels instead of
-    averaging it. The paper's other weights are not known to us.
+    ``query_weight`` has the value of the released code, although that code sums the query loss over voxels, while this
+    method averages the query loss. The paper's other weights are not known to us.
 
     Attributes:
         query_weight: the weight of the query loss on labeled images.
@@ -43,7 +43,9 @@ class DKUXNet(Method):
     with the supervised loss, the query loss :math:`L_{qd}`, the consistencies of segmentations :math:`L_{segc}` and of
     query distributions :math:`L_{qdc}`, the ramp-up factor r and the weights w.
 
-    The student (DK-UXNet) predicts a segmentation and a query distribution for a weak and a strong view of each image.
+    The student (DK-UXNet) predicts a segmentation and a query distribution for a weak and a strong view of each image;
+    only the strong view has intensity augmentation. The query distribution is a second class distribution of each
+    voxel, see `KMaXDecoder`.
     On labeled images both views are supervised: with nnU-Net's loss on the segmentation and with the query loss, the
     cross-entropy of the query distribution with the true class. On unlabeled images the prediction of the weak view,
     without gradient, is the target of the strong view: for the segmentation (mean squared error of the softmax) and for
@@ -59,7 +61,7 @@ class DKUXNet(Method):
     - the ramp-up.
 
     Deviations from the released code: the query loss is a mean over voxels (`query_distribution_loss`). It is computed
-    at each resolution, with half the weight of the next higher one.
+    at each resolution, with half the weight of the next higher resolution.
     """
 
     labeler = None
@@ -104,8 +106,12 @@ class DKUXNet(Method):
     def _query_loss(self, queries: Sequence[torch.Tensor], targets: Targets) -> torch.Tensor:
         """Return the mean of the query loss (`query_distribution_loss`) over the deep-supervision resolutions.
 
-        Each resolution has half the weight of the next higher one. Unlike in nnU-Net, the lowest resolution has a
-        weight, too, since the layers for its queries would otherwise not be trained.
+        Each resolution has half the weight of the next higher resolution. Unlike in nnU-Net, the weight of the lowest
+        resolution is not 0, since the layers that compute its query distribution would otherwise not be trained.
+
+        Args:
+            queries: logits of the query distribution at each resolution, highest first.
+            targets: nnU-Net's targets at the same resolutions.
         """
         label_space = self.supervision.label_space
         levels = targets if isinstance(targets, list) else [targets]
@@ -118,7 +124,7 @@ class DKUXNet(Method):
 
 
 def _twice(targets: Targets) -> Targets:
-    """Repeat the targets along the batch axis, for weak and strong views with the same spatial augmentation."""
+    """Repeat nnU-Net's targets along the batch axis: weak and strong views of a patch have the same target."""
     if isinstance(targets, list):
         return [torch.cat([level, level]) for level in targets]
     return torch.cat([targets, targets])

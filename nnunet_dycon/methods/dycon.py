@@ -20,8 +20,9 @@ from nnunet_dycon.losses import fecl_loss, fecl_released_loss, uncl_loss
 class DyCONTerms:
     """Settings of DyCON's losses UnCL and FeCL, between student and teacher or between two students.
 
-    UnCL is the uncertainty-aware consistency loss, FeCL the focal entropy-aware contrastive loss. The defaults are the
-    paper's values, except rampup, top_k, foreground_fraction and background_fraction, which are not in the paper.
+    UnCL is the uncertainty-aware consistency loss (`uncl_loss`), FeCL the focal entropy-aware contrastive loss
+    (`fecl_loss`). The defaults are the paper's values, except rampup, top_k, foreground_fraction and
+    background_fraction, which are not in the paper.
 
     Attributes:
         uncl_weight: the weight of UnCL; 0 omits it.
@@ -56,7 +57,11 @@ class DyCONTerms:
         return exponential_decay(progress, self.beta_start, self.beta_end)
 
     def build_head(self, network: nn.Module, stage: FeatureStage | None) -> ProjectionHead | None:
-        """Build the projection head of FeCL on the network's device, or return None without FeCL.
+        """Build the projection head of FeCL on the network's device, or return None if the weight of FeCL is 0.
+
+        Args:
+            network: a network; only its device is used.
+            stage: the encoder stage whose features the head embeds.
 
         Raises:
             ValueError: FeCL is used, but no encoder stage is given.
@@ -72,13 +77,20 @@ class DyCONTerms:
     def consistency(
         self, label_space: LabelSpace, logits: torch.Tensor, teacher_logits: torch.Tensor, beta: float
     ) -> torch.Tensor:
-        """Return UnCL between the logits of a student and the logits of its teacher or peer."""
+        """Return UnCL between a student's logits and the logits of its teacher or peer; see `uncl_loss`."""
         return uncl_loss(logits, teacher_logits, beta, entropy_weight=self.entropy_weight, sigmoid=label_space.sigmoid)
 
     def patches(
         self, label_space: LabelSpace, labels: torch.Tensor, known: torch.Tensor, output: StudentOutput
     ) -> torch.Tensor:
-        """Return the class of each patch (cell of the feature grid), (B, N), from voxel labels and their known mask."""
+        """Return the class of each patch (cell of the feature grid), (B, N).
+
+        Args:
+            label_space: the label space.
+            labels: the labels of the voxels: ground truth or pseudo-labels.
+            known: boolean, of the same shape, False for voxels that are not annotated.
+            output: the student's output, which determines the feature grid.
+        """
         return label_space.patches(
             labels,
             known,
@@ -96,14 +108,14 @@ class DyCONTerms:
         teacher_embedding: torch.Tensor,
         patches: torch.Tensor,
     ) -> torch.Tensor:
-        """Return FeCL of a student.
+        """Return FeCL (`fecl_loss`) of a student.
 
         Args:
             label_space: the label space.
             output: the student's output.
             embedding: (B, N, D), the student's embeddings of the patches.
-            teacher_embedding: (B, N, D), the embeddings of its teacher or peer, used for hard negatives.
-            patches: (B, N), the class of each patch, see `patches`.
+            teacher_embedding: (B, N, D), the embeddings of the student's teacher or peer, used for hard negatives.
+            patches: (B, N), the class of each patch, as the method `patches` returns it.
         """
         entropy = label_space.voxel_entropy(output.logits[0].detach())
         return fecl_loss(
@@ -125,7 +137,7 @@ class DyCONSettings(DyCONTerms):
     Attributes:
         ema_decay: the decay of the EMA teacher.
         fecl_form: "paper" for `fecl_loss` on labeled and unlabeled images, or "released" for `fecl_released_loss` on
-            unlabeled images only, as in the released code. The latter does not support ignored patches, so
+            unlabeled images only, as in the released code. "released" does not support ignored patches, so
             foreground_fraction and background_fraction must be equal, and it does not support mixing.
         mixing: the mixing of the student's images, see `nnunet_dycon.components.mixing.mixture`.
         box_fraction: the length of a pasted box as a fraction of each axis.
@@ -156,8 +168,8 @@ class DyCON(Method):
         L = L_{sup}(\text{labeled}) + r(t) \left[ w_u L_{UnCL}(\text{all}) + w_f L_{FeCL}(\text{all}) \right]
 
     with the ramp-up factor r and the weights w. UnCL compares student and teacher at full resolution. FeCL is computed
-    on the patches of an encoder stage. The class of a patch is taken from the ground truth in the labeled half of the
-    batch and from the teacher's prediction in the unlabeled half.
+    on patches, here the cells of the feature grid of an encoder stage. The class of a patch is taken from the ground
+    truth in the labeled half of the batch and from the teacher's prediction in the unlabeled half.
 
     For regions, distance and entropy of a voxel in UnCL are means over regions. The class of a patch is the most
     frequent combination of regions in its foreground (`patch_codes`): nested regions give as many classes as there are
@@ -169,12 +181,12 @@ class DyCON(Method):
       no ground truth;
     - UnCL and FeCL are ramped up (`DyCONSettings.rampup`); in the release they have their full weight from the first
       step. The third term of the release, a mean squared error with a weight of nearly 0, is omitted;
-    - the student's images, and the teacher's output with them, can be mixed (`mixing`);
+    - the student's images can be mixed, and the teacher's output is then mixed in the same way (`mixing`);
     - the teacher sees the weak view in eval mode; the release adds noise to its input and keeps its dropout active;
     - the class of a patch depends on its foreground fraction, and patches of an intermediate fraction are ignored; the
       release uses the central 2×2×2 voxels of each cell;
-    - the entropy of an anchor is the mean over its cell of the entropy of the student's softmax. The paper's "gambling
-      softmax" is equal to a softmax;
+    - the entropy of an anchor patch in FeCL is the entropy of the student's softmax, averaged over the voxels of the
+      patch. The paper's "gambling softmax" is equal to a softmax;
     - neither paper nor code supports regions.
 
     Args:

@@ -1,4 +1,4 @@
-"""DyCON with co-training: the second of the two frameworks in which the paper uses its losses."""
+"""DyCON with co-training. The paper uses the DyCON losses in two frameworks: Mean Teacher and co-training."""
 
 import torch
 from torch import nn
@@ -11,14 +11,14 @@ from nnunet_dycon.methods.dycon import DyCONTerms
 
 
 class DyCONCoTraining(CoTraining):
-    r"""DyCON (arXiv:2504.04566) with co-training instead of Mean Teacher: the peer takes the role of the teacher.
+    r"""DyCON (arXiv:2504.04566) with co-training: a second student, the peer, replaces the EMA teacher.
 
     .. math::
         L = \sum_s L_{sup}(s) + r(t) \left[ w_u L_{UnCL}(s, \bar{s}) + w_f L_{FeCL}(s, \bar{s}) \right]
 
     with both students s and the other student (peer) :math:`\bar{s}`. The class of a patch is taken from the ground
-    truth in the labeled half of the batch and from the peer's prediction in the unlabeled half. The hard negatives are
-    embeddings of the peer.
+    truth in the labeled half of the batch and from the peer's prediction in the unlabeled half. The hard negatives in
+    FeCL are embeddings of the peer.
 
     Deviations from the paper, which describes this framework only briefly and releases no code for it:
 

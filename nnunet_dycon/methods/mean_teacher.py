@@ -33,8 +33,8 @@ class MeanTeacher(Method):
 
     .. math:: L = L_{sup}(\text{labeled}) + r(t)\, w\, L_{MSE}(p^s, p^t)(\text{unlabeled})
 
-    with the ramp-up factor r and the weight w. Tarvainen and Valpola, arXiv:1703.01780. The student sees the strong
-    view, the teacher the weak view.
+    with the softmax outputs p of student (s) and teacher (t), the ramp-up factor r and the weight w. Tarvainen and
+    Valpola, arXiv:1703.01780. The student sees the strong view, the teacher the weak view.
 
     Deviations from the paper: the views differ in nnU-Net's intensity augmentation instead of independent noise. Both
     have the same spatial augmentation, so their voxels correspond.

@@ -43,7 +43,7 @@ class PseudoLabels(Method):
 
     with nnU-Net's loss L, the ramp-up factor r and the weight w. The weight ω of a voxel is 0 if the probability of its
     pseudo-label is below the confidence threshold, else 1. Its mean :math:`\bar{\omega}` over the unlabeled voxels
-    scales the loss down if few pseudo-labels are confident. For regions, pseudo-label and ω are computed for each
+    lowers the loss if few pseudo-labels are confident. For regions, pseudo-label and ω are computed for each
     region separately.
 
     Args:

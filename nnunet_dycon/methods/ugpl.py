@@ -26,8 +26,8 @@ from nnunet_dycon.losses import (
 class UGPLSettings:
     """Settings of UGPL.
 
-    mistake_weight, contrast_weight, confidence and kept_start have the values of the released code; the other values
-    are ours.
+    The defaults of mistake_weight, contrast_weight, confidence and kept_start are those of the released code; the other
+    defaults are ours.
 
     Attributes:
         mistake_weight: the weight of the squared error in the mistake region; 0 omits it.
@@ -80,7 +80,7 @@ class UGPL(CoTraining):
     us in full), in addition to the deviations that the docstrings of the losses list:
 
     - all terms train both students. In the release, the contrastive loss trains only the student with the higher Dice
-      loss in a batch, and the divergence trains only the ResNet, regardless of which student is right;
+      loss in a batch, and the divergence always trains the ResNet-34, regardless of which student is right;
     - the networks are nnU-Net's plain and residual U-Nets from the plans instead of a V-Net and a ResNet-34;
     - prototypes are computed from both halves, and the same number of uncertain voxels is drawn from each class; the
       release draws 1 % of all voxels;
@@ -160,7 +160,14 @@ class UGPL(CoTraining):
     def _contrast(
         self, own: StudentOutput, everywhere: list[ClassMap], drawn: list[DrawnVoxels], half: int
     ) -> torch.Tensor:
-        """Return the contrastive loss of voxels drawn from unlabeled images, with prototypes from both halves."""
+        """Return the contrastive loss of a student for uncertain voxels of the unlabeled images.
+
+        Args:
+            own: the student's output, labeled images first.
+            everywhere: maps of labels and pseudo-labels of all images, whose masks select the voxels for prototypes.
+            drawn: the sampled uncertain voxels of the unlabeled images, for each of these maps.
+            half: the number of labeled images.
+        """
         losses = []
         for (labels, reliable, classes), voxels in zip(everywhere, drawn):
             prototypes, present = class_prototypes(own.features, labels, reliable, classes)

@@ -29,8 +29,8 @@ class DKUXNet(nn.Module):
     """3D UX-Net with a k-means mask transformer: the network of DK-UXNet (Wu, Li and Zhang, arXiv:2311.12364).
 
     It consists of `UXEncoder`, nnU-Net's residual decoder, and `KMaXDecoder` on the features of the residual decoder.
-    Forward returns the logits. The query distribution is available through a `FeatureTap` on ``kmax``, whose output is
-    a `KMaXOutput`.
+    Forward returns only the logits. To read the query distribution, register a `FeatureTap` (a forward hook) on the
+    module ``kmax``; the output of ``kmax`` is a `KMaXOutput`.
 
     Deviations from the released code: see `UXNet` and `KMaXDecoder`.
 
@@ -59,6 +59,9 @@ class DKUXNet(nn.Module):
         self.kmax = KMaXDecoder(Architecture(**architecture), num_classes, queries)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
-        """Return logits (B, K, *spatial) for images (B, C, *spatial); with deep supervision, of each resolution."""
+        """Return logits (B, K, *spatial) for images (B, C, *spatial).
+
+        With deep supervision, return a list with the logits at each resolution, highest first.
+        """
         logits = self.kmax(self.decoder(self.encoder(images)), self.decoder.deep_supervision).logits
         return logits if self.decoder.deep_supervision else logits[0]

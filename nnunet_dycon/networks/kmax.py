@@ -1,4 +1,7 @@
-"""k-means mask transformer: voxels are assigned to queries; each query is updated with the mean of its voxels."""
+"""k-means mask transformer. Queries are learned vectors that serve as cluster centers, as in k-means.
+
+Each voxel is assigned to the most similar query, and each query is updated with the mean of its assigned voxels.
+"""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -21,12 +24,12 @@ _HIDDEN = 64  # hidden width of the class head
 
 
 class KMaXOutput(NamedTuple):
-    """Output of the decoder: lists with one tensor (B, K, *spatial) per resolution, highest first.
+    """Output of `KMaXDecoder`: two lists with one tensor (B, K, *spatial) per resolution, highest first.
 
     Attributes:
         logits: the segmentation logits.
-        queries: the logarithm of the query distribution, which is for each voxel the softmax over all queries, summed
-            over the queries of each class.
+        queries: the logarithm of the query distribution of each voxel: a softmax over all queries, summed over the
+            group of queries that belongs to each class.
     """
 
     logits: list[torch.Tensor]
@@ -34,7 +37,7 @@ class KMaXOutput(NamedTuple):
 
 
 def group_sizes(queries: int, groups: int) -> list[int]:
-    """Return the number of consecutive queries in each group, as equal as possible.
+    """Divide the queries among groups as equally as possible, and return the number of queries in each group.
 
     Raises:
         ValueError: there are fewer queries than groups.
@@ -85,7 +88,10 @@ def cluster_means(values: torch.Tensor, assignment: torch.Tensor, clusters: int)
 
 
 class CenterUpdate(nn.Module):
-    """Update of the queries: add to each the mean of its voxels (k-means), then self-attention among the queries."""
+    """Update of the queries: one step of k-means, followed by self-attention among the queries.
+
+    The step of k-means adds to each query the mean of its assigned voxels, after layer norm and a linear layer.
+    """
 
     def __init__(self, width: int, channels: int) -> None:
         super().__init__()
@@ -96,13 +102,28 @@ class CenterUpdate(nn.Module):
 
     @torch.compiler.disable  # it would be recompiled for each width, up to torch's limit
     def forward(self, centers: torch.Tensor, values: torch.Tensor, assignment: torch.Tensor) -> torch.Tensor:
-        """Update the queries (B, N, D) with the features (B, C, V) of the voxels and their query indices (B, V)."""
+        """Return the updated queries, (B, N, D).
+
+        Args:
+            centers: (B, N, D), the queries.
+            values: (B, C, V), the features of V voxels.
+            assignment: (B, V), the index of the query to which each voxel is assigned.
+        """
         means = cluster_means(values, assignment, centers.shape[1])
         return self.attention(centers + self.of_voxels(means))
 
 
 class KMaXLevel(nn.Module):
-    """One resolution of the decoder: embeds voxels and queries, and updates the queries ``updates`` times."""
+    """One resolution of the decoder: embeds the voxels, updates the queries, and projects them to kernels.
+
+    The kernel of a query is compared with the embedding of a voxel, so it has the same number of channels.
+
+    Args:
+        architecture: the architecture in the plans.
+        stage: the index of the stage in the plans.
+        width: the width D of the queries.
+        updates: the number of updates of the queries.
+    """
 
     def __init__(self, architecture: Architecture, stage: int, width: int, updates: int) -> None:
         super().__init__()
@@ -118,7 +139,7 @@ class KMaXLevel(nn.Module):
         self.updates = nn.ModuleList(CenterUpdate(width, channels) for _ in range(updates))
 
     def forward(self, pixels: torch.Tensor, centers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Embed features and queries.
+        """Embed the voxels, and update and project the queries.
 
         Args:
             pixels: (B, C, *spatial), features of V voxels.
@@ -143,7 +164,7 @@ def assign(embedded: torch.Tensor, kernels: torch.Tensor) -> torch.Tensor:
 
     Args:
         embedded: (B, C, V), the embedded voxels.
-        kernels: (B, N, C), the kernels of the queries.
+        kernels: (B, N, C), the kernels of the queries, see `KMaXLevel`.
     """
     kernels = kernels.float()
     with without_autocast(embedded.device.type):
@@ -159,7 +180,8 @@ def respond(
     .. math:: r_{ni} = \mathrm{softmax}_n(k_n \cdot z_i), \qquad l_{ki} = \sum_n c_{nk} r_{ni}, \qquad
         \ln q_{gi} = \ln \sum_{n \in g} r_{ni}
 
-    The responses r, (B, N, V), are never stored as a whole: they are computed in blocks, and recomputed for backward.
+    for voxel i, with the query n, the class k and the group of queries g. The responses r, (B, N, V), which are a
+    softmax over all queries, are never stored as a whole: they are computed in blocks, and recomputed for backward.
 
     Args:
         embedded: (B, C, V), the embedded voxels z.
@@ -193,8 +215,9 @@ class _Respond(torch.autograd.Function):
     def backward(ctx, of_logits, of_queries):
         r"""Compute the gradients of embedded voxels, kernels and class logits.
 
-        In the notation of `respond`, with the incoming gradients u of l and w of ln q, and the group g(n) of a query,
-        the gradient with respect to the similarity s = k z of a voxel is
+        The symbols c, k, l, q, r and z are those of `respond`, without the index i of the voxel. The incoming gradients
+        are :math:`u_k = \partial L / \partial l_k` and :math:`w_g = \partial L / \partial \ln q_g`, and g(n) is the
+        group that contains query n. The gradient with respect to the similarity :math:`s_n = k_n \cdot z` is
 
         .. math:: \frac{\partial L}{\partial s_n} = r_n \left(a_n - \sum_m r_m a_m - \sum_g w_g\right)
             + \frac{r_n}{q_{g(n)}} w_{g(n)}, \qquad a_n = \sum_k c_{nk} u_k
@@ -226,21 +249,22 @@ def _blocks(volume: torch.Tensor, kernels: torch.Tensor) -> Iterator[torch.Tenso
 class KMaXDecoder(nn.Module):
     """Transformer decoder of kMaX-DeepLab (Yu et al., ECCV 2022, arXiv:2207.04044) on the features of a U-Net decoder.
 
-    N learned queries are processed from the deepest resolution to the highest. At each resolution except the highest
+    N learned queries are processed from the lowest resolution to the highest. At each resolution except the highest
     they are updated twice: each voxel is assigned to the query most similar to it (argmax, the hard assignment of
     k-means, without a gradient), and the mean of the assigned voxels is added to each query. A head predicts logits of
     the K classes for each query. The segmentation logits of a voxel are the mean of the queries' class logits, weighted
-    with the softmax over queries of their similarity to the voxel. The queries form K groups, one per class. The query
-    distribution of a voxel is this softmax, summed over the queries of each group.
+    with a softmax over all queries of the similarity between query and voxel. The queries form K groups, one per class.
+    The query distribution of a voxel is this softmax, summed over the queries of each group.
 
     Deviations from the released code of DK-UXNet (Rows21/DK-UXNet, e268484), which this network reproduces:
 
-    - one group for each class, equally large, instead of 16, 4 and 108 of 128 queries for background, organ and tumor;
+    - one group for each class, of equal size up to 1, instead of 16, 4 and 108 of 128 queries for background, organ and
+      tumor;
     - segmentation and query distribution at every resolution, for deep supervision. The release computes them only at
       the highest resolution, so the layers that assign voxels at lower resolutions are never trained. Here these layers
       also compute the output, so deep supervision trains them; without deep supervision they are not trained, either;
-    - updates at all resolutions except the highest, as in the variant UXNET of the release; its DKUNET also skips the
-      second highest;
+    - updates at all resolutions except the highest, as in the variant UXNET of the release; the variant DKUNET also
+      skips the second highest;
     - layer norm for queries and the plans' norm for voxels instead of batch norm; the mean of the voxels is added to a
       query instead of their sum, which would grow with the patch size;
     - widths follow the plans: the embedding of voxels is as wide as their features, queries are as wide as the deepest

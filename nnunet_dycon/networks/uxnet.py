@@ -42,14 +42,17 @@ class Architecture:
     nonlin_kwargs: dict[str, Any]
 
     def residual_block(self, stage: int, input_channels: int, stride: Sequence[int] | int = 1) -> nn.Module:
-        """Build a residual block: two convolutions with norm, and a projected skip connection."""
+        """Build a residual block: two convolutions with norm and a skip connection.
+
+        Where necessary, the skip connection is pooled by the stride and projected to the output's number of channels.
+        """
         return BasicBlockD(
             self.conv_op, input_channels, self.features_per_stage[stage], self.kernel_sizes[stage], stride,
             self.conv_bias, self.norm_op, self.norm_op_kwargs, nonlin=self.nonlin, nonlin_kwargs=self.nonlin_kwargs,
         )  # fmt: skip
 
     def depth_wise(self, stage: int, channels: int, size: int) -> nn.Module:
-        """Build a depth-wise convolution with ``size`` voxels along each axis, but 1 where the plans' kernel has 1."""
+        """Build a depth-wise convolution of kernel size ``size``, but 1 along axes where the plans' kernel has 1."""
         kernel = widened_kernel(self.kernel_sizes[stage], size)
         return self.conv_op(channels, channels, kernel, padding=same_padding(kernel), groups=channels)
 
@@ -80,8 +83,9 @@ class UXBlock(nn.Module):
 
     .. math:: y = x + \gamma \odot W_2\, \mathrm{GELU}(W_1\, \mathrm{LN}(D x))
 
-    with the layer norm LN, the depth-wise convolution D with 7 voxels along each axis, W_1, which expands each channel
-    to 4, and W_2, which merges these 4 into one again ("depth-wise convolution scaling"); γ is initialised with 1e-6.
+    with the layer norm LN and the depth-wise convolution D with 7 voxels along each axis. The grouped pointwise
+    convolution W_1 computes 4 channels from each channel, and W_2 computes one channel from these 4 ("depth-wise
+    convolution scaling"). γ, one factor per channel, is initialised with 1e-6.
     """
 
     def __init__(self, architecture: Architecture, stage: int, channels: int) -> None:
@@ -106,12 +110,12 @@ class UXEncoder(nn.Module):
 
     Stage 0 is a residual block on the image, at full resolution. Every other stage consists of a downsampling
     convolution, two UX blocks and a residual block. Stage 1 downsamples the image with a kernel of 7 voxels; each later
-    stage downsamples the UX blocks' output of the previous stage with a kernel as long as the stride. Convolution and
-    UX blocks have as many channels as the plans give for the previous stage, the residual block as many as they give
-    for this stage. The output of the residual block is the skip connection.
+    stage downsamples the UX blocks' output of the previous stage with a kernel as long as the stride. In each
+    stage, convolution and UX blocks have the number of channels of the previous stage in the plans, and the residual
+    block has the number of channels of the stage itself. The output of the residual block is the skip connection.
 
-    The attributes have the names that nnU-Net's decoders expect of an encoder; the modules in ``stages`` output the
-    skip connections.
+    The attributes have the names that nnU-Net's decoders require of an encoder. ``stages`` contains the residual
+    blocks, whose outputs are the skip connections.
     """
 
     def __init__(self, input_channels: int, architecture: Architecture) -> None:
@@ -156,7 +160,7 @@ class UXEncoder(nn.Module):
 class UXNet(nn.Module):
     """3D UX-Net (Lee et al., ICLR 2023, arXiv:2209.15076) with the depth and widths of nnU-Net's plans.
 
-    With 48, 96, 192, 384 and 768 features and strides of 2 it is the published network with 53.0 million parameters.
+    With 48, 96, 192, 384 and 768 features and strides of 2, this is the published network with 53.0 million parameters.
     Each stage of the decoder has a transposed convolution, concatenation and a residual block; the stage at full
     resolution has two residual blocks.
 
@@ -172,7 +176,7 @@ class UXNet(nn.Module):
         input_channels: the number of channels of the images.
         num_classes: the number of output channels: classes including background, or regions.
         deep_supervision: whether forward returns the logits of all stages of the decoder, as a list, highest resolution
-            first. ``decoder.deep_supervision`` switches it, as in nnU-Net's own networks.
+            first. The attribute ``decoder.deep_supervision`` changes this later, as in nnU-Net's own networks.
         **architecture: see `Architecture`.
     """
 
@@ -185,5 +189,8 @@ class UXNet(nn.Module):
         self.decoder = UNetResDecoder(self.encoder, num_classes, blocks, deep_supervision)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
-        """Return logits (B, K, *spatial) for images (B, C, *spatial); with deep supervision, of each resolution."""
+        """Return logits (B, K, *spatial) for images (B, C, *spatial).
+
+        With deep supervision, return a list with the logits at each resolution, highest first.
+        """
         return self.decoder(self.encoder(images))

@@ -1,4 +1,4 @@
-"""Helpers for distributed training. In a training with a single process, they do not communicate."""
+"""Helpers for distributed training. In a training with a single process, they involve no communication."""
 
 from collections.abc import Callable
 from datetime import timedelta
@@ -34,8 +34,9 @@ def on_rank_zero(work: Callable[[], Result]) -> Result:
         work: a function without arguments. Its result must be picklable.
 
     Raises:
-        UserError: on rank 0, if `work` raises it. Other errors of `work` are raised on rank 0, too.
-        SystemExit: on the other ranks if `work` raises an error; without a message, so that the error is printed once.
+        Exception: on rank 0, any error that `work` raises.
+        SystemExit: on the other ranks, if `work` raises an error on rank 0. It has no message, so that only rank 0
+            prints the error.
     """
     if number_of_ranks() == 1:
         return work()
@@ -54,7 +55,10 @@ def on_rank_zero(work: Callable[[], Result]) -> Result:
 
 
 def all_reduce_max(values: torch.Tensor) -> torch.Tensor:
-    """Return the elementwise maximum of a tensor over all ranks. This does not synchronize the GPU with the CPU."""
+    """Return the elementwise maximum of a tensor over all ranks, without synchronizing the GPU with the CPU.
+
+    All ranks must call this function, with tensors of equal shape. The argument is unchanged.
+    """
     if number_of_ranks() == 1:
         return values
     highest = values.clone()
@@ -66,8 +70,9 @@ def on_any_rank(flag: bool, device: torch.device) -> bool:
     """Return whether a flag is true on at least one rank. All ranks must call this function.
 
     Args:
-        flag: the flag of this rank.
-        device: device of the tensor to communicate: the GPU of this rank for NCCL, the CPU for gloo.
+        flag: the value of the flag on this rank.
+        device: device of the tensor that is sent to the other ranks: the GPU of this rank for the backend NCCL, the CPU
+            for gloo.
     """
     return bool(all_reduce_max(torch.full((), float(flag), device=device)))
 
@@ -98,15 +103,19 @@ def _summed(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def ids_for_ddp(device: torch.device) -> list[int] | None:
-    """Return the argument `device_ids` of DistributedDataParallel for a network on a device."""
+    """Return the argument `device_ids` of DistributedDataParallel: a list with the GPU's number, or None for the CPU.
+
+    Args:
+        device: the device of the network.
+    """
     return [device.index] if device.type == "cuda" else None
 
 
 def require_even_batch(batch_size: int) -> None:
     """Raise UserError if a batch cannot be divided evenly among the ranks.
 
-    nnU-Net would give some ranks one patch more than others. A mean over ranks would then differ from the mean over
-    patches, and nnU-Net's batch Dice would fail because the shapes on the ranks differ.
+    Otherwise, nnU-Net would give some ranks one patch more than others. The mean over ranks of a loss would then differ
+    from the mean over patches, and nnU-Net's batch Dice would fail because the shapes on the ranks differ.
 
     Args:
         batch_size: number of patches in the batch of all ranks together.

@@ -31,8 +31,8 @@ def nnunet_folder(variable: str) -> Path:
         variable: nnUNet_raw, nnUNet_preprocessed or nnUNet_results.
 
     Raises:
-        UsageError: the variable is not set, or its value contains a ~, quotes or white space at its ends, which nnU-Net
-            would use as part of the path.
+        UsageError: the variable is not set; or its value starts with ~, or starts or ends with a quote or white space.
+            nnU-Net would take these characters as part of the folder's name.
     """
     value = os.environ.get(variable)
     if not value:

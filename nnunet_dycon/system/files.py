@@ -24,10 +24,14 @@ VOLUME_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".gipl")  # formats of Sim
 
 @contextmanager
 def replacing(file: Path | str) -> Iterator[Path]:
-    """Yield a temporary path in the folder of `file`. At the end, rename it to `file`; after an error, remove it.
+    """Yield a temporary path for a new version of `file`, in the same folder.
 
-    The temporary name is unique, so that several processes can write the same file at once. The content is flushed to
-    the disk before the renaming, so that after a power failure either the old or the new file exists, and is complete.
+    At the end of the `with` block, rename the temporary file to `file`; after an error, remove it. The temporary name
+    is unique, so that several processes can write the same file at once. The content is flushed to the disk before the
+    renaming, so that after a power failure either the old or the new file exists, and is complete.
+
+    Args:
+        file: the file to create or to replace.
     """
     file = Path(file)
     partial = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}.partial")
@@ -52,7 +56,12 @@ def _flush(file: Path) -> None:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Yield a new temporary folder next to `folder`. At the end, rename it to `folder`; after an error, remove it.
+    """Yield a new temporary folder next to `folder`.
+
+    At the end of the `with` block, rename the temporary folder to `folder`; after an error, remove it with its content.
+
+    Args:
+        folder: the folder to create, which may exist if it is empty.
 
     Raises:
         UsageError: `folder` exists and is not an empty folder, or it is a mount point.
@@ -75,9 +84,14 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def require_whole(file: Path) -> None:
-    """Raise EOFError, OSError or zlib.error if a file is empty, or if a gzip file is truncated or damaged.
+    """Raise an error if a file is empty, or if it is a truncated or damaged gzip file.
 
     SimpleITK does not detect a truncated file: it fills the rest of the image with arbitrary values.
+
+    Raises:
+        EOFError: the file is empty, or a gzip file is truncated.
+        OSError: the file cannot be read, or the header or the checksum of a gzip file is wrong.
+        zlib.error: the compressed data of a gzip file is damaged.
     """
     if file.stat().st_size == 0:
         raise EOFError("the file is empty")
@@ -88,7 +102,10 @@ def require_whole(file: Path) -> None:
 
 
 def is_compressed(file: Path) -> bool:
-    """Return whether the content of a file is gzip. SimpleITK also reads uncompressed files that are named .nii.gz."""
+    """Return whether a file starts with the two bytes of gzip.
+
+    The file name is not sufficient, since there are uncompressed NIfTI files named .nii.gz, which SimpleITK reads.
+    """
     with file.open("rb") as content:
         return content.read(2) == b"\x1f\x8b"
 
@@ -107,7 +124,10 @@ def read_json(file: Path) -> Any:
 
 
 def read_text(file: Path) -> str:
-    """Return the content of a text file in UTF-8 or UTF-16; bytes that are not valid become replacement characters."""
+    """Return the content of a text file in UTF-8, UTF-16 or UTF-32, without its byte order mark.
+
+    UTF-16 and UTF-32 are recognized by this mark. Invalid bytes become replacement characters (U+FFFD).
+    """
     content = file.read_bytes()
     for mark, encoding in _BYTE_ORDER_MARKS:
         if content.startswith(mark):

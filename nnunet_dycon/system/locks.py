@@ -28,9 +28,10 @@ class Lock:
 
     The storage needs no support for locks. The file is created as a hard link, which fails if the file exists, also on
     network storage. The heartbeat is the file's modification time, which a thread of the holder renews every minute.
-    A process takes over the lock of another holder if that holder has certainly or most probably ended, which is if:
+    Another process takes over the lock in the following cases, in which the holder has certainly or most probably
+    ended:
 
-    - both run in the same PID namespace of the same host, and the holder's process no longer exists;
+    - both processes run in the same PID namespace of the same host, and the holder no longer exists;
     - both belong to the same job, but not to the same host or container, since the scheduler has restarted the job;
     - the heartbeat is older than 10 minutes. The age is the difference from the modification time of a new file in the
       same folder, so that the clocks of the hosts need not agree.
@@ -47,7 +48,7 @@ class Lock:
         self._stopped = threading.Event()
 
     def acquire(self, *, wait: bool = False) -> None:
-        """Take the lock.
+        """Create the lock file, or take over the one of a process that has ended, and start the heartbeat.
 
         Args:
             wait: if another process holds the lock, wait until it is free instead of raising an error.
@@ -121,7 +122,7 @@ class Lock:
             )
 
     def holder(self) -> str | None:
-        """Return a description of the process that holds the lock; None if no running process holds it."""
+        """Return host, process and job of the lock's holder as text; None if there is no holder, or it has ended."""
         other, reason = self._state()
         return None if other is None or reason is not None else _described(other)
 
@@ -144,7 +145,7 @@ class Lock:
             os.unlink(name)
 
     def _create_exclusively(self) -> bool:
-        """Create the lock file without a hard link; return False if it exists already."""
+        """Create the lock file on storage without hard links; return False if the file exists already."""
         try:
             with self.file.open("x", encoding="utf-8") as content:
                 json.dump(self._owner, content)
@@ -153,18 +154,21 @@ class Lock:
         return True
 
     def _state(self) -> tuple[dict[str, Any] | None, str | None]:
-        """Return the content of the lock file, and the reason to take it over.
+        """Return the content of the lock file, and the reason why another process may take over the lock.
 
-        The content is None if there is no lock file. The reason is None if the holder may be running.
+        The content is None if there is no lock file. The reason is None if the holder may be running, or if there is no
+        lock file.
         """
         content, age = _read(self.file), self._age()
         return (None, None) if age is None else (content, _why_ended(content, age))
 
     def _take_over(self, other: Mapping[str, Any], reason: str) -> None:
-        """Remove the lock file of a process that has ended, and log a warning.
+        """Remove the lock file of a process that has ended, and log a warning. The caller then creates a new lock file.
+
+        If another process has removed or replaced the file in the meantime, change nothing.
 
         Args:
-            other: content of the lock file.
+            other: content of the lock file, as read before.
             reason: why the process is assumed to have ended.
         """
         aside = self.file.with_name(f".{self.file.name}.{self._owner['token']}")
@@ -189,7 +193,7 @@ class Lock:
                 return None
 
     def _beat(self) -> None:
-        """Renew the heartbeat until the lock is given up or taken over by another process."""
+        """Renew the heartbeat every minute, in a thread, until the lock is given up or taken over."""
         stopped, token = self._stopped, self._owner["token"]
         while not stopped.wait(HEARTBEAT_SECONDS):
             try:
@@ -205,7 +209,10 @@ class Lock:
 
 
 def _this_process() -> dict[str, Any]:
-    """Return the content of a lock file of this process."""
+    """Return the content of a lock file that this process holds: a random token, host, PID, start time and job.
+
+    The value of "process_table" is the result of `_process_table`. The job is None without a scheduler or torchrun.
+    """
     job = next((value for name in _JOB_VARIABLES if (value := os.environ.get(name)) not in (None, "", "none")), None)
     pid = os.getpid()
     return {
@@ -220,7 +227,7 @@ def _this_process() -> dict[str, Any]:
 
 
 def _process_table() -> str | None:
-    """Return an identifier of the PID namespace and the boot of the host; None if it cannot be read.
+    """Return an identifier of the PID namespace and of the host since its last boot; None if it cannot be read.
 
     Two processes with equal identifiers see the same PIDs. Containers have their own PID namespace.
     """
@@ -269,7 +276,7 @@ def _shares_processes(other: Mapping[str, Any], owner: Mapping[str, Any]) -> boo
 
 
 def _why_ended(other: Mapping[str, Any], age: float) -> str | None:
-    """Return why the process that holds a lock must have ended; None if it may be running.
+    """Return why the holder of a lock must have ended, such as "its process has ended"; None if it may be running.
 
     Args:
         other: content of the lock file.
@@ -286,7 +293,11 @@ def _why_ended(other: Mapping[str, Any], age: float) -> str | None:
 
 
 def _described(lock: Mapping[str, Any]) -> str:
-    """Return host, process and job in the content of a lock file as text."""
+    """Return a lock's holder as text, such as "host node3, process 4711, job 12".
+
+    Args:
+        lock: content of the lock file.
+    """
     job = f", job {lock['job']}" if lock.get("job") else ""
     return f"host {lock.get('host', 'unknown')}, process {lock.get('pid', 'unknown')}{job}"
 

@@ -49,11 +49,12 @@ in_default_style = style.context("default")
 
 @dataclass(frozen=True)
 class Panel:
-    """Data of one panel of `draw_paired_scores`: scores of a method and of the baseline.
+    """Data of one panel of `draw_paired_scores`, which compares a method with the baseline.
 
     Attributes:
         title: title of the panel.
-        scores: name of a label -> scores of the baseline and scores of the method, both (cases,) in the same order.
+        scores: name of a label -> two arrays of shape (cases,) in the same order of cases: scores of the baseline, and
+            scores of the method.
     """
 
     title: str
@@ -64,7 +65,7 @@ class Panel:
 def draw_paired_scores(panels: Sequence[Panel], xlabel: str, ylabel: str, file: Path) -> None:
     """Write a figure with a scatter plot per method, and the diagonal line of equal scores.
 
-    Each point is a case: x is the score of the baseline, y the score of the method.
+    Each point is a case and a label: x is the score of the baseline, y the score of the method.
 
     Args:
         panels: one or more panels, one per method, with the same labels. Each label has its own color.
@@ -101,18 +102,18 @@ def draw_paired_scores(panels: Sequence[Panel], xlabel: str, ylabel: str, file: 
 
 
 def class_color(value: int) -> str:
-    """Return the color of a label value, which must be at least 1. Every 8 values, the colors repeat."""
+    """Return the color of a label value, which must be at least 1, as "#rrggbb". Every 8 values, the colors repeat."""
     return _CLASS_COLORS[(value - 1) % len(_CLASS_COLORS)]
 
 
 def overlay(axes: Axes, mask: np.ndarray, color: str) -> None:
-    """Draw a mask (Y, X) over an image, as a transparent area with an outline."""
+    """Draw a binary mask (Y, X) over the image in `axes`, as a transparent area with an outline."""
     axes.imshow(np.where(mask, 1.0, np.nan), cmap=ListedColormap([color]), alpha=0.4, aspect=axes.get_aspect())
     outline(axes, mask, color)
 
 
 def outline(axes: Axes, mask: np.ndarray, color: str) -> None:
-    """Draw the outline of a mask (Y, X); draw nothing if the mask is empty, full, or only one pixel wide."""
+    """Draw the outline of a binary mask (Y, X); draw nothing if the mask is empty, full, or only one pixel wide."""
     if min(mask.shape) > 1 and mask.any() and not mask.all():  # otherwise matplotlib raises or warns
         axes.contour(mask, [0.5], colors=color, linewidths=1.1)
 

@@ -14,7 +14,8 @@ def at_least_float32(function: Callable[..., Result]) -> Callable[..., Result]:
     """Decorate a function so that it runs without autocast, and half-precision arguments are upcast to float32.
 
     Entropies, exponentials and similarities are too inaccurate in half precision: in float16, exp(12) overflows and
-    1e-8 is rounded to 0. Arguments of float32 and float64 are unchanged, so gradcheck can be run in float64.
+    1e-8 is rounded to 0. Arguments of float32 and float64 are unchanged, so gradcheck can be run in float64. At least
+    one argument of the decorated function must be a tensor.
     """
 
     @wraps(function)

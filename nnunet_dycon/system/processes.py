@@ -19,12 +19,12 @@ def map_cases(
 ) -> Iterator[Result]:
     """Yield function(job) for each job, in the order of the jobs, and show a progress bar on stderr.
 
-    If the function raises an exception in a worker process, it is raised in this process, too, and the jobs that have
-    not started yet are cancelled.
+    If the function raises an exception in a worker process, the exception is raised in this process, too, and the jobs
+    that have not started yet are cancelled.
 
     Args:
         function: a picklable function with one picklable argument and a picklable result.
-        jobs: arguments of the function, one for each call.
+        jobs: arguments of the function, one for each call, such as files.
         num_processes: number of worker processes; with 1, the function runs in this process.
         title: title of the progress bar.
 

@@ -60,11 +60,11 @@ def read(filename: Path | str) -> Any:
 def save_extended(filename: Path | str, save: Callable[[str], None], state: dict) -> None:
     """Write nnU-Net's checkpoint with an additional state to a temporary file and rename it.
 
-    The latest checkpoint becomes the previous one when it is replaced.
+    When checkpoint_latest.pth is replaced, its old version is kept as checkpoint_previous.pth.
 
     Args:
         filename: file to write.
-        save: save_checkpoint of nnU-Net's trainer.
+        save: nnUNetTrainer.save_checkpoint, bound to the trainer; writes nnU-Net's checkpoint to a given file.
         state: the additional state, with the keys settings, method and curves.
 
     Raises:
@@ -104,7 +104,7 @@ def set_aside(folder: Path, log: Callable[[str], None]) -> None:
 def find_readable(filename: str, log: Callable[[str], None], lock: Callable[[], None] = lambda: None) -> str:
     """Return a checkpoint to resume from: the given one, or if it is damaged the newest readable one in its folder.
 
-    Only rank 0 searches, but all ranks must call this function.
+    All ranks must call this function: rank 0 searches, the other ranks wait for the result.
 
     Args:
         filename: checkpoint to try first.
@@ -138,7 +138,7 @@ def _find_readable(file: Path, log: Callable[[str], None]) -> Path:
 
 
 def load_state(filename: Path | str, trainer_name: str) -> dict:
-    """Return the additional state of a checkpoint, on the CPU.
+    """Return the state of the semi-supervised training in a checkpoint (settings, method and curves), on the CPU.
 
     Raises:
         UserError: the file is damaged, or was written by another trainer or by version 0.1 of this package.
@@ -169,20 +169,20 @@ def _load(filename: Path | str) -> Any:
 
 
 def method_state(method: nn.Module) -> dict[str, dict]:
-    """Return the state dict of each child of a method, without the wrappers of DDP and torch.compile."""
+    """Return name -> state dict of each child module of a method, without the wrappers of DDP and torch.compile."""
     return {name: unwrap(child).state_dict() for name, child in method.named_children()}
 
 
 def load_method_state(method: nn.Module, state: dict[str, dict], filename: Path | str) -> None:
-    """Load the state dict of each child of a method.
+    """Load the state dict of each child module of a method.
 
     Args:
-        method: the method, whose children are loaded in place.
+        method: method whose child modules, such as the EMA teacher, are changed in place.
         state: a state returned by `method_state`.
         filename: name of the checkpoint, for the error message.
 
     Raises:
-        UserError: the state of a child is missing.
+        UserError: the state of a child module is missing.
     """
     for name, child in method.named_children():
         if name not in state:
@@ -192,19 +192,19 @@ def load_method_state(method: nn.Module, state: dict[str, dict], filename: Path 
 
 @contextmanager
 def fitting(filename: Path | str) -> Iterator[None]:
-    """Turn errors that occur when a checkpoint does not fit the networks of the trainer into a UserError."""
+    """Within a context that loads a checkpoint, raise a UserError if the weights do not fit the trainer's networks."""
     unfit = (RuntimeError, KeyError, ValueError, TypeError)
     with explained(unfit, f"{filename} does not fit the networks; perhaps the plans have changed; {_REMEDY}"):
         yield
 
 
 def save_companions(folder: Path, companions: dict[str, tuple[str, nn.Module]]) -> None:
-    """Write a checkpoint for prediction with each network other than the student; remove checkpoint_previous.pth.
+    """Write one checkpoint for prediction per network other than the student, and remove checkpoint_previous.pth.
 
     Args:
         folder: folder of a fold whose training is finished.
-        companions: file name of the checkpoint -> name of the trainer class that builds the network for prediction, and
-            the network: the EMA teacher or the second network.
+        companions: file name of the checkpoint -> (name of the trainer class that builds the network for prediction,
+            network). The network is the EMA teacher or the second network.
 
     Raises:
         UserError: a file cannot be written.

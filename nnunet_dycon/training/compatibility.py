@@ -33,11 +33,13 @@ def refuse_cascade(trainer: str, configuration_name: str, configuration: Configu
 
 
 def refuse_planned_network(trainer: str, class_name: str) -> None:
-    """Raise NotSupported if nnU-Net's trainer cannot build the network of the plans, such as Primus.
+    """Raise NotSupported if the network class in the plans, such as Primus, has no argument deep_supervision.
+
+    nnU-Net's trainer passes this argument when it builds the network.
 
     Args:
         trainer: name of the trainer, for the error message.
-        class_name: full name of the network's class.
+        class_name: full name of the network's class, with its module.
     """
     network: Any = locate(class_name)  # None if it is a short name, which nnU-Net searches in its modules
     parameters = {} if network is None else signature(network).parameters
@@ -51,7 +53,7 @@ def refuse_planned_network(trainer: str, class_name: str) -> None:
 
 @contextmanager
 def deep_supervision_off(trainer: nnUNetTrainer) -> Iterator[None]:
-    """Disable deep supervision of the trainer's network, and enable it again at the end if the trainer uses it.
+    """Disable deep supervision of the trainer's network within a context; do nothing if the trainer does not use it.
 
     Raises:
         NotSupported: the trainer uses deep supervision, but the network has none.

@@ -16,13 +16,18 @@ from nnunet_dycon.system.pictures import class_color, draw_or_warn, in_default_s
 
 
 def draw_curves(folder: Path, curves: dict[str, list[float]], log: Callable[[str], None]) -> None:
-    """Write the plot of the training curves, ssl_progress.png, to a folder; a failure is logged as a warning."""
+    """Write the plot of `draw_progress` to ssl_progress.png in a folder; a failure is logged as a warning."""
     draw_or_warn(folder / "ssl_progress.png", partial(draw_progress, curves), log)
 
 
 @in_default_style
 def draw_progress(curves: dict[str, list[float]], file: Path) -> None:
-    """Write a plot of all curves over the epochs: loss terms, schedules, pseudo-labels, and time per step."""
+    """Write a plot of all curves over the epochs: loss terms, schedules, pseudo-labels, and time per step.
+
+    Args:
+        curves: name -> one value per epoch, as in `EpochRecorder.curves`.
+        file: PNG file to write.
+    """
     seconds = {name.removeprefix(SECONDS): curve for name, curve in curves.items() if name.startswith(SECONDS)}
     figure = new_figure(11, 7.5)
     (losses, schedules), (fractions, times) = figure.subplots(2, 2)
@@ -108,9 +113,9 @@ def draw_pseudo_labels(
     """Write a plot with a row per case: image, pseudo-label and entropy.
 
     Args:
-        cases: slices of one or more cases.
-        names: names of the labels, background first.
-        labeler: name of the network that predicts the pseudo-labels, for the headings.
+        cases: one slice per case.
+        names: names of the label values 0, 1, 2, ...; the first one is background.
+        labeler: name of the network that predicts the pseudo-labels, such as "teacher", for the headings.
         highest_entropy: upper bound of the entropy of a voxel, in nats.
         aspect: height of a voxel in a slice, divided by its width.
         title: title of the plot.

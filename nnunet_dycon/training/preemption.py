@@ -23,7 +23,7 @@ class StopRequest:
     """A handler of SIGTERM that records the signal, so that the training can finish its step and write a checkpoint.
 
     Attributes:
-        can_wait: whether SIGTERM is only recorded. If False, as before the first step, it ends the process at once.
+        can_wait: whether SIGTERM is only recorded. If False, as before the first step, the process ends at once.
         is_made: whether SIGTERM has been recorded.
     """
 
@@ -35,11 +35,11 @@ class StopRequest:
 
     @contextmanager
     def listening(self, is_spawned: bool = False) -> Iterator[None]:
-        """Install the handler, and restore the previous one at the end.
+        """Install the handler within a context, and restore the previous handler at its end.
 
         Args:
             is_spawned: whether nnUNetv2_train -num_gpus has started this process. If so, the handler is not installed:
-                SIGTERM then means that another rank has failed, and this rank may be waiting for the failed one.
+                such a process receives SIGTERM if another rank has failed, and may wait for that rank in vain.
         """
         if not is_spawned:
             self.listen()
@@ -55,7 +55,7 @@ class StopRequest:
             self._previous_handler = signal.signal(signal.SIGTERM, self._record)
 
     def ignore(self) -> None:
-        """Restore the previous handler."""
+        """Restore the handler that was replaced by `listen`, if any."""
         if self._process is not None:
             signal.signal(signal.SIGTERM, self._previous_handler)
             self._process = None
@@ -69,13 +69,13 @@ class StopRequest:
 
 
 def save_and_exit(trainer: nnUNetTrainer, curves: dict[str, list[float]], steps_done: int) -> NoReturn:
-    """Write the current weights to checkpoint_latest.pth and exit. All ranks must call it after the same step.
+    """Write checkpoint_latest.pth with the current weights and exit. All ranks must call this after the same step.
 
     A resumed run repeats the interrupted epoch, so the values that this epoch has already logged are removed.
 
     Args:
         trainer: trainer in the middle of an epoch.
-        curves: curves over the epochs, by name.
+        curves: name -> one value per epoch.
         steps_done: number of steps of the interrupted epoch.
 
     Raises:

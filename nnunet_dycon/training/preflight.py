@@ -17,8 +17,8 @@ from nnunet_dycon.system.locks import Lock
 class TrainingLock:
     """The two locks that global rank 0 holds during a training.
 
-    One prevents a second training of the same fold. The other prevents that the folder of the preprocessed unlabeled
-    cases is replaced.
+    The first lock prevents a second training of the same fold, the second one prevents replacing the folder of the
+    preprocessed unlabeled cases.
 
     Args:
         folder: the output folder of the fold.
@@ -73,7 +73,8 @@ def check_cases(
         lock: the locks of the training, of which the one of the unlabeled cases is taken once these are up to date.
 
     Raises:
-        UserError: cases, fold or fingerprint are invalid.
+        UserError: a case is missing, damaged or both labeled and unlabeled, the fold has no valid split, or the
+            fingerprint is outdated.
     """
     labeled = labeled_identifiers(folder, unlabeled.arguments)
     check_split(folder, labeled, fold)
@@ -121,7 +122,7 @@ def describe_batch(trainer: nnUNetTrainer, cases: dict[str, list[str]]) -> str:
 
     Args:
         trainer: an initialized semi-supervised trainer.
-        cases: identifiers of the cases by role, "labeled" and "unlabeled".
+        cases: "labeled" and "unlabeled" -> identifiers of these cases.
     """
     labeled, unlabeled = trainer.batch_size, trainer.unlabeled_batch_size
     planned = trainer.configuration_manager.batch_size  # for all GPUs together

@@ -22,13 +22,13 @@ _CASES = 3
 
 
 def draw(trainer: nnUNetTrainer, method: Method, unlabeled: UnlabeledCases) -> None:
-    """Draw the page after an epoch, unless the method makes no pseudo-labels or checkpoints are disabled.
+    """Draw the page of the last epoch, unless the method makes no pseudo-labels or checkpoints are disabled.
 
-    A failure is logged as a warning.
+    The file is pseudo_labels_epoch_XXXX.png in the output folder. A failure is logged as a warning.
 
     Args:
         trainer: trainer after the end of an epoch.
-        method: method whose `labeler`, the network that makes pseudo-labels, predicts the cases.
+        method: method whose `label` predicts the pseudo-labels.
         unlabeled: the preprocessed unlabeled cases.
     """
     if method.labeler is not None and not trainer.disable_checkpointing:
@@ -41,8 +41,8 @@ def draw_page(trainer: nnUNetTrainer, method: Method, cases: UnlabeledDataset, e
     """Predict a few complete unlabeled cases, the same ones in each epoch, and draw them.
 
     Args:
-        trainer: trainer with plans and dataset.json.
-        method: method whose `labeler`, the network that makes pseudo-labels, predicts the cases.
+        trainer: trainer whose plans and dataset.json configure the prediction.
+        method: method whose `label` predicts the pseudo-labels.
         cases: dataset of the unlabeled cases.
         epoch: number of the epoch, for the title.
         file: PNG file to write.
@@ -77,7 +77,10 @@ def draw_page(trainer: nnUNetTrainer, method: Method, cases: UnlabeledDataset, e
 
 
 class _Labeler(nn.Module):
-    """A module that predicts a method's pseudo-labels, for nnU-Net's predictor. The training mode does not change."""
+    """A module for nnU-Net's predictor whose forward pass returns a method's logits for pseudo-labels.
+
+    The method is not a child module, so the predictor's call of eval() does not change the mode of its networks.
+    """
 
     def __init__(self, method: Method) -> None:
         super().__init__()
@@ -99,7 +102,7 @@ def label_names(dataset_json: dict, labels: LabelManager) -> list[str]:
 
 @torch.inference_mode()
 def _predict(predictor: nnUNetPredictor, label_space: LabelSpace, cases: UnlabeledDataset, case: str) -> PseudoLabel:
-    """Predict a case; return the slice with most foreground, or the middle slice if there is none."""
+    """Predict a complete case; return its slice with most foreground, or its middle slice if nothing is foreground."""
     image = torch.from_numpy(cases.load_image(case)[:])
     logits = predictor.predict_sliding_window_return_logits(image)
     label = label_space.shown(logits[None])[0]

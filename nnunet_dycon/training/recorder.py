@@ -22,7 +22,7 @@ class Epoch:
     Attributes:
         number: number of the epoch, counted from 0.
         means: name -> mean of a value over steps and ranks.
-        seconds: part of a step -> mean duration in seconds.
+        seconds: part of a step, such as "backward" -> its mean duration per step in seconds.
     """
 
     number: int
@@ -31,7 +31,7 @@ class Epoch:
 
     @property
     def values(self) -> Values:
-        """All means and durations, by name of the curve."""
+        """Name of the curve -> value, for all means and durations."""
         return self.means | {SECONDS + part: mean for part, mean in self.seconds.items()}
 
     @property
@@ -70,7 +70,7 @@ class EpochRecorder:
         self._timer: StepTimer
 
     def start(self, device: torch.device) -> None:
-        """Start an epoch, and measure its durations on a device."""
+        """Start an epoch, with a new timer for steps that run on `device`."""
         self._timer = StepTimer(device)
 
     def mark(self, part: str) -> None:
@@ -78,11 +78,11 @@ class EpochRecorder:
         self._timer.mark(part)
 
     def end(self, number: int, outputs: Sequence[Values]) -> Epoch:
-        """End an epoch and append its values to the curves. All ranks must call it.
+        """End an epoch, append its values to the curves and return them. All ranks must call it, to average over ranks.
 
         Args:
             number: number of the epoch, counted from 0.
-            outputs: the values that each step returned.
+            outputs: one dict per step: name -> value of a loss term or diagnostic.
         """
         seconds = {part: total / max(1, len(outputs)) for part, total in self._timer.totals().items()}
         epoch = Epoch(number, mean_over_ranks(mean_of_steps(outputs)), seconds)
@@ -91,15 +91,15 @@ class EpochRecorder:
 
 
 def mean_of_steps(outputs: Sequence[Values]) -> Values:
-    """Return the mean of each value over the steps with a finite loss, or over all steps if there is none."""
+    """Return the mean of each value over the steps with a finite loss, or over all steps if no loss is finite."""
     steps = [output for output in outputs if math.isfinite(output["loss"])] or outputs
     return {name: mean_of_finite(step[name] for step in steps) for name in steps[0]}
 
 
 def replace_lost(outputs: Sequence[Values]) -> list[Values]:
-    """Return the outputs of all steps, with those of steps with a non-finite loss replaced by the mean of the others.
+    """Return the outputs of all steps, with the mean of the other steps in place of each step with a non-finite loss.
 
-    They are not removed, since nnU-Net requires the same number of steps on all ranks.
+    Steps are not removed, since nnU-Net requires the same number of steps on all ranks.
     """
     mean = mean_of_steps(outputs)
     return [output if math.isfinite(output["loss"]) else mean for output in outputs]

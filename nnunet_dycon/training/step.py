@@ -48,7 +48,7 @@ class Gradients:
         values: the terms of the loss as numbers.
         norm: norm of the gradients before clipping, equal on all ranks.
         loss_is_finite: whether the loss is finite on all ranks.
-        stop: whether a stop is requested on any rank.
+        stop: whether any rank requests the end of the training, because it received SIGTERM.
     """
 
     values: dict[str, float]
@@ -65,12 +65,12 @@ def autocast(device: torch.device) -> AbstractContextManager:
 def optimize_with_network(
     method: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device, is_ddp: bool
 ) -> None:
-    """Add the trainable children of a method to the optimizer, and wrap them in DDP like the network.
+    """Add the trainable child modules of a method to the optimizer, and wrap them in DDP like the network.
 
     Args:
-        method: method whose trainable children are wrapped in place.
+        method: method whose trainable child modules, such as a second network, are replaced by wrapped ones.
         optimizer: optimizer of the network.
-        device: device of the children.
+        device: device of the child modules.
         is_ddp: whether several ranks train together; without it, nothing is wrapped.
     """
     for name, child in method.named_children():
@@ -87,7 +87,8 @@ class GuardedStep:
     """Backward pass, gradient clipping and optimizer step, with the rules for lost steps in the module's docstring.
 
     Args:
-        log: called with a line for each lost step that rank 0 may have caused; other ranks print such a line.
+        log: called on rank 0 with a line for each lost step; other ranks print the line. If only other ranks had a
+            non-finite loss, a rank reports nothing.
     """
 
     def __init__(self, log: Callable[[str], None]) -> None:
@@ -109,7 +110,7 @@ class GuardedStep:
             terms: scalar terms by name; "loss" is the one to minimize.
             optimizer: optimizer of the parameters.
             grad_scaler: scaler for half precision; None without half precision.
-            stop: whether this rank requests a stop.
+            stop: whether this rank requests the end of the training, because it received SIGTERM.
         """
         loss = terms["loss"]
         if grad_scaler is None:
@@ -155,7 +156,7 @@ class GuardedStep:
         return is_finite
 
     def _lose(self, cause: Cause, loss: float, cases: Sequence[str]) -> None:
-        """Count a lost step, log it, and raise UserError at the tenth in a row."""
+        """Count a lost step, log it if this rank may have caused it, and raise UserError at the tenth in a row."""
         is_suspicious = cause is not Cause.LOSS or not np.isfinite(loss)  # otherwise another rank has the bad loss
         self._lost.append((cause, set(cases) if is_suspicious else set()))
         if is_suspicious:

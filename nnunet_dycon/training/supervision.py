@@ -9,7 +9,7 @@ from nnunet_dycon.methods import Supervision
 
 
 def make_supervision(trainer: nnUNetTrainer) -> Supervision:
-    """Return the supervised losses of a trainer, with deep supervision if enabled, and its label space."""
+    """Return the supervised losses and the label space of a trainer; the losses use deep supervision if enabled."""
 
     def loss(logits: list[torch.Tensor], targets: Targets) -> torch.Tensor:
         return trainer.loss(logits if trainer.enable_deep_supervision else logits[0], targets)

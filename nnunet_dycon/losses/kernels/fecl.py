@@ -11,7 +11,10 @@ _BLOCK_ENTRIES = {"cpu": 2**20, "cuda": 2**22}
 
 
 def blocks_of_anchors(embedding: torch.Tensor) -> Iterator[slice]:
-    """Yield slices of the N anchors to process together, for an embedding (B, N, D). Their size depends on B and N."""
+    """Yield slices of the N patches of an embedding (B, N, D): the anchors of each image to process together.
+
+    The number of anchors in a slice depends on B and N, which limits the memory of their similarities to all patches.
+    """
     batch, patches, _ = embedding.shape
     entries = _BLOCK_ENTRIES.get(embedding.device.type, 2**20)
     rows = max(16, entries // (batch * patches) // 16 * 16)  # a multiple of 16 suits matrix units
@@ -39,7 +42,19 @@ class FeCL(KeptGradient):
 
 
 class _Block:
-    """Pairs of R anchors of each image (the block) with all N patches of the image, as tensors (B, R, N)."""
+    """Pairs of R anchors of each image (the block) with all N patches of the image, as tensors (B, R, N).
+
+    Args:
+        block: the slice of the R anchors.
+        student: (B, N, D), the student's L2-normalised embeddings.
+        teacher: (B, N, D), the teacher's L2-normalised embeddings, or None.
+        patch_labels: (B, N), the class of each patch.
+        participates: (B, N), boolean, False for ignored patches.
+        entropy_weight: (B, N), exp(H) with the entropy H of each patch.
+        temperature: τ.
+        gamma: γ.
+        top_k: the number of hard negatives of each anchor.
+    """
 
     def __init__(self, block, student, teacher, patch_labels, participates, entropy_weight, temperature, gamma, top_k):
         self.block, self.student, self.teacher = block, student, teacher
@@ -72,7 +87,11 @@ class _Block:
         self.log_ratio = self.similarity - self.denominator.log()
 
     def _find_hard_negatives(self, top_k: int) -> None:
-        """Compute ``hard``, the term h of `fecl_loss` times exp(-1/τ), (B, R, 1), and the values for its gradient."""
+        """Compute the term h of `fecl_loss` and the values that its gradient requires.
+
+        ``hard`` is h times exp(-1/τ), (B, R, 1), like all exponentials of the block; ``hardest`` are the indices of the
+        hard negatives, and ``hard_parts`` their contributions to ``hard``, both (B, R, top_k).
+        """
         similar = self.student[:, self.block] @ self.teacher.transpose(1, 2)
         similar.masked_fill_(~self.negative, -torch.inf)
         cosines, self.hardest = similar.topk(min(top_k, similar.shape[-1]), dim=-1)
@@ -89,8 +108,9 @@ class _Block:
     def add_gradient(self, gradient: torch.Tensor) -> None:
         r"""Add the gradient of `loss` with respect to all embeddings to ``gradient``, (B, N, D).
 
-        In the notation of `fecl_loss`, with the denominator d, a dot for derivatives with respect to the cosine, and
-        :math:`a_i = \frac{1}{|P(i)|\, d_i} \sum_{k \in P(i)} F^+_{ik}`, the derivatives with respect to the cosines are
+        The symbols are those of `fecl_loss`. In addition, :math:`d_i` is the denominator of the fraction, a dot is a
+        derivative with respect to the cosine c, and
+        :math:`a_i = \frac{1}{|P(i)|\, d_i} \sum_{k \in P(i)} F^+_{ik}`. The derivatives are
 
         .. math::
             \frac{\partial L}{\partial c_{ik}} &= -\frac{1}{|P(i)|} \left(\frac{F^+_{ik}}{\tau}

@@ -11,9 +11,9 @@ _SMALLEST_DISTANCE = 1e-6
 class FeCLReleased(KeptGradient):
     r"""Autograd function of `fecl_released_loss` for L2-normalised embeddings, with a hand-written gradient.
 
-    In the notation of `fecl_released_loss`, with :math:`E_{ik} = e^{S_{ik} - m_k}`, the sum :math:`n_i` of E over the
-    negatives of i, and the contribution :math:`\ell_{ik}` of a pair to the first term, the derivatives of the first
-    term with respect to the similarities are
+    The symbols d, m, N, P and S are those of `fecl_released_loss`. In addition, :math:`E_{ik} = e^{S_{ik} - m_k}`,
+    :math:`n_i` is the sum of E over the negatives of i, and :math:`\ell_{ik}` is the contribution of the pair i, k to
+    the first term of the loss. The derivatives of the first term with respect to the similarities S are
 
     .. math::
         \frac{\partial L}{\partial S_{ik}} = n_i s_{ik},\ k \in P(i), \qquad

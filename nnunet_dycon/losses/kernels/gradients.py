@@ -6,7 +6,8 @@ import torch
 class KeptGradient(torch.autograd.Function):
     """Base class of autograd functions whose forward pass also computes the gradient for the first argument.
 
-    Forward saves this gradient with ``ctx.save_for_backward``; the other arguments receive no gradient.
+    The forward method of a subclass saves this gradient with ``ctx.save_for_backward``, and `backward` multiplies the
+    saved gradient with the incoming gradient. The other arguments receive no gradient.
     """
 
     @staticmethod

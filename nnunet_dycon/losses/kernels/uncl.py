@@ -32,7 +32,7 @@ class UnCL(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        """Compute the gradient of the student's logits block by block."""
+        """Return the gradient of the loss with respect to the student's logits, computed block by block."""
         refuse_second_derivative()
         student_logits, teacher_logits = ctx.saved_tensors
         beta, entropy_weight, sigmoid = ctx.constants
@@ -45,7 +45,7 @@ class UnCL(torch.autograd.Function):
 
 
 def _between_classes(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """Return the squared distance ‖p - q‖² of each voxel: (B, voxels)."""
+    """Return the squared distance ‖p - q‖² of each voxel, (B, voxels), for softmax outputs p and q (B, C, voxels)."""
     return (p - q).square_().sum(1)
 
 
@@ -53,11 +53,13 @@ def _gradient_of_classes(student, teacher, beta, entropy_weight, scale) -> torch
     r"""Return the gradient of the loss with respect to the student's logits z of classes.
 
     With the softmax outputs p of the student and q of the teacher, :math:`D = \lVert p - q \rVert^2` and
-    :math:`E = e^{\beta H(p)} + e^{\beta H(q)}`, it is for each voxel, before the multiplication with ``scale``,
+    :math:`E = e^{\beta H(p)} + e^{\beta H(q)}`, the gradient of the summand of a voxel is
 
     .. math::
         \frac{\partial L}{\partial z_c} = p_c \left(g_c - \sum_k p_k g_k\right), \qquad
         g_c = \frac{2 (p_c - q_c)}{E} - \beta \left(\eta - \frac{D e^{\beta H(p)}}{E^2}\right) \ln p_c
+
+    The result is multiplied with ``scale``, the incoming gradient divided by the number of voxels.
     """
     log_p = torch.log_softmax(student, 1)
     p = log_p.exp()
@@ -72,13 +74,13 @@ def _gradient_of_classes(student, teacher, beta, entropy_weight, scale) -> torch
 
 
 def _of_regions(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the sigmoid outputs (B, R, voxels), and the mean over regions of their binary entropies (B, voxels)."""
+    """Return the sigmoid of logits (B, R, voxels), and the binary entropy averaged over regions, (B, voxels)."""
     probabilities, entropies = softmax_and_entropy(as_two_classes(logits))
     return probabilities[:, 1], entropies.mean(1)
 
 
 def _between_regions(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """Return for each voxel the mean over regions of the squared distance 2 (p - q)²: (B, voxels)."""
+    """Return the mean over regions of 2 (p - q)² of each voxel, (B, voxels), for sigmoid outputs p and q."""
     return 2 * (p - q).square_().mean(1)
 
 
@@ -86,11 +88,13 @@ def _gradient_of_regions(student, teacher, beta, entropy_weight, scale) -> torch
     r"""Return the gradient of the loss with respect to the student's logits z of regions.
 
     With the sigmoid outputs p and q, D and E as in `_gradient_of_classes`, and the derivative
-    :math:`h'(z) = -p (1 - p) z` of the binary entropy, it is for each voxel, before the multiplication with ``scale``,
+    :math:`h'(z) = -p (1 - p) z` of the binary entropy, the gradient of the summand of a voxel is
 
     .. math::
         \frac{\partial L}{\partial z_r} = \frac{p_r (1 - p_r)}{R} \left[ \frac{4 (p_r - q_r)}{E}
             - \beta \left(\eta - \frac{D e^{\beta H(p)}}{E^2}\right) z_r \right]
+
+    The result is multiplied with ``scale``, as in `_gradient_of_classes`.
     """
     p, entropy = _of_regions(student)
     q, teacher_entropy = _of_regions(teacher)
