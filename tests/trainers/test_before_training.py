@@ -192,7 +192,10 @@ def test_training_that_was_overtaken_writes_no_checkpoint(tiny, monkeypatch):
     monkeypatch.setattr(
         trainer,
         "on_epoch_end",
-        lambda: (lock.write_text('{"host": "node7", "token": "other"}'), trainer.save_checkpoint("x")),
+        lambda: (
+            lock.write_text('{"host": "node7", "token": "other"}'),
+            trainer.save_checkpoint(str(lock.with_name("checkpoint_latest.pth"))),
+        ),
     )
     with pytest.raises(SystemExit, match=r"a training of this fold has started elsewhere .host node7"):
         trainer.run_training()
