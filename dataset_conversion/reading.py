@@ -3,7 +3,7 @@
 import locale
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -22,16 +22,20 @@ _Z_TOLERANCE = 0.01  # relative to the distance of DICOM slices
 _NUMBER, _POSITION, _ORIENTATION = "0020|0013", "0020|0032", "0020|0037"
 
 
-def entries_below(folder: Path) -> list[Path]:
+def entries_below(folder: Path, onerror: Callable[[OSError], object] | None = None) -> list[Path]:
     """Return all files and folders below a folder, sorted.
 
     Links to folders are followed, except links to a parent of the given folder. No folder is entered twice.
+
+    Args:
+        folder: the folder.
+        onerror: called with the error of each folder that cannot be entered; None ignores these.
     """
     entries: list[Path] = []
     entered = set(folder.resolve().parents)
     waiting = [folder]
     while waiting:
-        for root, folders, files in os.walk(waiting.pop(0)):
+        for root, folders, files in os.walk(waiting.pop(0), onerror=onerror):
             place = Path(root)
             if place.resolve() in entered:
                 folders.clear()
@@ -45,9 +49,8 @@ def entries_below(folder: Path) -> list[Path]:
 def unusable_below(folder: Path) -> list[str]:
     """Return warnings about links to files that do not exist, and about folders that cannot be entered."""
     denied: list[str] = []
-    broken = []
-    for root, folders, files in os.walk(folder, onerror=lambda error: denied.append(str(error.filename))):
-        broken += [str(path) for name in (*folders, *files) if not os.path.exists(path := Path(root) / name)]
+    entries = entries_below(folder, lambda error: denied.append(str(error.filename)))
+    broken = [str(entry) for entry in entries if not os.path.exists(entry)]
     warnings = []
     if broken:
         one, many = "link leads to a file that does not exist and is not used", "links lead to files that do not exist"

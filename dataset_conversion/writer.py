@@ -25,6 +25,7 @@ from nnunet_dycon.dataset_conversion.roles import FOLDERS, Assignment, Case, cro
 from nnunet_dycon.errors import UsageError, UserError, first_line, some
 from nnunet_dycon.system.environment import nnunet_folder
 from nnunet_dycon.system.files import replacing, require_whole
+from nnunet_dycon.system.label_maps import rounded
 from nnunet_dycon.system.locks import Lock
 from nnunet_dycon.system.pictures import draw_or_warn
 from nnunet_dycon.system.processes import map_cases
@@ -33,7 +34,6 @@ FILE_ENDING = ".nii.gz"
 _KEPT_TYPES = (sitk.sitkUInt8, sitk.sitkInt8, sitk.sitkUInt16, sitk.sitkInt16, sitk.sitkFloat32)
 _FAULTS_SHOWN, _WARNINGS_SHOWN = 5, 20
 _RECORDS, _SETTINGS = ".records", ".settings"  # only in the hidden folder
-_ROUNDING = 1e-3  # label values that differ from an integer by less are that integer
 _LONGEST_NAME = 255  # bytes, of common file systems
 
 
@@ -322,10 +322,7 @@ def _require_same_grid(first_file: Path, first: sitk.Image, file: Path, image: s
 
 def _mapped(label: sitk.Image, label_values: Mapping[int, int], file: Path) -> sitk.Image:
     """Return a label with the values of nnU-Net in place of those of the source; raise UserError for unknown values."""
-    array = sitk.GetArrayFromImage(label)
-    if array.dtype.kind == "f":  # such as integers that were rescaled
-        rounded = np.rint(array)
-        array = np.where(abs(array - rounded) <= _ROUNDING, rounded, array)
+    array = rounded(sitk.GetArrayFromImage(label))
     found = np.unique(array).tolist()
     if not set(found) <= set(label_values):
         shown, expected = (", ".join(f"{value:.7g}" for value in values) for values in (found[:10], label_values))

@@ -19,6 +19,7 @@ from scipy.ndimage import find_objects
 from nnunet_dycon.errors import UsageError, UserError
 from nnunet_dycon.inference.tables import aligned, as_csv, as_json, nan_to_none, write_texts
 from nnunet_dycon.system.files import VOLUME_ENDINGS, read_json, require_whole
+from nnunet_dycon.system.label_maps import rounded
 from nnunet_dycon.system.processes import map_cases
 
 DEFINITIONS = {
@@ -132,9 +133,6 @@ def score(reference: np.ndarray, prediction: np.ndarray, spacing_mm: Sequence[fl
             asd = compute_average_surface_distance(**given, symmetric=True)
         values = (2 * n_both / (n_reference + n_prediction), n_both / n_union, hd95.item(), asd.item())
     return dict(zip(METRICS + VOXELS, (*values, n_reference, n_prediction), strict=True))
-
-
-_ROUNDING = 1e-3  # label values that differ from an integer by less are that integer
 
 
 @dataclass(frozen=True)
@@ -310,7 +308,7 @@ def _score_case(job: tuple[tuple[str, Path, Path], _Task]) -> tuple[list[dict[st
     """Return a row for each label of a case, as in `Evaluation`, and warnings about unknown label values."""
     (case, *files), task = job
     images = [_read(file) for file in files]
-    reference, prediction = arrays = [_label_map(image) for image in images]
+    reference, prediction = arrays = [rounded(sitk.GetArrayFromImage(image)) for image in images]
     spacing_mm = images[0].GetSpacing()[::-1]  # SimpleITK's order is X, Y, Z
     remarks = []
     for file, array in zip(files, arrays, strict=True):
@@ -322,18 +320,6 @@ def _score_case(job: tuple[tuple[str, Path, Path], _Task]) -> tuple[list[dict[st
         first, second = (np.isin(array, values) & valid for array in (reference, prediction))
         rows.append({"case": case, "label": label, **score(first, second, spacing_mm)})
     return rows, remarks
-
-
-def _label_map(image: sitk.Image) -> np.ndarray:
-    """Return the voxels of a label map as an array (Z, Y, X) or (Y, X).
-
-    Values within 0.001 of an integer are rounded, since rescaled files contain such values.
-    """
-    array = sitk.GetArrayFromImage(image)
-    if array.dtype.kind != "f":
-        return array
-    rounded = np.rint(array)
-    return np.where(abs(array - rounded) <= _ROUNDING, rounded, array)
 
 
 def _open(file: Path) -> sitk.ImageFileReader:
