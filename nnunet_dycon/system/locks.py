@@ -73,7 +73,7 @@ class Lock:
             holder, reason = self._state()
             if holder is None:
                 continue  # it was given up meanwhile
-            if reason is None and _is_of_this_job(holder) and self._is_silent():
+            if reason is None and _is_of_this_job(holder, self._owner) and self._is_silent():
                 reason = f"it belongs to the same job {holder['job']}, which was restarted"
             if reason is not None:
                 self._take_over(holder, reason)
@@ -264,9 +264,8 @@ def _is_running(lock: Mapping[str, Any]) -> bool | None:
     return False  # a zombie
 
 
-def _is_of_this_job(other: Mapping[str, Any]) -> bool:
+def _is_of_this_job(other: Mapping[str, Any], owner: Mapping[str, Any]) -> bool:
     """Return whether a lock belongs to the job of this process but to another host or container."""
-    owner = _this_process()
     return other.get("job") is not None and other["job"] == owner["job"] and not _shares_processes(other, owner)
 
 
@@ -285,7 +284,7 @@ def _why_ended(other: Mapping[str, Any], age: float) -> str | None:
     owner = _this_process()
     if _shares_processes(other, owner) and (running := _is_running(other)) is not None:
         return None if running else "its process has ended"
-    if _is_of_this_job(other) and "restart" in other and other["restart"] != owner["restart"]:
+    if _is_of_this_job(other, owner) and "restart" in other and other["restart"] != owner["restart"]:
         return f"it belongs to the same job {other['job']}, which was restarted"
     if age > STALE_SECONDS:
         return f"its last heartbeat is {age / 60:.0f} minutes old"

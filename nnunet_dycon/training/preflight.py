@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import asdict
+from os.path import samestat
 from pathlib import Path
 from typing import Any, Literal
 
@@ -81,8 +82,10 @@ def check_cases(
     check_fingerprint(folder.parent, unlabeled.plans, unlabeled.configuration_name, unlabeled.dataset_id)
     unlabeled.require(default_num_processes)
     if lock is not None:
+        checked = unlabeled.folder.stat()
         lock.keep_unlabeled()
-        unlabeled.require(default_num_processes)  # again, since the folder may have been replaced before it was locked
+        if not samestat(checked, unlabeled.folder.stat()):  # it was replaced before it was locked
+            unlabeled.require(default_num_processes)
     unlabeled.check_not_labeled(labeled, set(unlabeled.identifiers()))
 
 
