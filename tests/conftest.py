@@ -1,6 +1,5 @@
 """Command-line options of the tests, and shared fixtures."""
 
-import os
 import shutil
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import torch
 
 from nnunet_dycon.data.unlabeled import preprocess_unlabeled
 from nnunet_dycon.trainers import trainer_class
+from tests.processes import NNUNETV2_PREDICT, run_command
 from tests.tiny import plan_and_preprocess, set_environment, write_raw_dataset
 from tests.tiny_network import labeled_batch, unlabeled_batch
 from tests.trainers.training import make_trainer
@@ -84,13 +84,12 @@ def tiny_predictions(trained_tiny) -> dict[str, Path]:
     """Return nnUNetv2_predict's folders for the test cases, by network, with probabilities. Do not change them."""
     images = trained_tiny / "nnUNet_raw" / "Dataset901_Tiny" / "imagesTs"
     folders = {name: trained_tiny / name for name in ("student", "teacher")}
-    predict = [Path(sys.executable).with_name("nnUNetv2_predict"), "-d", "901", "-c", "3d_fullres", "-f", "0"]
-    predict += ["-tr", "nnUNetTrainerDyCON_smoke", "-i", images, "--save_probabilities", "-device", "cpu"]
+    predict = ["-d", "901", "-c", "3d_fullres", "-f", "0", "-tr", "nnUNetTrainerDyCON_smoke", "-i", images]
+    predict += ["--save_probabilities", "-device", "cpu", "-npp", "0", "-nps", "0"]
     with pytest.MonkeyPatch.context() as patch:
         set_environment(patch, trained_tiny)
         for name, checkpoint in (("student", "checkpoint_final.pth"), ("teacher", "checkpoint_final_teacher.pth")):
-            call = [*predict, "-chk", checkpoint, "-o", folders[name], "-npp", "0", "-nps", "0"]
-            subprocess.run(list(map(str, call)), check=True, capture_output=True, env=os.environ)
+            run_command(NNUNETV2_PREDICT, *predict, "-chk", checkpoint, "-o", folders[name])
     return folders
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from nnunet_dycon.registry import BUILDERS, TRAINERS
+from tests import processes
 
 CHECK = """
 import pickle, sys
@@ -26,12 +27,15 @@ print("FOUND", len(classes), nnunet_dycon.__file__)
 """
 
 
-def run_python(code: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+def run_python(
+    code: str, cwd: Path, is_interpreter_new: bool = False, **environment: str
+) -> subprocess.CompletedProcess:
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("nnUNet")}
     inherited.pop("PYTHONPATH", None)
-    return subprocess.run(
-        [sys.executable, "-c", code], cwd=cwd, env=inherited | environment, capture_output=True, text=True
-    )
+    environment = inherited | environment
+    if is_interpreter_new:
+        return subprocess.run([sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True)
+    return processes.run_python(code, cwd=cwd, environment=environment)
 
 
 def trainers_path(cwd: Path, **environment: str) -> str:
@@ -47,7 +51,7 @@ FEW = NAMES[::5]
 
 
 def test_trainers_are_found_in_this_environment(tmp_path):
-    result = run_python(CHECK.format(names=NAMES), tmp_path, nnUNet_extTrainer=trainers_path(tmp_path))
+    result = run_python(CHECK.format(names=NAMES), tmp_path, True, nnUNet_extTrainer=trainers_path(tmp_path))
     assert result.returncode == 0, result.stderr
     assert f"FOUND {len(NAMES)}" in result.stdout
 
@@ -133,7 +137,7 @@ if __name__ == "__main__":
 """
     (tmp_path / "main.py").write_text(code)
     run = f"import runpy, sys; sys.path.insert(0, {str(tmp_path)!r}); runpy.run_path('main.py', run_name='__main__')"
-    result = run_python(run, tmp_path, PYTHONPATH=str(tmp_path))
+    result = run_python(run, tmp_path, True, PYTHONPATH=str(tmp_path))
     assert "FOUND nnUNetTrainerUGPL_3epochs 3" in result.stdout, result.stderr
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
+from tests.processes import NNUNETV2_TRAIN, run_command
 from tests.tiny import TEST
 
 BIN = Path(sys.executable).parent
@@ -31,10 +32,10 @@ def elsewhere(tmp_path, tiny) -> Path:
     return folder
 
 
-def test_train_validate_resume_predict_evaluate(tiny, elsewhere):
+def test_train_predict_evaluate(tiny, elsewhere):
     trainer = "nnUNetTrainerDyCON_smoke"
-    train = ("nnUNetv2_train", "901", "3d_fullres", "0", "-tr", trainer, "-device", "cpu")
-    run(elsewhere, *train, "--npz", nnUNet_n_proc_DA="1")
+    train = ("901", "3d_fullres", "0", "-tr", trainer, "-device", "cpu")
+    run(elsewhere, "nnUNetv2_train", *train, "--npz", nnUNet_n_proc_DA="1")
     folder = tiny / "nnUNet_results" / RUN.format(trainer=trainer)
     assert {"checkpoint_final.pth", "checkpoint_final_teacher.pth", "nnunet_dycon.json", "progress.png"} <= {
         file.name for file in folder.iterdir()
@@ -43,28 +44,28 @@ def test_train_validate_resume_predict_evaluate(tiny, elsewhere):
     assert probabilities.shape == (3, 24, 32, 40)
 
     (folder / "validation" / "summary.json").unlink()
-    run(elsewhere, *train, "--val")
+    run_command(NNUNETV2_TRAIN, *train, "--val", cwd=elsewhere)
     assert (folder / "validation" / "summary.json").is_file()
-    assert "Training done" in run(elsewhere, *train, "--c")
+    assert "Training done" in run_command(NNUNETV2_TRAIN, *train, "--c", cwd=elsewhere)
 
     raw = tiny / "nnUNet_raw" / "Dataset901_Tiny"
-    predict = ("nnUNetv2_predict", "-d", "901", "-c", "3d_fullres", "-f", "0", "-tr", trainer, "-device", "cpu")
-    volumes = {}
-    for name in ("checkpoint_final.pth", "checkpoint_final_teacher.pth"):
-        out = elsewhere / name
-        here = ("-i", str(raw / "imagesTs"), "-o", str(out), "-chk", name, "--save_probabilities")
-        number = "1" if name == "checkpoint_final.pth" else "0"  # processes for preprocessing and for export
-        run(elsewhere, *predict, *here, "-npp", number, "-nps", number)
-        volumes[name] = np.load(out / f"{TEST[0]}.npz")["probabilities"]
-        segmentation = sitk.GetArrayFromImage(sitk.ReadImage(str(out / f"{TEST[0]}.nii.gz")))
+    out = elsewhere / "predicted"
+    predict = ("-d", "901", "-c", "3d_fullres", "-f", "0", "-tr", trainer, "-device", "cpu", "--save_probabilities")
+    processes = ("-npp", "1", "-nps", "1")
+    run(elsewhere, "nnUNetv2_predict", *predict, *processes, "-i", str(raw / "imagesTs"), "-o", str(out))
+    for case in TEST:
+        segmentation = sitk.GetArrayFromImage(sitk.ReadImage(str(out / f"{case}.nii.gz")))
         assert segmentation.shape == (24, 32, 40)
-    assert not np.array_equal(*volumes.values())  # student and teacher are two models
 
-    out = elsewhere / "checkpoint_final.pth"
     printed = run(elsewhere, "nnunet_dycon", "evaluate", "-ref", str(raw / "labelsTs"), "-pred", str(out))
     assert "hd95_mm_max_directed" in printed
     with (out / "evaluation.csv").open() as file:
         assert {row["case"] for row in csv.DictReader(file)} == set(TEST)
+
+
+def test_student_and_teacher_are_two_models(tiny_predictions):
+    student, teacher = (np.load(tiny_predictions[name] / f"{TEST[0]}.npz") for name in ("student", "teacher"))
+    assert not np.array_equal(student["probabilities"], teacher["probabilities"])
 
 
 @pytest.mark.slow

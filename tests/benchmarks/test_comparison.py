@@ -4,7 +4,6 @@ import copy
 import csv
 import json
 import os
-import subprocess
 import sys
 from argparse import Namespace
 from dataclasses import asdict, replace
@@ -21,6 +20,7 @@ from benchmarks.phantom import LESION_RADII, PHANTOMS, SEED, SHAPE
 from benchmarks.preparation import HERE, UPPER_BOUND, LabeledSet, Preparation, split, trainer_class
 from benchmarks.trainers.nnunet_dycon_benchmark_trainers import RoundedProducts
 from nnunet_dycon.demo.phantom import phantom
+from tests.processes import run_python
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -277,9 +277,7 @@ def test_nnunet_finds_trainers_with_their_iterations_and_settings(tiny, benchmar
         "nnUNet_extTrainer": str(BENCHMARKS / "trainers"),
         "NNUNET_DYCON_BENCHMARK_RUNS": str(benchmark.work / "runs.json"),
     }
-    result = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=BENCHMARKS.parent
-    )
+    result = run_python(code, cwd=BENCHMARKS.parent, environment=environment)
     assert result.returncode == 0, result.stderr[-2000:]
     (line,) = [line for line in result.stdout.splitlines() if line.startswith(f"{benchmark.name(run)} 200 ")]
     assert result.stdout.splitlines()[-1] == precision

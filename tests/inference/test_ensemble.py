@@ -4,8 +4,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +14,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from nnunet_dycon.cli import main
 from nnunet_dycon.trainers.nnUNetTrainerUGPL import nnUNetTrainerUGPL
+from tests.processes import NNUNETV2_PREDICT, run_command
 from tests.tiny import TEST, set_environment
 from tests.trainers.training import deterministic, make_trainer
 
@@ -72,11 +71,10 @@ def test_ensemble_is_the_mean_of_nnunets_predictions_with_both_networks(
         f"{case}{ending}" for case in TEST for ending in (".nii.gz", ".npz", ".pkl")
     }
     set_environment(monkeypatch, trained)
-    command = [Path(sys.executable).with_name("nnUNetv2_predict"), "-d", "901", "-c", "3d_fullres", "-f", "all"]
-    command += ["-tr", "nnUNetTrainerUGPL", "-i", images, "--save_probabilities", "-device", "cpu"]
+    predict = ["-d", "901", "-c", "3d_fullres", "-f", "all", "-tr", "nnUNetTrainerUGPL", "-i", images]
+    predict += ["--save_probabilities", "-device", "cpu", "-npp", "0", "-nps", "0"]
     for name in PAIR:
-        call = [*command, "-chk", name, "-o", tmp_path / name, "-npp", "0", "-nps", "0"]
-        subprocess.run(list(map(str, call)), check=True, capture_output=True, env=os.environ)
+        run_command(NNUNETV2_PREDICT, *predict, "-chk", name, "-o", tmp_path / name)
     for case in TEST:
         each = [np.load(tmp_path / name / f"{case}.npz")["probabilities"] for name in PAIR]
         assert not np.array_equal(*each)

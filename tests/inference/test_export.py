@@ -1,10 +1,7 @@
 """Tests of exported models, used by nnU-Net without this package, and of models that cannot be exported."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
@@ -17,6 +14,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_dycon.cli import main
 from nnunet_dycon.trainers import trainer_class
+from tests.processes import run_python
 from tests.tiny import TEST, set_environment
 
 TRAINER = "nnUNetTrainerDyCON_smoke"
@@ -67,8 +65,8 @@ def edit(file: Path, **changes) -> None:
 
 
 def predict_with_plain_nnunet(entry_point: str, *arguments) -> None:
-    call = [sys.executable, "-c", STOCK, entry_point, *map(str, arguments), "--save_probabilities", "-device", "cpu"]
-    result = subprocess.run([*call, "-npp", "1", "-nps", "1"], capture_output=True, text=True, env=os.environ)
+    options = ("--save_probabilities", "-device", "cpu", "-npp", 0, "-nps", 0)
+    result = run_python(STOCK, entry_point, *arguments, *options)
     assert result.returncode == 0, result.stderr[-3000:]
 
 

@@ -1,8 +1,6 @@
 """Tests of user errors that are raised in one line before a training starts."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +13,7 @@ from nnunet_dycon.trainers.nnUNetTrainerDyCON import nnUNetTrainerDyCON
 from nnunet_dycon.trainers.nnUNetTrainerDyCONCoTraining import nnUNetTrainerDyCONCoTraining
 from nnunet_dycon.trainers.nnUNetTrainerMeanTeacher import nnUNetTrainerMeanTeacher
 from nnunet_dycon.trainers.semi_supervised import SemiSupervisedTrainer
+from tests.processes import NNUNETV2_TRAIN, run_python
 from tests.tiny import few_labeled
 from tests.trainers.training import METHODS, deterministic, draw_no_pictures, make_trainer, narrow
 
@@ -67,15 +66,13 @@ def test_cascade_raises_at_construction(base, name):
     assert refused.value.code.startswith("nnunet_dycon: error: ")  # the only line that Python prints
 
 
-@pytest.mark.slow
 def test_cascade_ends_nnunetv2_train_with_one_line(base):
     file = base / "nnUNetPlans.json"
     plans = json.loads(file.read_text())
     plans["configurations"]["3d_cascade_fullres"] = {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}
     file.write_text(json.dumps(plans))
-    command = [Path(sys.executable).with_name("nnUNetv2_train"), "901", "3d_cascade_fullres", "0"]
-    command += ["-tr", "nnUNetTrainerDyCON_smoke", "-device", "cpu"]
-    result = subprocess.run(command, capture_output=True, text=True)
+    trainer = ("-tr", "nnUNetTrainerDyCON_smoke", "-device", "cpu")
+    result = run_python(NNUNETV2_TRAIN, "901", "3d_cascade_fullres", "0", *trainer)
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
     assert result.stderr.strip().splitlines()[-1].startswith("nnunet_dycon: error: nnUNetTrainerDyCON_smoke cannot")

@@ -1,0 +1,61 @@
+"""Code in new processes that have imported nnU-Net already, since the import takes about ten seconds."""
+
+import multiprocessing
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+_ROOT = str(Path(__file__).parents[1])
+NNUNETV2_TRAIN = "from nnunetv2.run.run_training import run_training_entry as main; main()"
+NNUNETV2_PREDICT = "from nnunetv2.inference.predict_from_raw_data import predict_entry_point as main; main()"
+
+_forkserver = multiprocessing.get_context("forkserver")
+# Only nnU-Net: the processes import our package themselves, by the path that a test gives them.
+_forkserver.set_forkserver_preload(["nnunetv2.run.run_training", "nnunetv2.inference.predict_from_raw_data"])
+
+
+def run_python(
+    code: str, *arguments: object, cwd: Path | None = None, environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess:
+    """Run code like ``python -c`` and return its exit status and output.
+
+    Args:
+        code: the Python code.
+        arguments: ``sys.argv[1:]``.
+        cwd: the current folder of the process, and the first folder that modules are imported from.
+        environment: its environment variables, with PYTHONPATH; None stands for those of the test.
+    """
+    with TemporaryDirectory() as folder:
+        files = [os.path.join(folder, name) for name in ("stdout", "stderr")]
+        settings = (code, list(map(str, arguments)), str(cwd or Path.cwd()), dict(environment or os.environ), files)
+        process = _forkserver.Process(target=_run, args=settings)
+        process.start()
+        process.join()
+        printed = [Path(file).read_text() for file in files]
+    return subprocess.CompletedProcess(code, process.exitcode, *printed)
+
+
+def run_command(command: str, *arguments: object, cwd: Path | None = None, **environment: str) -> str:
+    """Run a command of nnU-Net, given by one of the constants above; return what it prints, or fail if it fails."""
+    result = run_python(command, *arguments, cwd=cwd, environment=os.environ | environment)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return result.stdout
+
+
+def _run(code: str, arguments: list[str], cwd: str, environment: dict[str, str], files: list[str]) -> None:
+    for descriptor, file in zip((1, 2), files):
+        opened = os.open(file, os.O_WRONLY | os.O_CREAT)
+        os.dup2(opened, descriptor)
+        os.close(opened)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(cwd)
+    sys.argv = ["-c", *arguments]
+    path = environment.get("PYTHONPATH", "").split(os.pathsep)
+    sys.path[:] = ["", *filter(None, path), *(entry for entry in sys.path if entry not in ("", _ROOT))]
+    for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
+        del sys.modules[name]
+    exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
