@@ -7,9 +7,9 @@ INSTALLED := $(VENV)/.installed
 .PHONY: test test-matrix tables lint lint-ruff lint-format lint-mypy lint-imports demo clean
 .DEFAULT_GOAL := test
 
-# Tests take one thread each, so that files of them run side by side.
+# Each test uses one thread, so that tests can run in parallel.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 # The oldest versions that pyproject.toml allows, on the oldest Python, and what pip takes today on each. An environment
 # is made for each (6 GB, a few minutes), tested and removed: make test-matrix MATRIX=3.12-newest KEEP=1 keeps it.

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import pytest
+
 _ROOT = str(Path(__file__).parents[1])
 NNUNETV2_TRAIN = "from nnunetv2.run.run_training import run_training_entry as main; main()"
 NNUNETV2_PREDICT = "from nnunetv2.inference.predict_from_raw_data import predict_entry_point as main; main()"
@@ -15,6 +17,11 @@ NNUNETV2_PREDICT = "from nnunetv2.inference.predict_from_raw_data import predict
 _forkserver = multiprocessing.get_context("forkserver")
 # Only nnU-Net: the processes import our package themselves, by the path that a test gives them.
 _forkserver.set_forkserver_preload(["nnunetv2.run.run_training", "nnunetv2.inference.predict_from_raw_data"])
+
+
+def use_forkserver(patch: pytest.MonkeyPatch) -> None:
+    """Let nnU-Net create its worker processes, which it would spawn, by forking the process that has imported it."""
+    patch.setattr(multiprocessing, "get_context", lambda method=None: _forkserver)
 
 
 def run_python(

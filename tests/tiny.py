@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
 from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments, preprocess
 from nnunetv2.utilities.dataset_name_id_conversion import convert_id_to_dataset_name
 from scipy.ndimage import gaussian_filter
 
 import nnunet_dycon
+from tests.processes import use_forkserver
 
 LABELED = [f"case_{i:02d}" for i in range(5)]
 UNLABELED = [f"scan_{i:02d}" for i in range(4)]
@@ -59,6 +61,19 @@ def write_raw_dataset(folder: Path) -> None:
 
 def plan_and_preprocess(dataset_id: int) -> None:
     """Plan and preprocess like nnUNetv2_plan_and_preprocess, but with a narrow network."""
+    initialize = DatasetFingerprintExtractor.__init__
+
+    def initialize_with_few_samples(self, *arguments, **options):
+        initialize(self, *arguments, **options)
+        self.num_foreground_voxels_for_intensitystats = 10_000  # 10e7 take seconds per case
+
+    with pytest.MonkeyPatch.context() as patch:
+        use_forkserver(patch)
+        patch.setattr(DatasetFingerprintExtractor, "__init__", initialize_with_few_samples)
+        _plan_and_preprocess(dataset_id)
+
+
+def _plan_and_preprocess(dataset_id: int) -> None:
     extract_fingerprints([dataset_id], num_processes=1, check_dataset_integrity=False)
     plan_experiments([dataset_id])
     plans_file = Path(os.environ["nnUNet_preprocessed"]) / convert_id_to_dataset_name(dataset_id) / "nnUNetPlans.json"

@@ -14,10 +14,11 @@ from tests.trainers.training import deterministic, make_trainer
 
 @pytest.fixture
 def train() -> Callable:
-    """Return train(base=nnUNetTrainerDyCON, epochs=2, fold="all"), which trains and returns the trainer."""
+    """Return a function that trains and returns the trainer."""
 
-    def run(base=nnUNetTrainerDyCON, epochs: int = 2, fold="all"):
+    def run(base=nnUNetTrainerDyCON, epochs: int = 2, fold="all", checkpoints: bool = True):
         trainer = make_trainer(deterministic(base, epochs), fold)
+        trainer.disable_checkpointing = not checkpoints
         trainer.run_training()
         return trainer
 

@@ -54,13 +54,13 @@ def test_segmentations_of_unlabeled_cases_have_no_influence(tiny, train, monkeyp
     base = trainer_class(name)
     if base.build_network_architecture is not nnUNetTrainer.build_network_architecture:
         narrow(tiny / PREPROCESSED)  # not for all: in such small patches, FeCL may be 0
-    clean = train(base, epochs=1)
+    clean = train(base, epochs=1, checkpoints=False)
     unlabeled = tiny / PREPROCESSED / "nnUNetPlans_3d_fullres_unlabeled"
     for case in sorted(file.stem for file in unlabeled.glob("*.pkl")):
         overwrite_segmentation(unlabeled, case)
-    assert_same_weights(train(base, epochs=1), clean)
+    assert_same_weights(train(base, epochs=1, checkpoints=False), clean)
     mirror_image(unlabeled, "scan_00")
-    assert not same_weights(train(base, epochs=1), clean)
+    assert not same_weights(train(base, epochs=1, checkpoints=False), clean)
 
 
 @pytest.mark.parametrize("name", ["nnUNetTrainerDyCON", "nnUNetTrainerBCP", "nnUNetTrainerUGPL"])
@@ -73,6 +73,7 @@ def test_segmentations_of_unlabeled_cases_have_no_influence_with_regions(matrix_
 
     def train() -> SemiSupervisedTrainer:
         trainer = make_trainer(deterministic(trainer_class(name), 1), dataset=dataset)
+        trainer.disable_checkpointing = True
         trainer.run_training()
         return trainer
 
@@ -85,11 +86,12 @@ def test_segmentations_of_unlabeled_cases_have_no_influence_with_regions(matrix_
     assert not same_weights(train(), clean)
 
 
-def test_segmentations_of_labeled_cases_have_an_influence(tiny, train):
+def test_segmentations_of_labeled_cases_have_an_influence(tiny, train, monkeypatch):
     """Control for the tests above."""
-    clean = train(epochs=1)
+    draw_no_pictures(monkeypatch)
+    clean = train(epochs=1, checkpoints=False)
     overwrite_segmentation(tiny / PREPROCESSED / "nnUNetPlans_3d_fullres", "case_00")
-    assert not same_weights(train(epochs=1), clean)
+    assert not same_weights(train(epochs=1, checkpoints=False), clean)
 
 
 LABELED, UNLABELED, HELD_OUT = ["a", "b"], ["c", "d", "e"], ["f"]
@@ -114,7 +116,9 @@ def train_from_source(root: Path, monkeypatch: pytest.MonkeyPatch, poisoned: boo
     assert main(convert) == 0
     plan_and_preprocess(101)
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+    draw_no_pictures(monkeypatch)
     trainer = make_trainer(deterministic(nnUNetTrainerDyCON), dataset="Dataset101_LA2018")
+    trainer.disable_checkpointing = True
     trainer.run_training()  # preprocesses the unlabeled cases first
     return trainer
 
@@ -126,6 +130,8 @@ def contents(folder: Path) -> dict[str, object]:
         name = str(file.relative_to(folder))
         if file.suffix == ".b2nd":
             found[name] = blosc2.open(str(file))[:].tobytes()
+        elif file.name.endswith(".label_values.json"):
+            found[name] = {case: values for case, (_, values) in json.loads(file.read_text()).items()}  # without times
         elif file.suffix == ".json":
             found[name] = json.loads(file.read_text())
         elif file.suffix == ".pkl":
