@@ -2,7 +2,6 @@
 
 from contextlib import closing
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from nnunet_dycon.data import augmenters, loader
 from nnunet_dycon.data.unlabeled import UnlabeledCases
 from nnunet_dycon.errors import ends_in_one_line, explained
 from nnunet_dycon.methods import Method, Supervision
-from nnunet_dycon.system.distributed import on_any_rank, on_rank_zero, require_even_batch
+from nnunet_dycon.system.distributed import on_any_rank, on_rank_zero
 from nnunet_dycon.system.environment import require_nnunet
 from nnunet_dycon.system.files import require_writable
 from nnunet_dycon.trainers import caveat_of
@@ -66,9 +65,9 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
     @classmethod
     def check_compatibility(cls, plans: dict, configuration: str, dataset_json: dict) -> None:
-        """Raise NotSupported for unsupported configurations, UserError if the batch does not divide among the GPUs."""
+        """Raise NotSupported for unsupported configurations, UserError for a faulty dataset.json or batch size."""
         planned = PlansManager(plans).get_configuration(configuration)
-        on_rank_zero(partial(require_even_batch, planned.batch_size))
+        compatibility.check_data(plans, planned.batch_size, dataset_json)
         compatibility.refuse_cascade(cls.__name__, configuration, planned)
         if cls.build_network_architecture is nnUNetTrainer.build_network_architecture:
             compatibility.refuse_planned_network(cls.__name__, planned.network_arch_class_name)

@@ -1,4 +1,4 @@
-"""Compatibility checks: configurations and networks that the trainers do not support."""
+"""Compatibility checks: data sets, configurations and networks that the trainers do not support."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,9 +12,28 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from nnunet_dycon.components.defaults import nearest_stage
 from nnunet_dycon.components.ema_teacher import unwrap
 from nnunet_dycon.components.features import FeatureStage
+from nnunet_dycon.data.dataset_json import check_dataset_json
 from nnunet_dycon.errors import NotSupported
+from nnunet_dycon.system.distributed import on_rank_zero, require_even_batch
+from nnunet_dycon.system.environment import nnunet_folder
 
 _REMEDY = "Use nnU-Net's default or residual-encoder plans."
+
+
+def check_data(plans: dict, batch_size: int, dataset_json: dict) -> None:
+    """Raise UserError on all ranks if dataset.json is faulty, or if the batch cannot be divided among the ranks.
+
+    Args:
+        plans: content of the plans file.
+        batch_size: batch size of the configuration.
+        dataset_json: content of dataset.json.
+    """
+
+    def check() -> None:
+        require_even_batch(batch_size)
+        check_dataset_json(dataset_json, nnunet_folder("nnUNet_preprocessed") / plans["dataset_name"] / "dataset.json")
+
+    on_rank_zero(check)
 
 
 def refuse_cascade(trainer: str, configuration_name: str, configuration: ConfigurationManager) -> None:

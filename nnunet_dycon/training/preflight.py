@@ -9,6 +9,7 @@ from typing import Any, Literal
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
+from nnunet_dycon.data.label_values import check_label_values
 from nnunet_dycon.data.labeled import check_fingerprint, check_split, labeled_identifiers
 from nnunet_dycon.data.unlabeled import UnlabeledCases
 from nnunet_dycon.errors import UserError, explained, first_line
@@ -74,12 +75,13 @@ def check_cases(
         lock: the locks of the training, of which the one of the unlabeled cases is taken once these are up to date.
 
     Raises:
-        UserError: a case is missing, damaged or both labeled and unlabeled, the fold has no valid split, or the
-            fingerprint is outdated.
+        UserError: a case is missing, damaged or both labeled and unlabeled, a label is not in dataset.json, the fold
+            has no valid split, or the fingerprint is outdated.
     """
     labeled = labeled_identifiers(folder, unlabeled.arguments)
     check_split(folder, labeled, fold)
     check_fingerprint(folder.parent, unlabeled.plans, unlabeled.configuration_name, unlabeled.dataset_id)
+    check_label_values(folder, labeled, unlabeled.dataset_json, default_num_processes)
     unlabeled.require(default_num_processes)
     if lock is not None:
         checked = unlabeled.folder.stat()

@@ -1,0 +1,104 @@
+"""Checks of the content of dataset.json."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from nnunet_dycon.errors import UserError
+
+FORMAT = "https://github.com/MIC-DKFZ/nnUNet/blob/master/documentation/dataset_format.md"
+
+
+def check_dataset_json(content: Any, file: Path) -> None:
+    """Raise UserError if nnU-Net cannot use dataset.json, or if it would store correct predictions as other labels.
+
+    Args:
+        content: content of the file.
+        file: path of the file, for the error message.
+    """
+    if faults := list(dataset_json_faults(content)):
+        raise UserError(f"{file}: {', and '.join(faults)}; correct it as described in {FORMAT}")
+
+
+def dataset_json_faults(content: Any) -> Iterator[str]:
+    """Yield each fault in the content of dataset.json with its remedy, such as 'no "labels"'."""
+    if not isinstance(content, dict):
+        yield "it does not contain an object in braces; write it again"
+        return
+    channels, labels = content.get("channel_names", content.get("modality")), content.get("labels")
+    if not (
+        isinstance(channels, dict) and channels and list(channels) == [str(number) for number in range(len(channels))]
+    ):
+        yield f'"channel_names" is {channels}, but must map "0", "1", ... to names, such as {{"0": "T1"}}'
+    ending = content.get("file_ending")
+    if not (isinstance(ending, str) and ending.startswith(".")):
+        yield f'"file_ending" is {ending!r}, but must start with a dot, such as ".nii.gz"'
+    if not (isinstance(labels, dict) and labels and all(map(_is_label, labels.values()))):
+        yield f'"labels" is {labels}, but must map names to values, such as {{"background": 0, "tumor": 1}}'
+        return
+    yield from _label_faults({name: _values(value) for name, value in labels.items()}, content)
+
+
+def label_values(content: dict) -> set[int]:
+    """Return the values of all labels in a valid dataset.json, including background and ignore label."""
+    return {value for values in content["labels"].values() for value in _values(values)}
+
+
+def _is_label(value: Any) -> bool:
+    if isinstance(value, list):
+        return bool(value) and all(map(_is_label, value)) and not any(isinstance(entry, list) for entry in value)
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _values(label: int | list[int]) -> tuple[int, ...]:
+    return tuple(label) if isinstance(label, list) else (label,)
+
+
+def _label_faults(labels: dict[str, tuple[int, ...]], content: dict) -> Iterator[str]:
+    if labels.get("background") != (0,):
+        yield '"labels" must contain "background": 0'
+    values = sorted({0}.union(*labels.values()))
+    if values != list(range(len(values))):
+        yield f'the values in "labels" are {values}, but must be consecutive from 0; change them and the label files'
+    ignore = labels.get("ignore")
+    if ignore is not None and ignore != (max(values),):
+        yield f'the label "ignore" is {ignore[0]}, but must have the highest value; change it and the label files'
+    regions = {name: its for name, its in labels.items() if name not in ("background", "ignore") and its != (0,)}
+    if not regions:
+        yield '"labels" has no label except background'
+    if any(len(its) > 1 for its in regions.values()):
+        yield from _region_faults(regions, content.get("regions_class_order"))
+
+
+def _region_faults(regions: dict[str, tuple[int, ...]], order: Any) -> Iterator[str]:
+    """Yield faults of regions_class_order: the value that nnU-Net stores where it predicts each region.
+
+    nnU-Net stores a later region over an earlier one. A predicted label is therefore stored as the value of the last
+    region that contains it. This value must be in the same regions as the label.
+    """
+    if not (isinstance(order, list) and len(order) == len(regions) and all(map(_is_label, order))):
+        yield f'"regions_class_order" is {order}, but must have one value for each of the {len(regions)} regions'
+        return
+    for label in sorted(set().union(*regions.values())):
+        its_regions = [name for name, values in regions.items() if label in values]
+        stored = order[list(regions).index(its_regions[-1])]
+        if [name for name, values in regions.items() if stored in values] != its_regions:
+            yield (
+                f'"regions_class_order" is {order}, so nnU-Net stores predictions of label {label} as {stored}, which '
+                f"is not in the same regions; give each region a value that no later region contains, such as "
+                f"{_suggested(regions)}"
+            )
+            return
+
+
+def _suggested(regions: dict[str, tuple[int, ...]]) -> list[int] | str:
+    """Return a valid regions_class_order, or a hint to the order of the regions if there is none."""
+    order: list[int] = []
+    names = list(regions)
+    for number, name in enumerate(names):
+        later = set().union(*(regions[other] for other in names[number + 1 :]))
+        own = [value for value in regions[name] if value not in later]
+        if not own:
+            return 'the regions in another order in "labels", larger ones first'
+        order.append(own[0])
+    return order

@@ -1,0 +1,94 @@
+"""Values of the preprocessed segmentations of labeled cases."""
+
+import json
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+import blosc2
+import numpy as np
+
+from nnunet_dycon.data.dataset_json import label_values
+from nnunet_dycon.errors import UserError, explained, some
+from nnunet_dycon.system.files import replacing
+from nnunet_dycon.system.processes import map_cases
+
+_CACHE = ".label_values.json"
+_OUTSIDE = -1  # nnU-Net's value of voxels outside of the nonzero region of the image
+_FEW_BYTES = 2**26  # up to this size, reading takes less time than starting processes
+_DAMAGE = (ValueError, KeyError, TypeError, EOFError, RuntimeError, OSError)
+
+
+def check_label_values(folder: Path, cases: Iterable[str], dataset_json: dict, num_processes: int) -> set[int]:
+    """Return the values of all labels that occur in the preprocessed segmentations.
+
+    Args:
+        folder: nnUNet_preprocessed/DatasetXXX/<data_identifier>. The values are stored next to this folder and only
+            computed again for files that have changed.
+        cases: identifiers of the cases.
+        dataset_json: content of dataset.json.
+        num_processes: number of worker processes.
+
+    Raises:
+        UserError: a segmentation cannot be read, it has a value that is not in dataset.json, or no segmentation has
+            a foreground voxel.
+    """
+    found = values_of_cases(folder, cases, num_processes)
+    known = label_values(dataset_json)
+    unknown = {case: sorted(values - known) for case, values in found.items() if values - known}
+    if unknown:
+        cases_and_values = [f"{case} ({', '.join(map(str, values))})" for case, values in unknown.items()]
+        raise UserError(
+            f"{folder}: {len(unknown)} labeled cases have label values that dataset.json does not name: "
+            f"{some(cases_and_values)}; correct the label files or add the values to dataset.json, and run "
+            "nnUNetv2_plan_and_preprocess again with --clean"
+        )
+    values = set().union(*found.values()) if found else set()
+    if not values - {0, dataset_json["labels"].get("ignore")}:
+        raise UserError(
+            f"{folder}: no labeled case has a foreground voxel; check the label files in labelsTr, and run "
+            "nnUNetv2_plan_and_preprocess again with --clean"
+        )
+    return values
+
+
+def values_of_cases(folder: Path, cases: Iterable[str], num_processes: int) -> dict[str, set[int]]:
+    """Return case identifier -> label values in the preprocessed segmentation.
+
+    For the arguments and errors, see `check_label_values`.
+    """
+    cache = folder.with_name(folder.name + _CACHE)
+    known: dict[str, list] = {}
+    with suppress(OSError, ValueError):
+        known = json.loads(cache.read_text())
+    files = {case: _segmentation(folder, case) for case in sorted(cases)}
+    versions = {case: [file.stat().st_size, file.stat().st_mtime_ns] for case, file in files.items()}
+    new = [case for case in files if case not in known or known[case][0] != versions[case]]
+    if new:
+        is_small = sum(versions[case][0] for case in new) < _FEW_BYTES
+        jobs = [files[case] for case in new]
+        results = map_cases(_values, jobs, 1 if is_small else num_processes, "reading labels")
+        known |= {case: [versions[case], sorted(values)] for case, values in zip(new, results)}
+        with suppress(OSError), replacing(cache) as partial_file:  # the folder may be read-only
+            partial_file.write_text(json.dumps({case: known[case] for case in files}))
+    return {case: set(known[case][1]) for case in files}
+
+
+def _segmentation(folder: Path, case: str) -> Path:
+    for name in (f"{case}_seg.b2nd", f"{case}.npz"):
+        if (folder / name).is_file():
+            return folder / name
+    raise UserError(f"{folder} has no segmentation of {case}; preprocess again with nnUNetv2_preprocess")
+
+
+def _values(file: Path) -> set[int]:
+    """Return the values in a preprocessed segmentation, except that of voxels outside of the nonzero region."""
+    with explained(_DAMAGE, f"{file} cannot be read; remove its folder, and run nnUNetv2_preprocess again"):
+        if file.suffix == ".npz":
+            with np.load(file) as content:
+                voxels = content["seg"]
+        else:
+            voxels = blosc2.open(str(file), mode="r")[:]
+    voxels = voxels.astype(np.int32).ravel()
+    lowest = voxels.min()
+    return set((np.flatnonzero(np.bincount(voxels - lowest)) + lowest).tolist()) - {_OUTSIDE}

@@ -1,0 +1,86 @@
+"""Tests of the check of label values in preprocessed segmentations."""
+
+import os
+from pathlib import Path
+
+import blosc2
+import numpy as np
+import pytest
+
+from nnunet_dycon.data import label_values
+from nnunet_dycon.data.label_values import check_label_values
+from nnunet_dycon.errors import UserError
+
+DATASET = {"labels": {"background": 0, "organ": 1, "tumor": 2, "ignore": 3}}
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    folder = tmp_path / "nnUNetPlans_3d_fullres"
+    folder.mkdir()
+    return folder
+
+
+def write(folder: Path, case: str, *values: int, as_npz: bool = False) -> None:
+    segmentation = np.resize(np.array(values, np.int8), (1, 4, 4, 4))
+    if as_npz:
+        np.savez(folder / f"{case}.npz", data=segmentation, seg=segmentation)
+        return
+    file = folder / f"{case}_seg.b2nd"
+    file.unlink(missing_ok=True)
+    blosc2.asarray(segmentation, urlpath=str(file))
+
+
+def test_values_of_all_cases_are_returned(folder):
+    write(folder, "a", -1, 0, 1)
+    write(folder, "b", 0, 3, as_npz=True)
+    assert check_label_values(folder, ["a", "b"], DATASET, 1) == {0, 1, 3}
+
+
+def test_values_that_dataset_json_does_not_name_are_an_error_with_their_cases(folder):
+    write(folder, "a", 0, 1)
+    write(folder, "b", 0, 4, 7)
+    with pytest.raises(UserError, match=r"1 labeled cases have label values .* does not name: b \(4, 7\); correct"):
+        check_label_values(folder, ["a", "b"], DATASET, 1)
+
+
+@pytest.mark.parametrize("values", [(0,), (-1, 0, 3)])
+def test_segmentations_without_foreground_are_an_error(folder, values):
+    write(folder, "a", *values)
+    with pytest.raises(UserError, match="no labeled case has a foreground voxel"):
+        check_label_values(folder, ["a"], DATASET, 1)
+
+
+def test_damaged_segmentation_is_named(folder):
+    (folder / "a_seg.b2nd").write_bytes(b"no array")
+    with pytest.raises(UserError, match=r"a_seg.b2nd cannot be read"):
+        check_label_values(folder, ["a"], DATASET, 1)
+
+
+def test_only_changed_files_are_read_again(folder, monkeypatch):
+    for case in ("a", "b"):
+        write(folder, case, 0, 1)
+    check_label_values(folder, ["a", "b"], DATASET, 1)
+    read, values = [], label_values._values
+    monkeypatch.setattr(label_values, "_values", lambda file: read.append(file.name) or values(file))
+    assert check_label_values(folder, ["a", "b"], DATASET, 1) == {0, 1}
+    assert read == []
+    write(folder, "b", 0, 2)
+    os.utime(folder / "b_seg.b2nd", ns=(1, 1))
+    assert check_label_values(folder, ["a", "b"], DATASET, 1) == {0, 1, 2}
+    assert read == ["b_seg.b2nd"]
+
+
+def test_damaged_cache_and_read_only_folder_do_not_matter(folder, monkeypatch):
+    write(folder, "a", 0, 1)
+    cache = folder.with_name(f"{folder.name}.label_values.json")
+    cache.write_text("{")
+    assert check_label_values(folder, ["a"], DATASET, 1) == {0, 1}
+    cache.unlink()
+
+    def refuse(file):
+        raise PermissionError(file)
+
+    monkeypatch.setattr(label_values, "replacing", refuse)
+    assert check_label_values(folder, ["a"], DATASET, 1) == {0, 1}
+    assert not cache.exists()
