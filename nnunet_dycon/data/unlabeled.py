@@ -21,6 +21,7 @@ from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_t
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunet_dycon.data.image_checks import check_file, check_image
+from nnunet_dycon.data.image_reading import image_files, image_files_by_case
 from nnunet_dycon.data.labeled import check_fingerprint
 from nnunet_dycon.errors import UsageError, UserError, counted, explained
 from nnunet_dycon.system.environment import nnunet_folder
@@ -188,17 +189,20 @@ class UnlabeledCases:
         return len(self.dataset_json.get("channel_names", self.dataset_json.get("modality", {})))
 
     def raw_cases(self) -> dict[str, list[Path]]:
-        """Return case identifier -> image files, one per channel, for all cases in imagesUn.
+        """Return case identifier -> image files for all cases in imagesUn.
 
         Raises:
-            UserError: there are no images, a file name has no channel number, or a case does not have one file
-                per channel.
+            UserError: there are no images, a file name has no channel number, or the files of a case do not have the
+                channels of dataset.json.
         """
-        ending = self.dataset_json["file_ending"]
-        cases = image_files(self.raw, ending, self.channels, "unlabeled")
+        cases = image_files(self.raw, self.dataset_json, "unlabeled")
         if not cases:
+            ending = self.dataset_json["file_ending"]
             raise UserError(f"no unlabeled cases: {self.raw} has no file *{ending}; put the unlabeled images there")
         return cases
+
+    def _raw_files(self) -> dict[str, list[Path]]:
+        return image_files_by_case(self.raw, self.dataset_json["file_ending"])
 
     def check_not_labeled(self, labeled: set[str], unlabeled: set[str]) -> None:
         """Raise UserError if a case is both labeled and unlabeled.
@@ -236,7 +240,7 @@ class UnlabeledCases:
             return "the plans have changed"
         if not isinstance(files, dict):
             return f"{self.manifest_file.name} is damaged"
-        if self._raw_is_there() and not _are_equal(files, _names_and_sizes(self.raw_cases())):
+        if self._raw_is_there() and not _are_equal(files, _names_and_sizes(self._raw_files())):
             return f"the images in {self.raw} have changed"
         for name in (name for case in files for name in _case_files(case)):
             file = self.folder / name
@@ -352,34 +356,6 @@ def dataset_name(dataset: str) -> str:
         remedy = "correct the ID or name, or nnUNet_raw and nnUNet_preprocessed"
         raise UsageError(f"there is no data set {dataset} that nnU-Net can use ({reason}); {remedy}") from None
     return name
-
-
-def image_files(folder: Path, ending: str, channels: int, role: str) -> dict[str, list[Path]]:
-    """Return case identifier -> image files, one per channel, for all cases in a raw folder.
-
-    Args:
-        folder: a folder such as imagesUn; it need not exist.
-        ending: ending of the file names.
-        channels: number of files that each case must have.
-        role: kind of the cases, such as "unlabeled", for error messages.
-
-    Raises:
-        UserError: a file name has no channel number, or a case does not have exactly one file per channel.
-    """
-    found: dict[str, set[str]] = {}
-    for file in sorted(folder.glob(f"*{ending}")):
-        case, separator, channel = file.name[: -len(ending)].rpartition("_")
-        if not (separator and case and len(channel) == 4 and channel.isdigit()):
-            raise UserError(f"{file} is not named CASE_XXXX{ending}, as nnU-Net requires; rename it")
-        found.setdefault(case, set()).add(channel)
-    wanted = [f"{channel:04d}" for channel in range(channels)]
-    for case, its_channels in found.items():
-        if its_channels != set(wanted):
-            raise UserError(
-                f"{role} case {case} in {folder} has the channels {', '.join(sorted(its_channels))}, but "
-                f"dataset.json names {channels}: {', '.join(wanted)}; add or remove files"
-            )
-    return {case: [folder / f"{case}_{channel}{ending}" for channel in wanted] for case in found}
 
 
 def _read_json(file: Path, name: str) -> dict:

@@ -4,28 +4,35 @@ Each case has one of four roles: labeled, unlabeled, val or test. The role follo
 is imagesTr, imagesUn, imagesVal or imagesTs.
 """
 
-import json
 import os
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import combinations
 from pathlib import Path
 from statistics import geometric_mean, median
 
-from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
-
+from nnunet_dycon.data.dataset_json import FORMAT, check_dataset_json
 from nnunet_dycon.data.image_checks import check_unit
-from nnunet_dycon.data.unlabeled import image_files
+from nnunet_dycon.data.image_reading import (
+    Grid,
+    Reader,
+    hash_voxels,
+    image_files,
+    read_grid,
+    reader_class,
+    unused_files,
+)
 from nnunet_dycon.dataset_conversion.writer import FOLDERS
 from nnunet_dycon.doctor.findings import FAIL, NOTE, OK, WARNING, Finding, as_finding, examine
-from nnunet_dycon.doctor.image_files import Header, hash_voxels, read_header
-from nnunet_dycon.errors import UserError, counted, some
+from nnunet_dycon.errors import UserError, counted, first_line, some
+from nnunet_dycon.system.files import read_json
 from nnunet_dycon.system.processes import map_cases
 
-_FORMAT = "https://github.com/MIC-DKFZ/nnUNet/blob/master/documentation/dataset_format.md"
 _HELD_OUT = ("val", "test")
+_EXAMPLES = 10  # number of images that are tried to find nnU-Net's reader
 _FEW_IMAGES = 20  # up to this number of images, reading takes less time than starting processes
 # Pair of roles -> remedy for an image that occurs in both. An image in both val and test does no harm.
 _REMEDIES = {
@@ -71,10 +78,9 @@ class RawDataset:
             UserError: dataset.json is missing, damaged or incomplete.
         """
         raw = cls(folder, _read_dataset_json(folder / "dataset.json"), preprocessed)
-        channels = len(raw.dataset_json["channel_names"])
         for role, (images, _) in FOLDERS.items():
             try:
-                raw.cases[role] = image_files(folder / images, raw.ending, channels, role)
+                raw.cases[role] = image_files(folder / images, raw.dataset_json, role)
             except UserError as error:
                 raw.cases[role], raw.misnamed[role] = {}, error
         return raw
@@ -83,11 +89,25 @@ class RawDataset:
     def ending(self) -> str:
         return self.dataset_json["file_ending"]
 
+    @property
+    def channels(self) -> int:
+        return len(self.dataset_json["channel_names"])
+
     @cached_property
-    def headers(self) -> dict[Path, Header | None]:
-        """Headers of the image files of all roles: file -> header, or None if it cannot be read."""
+    def reader(self) -> Reader:
+        """nnU-Net's reader of the images. Reading this property raises UserError if there is none."""
         files = [file for cases in self.cases.values() for case in cases.values() for file in case]
-        return dict(zip(files, map_cases(read_header, files, 1, "reading headers")))
+        for file in files[:_EXAMPLES]:  # some may be damaged
+            with suppress(UserError):
+                return reader_class(self.dataset_json, file)
+        raise UserError(f"none of nnU-Net's readers can read {some(files)}; repair or replace these images")
+
+    @cached_property
+    def grids(self) -> dict[Path, Grid | str]:
+        """Grids of the image files of all roles: file -> grid, or the reason why it cannot be read."""
+        files = [file for cases in self.cases.values() for case in cases.values() for file in case]
+        grids = map_cases(partial(_grid_or_reason, reader=self.reader), files, 1, "reading headers")
+        return dict(zip(files, grids))
 
     def severity(self, role: str) -> str:
         """Return the status of a finding about faulty images: FAIL if training needs the images, else WARNING.
@@ -100,16 +120,25 @@ class RawDataset:
         return WARNING if role in _HELD_OUT or role in self.preprocessed else FAIL
 
 
-def _read_dataset_json(file: Path) -> dict:
-    remedy = f"write it as described in {_FORMAT}"
+def _grid_or_reason(file: Path, reader: Reader) -> Grid | str:
     try:
-        content = json.loads(file.read_text())
-        content.setdefault("channel_names", content.get("modality"))
-        absent = [key for key in ("channel_names", "labels", "file_ending", "numTraining") if not content.get(key)]
-    except (OSError, ValueError, AttributeError) as error:
+        return read_grid(file, reader)
+    except ValueError as error:
+        return first_line(error)
+    except Exception as error:  # of any reader
+        return f"cannot be read ({first_line(error)})"
+
+
+def _read_dataset_json(file: Path) -> dict:
+    remedy = f"write it as described in {FORMAT}"
+    try:
+        content = read_json(file)
+    except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read ({error}); {remedy}") from None
-    if absent:
-        raise UserError(f"{file} has no {', '.join(absent)}; {remedy}")
+    check_dataset_json(content, file)
+    content.setdefault("channel_names", content.get("modality"))
+    if "numTraining" not in content:
+        raise UserError(f"{file} has no numTraining; {remedy}")
     return content
 
 
@@ -135,11 +164,9 @@ def examine_raw(folder: Path, preprocessed: frozenset[str]) -> Iterator[Finding]
         return
     yield from examine("raw data", check_files, raw)
     yield from examine("case names", check_names, raw)
-    if raw.ending.lower() in SimpleITKIO.supported_file_endings:
+    if any(raw.cases.values()):
         yield from examine("headers", check_headers, raw)
         yield from examine("duplicates", check_duplicates, raw)
-    else:
-        yield Finding("headers", NOTE, f"headers and duplicates of {raw.ending} files are not checked")
 
 
 def check_files(raw: RawDataset) -> Iterator[Finding]:
@@ -149,10 +176,13 @@ def check_files(raw: RawDataset) -> Iterator[Finding]:
     wrong numTraining in dataset.json.
     """
     counts = ", ".join(f"{len(cases)} {role}" for role, cases in raw.cases.items() if cases or role not in _HELD_OUT)
-    channels = len(raw.dataset_json["channel_names"])
-    yield Finding("raw data", OK, f"{raw.folder}: {counts}; {channels} channel{'s' * (channels > 1)}")
+    yield Finding("raw data", OK, f"{raw.folder}: {counts}; {raw.channels} channel{'s' * (raw.channels > 1)}")
     for role, error in raw.misnamed.items():
         yield as_finding("raw data", error, raw.severity(role))
+    for folder in (raw.folder / name for folders in FOLDERS.values() for name in folders if name):
+        if unused := [file.name for file in unused_files(folder, raw.ending)]:
+            message = f"{folder}: nnU-Net reads only *{raw.ending}, so it does not use {some(unused)}"
+            yield Finding("raw data", WARNING, message, "convert these files, or move them to another folder")
     if "dataset" in raw.dataset_json:
         yield Finding(
             "raw data",
@@ -209,56 +239,57 @@ def check_names(raw: RawDataset) -> Iterator[Finding]:
 
 
 def check_headers(raw: RawDataset) -> Iterator[Finding]:
-    """Check the dimensions, the values per voxel and the unit of the spacing of each image.
+    """Check the number of channels, the size and the unit of the spacing of each image.
 
-    An image must have at most 3 dimensions, one value per voxel, and a spacing in the same unit as the labeled images.
-    All channels of a case must have the same size. Only headers are read, not voxels. Yield one finding for each fault
-    in each folder, with the names of the files, or a single OK.
+    The files of a case must have the channels of dataset.json in total and the same size, and a spacing in the same
+    unit as the labeled images. Only headers are read if the format has them. Yield one finding for each fault in each
+    folder, with the names of the files, or a single OK.
     """
-    readable = {file: header for file, header in raw.headers.items() if header is not None}
     # The mean over the axes, because their order may differ between cases.
-    labeled = [readable[files[0]] for files in raw.cases["labeled"].values() if files[0] in readable]
-    usual = [median(geometric_mean(header.spacing) for header in labeled)] if labeled else None
+    labeled = [raw.grids[files[0]] for files in raw.cases["labeled"].values()]
+    spacings = [geometric_mean(grid.spacing) for grid in labeled if isinstance(grid, Grid) and min(grid.spacing) > 0]
+    usual = [median(spacings)] if spacings else None
     found = False
     for role, cases in raw.cases.items():
         faults = defaultdict(list)
         for files in cases.values():
-            for file in files:
-                if fault := _fault(readable.get(file), readable.get(files[0]), usual):
-                    faults[fault].append(file.name)
+            for fault, file in _faults(files, raw, usual):
+                faults[fault].append(file.name)
         for fault, names in faults.items():
             found = True
             message = f"{raw.folder / FOLDERS[role][0]}: {some(names)}: {fault}"
             yield Finding("headers", raw.severity(role), message, "repair or remove these images")
     if not found:
-        yield Finding("headers", OK, f"{len(readable)} images are readable, with spacings in the same unit")
+        yield Finding("headers", OK, f"{len(raw.grids)} images are readable, with spacings in the same unit")
 
 
-def _fault(header: Header | None, first: Header | None, usual_spacing: list[float] | None) -> str | None:
-    """Return why training cannot use an image, such as "cannot be read", or None if it can.
+def _faults(files: list[Path], raw: RawDataset, usual_spacing: list[float] | None) -> Iterator[tuple[str, Path]]:
+    """Yield why training cannot use the images of a case, such as "no voxels", and the file.
 
     Args:
-        header: header of the image; None if it cannot be read.
-        first: header of the first channel of the case; None if it cannot be read.
+        files: images of the case.
+        raw: the data set.
         usual_spacing: list with the median spacing of the labeled images in mm, where the spacing of an image is the
             geometric mean over its axes; None to omit the check of the unit.
     """
-    if header is None:
-        return "cannot be read"
-    if len(header.size) > 3:
-        return f"{len(header.size)} dimensions instead of 3"
-    if header.components > 1:
-        return f"{header.components} values per voxel, as in a color image"
-    if min(header.size) == 0:
-        return "no voxels"
-    if first is not None and header.size != first.size:
-        return "the size differs from the first channel of the case"
-    if usual_spacing is not None:
-        try:
-            check_unit(header.spacing, usual_spacing)
-        except ValueError as error:
-            return str(error)
-    return None
+    grids = {file: raw.grids[file] for file in files}
+    for file, grid in grids.items():
+        if isinstance(grid, str):
+            yield grid, file
+    readable = {file: grid for file, grid in grids.items() if isinstance(grid, Grid)}
+    if len(readable) == len(files) and (channels := sum(grid.channels for grid in readable.values())) != raw.channels:
+        yield f"{channels} channels or time points, but dataset.json names {raw.channels} channels", files[0]
+        return
+    for file, grid in readable.items():
+        if min(grid.shape) == 0:
+            yield "no voxels", file
+        elif files[0] in readable and grid.shape != readable[files[0]].shape:
+            yield "the size differs from the first channel of the case", file
+        elif usual_spacing is not None:
+            try:
+                check_unit(grid.spacing, usual_spacing)
+            except ValueError as error:
+                yield str(error), file
 
 
 def check_duplicates(raw: RawDataset) -> Iterator[Finding]:
@@ -271,11 +302,22 @@ def check_duplicates(raw: RawDataset) -> Iterator[Finding]:
     by_size = defaultdict(list)
     for role, cases in raw.cases.items():
         for case, files in cases.items():
-            if (header := raw.headers[files[0]]) is not None:
-                by_size[header.size].append((role, case, files[0]))
+            if isinstance(grid := raw.grids[files[0]], Grid):
+                by_size[grid.shape].append((role, case, files[0]))
     alike = [entry for entries in by_size.values() if len({role for role, *_ in entries}) > 1 for entry in entries]
     processes = 1 if len(alike) <= _FEW_IMAGES else min(8, os.cpu_count() or 1)
-    hashes = map_cases(hash_voxels, [file for *_, file in alike], processes, "comparing images")
+    hashes = list(
+        map_cases(partial(hash_voxels, reader=raw.reader), [file for *_, file in alike], processes, "comparing images")
+    )
+    unread = [file.name for file, grid in raw.grids.items() if not isinstance(grid, Grid)]
+    unread += [file.name for (*_, file), voxels in zip(alike, hashes) if voxels is None]
+    if unread:
+        message = counted(
+            unread, "image cannot be read and was not compared", "images cannot be read and were not compared"
+        )
+        yield Finding(
+            "duplicates", WARNING, message, "repair or remove it" if len(unread) == 1 else "repair or remove them"
+        )
     same = defaultdict(list)
     for (role, case, _), voxels in zip(alike, hashes):
         if voxels is not None:
@@ -289,6 +331,6 @@ def check_duplicates(raw: RawDataset) -> Iterator[Finding]:
         folders = " and ".join(FOLDERS[role][0] for role in roles)
         message = counted(names, f"image is the same in {folders}", f"images are the same in {folders}")
         yield Finding("duplicates", WARNING, message, _REMEDIES[roles])
-    if not pairs:
+    if not (pairs or unread):
         message = f"no image is in two folders under different names ({len(alike)} images of equal size were compared)"
         yield Finding("duplicates", OK, message)

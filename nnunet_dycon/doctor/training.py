@@ -15,11 +15,13 @@ import torch
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 
 from nnunet_dycon.components.defaults import unlabeled_patches
+from nnunet_dycon.data.dataset_json import label_values
+from nnunet_dycon.data.image_reading import read_grid
+from nnunet_dycon.data.label_values import check_label_values
 from nnunet_dycon.data.labeled import check_fingerprint, check_split, labeled_identifiers
 from nnunet_dycon.data.unlabeled import UnlabeledCases
 from nnunet_dycon.doctor.dataset import label_names
 from nnunet_dycon.doctor.findings import FAIL, NOTE, OK, WARNING, Finding, examine
-from nnunet_dycon.doctor.image_files import read_header
 from nnunet_dycon.doctor.installation import GIB, existing_part
 from nnunet_dycon.errors import UnknownTrainer, UserError, some
 from nnunet_dycon.inference.model_folders import trainer_class
@@ -184,6 +186,11 @@ def check_labeled(training: Training) -> Iterator[Finding]:
         message = f"{len(labeled)} cases are preprocessed, but labelsTr has {len(raw)}; in only one: {some(differing)}"
         yield Finding("labeled", WARNING, message, clean)
     check_fingerprint(folder.parent, unlabeled.plans, unlabeled.configuration_name, unlabeled.dataset_id)
+    values = check_label_values(folder, labeled, unlabeled.dataset_json, min(8, os.cpu_count() or 1))
+    if absent := sorted(label_values(unlabeled.dataset_json) - values):
+        found = True
+        message = f"no labeled case has a voxel with the label {' or '.join(map(str, absent))} of dataset.json"
+        yield Finding("labeled", WARNING, message, "check the label files; the network cannot learn this label")
     if not found:
         yield Finding("labeled", OK, f"{len(labeled)} cases in {folder}")
 
@@ -326,11 +333,11 @@ def _unlabeled_bytes(unlabeled: UnlabeledCases) -> float:
     target = unlabeled.configuration.spacing  # in 2D, only of the last two axes, since the first is not resampled
     total = 0.0
     for files in unlabeled.raw_cases().values():
-        if (header := read_header(files[0])) is not None:
-            z_y_x = (*header.spacing, 1.0)[2::-1]
-            spacing = [z_y_x[axis] for axis in unlabeled.plans.transpose_forward]
-            voxels = prod(header.size) * prod(spacing[-len(target) :]) / prod(target)
-            total += voxels * len(files) * _FLOAT
+        with suppress(Exception):  # of any reader; examine_raw reports it
+            grid = read_grid(files[0], unlabeled.plans.image_reader_writer_class)
+            spacing = [grid.spacing[axis] for axis in unlabeled.plans.transpose_forward]
+            voxels = prod(grid.shape) * prod(spacing[-len(target) :]) / prod(target)
+            total += voxels * unlabeled.channels * _FLOAT
     return total
 
 

@@ -10,7 +10,7 @@ import torch
 from nnunetv2.ensembling.ensemble import ensemble_folders
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
-from nnunet_dycon.data.unlabeled import image_files
+from nnunet_dycon.data.image_reading import image_files
 from nnunet_dycon.errors import UsageError, UserError, explained
 from nnunet_dycon.inference.model_folders import find_folds, load_checkpoint, read_json
 from nnunet_dycon.system.environment import DISCOVERY
@@ -65,8 +65,7 @@ def predict_both(
         for name in pair:
             load_checkpoint(model / f"fold_{fold}" / name)
     dataset = read_json(model / "dataset.json")
-    channels = dataset.get("channel_names") or dataset.get("modality") or {}
-    if not image_files(images, dataset["file_ending"], len(channels), "the"):
+    if not image_files(images, dataset, "the"):
         raise UsageError(f"{images} has no images CASE_XXXX{dataset['file_ending']}; give their folder with -i")
     predictor = nnUNetPredictor(
         tile_step_size=step_size, use_mirroring=mirroring, device=torch.device(choose_device(device)), allow_tqdm=False

@@ -3,20 +3,30 @@
 import math
 import sys
 import warnings
-import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
 import numpy as np
-import SimpleITK as sitk
 from monai.metrics import compute_average_surface_distance, compute_hausdorff_distance
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 from scipy.ndimage import find_objects
 
-from nnunet_dycon.errors import UsageError, UserError
+from nnunet_dycon.data.image_reading import (
+    Grid,
+    Reader,
+    coincide,
+    is_turned,
+    read_grid,
+    read_voxels,
+    reader_class,
+    reoriented,
+)
+from nnunet_dycon.errors import UsageError, UserError, explained
 from nnunet_dycon.inference.tables import aligned, as_csv, as_json, nan_to_none, write_texts
 from nnunet_dycon.system.files import VOLUME_ENDINGS, read_json, require_whole
 from nnunet_dycon.system.label_maps import rounded
@@ -72,7 +82,12 @@ def match_folders(reference: Path, prediction: Path, *, labels: Sequence[int] | 
     if reference.samefile(prediction):
         raise UsageError(f"references and predictions are the same folder: {reference}; give different folders")
     task = _read_task(reference, prediction, labels)
-    return MatchedFolders(task, tuple(_match(reference, prediction, task.file_ending)))
+    pairs = _match(reference, prediction, task.file_ending)
+    task = replace(task, reader=_find_reader(task, pairs[0][1], prediction))
+    if shifted := [case for case, *files in pairs if not _same_placement(files[0], files[1], task.reader)]:
+        count = f"{len(shifted)} of {len(pairs)} cases"
+        _warn(f"scored although origin or direction differ from the reference: {count}: {_enumerate(shifted)}")
+    return MatchedFolders(task, tuple(pairs))
 
 
 def evaluate_matched(matched: Sequence["MatchedFolders"], num_processes: int = 1) -> list["Evaluation"]:
@@ -227,12 +242,14 @@ class _Task:
     ignore: int | None
     known: frozenset[int]  # values of all labels
     file_ending: str
+    dataset_json: dict[str, Any]  # {} without dataset.json
+    reader: Reader = SimpleITKIO
 
 
 def _read_task(reference: Path, prediction: Path, chosen: Sequence[int] | None) -> _Task:
     candidates = [folder / "dataset.json" for folder in (prediction, reference.resolve().parent)]
     file = next((candidate for candidate in candidates if candidate.is_file()), None)
-    declared, file_ending = {}, ".nii.gz"
+    content, declared, file_ending = {}, {}, ".nii.gz"
     if file is not None:
         try:
             content = read_json(file)
@@ -243,7 +260,7 @@ def _read_task(reference: Path, prediction: Path, chosen: Sequence[int] | None) 
                 f'{file}: cannot read "labels" ({type(error).__name__}: {error}); repair the file, or remove it and '
                 "give the values with -l"
             ) from error
-    if file_ending not in VOLUME_ENDINGS:
+    if file_ending not in (*VOLUME_ENDINGS, *Tiff3DIO.supported_file_endings):
         raise UserError(
             f"{file}: {file_ending} files have no spacing; convert references and predictions to one of "
             f"{', '.join(VOLUME_ENDINGS)}"
@@ -258,7 +275,15 @@ def _read_task(reference: Path, prediction: Path, chosen: Sequence[int] | None) 
     if not regions:
         where = f"{file} has no foreground labels" if file else f"found neither {candidates[0]} nor {candidates[1]}"
         raise UsageError(f"no labels to score: {where}; give the values with -l")
-    return _Task(regions, ignore, frozenset({0}.union(*declared.values(), *regions.values())), file_ending)
+    known = frozenset({0}.union(*declared.values(), *regions.values()))
+    return _Task(regions, ignore, known, file_ending, content | {"file_ending": file_ending})
+
+
+def _find_reader(task: _Task, reference: Path, prediction: Path) -> Reader:
+    """Return nnU-Net's reader, by plans.json next to the predictions, or else by dataset.json and a reference."""
+    plans = prediction / "plans.json"
+    with explained(ValueError, f"{plans} is damaged; repair or remove it"):
+        return reader_class(task.dataset_json, reference, read_json(plans) if plans.is_file() else None)
 
 
 def _match(reference: Path, prediction: Path, file_ending: str) -> list[tuple[str, Path, Path]]:
@@ -283,37 +308,46 @@ def _match(reference: Path, prediction: Path, file_ending: str) -> list[tuple[st
         )
     if extra := predictions - references:
         _warn(f"{prediction}: not scored because they have no reference: {len(extra)} predictions: {_enumerate(extra)}")
-    pairs = [(case, reference / (case + file_ending), prediction / (case + file_ending)) for case in sorted(references)]
-    if shifted := [case for case, *files in pairs if not _same_placement(*files)]:
-        count = f"{len(shifted)} of {len(pairs)} cases"
-        _warn(f"scored although origin or direction differ from the reference: {count}: {_enumerate(shifted)}")
-    return pairs
+    return [(case, reference / (case + file_ending), prediction / (case + file_ending)) for case in sorted(references)]
 
 
-def _same_placement(reference: Path, prediction: Path) -> bool:
-    """Return whether origin and direction of two images are equal; raise UserError if size or spacing differ."""
-    first, second = (_open(file) for file in (reference, prediction))
+def _same_placement(reference: Path, prediction: Path, reader: Reader) -> bool:
+    """Return whether two images have the same position, up to the order of their axes.
+
+    Raises:
+        UserError: size or spacing differ.
+    """
+    first, second = (_read_grid(file, reader) for file in (reference, prediction))
+    if is_turned(second, first):
+        return True
     files = f"{prediction} and its reference {reference}"
     remedy = "predict from the images that belong to the references"
-    if first.GetSize() != second.GetSize():
-        raise UserError(f"{files} differ in size: {second.GetSize()} and {first.GetSize()} voxels (X, Y, Z); {remedy}")
-    spacing = first.GetSpacing()
-    if not np.allclose(second.GetSpacing(), spacing, rtol=1e-3, atol=0):
-        raise UserError(f"{files} differ in spacing: {second.GetSpacing()} and {spacing} mm (X, Y, Z); {remedy}")
-    same_origin = np.allclose(second.GetOrigin(), first.GetOrigin(), rtol=0, atol=0.01 * min(spacing))
-    return same_origin and np.allclose(second.GetDirection(), first.GetDirection(), rtol=0, atol=1e-3)
+    if first.shape != second.shape:
+        sizes = f"{second.shape[::-1]} and {first.shape[::-1]} voxels (X, Y, Z)"
+        raise UserError(f"{files} differ in size: {sizes}; {remedy}")
+    if not np.allclose(second.spacing, first.spacing, rtol=1e-3, atol=0):
+        spacings = f"{second.spacing[::-1]} and {first.spacing[::-1]} mm (X, Y, Z)"
+        raise UserError(f"{files} differ in spacing: {spacings}; {remedy}")
+    return coincide(first, second)
 
 
 def _score_case(job: tuple[tuple[str, Path, Path], _Task]) -> tuple[list[dict[str, Any]], list[str]]:
-    """Return a row for each label of a case, as in `Evaluation`, and warnings about unknown label values."""
+    """Return a row for each label of a case, as in `Evaluation`, and warnings about its files."""
     (case, *files), task = job
-    images = [_read(file) for file in files]
-    reference, prediction = arrays = [rounded(sitk.GetArrayFromImage(image)) for image in images]
-    spacing_mm = images[0].GetSpacing()[::-1]  # SimpleITK's order is X, Y, Z
+    (reference, grid), (prediction, its_grid) = (_read(file, task.reader) for file in files)
+    if is_turned(its_grid, grid):
+        prediction = reoriented(prediction, its_grid.affine, grid.affine)
     remarks = []
-    for file, array in zip(files, arrays, strict=True):
+    for file, array in zip(files, (reference, prediction), strict=True):
         if (unknown := np.unique(array[~np.isin(array, list(task.known))])).size:
-            remarks.append(f"{file}: unknown label values, scored as background: {_enumerate(unknown.tolist())}")
+            values = [int(value) if value == int(value) else value for value in unknown.tolist()]
+            remarks.append(f"{file}: unknown label values, scored as background: {_enumerate(values)}")
+    axes = _scored_axes(grid.shape)
+    if len(axes) < 3 and not grid.is_2d:
+        remarks.append("volumes of one slice are scored in 2D: in 3D, all voxels would belong to the surface")
+    others = tuple({0, 1, 2} - set(axes))
+    reference, prediction = (array.squeeze(others) for array in (reference, prediction))
+    spacing_mm = [grid.spacing[axis] for axis in axes]
     valid = True if task.ignore is None else reference != task.ignore
     rows = []
     for label, values in task.regions.items():
@@ -322,30 +356,34 @@ def _score_case(job: tuple[tuple[str, Path, Path], _Task]) -> tuple[list[dict[st
     return rows, remarks
 
 
-def _open(file: Path) -> sitk.ImageFileReader:
-    """Return a reader with the header of an image; the voxels are not read."""
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(str(file))
+def _scored_axes(shape: Sequence[int]) -> list[int]:
+    """Return the axes with more than one voxel, and others if these are fewer than 2: a surface needs 2 axes."""
+    by_length = sorted(range(len(shape)), key=lambda axis: (shape[axis] <= 1, -axis))
+    return sorted(by_length[: max(2, sum(length > 1 for length in shape))])
+
+
+def _read_grid(file: Path, reader: Reader) -> Grid:
     with _read_errors_as_user_errors(file):
-        reader.ReadImageInformation()
-    if reader.GetDimension() not in (2, 3) or reader.GetNumberOfComponents() != 1:
+        grid = read_grid(file, reader)
+    if grid.channels != 1:
         raise UserError(f"{file}: not a label map with 2 or 3 dimensions and one channel; replace the file")
-    return reader
+    return grid
 
 
-def _read(file: Path) -> sitk.Image:
-    reader = _open(file)
+def _read(file: Path, reader: Reader) -> tuple[np.ndarray, Grid]:
     with _read_errors_as_user_errors(file):
         require_whole(file)
-        return reader.Execute()
+        voxels, grid = read_voxels(file, reader, is_label_map=True)
+    return rounded(voxels[0]), grid
 
 
 @contextmanager
 def _read_errors_as_user_errors(file: Path) -> Iterator[None]:
     try:
         yield
-    except (RuntimeError, EOFError, OSError, zlib.error) as error:
-        raise UserError(f"{file}: cannot be read ({str(error).strip().splitlines()[-1]}); replace the file") from error
+    except Exception as error:  # of any reader
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"{file}: cannot be read ({lines[-1]}); replace the file") from error
 
 
 def _reduce(rows: Collection[dict[str, Any]], statistic: Callable[[Iterable[float]], float]) -> dict[str, float]:

@@ -10,6 +10,7 @@ import os
 import sys
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
@@ -20,10 +21,20 @@ from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
-import SimpleITK as sitk
 import torch
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
 from nnunet_dycon.components.label_space import ClassLabels, LabelSpace, RegionLabels
+from nnunet_dycon.data.image_reading import (
+    Grid,
+    Reader,
+    in_file_order,
+    read_voxels,
+    reader_class,
+    reoriented,
+    reoriented_grid,
+    write_like,
+)
 from nnunet_dycon.errors import UsageError, UserError, explained
 from nnunet_dycon.inference.tables import aligned, as_csv, as_json, write_texts
 from nnunet_dycon.system.files import VOLUME_ENDINGS, require_whole
@@ -80,7 +91,7 @@ def rank_predictions(folders: Sequence[Path], output: Path, *, num_processes: in
             "another folder"
         )
     cases = _cases(folders)
-    task = _Task.of(folders[0])
+    task = _Task.of(folders[0], cases[0])
     with explained(OSError, f"{output} cannot be created; choose another folder with -o"):
         output.mkdir(parents=True, exist_ok=True)
         _remove_earlier_maps(output, task.file_ending)
@@ -269,10 +280,10 @@ class _Task:
     label_space: LabelSpace
     values: tuple[int, ...] | None  # value of each region in a label map, in the order of the channels
     file_ending: str
-    reorients: bool  # whether nnU-Net's reader reorients images, so that probabilities are stored in RAS orientation
+    reader: Reader = SimpleITKIO
 
     @classmethod
-    def of(cls, folder: Path) -> "_Task":
+    def of(cls, folder: Path, case: str) -> "_Task":
         dataset, plans = (_read_json(folder / name) for name in ("dataset.json", "plans.json"))
         malformed = f"{folder / 'dataset.json'} does not define labels in nnU-Net's format; predict again"
         with explained((AttributeError, TypeError, ValueError, KeyError), malformed):
@@ -289,13 +300,10 @@ class _Task:
                 f"{folder}: {ending} files have no spacing; use a data set with one of {', '.join(VOLUME_ENDINGS)}"
             )
         label_space = _CLASSES if values is None else RegionLabels()
-        return cls(
-            tuple(names) or None,
-            label_space,
-            values,
-            ending,
-            plans.get("image_reader_writer", "").endswith("WithReorient"),
-        )
+        reader: Reader = SimpleITKIO
+        with suppress(UserError):  # reported where the case is read
+            reader = reader_class({"file_ending": ending, **dataset}, folder / f"{case}{ending}", plans)
+        return cls(tuple(names) or None, label_space, values, ending, reader)
 
     def segmentation(self, probabilities: np.ndarray) -> np.ndarray:
         """Return the label map (Z, Y, X) that nnU-Net computes from probabilities (K, Z, Y, X)."""
@@ -314,19 +322,20 @@ class _Task:
             return None
         return "do not sum to 1, as required for mutually exclusive labels"
 
-    def as_predicted(self, image: sitk.Image) -> sitk.Image:
-        """Return an image of the case in the orientation in which nnU-Net stores the probabilities."""
-        return sitk.DICOMOrient(image, "RAS") if self.reorients else image
+    @property
+    def reorients(self) -> bool:
+        """Whether nnU-Net's reader reorients images, so that probabilities are stored in RAS orientation."""
+        return in_file_order(self.reader) is not self.reader
 
-    def as_image(self, values: np.ndarray, like: sitk.Image) -> sitk.Image:
-        """Convert values (Z, Y, X) in the orientation of the probabilities to an image on the grid of ``like``."""
-        image = sitk.GetImageFromArray(values)
-        image.CopyInformation(self.as_predicted(like))
-        if self.reorients:
-            turn = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(like.GetDirection())
-            image = sitk.DICOMOrient(image, turn)
-            image.CopyInformation(like)  # removes rounding errors
-        return image
+    def as_predicted(self, voxels: np.ndarray, grid: Grid) -> np.ndarray:
+        """Reorient voxels (Z, Y, X) of a file with a grid to the orientation in which probabilities are stored."""
+        return reoriented(voxels, grid.affine) if self.reorients and grid.affine is not None else voxels
+
+    def as_in_file(self, voxels: np.ndarray, grid: Grid) -> np.ndarray:
+        """Return voxels (Z, Y, X) in the orientation of the probabilities in that of a file with a grid."""
+        if not self.reorients or grid.affine is None:
+            return voxels
+        return reoriented(voxels, reoriented_grid(grid, np.eye(4)).affine, grid.affine)
 
 
 def _read_json(file: Path) -> dict:
@@ -381,14 +390,14 @@ def _rank_case(case: str, folders: Sequence[Path], output: Path, task: _Task) ->
     members, remarks = [], []
     for folder in folders:
         file, label_map = folder / f"{case}.npz", folder / f"{case}{task.file_ending}"
-        image = _read_segmentation(label_map)
+        stored, grid = _read_segmentation(label_map, task.reader)
         members.append(_read_probabilities(file, task))
         if members[-1].shape != members[0].shape:
             raise UserError(
                 f"{file} has the shape (K, Z, Y, X) {members[-1].shape}, but {folders[0] / file.name} has "
                 f"{members[0].shape}; predict the same images into both folders, with models of the same labels"
             )
-        segmentation = sitk.GetArrayFromImage(task.as_predicted(image))
+        segmentation = task.as_predicted(stored, grid)
         if members[-1].shape[1:] != segmentation.shape:
             raise UserError(
                 f"{file} and {label_map} do not belong to the same prediction: they have {members[-1].shape[1:]} and "
@@ -399,23 +408,23 @@ def _rank_case(case: str, folders: Sequence[Path], output: Path, task: _Task) ->
                 f"{label_map} differs from the segmentation of highest probability in {file.name}, which is ranked; it "
                 "was postprocessed, or predicted again without --save_probabilities"
             )
-    measures = measure(members, float(np.prod(image.GetSpacing())) / 1000, task.label_space)
+    measures = measure(members, float(np.prod(grid.spacing)) / 1000, task.label_space)
     for name, values in measures.maps.items():
-        _write_map(task.as_image(values, image), output / f"{case}_{name}{task.file_ending}")
+        _write_map(task.as_in_file(values, grid), label_map, output / f"{case}_{name}{task.file_ending}", task.reader)
     names = task.labels or map(str, range(1, len(members[0])))
     row = {"case": case, **measures.numbers, "expected_dice_per_label": dict(zip(names, measures.dice_per_label))}
     return row, remarks
 
 
-def _read_segmentation(file: Path) -> sitk.Image:
+def _read_segmentation(file: Path, reader: Reader) -> tuple[np.ndarray, Grid]:
     if not file.is_file():
         raise UserError(f"{file} does not exist; it is required for voxel spacing and orientation; predict again")
-    with explained((RuntimeError, EOFError, OSError, zlib.error), f"{file} cannot be read; predict again"):
+    with explained(Exception, f"{file} cannot be read; predict again"):  # of any reader
         require_whole(file)
-        image = sitk.ReadImage(str(file))
-    if image.GetDimension() != 3:
-        raise UserError(f"{file} has {image.GetDimension()} dimensions; only 3D predictions can be ranked")
-    return image
+        voxels, grid = read_voxels(file, reader, is_label_map=True)
+    if grid.is_2d or grid.channels != 1:
+        raise UserError(f"{file} is not a volume of one channel; only 3D predictions can be ranked")
+    return voxels[0], grid
 
 
 def _read_probabilities(file: Path, task: _Task) -> np.ndarray:
@@ -441,13 +450,13 @@ def _read_probabilities(file: Path, task: _Task) -> np.ndarray:
     return probabilities
 
 
-def _write_map(image: sitk.Image, file: Path) -> None:
-    # SimpleITK derives the format from the ending, so the unfinished file has the same name in a temporary folder.
+def _write_map(voxels: np.ndarray, like: Path, file: Path, reader: Reader) -> None:
+    # The format is derived from the ending, so the unfinished file has the same name in a temporary folder.
     unwritable = f"{file} cannot be written; free disk space, or choose another folder with -o"
     with (
         explained((OSError, RuntimeError), unwritable),
         TemporaryDirectory(prefix=".", dir=file.parent) as scratch,
     ):
         partial = Path(scratch) / file.name
-        sitk.WriteImage(image, str(partial), useCompression=True)
+        write_like(voxels, like, partial, reader)
         os.replace(partial, file)

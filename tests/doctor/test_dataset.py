@@ -109,7 +109,7 @@ def unlabeled_copy_of_labeled(raw: Path) -> None:
 FAULTS = {
     "no dataset.json": (no_json, "raw data", FAIL, "dataset.json cannot be read ([Errno 2]", "dataset_format.md"),
     "damaged dataset.json": (damaged_json, "raw data", FAIL, "dataset.json cannot be read (", "dataset_format.md"),
-    "incomplete dataset.json": (incomplete_json, "raw data", FAIL, "has no file_ending", "dataset_format.md"),
+    "incomplete dataset.json": (incomplete_json, "raw data", FAIL, '"file_ending" is None, but', "dataset_format.md"),
     "numTraining": (other_number, "raw data", WARNING, "dataset.json is 7, but imagesTr has 5 cases", "correct"),
     "misnamed": (misnamed, "raw data", FAIL, "scan_00.nii.gz is not named CASE_XXXX", "rename it"),
     "misnamed test": (misnamed_test, "raw data", WARNING, "test case test_00 in", "add or remove files"),
@@ -120,7 +120,7 @@ FAULTS = {
     "two roles, held out": (held_out_and_unlabeled, "case names", WARNING, "imagesUn and imagesTs: scan_02", "from"),
     "m": (in_meters, "headers", FAIL, "scan_00_0000.nii.gz, scan_01_0000.nii.gz: its voxels of 0.001", "repair"),
     "cm, held out": (held_out_in_cm, "headers", WARNING, "imagesTs: test_00_0000.nii.gz: its voxels of 0.1", "repair"),
-    "4D": (four_dimensional, "headers", FAIL, "scan_00_0000.nii.gz: 4 dimensions instead of 3", "repair or remove"),
+    "4D": (four_dimensional, "headers", FAIL, "scan_00_0000.nii.gz: 2 channels or time", "repair or remove"),
     "color": (colored, "headers", FAIL, "scan_00_0000.nii.gz: 3 values per voxel", "repair or remove"),
     "not an image": (not_an_image, "headers", WARNING, "case_00_0000.nii.gz: cannot be read", "repair or remove"),
     "test = labeled": (

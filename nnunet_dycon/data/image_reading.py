@@ -1,0 +1,294 @@
+"""Images and label maps: nnU-Net's file names, and reading with nnU-Net's readers."""
+
+import contextlib
+import hashlib
+import io
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import SimpleITK as sitk
+from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
+from nnunetv2.imageio.nibabel_reader_writer import NibabelIO, NibabelIOWithReorient
+from nnunetv2.imageio.reader_writer_registry import (
+    determine_reader_writer_from_dataset_json,
+    recursive_find_reader_writer_by_name,
+)
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO, SimpleITKIOWithReorient
+from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
+
+from nnunet_dycon.errors import UserError
+
+Reader = type[BaseReaderWriter]
+
+_IN_FILE_ORDER = {SimpleITKIOWithReorient: SimpleITKIO, NibabelIOWithReorient: NibabelIO}
+_LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # from the world coordinates of ITK to those of nibabel
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Size and position of an image.
+
+    Attributes:
+        channels: number of channels, as nnU-Net's reader returns them.
+        shape: number of voxels along Z, Y, X; 1 along Z in a 2D image.
+        spacing: distance of the voxels along Z, Y, X in mm; 999 times the largest one along Z in a 2D image, as in
+            nnU-Net.
+        affine: (4, 4), maps voxel indices (x, y, z, 1) to coordinates in mm, which increase to the right, anterior and
+            superior; None if the file format has no position.
+    """
+
+    channels: int
+    shape: tuple[int, ...]
+    spacing: tuple[float, ...]
+    affine: Any = None
+
+    @property
+    def is_2d(self) -> bool:
+        """Whether the file has two axes, which nnU-Net's readers mark by the spacing along Z."""
+        return self.spacing[0] >= 999 * max(self.spacing[1:])
+
+
+def image_files(folder: Path, dataset_json: dict, role: str) -> dict[str, list[Path]]:
+    """Return case identifier -> image files for all cases in a raw folder.
+
+    A case has one file per channel or, if nnU-Net's reader returns several channels from a file (such as an RGB
+    image), fewer files.
+
+    Args:
+        folder: a folder such as imagesUn; it need not exist.
+        dataset_json: content of dataset.json.
+        role: kind of the cases, such as "unlabeled", for error messages.
+
+    Raises:
+        UserError: a file name has no channel number, or the files of a case do not have the channels of dataset.json.
+    """
+    ending = dataset_json["file_ending"]
+    found = image_files_by_case(folder, ending)
+    names = dataset_json.get("channel_names", dataset_json.get("modality", {}))
+    files_per_case = len(names)
+    fewer = [files for files in found.values() if len(files) < len(names) and files[0].name.endswith(f"_0000{ending}")]
+    if fewer and _channels(fewer[0], dataset_json) == len(names):
+        files_per_case = len(fewer[0])
+    wanted = [f"{channel:04d}" for channel in range(files_per_case)]
+    for case, files in found.items():
+        channels = [file.name[len(case) + 1 : -len(ending)] for file in files]
+        if channels != wanted:
+            raise UserError(
+                f"{role} case {case} in {folder} has the files {', '.join(channels)}, but the {len(names)} channels in "
+                f"dataset.json require {', '.join(wanted)}; add or remove files"
+            )
+    return found
+
+
+def image_files_by_case(folder: Path, ending: str) -> dict[str, list[Path]]:
+    """Return case identifier -> all image files in a raw folder, sorted by channel.
+
+    Raises:
+        UserError: a file name has no channel number.
+    """
+    found: dict[str, list[Path]] = {}
+    for file in sorted(folder.glob(f"*{ending}")):
+        case, separator, channel = file.name[: -len(ending)].rpartition("_")
+        if not (separator and case and len(channel) == 4 and channel.isdigit()):
+            raise UserError(f"{file} is not named CASE_XXXX{ending}, as nnU-Net requires; rename it")
+        found.setdefault(case, []).append(file)
+    return found
+
+
+def unused_files(folder: Path, ending: str) -> list[Path]:
+    """Return the files in a raw folder that nnU-Net does not read because they have another ending.
+
+    Hidden files are left out, and so are JSON files next to TIFF images, which contain the spacing.
+    """
+    used = (ending, ".json") if ending.lower() in Tiff3DIO.supported_file_endings else (ending,)
+    files = folder.iterdir() if folder.is_dir() else ()
+    return sorted(file for file in files if not file.name.startswith(".") and not file.name.endswith(used))
+
+
+def _channels(files: Sequence[Path], dataset_json: dict) -> int | None:
+    """Return the number of channels that nnU-Net's reader returns for a case, or None if it cannot read the files."""
+    try:
+        return sum(read_grid(file, reader_class(dataset_json, file)).channels for file in files)
+    except Exception:  # such as a link to storage that is not mounted; reported where the images are checked
+        return None
+
+
+def reader_class(dataset_json: dict, example: Path, plans: dict | None = None) -> Reader:
+    """Return nnU-Net's reader of a data set.
+
+    Args:
+        dataset_json: content of dataset.json. If it does not name a reader, nnU-Net selects the first one that supports
+            the file ending and can read the example.
+        example: an image or label map of the data set.
+        plans: content of the plans, which name the reader, if they exist.
+
+    Raises:
+        UserError: no reader can read the example.
+    """
+    try:
+        if plans and "image_reader_writer" in plans:
+            return recursive_find_reader_writer_by_name(plans["image_reader_writer"])
+        with _silence():  # it prints the errors of the readers that it tries
+            return determine_reader_writer_from_dataset_json(dataset_json, str(example), verbose=False)
+    except RuntimeError:
+        raise UserError(f"{example}: none of nnU-Net's readers can read it; repair or replace the file") from None
+
+
+def in_file_order(reader: Reader) -> Reader:
+    """Return the reader that reads the same files without changing their orientation."""
+    return _IN_FILE_ORDER.get(reader, reader)
+
+
+def coincide(a: Grid, b: Grid) -> bool:
+    """Return whether two grids of equal shape and spacing have the same position; True if a format has none."""
+    if a.affine is None or b.affine is None:
+        return True
+    first, second = (affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0) for affine in (a.affine, b.affine))
+    same_origin = np.allclose(a.affine[:3, 3], b.affine[:3, 3], rtol=0, atol=0.01 * min(b.spacing))
+    return same_origin and np.allclose(first, second, rtol=0, atol=1e-3)
+
+
+def is_turned(grid: Grid, target: Grid) -> bool:
+    """Return whether a grid has the same voxels as another one, but with permuted or flipped axes."""
+    if grid.affine is None or target.affine is None or (grid.shape == target.shape and coincide(grid, target)):
+        return False
+    turned = reoriented_grid(grid, target.affine)
+    same_size = turned.shape == target.shape and np.allclose(turned.spacing, target.spacing, rtol=1e-3, atol=0)
+    return same_size and coincide(turned, target)
+
+
+def read_grid(file: Path, reader: Reader) -> Grid:
+    """Return size and position of an image; only the header is read if the format has one.
+
+    Args:
+        file: image or label map.
+        reader: one of nnU-Net's readers. The grid is that of the file, even if the reader changes the orientation.
+
+    Raises:
+        Exception: the file cannot be read, or it contains vectors. The type depends on the reader.
+    """
+    reader = in_file_order(reader)
+    if issubclass(reader, SimpleITKIO):
+        return _sitk_grid(file)
+    if issubclass(reader, NibabelIO):
+        image: Any = nibabel.load(file)
+        if image.ndim != 3:
+            raise ValueError(f"{image.ndim} dimensions instead of 3")
+        spacing = tuple(map(float, image.header.get_zooms()[::-1]))
+        return Grid(1, image.shape[::-1], spacing, image.affine if np.linalg.det(image.affine) else None)
+    return read_voxels(file, reader)[1]
+
+
+def read_voxels(file: Path, reader: Reader, is_label_map: bool = False) -> tuple[np.ndarray, Grid]:
+    """Return the voxels of an image, (C, Z, Y, X), and its grid, both as stored in the file.
+
+    Args:
+        file: image or label map.
+        reader: one of nnU-Net's readers.
+        is_label_map: whether the file is a label map; the names of sidecar files depend on it.
+
+    Raises:
+        Exception: the file cannot be read. The type depends on the reader.
+    """
+    reader = in_file_order(reader)
+    with _silence():
+        voxels, properties = reader().read_seg(str(file)) if is_label_map else reader().read_images([str(file)])
+    if issubclass(reader, (SimpleITKIO, NibabelIO)):
+        return voxels, read_grid(file, reader)
+    return voxels, Grid(len(voxels), voxels.shape[1:], tuple(map(float, properties["spacing"])))
+
+
+def hash_voxels(file: Path, reader: Reader) -> str | None:
+    """Return a SHA-256 hash of the voxel values as float32, or None if the file cannot be read.
+
+    The hash does not depend on the data type in the file, its compression and its header.
+    """
+    try:
+        voxels, _ = read_voxels(file, reader)
+    except Exception:  # of any reader
+        return None
+    return hashlib.sha256(np.ascontiguousarray(voxels, np.float32).data).hexdigest()
+
+
+def _sitk_grid(file: Path) -> Grid:
+    header = sitk.ImageFileReader()
+    header.SetFileName(str(file))
+    header.ReadImageInformation()
+    if header.GetNumberOfComponents() > 1:
+        raise ValueError(f"{header.GetNumberOfComponents()} values per voxel, as in a color image")
+    size, spacing = header.GetSize(), tuple(map(abs, header.GetSpacing()))
+    dimension = len(size)
+    if dimension == 2:
+        return Grid(1, (1, *size[::-1]), (999 * max(spacing), *spacing[::-1]), _flat_affine(header))
+    if dimension not in (3, 4):
+        raise ValueError(f"{dimension} dimensions instead of 3")
+    direction = np.reshape(header.GetDirection(), (dimension, dimension))[:3, :3]
+    affine = np.eye(4)
+    affine[:3, :3], affine[:3, 3] = direction * spacing[:3], header.GetOrigin()[:3]
+    return Grid(size[3] if dimension == 4 else 1, size[2::-1], spacing[2::-1], _LPS_TO_RAS @ affine)
+
+
+def _flat_affine(header: sitk.ImageFileReader) -> np.ndarray:
+    affine = np.eye(4)
+    affine[:2, :2] = np.reshape(header.GetDirection(), (2, 2)) * header.GetSpacing()
+    affine[:2, 3] = header.GetOrigin()
+    return _LPS_TO_RAS @ affine
+
+
+def write_like(voxels: np.ndarray, like: Path, file: Path, reader: Reader) -> None:
+    """Write a 3D image with the position of another one.
+
+    Args:
+        voxels: (Z, Y, X), in the order of the voxels in ``like``.
+        like: file with the same grid.
+        file: file to write; its ending determines the format.
+        reader: the reader of ``like``.
+    """
+    if issubclass(reader, (NibabelIO, NibabelIOWithReorient)):
+        nibabel.save(nibabel.Nifti1Image(voxels.T, nibabel.load(like).affine), file)  # type: ignore[attr-defined]
+        return
+    image = sitk.GetImageFromArray(voxels)
+    header = sitk.ImageFileReader()
+    header.SetFileName(str(like))
+    header.ReadImageInformation()
+    image.SetSpacing(header.GetSpacing())
+    image.SetOrigin(header.GetOrigin())
+    image.SetDirection(header.GetDirection())
+    sitk.WriteImage(image, str(file), useCompression=True)
+
+
+def reoriented(voxels: np.ndarray, source: np.ndarray, target: np.ndarray | None = None) -> np.ndarray:
+    """Permute and flip the axes of an image, so that they are as parallel as possible to other axes.
+
+    Args:
+        voxels: (Z, Y, X).
+        source: affine (4, 4) of the image, as in `Grid`.
+        target: affine (4, 4) that defines the other axes; None stands for right, anterior, superior.
+    """
+    relative = source if target is None else np.linalg.inv(target) @ source
+    turn = nibabel.orientations.io_orientation(relative)
+    return nibabel.orientations.apply_orientation(voxels.T, turn).T
+
+
+def reoriented_grid(grid: Grid, target: np.ndarray) -> Grid:
+    """Return the grid that an image has after `reoriented` with the same target."""
+    turn = nibabel.orientations.io_orientation(np.linalg.inv(target) @ grid.affine)
+    order = np.argsort(turn[:, 0])  # axis of the image for each axis of the target
+    shape, spacing = (tuple(values[::-1][axis] for axis in order)[::-1] for values in (grid.shape, grid.spacing))
+    affine = grid.affine @ nibabel.orientations.inv_ornt_aff(turn, grid.shape[::-1])
+    return Grid(grid.channels, shape, spacing, affine)
+
+
+@contextlib.contextmanager
+def _silence():
+    with (
+        open(os.devnull, "w") as nothing,
+        contextlib.redirect_stdout(nothing),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        yield
