@@ -143,7 +143,7 @@ def examine_raw(folder: Path, preprocessed: frozenset[str]) -> Iterator[Finding]
 
 
 def check_files(raw: RawDataset) -> Iterator[Finding]:
-    """Yield the number of cases per folder, and a finding for each problem with the files.
+    """Yield a finding with the number of cases per role, and one for each problem with the files.
 
     Problems are wrong file names, no labeled or no unlabeled cases, images without label, labels without image, and a
     wrong numTraining in dataset.json.
@@ -209,11 +209,11 @@ def check_names(raw: RawDataset) -> Iterator[Finding]:
 
 
 def check_headers(raw: RawDataset) -> Iterator[Finding]:
-    """Check the dimensions, the values per voxel and the unit of the spacing of each image.
+    """Check the header of each image: number of dimensions, values per voxel, size and unit of the spacing.
 
     An image must have at most 3 dimensions, one value per voxel, and a spacing in the same unit as the labeled images.
-    All channels of a case must have the same size. Only headers are read, not voxels. Yield one finding for each fault
-    in each folder, with the names of the files, or a single OK.
+    All channels of a case must have the same size. Voxels are not read. Yield one finding for each fault in each
+    folder, with the names of the files, or a single OK.
     """
     readable = {file: header for file, header in raw.headers.items() if header is not None}
     # The mean over the axes, because their order may differ between cases.
@@ -240,8 +240,8 @@ def _fault(header: Header | None, first: Header | None, usual_spacing: list[floa
     Args:
         header: header of the image; None if it cannot be read.
         first: header of the first channel of the case; None if it cannot be read.
-        usual_spacing: list with the median spacing of the labeled images in mm, where the spacing of an image is the
-            geometric mean over its axes; None to omit the check of the unit.
+        usual_spacing: the median spacing of the labeled images in mm, as a list of one number. The spacing of an image
+            is the geometric mean over its axes. None to omit the check of the unit.
     """
     if header is None:
         return "cannot be read"

@@ -16,8 +16,8 @@ class Header:
     """The header of an image file.
 
     Attributes:
-        size: the number of voxels along x, y, z and, in an image with more dimensions, along the others.
-        spacing: the voxel spacing along the same axes as stored in the file. It should be in mm.
+        size: the number of voxels along x, y, z and any further axes.
+        spacing: the voxel spacing along the same axes, as stored in the file. Its unit should be mm.
         components: the number of values per voxel; more than 1 in a color image.
     """
 
@@ -40,7 +40,7 @@ def read_header(file: Path) -> Header | None:
 def hash_voxels(file: Path) -> str | None:
     """Return a SHA-256 hash of the voxel values as float32, or None if the file cannot be read.
 
-    The hash does not depend on the data type in the file, its compression and its header.
+    The hash does not depend on the data type, the compression or the header of the file.
     """
     try:
         voxels = sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
