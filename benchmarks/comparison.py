@@ -1,12 +1,13 @@
 """Comparison of trainers: train and predict with nnU-Net's commands, and append the scores to a CSV.
 
-- lower_bound is nnUNetTrainer on the labeled cases. upper_bound is nnUNetTrainer on all training cases with their
-  labels, with the plans of the labeled ones. All other methods are trainers of the registry, trained on labeled and
-  unlabeled cases. Settings can be changed after a colon: nnUNetTrainerDyCON:uncl_weight=0.1,rampup=0.8
-- Choose settings on the sets val and unlabeled. The latter are the training cases whose labels are used for scoring
-  only. Score test only when all settings are frozen.
-- All runs have the same number of iterations, over which the learning rate decays to 0. The final checkpoints of
-  student and teacher or second network are scored, with nnU-Net's test-time mirroring and without postprocessing.
+- The method lower_bound is nnUNetTrainer on the labeled cases. upper_bound is nnUNetTrainer on all training cases with
+  their labels; its plans are copied from the largest labeled set. All other methods are trainers listed by
+  `nnunet_dycon list`. Settings can be changed after a colon: nnUNetTrainerDyCON:uncl_weight=0.1,rampup=0.8
+- The sets to score are val, unlabeled and test. The set unlabeled contains the unlabeled training cases, whose labels
+  are used for scoring only. Choose settings on val and unlabeled. Score test only when all settings are final.
+- All runs have the same number of iterations, over which the learning rate decays to 0. The final checkpoint of the
+  student is scored, and that of the teacher or of the second network of co-training if there is one. Prediction uses
+  nnU-Net's test-time mirroring and no postprocessing.
 - Runs in the CSV are not repeated, so that an interrupted benchmark can be resumed.
 """
 
@@ -53,12 +54,12 @@ _COMPANIONS = {"teacher": TEACHER, "second": SECOND}
 
 @dataclass(frozen=True)
 class Run:
-    """One training.
+    """One training of a method, with given labeled cases and seed.
 
     Attributes:
-        method: the method as given on the command line.
-        labeled: the labeled set.
-        seed: the random seed.
+        method: the method as given on the command line, with changed settings after a colon.
+        labeled: number and draw of the labeled cases.
+        seed: random seed of the training.
     """
 
     method: str
@@ -67,19 +68,19 @@ class Run:
 
     @property
     def trainer(self) -> str:
-        """Name of the trainer."""
+        """Name of the trainer class: nnUNetTrainer for lower_bound and upper_bound, else the method's name."""
         name = self.method.partition(":")[0]
         return SUPERVISED if name in (LOWER_BOUND, UPPER_BOUND) else name
 
     @property
     def settings(self) -> dict[str, object]:
-        """Changed settings of the method."""
+        """Settings that `method` changes after the colon: name -> value."""
         pairs = self.method.partition(":")[2].split(",") if ":" in self.method else ()
         return {name: json.loads(value) for name, value in (pair.split("=") for pair in pairs)}
 
     @property
     def weights(self) -> dict[str, str]:
-        """Names of the weights to score ("student", "teacher" or "second"), and their checkpoints."""
+        """Networks to score ("student", and "teacher" or "second" if there is one) -> file name of the checkpoint."""
         companion = None if self.trainer == SUPERVISED else TRAINERS[self.trainer].companion
         return {"student": STUDENT} | ({} if companion is None else {companion: _COMPANIONS[companion]})
 
@@ -144,10 +145,14 @@ class Benchmark(Preparation):
         print(f"{run}: {time.monotonic() - start:.0f} s", flush=True)
 
     def trained_by(self, run: Run, folder: Path) -> str:
-        """Return the commit that trained a model.
+        """Return the commit of this repository at which a model was trained.
+
+        Args:
+            run: the run that trained the model.
+            folder: output folder of the training, with benchmark.json.
 
         Raises:
-            SystemExit: the model was trained with other settings than its trainer has now.
+            SystemExit: the settings in benchmark.json differ from the current settings of the trainer.
         """
         record = json.loads((folder / "benchmark.json").read_text())
         if run.trainer in TRAINERS:
@@ -162,7 +167,15 @@ class Benchmark(Preparation):
         return record["commit"]
 
     def _row(self, run: Run, weights: str, which: str, case: dict, commit: str) -> dict:
-        """Return a row of the CSV."""
+        """Return the row of the CSV with the scores of one label in one case.
+
+        Args:
+            run: the run.
+            weights: the scored network: "student", "teacher" or "second".
+            which: the set of the case: "val", "unlabeled" or "test".
+            case: entry of evaluation.json for the case and label.
+            commit: commit of the training.
+        """
         scores = {"dice": round(case["dice"], 5), "hd95_mm": round(case["hd95_mm_max_directed"], 3)}
         key = {**self._key(run), "weights": weights, "set": which, "case": case["case"], "label": case["label"]}
         made = {"commit": commit, "trainer_at_commit": run.trainer, "scored": date.today().isoformat()}
@@ -175,7 +188,7 @@ class Benchmark(Preparation):
         return key | {"plans": self.plans, "iterations": self.iterations, "precision": self.precision}
 
     def missing(self, run: Run) -> list[tuple[str, str]]:
-        """Return the sets and weights of a run that are missing in the CSV."""
+        """Return the requested pairs of set and weights that the CSV lacks for a run, such as ("val", "student")."""
         sets = [which for which in self.sets if which != UNLABELED or run.method != UPPER_BOUND]
         weights = ["student"] if self.student_only else list(run.weights)
         wanted = [(which, its) for its in weights for which in sets]
@@ -202,7 +215,12 @@ def _settings(trainer: str) -> set[str]:
 
 
 def compare(data_set: DataSet, description: str | None) -> None:
-    """Run the command line of a comparison on a data set: all requested runs that are not in the CSV."""
+    """Parse the command line, and perform all requested runs that are not in the CSV yet.
+
+    Args:
+        data_set: the data set of the benchmark.
+        description: text of --help.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, data_set)
     table = HERE / "results" / f"{data_set.table}.csv"

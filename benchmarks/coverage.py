@@ -54,18 +54,26 @@ def simulate(
     skewed: bool = False,
     factor: float = 1.0,
 ) -> dict[int, np.ndarray]:
-    """Return simulated scores (seeds, cases) of methods whose true means are equal.
+    """Return simulated scores of methods whose true means are equal.
+
+    A score is the sum of independent normal effects with mean 0. One of them is the effect of the case, which all
+    methods share, with the standard deviation 0.1. The arguments determine the others.
 
     Args:
         rng: random number generator.
         seeds: number of seeds of each method.
         cases: number of cases.
-        own: standard deviation over cases of the difference between a method and the others.
-        seed: standard deviation over seeds of the mean over cases.
-        residual: standard deviation of the remaining noise of each score.
-        draw: standard deviation over the draws of labeled cases, equal for all methods.
-        skewed: draw the differences of all methods but 0 from a lognormal distribution instead of a normal one.
-        factor: multiplies `seed` for methods 0 and 1.
+        own: standard deviation of the effect of a method on a case, which all its seeds share.
+        seed: standard deviation of the effect of a seed, which all cases share.
+        residual: standard deviation of the effect that is drawn for each score.
+        draw: standard deviation of the effect of a draw of labeled cases, which all methods share. Each seed has
+            its own draw.
+        skewed: whether the effects `own` of all methods except 0 are lognormally distributed, with the same mean and
+            standard deviation.
+        factor: factor of `seed` for the methods 0 and 1.
+
+    Returns:
+        Index of the method -> scores (seeds, cases).
     """
     case = 0.1 * rng.standard_normal(cases)
     common = draw * rng.standard_normal((max(seeds), 1))
@@ -81,12 +89,12 @@ def simulate(
 
 
 def coverage(simulations: int, *, draws: int = 1000, resample_seeds: bool = False, **setting) -> float:
-    """Return the fraction of simulations whose interval of the difference of methods 1 and 0 contains 0.
+    """Return the fraction of simulations in which the interval of the difference of methods 1 and 0 contains 0.
 
     Args:
         simulations: number of simulated experiments.
         draws: number of bootstrap draws.
-        resample_seeds: resample the seeds like the cases, which `PairedBootstrap` does not, for comparison.
+        resample_seeds: whether to use a plain bootstrap over cases and seeds instead of `PairedBootstrap`.
         setting: arguments of `simulate`.
     """
     rng, inside = np.random.default_rng(0), 0
@@ -114,7 +122,7 @@ def _with_resampled_seeds(scores: dict[int, np.ndarray], rng: np.random.Generato
 
 
 def as_markdown(results: dict[str, dict]) -> str:
-    """Return the results as a Markdown table."""
+    """Return a Markdown table with the coverage of each setting, without and with resampled seeds."""
     rows = [
         (name, f"{its['coverage']:.3f}", f"{its['resampled']:.3f}" if its["resampled"] is not None else "")
         for name, its in results.items()

@@ -1,9 +1,9 @@
-"""The hippocampus development protocol: 200 MRI of the Medical Segmentation Decathlon, two labels that touch.
+"""Comparison of trainers on 200 hippocampus MRI of the Medical Segmentation Decathlon, with two adjacent labels.
 
     python -m benchmarks.hippocampus --data <Task04_Hippocampus> --work <folder> --methods lower_bound --seeds 0 1 2
 
-Cases: benchmarks/protocols/hippocampus.json, 130 for training, 30 for val, 40 for test. `--draw K` labels other cases
-of the 130. `benchmarks.comparison` describes methods, sets and scores.
+benchmarks/protocols/hippocampus.json lists the cases: 130 for training, 30 for val, 40 for test. With `--draw K`,
+K > 0, the labeled cases are drawn from the 130 with seed K. `benchmarks.comparison` describes methods, sets and scores.
 """
 
 from benchmarks.comparison import compare

@@ -1,9 +1,10 @@
-"""The left-atrium development protocol.
+"""Comparison of trainers on left-atrium MRI of the 2018 Atrial Segmentation Challenge.
 
     python -m benchmarks.la --data <la_125mm> --work <folder> --methods lower_bound nnUNetTrainerDyCON --seeds 0 1 2
 
-Cases: benchmarks/protocols. The volumes are cropped around the reference, so the scores can be compared between
-methods, but not with scores on other data. `benchmarks.comparison` describes methods, sets and scores.
+benchmarks/protocols/la.json lists the cases. The volumes are cropped around the reference segmentation. The scores can
+therefore be compared between methods, but not with scores on other data. `benchmarks.comparison` describes methods,
+sets and scores.
 """
 
 from benchmarks.comparison import compare

@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def as_markdown(results: dict[str, dict]) -> str:
-    """Return the results as a Markdown table."""
+    """Return a Markdown table with the time per batch of both loaders."""
     rows = []
     for name, loader in ((SUPERVISED, "nnU-Net's"), (OURS, "two streams")):
         times = results[name]["seconds"] / results[SUPERVISED]["seconds"]

@@ -1,13 +1,13 @@
-"""Time and memory of the losses, compared to the same equations with dense matrices.
+"""Time and memory of the losses FeCL and UnCL, compared to plain implementations.
 
     python -m benchmarks.losses [--device cuda] [--json FILE]
 
-- Each case is measured in a separate process: repeated forward and backward passes in float32. Times are medians, with
-  the quartiles in brackets.
+- Each entry of `CASES`, a loss with the size of its inputs, is measured in a separate process. Forward and backward
+  passes in float32 are repeated. Times are medians, with the quartiles in brackets.
 - Memory is the peak memory of the passes in addition to their inputs: on a CPU resident memory of the process, on a GPU
   memory allocated by PyTorch.
-- The dense forms are the equations of the docstrings with N × N matrices, and UnCL of the released code, which adds the
-  entropies to every image of the batch.
+- The plain implementations are FeCL with N × N matrices of all pairs of patches (`dense_fecl`), and UnCL as in the
+  released code of DyCON (`released_uncl`).
 """
 
 import argparse
@@ -29,7 +29,10 @@ TEMPERATURE, GAMMA, TOP_K, BETA = 0.6, 2.0, 5, 2.0
 
 
 def dense_fecl(embedding, patch_labels, *, teacher_embedding, anchor_entropy, gamma=GAMMA):
-    """Return FeCL, computed with N × N matrices."""
+    """Return the focal entropy-aware contrastive loss, computed with N × N matrices of all pairs of patches.
+
+    `nnunet_dycon.losses.fecl_loss` describes the arguments.
+    """
     z, teacher = normalize(embedding, dim=-1), normalize(teacher_embedding, dim=-1)
     itself = torch.eye(z.shape[1], dtype=torch.bool, device=z.device)
     known = patch_labels >= 0
@@ -54,7 +57,10 @@ def dense_fecl(embedding, patch_labels, *, teacher_embedding, anchor_entropy, ga
 
 
 def released_uncl(student_logits, teacher_logits):
-    """Return UnCL of the released code."""
+    """Return the uncertainty-aware consistency loss (UnCL) as in the released code of DyCON.
+
+    The entropies are broadcast over all pairs of images in the batch.
+    """
     student, teacher = student_logits.softmax(1), teacher_logits.softmax(1)
     own = -(student * torch.log(student + 1e-6)).sum(1, keepdim=True)
     others = -(teacher * torch.log(teacher + 1e-6)).sum(1, keepdim=True)
@@ -63,7 +69,14 @@ def released_uncl(student_logits, teacher_logits):
 
 
 def patches(batch: int, number: int, width: int, device: str) -> dict[str, torch.Tensor]:
-    """Return random embeddings, labels (some ignored), teacher embeddings and entropies of patches."""
+    """Return random inputs of `fecl_loss` by argument name; some patch labels are -1 (ignored).
+
+    Args:
+        batch: number of images, B.
+        number: number of patches per image, N.
+        width: dimension of the embeddings, D.
+        device: device of the tensors.
+    """
     generator = torch.Generator().manual_seed(0)
     embedding = torch.randn(batch, number, width, generator=generator)
     tensors = {
@@ -76,7 +89,7 @@ def patches(batch: int, number: int, width: int, device: str) -> dict[str, torch
 
 
 def logits(batch: int, side: int, device: str) -> dict[str, torch.Tensor]:
-    """Return random logits of student and teacher."""
+    """Return random inputs of `uncl_loss` by argument name: logits (batch, 2, side, side, side)."""
     generator = torch.Generator().manual_seed(0)
     names = ("student_logits", "teacher_logits")
     return {name: 2 * torch.randn(batch, 2, side, side, side, generator=generator).to(device) for name in names}
@@ -94,7 +107,7 @@ def _released_fecl(embedding, patch_labels, teacher_embedding, anchor_entropy):
     return fecl_released_loss(embedding, patch_labels, teacher_embedding=teacher_embedding)
 
 
-# Measured cases by name: the function that makes the inputs, and the loss.
+# Measured losses by name: the function that makes the inputs, and the loss.
 CASES: dict[str, tuple[Callable[[str], dict], Callable]] = {
     "FeCL, B=4, N=4096, D=256: dense": (lambda device: patches(4, 4096, 256, device), dense_fecl),
     "FeCL, B=4, N=4096, D=256: ours": (lambda device: patches(4, 4096, 256, device), _ours_fecl(GAMMA)),
@@ -107,7 +120,7 @@ CASES: dict[str, tuple[Callable[[str], dict], Callable]] = {
 
 
 def measure(name: str, device: str, repeats: int) -> dict:
-    """Return time and peak memory of a case, and the machine."""
+    """Return time in seconds and peak memory in bytes of an entry of `CASES`, and a description of the machine."""
     make, loss = CASES[name]
     tensors = make(device)
     student = next(iter(tensors))
@@ -145,7 +158,7 @@ def _peak(device: str) -> int:
 
 
 def main() -> None:
-    """Measure each case in a separate process, and print a Markdown table."""
+    """Measure each entry of `CASES` in a separate process, and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
@@ -171,7 +184,7 @@ def main() -> None:
 
 
 def as_markdown(results: dict[str, dict]) -> str:
-    """Return the results as a Markdown table."""
+    """Return a Markdown table with the time and peak memory of each loss."""
     rows = []
     for name, its in results.items():
         measured = (its["error"], "") if "error" in its else (with_quartiles(its), f"{its['bytes'] / 1e6:.0f}")

@@ -47,7 +47,10 @@ def build(name: str, features: list[int]) -> nn.Module:
 
 
 def kept_bytes(name: str, features: list[int], patch: list[int]) -> int:
-    """Return the number of bytes that are saved for the backward pass, with the autocast of a GPU."""
+    """Return the number of bytes that the forward pass saves for the backward pass, without parameters.
+
+    The network runs on fake CUDA tensors, with the autocast of a GPU to 16 bits.
+    """
     kept: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -71,7 +74,10 @@ def kept_bytes(name: str, features: list[int], patch: list[int]) -> int:
 
 
 def take_passes(networks: dict[str, nn.Module], patch: list[int], repeats: int) -> dict[str, dict]:
-    """Return the time of a forward and backward pass of each network. The networks are run alternately."""
+    """Return the CPU time of a forward and backward pass of each network: median and quartiles in seconds.
+
+    The networks are run alternately. The first pass of each is a warm-up and is not measured.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in networks}
     images = torch.randn(IMAGES, 1, *patch)
     for repeat in range(repeats + 1):
@@ -108,7 +114,7 @@ def main() -> None:
 
 
 def as_markdown(results: dict[str, dict]) -> str:
-    """Return the results as a Markdown table."""
+    """Return a Markdown table with the parameters, memory and time of each network."""
     own = next(iter(results.values()))
     columns = ("network", "million parameters", "GB saved", "relative memory", "seconds per pass", "relative time")
     rows = []

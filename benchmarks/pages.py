@@ -1,15 +1,17 @@
-"""Write the tables of the documentation from benchmarks/results.
+"""Generation of the tables in the documentation from benchmarks/results.
 
     python -m benchmarks.pages [--check]
 
-In a page, a table is between two comments. The first one contains its kind and arguments:
+In a page, a table is between two comments. The first comment contains the kind of the table and its arguments:
 
     <!-- results: la_3p5mm 4 -->
     <!-- end -->
 
-- results TABLE LABELS: all trainers with their default settings, lower bound and upper bound;
-- trials TABLE LABELS: all methods, including changed settings, on every set, with the first draw of labeled cases;
-- looks: all methods that were scored on test, by date;
+- results TABLE LABELS: all trainers with their default settings, lower bound and upper bound. TABLE is the name of a
+  CSV without its ending, LABELS the number of labeled cases;
+- trials TABLE LABELS: all methods, including those with changed settings, on val, unlabeled and test, with the first
+  draw of labeled cases;
+- looks: all evaluations on test, by date;
 - losses FILE, train_step FILE, loader FILE, networks FILE: measured times and memory;
 - coverage FILE: coverage of the confidence intervals in simulations;
 - scaling: calculated times of a step on 1 to 64 GPUs.
@@ -41,7 +43,12 @@ Key = tuple[str, str]  # method and weights
 
 
 def results(table: str, labels: str) -> str:
-    """Return the table of all trainers with their default settings."""
+    """Return the Markdown table of all trainers with their default settings, lower bound and upper bound.
+
+    Args:
+        table: name of the CSV, without its ending.
+        labels: number of labeled cases.
+    """
     columns = (
         "method",
         *SETS,
@@ -117,11 +124,13 @@ def _rows(table: str) -> list[dict[str, str]]:
 
 
 def students(table: str, which: str, **chosen: Any) -> dict[int, report.Group]:
-    """Return the scores of the students by number of labels; none if the set was not scored.
+    """Return the scores of the student networks: number of labeled cases -> scores by method and weights.
+
+    The result is empty if the table has no scores of the set.
 
     Args:
-        table: name of the table.
-        which: set of cases.
+        table: name of the CSV, without its ending.
+        which: set of cases: "val", "unlabeled" or "test".
         chosen: further arguments of `report.read`.
     """
     if not any(row["set"] == which for row in _rows(table)):

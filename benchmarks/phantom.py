@@ -1,9 +1,9 @@
-"""The phantom development protocol: synthetic images with small lesions of less than 1 % of the voxels.
+"""Comparison of trainers on phantoms: synthetic images with small lesions of less than 1 % of the voxels.
 
     python -m benchmarks.phantom --work <folder> --methods lower_bound nnUNetTrainerDyCON --seeds 0 1 2
 
-Many held-out cases and trainings of a few minutes keep the noise small. Improvements on phantoms must be confirmed on
-scans. `benchmarks.comparison` describes methods, sets and scores.
+Many held-out cases and many short runs keep the noise small. Improvements on phantoms must be confirmed on scans.
+`benchmarks.comparison` describes methods, sets and scores.
 """
 
 from benchmarks.comparison import compare
@@ -17,7 +17,7 @@ HELD_OUT = {"val": 60, "test": 60}
 
 
 class Phantoms(DataSet):
-    """Phantoms; the images are the same for every number of labels."""
+    """Synthetic images with small lesions. The images do not depend on the number of labeled cases."""
 
     def write(self, preparation: Preparation, labeled: LabeledSet) -> None:
         counts = {"labeled": labeled.labels, "unlabeled": self.training_cases - labeled.labels, **HELD_OUT}

@@ -52,11 +52,11 @@ class DataSet:
     Attributes:
         name: name in DatasetXXX_NAME.
         table: name of the table of results, without .csv.
-        first_id: offset of dataset IDs; the data set with N labels has the ID first_id + N.
-        labels: numbers of labels with which methods are compared.
+        first_id: offset of dataset IDs. With N labeled cases and draw K, the ID is 1000 K + first_id + N.
+        labels: numbers of labeled cases with which methods are compared.
         training_cases: number of training cases, which are all labeled for the upper bound.
         spacing: isotropic voxel spacing in mm.
-        features: number of features of each stage of the network.
+        features: number of features of each stage of the network; empty for those of nnU-Net's plans.
         iterations: number of training iterations.
         needs_data: whether the user must provide a folder with the data.
         draws: whether several draws of labeled cases are supported.
@@ -75,11 +75,11 @@ class DataSet:
 
     @property
     def all_labeled(self) -> LabeledSet:
-        """Labeled set of the upper bound."""
+        """The labeled set of the upper bound, which contains all training cases."""
         return LabeledSet(self.training_cases)
 
     def write(self, preparation: "Preparation", labeled: LabeledSet) -> None:
-        """Write the raw data set. If all training cases are labeled, there are no unlabeled ones."""
+        """Write the raw data set of a labeled set. All other training cases are written without labels."""
         raise NotImplementedError
 
 
@@ -152,7 +152,13 @@ class Preparation:
         return self.work / "nnUNet_raw" / self.dataset(labeled)
 
     def convert(self, converter: str, labeled: LabeledSet, *options: str) -> None:
-        """Convert the data with the split of the protocol `benchmarks/protocols/<table>.json`."""
+        """Run `nnunet_dycon convert` with the split of `benchmarks/protocols/<table>.json` for a labeled set.
+
+        Args:
+            converter: name of the converter, such as "la".
+            labeled: the labeled set.
+            options: further options of the command.
+        """
         file = self.work / "splits" / f"{self.dataset(labeled)}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(split(HERE / "protocols" / f"{self.data_set.table}.json", labeled), indent=1))
@@ -160,7 +166,10 @@ class Preparation:
         self.command("nnunet_dycon.cli:main", "convert", converter, *arguments)
 
     def prepare(self, labeled_sets: Iterable[LabeledSet]) -> None:
-        """Convert, plan and preprocess labeled sets unless this is done. A lock admits one process at a time."""
+        """Convert, plan and preprocess labeled sets. Finished steps are skipped.
+
+        A lock file prevents other processes from doing this at the same time.
+        """
         self.work.mkdir(parents=True, exist_ok=True)
         with FileLock(self.work / "prepare.lock"):
             needed = set(labeled_sets)
@@ -171,7 +180,7 @@ class Preparation:
 
     @property
     def _planned_for(self) -> LabeledSet:
-        """Labeled set whose plans the upper bound uses."""
+        """The largest labeled set below the upper bound. The upper bound uses a copy of its plans."""
         return LabeledSet(self.data_set.labels[-1])
 
     def prepare_references(self, labeled_sets: Iterable[LabeledSet]) -> None:
@@ -188,7 +197,7 @@ class Preparation:
                     shutil.copy(everything / "labelsTr" / name, references / name)
 
     def references(self, labeled: LabeledSet, which: str) -> Path:
-        """Return the folder with the reference labels of a set of cases."""
+        """Return the folder with the reference labels of the set `which`: "val", "unlabeled" or "test"."""
         if which == UNLABELED:
             return self.work / "references" / self.dataset(labeled)
         return self.raw(labeled) / FOLDERS[which][1]
@@ -238,7 +247,18 @@ class Preparation:
             unfinished.write_text(json.dumps(plans, indent=4))
 
     def command(self, entry_point: str, *arguments: str, log: str = "prepare.log") -> None:
-        """Run a command of nnU-Net or nnunet_dycon; on a CPU in one thread, since nnU-Net would use all cores."""
+        """Run a command of nnU-Net or nnunet_dycon in a subprocess.
+
+        With the device "cpu", the command uses one thread. By default, nnU-Net would use all cores.
+
+        Args:
+            entry_point: function of the command, as "module:function".
+            arguments: command-line arguments.
+            log: file in the folder logs to which the output is appended.
+
+        Raises:
+            SystemExit: the command failed.
+        """
         module, _, function = entry_point.partition(":")
         code = f"import sys; from {module} import {function} as main; sys.exit(main())"
         if self.device == "cpu":

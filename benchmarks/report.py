@@ -1,24 +1,27 @@
-"""Report of a table of benchmarks/results, by default la.csv, as a Markdown table and pictures.
+"""Summary of the scores in a CSV of benchmarks/results, by default la.csv: a Markdown table and pictures.
 
     python -m benchmarks.report --set test
 
-For each number of labels, the table has a row per method and network (weights), the upper bound last. Its columns are:
+For each number of labeled cases, the table has a row per method and scored network ("weights": student, teacher or
+second network). The upper bound is last. The columns are:
 
 - Dice and HD95: mean over labels and cases, then mean ± standard deviation over runs;
 - the difference of Dice to the lower bound;
-- the fraction of the gap between lower and upper bound that the method closes, if the interval of the gap is above 0;
+- gap closed: the difference to the lower bound as a fraction of the gap between upper and lower bound; "undefined" if
+  the interval of the gap is not entirely above 0;
 - the dates of scoring, and the commits that trained the runs.
 
-nnUNetv2_predict uses the student by default; the teacher is shown in addition.
+The main result is the student, which nnUNetv2_predict uses by default.
 
-Runs are the seeds. With several draws of labeled cases, a run is the mean over the seeds of a draw, since seeds of one
-draw are not independent. All methods must then have the same draws; select them with --draws.
+A run is one seed. With several draws of labeled cases, a run is the mean over the seeds of one draw, since seeds of the
+same draw are not independent. All methods must then have the same draws. Select them with --draws.
 
-The 95 % intervals are computed by `nnunet_dycon.inference.statistics.PairedBootstrap`: cases are resampled, the same
-ones for all methods, and the noise of runs is added, pooled over the students with the same number of labels. Without a
-second run there are no intervals. Intervals on a set on which settings were chosen are too optimistic.
+The 95 % intervals are computed by `nnunet_dycon.inference.statistics.PairedBootstrap`. It resamples the cases, the same
+ones for all methods, and adds the variation between runs. The standard deviation between runs is pooled over the
+students of all methods with the same number of labeled cases, except the upper bound. Without a second run there are no
+intervals. Intervals on a set on which settings were chosen are too optimistic.
 
-Trials are methods with changed settings (after a colon). They are shown only with --trials.
+Methods with changed settings (after a colon) are shown only with --trials.
 """
 
 import argparse
@@ -69,17 +72,21 @@ class Scores:
 def read(
     table: Path, which: str, *, draws: Collection[int] | None = None, trials: bool = True, **terms: str | None
 ) -> dict[tuple[int, str, str], Scores]:
-    """Read the scores of a set, by number of labels, method and weights.
+    """Read the scores on one set of cases.
 
     Args:
         table: CSV of `benchmarks.comparison`.
         which: set of cases: "val", "unlabeled" or "test".
         draws: draws of labeled cases to read; None for all. The upper bound is always read.
         trials: whether to read methods with changed settings, too.
-        terms: required values of the columns `TERMS`; None for any.
+        terms: values of the columns "plans", "iterations" and "precision" that runs must have; None for any.
+
+    Returns:
+        (number of labeled cases, method, weights) -> scores.
 
     Raises:
-        ValueError: there are no such runs, or runs differ in cases, labels, draws, or one of `TERMS`.
+        ValueError: there are no such runs, a score occurs twice, or runs differ in plans, iterations, precision, draws,
+            scored cases or labels.
     """
     with table.open() as file:
         rows = [row for row in csv.DictReader(file) if row["set"] == which]
@@ -121,7 +128,11 @@ def _run_name(key: tuple[int, str, str], run: tuple[int, int]) -> str:
 
 
 def _scores(runs: dict[tuple[int, int], dict[tuple[str, str], dict]]) -> Scores:
-    """Return the scores of a method from the rows of its runs."""
+    """Return the scores of a method.
+
+    Args:
+        runs: (draw, seed) of each run -> (case, label) -> row of the CSV.
+    """
     rows = [row for scored in runs.values() for row in scored.values()]
     cases = sorted({row["case"] for row in rows})
     found = sorted({draw for draw, _ in runs})
@@ -148,7 +159,10 @@ Group = dict[tuple[str, str], Scores]  # by method and weights, with one number 
 
 
 def groups(scores: dict[tuple[int, str, str], Scores]) -> dict[int, Group]:
-    """Return the scores that are compared, by number of labels: by ascending Dice, the upper bound last."""
+    """Group the scores by number of labeled cases.
+
+    Each group is sorted by ascending mean Dice. The upper bound is appended to every group.
+    """
     upper = {(method, weights): its for (_, method, weights), its in scores.items() if method == UPPER_BOUND}
     found: dict[int, Group] = defaultdict(dict)
     for (labels, method, weights), its in sorted(scores.items(), key=lambda item: item[1].dice.mean()):
@@ -183,7 +197,15 @@ def as_markdown(scores: dict[tuple[int, str, str], Scores]) -> str:
 
 
 def compared(group: Group, drawn: PairedBootstrap | None, key: tuple[str, str]) -> tuple[str, str]:
-    """Return the difference to the lower bound and the fraction of the gap that is closed, with intervals, as text."""
+    """Return the columns "difference to the lower bound" and "gap closed" of a method, with intervals.
+
+    A column is empty if its bounds are missing in the group, or if the method is one of them.
+
+    Args:
+        group: scores of all methods with one number of labeled cases.
+        drawn: result of `bootstrap`. With None, the difference has no interval and "gap closed" is empty.
+        key: method and weights.
+    """
     if _LOWER not in group or key == _LOWER:
         return "", ""
     if drawn is None:
@@ -196,7 +218,10 @@ def compared(group: Group, drawn: PairedBootstrap | None, key: tuple[str, str]) 
 
 
 def without_most_influential(group: Group, key: tuple[str, str]) -> str:
-    """Return the difference of Dice to the lower bound without the most influential case, as text."""
+    """Return the difference of Dice to the lower bound without the case whose removal changes it most, as text.
+
+    The text is empty for the lower bound itself, or if the group has none.
+    """
     if _LOWER not in group or key == _LOWER:
         return ""
     return f"{leave_one_out(case_differences(group[key].dice, group[_LOWER].dice)).without:+.4f}"
@@ -207,14 +232,22 @@ def _with_interval(estimate: Estimate, form: str) -> str:
 
 
 def over_runs(values: np.ndarray, digits: int) -> str:
-    """Return mean and standard deviation over runs of values (runs, cases), averaged over cases, as text."""
+    """Return "mean ± standard deviation" over runs; only the mean with a single run.
+
+    Args:
+        values: (runs, cases), scores, which are averaged over cases first.
+        digits: number of decimals.
+    """
     means = values.mean(1)
     spread = f" ± {means.std(ddof=1):.{digits}f}" if len(means) > 1 else ""
     return f"{means.mean():.{digits}f}{spread}"
 
 
 def draw(group: Group, file: Path) -> None:
-    """Write a picture: Dice of each case, mean over runs, against that of the lower bound."""
+    """Write a PNG with a scatter plot per method: Dice of each case against the Dice of the lower bound.
+
+    Both are means over runs.
+    """
     lower = group[_LOWER].dice.mean(0)
     panels = []
     for (method, weights), its in group.items():

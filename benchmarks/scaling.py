@@ -5,10 +5,11 @@
 The batch size per GPU is constant. With N GPUs, n of them per machine:
 
 - **Computing** takes the time of a step on one GPU.
-- **Gradients** have G bytes, 4 bytes for each trained parameter. A ring all-reduce sends and receives 2 (N - 1) / N · G
-  bytes on each GPU, and as many over the network of each machine. DDP overlaps it with the backward pass, except for
-  the last bucket of 25 MB. The part that exceeds the backward pass is added to the step. An EMA teacher is
-  updated on each GPU and causes no traffic.
+- **Gradients** have G bytes, 4 bytes for each trained parameter. In a ring all-reduce, each GPU sends and receives
+  2 (N - 1) / N · G bytes. If N > n, the network of each machine transfers the same number of bytes, and its bandwidth
+  determines the time. Otherwise the bandwidth between the GPUs does. DDP overlaps the all-reduce with the backward
+  pass, except for the last bucket of 25 MB. The part that exceeds the backward pass is added to the step. An EMA
+  teacher is updated on each GPU and causes no traffic.
 - **The loader** prepares a batch for each GPU on the cores of that GPU. Loader, storage and GPU work in parallel, so
   the step takes as long as the slowest of them.
 - **Reading**: all GPUs read patches from one storage, compressed to half of their 4 bytes per voxel, with the margin

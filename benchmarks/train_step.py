@@ -55,7 +55,10 @@ def build(name: str, folder: Path, plans_name: str, device: str):
 
 
 def take_steps(trainers: dict, repeats: int, warmup: int, device: str) -> dict[str, dict]:
-    """Return the times of a step of each trainer. The trainers run alternately."""
+    """Return the time of `train_step` of each trainer: median and quartiles in seconds.
+
+    The trainers run alternately. The first `warmup` steps of each are not measured.
+    """
     batches = {name: [next(trainer.dataloader_train) for _ in range(4)] for name, trainer in trainers.items()}
     seconds: dict[str, list[float]] = {name: [] for name in trainers}
     for repeat in range(warmup + repeats):
@@ -114,7 +117,7 @@ def main() -> None:
 
 
 def as_markdown(results: dict[str, dict]) -> str:
-    """Return the results as a Markdown table."""
+    """Return a Markdown table with the time per step, GPU memory and checkpoint size of each trainer."""
     baseline = results[SUPERVISED]
     on_gpu = any(its["gpu_bytes"] for its in results.values())
     columns = ["trainer", "seconds per step", "relative time", *["GPU MB"] * on_gpu, "relative checkpoint size"]

@@ -1,1 +1,4 @@
-"""Converters to nnU-Net's raw format, one file each; installed as nnunet_dycon.dataset_conversion."""
+"""Converters of datasets to nnU-Net's raw format, one module for each converter, and their common modules.
+
+The folder is installed as nnunet_dycon.dataset_conversion.
+"""

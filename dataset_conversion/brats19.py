@@ -5,12 +5,12 @@ License: the data use agreement of CBICA's image processing portal; do not redis
 
 Two layouts are read:
 
-- NIfTI, anywhere below the source: `HGG/<case>/<case>_{flair,t1,t1ce,t2,seg}.nii.gz`, or `.nii` as in the re-upload
-  that the semi-supervised literature refers to, which can have one more level of folders. All images of a case have
-  the same grid of 240 x 240 x 155 voxels of 1 mm. Mask values: 1 necrosis and non-enhancing tumor, 2 edema, 4 enhancing
-  tumor; not every case has all of them. A case without a mask is unlabeled.
-- The h5 files of the semi-supervised literature (SSL4MIS), `data/<case>.h5`, with the axes (z, y, x): `image` is
-  FLAIR, cropped to the brain and normalized, `label` is the whole tumor.
+- NIfTI: `HGG/<case>/<case>_{flair,t1,t1ce,t2,seg}.nii.gz`, anywhere below the source folder. The re-upload that the
+  semi-supervised literature refers to has the ending `.nii` and can have one more level of folders. All images of a
+  case have the same grid of 240 x 240 x 155 voxels of 1 mm. Mask values are 1 (necrosis and non-enhancing tumor),
+  2 (edema) and 4 (enhancing tumor); not every case has all of them. A case without a mask is unlabeled.
+- h5 files of the semi-supervised literature (SSL4MIS): `data/<case>.h5` with two datasets, whose axes are (z, y, x).
+  `image` is FLAIR, cropped to the brain and normalized; `label` is the whole tumor.
 """
 
 import argparse
@@ -64,10 +64,12 @@ def plan(source: Path, *, protocol: Protocol | None = None, modalities: str | No
     """Find the cases in `source` and its subfolders by their file names, without opening an image.
 
     Args:
-        source: folder of the download, or a folder above or below it.
+        source: folder that contains the cases at any depth.
         protocol: a published split, or None; all published splits use FLAIR only.
-        modalities: t1, t1ce, t2 or flair, separated by commas. None: flair for a protocol or h5 files, else all four.
-        target: "wt" for the whole tumor, or "regions" for the three nested regions.
+        modalities: modalities to convert, of t1, t1ce, t2 and flair, separated by commas. None: only flair if a
+            protocol is given or the cases are h5 files, else all four.
+        target: "wt" for the whole tumor, or "regions" for whole tumor, tumor core and enhancing tumor, which are
+            nested.
 
     Raises:
         UserError: files are missing or ambiguous.

@@ -1,4 +1,7 @@
-"""Conversion of a dataset: list the cases, make each labeled, unlabeled, val or test (its role), and write them."""
+"""Conversion of a dataset to nnU-Net's raw format: list the cases, assign their roles, and write them.
+
+The role of a case is labeled, unlabeled, val or test.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,14 +27,14 @@ class Plan:
 
     Attributes:
         data_set: properties of the dataset: how its cases are read and written.
-        training: training cases, in the published order if `ordered` is True, else sorted by name.
-        test: test cases according to the source, from its test folder or its list of test cases.
-        unlisted: cases in the source that are in none of the lists of the source; they are used only if a split file or
-            a protocol names them.
-        ordered: whether `training` has the published order; if so, the first cases keep their labels.
+        training: training cases, sorted by name unless `ordered` is True.
+        test: the dataset's own test cases, from its test folder or its list of test cases.
+        unlisted: cases that the dataset's own lists do not contain. They are used only if a split file or a protocol
+            (published split) names them.
+        ordered: whether `training` has the order of a published list, whose first cases are the labeled ones.
         left_out: identifier -> reason, for cases that are never used.
-        not_scored: identifier -> reason, for cases that are excluded from val and test of a published split (protocol).
-        copies: identifiers of cases that are copies of one scan; if they had different roles, the split would leak.
+        not_scored: identifier -> reason, for cases that are excluded from val and test of a protocol.
+        copies: identifiers of cases that are copies of one scan. The split leaks if they have different roles.
         keep_copies: whether to use all copies although the split may leak.
         warnings: messages to print and to write into the report.
         notes: messages to print.
@@ -77,15 +80,17 @@ def convert(
     """Convert a dataset to nnUNet_raw/DatasetXXX_Name and return that folder.
 
     Args:
-        converter: name of the converter in the registry.
-        source: folder of the download.
-        dataset_id: ID of the new dataset, from 1 to 999, which no other dataset has.
-        labeled: number of training cases that keep their label; a float is a fraction; None keeps all.
+        converter: name of the converter, such as "la".
+        source: folder of the downloaded files.
+        dataset_id: ID of the new dataset, from 1 to 999. No other dataset may have this ID.
+        labeled: number of training cases that keep their label, or a float for a fraction of those with a label. The
+            other training cases become unlabeled. None keeps all labels.
         split: a JSON file with the lists labeled, unlabeled, val and test, which contain case identifiers.
         protocol: name of a published split.
-        seed: random seed of the draw for `labeled`, used if there is no published order.
+        seed: random seed for choosing the labeled cases. It is not used if the training cases have a published order,
+            whose first cases are the labeled ones.
         num_processes: number of processes that convert cases.
-        options: options of the converter.
+        options: options of the converter, which are passed to its function `plan`.
 
     Raises:
         UserError: the source, the split file or a case is invalid.
@@ -129,14 +134,18 @@ def _assign(
     seed: int,
     warnings: list[str],
 ) -> Assignment:
-    """Assign roles by a split file, else by a protocol, else by a number of labeled cases.
+    """Assign a role (labeled, unlabeled, val or test) to each case.
+
+    The roles are those of the split file if there is one, else those of the protocol if there is one. Otherwise, the
+    dataset's own test cases remain test cases, and the labeled cases are chosen from its training cases.
 
     Args:
         plan: cases of the source.
-        split: JSON file with a list for each role, or None.
+        split: JSON file with a list of cases for each role, or None.
         protocol: published split, or None.
-        labeled: number or fraction of training cases that keep their label; None keeps all.
-        seed: random seed of the draw for `labeled`.
+        labeled: number of training cases that keep their label, or a float for a fraction of those with a label; None
+            keeps all labels. Unused with a split file.
+        seed: random seed for choosing the labeled cases.
         warnings: list to which warnings are appended.
     """
     if split is not None:
@@ -154,10 +163,11 @@ def _assign(
 
 
 def _assign_without_copies(plan: Plan, labeled: int | float | None, seed: int) -> Assignment:
-    """Assign roles to the cases; if copies of one scan would make the split leak, leave out all but the first copy.
+    """Assign the roles labeled, unlabeled and test to the cases, and leave out copies of a scan that would be a leak.
 
-    The split leaks if copies have different roles. It also leaks if several copies are labeled, since cross-validation
-    could train on one copy and validate on another.
+    Copies are a leak if they have different roles. They are also a leak if several of them are labeled, since
+    cross-validation could train on one copy and validate on another. In both cases only the first copy is used, unless
+    `plan.keep_copies` is set.
     """
 
     def assign(cases: Plan) -> Assignment:
@@ -177,7 +187,7 @@ def _assign_without_copies(plan: Plan, labeled: int | float | None, seed: int) -
 
 
 def _check_copies_in_file(plan: Plan, assignment: Assignment, split: Path) -> None:
-    """Raise UserError if a split file gives copies of one scan different roles, unless `plan.keep_copies` is set."""
+    """Raise UserError if copies of a scan are in different lists of a split file, unless `plan.keep_copies` is set."""
     roles = _roles_of_copies(plan, assignment)
     if len(set(roles.values())) > 1 and not plan.keep_copies:
         remedy = " and ".join(list(roles)[1:])

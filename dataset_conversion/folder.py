@@ -59,9 +59,10 @@ def plan(
         protocol: unused, there is no published split.
         name: name of the dataset.
         channel: NAME=PATTERN for each channel, in order.
-        masks: PATTERN of the labels; cases without a match are unlabeled.
-        foreground: NAME=VALUES for each label, in the order of the new values 1, 2, ...; VALUES are the values in the
-            files, separated by commas. None: lesion=1.
+        masks: PATTERN of the label files; cases without a match are unlabeled.
+        foreground: NAME=VALUES for each label. VALUES are its values in the label files, separated by commas. In the
+            converted dataset, the labels have the values 1, 2, ... in the given order, and background has the value 0.
+            None: lesion=1.
 
     Raises:
         UserError: files are missing or ambiguous.

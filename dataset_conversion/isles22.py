@@ -3,13 +3,16 @@
 URL: https://doi.org/10.5281/zenodo.7153326
 License: see LICENSE in the archive; CC BY-SA 4.0 according to the organizers' repository
 
-Two layouts are read, with names in upper or lower case: that of the release
-(`ISLES-2022/<case>/ses-0001/anat/..._FLAIR.nii.gz` and `.../dwi/..._{dwi,adc}.nii.gz`) and that of the challenge
-(`rawdata/<case>/ses-0001/..._{dwi,adc,flair}.nii.gz`), both with `derivatives/<case>/ses-0001/..._msk.nii.gz`.
+Two layouts are read, with names in upper or lower case:
+
+- the release: `ISLES-2022/<case>/ses-0001/anat/..._FLAIR.nii.gz` and `.../dwi/..._{dwi,adc}.nii.gz`
+- the challenge: `rawdata/<case>/ses-0001/..._{dwi,adc,flair}.nii.gz`
+
+In both layouts the masks are `derivatives/<case>/ses-0001/..._msk.nii.gz`.
 
 - The masks are on the grid of DWI. ADC has the same grid in all cases, FLAIR in none. So DWI is the reference grid.
-- ADC images have one of three units. The unit has no influence if each image is normalized separately, as nnU-Net does
-  with MRI, but it would have with a fixed intensity window.
+- The unit of ADC is mm²/s, 1e-3 mm²/s or 1e-6 mm²/s, depending on the case. It has no influence if each image is
+  normalized separately, as nnU-Net does with MRI. It would have an influence with a fixed intensity window.
 - Three masks are empty.
 """
 

@@ -8,12 +8,12 @@ Two layouts are read. The source is the folder of cases or the folder that conta
 - NRRD of the challenge: `Training Set/<id>/lgemri.nrrd` (image) and `laendo.nrrd` (label) for 100 cases, and the same
   files in `Testing Set` for 54 cases. Label values are 0 and 255. Every header has a spacing of 1 mm, which is wrong:
   the spacing is 0.625 mm on all axes.
-- h5 files of the community (UA-MT): `2018LA_Seg_Training Set/<id>/mri_norm2.h5` (100 cases) with `image` and `label`
-  with the axes (x, y, z), cropped in x and y around the label and already z-scored. So the field of view of unlabeled
-  and test cases depends on their labels.
+- h5 files of the community (UA-MT): `2018LA_Seg_Training Set/<id>/mri_norm2.h5` (100 cases). The image is
+  already z-scored. The datasets `image` and `label` have the axes (x, y, z) and are cropped in x and y around the
+  label. So the field of view of unlabeled and test cases depends on their labels.
 
-`train.list` and `test.list` next to the folder of cases (80 and 20 cases) define the published order and the test
-cases.
+Two lists next to the folder of cases are used if they exist. `train.list` (80 cases) is the published order of the
+training cases, of which the first ones are labeled. `test.list` (20 cases) names the test cases.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Pancreas: CT scans of the NIH (TCIA Pancreas-CT; 82 cases at first, 80 since 2020).
+"""Pancreas: CT scans of the NIH (TCIA Pancreas-CT; 82 cases until 2020, now 80).
 
 URL: https://doi.org/10.7937/K9/TCIA.2016.tNB1kqBU
 License: CC BY 3.0
@@ -7,11 +7,12 @@ Layouts that are read:
 
 - DICOM of TCIA in both forms, `Pancreas-CT/PANCREAS_0001/<study>/<series>/1-001.dcm` and
   `DOI/PANCREAS_0001/<uid>/<uid>/000000.dcm`, and NIfTI re-uploads, `PANCREAS_0001.nii.gz`. The labels are
-  `label0001.nii.gz`, anywhere below the source. According to their headers, DICOM and label have the same grid. If the
-  voxel arrays seem flipped relative to each other, another tool has changed the axes of one of them. Here only headers
-  are used.
+  `label0001.nii.gz`, anywhere below the source folder. According to their headers, DICOM and label have the same grid.
+  If the voxel array of one seems flipped, another tool has changed its axes. The converter aligns image and label by
+  their headers only.
 - h5 files of the community, already normalized and resampled: `image0001_norm.h5` (MC-Net), `0001.h5` or
-  `pancreas_001.h5` (CoraNet, BCP), `PANCREAS_0001.h5` (DyCON); `image` and `label` with the axes (x, y, z).
+  `pancreas_001.h5` (CoraNet, BCP), `PANCREAS_0001.h5` (DyCON). Their datasets `image` and `label` have the axes
+  (x, y, z).
 
 0025 and 0070 are copies of the scan 0002, cropped differently. TCIA has removed them. They are left out by default.
 """
@@ -147,7 +148,18 @@ def plan(source: Path, *, protocol: Protocol | None = None, keep_duplicates: boo
 
 
 def _native(entries: Sequence[Path]) -> tuple[dict[str, Path], dict[str, Path], list[str]]:
-    """Return a dict case -> NIfTI file or folder of a DICOM series, a dict case -> label file, and warnings."""
+    """Return the CT scans (NIfTI or DICOM), the labels, and warnings.
+
+    Args:
+        entries: all files and folders below the source folder.
+
+    Returns:
+        Three values: case -> NIfTI file or folder of a DICOM series; case -> label file; warnings about folders with
+        too few DICOM files, which are skipped.
+
+    Raises:
+        UserError: a path does not name its case, or two files are the image or label of one case.
+    """
     images: dict[str, Path] = {}
     labels: dict[str, Path] = {}
     slices: dict[Path, int] = {}
@@ -177,7 +189,11 @@ def _native(entries: Sequence[Path]) -> tuple[dict[str, Path], dict[str, Path], 
 
 
 def _h5(entries: Sequence[Path]) -> tuple[dict[str, Path], str]:
-    """Return a dict case -> h5 file and the `recipe` of the files; raise UserError if there are several families."""
+    """Return the h5 files of the source (case -> file), and a description of their preprocessing (`_Family.recipe`).
+
+    Raises:
+        UserError: the files were preprocessed in different ways, according to their names; or a case has two files.
+    """
     families: dict[str, dict[str, Path]] = {}
     for file in entries:
         for family in _FAMILIES:
@@ -201,7 +217,10 @@ def _add(found: dict[str, Path], number: str, path: Path, what: str) -> None:
 
 
 def _read_label(path: Path, images: Sequence[sitk.Image], report: CaseReport) -> sitk.Image:
-    """Read a label, reorient it to the grid of the image if the axes differ, and check the intensities under it."""
+    """Read a label, and reorient it to the image's grid if only the order or direction of the axes differs.
+
+    A warning is added to the report if image and label are probably misaligned.
+    """
     label = read_volume(path)
     if difference(label, images[0]):
         label = reoriented(label, images[0])
@@ -212,10 +231,11 @@ def _read_label(path: Path, images: Sequence[sitk.Image], report: CaseReport) ->
 
 
 def _check_intensities(image: sitk.Image, label: sitk.Image, report: CaseReport) -> None:
-    """Warn if the header of the label is probably wrong.
+    """Add a warning to the report if image and label are probably misaligned because a header is wrong.
 
-    The header is suspicious if the intensities under the label are implausible, or if they would be more uniform with
-    the label flipped. The second test is necessary: in PANCREAS_0001, intensities are plausible with any flip.
+    This is assumed in two cases: less than 90 % of the label is within -100 to 250 HU, or the intensities under the
+    label would be more uniform if the label were flipped. The first criterion alone does not suffice: it detects none
+    of the possible flips of PANCREAS_0001.
     """
     hounsfield = sitk.GetArrayViewFromImage(image)
     marked = np.nonzero(sitk.GetArrayViewFromImage(label))

@@ -28,8 +28,8 @@ def entries_below(folder: Path, onerror: Callable[[OSError], object] | None = No
     Links to folders are followed, except links to a parent of the given folder. No folder is entered twice.
 
     Args:
-        folder: the folder.
-        onerror: called with the error of each folder that cannot be entered; None ignores these.
+        folder: folder to search.
+        onerror: called with the error of each folder that cannot be entered; None ignores these folders.
     """
     entries: list[Path] = []
     entered = set(folder.resolve().parents)
@@ -69,7 +69,7 @@ def read_volume(path: Path, report: CaseReport | None = None) -> sitk.Image:
         report: report of the case, for warnings about a DICOM series; None discards them.
 
     Raises:
-        UserError: the image cannot be read or has another form.
+        UserError: the image cannot be read, is not 3D, or has several values per voxel.
     """
     with reading_errors(path), _keeping_locale():
         image = _read_series(path, report or CaseReport()) if path.is_dir() else _read_file(path)
@@ -90,12 +90,12 @@ def read_3d_or_4d(path: Path) -> list[sitk.Image]:
 
 
 def read_channels(paths: Sequence[Path], report: CaseReport) -> list[sitk.Image]:
-    """Read one file or DICOM series per channel. Usable as `read_images` of a DataSet."""
+    """Read the channels of a case, each from a file or DICOM series. Can be used as `writer.DataSet.read_images`."""
     return [read_volume(path, report) for path in paths]
 
 
 def read_mask(path: Path, images: Sequence[sitk.Image], report: CaseReport) -> sitk.Image:
-    """Read a label file; `images` and `report` are unused. Usable as `read_label` of a DataSet."""
+    """Read a label file. Can be used as `writer.DataSet.read_label`; `images` and `report` are unused."""
     return read_volume(path)
 
 
@@ -124,7 +124,10 @@ def read_h5(path: Path, key: str, spacing: tuple[float, float, float], axes: str
 def read_h5_channels(
     paths: Sequence[Path], report: CaseReport, *, spacing: tuple[float, float, float], axes: str = "xyz"
 ) -> list[sitk.Image]:
-    """Read the dataset "image" of h5 files. With a spacing bound by functools.partial, usable as `read_images`."""
+    """Read the dataset "image" of the h5 file of each channel; see `read_h5` for the spacing and the axes.
+
+    With both bound by functools.partial, the function can be used as `writer.DataSet.read_images`.
+    """
     return [read_h5(path, "image", spacing, axes) for path in paths]
 
 
@@ -136,7 +139,10 @@ def read_h5_mask(
     spacing: tuple[float, float, float],
     axes: str = "xyz",
 ) -> sitk.Image:
-    """Read the dataset "label" of an h5 file. With a spacing bound by functools.partial, usable as `read_label`."""
+    """Read the dataset "label" of an h5 file; see `read_h5` for the spacing and the axes.
+
+    With both bound by functools.partial, the function can be used as `writer.DataSet.read_label`.
+    """
     return read_h5(path, "label", spacing, axes)
 
 
@@ -159,9 +165,9 @@ def difference(first: sitk.Image, second: sitk.Image) -> str | None:
 
 
 def reoriented(image: sitk.Image, reference: sitk.Image) -> sitk.Image:
-    """Return the image on the grid of the reference if they differ only in order or direction of the axes.
+    """Return the image with its axes permuted and flipped to the grid of the reference, without interpolation.
 
-    In this case no voxel is interpolated or lost. Otherwise the image is returned unchanged.
+    If the two grids do not consist of the same voxels, the image is returned unchanged.
     """
     if difference(image, reference) is None or sorted(image.GetSize()) != sorted(reference.GetSize()):
         return image
@@ -185,7 +191,7 @@ def reoriented(image: sitk.Image, reference: sitk.Image) -> sitk.Image:
 
 @contextmanager
 def reading_errors(path: Path) -> Iterator[None]:
-    """Within a context that reads `path`, turn errors of all readers into a one-line UserError that names the file."""
+    """Re-raise errors of image readers in a `with` block as a one-line UserError that names the file `path`."""
     try:
         yield
     except (OSError, EOFError, zlib.error, RuntimeError, KeyError, ValueError) as error:
@@ -198,7 +204,10 @@ def reading_errors(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _keeping_locale() -> Iterator[None]:
-    """Restore the locale after a context: to read .vtk, ITK sets it to "C", and Python then reads text as ASCII."""
+    """Restore the locale at the end of a `with` block.
+
+    ITK sets the locale to "C" when it reads a .vtk file. Python would then read text files as ASCII.
+    """
     before = locale.setlocale(locale.LC_ALL)
     try:
         yield
@@ -221,7 +230,15 @@ def _read_file(path: Path) -> sitk.Image:
 
 
 def _read_series(folder: Path, report: CaseReport) -> sitk.Image:
-    """Read the DICOM series in a folder, slices sorted by position; raise UserError if these are not equidistant."""
+    """Read the only DICOM series in a folder, with the slices sorted by position.
+
+    Args:
+        folder: folder with the slices as files.
+        report: report of the case, to which a warning is added if slices may be missing.
+
+    Raises:
+        UserError: there is not exactly one series, a .dcm file is not part of it, or the slices are not equidistant.
+    """
     series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
     if not series:
         raise UserError(f"{folder} has no readable DICOM series; download it again or leave the case out")

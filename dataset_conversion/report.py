@@ -38,14 +38,15 @@ class CaseReport:
     def of_case(self, role: str, case: Case, images: Sequence[sitk.Image], label: sitk.Image | None) -> dict:
         """Return the entry of the case in conversion_report.json.
 
-        It contains the source files, the voxel grid, the number of voxels and the mean intensity in each channel
-        (`intensity_under_label`) per label value, and `facts` and `warnings`.
+        The entry contains the role, the source files, the voxel grid, `facts` and `warnings`. With a label, it also
+        contains the number of voxels of each label value (`label_voxels`), and the mean and standard deviation of each
+        channel inside each foreground label value (`intensity_under_label`).
 
         Args:
             role: "labeled", "unlabeled", "val" or "test".
             case: the case.
             images: one image per channel, as written.
-            label: label with the values of nnU-Net; None for cases without a label.
+            label: label image as written, with the label values of dataset.json; None for cases without a label.
         """
         entry: dict[str, object] = {"role": role, "images": [str(path) for path in case.images]}
         if label is not None:
@@ -110,11 +111,13 @@ def report_on_all(
 
 
 def draw_overlays(folder: Path, cases: Sequence[Case], data_set: "DataSet", file: Path) -> None:
-    """Draw all channels of a few labeled cases in the slice with most foreground.
+    """Write a PNG of up to 4 labeled cases, one per row, each in its axial slice with the most foreground.
+
+    The columns are the first channel without the label, then each channel with the label drawn over it.
 
     Args:
         folder: raw folder with imagesTr and labelsTr.
-        cases: labeled cases.
+        cases: labeled cases to choose from.
         data_set: data set, for the names of channels and labels.
         file: PNG file to write.
     """
@@ -155,13 +158,17 @@ def draw_overlays(folder: Path, cases: Sequence[Case], data_set: "DataSet", file
 
 
 def slices_of(folder: Path, identifier: str) -> tuple[list[np.ndarray], int, np.ndarray, float]:
-    """Return the slice of a case with most foreground.
+    """Return the axial slice of a labeled case that has the most foreground; the middle slice for an empty label.
 
-    Rows go from anterior to posterior and columns from right to left, as usual in radiology.
+    Rows go from anterior to posterior and columns from the patient's right to left, as usual in radiology.
+
+    Args:
+        folder: raw folder with imagesTr and labelsTr.
+        identifier: name of the case.
 
     Returns:
-        All channels (Y, X) of the slice, its index along z, its label (Y, X), and the height of a voxel divided by its
-        width.
+        The channels of the slice, each (Y, X); its index along z; its label (Y, X); and the height of a pixel divided
+        by its width.
     """
     label = sitk.DICOMOrient(sitk.ReadImage(str(folder / "labelsTr" / f"{identifier}.nii.gz")), "LPS")
     files = sorted((folder / "imagesTr").glob(f"{escape(identifier)}_[0-9][0-9][0-9][0-9].nii.gz"))

@@ -46,7 +46,7 @@ class Assignment:
     """Assignment of cases to roles.
 
     Attributes:
-        cases: role -> cases, for all keys of FOLDERS.
+        cases: role -> cases, with an entry for each of the roles "labeled", "unlabeled", "val" and "test".
         rule: description of how the roles were assigned.
         left_out: identifier -> reason, for cases without a role.
         seed: random seed of the draw of labeled cases; None without a random draw.
@@ -69,18 +69,18 @@ class Assignment:
 def assign_by_count(
     training: Sequence[Case], labeled: int | float | None, *, ordered: bool, seed: int, test: Sequence[Case] = ()
 ) -> Assignment:
-    """Keep the labels of some training cases and make the others unlabeled.
+    """Assign the role "labeled" to a given number of the training cases, and the role "unlabeled" to the others.
 
-    The labeled cases are the first ones in the published order (`ordered`), else a random draw. Draws with the same
-    seed are nested: the cases of a smaller number are a subset of those of a larger one.
+    The labeled cases are the first ones if `ordered`, else a random draw. Draws with the same seed are nested: the
+    cases drawn for a smaller number are a subset of those drawn for a larger number.
 
     Args:
-        training: training cases, with and without label.
-        labeled: number of cases that keep their label, or a float for a fraction of the cases with a label, rounded;
-            None keeps all labels.
-        ordered: whether the cases are in the published order.
+        training: training cases; those without a label become unlabeled.
+        labeled: number of labeled cases. A float is a fraction of the cases with a label, rounded to at least one
+            case. None keeps all labels.
+        ordered: whether `training` is in the published order, so that no cases are drawn.
         seed: random seed of the draw.
-        test: test cases, with and without label.
+        test: cases with the role "test", which may lack a label.
 
     Raises:
         UserError: no training case has a label.
@@ -226,7 +226,10 @@ def listed(text: str, allowed: Iterable[str], flag: str) -> list[str]:
 
 
 def _without_ending(entry: str, known: Collection[str]) -> str:
-    """Return an entry of a split file as case identifier: without file ending if only then it is a known case."""
+    """Return the case identifier of an entry of a split file, such as "case1" for "case1.nii.gz".
+
+    The file ending is kept if the entry with it is a known case, or if the entry without it is not.
+    """
     stripped = next((entry.removesuffix(ending) for ending in VOLUME_ENDINGS if entry.endswith(ending)), entry)
     return stripped if stripped in known and entry not in known else entry
 

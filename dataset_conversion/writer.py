@@ -41,8 +41,10 @@ _LONGEST_NAME = 255  # bytes, of common file systems
 class DataSet:
     """Properties that all cases of a dataset share.
 
-    `read_images` and `read_label` must be picklable, since worker processes call them. They return SimpleITK images
-    with the axes (x, y, z) and the spacing in mm.
+    `name`, `channel_names`, `labels`, `reference`, `license` and `regions_class_order` are written to dataset.json.
+
+    `read_images` and `read_label` read the source files of one case. They return SimpleITK images with the axes
+    (x, y, z) and the spacing in mm. They must be picklable, since worker processes call them.
     """
 
     name: str
@@ -162,7 +164,12 @@ def _id_of(folder: Path) -> int:
 
 
 def _check_names(data_set: DataSet, identifiers: Sequence[str]) -> None:
-    """Raise UserError if a name cannot be used in file names, or if two names differ only in upper and lower case."""
+    """Check the names of dataset and cases before any file is written.
+
+    Raises:
+        UserError: the name of the dataset or of a case cannot be part of a file name, or the names of two cases differ
+            only in upper and lower case.
+    """
     for name, what in ((data_set.name, "the dataset name"), *((each, "the case name") for each in identifiers)):
         if not name or not name.isprintable() or "/" in name:
             raise UserError(f"{what} {name!r} has characters that cannot be used in file names; rename the files")
@@ -206,7 +213,14 @@ def _start_or_resume(partial_folder: Path, data_set: DataSet, assignment: Assign
 def _write_cases(
     data_set: DataSet, assignment: Assignment, folder: Path, num_processes: int
 ) -> dict[str, dict[str, Any]]:
-    """Write all cases that an interrupted conversion has not written; return identifier -> report for all cases."""
+    """Write the cases that an interrupted conversion has not written yet, and return the reports of all cases.
+
+    Returns:
+        Identifier -> result of `CaseReport.of_case`.
+
+    Raises:
+        UserError: some cases cannot be converted.
+    """
     jobs = [(role, case) for role in FOLDERS for case in assignment.cases[role]]
     missing = [job for job in jobs if _recorded(folder, *job) is None]
     if len(missing) < len(jobs):
@@ -234,19 +248,25 @@ def _recorded(folder: Path, role: str, case: Case) -> dict[str, Any] | None:
 
 
 def _stamps(role: str, case: Case) -> list[list[object]]:
-    """Return path, size and modification time of all source files of a case that are read for its role."""
+    """Return path, size in bytes and modification time in ns of each source file that is read for a case.
+
+    The label file is included only for a role with labels, since labels of other roles are never read.
+    """
     label = (case.label,) if case.label is not None and FOLDERS[role][1] is not None else ()
     files = [file for path in (*case.images, *label) for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
     return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
 def _write_case(data_set: DataSet, folder: Path, job: tuple[str, Case]) -> str | None:
-    """Write one case, then a record that it is complete; return an error message if its files are invalid.
+    """Write one case, and then a record that marks it as complete.
 
     Args:
         data_set: properties of the dataset.
-        folder: folder that becomes the folder of the dataset.
+        folder: the hidden folder, which is renamed to the folder of the dataset at the end.
         job: role of the case, and the case.
+
+    Returns:
+        An error message if the source files are invalid, else None.
 
     Raises:
         UserError: the output cannot be written.
@@ -296,7 +316,11 @@ def _read_images(data_set: DataSet, case: Case, report: CaseReport) -> list[sitk
 def _read_label(
     data_set: DataSet, case: Case, path: Path, images: Sequence[sitk.Image], report: CaseReport
 ) -> sitk.Image:
-    """Read the label of a case on the grid of its images, with the values of nnU-Net."""
+    """Read the label of a case, with the label values of dataset.json.
+
+    Raises:
+        UserError: the file is invalid, contains an unknown value, or has another voxel grid than the images.
+    """
     label = data_set.read_label(path, images, report)
     _require_same_grid(case.images[0], images[0], path, label)
     label = _mapped(label, data_set.label_values, path)
@@ -321,7 +345,7 @@ def _require_same_grid(first_file: Path, first: sitk.Image, file: Path, image: s
 
 
 def _mapped(label: sitk.Image, label_values: Mapping[int, int], file: Path) -> sitk.Image:
-    """Return a label with the values of nnU-Net in place of those of the source; raise UserError for unknown values."""
+    """Return a label image with each value v replaced by label_values[v]; raise UserError for other values."""
     array = rounded(sitk.GetArrayFromImage(label))
     found = np.unique(array).tolist()
     if not set(found) <= set(label_values):
@@ -381,7 +405,7 @@ def _print_summary(
 
 @contextmanager
 def _writing_errors(what: str, remedy: str) -> Iterator[None]:
-    """Within a context that writes files, turn errors into a one-line UserError: "{what}: {reason}; {remedy}"."""
+    """Re-raise write errors in a `with` block as a one-line UserError: "{what}: {reason}; {remedy}"."""
     try:
         yield
     except (OSError, RuntimeError, EOFError) as error:

@@ -34,7 +34,7 @@ MARK = "torchrun_id.txt"  # file in fold_X: the torchrun ID of the training that
 
 
 def main() -> None:
-    """Run nnUNetv2_train with its own argument parser, but train through `_train` in this process."""
+    """Run nnUNetv2_train in a process started by torchrun, with the same command-line arguments."""
     with ends_in_one_line():
         require_nnunet()
         run_training.run_training = partial(_train, run_training.run_training)
@@ -78,10 +78,10 @@ def _train(train, *arguments, **options) -> None:
 def _empty_store(rank: int, ranks: int) -> dist.Store:
     """Return torchrun's key-value store, with a key prefix that is new after each restart and the same on all ranks.
 
-    Through this store, the ranks exchange their addresses. torchrun keeps one store for a training and all its restarts
+    The ranks exchange their addresses through this store. torchrun keeps one store for a training and all its restarts
     (as of torch 2.14). After a restart, the store still contains the addresses of killed processes, and ranks would try
     to connect to these. The restart count cannot serve as prefix, because each machine counts only its own restarts.
-    Therefore, rank 0 generates a random prefix, and sends it to the other ranks through the store.
+    Therefore, rank 0 generates a random prefix and sends it to the other ranks through the store.
 
     Args:
         rank: the global rank of this process.
@@ -161,15 +161,15 @@ def _load_checkpoint(
 ) -> None:
     """Call nnU-Net's maybe_load_checkpoint; after a restart by torchrun, resume as if --c were given.
 
-    After a restart without a checkpoint, the training starts from epoch 0, with the pretrained weights if given.
+    After a restart without a checkpoint, the training starts from epoch 0, with the pretrained weights if given. If
+    torchrun may restart the training (--max-restarts), the result of `_should_resume` replaces ``continue_training``.
 
     Args:
         load: nnU-Net's maybe_load_checkpoint.
         is_restarted: whether torchrun has restarted the training.
         is_resume: whether the user has given --c.
         trainer: nnU-Net's trainer.
-        continue_training: whether to resume. If torchrun may restart the training (--max-restarts), the result of
-            `_should_resume` is used instead.
+        continue_training: nnU-Net's argument: whether to resume from a checkpoint.
         validation_only: whether the user has given --val, to run only the final validation.
         pretrained: file with pretrained weights, or None.
     """
@@ -187,11 +187,13 @@ def _load_checkpoint(
 def _should_resume(folder: Path, is_restarted: bool, is_resume: bool, lock: Callable[[], None] | None = None) -> bool:
     """Return whether to resume the training from a checkpoint in its folder.
 
-    At the first start, the result is whether the user has given --c. Without --c, this function renames checkpoints of
-    an earlier training in the folder. In both cases, it writes the torchrun ID of the training to the file MARK.
+    The file MARK in the folder contains the ID that torchrun gives a training and all its restarts.
 
-    After a restart, the ID in MARK shows that the checkpoints in the folder belong to the restarted training. The
-    result is then whether there are any. If MARK does not contain the ID, the restart is handled like a first start.
+    - First start: return ``is_resume``, and write the ID to MARK. Without --c, also rename the checkpoints of an
+      earlier training, so that a restart does not resume from them.
+    - Restart, and MARK contains the ID: the checkpoints in the folder belong to this training. Return whether there
+      are any.
+    - Restart, and MARK is missing or contains another ID: as at the first start.
 
     Args:
         folder: the folder of the fold, fold_X.

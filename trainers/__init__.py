@@ -24,7 +24,10 @@ _SMOKE = {"num_epochs": 2, "num_iterations_per_epoch": 5, "num_val_iterations_pe
 
 
 def _split(name: str) -> tuple[str, re.Match | None]:
-    """Return a trainer's name without length suffix, and the match of `_LENGTH`, or None if there is no suffix."""
+    """Return a trainer's name without its length suffix, such as _50epochs, and the match of the suffix.
+
+    The match is None if there is no suffix.
+    """
     match = _LENGTH.fullmatch(name)
     return (match["trainer"] if match else name), match
 
@@ -46,14 +49,20 @@ def registered_name(name: str) -> str | None:
 
 
 def caveat_of(name: str) -> str | None:
-    """Return "NAME: caveat" for a trainer, with or without length suffix; None without a caveat."""
+    """Return "TRAINER: warning" with the warning to log when a training starts; None if the trainer has no warning.
+
+    The given name may have a length suffix, such as _50epochs; TRAINER has none.
+    """
     trainer, _ = _split(name)
     caveat = TRAINERS[trainer].caveat if trainer in TRAINERS else ""
     return f"{trainer}: {caveat}" if caveat else None
 
 
 def trainer_class(name: str) -> Any:
-    """Return the class of a trainer: registered, with or without length suffix, or internal (`BUILDERS`).
+    """Return the class of a trainer.
+
+    The name is that of a registered trainer, with or without a length suffix such as _50epochs, or of a trainer for
+    internal use (`BUILDERS`), such as that of the demo.
 
     Raises:
         UnknownTrainer: there is no such trainer.
@@ -70,7 +79,12 @@ def trainer_class(name: str) -> Any:
 
 
 def __getattr__(name: str) -> Any:
-    """Return the class of a registered trainer with a length suffix, which is created and stored in the module."""
+    """Create, store and return the class of a registered trainer with a length suffix, such as _50epochs.
+
+    Raises:
+        AttributeError: the name has no length suffix, or the trainer is not registered.
+        UnknownTrainer: the number of epochs starts with 0.
+    """
     trainer, match = _split(name)
     if match is None or trainer not in TRAINERS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -47,7 +47,8 @@ class nnUNetTrainerDKUXNet(UXNetTraining, SemiSupervisedTrainer):
         """Initialize like `SemiSupervisedTrainer`, then register a forward hook that stores the student's queries.
 
         Raises:
-            NotSupported: deep supervision is off. Without it, the assignment of voxels to queries is not trained.
+            NotSupported: deep supervision is off. The assignment of voxels to queries is trained only with deep
+                supervision.
         """
         if not self.enable_deep_supervision:
             raise NotSupported(f"{type(self).__name__} needs deep supervision; do not disable enable_deep_supervision")

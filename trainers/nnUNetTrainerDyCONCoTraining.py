@@ -7,8 +7,8 @@ from nnunet_dycon.trainers.two_networks import TwoNetworksTrainer
 class nnUNetTrainerDyCONCoTraining(TwoNetworksTrainer):
     """DyCON's losses in co-training (arXiv:2504.04566); see `nnunet_dycon.methods.dycon_cotraining`.
 
-    Unlike in the paper, UnCL has the weight 4 instead of 0.5 and no entropy term (η = 0), and FeCL has no focal weights
-    (γ = 0).
+    Unlike in the paper, the uncertainty-aware consistency loss (UnCL) has the weight 4 instead of 0.5 and no entropy
+    term (η = 0). The focal entropy-aware contrastive loss (FeCL) has no focal weights (γ = 0).
     """
 
     method_settings = DyCONTerms(uncl_weight=4.0, entropy_weight=0.0, gamma=0.0)

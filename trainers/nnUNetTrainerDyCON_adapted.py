@@ -10,8 +10,8 @@ class nnUNetTrainerDyCON_adapted(nnUNetTrainerDyCON):
 
     Differences from `nnUNetTrainerDyCON`:
 
-    - UnCL has the weight 16 and no entropy term (η = 0);
-    - FeCL has no focal weights (γ = 0);
+    - the uncertainty-aware consistency loss (UnCL) has the weight 16 instead of 0.5 and no entropy term (η = 0);
+    - the focal entropy-aware contrastive loss (FeCL) has no focal weights (γ = 0);
     - the student's views have stronger intensity augmentation and are mixed by CutMix.
     """
 

@@ -6,16 +6,21 @@ from nnunet_dycon.trainers.nnUNetTrainerDyCON import nnUNetTrainerDyCON
 
 
 class nnUNetTrainerDyCON_released(nnUNetTrainerDyCON):
-    """DyCON with the losses of the released code (commit 69c1384), but without ground truth of unlabeled images.
+    """DyCON with the losses of the released code (commit 69c1384), which here need no ground truth of unlabeled images.
 
-    UnCL is computed on all images, the released form of FeCL on the unlabeled half of the batch. Both losses have their
-    full weight from the first step. Deviations from the release:
+    The uncertainty-aware consistency loss (UnCL) is computed on all images. The focal entropy-aware contrastive loss
+    (FeCL) is computed on the unlabeled images, between patches (cells of the feature grid). Both losses have their full
+    weight from the first step.
 
-    - The class of an unlabeled patch is taken from the teacher's prediction instead of the ground truth.
-    - The threshold of FeCL's cross term increases from 0.3 to 0.5 over the whole training. In the release it increases
-      over the first 1,500 passes over the labeled cases, so the end of the increase depends on their number.
-    - The release's third term, a mean squared error with a weight of nearly 0, is omitted.
-    - A patch is foreground if at least half of its voxels are; the release uses the central 2 x 2 x 2 voxels.
+    Deviations from the release:
+
+    - The class of a patch is taken from the teacher's prediction instead of the ground truth.
+    - The cosine threshold of FeCL's second term (between embeddings of student and teacher) increases from 0.3 to 0.5
+      over the whole training. In the release it increases over the first 1,500 passes over the labeled cases, so the
+      number of steps depends on the number of these cases.
+    - The release's third loss, a mean squared error with a weight of nearly 0, is omitted.
+    - A patch is foreground if at least half of its voxels are foreground. The release uses the central 2 x 2 x 2 voxels
+      of the patch.
     """
 
     method_settings = replace(

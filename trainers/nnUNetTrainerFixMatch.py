@@ -8,7 +8,8 @@ from nnunet_dycon.trainers.semi_supervised import TrainingSettings
 class nnUNetTrainerFixMatch(nnUNetTrainerPseudoLabel):
     """FixMatch (arXiv:2001.07685), with confidence threshold 0.8 and CutMix.
 
-    Confident pseudo-labels, predicted from weak views, are the targets for strong views, which CutMix mixes.
+    The targets are confident pseudo-labels, predicted from weakly augmented views. The student's inputs are strongly
+    augmented views, mixed by CutMix.
     """
 
     training_settings = TrainingSettings(strong_intensity_augmentation=True)

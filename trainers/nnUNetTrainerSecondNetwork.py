@@ -52,7 +52,7 @@ def second_architecture(architecture: dict) -> dict:
 
 
 class nnUNetTrainerSecondNetwork(nnUNetTrainer):
-    """Trainer by which nnUNetv2_predict builds the second network of a checkpoint; it is not used for training."""
+    """Trainer that builds the second network of co-training for nnUNetv2_predict; it is not used for training."""
 
     @staticmethod
     def build_network_architecture(

@@ -11,7 +11,10 @@ class nnUNetTrainerUGPL(TwoNetworksTrainer):
     method_settings = UGPLSettings()
 
     def feature_stage(self) -> FeatureStage:
-        """Return the decoder stage at full resolution, which has the same name in both networks."""
+        """Return the stage whose features the contrastive loss uses: the decoder stage at full resolution.
+
+        It has the same name in both networks.
+        """
         architecture = self.configuration_manager.network_arch_init_kwargs
         return FeatureStage(f"decoder.stages.{architecture['n_stages'] - 2}", architecture["features_per_stage"][0])
 

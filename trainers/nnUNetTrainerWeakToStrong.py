@@ -1,4 +1,4 @@
-"""Recommended default: weak-to-strong consistency."""
+"""Trainer with weak-to-strong consistency, the recommended default."""
 
 from dataclasses import replace
 

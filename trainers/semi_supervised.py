@@ -1,4 +1,4 @@
-"""Base class of the semi-supervised trainers: nnU-Net's hooks, implemented with `nnunet_dycon.training`."""
+"""Base class of the semi-supervised trainers, which extends nnU-Net's trainer."""
 
 from contextlib import closing
 from dataclasses import asdict
@@ -31,7 +31,7 @@ from nnunet_dycon.training.supervision import make_supervision
 
 
 class SemiSupervisedTrainer(nnUNetTrainer):
-    """nnU-Net's trainer with unlabeled cases from imagesUn. Subclasses define the settings and build the method."""
+    """nnU-Net's trainer with unlabeled cases (imagesUn). Subclasses define settings and, in build_method, the method."""
 
     training_settings = TrainingSettings()
     method_settings: Any  # frozen dataclass with the settings of the method
@@ -81,7 +81,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         return compatibility.stage_nearest_to_stride_8(self)
 
     def initialize(self) -> None:
-        """Initialize as in nnU-Net, then build the method, optimize its modules, and register the feature hook."""
+        """Initialize as in nnU-Net, then build the method and add its trainable modules to the optimizer."""
         super().initialize()
         with compatibility.deep_supervision_off(self):  # the teacher is a copy of the network and does not need it
             self.method = self.build_method(self.network, make_supervision(self))
@@ -110,17 +110,17 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
     @property
     def settings(self) -> dict[str, dict]:
-        """Group, such as "method_settings" -> dict of the settings in this group."""
+        """All settings: name of a group, such as "method_settings" -> dict of the settings in this group."""
         return {"training_settings": asdict(self.training_settings), "method_settings": asdict(self.method_settings)}
 
     @property
     def curves(self) -> dict[str, list[float]]:
-        """Curve name -> one value per epoch: the mean over the steps of this epoch."""
+        """Curves of loss terms, diagnostics and durations: name -> one value per epoch, the mean over its steps."""
         return self._recorder.curves
 
     @ends_in_one_line()
     def on_train_start(self) -> None:
-        """Run the preflight checks, then nnU-Net's hook, and write the run record."""
+        """Check cases and settings, run nnU-Net's hook, and write nnunet_dycon.json, the record of the training run."""
         on_rank_zero(self._check_before_training)
         is_new, folder = self._resumed_settings is None, Path(self.output_folder)
         with explained(OSError, f"{folder}: a training file cannot be read or written; repair it or free disk space"):
@@ -146,7 +146,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             checkpoints.set_aside(folder, self.print_to_log_file)  # --c would prefer an earlier final checkpoint
 
     def get_dataloaders(self):
-        """Return the augmenters of training (labeled and unlabeled patches) and of validation, as nnU-Net's hook."""
+        """Return two augmenters, which draw training batches (labeled and unlabeled patches) and validation batches."""
         labeled, validation = self.get_tr_and_val_datasets()
         unlabeled = loader.UnlabeledDataset(self.unlabeled_cases.folder, self.unlabeled_cases.identifiers())
         streams = {"labeled": labeled, "unlabeled": unlabeled, "validation": validation}
@@ -161,7 +161,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
     @ends_in_one_line()
     def train_step(self, batch: dict) -> dict:
-        """Run one step of the method. Gradients of the network and of the method's modules are clipped together."""
+        """Run one training step, and return its loss terms and diagnostics: name -> value."""
         self._recorder.mark("data")
         labeled, unlabeled = loader.to_batches(batch, self.device)
         self.optimizer.zero_grad(set_to_none=True)
@@ -192,12 +192,12 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             super().run_training()
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
-        """Run nnU-Net's hook without non-finite losses, then record and log means and durations of the epoch."""
+        """Run nnU-Net's hook, then record and log the means over the epoch, without steps with a non-finite loss."""
         super().on_train_epoch_end(replace_lost(train_outputs))
         self._recorder.end(self.current_epoch, train_outputs).log(self.logger.loggers, self.print_to_log_file)
 
     def on_epoch_end(self) -> None:
-        """Run nnU-Net's hook, then draw the curves, and pseudo-labels whenever checkpoint_latest.pth is written."""
+        """Run nnU-Net's hook, then plot the curves and, when checkpoint_latest.pth is written, pseudo-labels."""
         super().on_epoch_end()
         if self.local_rank == 0:
             plots.draw_curves(Path(self.output_folder), self.curves, self.print_to_log_file)
@@ -215,7 +215,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
     @ends_in_one_line()
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
-        """Load a checkpoint with the method's state. With --c, a damaged one is replaced by the newest readable one."""
+        """Load a checkpoint and the method's state; with --c, the newest readable one if the checkpoint is damaged."""
         if self._continue_training:
             self._continue_training, log = False, self.print_to_log_file  # later calls load exactly the given file
             filename_or_checkpoint = checkpoints.find_readable(filename_or_checkpoint, log, self._lock.acquire)
@@ -228,13 +228,13 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self._recorder.curves, self._resumed_settings = own["curves"], own["settings"]
 
     def companions(self) -> dict[str, tuple[str, nn.Module]]:
-        """Return checkpoint file -> (name of the trainer class, network) for each network other than the student."""
+        """Return the networks other than the student: checkpoint file -> (trainer class that builds it, network)."""
         teacher = self.method.teacher
         return {} if teacher is None else {checkpoints.TEACHER: (type(self).__name__, teacher.network)}
 
     @ends_in_one_line()
     def on_train_end(self) -> None:
-        """Run nnU-Net's hook, then write the checkpoints of the other networks, for nnUNetv2_predict -chk."""
+        """Run nnU-Net's hook, then write a checkpoint of each network in `companions`, and plot pseudo-labels."""
         super().on_train_end()
         if self.local_rank == 0 and not self.disable_checkpointing:
             checkpoints.save_companions(Path(self.output_folder), self.companions())

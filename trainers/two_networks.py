@@ -24,7 +24,10 @@ class TwoNetworksTrainer(SemiSupervisedTrainer):
         second_architecture(PlansManager(plans).get_configuration(configuration).configuration["architecture"])
 
     def build_second_network(self) -> nn.Module:
-        """Build the second network on the device, with deep supervision and compilation like the first."""
+        """Build the second network on the trainer's device.
+
+        Deep supervision and torch.compile are enabled under the same conditions as for the first network.
+        """
         network = self.second_network.build_network_architecture(
             self.plans_manager,
             self.configuration_manager,

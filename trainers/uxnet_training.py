@@ -1,4 +1,4 @@
-"""Base class of the trainers of 3D UX-Net, with a network that is built from nnU-Net's plans, and AdamW."""
+"""Base class of the trainers of 3D UX-Net and DK-UXNet: the network is built from nnU-Net's plans."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +30,7 @@ class AdamWSettings:
 
 
 class UXNetTraining(nnUNetTrainer):
-    """nnU-Net's trainer with a network of `nnunet_dycon.networks`, and AdamW.
+    """nnU-Net's trainer with the network named by `network_class` (by default 3D UX-Net) and the optimizer AdamW.
 
     nnU-Net calls build_network_architecture on the trainer class, without an instance. So the options of the network
     are class attributes and class methods.
@@ -48,10 +48,10 @@ class UXNetTraining(nnUNetTrainer):
     def build_network_architecture(
         cls, plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision=True
     ) -> nn.Module:
-        """Build the network from those entries of the plans that also configure nnU-Net's own networks.
+        """Build the network with the widths, kernel sizes, strides and layer types in nnU-Net's plans.
 
         Raises:
-            NotSupported: an entry is missing in the plans, or the network cannot be built from them.
+            NotSupported: one of these entries is missing in the plans, or the network cannot be built from them.
         """
         planned = configuration_manager.network_arch_init_kwargs
         if missing := [name for name in _FROM_PLANS if name not in planned]:

@@ -1,9 +1,12 @@
-"""Trainers of the benchmarks with a given number of iterations and seed. nnUNet_extTrainer must contain this folder.
+"""Trainers of the benchmarks with a given number of iterations and seed.
 
-The trainer Benchmark_NAME is built from the entry Benchmark_NAME of a JSON file, whose path is in the environment
-variable NNUNET_DYCON_BENCHMARK_RUNS: {"trainer": ..., "settings": {...}, "epochs": ..., "iterations_per_epoch": ...,
-"seed": ..., "precision": ...}. When training starts, the entry, all settings and the commit are written to
-benchmark.json in the output folder.
+nnU-Net finds them if the environment variable nnUNet_extTrainer contains this folder. The environment variable
+NNUNET_DYCON_BENCHMARK_RUNS is the path of a JSON file with an entry per trainer class:
+
+    {"Benchmark_NAME": {"trainer": ..., "settings": {...}, "epochs": ..., "iterations_per_epoch": ..., "seed": ...,
+                        "precision": ...}}
+
+When training starts, the entry, all settings and the commit are written to benchmark.json in the output folder.
 """
 
 import json
@@ -100,7 +103,10 @@ def _with_budget(name: str, base: type[nnUNetTrainer], run: dict) -> type[nnUNet
 
 
 def _autocast(module: nn.Module) -> nn.Module:
-    """Make a module compute with autocast to bfloat16, like nnU-Net's float16 on a GPU, and return float32."""
+    """Change a module in place to compute with autocast to bfloat16 on a CPU, and to output float32; return the module.
+
+    This corresponds to nnU-Net's autocast to float16 on a GPU. On CPUs without bfloat16, `RoundedProducts` is used.
+    """
 
     plain: Any = type(module)
     native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -116,10 +122,11 @@ def _autocast(module: nn.Module) -> nn.Module:
 
 
 class RoundedProducts(TorchFunctionMode):
-    """Emulation in float32 of autocast to bfloat16, for CPUs without bfloat16, on which autocast is 20 times slower.
+    """Emulation of autocast to bfloat16 in float32, for CPUs without bfloat16.
 
-    Inputs, outputs and their gradients are rounded to bfloat16. Products of rounded numbers are equal in both, and both
-    sum them in float32.
+    Inputs, outputs and gradients of convolutions, linear layers and instance normalizations are rounded to bfloat16.
+    Products of rounded numbers are exact in float32. They are summed in float32, as autocast does. On these CPUs,
+    PyTorch's autocast is 20 times slower.
     """
 
     _rounded = (torch.conv2d, torch.conv3d, torch.conv_transpose2d, torch.conv_transpose3d, instance_norm, linear)

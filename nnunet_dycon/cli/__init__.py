@@ -38,11 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build_parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
     """Return the parser of all sub-commands.
 
-    Of the converters (`nnunet_dycon convert NAME`), only the one named in `argv` gets its command-line options. The
-    options are defined in the module of each converter, and importing all these modules would be slow.
+    Each data set converter (`nnunet_dycon convert NAME`) defines its options in its own module. Importing all these
+    modules would be slow, so the parser contains only the options of the converter named in ``argv``.
 
     Args:
-        argv: the command-line arguments without the program name.
+        argv: the command-line arguments to be parsed, without the program name.
     """
     parser = argparse.ArgumentParser(
         prog="nnunet_dycon",

@@ -1,4 +1,8 @@
-"""Sub-commands that use trained models: export_vanilla, predict_both, predict_uncertainty."""
+"""Sub-commands for trained models and their predictions.
+
+export_vanilla exports a model to plain nnU-Net, predict_both averages the two networks of a model, and
+predict_uncertainty ranks predicted cases by uncertainty.
+"""
 
 import argparse
 import json

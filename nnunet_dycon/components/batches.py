@@ -17,8 +17,8 @@ class LabeledBatch:
 
     Attributes:
         weak: (B, C, *spatial), the patches with spatial and mirror augmentation only.
-        strong: (B, C, *spatial), the patches of ``weak`` with nnU-Net's intensity augmentation in addition. The voxels
-            of both views correspond.
+        strong: (B, C, *spatial), the same patches with nnU-Net's intensity augmentation in addition. Both views are
+            spatially aligned: they have the same spatial and mirror transforms.
         targets: (B, T, *spatial), nnU-Net's targets: a label map (T = 1) for classes; for regions one channel per
             region and, if the data set has an ignore label, a last channel that marks ignored voxels. With deep
             supervision a list with one target per resolution, highest first.
@@ -45,8 +45,8 @@ class UnlabeledBatch:
 
     Attributes:
         weak: (B, C, *spatial), the patches with spatial and mirror augmentation only.
-        strong: (B, C, *spatial), the patches of ``weak`` with nnU-Net's intensity augmentation in addition. The voxels
-            of both views correspond.
+        strong: (B, C, *spatial), the same patches with nnU-Net's intensity augmentation in addition. Both views are
+            spatially aligned: they have the same spatial and mirror transforms.
         keys: the B case identifiers.
     """
 
@@ -60,15 +60,16 @@ class UnlabeledBatch:
 
 @dataclass(frozen=True)
 class StudentOutput:
-    """Output of a network for a batch of images.
+    """Output of a network (student, teacher or second network) for a batch of images.
 
     Attributes:
-        logits: the logits, (B, K, *spatial), at each resolution, highest first. Without deep supervision only the
-            highest.
+        logits: the logits (B, K, *spatial) at each resolution, highest first. Without deep supervision, the list
+            contains only the highest resolution.
         features: (B, F, *grid), the output of the network stage on which a `FeatureTap` (a forward hook) is registered;
-            None if none is registered.
-        queries: the logits of the query distribution of a mask transformer (`KMaXOutput`), (B, K, *spatial), at each
-            resolution of ``logits``; empty for other networks.
+            None if no hook is registered.
+        queries: for a kMaX mask transformer, (B, K, *spatial) at each resolution of ``logits``: for each class, the
+            log-probability that the voxel is assigned to a query of this class (see `KMaXOutput`). Empty for other
+            networks.
     """
 
     logits: list[torch.Tensor]
@@ -79,11 +80,11 @@ class StudentOutput:
     def of(
         cls, returned: torch.Tensor | Sequence[torch.Tensor], features: torch.Tensor | None = None
     ) -> "StudentOutput":
-        """Build a `StudentOutput`.
+        """Convert the return value of a network, with or without deep supervision.
 
         Args:
-            returned: the return value of a network: logits, or with deep supervision a list of logits.
-            features: see `StudentOutput`.
+            returned: the logits or, with deep supervision, a list with the logits at each resolution, highest first.
+            features: the features to store; None if no hook reads features.
         """
         return cls([returned] if isinstance(returned, torch.Tensor) else list(returned), features)
 

@@ -20,10 +20,10 @@ class CoTraining(Method):
 
     .. math:: L = \sum_{s} \sum_k w_k(t)\, L_k(s, \bar{s})
 
-    The first sum is over both networks (students) s, the second one over the loss terms k, of which the supervised loss
-    has weight 1. :math:`\bar{s}` is the other network, called the peer of s; it receives no gradient from the loss of
-    s. Both students see the same batch: the strongly augmented labeled images, then the strongly augmented unlabeled
-    images. There is no teacher.
+    The first sum is over both networks (students) s, the second sum is over the loss terms k. One of these terms is the
+    supervised loss, with weight 1. :math:`\bar{s}` is the other network, called the peer of s. It receives no gradient
+    from the loss of s. The input of both students is the same batch: the strongly augmented labeled images, then the
+    strongly augmented unlabeled images. There is no teacher.
 
     A subclass defines the `mutual_losses` and their `weights`. Its settings must have the field ``rampup``, the length
     of the ramp-up as a fraction of the training.
@@ -50,7 +50,9 @@ class CoTraining(Method):
         self._second_tap = None if stage is None else FeatureTap(unwrap(second), stage.name)
 
     def weights(self, ramp: float) -> dict[str, float]:
-        """Return the weight of each loss term of `mutual_losses` by name. `mutual_losses` may omit terms of weight 0.
+        """Return the weight of each mutual loss term by name.
+
+        The names are those of the loss terms that `mutual_losses` returns, which may omit terms of weight 0.
 
         Args:
             ramp: the ramp-up factor, from 0 to 1.

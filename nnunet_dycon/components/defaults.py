@@ -1,7 +1,6 @@
-"""Defaults: self-configured hyperparameters.
+"""Default values of hyperparameters, and functions that derive hyperparameters from the data and the plans.
 
-They are derived from the plans, the numbers of labeled and unlabeled cases, and the length of the training. No default
-is an absolute number of steps, epochs or cases.
+No default is an absolute number of steps, epochs or cases: lengths are fractions of the training.
 """
 
 from collections.abc import Sequence
@@ -42,11 +41,13 @@ def unlabeled_patches(labeled_patches: int, labeled_cases: int, unlabeled_cases:
 def nearest_stage(strides: Sequence[Sequence[int]], wanted_stride: float = 8.0) -> int:
     """Return the index of the encoder stage whose total stride is nearest to ``wanted_stride``.
 
-    The total stride of a stage is the geometric mean over the axes. Strides are compared by their ratio, so 4 and 16
-    are equally far from 8. In case of a tie, the earlier stage is returned.
+    The total stride along an axis is the product of the strides up to this stage. The total stride of the stage is the
+    geometric mean over the axes. Strides are compared by their ratio, so 4 and 16 are equally far from 8. In case of a
+    tie, the earlier stage is returned.
 
     Args:
-        strides: the stride of each stage along each axis, as `pool_op_kernel_sizes` in the plans.
+        strides: the stride of each stage along each axis relative to the previous stage, as in nnU-Net's
+            `ConfigurationManager.pool_op_kernel_sizes`.
         wanted_stride: the wanted total stride in voxels at full resolution.
 
     >>> nearest_stage([[1, 1, 1], [2, 2, 2], [2, 2, 2], [2, 2, 2], [2, 2, 2]])

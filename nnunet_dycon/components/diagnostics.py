@@ -1,4 +1,4 @@
-"""Diagnostics of a training: foreground of pseudo-labels, agreement of predictions, and names of the logged curves."""
+"""Diagnostics of pseudo-labels: foreground fraction and Dice with the student; names of the logged training curves."""
 
 from collections.abc import Iterable
 
@@ -23,18 +23,20 @@ def pseudo_label_diagnostics(
     where: torch.Tensor | None = None,
     agreement: str = AGREEMENT,
 ) -> dict[str, torch.Tensor]:
-    """Return the foreground fraction of pseudo-labels and their agreement with the student's label map.
+    """Return the foreground fraction of pseudo-labels and their Dice with the student's label maps.
 
     Args:
         student: (B, *spatial), the student's label maps of unlabeled images.
         teacher: (B, *spatial), the pseudo-labels: label maps of the teacher, the peer, or the weak view.
         where: (B, *spatial), boolean, True for the voxels to use, such as the voxels from unlabeled images in a mixed
             batch; None for all voxels.
-        agreement: the name under which the agreement is returned, a key of `AGREEMENTS`.
+        agreement: the key of the Dice in the returned dict, which names the compared predictions; a key of
+            `AGREEMENTS`, such as "student_teacher_dice".
 
     Returns:
-        "pseudo_foreground", the fraction of voxels whose pseudo-label is foreground, and, under the name ``agreement``,
-        the Dice between both label maps, pooled over foreground classes and batch; NaN if both have no foreground.
+        A dict with two entries. "pseudo_foreground" is the fraction of voxels whose pseudo-label is foreground.
+        ``agreement`` is the micro-averaged Dice: all foreground classes and images are counted together. It is NaN if
+        there is no foreground in both label maps.
     """
     voxels: int | torch.Tensor = teacher.numel()
     if where is not None:
@@ -52,7 +54,7 @@ def pseudo_region_diagnostics(
     where: torch.Tensor | None = None,
     agreement: str = AGREEMENT,
 ) -> dict[str, torch.Tensor]:
-    """Return the foreground fraction of pseudo-labels and their agreement with the student's regions.
+    """Return the foreground fraction of region pseudo-labels and their Dice with the student's regions.
 
     Args:
         student: (B, R, *spatial), boolean, the student's regions in unlabeled images.
@@ -61,8 +63,9 @@ def pseudo_region_diagnostics(
         agreement: as in `pseudo_label_diagnostics`.
 
     Returns:
-        "pseudo_foreground", the fraction of voxels in any pseudo-labeled region, and, under the name ``agreement``, the
-        mean Dice over the regions, without regions that are empty in both predictions.
+        A dict with two entries. "pseudo_foreground" is the fraction of voxels in any pseudo-labeled region.
+        ``agreement`` is the mean Dice over the regions; the Dice of a region is computed over all images together.
+        Regions that are empty in both predictions are left out; NaN if all are.
     """
     voxels: int | torch.Tensor = teacher[:, 0].numel()
     if where is not None:
@@ -73,6 +76,10 @@ def pseudo_region_diagnostics(
 
 
 def terms_of_loss(names: Iterable[str]) -> list[str]:
-    """Return the curve names that are terms of the loss, in the same order. The total, "loss", is not a term."""
+    """Return those names of logged curves that are terms of the loss, in the same order.
+
+    All other curves have a fixed name or prefix, defined in this module: the total loss ("loss"), schedules,
+    diagnostics and computing times.
+    """
     others = {"loss", *SCHEDULES, *FRACTIONS, *AGREEMENTS}
     return [name for name in names if name not in others and not name.startswith(SECONDS)]

@@ -15,7 +15,7 @@ def unwrap(module: nn.Module) -> nn.Module:
 
 
 def _unwrapped(module: nn.Module) -> tuple[nn.Module, bool]:
-    """Return the module as `unwrap` does, and whether one of the removed wrappers is that of torch.compile."""
+    """Return the unwrapped module (see `unwrap`), and whether it was compiled with torch.compile."""
     is_compiled = False
     while True:
         if isinstance(module, nn.parallel.DistributedDataParallel):
@@ -32,19 +32,20 @@ class EMATeacher(nn.Module):
     .. math:: \theta^t_{n} = \alpha_n \theta^t_{n-1} + (1 - \alpha_n)\,\theta^s_n,
         \qquad \alpha_n = \min\left(1 - \frac{1}{n + 1}, \alpha\right)
 
-    with the weights θ of teacher (t) and student (s), and the updates n = 0, 1, ... The first update copies the
-    student. Until :math:`\alpha_n` reaches the decay α, the teacher is the arithmetic mean of the student's weights so
-    far (Mean Teacher, arXiv:1703.01780; as in the released DyCON). Buffers are copied, not averaged.
+    Here θ are the weights of the teacher (t) and the student (s), and n = 0, 1, ... is the number of previous updates.
+    The first update copies the student. Until :math:`\alpha_n` reaches the decay α, the teacher is the arithmetic mean
+    of the student's weights so far (Mean Teacher, arXiv:1703.01780; as in the released DyCON). Buffers are copied, not
+    averaged.
 
-    An update is one fused operation over all weights, without synchronization of host and device. torch's own
-    `AveragedModel` synchronizes, because it copies its count of updates to the device.
+    An update is a fused operation over all weights that does not synchronize host and device. PyTorch's `AveragedModel`
+    synchronizes them, because it copies its number of updates to the device.
 
     Args:
         network: the student; may be wrapped by DDP or torch.compile. If it is compiled, the teacher is compiled, too.
-            Forward hooks of the student are copied to the teacher, so register hooks that read features, such as
-            `FeatureTap`, only after the teacher is created.
+            The teacher is a deep copy, including forward hooks. So register hooks that read the student's features,
+            such as `FeatureTap`, only after the teacher is created.
         head: the student's projection head, or None.
-        stage: the encoder stage whose features the head embeds; required with a head.
+        stage: the encoder stage whose features are the input of the head; required with a head.
         decay: α, in [0, 1).
 
     Raises:
@@ -77,7 +78,7 @@ class EMATeacher(nn.Module):
         return self._averages[0]
 
     def get_extra_state(self) -> torch.Tensor:
-        """Return the number of updates, which torch adds to the state dict; a tensor, like the other entries."""
+        """Return the number of updates as a tensor, for the state dict."""
         return torch.tensor(self.updates)
 
     def set_extra_state(self, state: torch.Tensor) -> None:
@@ -90,9 +91,10 @@ class EMATeacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> StudentOutput:
-        """Return the teacher's logits at full resolution, without gradient.
+        """Return the teacher's logits (B, K, *spatial) for images (B, C, *spatial), only at full resolution.
 
-        With a projection head, the output also contains the features of the encoder stage ``stage`` of the constructor.
+        With a projection head, the output also contains the features (B, F, *grid) that are the input of the head. No
+        gradient is computed.
         """
         logits = StudentOutput.of(self._forward[0](images)).logits
         return StudentOutput(logits[:1], None if self._tap is None else self._tap.take())

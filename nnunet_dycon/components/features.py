@@ -1,6 +1,8 @@
 """Features for contrastive losses: a forward hook that reads features, a projection head, and labels of patches.
 
-Here a patch is a cell of the feature grid: the box of voxels of the image that one feature vector represents.
+The feature grid is the spatial grid of a feature map (B, F, *grid). One cell of it corresponds to a box of image voxels
+(8×8×8 voxels at stride 8). In the contrastive loss of DyCON (FeCL), as in this module, such a cell is called a patch;
+it is not nnU-Net's training patch.
 """
 
 import math
@@ -58,11 +60,17 @@ class FeatureTap:
 
 
 class ProjectionHead(nn.Module):
-    """Projection head for a contrastive loss, applied to each patch: linear, layer norm, ReLU, linear.
+    """Projection head for a contrastive loss: linear, layer norm, ReLU, linear, applied to each feature vector.
 
-    Deviations from the released DyCON (commit 69c1384): layer norm instead of batch norm, which has running
-    statistics, and would therefore compute something else in the EMA teacher, which is in eval mode; the input is
-    features of stride 8 instead of features that are upsampled from stride 16.
+    Deviations from the released DyCON (commit 69c1384):
+
+    - Layer norm replaces batch norm. The EMA teacher is in eval mode, where batch norm uses running statistics, so the
+      heads of student and teacher would normalize differently.
+    - The input is features of stride 8 instead of features that are upsampled from stride 16.
+
+    Args:
+        channels: the number of feature channels F.
+        width: the embedding dimension D.
     """
 
     def __init__(self, channels: int, width: int = 256) -> None:
@@ -72,7 +80,7 @@ class ProjectionHead(nn.Module):
         )
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Return embeddings (B, N, D) of features (B, F, *grid), with the N cells of the grid and the width D."""
+        """Return the embeddings (B, N, D) of features (B, F, *grid), where N is the number of cells of the grid."""
         return self.layers(features.flatten(2).transpose(1, 2))
 
 
@@ -164,12 +172,14 @@ def patch_labels(
     background_fraction: float = 0.05,
     known: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return the class of each cell (patch) of a feature grid, determined by the foreground fraction of the cell.
+    """Return the class of each cell of a feature grid, determined by the fraction of foreground voxels in the cell.
 
-    A cell with at least ``foreground_fraction`` of foreground has the foreground class with the largest volume; a cell
-    with at most ``background_fraction`` is background; all others are `IGNORED_PATCH`. So a lesion smaller than a cell
-    can still make a foreground patch: 6×6×6 voxels fill 42 % of a cell of 8×8×8. The fractions are relative to the
-    annotated voxels of the cell; a cell with less than half of its voxels annotated is ignored.
+    - At least ``foreground_fraction``: the foreground class with the most voxels in the cell. Small lesions count, too:
+      6×6×6 voxels fill 42 % of a cell of 8×8×8 voxels.
+    - At most ``background_fraction``: background (0).
+    - Otherwise, or if less than half of the voxels are annotated: `IGNORED_PATCH`.
+
+    The fractions are relative to the annotated voxels of the cell.
 
     Args:
         label_map: (B, *spatial), integers, the class of each voxel.
@@ -181,7 +191,7 @@ def patch_labels(
             if all voxels are annotated.
 
     Returns:
-        (B, N) integers: classes, or `IGNORED_PATCH`.
+        (B, N) integers: the class of each of the N cells, or `IGNORED_PATCH` (-1).
     """
     fractions = torch.stack([pool_to_patches((label_map == c).float(), grid) for c in range(1, num_classes)])
     largest = fractions.argmax(0) + 1
@@ -196,25 +206,26 @@ def patch_codes(
     background_fraction: float = 0.05,
     known: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return the class of each cell (patch) of a feature grid for regions: a code of a combination of regions.
+    """Return the most frequent region code of the foreground in each cell of a feature grid.
 
-    As in `patch_labels`, the foreground fraction of a cell determines whether it is foreground, background or ignored.
-    Voxels in any region are foreground. The class of a foreground cell is the most frequent code of its foreground
-    voxels; in case of a tie, the lowest of these codes. Unlike a majority vote for each region, this is always a
-    combination that occurs in the cell. The codes in a cell are sorted to count them, since there can be too many
-    possible codes to count each one separately.
+    This is `patch_labels` for regions. A region code is an integer for the combination of regions that contain a voxel
+    (see `region_codes`). Voxels in any region are foreground. As in `patch_labels`, the foreground fraction determines
+    whether a cell is foreground, background or ignored. A foreground cell gets the most frequent code of its foreground
+    voxels; in case of a tie, the lowest of these codes. Unlike the result of a majority vote for each region, this
+    combination of regions always occurs in the cell.
 
     Args:
-        codes: (B, *spatial), integers: the code of each voxel (see `region_codes`), 0 for the background.
+        codes: (B, *spatial), integers, the region code of each voxel, 0 for background.
         grid: the number of cells along each spatial axis.
         foreground_fraction: as in `patch_labels`.
         background_fraction: as in `patch_labels`.
         known: as in `patch_labels`.
 
     Returns:
-        (B, N) integers: codes, or `IGNORED_PATCH`.
+        (B, N) integers: the code of each of the N cells, 0 for background, or `IGNORED_PATCH` (-1).
     """
     foreground = pool_to_patches((codes > 0).float(), grid)
+    # Sorted for counting: with R regions there are 2^R possible codes, too many to count each one separately.
     ordered = _cells(codes, grid).sort(-1).values
     number = torch.searchsorted(ordered, ordered, right=True) - torch.searchsorted(ordered, ordered)
     most = number.masked_fill(ordered == 0, 0).argmax(-1, keepdim=True)
@@ -234,13 +245,14 @@ def _classed(
     foreground_fraction: float,
     background_fraction: float,
 ) -> torch.Tensor:
-    """Return a label for each of the N cells, (B, N): the value of ``largest``, 0 for background or `IGNORED_PATCH`.
+    """Classify each of the N cells as foreground, background or ignored, and return the labels (B, N).
 
-    The rule is that of `patch_labels`.
+    The label is ``largest`` for foreground, 0 for background, and `IGNORED_PATCH` for ignored cells. The criteria are
+    described in `patch_labels`.
 
     Args:
         foreground: (B, N), the foreground fraction of each cell, relative to all voxels of the cell.
-        largest: (B, N), the label that each cell has if it is a foreground cell.
+        largest: (B, N), the label of each cell in case it is a foreground cell.
         annotated: (B, N), the annotated fraction of each cell; None if all voxels are annotated.
         foreground_fraction: as in `patch_labels`.
         background_fraction: as in `patch_labels`.

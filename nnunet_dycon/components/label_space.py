@@ -45,10 +45,13 @@ class LabelSpace:
     def weighted_loss(
         self, level_weights: tuple[float, ...], batch_dice: bool
     ) -> WeightedDiceCELoss | WeightedDiceBCELoss:
-        """Build nnU-Net's loss with a weight for each voxel or, for regions, for each voxel and region.
+        """Return nnU-Net's loss (Dice and cross-entropy) as a function that also takes a weight for each label.
+
+        The weights have the shape of the labels: one weight per voxel for classes, one per voxel and region for
+        regions. Regions use binary cross-entropy.
 
         Args:
-            level_weights: the weight of each resolution of deep supervision.
+            level_weights: the weight of each resolution of deep supervision, highest resolution first.
             batch_dice: whether the Dice is computed over the batch instead of for each image.
         """
         raise NotImplementedError
@@ -61,7 +64,10 @@ class LabelSpace:
         raise NotImplementedError
 
     def truth(self, labeled: LabeledBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the labels of a labeled batch at full resolution, and the mask of annotated voxels; see `split`."""
+        """Return the ground truth of a labeled batch at full resolution: labels, and the mask of annotated voxels.
+
+        The mask has the shape of the labels. Voxels with the ignore label are not annotated; their labels are 0.
+        """
         return self.split(labeled.full_resolution)
 
     def labels(self, logits: torch.Tensor) -> torch.Tensor:
@@ -88,12 +94,15 @@ class LabelSpace:
         raise NotImplementedError
 
     def class_maps(self, labels: torch.Tensor, mask: torch.Tensor, channels: int) -> Iterator[ClassMap]:
-        """Yield one map of all classes or, for regions, one map per region with the classes outside (0) and inside (1).
+        """Convert labels to maps of mutually exclusive classes.
+
+        For classes, yield a single map with all classes. For regions, yield one map per region, with the two classes
+        outside (0) and inside (1).
 
         Args:
             labels: (B, *spatial) integers or, for regions, (B, R, *spatial) booleans.
             mask: boolean, of the same shape, True for the labels to use.
-            channels: the number of channels of the logits.
+            channels: the number of channels of the logits, which is the number of classes or regions.
         """
         raise NotImplementedError
 
@@ -107,15 +116,17 @@ class LabelSpace:
         foreground_fraction: float,
         background_fraction: float,
     ) -> torch.Tensor:
-        """Return the class of each patch (cell of a feature grid) as an integer, (B, N).
+        """Return an integer class (B, N) for each of the N cells of a feature grid, or `IGNORED_PATCH`.
+
+        See `patch_labels` for classes, and `patch_codes` for regions, where each combination of regions is a class.
 
         Args:
             labels: the labels of the voxels.
             known: boolean, of the same shape, False for voxels that are not annotated.
             grid: the number of cells along each spatial axis.
-            channels: the number of channels of the logits.
-            foreground_fraction: see `patch_labels` for classes, `patch_codes` for regions.
-            background_fraction: as ``foreground_fraction``.
+            channels: the number of channels of the logits, which is the number of classes or regions.
+            foreground_fraction: the smallest foreground fraction of a foreground cell.
+            background_fraction: the largest foreground fraction of a background cell.
         """
         raise NotImplementedError
 
@@ -135,7 +146,7 @@ class LabelSpace:
 
 @dataclass(frozen=True)
 class ClassLabels(LabelSpace):
-    """Mutually exclusive classes, background first: softmax over channels.
+    """Label space of mutually exclusive classes, predicted by a softmax over channels. Class 0 is background.
 
     Attributes:
         ignore_label: nnU-Net's ignore label, or None if the data set has none.
@@ -197,7 +208,9 @@ class ClassLabels(LabelSpace):
 
 @dataclass(frozen=True)
 class RegionLabels(LabelSpace):
-    """Regions, which may overlap: sigmoid of each channel. Voxels outside all regions are background.
+    """Label space of regions, which may overlap, predicted by the sigmoid of one channel per region.
+
+    Voxels outside all regions are background.
 
     Attributes:
         has_ignore_label: whether nnU-Net's targets have an additional last channel that marks ignored voxels.
@@ -223,16 +236,17 @@ class RegionLabels(LabelSpace):
         return logits > 0, logits.float().abs().sigmoid()
 
     def voxel_entropy(self, logits: torch.Tensor) -> torch.Tensor:
-        """Return for each voxel the mean over regions of the binary entropy in nats, (B, *spatial)."""
+        """Return the binary entropy of each voxel in nats, averaged over regions, (B, *spatial)."""
         return sigmoid_entropy(logits).mean(1)
 
     def highest_entropy(self, channels: int) -> float:
         return math.log(2)
 
     def shown(self, logits: torch.Tensor) -> torch.Tensor:
-        """Return one label per voxel for plots: the number, from 1, of the last region that contains the voxel, else 0.
+        """Return one label per voxel for plots, (B, *spatial) integers, 0 for background.
 
-        nnU-Net's order of regions has inner regions last, so that outer regions do not hide them.
+        Regions are numbered from 1. If several regions contain a voxel, its label is the highest of their numbers. In
+        nnU-Net's order of regions, inner regions follow outer ones, so inner regions stay visible.
         """
         shown = torch.zeros_like(logits[:, 0], dtype=torch.int16)  # one volume for all regions of a whole case
         for number, of_region in enumerate(logits.unbind(1), 1):

@@ -32,7 +32,9 @@ class Supervision:
 
 
 class Method(nn.Module):
-    """Base class of the methods, which compute the loss of a training step; see `nnunet_dycon.methods`.
+    """Base class of the semi-supervised methods. `forward` computes the loss of a training step.
+
+    The interface is described in `nnunet_dycon.methods`.
 
     Args:
         supervision: the losses between logits and labels, and the label space.
@@ -40,8 +42,8 @@ class Method(nn.Module):
     Attributes:
         teacher: the EMA teacher, or None in methods without one.
         uses_features: whether `forward` requires `StudentOutput.features` of the student.
-        labeler: the name of the network that makes pseudo-labels, such as "teacher". It is used in the plots of
-            pseudo-labels and in the curve of computing times; None if only the student makes predictions.
+        labeler: the name of the network that predicts the pseudo-labels, such as "teacher", for plots and for the log
+            of computing times. None if the student is the only network.
     """
 
     teacher: EMATeacher | None
@@ -60,10 +62,11 @@ class Method(nn.Module):
         """Return the loss between the student's logits and ground truth.
 
         Args:
-            output: the student's output for a batch whose first images are the labeled ones.
+            output: the student's output for a batch that starts with the labeled images.
             labeled: the labeled batch.
-            mix: the mixture that was applied to the images, or None. If it replaces parts of labeled images, the loss
-                is computed on all voxels that come from labeled images; otherwise on the labeled images.
+            mix: the mixture of labeled and unlabeled images that was applied to the batch; None without mixing. With
+                copy-paste, the loss is computed on all voxels of the batch that come from labeled images. In all other
+                cases, it is computed on the labeled images only.
         """
         if mix is None or not mix.cuts_labeled:
             return self.supervision.loss(output[: len(labeled)].logits, labeled.targets)

@@ -16,7 +16,9 @@ MIXTURES = ("none", "cutmix", "copy_paste")
 
 
 class Mixture:
-    """Concatenation of labeled and unlabeled images without mixing; base class of the mixtures.
+    """Base class of the mixtures, which combine labeled and unlabeled images into the student's batch.
+
+    This class itself only concatenates them: the labeled images, then the unlabeled images.
 
     Attributes:
         truth: (B', *spatial), boolean, True for voxels from a labeled image; B' is the size of the student's batch.
@@ -39,17 +41,35 @@ class Mixture:
         return torch.cat([of_labeled, of_unlabeled])
 
     def only_labeled(self, of_labeled: torch.Tensor) -> torch.Tensor:
-        """Return the mixed batch for volumes of labeled images, with 0 in the voxels from unlabeled images."""
+        """Mix volumes that exist only for labeled images, such as targets, with zeros for the unlabeled images.
+
+        Args:
+            of_labeled: (L, [C,] *spatial), volumes of the L labeled images.
+
+        Returns:
+            (B', [C,] *spatial), 0 in voxels that come from unlabeled images.
+        """
         return self(of_labeled, of_labeled.new_zeros((self._numbers[1], *of_labeled.shape[1:])))
 
     def only_unlabeled(self, of_unlabeled: torch.Tensor) -> torch.Tensor:
-        """Return the mixed batch for volumes of unlabeled images, with 0 in the voxels from labeled images."""
+        """Mix volumes that exist only for unlabeled images, such as pseudo-labels, with zeros for the labeled images.
+
+        Args:
+            of_unlabeled: (U, [C,] *spatial), volumes of the U unlabeled images.
+
+        Returns:
+            (B', [C,] *spatial), 0 in voxels that come from labeled images.
+        """
         return self(of_unlabeled.new_zeros((self._numbers[0], *of_unlabeled.shape[1:])), of_unlabeled)
 
     def on_grid(self, grid: Sequence[int]) -> "Mixture":
         """Return the same mixture for volumes on a coarser grid, such as features.
 
-        Each cell of the grid comes from the image from which the voxel at its center comes.
+        The boxes are downsampled with nearest-neighbor interpolation: the voxel at the center of a cell determines the
+        image that the cell is taken from.
+
+        Args:
+            grid: the number of cells along each spatial axis.
         """
         scaled = copy(self)
         for name, value in vars(self).items():
@@ -62,8 +82,7 @@ class CutMix(Mixture):
     """CutMix (arXiv:1905.04899) of unlabeled images; labeled images are unchanged.
 
     A box of each unlabeled image is replaced by the same box of the previous unlabeled image in the batch. If there is
-    only one unlabeled image, the box comes from the last labeled image; `only_unlabeled` is 0 in this box, so no
-    pseudo-labels are used there.
+    only one unlabeled image, the box comes from the last labeled image. Pseudo-labels are not used in this box.
     """
 
     def __init__(

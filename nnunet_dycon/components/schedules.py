@@ -11,7 +11,8 @@ def exponential_decay(progress: float, start: float, end: float) -> float:
 
     .. math:: \beta(t) = \beta_{start} \left(\beta_{end} / \beta_{start}\right)^t
 
-    with the progress t. DyCON (arXiv:2504.04566) decreases β of UnCL from 5 to 0.5 in this way.
+    Here t is the training progress. DyCON (arXiv:2504.04566) uses this schedule, from 5 to 0.5, for β, which scales the
+    entropies in its uncertainty-aware consistency loss (UnCL).
 
     Raises:
         ValueError: ``start`` or ``end`` is not positive.

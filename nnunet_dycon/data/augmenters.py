@@ -1,4 +1,7 @@
-"""Augmenters, which draw batches from a data loader in this process or in workers, and report unreadable cases."""
+"""Augmenters of batchgenerators that raise UserError for unreadable cases.
+
+An augmenter is an iterator that draws batches from a data loader, in this process or in worker processes.
+"""
 
 from collections.abc import Callable
 from time import sleep
@@ -28,9 +31,9 @@ class Workers(NonDetMultiThreadedAugmenter):
 
     It raises UserError if a case cannot be read or if a worker was killed.
 
-    A job scheduler that stops a training sends SIGTERM to all of its processes. The workers end at once, but the
-    trainer still finishes a step, so that all ranks stop after the same step. If no new batch can be drawn for this
-    step, the augmenter returns the previous batch again.
+    A job scheduler stops a training with SIGTERM to all of its processes. The workers end at once, but the main process
+    still finishes its training step, so that all ranks stop after the same step. If the ended workers have left no
+    batch for this step, the augmenter returns the previous batch again instead of raising an error.
 
     Args:
         is_ending: function without arguments that returns whether this process has received SIGTERM.

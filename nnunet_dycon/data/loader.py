@@ -1,12 +1,12 @@
 """Two-stream data loader: each batch consists of nnU-Net's batch of labeled patches and a batch of unlabeled patches.
 
-A single loader draws both kinds of patches. So the numbers of labeled and unlabeled patches per batch are fixed, no
-additional worker processes are needed, and nnU-Net's training loop, pinned memory and shutdown can be used. The loader
-is defined in an importable module because worker processes may be spawned, and then import the loader by name.
+A single loader draws both kinds of patches. So the numbers of labeled and unlabeled patches per batch are fixed, and no
+additional worker processes are needed. nnU-Net's training loop, pinned memory and shutdown can be used. Spawned worker
+processes import the loader by name, so it must be defined in an importable module.
 
-nnU-Net does not report the exception of a worker process, only that the process has ended. Therefore, if a case cannot
-be read, a loader returns the error message in a dict with the only key `FAULT` instead of a batch, and
-`nnunet_dycon.data.augmenters` raises a UserError with this message in the main process.
+Exceptions of a worker process do not reach the main process: nnU-Net only reports that a worker has ended. Therefore a
+loader that cannot read a case returns a dict with the single key `FAULT` and the error message instead of a batch.
+`nnunet_dycon.data.augmenters` then raises a UserError with this message in the main process.
 """
 
 import multiprocessing
@@ -55,7 +55,9 @@ class UnlabeledDataset:
 
 
 def require_readable(folder: str, cases: Sequence[str], remedy: str) -> None:
-    """Read all files of preprocessed labeled cases, to find files that cannot be read.
+    """Raise UserError if a file of preprocessed labeled cases cannot be read.
+
+    All files are read completely. Cases in nnU-Net's older formats (.npz, .npy) are not checked.
 
     Args:
         folder: folder of the preprocessed cases.
@@ -75,9 +77,10 @@ def require_readable(folder: str, cases: Sequence[str], remedy: str) -> None:
 
 @contextmanager
 def naming_unreadable_cases(trainer: nnUNetTrainer) -> Iterator[None]:
-    """Raise a UserError instead of an error of nnU-Net's validation if a validation case cannot be read.
+    """Context manager for nnU-Net's validation that raises a UserError if a validation case cannot be read.
 
-    To be used as a context manager around the validation. Other errors are raised unchanged.
+    The UserError replaces the error of the validation. If all validation cases can be read, that error is raised
+    unchanged.
 
     Args:
         trainer: semi-supervised trainer that runs the validation.
@@ -91,9 +94,9 @@ def naming_unreadable_cases(trainer: nnUNetTrainer) -> Iterator[None]:
 
 
 def _end_with_parent() -> None:
-    """Wait for the parent process, then end this one.
+    """End this process as soon as its parent process has ended; to be run in a thread.
 
-    Without this, the workers of a killed training would keep running and keep their memory.
+    Otherwise, the workers of a killed training would continue to run and to occupy memory.
     """
     parent = multiprocessing.parent_process()
     if parent is not None:
@@ -102,7 +105,9 @@ def _end_with_parent() -> None:
 
 
 class LabeledLoader(nnUNetDataLoader):
-    """nnU-Net's data loader, except that it returns {`FAULT`: message} instead of a batch if a case cannot be read.
+    """nnU-Net's data loader, which returns an error message instead of a batch if a case cannot be read.
+
+    The message is the value of the single key `FAULT` in a dict. `nnunet_dycon.data.augmenters` raises it as UserError.
 
     Args:
         remedy: last part of the error message on a case that cannot be read, such as a command to run.
@@ -186,11 +191,18 @@ class UnlabeledLoader(nnUNetDataLoader):
         return self.transforms(image=patch, segmentation=outside)["image"]
 
     def _outside(self, patch: torch.Tensor) -> torch.Tensor:
-        """Return a segmentation (1, *spatial) of a patch (C, *spatial): -1 outside the nonzero region, else 0.
+        """Return nnU-Net's mask of the nonzero region of a patch: -1 for voxels outside this region, 0 inside.
 
-        A voxel is outside if it is 0 in all channels that are normalized within their nonzero region (`masked`). In
-        such channels, nnU-Net's augmentation sets all voxels with -1 in the segmentation to 0. Unlabeled cases have no
-        stored segmentation, but preprocessing made their images exactly 0 outside the region.
+        nnU-Net stores this mask in the segmentation. During augmentation, it sets voxels outside to 0 in the channels
+        that are normalized within their nonzero region (``self.masked``). Unlabeled cases have no stored segmentation,
+        so the mask is computed from the image: a voxel is outside if all these channels are 0. Preprocessing ensures
+        that they are exactly 0 outside.
+
+        Args:
+            patch: (C, *spatial), before augmentation.
+
+        Returns:
+            (1, *spatial), int16.
         """
         return -(patch[self.masked] == 0).all(0, keepdim=True).to(torch.int16)
 

@@ -40,7 +40,9 @@ _RECORD = ".record.json"  # names and sizes of the images of a case; only in an 
 def preprocess_unlabeled(
     dataset: str, configuration: str, plans_name: str = "nnUNetPlans", num_processes: int = 1
 ) -> Path:
-    """Preprocess imagesUn, unless the preprocessed folder is up to date, and return that folder.
+    """Preprocess the unlabeled images of a data set (folder imagesUn), and return the preprocessed folder.
+
+    Nothing is done if this folder is complete and up to date.
 
     Args:
         dataset: ID or full name of the data set.
@@ -125,12 +127,12 @@ class UnlabeledCases:
 
     @property
     def remedy(self) -> str:
-        """Instruction in error messages on a preprocessed unlabeled case that cannot be read."""
+        """Last part of the error message if a preprocessed unlabeled case cannot be read: what to do."""
         return f"remove {self.folder.name}, and run: nnunet_dycon preprocess_unlabeled {self.arguments}"
 
     @property
     def labeled_remedy(self) -> str:
-        """Instruction in error messages on a preprocessed labeled case that cannot be read."""
+        """Last part of the error message if a preprocessed labeled case cannot be read: what to do."""
         return f"run: nnUNetv2_preprocess {self.arguments}"
 
     @property
@@ -153,12 +155,12 @@ class UnlabeledCases:
             yield lock
 
     def use(self, work: str) -> Lock:
-        """Return a new lock; while a process holds it, the folder of preprocessed cases cannot be replaced.
+        """Return a lock that prevents other processes from replacing the folder of preprocessed cases while it is held.
 
-        Each call returns a lock of its own, so several trainings can use the folder at the same time.
+        Each call returns a different lock, not yet acquired, so several trainings can use the folder at the same time.
 
         Args:
-            work: description of the work that uses the folder, for the error message if another process tries to
+            work: description of the training that uses the folder, for the error message of a process that tries to
                 replace it.
         """
         return Lock(self.folder.with_name(f"{self.folder.name}{_USED_BY}{uuid.uuid4().hex}.lock"), work)
@@ -283,20 +285,20 @@ class UnlabeledCases:
         return sorted(json.loads(self.manifest_file.read_text())["files"])
 
     def build(self, num_processes: int, lock: Lock) -> None:
-        """Preprocess all cases into a temporary folder, and rename it when all cases and the manifest are written.
+        """Preprocess all unlabeled cases, and create or replace the folder of preprocessed cases.
 
-        The next build resumes an interrupted one, even if images have been repaired or removed meanwhile: the name of
-        the temporary folder contains the hash of the plans, and next to each complete case is a file with the names
-        and sizes of its images. A process that is killed at any time leaves the old folder, the new one, or a temporary
-        folder that the next build resumes.
+        The cases are written to a temporary folder, which is renamed when it is complete. A process that is killed at
+        any time leaves the previous folder, the new one, or a temporary folder in which the next build continues. That
+        build keeps the complete cases whose images still have the names and sizes recorded next to the case. If the
+        plans have changed, it starts again in a new temporary folder.
 
         Args:
             num_processes: number of worker processes; 1 uses this process.
-            lock: `lock`, already acquired. Before the renaming, build checks that it is still held.
+            lock: the acquired `lock`. Before the folder is renamed, build checks that it is still held.
 
         Raises:
-            UserError: a training uses the folder, or images cannot be used. The message names these images; all other
-                preprocessed cases are kept for the next build.
+            UserError: a training uses the folder, or images cannot be used. The message names these images. All other
+                cases are kept for the next build.
         """
         self._check_replaceable()
         cases = self.raw_cases()
@@ -375,7 +377,7 @@ def _case_files(case: str) -> list[str]:
 
 
 def _names_and_sizes(cases: dict[str, list[Path]]) -> dict[str, list[list]]:
-    """Return case identifier -> [file name, size in bytes] of each image.
+    """Return the name and the size in bytes of each image: case identifier -> [[file name, size], ...].
 
     The size is None if the file cannot be reached, such as a link to storage that is not mounted.
     """
@@ -390,12 +392,12 @@ def _size(file: Path) -> int | None:
 
 
 def _are_equal(recorded: dict[str, list[list]], current: dict[str, list[list]]) -> bool:
-    """Return whether the images are those from which the cases were preprocessed, judged by names and sizes.
+    """Return whether the images have the names and sizes that were recorded when the cases were preprocessed.
 
     The sizes of images that cannot be reached now are not compared.
 
     Args:
-        recorded: result of `_names_and_sizes` in the manifest.
+        recorded: result of `_names_and_sizes` at preprocessing, from the manifest.
         current: result of `_names_and_sizes` for the existing images.
     """
     return recorded.keys() == current.keys() and all(
@@ -409,8 +411,8 @@ def _is_complete(record: Path, made_from: list[list]) -> bool:
     """Return whether a case has been completely preprocessed from its current images.
 
     Args:
-        record: file that is written after the preprocessed case, with the names and sizes of the images.
-        made_from: [file name, size in bytes] of each current image of the case.
+        record: JSON file with the names and sizes of the case's images. It is written after the preprocessed case.
+        made_from: [file name, size in bytes] of each image that the case now has.
     """
     try:
         return json.loads(record.read_text()) == made_from

@@ -1,4 +1,7 @@
-"""The command `nnunet_dycon demo`: all steps from planning to evaluation on phantoms, and a picture of the result."""
+"""The command `nnunet_dycon demo`: all steps from planning to evaluation on phantoms, and a picture of the result.
+
+Phantoms are synthetic 3D images with lesions.
+"""
 
 import json
 import os
@@ -198,7 +201,7 @@ def _variables(output: Path, device: str) -> dict[str, str]:
 
 
 def _shrink(plans_file: Path) -> None:
-    """Write fewer feature channels and a smaller patch size to the plans file, and print the changes.
+    """Reduce the feature channels and the patch size of 3d_fullres in the plans file, and print the changes.
 
     Preprocessed cases do not depend on these values, so they need not be preprocessed again.
     """
@@ -242,7 +245,7 @@ class _Run:
 
     @contextmanager
     def step(self, title: str) -> Iterator[None]:
-        """Count a step, print its number and title, run the `with` block, and print the seconds that the block took."""
+        """Print the number and the title of the next step, run the `with` block, and print its duration in seconds."""
         self.number += 1
         print(f"[{self.number}/{_STEPS}] {title}", flush=True)
         start = time.monotonic()
@@ -320,7 +323,7 @@ def _show(line: str) -> None:
 
 
 class _Epochs:
-    """Callable for each output line of nnUNetv2_train. After each epoch, it prints the losses and the duration."""
+    """Handler of the output lines of nnUNetv2_train that prints the losses and the duration of each epoch."""
 
     def __init__(self) -> None:
         self._epoch, self._losses = 0, ""

@@ -69,7 +69,8 @@ def write_dataset(
     are not written.
 
     Args:
-        folder: DatasetXXX_Name, which must not exist or must be empty. It is created after all files are written.
+        folder: DatasetXXX_Name, which must not exist or must be empty. After an error, no partly written data set
+            remains.
         seed: the seed of the data set.
         counts: number of cases for each of "labeled", "unlabeled", "val" and "test", of which only "labeled" is
             required. Cases are numbered in the order of the keys.
@@ -125,12 +126,15 @@ def _lesions(rng: np.random.Generator, organ: np.ndarray, lesion_radii: tuple[fl
 
 
 def _lumps(rng: np.random.Generator, outside: np.ndarray, lesion_radii: tuple[float, float]) -> np.ndarray:
-    """Return a mask (Z, Y, X) of 8 lumps outside the organ, which are about as large as lesions and may overlap.
+    """Return a mask (Z, Y, X) of 8 lumps outside the organ. Lumps are about as large as lesions.
+
+    Lumps may overlap each other.
 
     Args:
         rng: the random number generator.
         outside: mask (Z, Y, X) of the voxels outside the organ.
-        lesion_radii: the smallest and the largest lesion radius in voxels. Radii of lumps are 0.6 times as large.
+        lesion_radii: the smallest and the largest lesion radius in voxels. The half axes of lumps are drawn uniformly
+            from this range and multiplied by 0.6.
     """
     lumps = np.zeros_like(outside)
     for center in rng.choice(np.argwhere(distance_transform_edt(outside) > 3), 8):

@@ -22,7 +22,10 @@ def __getattr__(name: str) -> type:
 
 
 def _is_searched_last() -> bool:
-    """Return whether this is the last folder in nnUNet_extTrainer, so no folder after it can contain the trainer."""
+    """Return whether this module's folder is the last existing folder in nnUNet_extTrainer.
+
+    If so, nnU-Net searches no other folder after it for the trainer.
+    """
     folders = [Path(entry) for entry in os.environ.get("nnUNet_extTrainer", "").split(os.pathsep) if entry.strip()]
     folders = [folder.resolve() for folder in folders if folder.exists()]
     return bool(folders) and folders[-1] == Path(__file__).resolve().parent

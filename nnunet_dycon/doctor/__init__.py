@@ -66,7 +66,7 @@ def run_doctor(question: Question, as_json: bool = False) -> int:
 
 
 def _without_repetitions(findings: Iterator[Finding]) -> Iterator[Finding]:
-    """Yield each finding unless one with the same message was yielded before: several checks can find one problem."""
+    """Yield each finding whose message was not yielded before, because several checks can report the same problem."""
     seen = set()
     for finding in findings:
         if finding.message not in seen:

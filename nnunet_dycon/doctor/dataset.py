@@ -170,7 +170,7 @@ def examine_raw(folder: Path, preprocessed: frozenset[str]) -> Iterator[Finding]
 
 
 def check_files(raw: RawDataset) -> Iterator[Finding]:
-    """Yield the number of cases per folder, and a finding for each problem with the files.
+    """Yield a finding with the number of cases per role, and one for each problem with the files.
 
     Problems are wrong file names, no labeled or no unlabeled cases, images without label, labels without image, and a
     wrong numTraining in dataset.json.

@@ -1,4 +1,4 @@
-"""Findings (results of the doctor's checks), and functions that run a check or make a finding of an error."""
+"""Findings (results of the doctor's checks), and functions that run a check or convert an error to a finding."""
 
 import io
 from collections import Counter
@@ -35,7 +35,7 @@ class Finding:
 
 
 def examine(check: str, function: Callable[..., Iterable[Finding]], *arguments) -> list[Finding]:
-    """Run a check without its output on stdout, and return its findings.
+    """Run a check and return its findings. Discard its output to stdout.
 
     If the check raises UserError or NotSupported, a finding with status FAIL is added to those found before the error.
     After any other error, a WARNING is added that the check itself failed.
@@ -78,6 +78,6 @@ def named(error: Exception) -> str:
 
 
 def count(findings: Iterable[Finding]) -> dict[str, int]:
-    """Return status -> number of findings with this status, which is 0 for a status that does not occur."""
+    """Return the number of findings for each status, including statuses that do not occur."""
     counts = Counter(finding.status for finding in findings)
     return {status: counts[status] for status in STATUSES}

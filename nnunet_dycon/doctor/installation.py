@@ -341,7 +341,11 @@ def check_look_up(trainer: str) -> Iterator[Finding]:
 
 
 def _unknown(reason: str) -> Finding:
-    """Return a FAIL of the check "trainer" for an error message of the form "problem; remedy"."""
+    """Return a finding of the check "trainer" with status FAIL.
+
+    Args:
+        reason: error message of the form "problem; remedy".
+    """
     message, _, remedy = reason.partition("; ")
     return Finding("trainer", FAIL, message, remedy)
 

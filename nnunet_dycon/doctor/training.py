@@ -104,9 +104,9 @@ def build_students(trainer: type[SemiSupervisedTrainer], unlabeled: UnlabeledCas
 
 
 def preprocessed_roles(training: Training) -> frozenset[str]:
-    """Return which cases are preprocessed, so that training does not need their raw images.
+    """Return the roles whose cases are preprocessed, so that training does not need their raw images.
 
-    The result contains "labeled" if there are preprocessed labeled cases, and "unlabeled" if the unlabeled cases are
+    "labeled" is included if there are preprocessed labeled cases, and "unlabeled" if the unlabeled cases are
     preprocessed and up to date. Cases in imagesVal and imagesTs are never preprocessed.
     """
     roles = set()
@@ -215,7 +215,7 @@ def _is_complete(folder: Path, case: str) -> bool:
 def check_unlabeled(training: Training) -> Iterator[Finding]:
     """Check that the unlabeled cases are preprocessed and up to date, or can be preprocessed when training starts.
 
-    Also check that none of them is also a labeled case. Yield the number of cases or the problem.
+    Also check that no case is both labeled and unlabeled. Yield a finding with the number of cases or the problem.
     """
     unlabeled = training.unlabeled
     command = f"run: nnunet_dycon preprocess_unlabeled {unlabeled.arguments}"
@@ -329,7 +329,11 @@ def _bytes(number: float) -> str:
 
 
 def _unlabeled_bytes(unlabeled: UnlabeledCases) -> float:
-    """Return the size of all unlabeled cases in bytes after resampling, without cropping and compression."""
+    """Return the total size of all unlabeled cases in bytes after resampling.
+
+    The preprocessed cases are smaller, because nnU-Net also crops and compresses them. Cases whose header cannot be
+    read are not counted.
+    """
     target = unlabeled.configuration.spacing  # in 2D, only of the last two axes, since the first is not resampled
     total = 0.0
     for files in unlabeled.raw_cases().values():

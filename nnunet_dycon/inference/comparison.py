@@ -1,4 +1,4 @@
-"""Comparison of several models on the same cases: means, paired differences to a baseline, tests."""
+"""Comparison of several models on the same cases: means, paired differences to a baseline, significance tests."""
 
 import sys
 import textwrap
@@ -63,7 +63,10 @@ DEFINITIONS = {
 
 
 def parse_methods(texts: Sequence[str]) -> dict[str, tuple[Path, ...]]:
-    """Return the folders of each method, one per seed, from texts NAME=FOLDER[,FOLDER...]; the baseline comes first.
+    """Return the prediction folders of each method: name -> folders.
+
+    Args:
+        texts: arguments NAME=FOLDER[,FOLDER...], one per method, with one folder per seed. The first is the baseline.
 
     Raises:
         UsageError: a text does not have this form, a method occurs twice, or there are fewer than two methods.
@@ -200,7 +203,7 @@ class Comparison:
 
     @property
     def labels(self) -> list[str]:
-        """`single_labels`; if there are several, followed by ALL, the mean over the labels of a case."""
+        """Labels in the statistics: `single_labels` and, if there are several, ALL (mean over the labels of a case)."""
         return [*self.single_labels, ALL] if len(self.single_labels) > 1 else self.single_labels
 
     def _column(self, name: str, label: str, key: str) -> np.ndarray:
@@ -208,7 +211,7 @@ class Comparison:
         return np.array([[row[key] for row in run.rows if row["label"] == label] for run in self.runs[name]])
 
     def _kept(self, label: str) -> np.ndarray:
-        """Return a boolean array (cases,): whether the label of a case has a score in all runs of all methods."""
+        """Return a boolean mask (cases,) of the cases in which the label has a score in all runs of all methods."""
         scores = np.concatenate([self._column(name, label, DICE) for name in self.methods])
         return np.asarray(~np.isnan(scores).any(0))
 
@@ -297,11 +300,12 @@ class Comparison:
         return {"cases": int(empty.sum()), "predicted": predicted}
 
     def _worst(self) -> dict[str, dict[str, list[dict[str, Any]]]]:
-        """Return the worst cases of each method, compared to the baseline and absolutely.
+        """Return the cases in which each method loses most Dice to the baseline, and those with its lowest Dice.
 
         Returns:
-            "largest_losses" and "lowest_dice", each for each method a list of at most SHOWN rows, worst first. A row is
-            a case and label with its Dice (mean over seeds) and, in "largest_losses", the difference to the baseline.
+            "largest_losses" and "lowest_dice": for each method a list of up to SHOWN rows, worst first. The baseline is
+            not in "largest_losses". A row contains a case, a label and the Dice (mean over seeds). In "largest_losses",
+            it also contains the Dice of the baseline and the difference to it.
         """
         lowest: dict[str, list[dict[str, Any]]] = {name: [] for name in self.methods}
         losses: dict[str, list[dict[str, Any]]] = {name: [] for name in list(self.methods)[1:]}
@@ -422,10 +426,10 @@ def _compare(cases: Sequence[str], differences: np.ndarray, estimate: stats.Esti
 
 
 def _correct(tests: Sequence[dict[str, Any]]) -> None:
-    """Set the p-values with Holm's correction.
+    """Set ``p_holm``, the p-value after Holm's correction, in each test with a p-value.
 
     Args:
-        tests: dicts with the p-value ``p``. Where it is not None, ``p_holm`` is set, corrected for all these tests.
+        tests: all tests to correct for. The p-value is ``p``, which is None for a test without one.
     """
     done = [test for test in tests if test["p"] is not None]
     for test, p in zip(done, stats.holm([test["p"] for test in done])):

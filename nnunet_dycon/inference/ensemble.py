@@ -128,9 +128,10 @@ def _other_checkpoint(model: Path, folds: Sequence[str]) -> str:
 
 @contextmanager
 def _discoverable() -> Iterator[None]:
-    """Add the folder of this package's trainers to the environment variable nnUNet_extTrainer in a ``with`` block.
+    """Add the folder of this package's trainers to nnUNet_extTrainer for the duration of a ``with`` block.
 
-    nnU-Net searches the folders in this variable for the class of a trainer. The earlier value is restored at the end.
+    nnU-Net searches the folders in this environment variable for the class of a trainer. At the end of the block, the
+    earlier value is restored.
     """
     before = os.environ.get("nnUNet_extTrainer")
     os.environ["nnUNet_extTrainer"] = os.pathsep.join(filter(None, (str(DISCOVERY), before)))

@@ -74,7 +74,7 @@ def evaluate_folder(
 def match_folders(reference: Path, prediction: Path, *, labels: Sequence[int] | None = None) -> "MatchedFolders":
     """Return the labels and the pairs of files that `evaluate_folder` scores.
 
-    Arguments and errors are those of `evaluate_folder`. Of the label maps, only the headers are read and compared.
+    Arguments and errors are those of `evaluate_folder`. Only the headers of the label maps are read and compared.
     """
     for folder in (reference, prediction):
         if not folder.is_dir():
@@ -114,7 +114,8 @@ def evaluate_matched(matched: Sequence["MatchedFolders"], num_processes: int = 1
 def score(reference: np.ndarray, prediction: np.ndarray, spacing_mm: Sequence[float]) -> dict[str, float]:
     """Return Dice, Jaccard, HD95 in mm and ASD in mm of two masks, and the number of voxels in each mask.
 
-    The keys are METRICS and VOXELS; DEFINITIONS describes the metrics. They are NaN if both masks are empty.
+    The keys are those in METRICS and VOXELS. The metrics are described in DEFINITIONS, and are NaN if both masks are
+    empty.
 
     Args:
         reference: (Z, Y, X) or (Y, X), boolean.
@@ -173,11 +174,10 @@ class Evaluation:
         return {label: _reduce([r for r in self.rows if r["label"] == label], statistic) for label in self.labels}
 
     def count_empty(self, masks: int) -> dict[str, int]:
-        """Return for each label in how many cases the masks of reference and prediction are empty.
+        """Return for each label the number of cases in which one or both masks (reference, prediction) are empty.
 
         Args:
-            masks: 1 to count the cases in which exactly one of the two masks is empty, 2 to count those in which both
-                are.
+            masks: number of empty masks in the cases to count: 1 for exactly one of the two, 2 for both.
         """
         found = [row["label"] for row in self.rows if sum(row[key] == 0 for key in VOXELS) == masks]
         return {label: found.count(label) for label in self.labels}
@@ -340,8 +340,8 @@ def _score_case(job: tuple[tuple[str, Path, Path], _Task]) -> tuple[list[dict[st
     remarks = []
     for file, array in zip(files, (reference, prediction), strict=True):
         if (unknown := np.unique(array[~np.isin(array, list(task.known))])).size:
-            values = [int(value) if value == int(value) else value for value in unknown.tolist()]
-            remarks.append(f"{file}: unknown label values, scored as background: {_enumerate(values)}")
+            shown = [int(value) if value == int(value) else value for value in unknown.tolist()]
+            remarks.append(f"{file}: unknown label values, scored as background: {_enumerate(shown)}")
     axes = _scored_axes(grid.shape)
     if len(axes) < 3 and not grid.is_2d:
         remarks.append("volumes of one slice are scored in 2D: in 3D, all voxels would belong to the surface")

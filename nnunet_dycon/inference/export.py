@@ -1,4 +1,4 @@
-"""Export to plain nnU-Net: a model folder whose predictions are identical voxel by voxel without this package.
+"""Export to plain nnU-Net: a model folder that gives identical predictions without this package.
 
 The export requires that nnU-Net can build the network from the plans. nnU-Net uses the trainer's name in a checkpoint
 only to find the class that builds the network, so the exported checkpoint names nnUNetTrainer.
@@ -36,13 +36,14 @@ def export_vanilla(
 
     Each exported fold contains:
 
-    - checkpoint_final.pth, with only those entries that nnU-Net's predictor reads. It has this name whichever
-      checkpoint is exported;
-    - the run record nnunet_dycon.json, with the trainer and the checksum of the source checkpoint added;
+    - checkpoint_final.pth, with only the entries that nnU-Net's predictor reads. The exported checkpoint always gets
+      this name;
+    - nnunet_dycon.json, the record of the run (settings, cases, seed and versions), with the trainer and the checksum
+      of the source checkpoint added;
     - the files that nnUNetv2_export_model_to_zip requires.
 
-    The files with validation scores and postprocessing are copied only with nnU-Net's final checkpoint, since they were
-    computed from the predictions of this checkpoint.
+    Files with validation scores and postprocessing are copied only if nnU-Net's final checkpoint is exported, because
+    they were computed from its predictions.
 
     Args:
         model: nnUNet_results/DatasetXXX_Name/TRAINER__PLANS__CONFIGURATION.
@@ -106,7 +107,7 @@ def _export_fold(model: Path, output: Path, fold: str, name: str) -> None:
 
 
 def _plan_second_network(source: Path, target: Path, configuration: str) -> None:
-    """Write a copy of the plans from which nnU-Net builds the second network instead of the student.
+    """Write a copy of the plans with the architecture of the second network instead of the student's.
 
     Args:
         source: the plans of the model.

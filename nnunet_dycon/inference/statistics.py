@@ -31,11 +31,11 @@ class Estimate:
 
 @dataclass(frozen=True)
 class SeedNoise:
-    """Variation of a method's mean score between seeds.
+    """Standard deviation of a method's mean score between training seeds, pooled over methods.
 
     Attributes:
-        sd: standard deviation over seeds of the mean score over cases.
-        degrees_of_freedom: degrees of freedom of ``sd``: the number of seeds minus 1, summed over methods.
+        sd: the standard deviation between seeds; the score of a seed is its mean over the cases.
+        degrees_of_freedom: the number of seeds minus 1, summed over the methods.
     """
 
     sd: float
@@ -43,13 +43,13 @@ class SeedNoise:
 
 
 def pooled_seed_noise(scores: Iterable[np.ndarray]) -> SeedNoise | None:
-    """Estimate the standard deviation over seeds of the mean score over cases, pooled over methods.
+    """Estimate how much the mean score over cases varies between seeds, pooled over methods.
 
     Args:
         scores: the scores (seeds, cases) of each method.
 
     Returns:
-        The standard deviation with its degrees of freedom, or None if no method has at least two seeds.
+        The pooled standard deviation with its degrees of freedom, or None if no method has at least two seeds.
     """
     means = [its.mean(1) for its in scores]
     freedom = sum(len(of) - 1 for of in means)
@@ -61,30 +61,33 @@ def pooled_seed_noise(scores: Iterable[np.ndarray]) -> SeedNoise | None:
 class PairedBootstrap(Generic[Key]):
     """Bootstrap confidence intervals of differences between methods that are scored on the same cases.
 
-    Each draw resamples the cases with replacement, the same ones for all methods, and computes the mean of each method
-    over seeds and cases. With `noise`, a normal number with the standard deviation s / sqrt(seeds) is added to each
-    mean, with s = noise.sd * sqrt(f / chi²), f = noise.degrees_of_freedom, and chi² drawn from the chi-squared
-    distribution with f degrees of freedom. The noise then follows a t distribution. Intervals are percentiles of the
-    draws.
+    Each draw resamples the cases with replacement, with the same cases for all methods, and computes the mean score of
+    each method over seeds and cases. The bounds of an interval are percentiles of the draws.
 
-    The seeds are not resampled like the cases because there are only 2 to 5 per method. Resampling S seeds gives a
-    standard deviation that is too small by sqrt((S - 1) / S), and ignores the uncertainty of the standard deviation.
+    Seeds are not resampled, because there are only 2 to 5 per method. Resampling S seeds gives a standard deviation
+    that is too small by the factor sqrt((S - 1) / S), and ignores that this standard deviation is itself uncertain.
+    Instead, if `noise` is given, normal noise with the standard deviation s / sqrt(S) is added to the mean score of a
+    method with S seeds. For each draw, s = noise.sd * sqrt(f / chi²) is computed, with f = noise.degrees_of_freedom and
+    a random number chi² from the chi-squared distribution with f degrees of freedom. The noise then follows a t
+    distribution.
 
     Coverage of nominal 95 % intervals in simulations (`python -m benchmarks.coverage`):
 
-    - 1 seed, `noise` None: 94 % with 60 cases, 92 % with 16, 90 % with 10, 86 % with 6, because percentile intervals
-      of few cases are too narrow. Only the cases vary: the interval holds for these trained models, not for other
-      seeds.
-    - 2 to 5 seeds, 16 or 60 cases: 95 % to 97 %, compared to 86 % to 93 % with resampled seeds; 92 % if a few cases
-      cause most of the difference. If the effect of a seed differs between cases, it widens the interval twice: by the
-      resampled cases and by the added noise. If scores vary for no other reason, the coverage is 99 %.
+    - 1 seed, without noise: 94 % with 60 cases, 92 % with 16, 90 % with 10, 86 % with 6. Percentile intervals of few
+      cases are too narrow. These intervals hold for the trained models, not for other seeds.
+    - 2 to 5 seeds, 16 or 60 cases: 95 % to 97 %. With resampled seeds, the coverage is 86 % to 93 %.
+    - 3 seeds, 16 cases, of which a few cause most of the difference: 92 %.
+    - 3 seeds, 16 cases, a seed changes the score of each case independently: 99 %. The interval is too wide, because
+      such changes enter it twice: through the resampled cases and through the added noise.
 
-    Assumptions: all methods have the same standard deviation over seeds, and runs are independent. With two methods and
-    equal numbers of seeds, the standard deviations may differ. With six methods, of which four have a quarter of the
-    noise of the two that are compared, the coverage is about 80 %. If runs are trained on different random subsets of
-    labeled cases, pass one run per subset, averaged over the seeds, because runs on the same subset are not
-    independent. If a subset changes the scores of all methods equally, this change is counted as noise of each method,
-    so intervals of differences are too wide.
+    Assumptions:
+
+    - All methods have the same standard deviation between seeds. If only two methods with equal numbers of seeds are
+      given, their standard deviations may differ. If four of six methods have a quarter of the standard deviation of
+      the two others, the coverage for the difference of these two is about 80 %.
+    - Runs are independent. Runs on the same random subset of labeled cases are not: pass one run per subset, averaged
+      over the seeds. If a subset changes the scores of all methods equally, the change is counted as noise of each
+      method, so intervals of differences are too wide.
     """
 
     def __init__(
@@ -99,7 +102,8 @@ class PairedBootstrap(Generic[Key]):
         """
         Args:
             scores: the scores (seeds, cases) of each method.
-            noise: result of `pooled_seed_noise` for these methods or some of these; None adds no seed noise.
+            noise: the result of `pooled_seed_noise`, estimated from all or some of these methods; None to ignore the
+                variation between seeds.
             rng: random number generator; a fixed seed makes intervals reproducible.
             draws: number of times that the cases are resampled.
             level: nominal coverage of the intervals, such as 0.95.
@@ -124,7 +128,7 @@ class PairedBootstrap(Generic[Key]):
         """Return (method - lower) / (upper - lower) of the mean scores: 0 at the lower bound, 1 at the upper bound.
 
         Args:
-            method: the method to rate.
+            method: the method to compare with both bounds.
             lower: the method that is the lower bound, such as supervised training on the labeled cases only.
             upper: the method that is the upper bound, such as supervised training with all labels.
 
@@ -145,13 +149,13 @@ class PairedBootstrap(Generic[Key]):
 
 
 def case_differences(method: np.ndarray, baseline: np.ndarray) -> np.ndarray:
-    """Return the difference of the means over seeds, method minus baseline, of each case: (cases,).
+    """Return the score of a method minus the score of the baseline for each case, (cases,), averaged over seeds.
+
+    The differences are rounded to 9 decimals (DECIMALS), so that rounding errors do not hide ties.
 
     Args:
         method: the scores (seeds, cases) of the method.
         baseline: the scores (seeds, cases) of the baseline, on the same cases.
-
-    The differences are rounded to DECIMALS decimals, so that rounding errors do not hide ties.
     """
     return np.round(method.mean(0) - baseline.mean(0), DECIMALS)
 
@@ -161,8 +165,8 @@ class SignedRank:
     """Result of Wilcoxon's signed-rank test.
 
     Attributes:
-        p: two-sided p-value; None with fewer than FEWEST_DIFFERENCES non-zero differences, since p < 0.05 is then
-            impossible.
+        p: two-sided p-value; None with fewer than 6 (FEWEST_DIFFERENCES) non-zero differences, which cannot give
+            p < 0.05.
         non_zero: number of differences that are not 0.
     """
 
@@ -171,11 +175,11 @@ class SignedRank:
 
 
 def signed_rank(differences: np.ndarray) -> SignedRank:
-    """Test whether differences (cases,) are symmetric around 0 with SciPy's `wilcoxon`.
+    """Return the result of Wilcoxon's signed-rank test of whether differences (cases,) are symmetric around 0.
 
-    Differences of 0 are left out; equal absolute differences get their mean rank. The null distribution is exact for up
-    to 50 differences without ties. Otherwise SciPy's `method="auto"` chooses between the normal approximation and, in
-    recent versions, a permutation test over all sign patterns of up to 13 differences.
+    Differences of 0 are left out. Equal absolute differences (ties) get their mean rank. SciPy's `wilcoxon` computes
+    the p-value: from the exact null distribution for up to 50 differences without ties, otherwise from the normal
+    approximation. Recent versions of SciPy use a permutation test for up to 13 differences with ties.
     """
     non_zero = differences[differences != 0]
     if len(non_zero) < FEWEST_DIFFERENCES:
@@ -223,7 +227,7 @@ class Influence:
     Attributes:
         case: index of the case whose removal changes the mean difference most.
         without: the mean difference without this case.
-        low, high: minimum and maximum of the mean difference if each case in turn is left out.
+        low, high: the smallest and the largest mean difference that the removal of one case gives.
     """
 
     case: int
@@ -233,7 +237,7 @@ class Influence:
 
 
 def leave_one_out(differences: np.ndarray) -> Influence:
-    """Return how the mean of the differences (cases,) changes if one case is left out; needs at least two cases."""
+    """Return how the mean of the differences (cases,) changes if one of at least two cases is removed."""
     means = (differences.sum() - differences) / (len(differences) - 1)
     case = int(np.abs(means - differences.mean()).argmax())
     return Influence(case, float(means[case]), float(means.min()), float(means.max()))

@@ -1,4 +1,4 @@
-"""Tables as aligned text, CSV and JSON, and writing of text files that are never visible while incomplete."""
+"""Tables as aligned text, CSV and JSON, and atomic writing of text files."""
 
 import csv
 import io
@@ -48,7 +48,7 @@ def nan_to_none(value: Any) -> Any:
 
 
 def write_texts(folder: Path, texts: Mapping[str, str], what: str) -> None:
-    """Write text files into a folder, which is created if necessary.
+    """Write text files into a folder, which is created if necessary. Each file is replaced atomically.
 
     Args:
         folder: the output folder.

@@ -1,8 +1,9 @@
-"""Uncertainty of predictions: an entropy map of each case, and a ranking of the cases, worst first.
+"""Uncertainty of predictions: an entropy map of each case, and a ranking of the cases by expected Dice, lowest first.
 
-The input is the output of `nnUNetv2_predict --save_probabilities`. The probabilities of several folders, such as those
-of student and teacher or of folds, are averaged, and their disagreement is computed. DEFINITIONS describes each column
-of the ranking.
+The expected Dice is the Dice to expect if the probabilities are calibrated. The input is the output of
+`nnUNetv2_predict --save_probabilities`. If several folders are given, such as those of student and teacher or of folds,
+their probabilities are averaged, and the disagreement between the folders is computed. DEFINITIONS describes each
+column of the ranking.
 """
 
 import json
@@ -68,12 +69,13 @@ _CLASSES = ClassLabels()
 def rank_predictions(folders: Sequence[Path], output: Path, *, num_processes: int = 1) -> "Ranking":
     """Write the uncertainty maps of each case into `output`, and return the ranking.
 
-    The maps are float32 on the grid of the segmentation: CASE_entropy in nats, and with several folders
-    CASE_mutual_information in nats. Warnings and progress go to stderr.
+    The maps are float32 images in nats with the size, spacing and orientation of the segmentation: CASE_entropy and,
+    with several folders, CASE_mutual_information. Warnings and progress go to stderr.
 
     Args:
         folders: folders with nnU-Net's CASE.npz and segmentation of each case; all must contain the same cases.
-        output: a folder that is not one of `folders`: nnU-Net would treat the maps in them as predictions.
+        output: the folder for the maps. It must not be one of `folders`, because nnU-Net would treat maps in a
+            prediction folder as predictions.
         num_processes: number of processes; each needs memory for the probabilities of one case.
 
     Raises:
@@ -105,10 +107,11 @@ def rank_predictions(folders: Sequence[Path], output: Path, *, num_processes: in
 
 @dataclass(frozen=True)
 class Ranking:
-    """Cases, ranked by expected Dice.
+    """Cases, ranked by expected Dice: the Dice to expect if the probabilities are calibrated.
 
     Attributes:
-        rows: a row per case, worst first, with the keys case, expected_dice_per_label and the keys of DEFINITIONS.
+        rows: a row per case, lowest expected Dice first. The keys are case, expected_dice_per_label and those of
+            DEFINITIONS.
     """
 
     rows: tuple[dict[str, Any], ...]
@@ -148,7 +151,7 @@ class Measures:
 
     Attributes:
         maps: maps (Z, Y, X) by name, float32 in nats: entropy, and with several ensemble members mutual_information.
-        numbers: the values of the keys of DEFINITIONS, except the rank.
+        numbers: values by name; the names are the keys of DEFINITIONS, except rank.
         dice_per_label: expected_dice of each label except background; None for a label whose probability is below 10 %
             in all voxels.
     """
@@ -159,7 +162,7 @@ class Measures:
 
 
 def measure(members: Sequence[np.ndarray], voxel_ml: float, label_space: LabelSpace = _CLASSES) -> Measures:
-    """Compute the maps of a case, and the values of all keys of DEFINITIONS except the rank.
+    """Return the uncertainty maps of a case, and its values for all keys of DEFINITIONS except rank.
 
     Args:
         members: probabilities (K, Z, Y, X) of each member of the ensemble, with one channel for each of the K classes
@@ -218,7 +221,7 @@ def _of_labels(probabilities: np.ndarray, label_space: LabelSpace) -> np.ndarray
 
 
 class _Voxels:
-    """Predictions and entropies of the voxels of a volume, computed with the functions of the training.
+    """Predicted labels, entropies and error probabilities of the voxels of a volume, computed from probabilities.
 
     Args:
         probabilities: (K, Z, Y, X), float64, with one channel for each class (including background) or region.
@@ -240,17 +243,21 @@ class _Voxels:
         return labels.numpy()
 
     def segmentation(self) -> np.ndarray:
-        """Return the predicted class of each voxel or, for regions, the number of the last predicted one: (Z, Y, X)."""
+        """Return the predicted class of each voxel, (Z, Y, X).
+
+        For regions, return the number, from 1, of the last region that is predicted at the voxel, or 0 if none is.
+        """
         return self._space.shown(self._logits)[0].numpy()
 
     def entropy(self) -> np.ndarray:
-        """Return the entropy of each voxel in nats, (Z, Y, X); for regions, the mean of their binary entropies."""
+        """Return the entropy of each voxel in nats, (Z, Y, X); for regions, the mean of the regions' entropies."""
         return self._space.voxel_entropy(self._logits)[0].numpy()
 
     def error(self) -> np.ndarray:
         """Return the probability that the prediction of a voxel is wrong, (Z, Y, X).
 
-        For regions, this is the mean over regions of the probability that the voxel is wrongly inside or outside.
+        For regions, this is the mean over regions of the probability that the voxel is predicted inside the region but
+        lies outside, or the reverse.
         """
         if self._space.sigmoid:
             return np.minimum(self.probabilities, 1 - self.probabilities).mean(0)
@@ -311,10 +318,10 @@ class _Task:
         return numbers if self.values is None else np.array((0, *self.values))[numbers]
 
     def fault(self, probabilities: np.ndarray) -> str | None:
-        """Check whether an array (K, Z, Y, X) contains probabilities of the labels.
+        """Return why an array (K, Z, Y, X) does not contain probabilities of the labels, or None if it does.
 
-        Returns:
-            The reason why it does not, as the end of an error message, or None if it does. NaN is not a probability.
+        The reason completes an error message such as "CASE.npz: probabilities do not sum to 1". NaN is not a
+        probability.
         """
         if self.label_space.sigmoid:
             return None if ((probabilities >= 0) & (probabilities <= 1)).all() else "are not all between 0 and 1"
@@ -341,8 +348,8 @@ class _Task:
 def _read_json(file: Path) -> dict:
     """Return the content of a JSON file, or {} if it does not exist.
 
-    dataset.json and plans.json can be missing: nnU-Net writes them next to the predictions of nnUNetv2_predict, but not
-    next to those of its validation.
+    dataset.json and plans.json can be missing: nnUNetv2_predict writes them to the folder of its predictions, but the
+    validation at the end of training does not.
     """
     with explained(ValueError, f"{file} is damaged; predict again"):
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

@@ -25,8 +25,8 @@ def consistency_loss(
     logits 0 and z.
 
     Args:
-        student_logits: (B, C, *spatial), before the softmax or sigmoid.
-        teacher_logits: (B, C, *spatial).
+        student_logits: (B, C, *spatial), the student's output before the softmax or sigmoid.
+        teacher_logits: (B, C, *spatial), the same of the teacher.
         sigmoid: True if the C channels are regions, which may overlap; False for mutually exclusive classes.
 
     Returns:

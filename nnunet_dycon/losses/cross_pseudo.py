@@ -37,13 +37,13 @@ def rectified_cross_pseudo_loss(
 
     Deviations from the released code (AIPMLab/Semi-supervised-Segmentation):
 
-    - both networks are trained with this loss; the release trains only one of the networks with this loss, regardless
-      of which network is right;
+    - both networks are trained with this loss. The release always trains the same one, regardless of which network is
+      right;
     - the release does not support regions. A separate weight for each region is our choice.
 
     Args:
-        logits: (B, C, *spatial), before the softmax or sigmoid.
-        peer_logits: (B, C, *spatial).
+        logits: (B, C, *spatial), the output of the trained network before the softmax or sigmoid.
+        peer_logits: (B, C, *spatial), the same of its peer.
         sigmoid: True if the C channels are regions, which may overlap; False for mutually exclusive classes.
 
     Returns:

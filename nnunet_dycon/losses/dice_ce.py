@@ -14,15 +14,16 @@ _SMOOTH = 1e-5  # nnU-Net's
 
 
 def _dice(overlap: torch.Tensor, predicted: torch.Tensor, labeled: torch.Tensor, batch_dice: bool) -> torch.Tensor:
-    """Return the soft Dice of each image and class (or region), (B, C), or with ``batch_dice`` of each class, (C,).
+    """Return the soft Dice of each class or region from weighted sums over voxels.
 
-    The first three arguments have the shape of the result. With ``batch_dice``, they are summed over all ranks.
+    The sums and the result have the shape (B, C), for each image and class (or region). With ``batch_dice`` their shape
+    is (C,): the arguments are sums over the batch of this rank, and the Dice is computed from the sums over all ranks.
 
     Args:
-        overlap: weighted sum over voxels of prediction × label.
-        predicted: weighted sum over voxels of the predicted probabilities.
-        labeled: weighted sum over voxels of the labels.
-        batch_dice: whether the sums are over the batch instead of over each image.
+        overlap: sum of weight × predicted probability × label.
+        predicted: sum of weight × predicted probability.
+        labeled: sum of weight × label.
+        batch_dice: compute one Dice per class over the batch of all ranks.
     """
     if batch_dice:
         overlap, predicted, labeled = sum_over_ranks(torch.stack([overlap, predicted, labeled]))
@@ -41,15 +42,15 @@ def weighted_dice_ce_loss(
               \frac{2 \sum_{i \in b} w_i p_{ic} [y_i = c] + \epsilon}
                    {\sum_{i \in b} w_i p_{ic} + \sum_{i \in b} w_i [y_i = c] + \epsilon}
 
-    with the softmax output p, the weight w of each voxel i, and ε = 1e-5. The Dice is averaged over the images b whose
-    weights are not all 0. If all weights are 1, this is nnU-Net's loss. If the weights are 0 and 1, it is nnU-Net's
-    loss with the ignore label where the weight is 0 (except that nnU-Net counts a completely ignored image as a Dice of
-    1).
+    with the softmax output p, the weight w of each voxel i, and ε = 1e-5. The Dice is averaged over the foreground
+    classes c and over the images b whose weights are not all 0. If all weights are 1, this is nnU-Net's loss. If the
+    weights are 0 and 1, it is nnU-Net's loss with the ignore label where the weight is 0 (except that nnU-Net counts a
+    completely ignored image as a Dice of 1).
 
     Args:
         logits: (B, C, *spatial), before the softmax.
-        target: (B, *spatial), integers in [0, C).
-        weight: (B, *spatial), not negative.
+        target: (B, *spatial), the class of each voxel, integers in [0, C).
+        weight: (B, *spatial), the weight of each voxel, not negative.
         batch_dice: compute one Dice per class over the batch of all ranks instead of one per class and image.
 
     Returns:
@@ -104,18 +105,19 @@ def weighted_dice_bce_loss(
               \frac{2 \sum_{i \in b} w_{ir} p_{ir} y_{ir} + \epsilon}
                    {\sum_{i \in b} w_{ir} p_{ir} + \sum_{i \in b} w_{ir} y_{ir} + \epsilon}
 
-    with the sigmoid output p, the weight w of each voxel i and region r, and ε = 1e-5. The Dice is averaged over the
-    pairs of image b and region r whose weights are not all 0. With ``summed`` set as described below, this is nnU-Net's
-    loss for regions if all weights are 1. If the weights are 0 and 1, it is nnU-Net's loss with the ignore label where
-    the weight is 0 (except that nnU-Net counts a completely ignored image as a Dice of 1).
+    with the sigmoid output p, the label y, the weight w of each voxel i and region r, and ε = 1e-5. The Dice is
+    averaged over the pairs of image b and region r whose weights are not all 0.
+
+    If all weights are 1, this is nnU-Net's loss for regions. With ``summed`` and weights of 0 (ignored voxels) and 1,
+    it is nnU-Net's loss with the ignore label, except that nnU-Net counts a completely ignored image as a Dice of 1.
 
     Args:
         logits: (B, R, *spatial), before the sigmoid.
-        target: (B, R, *spatial), boolean, or 0 and 1.
-        weight: (B, R, *spatial), not negative.
+        target: (B, R, *spatial), whether each voxel is inside each region: boolean, or 0 and 1.
+        weight: (B, R, *spatial), the weight of each voxel and region, not negative.
         batch_dice: compute one Dice per region over the batch of all ranks instead of one per region and image.
-        summed: sum the cross-entropy over regions instead of averaging it. nnU-Net sums if the dataset has an ignore
-            label and averages otherwise.
+        summed: sum the cross-entropy over regions instead of averaging it, as nnU-Net does if the dataset has an ignore
+            label.
 
     Returns:
         The loss, a scalar of at least float32; a differentiable 0 if all weights are 0.
@@ -164,8 +166,9 @@ class WeightedDiceCELoss:
 
         Args:
             logits: (B, C, *spatial) for each resolution, highest first.
-            target: (B, *spatial) at the highest resolution, downsampled here as in nnU-Net (nearest voxel).
-            weight: (B, *spatial), downsampled in the same way.
+            target: (B, *spatial), the classes at the highest resolution; downsampled here as in nnU-Net (nearest
+                voxel).
+            weight: (B, *spatial), the weight of each voxel; downsampled in the same way.
         """
         loss = partial(weighted_dice_ce_loss, batch_dice=self.batch_dice)
         return _of_levels(loss, self.level_weights, logits, target, weight)
@@ -190,8 +193,9 @@ class WeightedDiceBCELoss:
 
         Args:
             logits: (B, R, *spatial) for each resolution, highest first.
-            target: (B, R, *spatial) at the highest resolution, downsampled here as in nnU-Net (nearest voxel).
-            weight: (B, R, *spatial), downsampled in the same way.
+            target: (B, R, *spatial), the regions at the highest resolution; downsampled here as in nnU-Net (nearest
+                voxel).
+            weight: (B, R, *spatial), the weight of each voxel and region; downsampled in the same way.
         """
         loss = partial(weighted_dice_bce_loss, batch_dice=self.batch_dice, summed=self.summed)
         return _of_levels(loss, self.level_weights, logits, target, weight)

@@ -45,9 +45,9 @@ def reliable_labels(
     - the release does not support regions.
 
     Args:
-        logits: (B, C, *spatial), before the softmax or sigmoid.
-        peer_logits: (B, C, *spatial).
-        kept_fraction: the fraction of each class to keep, in (0, 1].
+        logits: (B, C, *spatial), the output of one network before the softmax or sigmoid.
+        peer_logits: (B, C, *spatial), the same of the other network.
+        kept_fraction: the fraction of the voxels of each class to mark as reliable, in (0, 1].
         sigmoid: True if the C channels are regions, which may overlap; False for mutually exclusive classes.
 
     Returns:
@@ -115,8 +115,8 @@ def entropy_filtered_loss(
 
     Args:
         logits: (B, C, *spatial), before the softmax or sigmoid.
-        labels: (B, *spatial), integers in [0, C); for regions (B, C, *spatial), boolean.
-        reliable: boolean, of the same shape as ``labels``.
+        labels: the pseudo-labels: (B, *spatial), integers in [0, C); for regions (B, C, *spatial), boolean.
+        reliable: boolean, of the same shape as ``labels``, True for the labels to use.
         sigmoid: True if the C channels are regions, which may overlap; False for mutually exclusive classes.
 
     Returns:

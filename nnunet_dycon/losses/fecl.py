@@ -64,26 +64,31 @@ def fecl_loss(
         L = \operatorname*{mean}_{i} \frac{1}{|P(i)|} \sum_{k \in P(i)} -F^+_{ik} \log
             \frac{e^{S_{ik}}}{\sum_{k' \in P(i)} e^{S_{ik'}} + \sum_{q \in N(i)} F^-_{iq} \left(e^{S_{iq}} + h_i\right)}
 
-    The positives P(i) of an anchor i are the other patches of its image with the same label, the negatives N(i) those
-    with a different label. The mean is over the anchors of the batch that have both. Patches with the ignored label
-    are excluded everywhere. With the L2-normalised embeddings z and :math:`c_{ij} = z_i \cdot z_j`:
+    These are Eqs. 3-6 of DyCON (arXiv:2504.04566). The positives P(i) of an anchor patch i are the other patches of its
+    image with the same label. The negatives N(i) are the patches of its image with a different label. The mean is over
+    the anchors of the batch that have positives and negatives. Patches with the ignored label are neither anchors nor
+    positives nor negatives. The symbols are, with the cosine :math:`c_{ij} = z_i \cdot z_j` of the student's
+    L2-normalised embeddings z:
 
-    - :math:`S_{ij} = c_{ij} / \tau`;
-    - :math:`F^+_{ik} = (1 - c^*_{ik})^\gamma e^{H(i)}` and :math:`F^-_{iq} = (c^*_{iq})^\gamma`, with c* the cosine
-      clamped to [0, 1] and H(i) the anchor's entropy;
-    - :math:`h_i` is the mean of :math:`e^{z_i \cdot z^t_l / \tau}` over the ``top_k`` (or |N(i)|, if fewer) patches l
-      of N(i) whose teacher embedding z^t is most similar to the anchor; 0 without a teacher.
+    - S, the similarity: :math:`S_{ij} = c_{ij} / \tau`;
+    - F, the focal weights: :math:`F^+_{ik} = (1 - c^*_{ik})^\gamma e^{H(i)}` for positives and
+      :math:`F^-_{iq} = (c^*_{iq})^\gamma` for negatives, with c* the cosine clamped to [0, 1] and H(i) the entropy of
+      the anchor;
+    - h, the hard-negative term: the mean of :math:`e^{z_i \cdot z^t_l / \tau}` over the ``top_k`` patches l of N(i)
+      (or all, if there are fewer) whose teacher embedding :math:`z^t_l` is most similar to the anchor. It is 0 without
+      a teacher.
 
-    DyCON, Eqs. 3-6 (arXiv:2504.04566). Gradients reach only the student's embeddings, through S, F and h.
+    The gradient with respect to the student's embeddings includes the derivatives of S, F and h. The teacher receives
+    no gradient.
 
-    The focal weights reward a collapse: if all embeddings of an image are equal, F⁺ and the loss are 0 whatever the
-    classes are, and a projection head reaches this state within tens of steps. With ``gamma=0`` all F⁻ are 1, F⁺ is
-    :math:`e^{H(i)}`, and the loss separates the classes.
+    The focal weights allow a collapse: if all embeddings of an image are equal, F⁺ and the loss are 0, regardless of
+    the classes. A projection head reaches this state within tens of steps. With ``gamma=0``, F⁻ is 1 and F⁺ is
+    :math:`e^{H(i)}`. The loss then separates the classes.
 
     Deviations:
 
-    - ``top_k`` and the clamp are our reading; the available version of the paper specifies neither;
-    - the released code (commit 69c1384) has only one positive in the denominator of each pair, no weights F on the
+    - the available version of the paper specifies neither ``top_k`` nor the clamp. Both are our choice;
+    - the released code (commit 69c1384) has only one positive in the denominator of each pair, no focal weights of
       negatives, and a threshold term instead of h, see `fecl_released_loss`.
 
     `fecl_reference` computes the equation literally. This function uses `nnunet_dycon.losses.kernels.fecl`, which
@@ -91,9 +96,9 @@ def fecl_loss(
 
     Args:
         embedding: (B, N, D), the student's embeddings of N patches; they are L2-normalised here.
-        patch_labels: (B, N), integers.
+        patch_labels: (B, N), integers, the class of each patch.
         teacher_embedding: (B, N, D), the teacher's embeddings; they are L2-normalised and detached here.
-        anchor_entropy: (B, N), H in nats; it is detached here. None means an entropy of 0.
+        anchor_entropy: (B, N), the entropy H of each patch in nats; it is detached here. None means an entropy of 0.
         temperature: τ, at least 0.03.
         gamma: γ, 0 (no focal weights) or at least 1, so that the gradient is finite everywhere.
         top_k: the number of hard negatives from the teacher, at least 1.

@@ -16,7 +16,7 @@ def fecl_released_reference(
     threshold: float,
     cross_weight: float,
 ) -> torch.Tensor:
-    """Return FeCL of the released code, computed with N × N matrices. Tests compare it with `fecl_released_loss`.
+    """Return the value of `fecl_released_loss`, computed with N × N matrices. Tests compare both functions.
 
     Args:
         z: (B, N, D), the student's L2-normalised embeddings.
@@ -24,8 +24,8 @@ def fecl_released_reference(
         z_t: (B, N, D), the teacher's L2-normalised embeddings.
         tau: the temperature τ.
         gamma: the exponent γ of the focal weight.
-        threshold: the cosine threshold t of the second term.
-        cross_weight: the weight λ of the second term.
+        threshold: t, the cosine with a teacher's embedding above which a negative is penalised.
+        cross_weight: λ, the weight of this penalty.
     """
     itself = torch.eye(z.shape[1], dtype=torch.bool)
     similarity = (z @ z.transpose(1, 2)).masked_fill(itself, 0) / tau
@@ -51,33 +51,41 @@ def fecl_released_loss(
     cross_threshold: float = 0.3,
     cross_weight: float = 1.0,
 ) -> torch.Tensor:
-    r"""Return the value of `FeCLoss` of the released code (utils/dycon_losses.py, commit 69c1384).
+    r"""Return the contrastive loss of the released DyCON code (`FeCLoss` in utils/dycon_losses.py, commit 69c1384).
 
     .. math::
         L = \operatorname*{mean}_i \frac{1}{|P(i)|} \sum_{k \in P(i)} -(1 - d_{ik})^\gamma \log d_{ik}
             + \lambda \operatorname*{mean}_{i,\, q \in N(i):\, c^{st}_{iq} > t} -\log(1 - c^{st}_{iq}),
         \qquad d_{ik} = \frac{e^{S_{ik} - m_k}}{e^{S_{ik} - m_k} + \sum_{q \in N(i)} e^{S_{iq} - m_q}}
 
-    over all patches i of the batch, with P(i) the other patches of the image with the label of i, N(i) those with a
-    different label, :math:`S_{ik} = z_i \cdot z_k / \tau` (0 for i = k), :math:`m_k = \max_i S_{ik}` without gradient,
-    and :math:`c^{st}_{iq} = z_i \cdot z^t_q` the cosine with the teacher's embedding.
+    The means are over all patches i of the batch. The positives P(i) are the other patches of the image with the label
+    of i, the negatives N(i) those with a different label. The first term attracts positives and repels negatives. The
+    second term penalises negatives whose teacher embedding is too similar to i. With the L2-normalised embeddings z of
+    the student and :math:`z^t` of the teacher:
 
-    As in the release, the maximum m is taken over the anchors instead of over the patches of each sum, so it does not
-    cancel from the fraction. The release computes its threshold t from the epoch: 0.3 + 0.2 exp(-5 (1 - epoch/1500)²).
+    - :math:`S_{ik} = z_i \cdot z_k / \tau` (0 for i = k) is the similarity, and :math:`m_k = \max_i S_{ik}` its maximum
+      over the anchors, without gradient. Since m is not the maximum over the patches of each sum, it does not cancel
+      from the fraction;
+    - :math:`c^{st}_{iq} = z_i \cdot z^t_q` is the cosine with the teacher's embedding. The release computes its
+      threshold t from the epoch: 0.3 + 0.2 exp(-5 (1 - epoch/1500)²).
 
-    Deviations from the released code, only where it gives NaN: a patch that is alone in its class adds 0 instead of
-    0/0, a batch without a cosine above t has no second term, and 1 - c is at least 1e-6.
+    Deviations from the released code, all where it returns NaN:
+
+    - a patch that is alone in its class adds 0 instead of 0/0;
+    - the second term is 0 if no cosine is above t;
+    - the argument of the logarithm in the second term is at least 1e-6.
 
     `fecl_released_reference` computes the equation literally. This function uses
     `nnunet_dycon.losses.kernels.fecl_released`, which stores no N × N matrices.
 
     Args:
         embedding: (B, N, D), the student's embeddings; they are L2-normalised here.
-        patch_labels: (B, N), integers; no patch is ignored.
-        teacher_embedding: (B, N, D), L2-normalised and detached here; None omits the second term.
+        patch_labels: (B, N), integers, the class of each patch; no patch is ignored.
+        teacher_embedding: (B, N, D), the teacher's embeddings; they are L2-normalised and detached here. None omits the
+            second term.
         temperature: τ, positive.
-        gamma: γ of the focal weight, 0 (none) or at least 1, so that the gradient is finite everywhere.
-        use_focal: False omits the weight (1 - d)^γ.
+        gamma: γ of the focal weight (1 - d)^γ: 0 (no weight) or at least 1, so that the gradient is finite everywhere.
+        use_focal: whether to use the focal weight; False is equal to γ = 0.
         cross_threshold: t, the cosine above which a negative enters the second term.
         cross_weight: λ, the weight of the second term.
 
@@ -85,7 +93,7 @@ def fecl_released_loss(
         The loss, a scalar of at least float32.
 
     Raises:
-        ValueError: the shapes do not match, or temperature or gamma has a value other than described.
+        ValueError: the shapes do not match, or temperature or gamma is outside of its range.
 
     >>> embedding = torch.tensor([[[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]]])
     >>> round(fecl_released_loss(embedding, torch.tensor([[0, 0, 1]])).item(), 4)

@@ -35,14 +35,17 @@ def mistake_region_loss(
         M = \{i : f(p_i) \ne f(q_i)\}, \qquad
         f(p) = \begin{cases} \arg\max_c p_c & \text{if } \max_c p_c \ge \text{confidence} \\ 0 & \text{else}\end{cases}
 
-    with the softmax output p of the trained network, the softmax output q of the other network, which receives no
-    gradient, and the one-hot vector e of the true class y. f is the predicted class if its probability reaches the
-    threshold, else background. At each voxel of M at least one of the networks is wrong or not confident. For two
-    classes M is :math:`[p_1 \ge \text{confidence}] \oplus [q_1 \ge \text{confidence}]` and the error
-    :math:`(p_1 - y)^2`: the L_cr of arXiv:2509.13084, which is the mistake region of MCF (Wang et al., CVPR 2023).
+    p is the softmax output of the trained network, and e is the one-hot vector of the true class y. q is the softmax
+    output of the other network, which receives no gradient. f is the predicted class if its probability reaches the
+    confidence threshold, else the background. At each voxel of the mistake region M, at least one of the networks is
+    wrong or not confident.
 
-    For regions, M is the set of pairs of voxel and region where one network assigns the voxel to the region with
-    confidence and the other does not; p, q and y are those of this region.
+    For two classes, M is :math:`[p_1 \ge \text{confidence}] \oplus [q_1 \ge \text{confidence}]`, and the error is
+    :math:`(p_1 - y)^2`. This is the loss L_cr of arXiv:2509.13084, and the mistake region of MCF (Wang et al., CVPR
+    2023).
+
+    For regions, M is a set of pairs of voxel and region: one network predicts with a probability of at least
+    ``confidence`` that the voxel is inside the region, and the other does not. The loss is the mean over these pairs.
 
     Deviations from the released code (AIPMLab/Semi-supervised-Segmentation):
 
@@ -51,9 +54,9 @@ def mistake_region_loss(
     - the release does not support regions.
 
     Args:
-        logits: (B, C, *spatial), before the softmax or sigmoid.
-        peer_logits: (B, C, *spatial).
-        target: (B, *spatial), integers in [0, C); for regions (B, C, *spatial), boolean.
+        logits: (B, C, *spatial), the output of the trained network before the softmax or sigmoid.
+        peer_logits: (B, C, *spatial), the same of the other network.
+        target: the true labels: (B, *spatial), integers in [0, C); for regions (B, C, *spatial), boolean.
         known: boolean, of the same shape as ``target``, False where the target is unknown. None if it is known
             everywhere.
         confidence: the confidence threshold, a probability in [0.5, 1].

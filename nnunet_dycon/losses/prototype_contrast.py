@@ -14,7 +14,7 @@ _CLASSES_AT_A_TIME = 8  # limits the memory of the (classes, voxels) membership 
 def _equation(
     anchors: torch.Tensor, labels: torch.Tensor, prototypes: torch.Tensor, present: torch.Tensor, temperature: float
 ) -> torch.Tensor:
-    """Return -ln of the fraction in `prototype_contrast_loss` for each of the M anchors, (M,)."""
+    """Return the InfoNCE loss of each of the M anchors, (M,); for the arguments see `prototype_contrast_loss`."""
     cosine = normalize(anchors, dim=1, eps=_SMALLEST_NORM) @ normalize(prototypes, dim=1).T
     similarity = (cosine / temperature).masked_fill(~present, torch.finfo(cosine.dtype).min)
     return cross_entropy(similarity, labels, reduction="none")
@@ -27,14 +27,14 @@ def class_prototypes(
     """Return the mean feature of each class over its reliable voxels in the batch of all ranks, without gradient.
 
     Args:
-        features: (B, F, *spatial).
-        labels: (B, *spatial), integers in [0, K).
-        reliable: (B, *spatial), boolean.
+        features: (B, F, *spatial), the feature vector of each voxel.
+        labels: (B, *spatial), the class (label or pseudo-label) of each voxel, integers in [0, K).
+        reliable: (B, *spatial), boolean, True for the voxels to average.
         classes: K, the number of classes.
 
     Returns:
-        The prototypes, (K, F) of at least float32, and a boolean mask (K,) of the classes that have a prototype, which
-        requires at least one reliable voxel.
+        The mean features (prototypes), (K, F) of at least float32, and a boolean mask (K,) of the classes that have at
+        least one reliable voxel. The prototypes of the other classes are 0.
 
     Raises:
         ValueError: the shapes do not match.
@@ -85,23 +85,24 @@ def prototype_contrast_loss(
     .. math::
         L = \operatorname*{mean}_{i} -\ln \frac{e^{\cos(z_i, \mu_{y_i}) / \tau}}{\sum_c e^{\cos(z_i, \mu_c) / \tau}}
 
-    over the valid anchors i whose class has a prototype, and the classes c that have a prototype. The loss pulls the
-    feature z of an uncertain voxel (the anchor) to the prototype μ of its class and pushes it away from the other
-    prototypes. Gradients reach only the anchors: uncertain voxels should not change the prototypes, which are means of
-    reliable voxels.
+    The mean is over the valid anchors i whose class has a prototype, and the sum is over the classes c that have one.
+    An anchor is an uncertain voxel with the feature z. The loss attracts z to the prototype μ of its class, and repels
+    it from the other prototypes. Only the anchors receive a gradient, because uncertain voxels should not change the
+    prototypes, which are means of reliable voxels.
 
-    This replaces the feature alignment of arXiv:2509.13084. Deviations from the released code
-    (AIPMLab/Semi-supervised-Segmentation), which adds the distances of anchors to their prototype and the distance of
-    the two prototypes, all without gradient:
+    This replaces the feature alignment loss of arXiv:2509.13084. The released code
+    (AIPMLab/Semi-supervised-Segmentation) adds the distances of the anchors to their prototype and the distance between
+    the two prototypes. There, none of these distances has a gradient. Deviations:
 
-    - the release *minimises* the distance between prototypes, which pulls the classes together. Here other prototypes
-      push an anchor away;
-    - any number of classes is supported, and the loss does not reward a collapse: it is ln K if all features are equal.
+    - the release *minimises* the distance between prototypes, which attracts the classes to each other. Here other
+      prototypes repel an anchor;
+    - any number of classes is supported;
+    - the loss does not become small if all features are equal: it is then ln K.
 
     Args:
         anchors: (M, F), features of M uncertain voxels.
-        labels: (M,), integers in [0, K).
-        prototypes: (K, F), see `class_prototypes`.
+        labels: (M,), the class (label or pseudo-label) of each anchor, integers in [0, K).
+        prototypes: (K, F), the mean feature of each class, see `class_prototypes`.
         present: (K,), boolean mask of the classes that have a prototype; None for all.
         valid: (M,), boolean mask of the anchors to use; None for all.
         temperature: τ, positive.

@@ -38,13 +38,13 @@ def query_distribution_loss(
 
     .. math:: L_{qd} = -\frac{1}{N} \sum_{i=1}^{N} \ln q_{y_i i}, \qquad q_{ki} = \mathrm{softmax}_k(l_{ki})
 
-    over the N voxels i with a label y. This is the query loss of DK-UXNet (arXiv:2311.12364), where q is a softmax over
-    all queries, summed over the group of queries that belongs to each class k. The logarithms of these sums can be used
-    as the logits l, since their softmax is q.
+    The sum is over the N voxels i with a known class y. This is the query loss of DK-UXNet (arXiv:2311.12364). There,
+    the query distribution q is a softmax over all queries, summed over the group of queries that belongs to each class
+    k. ln q can be used as the logits l, because the softmax of ln q is q.
 
-    For regions, q remains a softmax over the groups; there is one group for each region and none for the background.
-    The target is the uniform distribution over the regions :math:`S_i` that contain the voxel. Voxels outside all
-    regions are excluded:
+    For regions, there is one group of queries for each region and none for the background. q is a softmax over these
+    groups, not a sigmoid. The target is the uniform distribution over the regions :math:`S_i` that contain the voxel.
+    Voxels outside all regions are excluded:
 
     .. math:: L_{qd} = -\frac{1}{N} \sum_{i=1}^{N} \frac{1}{|S_i|} \sum_{r \in S_i} \ln q_{ri}
 
@@ -52,12 +52,13 @@ def query_distribution_loss(
 
     - the loss is the mean over voxels instead of the sum, which would grow with the patch size;
     - the cross-entropy is computed from logits instead of from q, so that log(0) cannot occur;
-    - one group for each class. The release has three groups and changes the labels in place accordingly;
+    - any number of classes is supported, with one group for each. The release always has three groups, and changes the
+      labels in place to match them;
     - the release does not support regions.
 
     Args:
         logits: (B, K, *spatial), the logits l of the query distribution.
-        target: (B, *spatial), integers in [0, K); for regions (B, K, *spatial), boolean.
+        target: the true labels: (B, *spatial), integers in [0, K); for regions (B, K, *spatial), boolean.
         known: boolean, of the same shape as ``target``, False where the target is unknown. None if it is known
             everywhere.
         sigmoid: True if the K groups are regions, which may overlap; False for mutually exclusive classes.
@@ -82,12 +83,12 @@ def query_distribution_loss(
 
 @at_least_float32
 def query_consistency_loss(strong_logits: torch.Tensor, weak_logits: torch.Tensor) -> torch.Tensor:
-    r"""Return the Kullback-Leibler divergence of the query distributions of a weak and a strong view.
+    r"""Return the Kullback-Leibler divergence KL(weak ‖ strong) of the query distributions of two views.
 
     .. math:: L_{qdc} = \frac{1}{N} \sum_{i=1}^{N} \sum_k q^w_{ki} \left(\ln q^w_{ki} - \ln q^s_{ki}\right)
 
     with N voxels i and the distributions q = softmax(l) of the weak (w) and the strong (s) view. The weak view receives
-    no gradient. The equation is the same for regions, since q is a distribution over groups of queries there, too.
+    no gradient. The equation also holds for regions, because their q is a distribution over groups of queries as well.
 
     DK-UXNet (arXiv:2311.12364) describes a consistency of query distributions. The Kullback-Leibler divergence is our
     choice: the equation of the paper was not available to us, and the released code does not contain this loss.

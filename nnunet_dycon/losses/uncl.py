@@ -36,32 +36,32 @@ def uncl_loss(
         \qquad H(p) = -\sum_c p_c \ln p_c
 
     with the N voxels i of the batch, and the softmax outputs p of student (s) and teacher (t). The first term is the
-    consistency, with a lower weight for uncertain voxels; the second one minimises the entropy.
+    consistency; its denominator gives uncertain voxels a lower weight. The second term minimises the entropy.
 
-    For R regions with the sigmoid outputs :math:`p_r = \sigma(z_r)`, distance and entropy of a voxel are the means over
-    regions of the distance and entropy of the two classes "outside" and "inside":
+    For R regions with the sigmoid outputs :math:`p_r = \sigma(z_r)`, each region is treated as the two classes
+    "outside" and "inside". The distance and the entropy of a voxel are means over regions:
 
     .. math::
         \lVert p^s_i - p^t_i \rVert^2 = \frac{1}{R} \sum_{r=1}^{R} 2 \left(p^s_{ir} - p^t_{ir}\right)^2, \qquad
         H(p) = -\frac{1}{R} \sum_{r=1}^{R} \left[ p_r \ln p_r + (1 - p_r) \ln (1 - p_r) \right]
 
-    DyCON, Eq. 1 (arXiv:2504.04566), where η is 1. Gradients reach the student through both terms and the denominator.
-    The teacher receives no gradient, so its entropy adds a constant.
+    This is Eq. 1 of DyCON (arXiv:2504.04566), where η is 1. The gradient with respect to the student includes the
+    derivative of the denominator. The teacher receives no gradient, so its entropy in the second term is a constant.
 
     Deviations from the released code (commit 69c1384):
 
     - entropies are computed with log_softmax instead of log(p + 1e-6);
     - the entropies are added voxel by voxel instead of broadcast over pairs of images, which has the same mean;
-    - neither paper nor code supports regions. One uncertainty per voxel, the mean over its regions, is our reading. One
-      region with logit z gives the same loss as two classes with the logits 0 and z.
+    - neither paper nor code supports regions. To average the entropies over the regions is our choice. One region with
+      logit z gives the same loss as two classes with the logits 0 and z.
 
     `uncl_reference` computes the equation literally. This function uses `nnunet_dycon.losses.kernels.uncl`, which
     processes blocks of voxels.
 
     Args:
-        student_logits: (B, C, *spatial), before the softmax or sigmoid.
-        teacher_logits: (B, C, *spatial).
-        beta: β ≥ 0, the factor of the entropies in both terms.
+        student_logits: (B, C, *spatial), the student's output before the softmax or sigmoid.
+        teacher_logits: (B, C, *spatial), the same of the teacher.
+        beta: β ≥ 0; larger values reduce the weight of uncertain voxels, and increase the weight of the entropy term.
         entropy_weight: η ≥ 0, the weight of the second term; 0 leaves only the consistency.
         sigmoid: True if the C channels are regions, which may overlap; False for mutually exclusive classes.
 

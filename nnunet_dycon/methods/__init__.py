@@ -1,21 +1,22 @@
-"""Semi-supervised methods, one per file: the loss of one training step, independent of nnU-Net.
+"""Semi-supervised methods, one per file. A method computes the loss of a training step, independent of nnU-Net.
 
 A `Method` is an nn.Module that contains everything that training needs in addition to the student network: teacher,
 projection head, second network.
 
-- ``method(student, labeled, unlabeled, progress)`` returns a dict of scalar tensors or numbers: the loss under "loss",
-  the unweighted terms of the loss by name, and diagnostics under the names in `nnunet_dycon.components.diagnostics`.
-  ``progress`` is the training progress in [0, 1]. ``student(images)`` returns a `StudentOutput`. A method calls
-  ``student`` exactly once per step, with any batch of images, and after its teacher or second network: the trainer
-  records the time before this call as the time of the teacher or second network.
-- ``method.before_first_step()`` is called once when a new training starts, ``method.after_optimizer_step()`` after each
-  step in which the optimizer updated the student.
-- The children of the module contain all state that a resumed run needs; children with parameters that require a
-  gradient are trained together with the student.
-- ``method.label`` returns the logits of the pseudo-labels for plots, and ``method.labeler`` is the name of the network
-  that predicts them. A method without a teacher overrides both, or sets ``labeler`` to None, which omits the plots.
+- ``method(student, labeled, unlabeled, progress)`` computes the loss of one step. It returns a dict of scalar tensors
+  or numbers: the loss under "loss", its unweighted terms by name, and diagnostics under the names in
+  `nnunet_dycon.components.diagnostics`. ``progress`` is the training progress in [0, 1].
+- ``student(images)`` returns a `StudentOutput` for any batch of images. A method must call it exactly once per step,
+  and after its teacher or second network. The trainer measures the time up to this call, and logs it as the computing
+  time of the teacher or second network.
+- ``method.before_first_step()`` is called once when a new training starts.
+- ``method.after_optimizer_step()`` is called after each step in which the optimizer updated the student.
+- The child modules contain all state that a resumed run needs. Child modules with parameters that require a gradient
+  are trained together with the student.
+- ``method.labeler`` is the name of the network that predicts pseudo-labels, and ``method.label(images)`` returns its
+  logits for plots. A method without a teacher overrides both, or sets ``labeler`` to None, which omits the plots.
 - ``method.uses_features`` is True if the method requires `StudentOutput.features` of the student.
-- Labels are classes or regions: methods process both through ``supervision.label_space`` (a `LabelSpace`).
+- ``supervision.label_space`` (a `LabelSpace`) provides the operations that differ between classes and regions.
 """
 
 from nnunet_dycon.components.co_training import CoTraining

@@ -27,10 +27,11 @@ class CPSSettings:
 class CPS(CoTraining):
     r"""Cross pseudo supervision: each network is trained with the other network's pseudo-labels of all images.
 
-    .. math:: L = \sum_s L_{sup}(s) + r(t)\, w\, L(p^s, \arg\max p^{\bar{s}})
+    .. math:: L = \sum_s \left[ L_{sup}(s) + r(t)\, w\, L_{cps}(p^s, \arg\max p^{\bar{s}}) \right]
 
-    The sum is over both networks s, with the other network (peer) :math:`\bar{s}`, the supervised loss
-    :math:`L_{sup}`, the softmax outputs p, the ramp-up factor r and the weight w.
+    The sum is over both networks s. :math:`\bar{s}` is the other network, the peer of s. p are the softmax outputs, r
+    is the ramp-up factor, and w is the weight. :math:`L_{sup}` is the loss with the ground truth of the labeled images,
+    and :math:`L_{cps}` the same loss with the peer's pseudo-labels of all images.
 
     Chen et al., "Semi-Supervised Semantic Segmentation with Cross Pseudo Supervision", CVPR 2021, arXiv:2106.01226.
 

@@ -1,4 +1,4 @@
-"""Query distribution consistency (DK-UXNet): a mask transformer predicts the same for a weak and a strong view."""
+"""Query distribution consistency (DK-UXNet): consistency of a mask transformer between a weak and a strong view."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,13 +16,15 @@ from nnunet_dycon.losses import consistency_loss, query_consistency_loss, query_
 class DKUXNetSettings:
     """Settings of the method and of its network.
 
-    ``query_weight`` has the value of the released code, although that code sums the query loss over voxels, while this
-    method averages the query loss. The paper's other weights are not known to us.
+    The default of ``query_weight`` is that of the released code, which sums the query loss over voxels. Here the query
+    loss is a mean over voxels. The paper's other weights are not known to us.
 
     Attributes:
-        query_weight: the weight of the query loss on labeled images.
-        segmentation_consistency_weight: the weight of the consistency of segmentations after the ramp-up.
-        query_consistency_weight: the weight of the consistency of query distributions after the ramp-up.
+        query_weight: the weight of the query loss, which compares query distributions with the ground truth.
+        segmentation_consistency_weight: the weight, after the ramp-up, of the consistency of segmentations between the
+            weak and the strong view.
+        query_consistency_weight: the weight, after the ramp-up, of the consistency of query distributions between the
+            weak and the strong view.
         rampup: the length of the ramp-up as a fraction of the training.
         queries: the number of queries of the network, at least one for each class.
     """
@@ -37,24 +39,29 @@ class DKUXNetSettings:
 class DKUXNet(Method):
     r"""Method of "Semi-supervised Medical Image Segmentation via Query Distribution Consistency", arXiv:2311.12364.
 
+    The student network, DK-UXNet, is a mask transformer. It predicts a segmentation and a query distribution, which is
+    a second class distribution of each voxel: a softmax of the similarities to learned queries, summed over the group
+    of queries of each class (see `KMaXDecoder`). The student processes a weak and a strong view of each image. Only the
+    strong view has intensity augmentation.
+
     .. math::
         L = L_{sup} + w_q L_{qd} + r(t) \left[ w_s L_{segc} + w_c L_{qdc} \right]
 
-    with the supervised loss, the query loss :math:`L_{qd}`, the consistencies of segmentations :math:`L_{segc}` and of
-    query distributions :math:`L_{qdc}`, the ramp-up factor r and the weights w.
+    with the ramp-up factor r, the weights w, and these terms:
 
-    The student (DK-UXNet) predicts a segmentation and a query distribution for a weak and a strong view of each image;
-    only the strong view has intensity augmentation. The query distribution is a second class distribution of each
-    voxel, see `KMaXDecoder`.
-    On labeled images both views are supervised: with nnU-Net's loss on the segmentation and with the query loss, the
-    cross-entropy of the query distribution with the true class. On unlabeled images the prediction of the weak view,
-    without gradient, is the target of the strong view: for the segmentation (mean squared error of the softmax) and for
-    the query distribution (Kullback-Leibler divergence). The paper calls the sum of these two consistency terms its
-    dual-contrastive loss.
+    - :math:`L_{sup}`, supervised loss: nnU-Net's loss on both views of labeled images;
+    - :math:`L_{qd}`, query loss: cross-entropy of the query distribution with the true class, on both views of labeled
+      images;
+    - :math:`L_{segc}`, segmentation consistency: mean squared error between the softmax outputs for the weak and the
+      strong view of unlabeled images;
+    - :math:`L_{qdc}`, query consistency: Kullback-Leibler divergence between the query distributions of these views.
 
-    The semi-supervised part is our reading. Available to us were the abstract, captions of figures, and the released
-    code (Rows21/DK-UXNet, e268484), which contains the network and the query loss, but no second view, no consistency
-    loss and no unlabeled images. The following are our choices:
+    In both consistency terms, the output for the weak view is the target and receives no gradient. The paper calls the
+    sum of the two terms its dual-contrastive loss.
+
+    The semi-supervised part is our interpretation. Only the abstract, captions of figures, and the released code
+    (Rows21/DK-UXNet, e268484) were available to us. The code contains the network and the query loss, but no second
+    view, no consistency loss and no unlabeled images. The following are our choices:
 
     - both branches are one network with shared weights; the paper describes two branches of one architecture;
     - the two consistency terms, their weights and their direction from weak to strong;

@@ -27,16 +27,17 @@ class DyCONTerms:
     Attributes:
         uncl_weight: the weight of UnCL; 0 omits it.
         fecl_weight: the weight of FeCL; 0 omits it and its projection head.
-        beta_start: β of UnCL at the start of training.
+        beta_start: β of UnCL, the factor of the entropies, at the start of training.
         beta_end: β of UnCL at the end of training.
-        entropy_weight: η of UnCL; 0 omits its entropy term.
+        entropy_weight: η, the weight of the entropy term in UnCL; 0 omits this term.
         rampup: the length of the ramp-up of UnCL and FeCL as a fraction of the training.
-        embedding_width: the width of the projection head's output.
-        temperature: τ of FeCL.
-        gamma: γ of FeCL; 0 omits its focal weights.
+        embedding_width: the number of channels of the embeddings, which the projection head computes for FeCL.
+        temperature: the temperature τ of FeCL.
+        gamma: the exponent γ of the focal weights in FeCL; 0 omits the focal weights.
         top_k: the number of hard negatives of each anchor in FeCL.
-        foreground_fraction: the smallest foreground fraction of a foreground patch.
-        background_fraction: the largest foreground fraction of a background patch; patches in between are ignored.
+        foreground_fraction: the smallest foreground fraction of a foreground patch in FeCL.
+        background_fraction: the largest foreground fraction of a background patch in FeCL. Patches with a fraction
+            between both are ignored.
     """
 
     uncl_weight: float = 0.5
@@ -53,7 +54,7 @@ class DyCONTerms:
     background_fraction: float = 0.05
 
     def beta(self, progress: float) -> float:
-        """Return β of UnCL at a training progress in [0, 1]."""
+        """Return β of UnCL, which decays exponentially from start to end, at a training progress in [0, 1]."""
         return exponential_decay(progress, self.beta_start, self.beta_end)
 
     def build_head(self, network: nn.Module, stage: FeatureStage | None) -> ProjectionHead | None:
@@ -83,11 +84,13 @@ class DyCONTerms:
     def patches(
         self, label_space: LabelSpace, labels: torch.Tensor, known: torch.Tensor, output: StudentOutput
     ) -> torch.Tensor:
-        """Return the class of each patch (cell of the feature grid), (B, N).
+        """Return the class of each patch (cell of the feature grid), (B, N) integers.
+
+        The class is `IGNORED_PATCH` for patches that are neither foreground nor background, or mostly not annotated.
 
         Args:
-            label_space: the label space.
-            labels: the labels of the voxels: ground truth or pseudo-labels.
+            label_space: whether labels are classes or regions.
+            labels: the labels of the voxels, in the format of `label_space`: ground truth or pseudo-labels.
             known: boolean, of the same shape, False for voxels that are not annotated.
             output: the student's output, which determines the feature grid.
         """
@@ -108,14 +111,14 @@ class DyCONTerms:
         teacher_embedding: torch.Tensor,
         patches: torch.Tensor,
     ) -> torch.Tensor:
-        """Return FeCL (`fecl_loss`) of a student.
+        """Return FeCL between the patches of each image, see `fecl_loss`.
 
         Args:
-            label_space: the label space.
-            output: the student's output.
+            label_space: whether labels are classes or regions.
+            output: the student's output, from which the entropy of each patch is computed.
             embedding: (B, N, D), the student's embeddings of the patches.
-            teacher_embedding: (B, N, D), the embeddings of the student's teacher or peer, used for hard negatives.
-            patches: (B, N), the class of each patch, as the method `patches` returns it.
+            teacher_embedding: (B, N, D), embeddings of the teacher or peer, from which hard negatives are chosen.
+            patches: (B, N), the class of each patch, from the method `patches`.
         """
         entropy = label_space.voxel_entropy(output.logits[0].detach())
         return fecl_loss(
@@ -139,7 +142,8 @@ class DyCONSettings(DyCONTerms):
         fecl_form: "paper" for `fecl_loss` on labeled and unlabeled images, or "released" for `fecl_released_loss` on
             unlabeled images only, as in the released code. "released" does not support ignored patches, so
             foreground_fraction and background_fraction must be equal, and it does not support mixing.
-        mixing: the mixing of the student's images, see `nnunet_dycon.components.mixing.mixture`.
+        mixing: how boxes of the student's images are exchanged: "none", "cutmix" or "copy_paste", see
+            `nnunet_dycon.components.mixing.mixture`.
         box_fraction: the length of a pasted box as a fraction of each axis.
     """
 
@@ -167,33 +171,36 @@ class DyCON(Method):
     .. math::
         L = L_{sup}(\text{labeled}) + r(t) \left[ w_u L_{UnCL}(\text{all}) + w_f L_{FeCL}(\text{all}) \right]
 
-    with the ramp-up factor r and the weights w. UnCL compares student and teacher at full resolution. FeCL is computed
-    on patches, here the cells of the feature grid of an encoder stage. The class of a patch is taken from the ground
-    truth in the labeled half of the batch and from the teacher's prediction in the unlabeled half.
+    with the ramp-up factor r and the weights w. UnCL compares student and teacher at full resolution. FeCL compares
+    patches. A patch is a cell of the feature grid of an encoder stage. Its class is taken from the ground truth for
+    labeled images and from the teacher's prediction for unlabeled images.
 
-    For regions, distance and entropy of a voxel in UnCL are means over regions. The class of a patch is the most
-    frequent combination of regions in its foreground (`patch_codes`): nested regions give as many classes as there are
-    regions, and patches are positives of each other only if all of their regions agree.
+    For regions, the distance and the entropy of a voxel in UnCL are means over regions. The class of a patch in FeCL is
+    the most frequent combination of regions in its foreground (`patch_codes`), so R nested regions give R foreground
+    classes. Two patches are positives of each other only if they have the same combination.
 
     Deviations from the paper and the released code (commit 69c1384):
 
     - the released code takes the patch classes of unlabeled images from their ground truth. Here unlabeled images have
       no ground truth;
-    - UnCL and FeCL are ramped up (`DyCONSettings.rampup`); in the release they have their full weight from the first
-      step. The third term of the release, a mean squared error with a weight of nearly 0, is omitted;
-    - the student's images can be mixed, and the teacher's output is then mixed in the same way (`mixing`);
-    - the teacher sees the weak view in eval mode; the release adds noise to its input and keeps its dropout active;
-    - the class of a patch depends on its foreground fraction, and patches of an intermediate fraction are ignored; the
+    - UnCL and FeCL are ramped up (`DyCONSettings.rampup`). In the release they have their full weight from the first
+      step;
+    - the third term of the release, a mean squared error with a weight of nearly 0, is omitted;
+    - boxes of the student's images can be exchanged (`DyCONSettings.mixing`). The teacher's output is then mixed in the
+      same way;
+    - the teacher is in eval mode, and its input is the weak view. The release adds noise to the teacher's input and
+      keeps its dropout active;
+    - the class of a patch depends on its foreground fraction. Patches with an intermediate fraction are ignored. The
       release uses the central 2×2×2 voxels of each cell;
     - the entropy of an anchor patch in FeCL is the entropy of the student's softmax, averaged over the voxels of the
-      patch. The paper's "gambling softmax" is equal to a softmax;
+      patch. The paper's "gambling softmax" is identical to the softmax;
     - neither paper nor code supports regions.
 
     Args:
         network: the student's network.
         supervision: the losses between logits and labels, and the label space.
         settings: see `DyCONSettings`.
-        stage: the encoder stage whose features FeCL uses; not needed without FeCL.
+        stage: the encoder stage whose features FeCL uses; not needed if the weight of FeCL is 0.
     """
 
     teacher: EMATeacher

@@ -14,11 +14,11 @@ class DyCONCoTraining(CoTraining):
     r"""DyCON (arXiv:2504.04566) with co-training: a second student, the peer, replaces the EMA teacher.
 
     .. math::
-        L = \sum_s L_{sup}(s) + r(t) \left[ w_u L_{UnCL}(s, \bar{s}) + w_f L_{FeCL}(s, \bar{s}) \right]
+        L = \sum_s \left[ L_{sup}(s) + r(t) \left( w_u L_{UnCL}(s, \bar{s}) + w_f L_{FeCL}(s, \bar{s}) \right) \right]
 
-    with both students s and the other student (peer) :math:`\bar{s}`. The class of a patch is taken from the ground
-    truth in the labeled half of the batch and from the peer's prediction in the unlabeled half. The hard negatives in
-    FeCL are embeddings of the peer.
+    The sum is over both students s. :math:`\bar{s}` is the other student, the peer of s. r is the ramp-up factor, and w
+    are the weights. The class of a patch in FeCL is taken from the ground truth for labeled images and from the peer's
+    prediction for unlabeled images. The hard negatives are embeddings of the peer.
 
     Deviations from the paper, which describes this framework only briefly and releases no code for it:
 
@@ -31,7 +31,7 @@ class DyCONCoTraining(CoTraining):
         supervision: the losses between logits and labels, and the label space.
         settings: see `DyCONTerms`.
         second: the second network.
-        stage: the encoder stage of both networks whose features FeCL uses; not needed without FeCL.
+        stage: the encoder stage of both networks whose features FeCL uses; not needed if the weight of FeCL is 0.
     """
 
     head: ProjectionHead | None

@@ -29,15 +29,16 @@ class MeanTeacherSettings:
 
 
 class MeanTeacher(Method):
-    r"""Mean Teacher, the baseline for semi-supervised methods.
+    r"""Mean Teacher (Tarvainen and Valpola, arXiv:1703.01780), the baseline for semi-supervised methods.
 
     .. math:: L = L_{sup}(\text{labeled}) + r(t)\, w\, L_{MSE}(p^s, p^t)(\text{unlabeled})
 
-    with the softmax outputs p of student (s) and teacher (t), the ramp-up factor r and the weight w. Tarvainen and
-    Valpola, arXiv:1703.01780. The student sees the strong view, the teacher the weak view.
+    with the softmax outputs p of student (s) and teacher (t), the ramp-up factor r and the weight w. The student's
+    input is the strong view of each image, the teacher's input the weak view.
 
-    Deviations from the paper: the views differ in nnU-Net's intensity augmentation instead of independent noise. Both
-    have the same spatial augmentation, so their voxels correspond.
+    Deviation from the paper: the strong view differs from the weak view by nnU-Net's intensity augmentation. In the
+    paper, the inputs of student and teacher differ by independent noise. Both views have the same spatial augmentation,
+    so their voxels correspond.
     """
 
     teacher: EMATeacher

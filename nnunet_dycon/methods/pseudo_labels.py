@@ -19,9 +19,10 @@ class PseudoLabelSettings:
     Attributes:
         weight: the weight of the loss on pseudo-labels after the ramp-up.
         rampup: the length of the ramp-up as a fraction of the training.
-        ema_decay: the decay of the EMA teacher; with 0 the teacher equals the student after its latest update.
+        ema_decay: the decay of the EMA teacher; with 0, the teacher is a copy of the student after each update.
         confidence: the confidence threshold: voxels whose pseudo-label has a lower probability are excluded.
-        mixing: the mixing of the student's images, see `nnunet_dycon.components.mixing.mixture`.
+        mixing: how boxes of the student's images are exchanged: "none", "cutmix" or "copy_paste", see
+            `nnunet_dycon.components.mixing.mixture`.
         box_fraction: the length of a pasted box as a fraction of each axis.
     """
 
@@ -41,10 +42,11 @@ class PseudoLabels(Method):
 
     .. math:: L = L_{sup}(\text{ground truth}) + r(t)\, w\, \bar{\omega}\, L_{\omega}(\text{pseudo-labels})
 
-    with nnU-Net's loss L, the ramp-up factor r and the weight w. The weight ω of a voxel is 0 if the probability of its
-    pseudo-label is below the confidence threshold, else 1. Its mean :math:`\bar{\omega}` over the unlabeled voxels
-    lowers the loss if few pseudo-labels are confident. For regions, pseudo-label and ω are computed for each
-    region separately.
+    with the ramp-up factor r and the weight w. :math:`L_{sup}` is nnU-Net's loss, and :math:`L_{\omega}` the same loss
+    with a weight ω of each voxel. ω is 0 if the probability of the pseudo-label is below the confidence threshold, else
+    1. :math:`L_{\omega}` is normalised by the weights, so its scale does not depend on the number of confident voxels.
+    The factor :math:`\bar{\omega}`, the mean of ω over the unlabeled voxels, reduces the term if few pseudo-labels are
+    confident. For regions, pseudo-label and ω are computed for each region separately.
 
     Args:
         network: the student's network.

@@ -26,18 +26,22 @@ from nnunet_dycon.losses import (
 class UGPLSettings:
     """Settings of UGPL.
 
-    The defaults of mistake_weight, contrast_weight, confidence and kept_start are those of the released code; the other
-    defaults are ours.
+    The defaults of mistake_weight, contrast_weight, confidence and kept_start are those of the released code. We chose
+    the other defaults.
 
     Attributes:
-        mistake_weight: the weight of the squared error in the mistake region; 0 omits it.
-        cross_weight: the weight of rectified cross pseudo supervision; 0 omits it.
-        filtered_weight: the weight of entropy-filtered supervision; 0 omits it.
-        contrast_weight: the weight of the contrastive loss with prototypes; 0 omits it.
+        mistake_weight: the weight of the squared error in the mistake region, where the confident predictions of both
+            students differ (`mistake_region_loss`); 0 omits it.
+        cross_weight: the weight of uncertainty-rectified cross pseudo supervision (`rectified_cross_pseudo_loss`); 0
+            omits it.
+        filtered_weight: the weight of the cross-entropy with the pseudo-labels that the entropy filter keeps
+            (`entropy_filtered_loss`); 0 omits it.
+        contrast_weight: the weight of the contrastive loss between uncertain voxels and class prototypes
+            (`prototype_contrast_loss`); 0 omits it.
         confidence: the confidence threshold of the mistake region, a probability.
-        kept_start: the fraction of each class that the entropy filter keeps at the start of training.
-        kept_end: the fraction of each class that the entropy filter keeps at the end of training, with linear
-            interpolation in between.
+        kept_start: the fraction of the voxels of each class, those of lowest entropy, that the entropy filter keeps at
+            the start of training. The other voxels are called uncertain.
+        kept_end: the same fraction at the end of training, with linear interpolation in between.
         contrast_voxels: the number of uncertain voxels of each class that are sampled for the contrastive loss in a
             step.
         temperature: the temperature of the contrastive loss.
@@ -67,26 +71,31 @@ class UGPL(CoTraining):
     Uncertainty-Guided Pseudo-Labeling", Knowledge-Based Systems 2025, arXiv:2509.13084.
 
     .. math::
-        L = \sum_s L_{sup}(s) + w_m L_{mistake}(s)
-            + r(t) \left[ w_x L_{cross}(s) + w_f L_{filtered}(s) + w_c L_{contrast}(s) \right]
+        L = \sum_s \left[ L_{sup}(s) + w_m L_{mistake}(s)
+            + r(t) \left( w_x L_{cross}(s) + w_f L_{filtered}(s) + w_c L_{contrast}(s) \right) \right]
 
-    - mistake, on the labeled half: squared error where the confident predictions of both students differ;
-    - cross, on all images: cross-entropy with the peer's pseudo-labels, weighted by the KL divergence of both students;
-    - filtered, on the unlabeled half: cross-entropy with the joint pseudo-labels of lowest entropy in each class;
-    - contrast: contrastive loss between the voxels that the entropy filter excludes and the class prototypes, which are
-      means over the labeled voxels and the voxels that the filter keeps.
+    The sum is over both students s. r is the ramp-up factor, and w are the weights. The terms are:
+
+    - mistake, on labeled images: squared error where the confident predictions of both students differ;
+    - cross, on all images: cross-entropy with the pseudo-labels of the other student (the peer), with a lower weight
+      where the KL divergence of both students is large;
+    - filtered, on unlabeled images: cross-entropy with the joint pseudo-labels of both students. An entropy filter
+      keeps only the voxels of lowest entropy in each class;
+    - contrast, on unlabeled images: contrastive loss between the voxels that the filter excludes and the class
+      prototypes. A prototype is the mean feature of the labeled voxels and the kept voxels of a class.
 
     Deviations from the released code (AIPMLab/Semi-supervised-Segmentation; the paper's equations were not available to
     us in full), in addition to the deviations that the docstrings of the losses list:
 
     - all terms train both students. In the release, the contrastive loss trains only the student with the higher Dice
-      loss in a batch, and the divergence always trains the ResNet-34, regardless of which student is right;
-    - the networks are nnU-Net's plain and residual U-Nets from the plans instead of a V-Net and a ResNet-34;
-    - prototypes are computed from both halves, and the same number of uncertain voxels is drawn from each class; the
-      release draws 1 % of all voxels;
-    - the kept fraction increases from the release's 20 % to 80 %, and one ramp-up applies to all terms that use
-      pseudo-labels;
-    - the cosine consistency of the release is omitted, since the divergence has the same effect;
+      loss in a batch, and the cross term always trains the ResNet-34, regardless of which student is right;
+    - the networks are nnU-Net's plain and residual U-Net, with the architecture in the plans. The release uses a V-Net
+      and a ResNet-34;
+    - prototypes are computed from labeled and unlabeled images;
+    - the same number of uncertain voxels is sampled from each class. The release samples 1 % of all voxels;
+    - the fraction of voxels that the filter keeps increases from 20 %, the release's value, to 80 %;
+    - one ramp-up applies to all terms that use pseudo-labels;
+    - the cosine consistency of the release is omitted, since the KL divergence in the cross term has the same effect;
     - the release does not support regions. Here each region is filtered separately and has two prototypes, inside and
       outside; the contrastive loss is the mean over regions.
 
@@ -160,12 +169,15 @@ class UGPL(CoTraining):
     def _contrast(
         self, own: StudentOutput, everywhere: list[ClassMap], drawn: list[DrawnVoxels], half: int
     ) -> torch.Tensor:
-        """Return the contrastive loss of a student for uncertain voxels of the unlabeled images.
+        """Return the contrastive loss between a student's features at uncertain voxels and its class prototypes.
+
+        For regions, the loss is the mean over regions.
 
         Args:
             own: the student's output, labeled images first.
-            everywhere: maps of labels and pseudo-labels of all images, whose masks select the voxels for prototypes.
-            drawn: the sampled uncertain voxels of the unlabeled images, for each of these maps.
+            everywhere: one map for classes, or one per region. It contains the labels of the labeled images and the
+                pseudo-labels of the unlabeled images. Its mask selects the voxels that are averaged to prototypes.
+            drawn: for each of these maps, the sampled uncertain voxels of the unlabeled images.
             half: the number of labeled images.
         """
         losses = []

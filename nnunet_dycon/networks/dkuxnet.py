@@ -11,7 +11,7 @@ from nnunet_dycon.networks.uxnet import Architecture, UXEncoder
 
 
 class PixelDecoder(UNetResDecoder):
-    """nnU-Net's residual decoder without segmentation layers; returns the features of each stage, deepest first."""
+    """nnU-Net's residual decoder that returns the features of each stage, lowest resolution first, and no logits."""
 
     def __init__(self, encoder: UXEncoder, num_classes: int, deep_supervision: bool) -> None:
         super().__init__(encoder, num_classes, 1, deep_supervision)
@@ -29,8 +29,9 @@ class DKUXNet(nn.Module):
     """3D UX-Net with a k-means mask transformer: the network of DK-UXNet (Wu, Li and Zhang, arXiv:2311.12364).
 
     It consists of `UXEncoder`, nnU-Net's residual decoder, and `KMaXDecoder` on the features of the residual decoder.
-    Forward returns only the logits. To read the query distribution, register a `FeatureTap` (a forward hook) on the
-    module ``kmax``; the output of ``kmax`` is a `KMaXOutput`.
+    Forward returns only the logits. The module ``kmax`` also returns the query distribution: for each voxel a
+    distribution over the groups of queries, one group per class. To read it, register a `FeatureTap` (a forward hook)
+    on ``kmax``, whose output is a `KMaXOutput`.
 
     Deviations from the released code: see `UXNet` and `KMaXDecoder`.
 
@@ -38,7 +39,7 @@ class DKUXNet(nn.Module):
         input_channels: the number of channels of the images.
         num_classes: the number of output channels: classes including background, or regions.
         deep_supervision: see `UXNet`.
-        queries: the number of queries, at least one for each class.
+        queries: the number of queries (learned cluster centers), at least one for each class.
         **architecture: see `Architecture`.
 
     Raises:

@@ -28,8 +28,8 @@ class KMaXOutput(NamedTuple):
 
     Attributes:
         logits: the segmentation logits.
-        queries: the logarithm of the query distribution of each voxel: a softmax over all queries, summed over the
-            group of queries that belongs to each class.
+        queries: for each voxel the log-probabilities of the K groups of queries, one group per class. A softmax of the
+            voxel's similarity to all queries yields the queries' probabilities, which are summed over each group.
     """
 
     logits: list[torch.Tensor]
@@ -55,16 +55,16 @@ def group_sizes(queries: int, groups: int) -> list[int]:
 
 
 def merged(log_responses: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
-    r"""Sum the responses (softmax over all queries) within each group of queries; input and output are logarithms.
+    r"""Return the log-probabilities of groups of queries, computed from those of the individual queries.
 
     .. math:: \ln q_{gi} = \ln \sum_{n \in g} r_{ni}
 
     Args:
-        log_responses: (B, N, V) ln r, for each of V voxels a distribution over the N queries.
-        sizes: the numbers of queries of the G groups.
+        log_responses: (B, N, V), ln r: for each of V voxels the log-probabilities of the N queries.
+        sizes: the number of queries in each of the G groups. A group consists of consecutive queries.
 
     Returns:
-        (B, G, V) ln q, for each voxel a distribution over the groups.
+        (B, G, V), ln q: for each voxel the log-probabilities of the groups.
     """
     return torch.stack([group.logsumexp(1) for group in log_responses.split(list(sizes), 1)], 1)
 
@@ -88,9 +88,14 @@ def cluster_means(values: torch.Tensor, assignment: torch.Tensor, clusters: int)
 
 
 class CenterUpdate(nn.Module):
-    """Update of the queries: one step of k-means, followed by self-attention among the queries.
+    """Update of the queries: one step of k-means, followed by a transformer encoder layer on the queries.
 
-    The step of k-means adds to each query the mean of its assigned voxels, after layer norm and a linear layer.
+    The step of k-means computes the mean feature vector of the voxels assigned to each query. Layer norm and a linear
+    layer project this mean to the width of the queries. The result is added to the query.
+
+    Args:
+        width: D, the number of channels of the queries.
+        channels: C, the number of channels of the voxel features.
     """
 
     def __init__(self, width: int, channels: int) -> None:
@@ -114,14 +119,15 @@ class CenterUpdate(nn.Module):
 
 
 class KMaXLevel(nn.Module):
-    """One resolution of the decoder: embeds the voxels, updates the queries, and projects them to kernels.
+    """Layers of `KMaXDecoder` for one resolution: the embedding of the voxels, and the updates of the queries.
 
-    The kernel of a query is compared with the embedding of a voxel, so it has the same number of channels.
+    The similarity between a voxel and a query is the dot product of two vectors of C channels: the embedding of the
+    voxel, and the kernel of the query. The kernel is a projection of the query.
 
     Args:
         architecture: the architecture in the plans.
         stage: the index of the stage in the plans.
-        width: the width D of the queries.
+        width: D, the number of channels of the queries.
         updates: the number of updates of the queries.
     """
 
@@ -139,15 +145,15 @@ class KMaXLevel(nn.Module):
         self.updates = nn.ModuleList(CenterUpdate(width, channels) for _ in range(updates))
 
     def forward(self, pixels: torch.Tensor, centers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Embed the voxels, and update and project the queries.
+        """Return the embeddings of the voxels, and the updated queries with their kernels.
 
         Args:
             pixels: (B, C, *spatial), features of V voxels.
             centers: (B, N, D), queries.
 
         Returns:
-            The L2-normalised embeddings of the voxels (B, C, V); the kernels (B, N, C), which are the updated queries
-            projected to C channels; and the updated queries (B, N, D).
+            The L2-normalised embeddings (B, C, V), the kernels of the updated queries (B, N, C), and the updated
+            queries (B, N, D).
         """
         embedded = normalize(self.embedding(pixels), dim=1).flatten(2)
         if self.values is not None:
@@ -160,10 +166,12 @@ class KMaXLevel(nn.Module):
 @torch.no_grad()
 @torch.compiler.disable  # the compiler would unroll the loop
 def assign(embedded: torch.Tensor, kernels: torch.Tensor) -> torch.Tensor:
-    """Return the index of the query that is most similar to each voxel, (B, V), without gradient.
+    """Return for each voxel the index of the most similar query, (B, V), without gradient.
+
+    The similarity is the dot product of a voxel's embedding and a query's kernel.
 
     Args:
-        embedded: (B, C, V), the embedded voxels.
+        embedded: (B, C, V), the embeddings of the voxels.
         kernels: (B, N, C), the kernels of the queries, see `KMaXLevel`.
     """
     kernels = kernels.float()
@@ -175,22 +183,22 @@ def assign(embedded: torch.Tensor, kernels: torch.Tensor) -> torch.Tensor:
 def respond(
     embedded: torch.Tensor, kernels: torch.Tensor, classes: torch.Tensor, sizes: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    r"""Compute the segmentation logits and the query distribution of each voxel.
+    r"""Return the segmentation logits of each voxel, and the log-probabilities of the groups of queries.
 
-    .. math:: r_{ni} = \mathrm{softmax}_n(k_n \cdot z_i), \qquad l_{ki} = \sum_n c_{nk} r_{ni}, \qquad
+    .. math:: r_{ni} = \mathrm{softmax}_n(k_n \cdot z_i), \qquad l_{ji} = \sum_n c_{nj} r_{ni}, \qquad
         \ln q_{gi} = \ln \sum_{n \in g} r_{ni}
 
-    for voxel i, with the query n, the class k and the group of queries g. The responses r, (B, N, V), which are a
-    softmax over all queries, are never stored as a whole: they are computed in blocks, and recomputed for backward.
+    Here n is a query, i a voxel, j a class, and g a group of queries. The probabilities r, (B, N, V), are computed in
+    blocks of voxels to save memory. The backward pass computes them again.
 
     Args:
-        embedded: (B, C, V), the embedded voxels z.
-        kernels: (B, N, C), the kernels k of the queries.
+        embedded: (B, C, V), the embeddings z of the voxels.
+        kernels: (B, N, C), the kernels k of the queries, see `KMaXLevel`.
         classes: (B, N, K), the class logits c of the queries.
-        sizes: the numbers of queries of the G groups g.
+        sizes: the number of queries in each of the G groups. A group consists of consecutive queries.
 
     Returns:
-        The segmentation logits l, (B, K, V), and the log query distribution ln q, (B, G, V), both in float32.
+        The segmentation logits l, (B, K, V), and the log-probabilities ln q, (B, G, V), both in float32.
     """
     return _Respond.apply(embedded, kernels.float(), classes.float(), sizes)
 
@@ -213,14 +221,14 @@ class _Respond(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, of_logits, of_queries):
-        r"""Compute the gradients of embedded voxels, kernels and class logits.
+        r"""Return the gradients of the loss L with respect to ``embedded``, ``kernels`` and ``classes``.
 
-        The symbols c, k, l, q, r and z are those of `respond`, without the index i of the voxel. The incoming gradients
-        are :math:`u_k = \partial L / \partial l_k` and :math:`w_g = \partial L / \partial \ln q_g`, and g(n) is the
-        group that contains query n. The gradient with respect to the similarity :math:`s_n = k_n \cdot z` is
+        The symbols are those of `respond`, without the index i of the voxel. The incoming gradients are
+        :math:`u_j = \partial L / \partial l_j` and :math:`w_g = \partial L / \partial \ln q_g`, and g(n) is the group
+        that contains query n. The gradient with respect to the similarity :math:`s_n = k_n \cdot z` is
 
         .. math:: \frac{\partial L}{\partial s_n} = r_n \left(a_n - \sum_m r_m a_m - \sum_g w_g\right)
-            + \frac{r_n}{q_{g(n)}} w_{g(n)}, \qquad a_n = \sum_k c_{nk} u_k
+            + \frac{r_n}{q_{g(n)}} w_{g(n)}, \qquad a_n = \sum_j c_{nj} u_j
         """
         embedded, kernels, classes = ctx.saved_tensors
         of_kernels, of_classes = torch.zeros_like(kernels), torch.zeros_like(classes)
@@ -249,28 +257,30 @@ def _blocks(volume: torch.Tensor, kernels: torch.Tensor) -> Iterator[torch.Tenso
 class KMaXDecoder(nn.Module):
     """Transformer decoder of kMaX-DeepLab (Yu et al., ECCV 2022, arXiv:2207.04044) on the features of a U-Net decoder.
 
-    N learned queries are processed from the lowest resolution to the highest. At each resolution except the highest
-    they are updated twice: each voxel is assigned to the query most similar to it (argmax, the hard assignment of
-    k-means, without a gradient), and the mean of the assigned voxels is added to each query. A head predicts logits of
-    the K classes for each query. The segmentation logits of a voxel are the mean of the queries' class logits, weighted
-    with a softmax over all queries of the similarity between query and voxel. The queries form K groups, one per class.
-    The query distribution of a voxel is this softmax, summed over the queries of each group.
+    N queries, which are learned vectors, are updated from the lowest resolution to the highest. At each resolution
+    except the highest there are ``updates`` updates. An update assigns each voxel to the most similar query, as in
+    k-means (argmax, without gradient). It then adds the mean of the assigned voxels to each query, and applies
+    self-attention among the queries.
+
+    A head predicts logits of the K classes for each query. The segmentation logits of a voxel are the weighted mean of
+    these class logits. The weights are a softmax over all queries of their similarity to the voxel. The queries form K
+    groups, one per class. The query distribution of a voxel is the sum of the weights in each group.
 
     Deviations from the released code of DK-UXNet (Rows21/DK-UXNet, e268484), which this network reproduces:
 
-    - one group for each class, of equal size up to 1, instead of 16, 4 and 108 of 128 queries for background, organ and
+    - groups of equal size (±1) for all classes, instead of 16, 4 and 108 of 128 queries for background, organ and
       tumor;
-    - segmentation and query distribution at every resolution, for deep supervision. The release computes them only at
-      the highest resolution, so the layers that assign voxels at lower resolutions are never trained. Here these layers
-      also compute the output, so deep supervision trains them; without deep supervision they are not trained, either;
-    - updates at all resolutions except the highest, as in the variant UXNET of the release; the variant DKUNET also
+    - segmentation logits and query distribution at every resolution, for deep supervision. The release computes them
+      only at the highest resolution. At lower resolutions, its embeddings and kernels only determine the assignment of
+      voxels, which has no gradient, so their layers are not trained. Without deep supervision, the same holds here;
+    - updates at all resolutions except the highest, as in the variant UXNET of the release. Its variant DKUNET also
       skips the second highest;
-    - layer norm for queries and the plans' norm for voxels instead of batch norm; the mean of the voxels is added to a
-      query instead of their sum, which would grow with the patch size;
-    - widths follow the plans: the embedding of voxels is as wide as their features, queries are as wide as the deepest
-      stage (256 in the release);
-    - one class head applied to each query (width → 64 → K) instead of one applied to the flattened vector of all
-      queries.
+    - layer norm for queries and the plans' norm for voxels, instead of batch norm;
+    - the mean of the assigned voxels is added to a query, instead of their sum, which would grow with the patch size;
+    - numbers of channels from the plans: embeddings have as many channels as the voxel features, and queries as many as
+      the deepest stage (256 in the release);
+    - a class head (two linear layers, 64 hidden units) applied to each query, instead of one applied to the flattened
+      vector of all queries.
 
     Args:
         architecture: the architecture in the plans, see `Architecture`.
@@ -297,9 +307,11 @@ class KMaXDecoder(nn.Module):
         self.seg_layers = nn.Linear(_HIDDEN, num_classes)
 
     def forward(self, pixels: Sequence[torch.Tensor], all_levels: bool = True) -> KMaXOutput:
-        """Decode features (B, C, *spatial) of each resolution, lowest first.
+        """Return the segmentation logits and the query distribution of each voxel.
 
-        The output contains all resolutions, or only the highest one if ``all_levels`` is False.
+        Args:
+            pixels: features (B, C, *spatial) of each resolution, lowest first. C differs between resolutions.
+            all_levels: whether to return the output for all resolutions, or only for the highest one.
         """
         output = KMaXOutput([], [])
         centers = self.centers.expand(len(pixels[0]), -1, -1)

@@ -52,7 +52,10 @@ class Architecture:
         )  # fmt: skip
 
     def depth_wise(self, stage: int, channels: int, size: int) -> nn.Module:
-        """Build a depth-wise convolution of kernel size ``size``, but 1 along axes where the plans' kernel has 1."""
+        """Build a depth-wise convolution with a kernel of ``size`` voxels along each axis.
+
+        Along axes where the stage's kernel size in the plans is 1, the kernel has 1 voxel.
+        """
         kernel = widened_kernel(self.kernel_sizes[stage], size)
         return self.conv_op(channels, channels, kernel, padding=same_padding(kernel), groups=channels)
 
@@ -79,11 +82,11 @@ class ChannelNorm(nn.LayerNorm):
 
 
 class UXBlock(nn.Module):
-    r"""Block like ConvNeXt's, in which all convolutions are depth-wise; only the layer norm mixes channels.
+    r"""ConvNeXt block whose pointwise convolutions are grouped; only the layer norm mixes channels.
 
     .. math:: y = x + \gamma \odot W_2\, \mathrm{GELU}(W_1\, \mathrm{LN}(D x))
 
-    with the layer norm LN and the depth-wise convolution D with 7 voxels along each axis. The grouped pointwise
+    LN is layer norm, and D is a depth-wise convolution with a kernel of 7 voxels along each axis. The grouped pointwise
     convolution W_1 computes 4 channels from each channel, and W_2 computes one channel from these 4 ("depth-wise
     convolution scaling"). γ, one factor per channel, is initialised with 1e-6.
     """
@@ -108,11 +111,13 @@ class UXBlock(nn.Module):
 class UXEncoder(nn.Module):
     """Encoder of 3D UX-Net; returns the skip connections of images (B, C, *spatial), highest resolution first.
 
-    Stage 0 is a residual block on the image, at full resolution. Every other stage consists of a downsampling
-    convolution, two UX blocks and a residual block. Stage 1 downsamples the image with a kernel of 7 voxels; each later
-    stage downsamples the UX blocks' output of the previous stage with a kernel as long as the stride. In each
-    stage, convolution and UX blocks have the number of channels of the previous stage in the plans, and the residual
-    block has the number of channels of the stage itself. The output of the residual block is the skip connection.
+    Stage 0 is a residual block on the image. Every other stage consists of a downsampling convolution, two UX blocks
+    and a residual block. The downsampling convolution of stage 1 is applied to the image and has a kernel of 7 voxels
+    along each axis. In later stages it is applied to the output of the previous stage's UX blocks, and its kernel size
+    equals its stride. The output of each residual block is the skip connection of the stage.
+
+    The residual block of stage s has ``features_per_stage[s]`` output channels. The downsampling convolution and the UX
+    blocks of stage s have ``features_per_stage[s - 1]`` output channels.
 
     The attributes have the names that nnU-Net's decoders require of an encoder. ``stages`` contains the residual
     blocks, whose outputs are the skip connections.

@@ -1,4 +1,7 @@
-"""Atomic writing: files and folders are written under a temporary name and then renamed. Also checks of files."""
+"""Atomic writing of files and folders, reading of text files, and checks of files.
+
+Files and folders are written under a temporary name and then renamed.
+"""
 
 import codecs
 import gzip
@@ -136,7 +139,7 @@ def read_text(file: Path) -> str:
 
 
 def require_writable(folder: Path) -> None:
-    """Raise UserError if no file can be created in a folder, which is tested with a temporary file."""
+    """Raise UserError if a temporary file cannot be created in a folder."""
     try:
         with TemporaryFile(dir=folder):
             pass

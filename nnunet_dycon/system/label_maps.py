@@ -1,4 +1,4 @@
-"""Values of label maps."""
+"""Correction of label maps whose values are not exactly integers."""
 
 import numpy as np
 
@@ -6,7 +6,10 @@ _TOLERANCE = 1e-3
 
 
 def rounded(label_map: np.ndarray) -> np.ndarray:
-    """Return a label map in which values within 0.001 of an integer, as in rescaled files, are that integer."""
+    """Return a label map with values within 0.001 of an integer replaced by this integer; others are unchanged.
+
+    Such values occur in files that store values with a scale factor, such as scl_slope in NIfTI.
+    """
     if label_map.dtype.kind != "f":
         return label_map
     integers = np.rint(label_map)

@@ -26,15 +26,15 @@ _RESTART_VARIABLES = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
 class Lock:
     """A lock file that contains the host, process and job of its holder, and has a heartbeat.
 
-    The storage needs no support for locks. The file is created as a hard link, which fails if the file exists, also on
-    network storage. The heartbeat is the file's modification time, which a thread of the holder renews every minute.
-    Another process takes over the lock in the following cases, in which the holder has certainly or most probably
-    ended:
+    The storage needs no support for file locking. The file is created as a hard link, which fails if the file exists,
+    also on network storage. The heartbeat is the file's modification time, which a thread of the holder renews every
+    20 seconds. Another process takes over the lock in these cases, in which the holder has probably ended:
 
-    - both processes run in the same PID namespace of the same host, and the holder no longer exists;
-    - both belong to the same job, but not to the same host or container, since the scheduler has restarted the job;
-    - the heartbeat is older than 10 minutes. The age is the difference from the modification time of a new file in the
-      same folder, so that the clocks of the hosts need not agree.
+    - Both processes are in the same PID namespace of the same host, and the holder no longer exists.
+    - Both belong to the same job, on different hosts or in different containers, and the job was restarted: its restart
+      count differs, or no heartbeat arrives within 45 seconds.
+    - The heartbeat is older than 10 minutes, and the holder is not known to be running. The age is the difference from
+      the modification time of a new file in the same folder, so the clocks of the hosts need not agree.
 
     Args:
         file: the lock file; its folder must exist.
@@ -89,7 +89,10 @@ class Lock:
                 time.sleep(_POLL_SECONDS)
 
     def _is_silent(self) -> bool:
-        """Return whether no heartbeat arrives while two are due, so that the holder has ended."""
+        """Wait up to 45 seconds, in which two heartbeats are due, and return whether none arrives.
+
+        Return False if the lock file is removed in the meantime.
+        """
         try:
             last = self.file.stat().st_mtime_ns
             end = time.monotonic() + 2.25 * HEARTBEAT_SECONDS
@@ -154,10 +157,9 @@ class Lock:
         return True
 
     def _state(self) -> tuple[dict[str, Any] | None, str | None]:
-        """Return the content of the lock file, and the reason why another process may take over the lock.
+        """Return the content of the lock file, and the reason why this process may take over the lock.
 
-        The content is None if there is no lock file. The reason is None if the holder may be running, or if there is no
-        lock file.
+        Without a lock file, both are None. If the holder may be running, only the reason is None.
         """
         content, age = _read(self.file), self._age()
         return (None, None) if age is None else (content, _why_ended(content, age))
@@ -193,7 +195,7 @@ class Lock:
                 return None
 
     def _beat(self) -> None:
-        """Renew the heartbeat every minute, in a thread, until the lock is given up or taken over."""
+        """Renew the heartbeat every 20 seconds until the lock is released or taken over. Runs in its own thread."""
         stopped, token = self._stopped, self._owner["token"]
         while not stopped.wait(HEARTBEAT_SECONDS):
             try:
@@ -227,9 +229,9 @@ def _this_process() -> dict[str, Any]:
 
 
 def _process_table() -> str | None:
-    """Return an identifier of the PID namespace and of the host since its last boot; None if it cannot be read.
+    """Return the host's boot ID and the inode of this process's PID namespace as text; None if they cannot be read.
 
-    Two processes with equal identifiers see the same PIDs. Containers have their own PID namespace.
+    Two processes with equal results see the same PIDs. Containers have their own PID namespace.
     """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -239,9 +241,9 @@ def _process_table() -> str | None:
 
 
 def _start_of(pid: int) -> str | None:
-    """Return the start time of a process in ticks since boot; None if there is none, or if it cannot be seen.
+    """Return the start time of a process in ticks since boot; None if it has ended or is hidden in /proc.
 
-    A process with the same PID but another start time is another process. A zombie has ended.
+    A zombie has ended. A process with the same PID but another start time is another process.
     """
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -251,7 +253,11 @@ def _start_of(pid: int) -> str | None:
 
 
 def _is_running(lock: Mapping[str, Any]) -> bool | None:
-    """Return whether the process of a lock of this process table is running; None if it cannot be seen."""
+    """Return whether the holder of a lock is running; None if /proc hides it since it belongs to another user.
+
+    Args:
+        lock: content of the lock file of a process in the same PID namespace as this process.
+    """
     pid, started = lock.get("pid", 0), lock.get("started")
     if (found := _start_of(pid)) is not None:
         return found == started
@@ -265,12 +271,22 @@ def _is_running(lock: Mapping[str, Any]) -> bool | None:
 
 
 def _is_of_this_job(other: Mapping[str, Any], owner: Mapping[str, Any]) -> bool:
-    """Return whether a lock belongs to the job of this process but to another host or container."""
+    """Return whether two processes belong to the same job, but not to the same PID namespace of the same host.
+
+    Args:
+        other: content of the lock file of one process.
+        owner: content of the lock file of the other process.
+    """
     return other.get("job") is not None and other["job"] == owner["job"] and not _shares_processes(other, owner)
 
 
 def _shares_processes(other: Mapping[str, Any], owner: Mapping[str, Any]) -> bool:
-    """Return whether the processes of two locks see the same process table."""
+    """Return whether two processes are in the same PID namespace of the same host.
+
+    Args:
+        other: content of the lock file of one process.
+        owner: content of the lock file of the other process.
+    """
     return other.get("process_table") is not None and other["process_table"] == owner["process_table"]
 
 

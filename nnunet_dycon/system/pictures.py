@@ -102,7 +102,7 @@ def draw_paired_scores(panels: Sequence[Panel], xlabel: str, ylabel: str, file: 
 
 
 def class_color(value: int) -> str:
-    """Return the color of a label value, which must be at least 1, as "#rrggbb". Every 8 values, the colors repeat."""
+    """Return the color of a label value, which must be at least 1, as "#rrggbb". The colors repeat every 8 values."""
     return _CLASS_COLORS[(value - 1) % len(_CLASS_COLORS)]
 
 

@@ -43,7 +43,7 @@ _SAFE_GLOBALS: list[Any] = [
 
 
 class Damaged(UserError):
-    """A checkpoint that cannot be read."""
+    """Error for a checkpoint that cannot be read."""
 
 
 def read(filename: Path | str) -> Any:
@@ -58,14 +58,15 @@ def read(filename: Path | str) -> Any:
 
 
 def save_extended(filename: Path | str, save: Callable[[str], None], state: dict) -> None:
-    """Write nnU-Net's checkpoint with an additional state to a temporary file and rename it.
+    """Write nnU-Net's checkpoint with an additional state. An existing file is replaced atomically.
 
     When checkpoint_latest.pth is replaced, its old version is kept as checkpoint_previous.pth.
 
     Args:
         filename: file to write.
         save: nnUNetTrainer.save_checkpoint, bound to the trainer; writes nnU-Net's checkpoint to a given file.
-        state: the additional state, with the keys settings, method and curves.
+        state: the additional state: "settings", the settings of training and method; "method", the result of
+            `method_state`; "curves", name -> one value per epoch.
 
     Raises:
         UserError: the file cannot be written.
@@ -169,15 +170,22 @@ def _load(filename: Path | str) -> Any:
 
 
 def method_state(method: nn.Module) -> dict[str, dict]:
-    """Return name -> state dict of each child module of a method, without the wrappers of DDP and torch.compile."""
+    """Return the state dict of each child module of a semi-supervised method, such as the EMA teacher.
+
+    Args:
+        method: the `Method` of the training. Wrappers of DDP and torch.compile around its child modules are ignored.
+
+    Returns:
+        Name of the child module -> state dict.
+    """
     return {name: unwrap(child).state_dict() for name, child in method.named_children()}
 
 
 def load_method_state(method: nn.Module, state: dict[str, dict], filename: Path | str) -> None:
-    """Load the state dict of each child module of a method.
+    """Load the state dict of each child module of a semi-supervised method, such as the EMA teacher.
 
     Args:
-        method: method whose child modules, such as the EMA teacher, are changed in place.
+        method: the `Method` of the training, which is changed in place.
         state: a state returned by `method_state`.
         filename: name of the checkpoint, for the error message.
 
@@ -192,14 +200,23 @@ def load_method_state(method: nn.Module, state: dict[str, dict], filename: Path 
 
 @contextmanager
 def fitting(filename: Path | str) -> Iterator[None]:
-    """Within a context that loads a checkpoint, raise a UserError if the weights do not fit the trainer's networks."""
+    """Return a context in which errors due to weights that do not fit the networks are replaced by a UserError.
+
+    Args:
+        filename: the checkpoint that is loaded in the context, for the error message.
+
+    Raises:
+        UserError: the weights do not fit.
+    """
     unfit = (RuntimeError, KeyError, ValueError, TypeError)
     with explained(unfit, f"{filename} does not fit the networks; perhaps the plans have changed; {_REMEDY}"):
         yield
 
 
 def save_companions(folder: Path, companions: dict[str, tuple[str, nn.Module]]) -> None:
-    """Write one checkpoint for prediction per network other than the student, and remove checkpoint_previous.pth.
+    """Write the networks other than the student, such as the EMA teacher, as checkpoints for prediction.
+
+    Then remove checkpoint_previous.pth, which is required only while the training is not finished.
 
     Args:
         folder: folder of a fold whose training is finished.
@@ -217,13 +234,15 @@ def save_companions(folder: Path, companions: dict[str, tuple[str, nn.Module]]) 
 def save_for_prediction(
     filename: Path, source: Path, network_weights: dict[str, torch.Tensor], trainer_name: str
 ) -> None:
-    """Write a copy of a checkpoint with the weights of another network and without the state that only training needs.
+    """Write a checkpoint for prediction with the weights of a network other than the student.
+
+    The rest is copied from a checkpoint of the student, except the state that only training requires.
 
     Args:
         filename: file to write.
-        source: checkpoint of the same training to copy.
-        network_weights: state dict of the other network.
-        trainer_name: name of the trainer class that builds the other network for prediction.
+        source: checkpoint of the student in the same training.
+        network_weights: state dict of the network to write, such as the EMA teacher.
+        trainer_name: name of the trainer class that builds this network for prediction.
 
     Raises:
         UserError: the file cannot be written.

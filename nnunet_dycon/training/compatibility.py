@@ -92,7 +92,9 @@ def deep_supervision_off(trainer: nnUNetTrainer) -> Iterator[None]:
 
 
 def stage_nearest_to_stride_8(trainer: nnUNetTrainer) -> FeatureStage:
-    """Return the encoder stage of the trainer's network whose stride is nearest to 8.
+    """Return the encoder stage of the trainer's network whose total stride is nearest to 8.
+
+    The total stride is the factor by which the image is downsampled, see `nearest_stage`.
 
     Raises:
         NotSupported: the network has no encoder with stages.

@@ -16,7 +16,13 @@ from nnunet_dycon.system.pictures import class_color, draw_or_warn, in_default_s
 
 
 def draw_curves(folder: Path, curves: dict[str, list[float]], log: Callable[[str], None]) -> None:
-    """Write the plot of `draw_progress` to ssl_progress.png in a folder; a failure is logged as a warning."""
+    """Write a plot of all curves over the epochs to ssl_progress.png. If this fails, log a warning.
+
+    Args:
+        folder: folder of the plot.
+        curves: name -> one value per epoch.
+        log: function that logs the warning.
+    """
     draw_or_warn(folder / "ssl_progress.png", partial(draw_progress, curves), log)
 
 
@@ -88,7 +94,7 @@ class PseudoLabel:
         index: index of the slice along the first axis.
         foreground: fraction of the voxels of the whole case that are labeled as foreground.
         image: preprocessed image of the slice, (Y, X).
-        label: pseudo-label of the slice, (Y, X), one integer per voxel as returned by `LabelSpace.shown`.
+        label: pseudo-label of the slice, (Y, X): the number of a class or region for each voxel, 0 for background.
         entropy: per-voxel entropy of the slice in nats, (Y, X).
     """
 

@@ -1,4 +1,4 @@
-"""Preemption: on SIGTERM, which job schedulers send before they kill a training, a checkpoint is written."""
+"""Preemption: writing a checkpoint on SIGTERM, which job schedulers send before they kill a process."""
 
 import os
 import signal
@@ -23,8 +23,9 @@ class StopRequest:
     """A handler of SIGTERM that records the signal, so that the training can finish its step and write a checkpoint.
 
     Attributes:
-        can_wait: whether SIGTERM is only recorded. If False, as before the first step, the process ends at once.
-        is_made: whether SIGTERM has been recorded.
+        can_wait: whether the process continues after SIGTERM until its training step is finished. If False, SIGTERM
+            ends the process at once. Set to True when training starts.
+        is_made: whether SIGTERM was received and recorded.
     """
 
     def __init__(self) -> None:
@@ -38,8 +39,9 @@ class StopRequest:
         """Install the handler within a context, and restore the previous handler at its end.
 
         Args:
-            is_spawned: whether nnUNetv2_train -num_gpus has started this process. If so, the handler is not installed:
-                such a process receives SIGTERM if another rank has failed, and may wait for that rank in vain.
+            is_spawned: whether nnUNetv2_train -num_gpus has started this process. If so, the handler is not installed.
+                Such a process receives SIGTERM when another rank has failed. If it continued until the end of its step,
+                it might wait for the failed rank forever.
         """
         if not is_spawned:
             self.listen()
@@ -75,8 +77,8 @@ def save_and_exit(trainer: nnUNetTrainer, curves: dict[str, list[float]], steps_
 
     Args:
         trainer: trainer in the middle of an epoch.
-        curves: name -> one value per epoch.
-        steps_done: number of steps of the interrupted epoch.
+        curves: name -> one value per epoch; changed in place.
+        steps_done: number of finished steps of the interrupted epoch, for the log.
 
     Raises:
         SystemExit: always.
@@ -98,7 +100,7 @@ def save_and_exit(trainer: nnUNetTrainer, curves: dict[str, list[float]], steps_
 
 
 def end(trainer: nnUNetTrainer, message: str) -> NoReturn:
-    """Log a message and exit with the exit code of a process that was ended by SIGTERM.
+    """Log a message and exit with code 143, the exit code of a process that was ended by SIGTERM.
 
     Raises:
         SystemExit: always.

@@ -72,7 +72,8 @@ def check_cases(
         folder: folder of the labeled cases, nnUNet_preprocessed/DatasetXXX/<data_identifier>.
         fold: fold to train.
         unlabeled: the unlabeled cases.
-        lock: the locks of the training, of which the one of the unlabeled cases is taken once these are up to date.
+        lock: the locks of the training; the lock of the unlabeled cases is taken after they have been preprocessed.
+            None to take no lock.
 
     Raises:
         UserError: a case is missing, damaged or both labeled and unlabeled, a label is not in dataset.json, the fold
@@ -123,7 +124,7 @@ def check_settings(
 
 
 def describe_batch(trainer: nnUNetTrainer, cases: dict[str, list[str]]) -> str:
-    """Return a log line with the numbers of cases and patches, the expected memory, and how to reduce the memory.
+    """Return a log line with the numbers of cases and patches, the expected GPU memory, and how to reduce it.
 
     Args:
         trainer: an initialized semi-supervised trainer.

@@ -22,13 +22,13 @@ _CASES = 3
 
 
 def draw(trainer: nnUNetTrainer, method: Method, unlabeled: UnlabeledCases) -> None:
-    """Draw the page of the last epoch, unless the method makes no pseudo-labels or checkpoints are disabled.
+    """Write pseudo-labels of the epoch that has just ended to pseudo_labels_epoch_XXXX.png in the output folder.
 
-    The file is pseudo_labels_epoch_XXXX.png in the output folder. A failure is logged as a warning.
+    Write nothing if the method makes no pseudo-labels or if checkpoints are disabled. A failure is logged as a warning.
 
     Args:
         trainer: trainer after the end of an epoch.
-        method: method whose `label` predicts the pseudo-labels.
+        method: semi-supervised method whose `label` predicts the pseudo-labels.
         unlabeled: the preprocessed unlabeled cases.
     """
     if method.labeler is not None and not trainer.disable_checkpointing:
@@ -38,11 +38,11 @@ def draw(trainer: nnUNetTrainer, method: Method, unlabeled: UnlabeledCases) -> N
 
 
 def draw_page(trainer: nnUNetTrainer, method: Method, cases: UnlabeledDataset, epoch: int, file: Path) -> None:
-    """Predict a few complete unlabeled cases, the same ones in each epoch, and draw them.
+    """Write a figure with the pseudo-labels of at most 3 complete unlabeled cases, the same ones in each epoch.
 
     Args:
         trainer: trainer whose plans and dataset.json configure the prediction.
-        method: method whose `label` predicts the pseudo-labels.
+        method: semi-supervised method whose `label` predicts the pseudo-labels.
         cases: dataset of the unlabeled cases.
         epoch: number of the epoch, for the title.
         file: PNG file to write.
@@ -91,9 +91,14 @@ class _Labeler(nn.Module):
 
 
 def label_names(dataset_json: dict, labels: LabelManager) -> list[str]:
-    """Return the name of each value that `LabelSpace.shown` returns, in ascending order of the values.
+    """Return the names of the values 0, 1, 2, ... in the plotted pseudo-labels.
 
-    The first name is background, followed by the classes, or by the regions in the order of dataset.json.
+    The first name is background. Next are the classes in ascending order of their values or, for region-based training,
+    the regions in the order of dataset.json.
+
+    Args:
+        dataset_json: content of dataset.json.
+        labels: nnU-Net's label manager of the data set.
     """
     values = {name: np.ravel(value).tolist() for name, value in dataset_json["labels"].items()}  # 1 or [1]
     names = [name for name in values if name not in ("background", "ignore")]
@@ -102,7 +107,10 @@ def label_names(dataset_json: dict, labels: LabelManager) -> list[str]:
 
 @torch.inference_mode()
 def _predict(predictor: nnUNetPredictor, label_space: LabelSpace, cases: UnlabeledDataset, case: str) -> PseudoLabel:
-    """Predict a complete case; return its slice with most foreground, or its middle slice if nothing is foreground."""
+    """Predict a complete case and return one slice with its image, pseudo-label and entropy.
+
+    The slice is the one with most foreground, or the middle slice if the case has no foreground.
+    """
     image = torch.from_numpy(cases.load_image(case)[:])
     logits = predictor.predict_sliding_window_return_logits(image)
     label = label_space.shown(logits[None])[0]

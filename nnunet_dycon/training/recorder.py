@@ -17,12 +17,12 @@ Values = dict[str, float]
 
 @dataclass(frozen=True)
 class Epoch:
-    """The values of an epoch.
+    """Mean losses, diagnostics and durations of an epoch.
 
     Attributes:
         number: number of the epoch, counted from 0.
-        means: name -> mean of a value over steps and ranks.
-        seconds: part of a step, such as "backward" -> its mean duration per step in seconds.
+        means: name of a loss term or diagnostic -> its mean over steps and ranks.
+        seconds: part of a step, such as "backward" -> its mean duration per step on this rank, in seconds.
     """
 
     number: int
@@ -31,12 +31,12 @@ class Epoch:
 
     @property
     def values(self) -> Values:
-        """Name of the curve -> value, for all means and durations."""
+        """All means and durations: name of the curve -> value. Names of durations start with "seconds_"."""
         return self.means | {SECONDS + part: mean for part, mean in self.seconds.items()}
 
     @property
     def lines(self) -> list[str]:
-        """The lines of the epoch in the log: terms of the loss, diagnostics and durations."""
+        """Up to three log lines: the means of the loss terms, those of the diagnostics, and the durations."""
         terms = terms_of_loss(self.means)
         diagnostics = [name for name in self.means if name != "loss" and name not in terms]
         lines = [" ".join(f"{name} {self.means[name]:.4f}" for name in names) for names in (terms, diagnostics)]
@@ -74,11 +74,13 @@ class EpochRecorder:
         self._timer = StepTimer(device)
 
     def mark(self, part: str) -> None:
-        """End the part of a step with the name `part`; see `StepTimer.mark`."""
+        """End the current part of a step, which gets the name `part`, such as "backward", and start the next part."""
         self._timer.mark(part)
 
     def end(self, number: int, outputs: Sequence[Values]) -> Epoch:
-        """End an epoch, append its values to the curves and return them. All ranks must call it, to average over ranks.
+        """Return the means and durations of an epoch that has ended, and append them to the curves.
+
+        All ranks must call this method, since the means are averaged over the ranks.
 
         Args:
             number: number of the epoch, counted from 0.
@@ -145,7 +147,10 @@ class StepTimer:
         self._marks.append((part, self._now()))
 
     def totals(self) -> dict[str, float]:
-        """Wait for the GPU and return the duration of each part in seconds, summed over all steps."""
+        """Return the duration of each part of a training step in seconds, summed over all steps.
+
+        The host waits for the GPU.
+        """
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         totals: dict[str, float] = {}

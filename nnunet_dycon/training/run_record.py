@@ -1,4 +1,4 @@
-"""Record of a run in the folder of the fold: settings, cases, seed and versions."""
+"""Record of a training run: nnunet_dycon.json in the fold's output folder, with settings, cases, seed and versions."""
 
 import hashlib
 import json
@@ -14,18 +14,18 @@ _VERSIONS_OF = ("nnunetv2", "torch", "batchgeneratorsv2", "numpy")
 
 
 def record_file(folder: Path) -> Path:
-    """Return the path of the record in the folder of a fold."""
+    """Return the path of nnunet_dycon.json, the record of a training run, in the output folder of a fold."""
     return folder / "nnunet_dycon.json"
 
 
 def write_record(folder: Path, trainer: str, settings: dict[str, dict], cases: dict[str, list[str]]) -> None:
-    """Write the record of a run, nnunet_dycon.json, to the folder of a fold.
+    """Write nnunet_dycon.json, which records the trainer, settings, cases, seed and versions of a training run.
 
     Args:
-        folder: folder of the fold.
+        folder: output folder of the fold.
         trainer: name of the trainer.
-        settings: name of the group, such as "method_settings" -> dict of settings.
-        cases: role, such as "labeled" -> identifiers of the cases. A hash of all identifiers is written, too.
+        settings: name of a group of settings, such as "method_settings" -> dict of the settings in this group.
+        cases: role, such as "labeled" -> identifiers of the cases. The SHA-256 hash of this dict is written, too.
     """
     record = {
         "trainer": trainer,

@@ -1,4 +1,4 @@
-"""Settings of a training that do not depend on its method."""
+"""Training settings that all methods share: length, number of unlabeled patches and augmentation."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,10 @@ class TrainingLength:
     num_val_iterations_per_epoch: int = 50
 
     def apply_to(self, trainer: nnUNetTrainer) -> None:
-        """Set the equally named attributes of a trainer; call it after nnU-Net's __init__, which sets the defaults."""
+        """Set the attributes of nnU-Net's trainer that have the same names.
+
+        It must be called after nnU-Net's __init__, which sets these attributes to nnU-Net's defaults.
+        """
         trainer.num_epochs = self.num_epochs
         trainer.num_iterations_per_epoch = self.num_iterations_per_epoch
         trainer.num_val_iterations_per_epoch = self.num_val_iterations_per_epoch
@@ -22,13 +25,14 @@ class TrainingLength:
 
 @dataclass(frozen=True)
 class TrainingSettings(TrainingLength):
-    """Settings of a semi-supervised training: length, unlabeled batch and augmentation.
+    """Settings of a semi-supervised training: length, number of unlabeled patches and augmentation.
 
     Attributes:
-        unlabeled_batch_size: number of unlabeled patches per step and GPU; None for the number returned by
+        unlabeled_batch_size: number of unlabeled patches per step and GPU. None: the number of labeled patches, reduced
+            in proportion if there are fewer unlabeled than labeled cases; see
             `nnunet_dycon.components.defaults.unlabeled_patches`.
-        strong_intensity_augmentation: whether the strong view has additional intensity augmentation; see
-            `nnunet_dycon.data.views.stronger`.
+        strong_intensity_augmentation: whether the strongly augmented view of a patch has more intensity augmentation
+            than in nnU-Net; see `nnunet_dycon.data.views.stronger`.
     """
 
     unlabeled_batch_size: int | None = None

@@ -1,15 +1,14 @@
-"""The guarded training step: nnU-Net's backward pass and optimizer step, unless a loss or gradient is not finite.
+"""Guarded training step: as in nnU-Net, but the weights are updated only if loss and gradient norm are finite.
 
-A step without an update is called "skipped" if only the GradScaler has to lower its scale, as in nnU-Net. Otherwise it
-is called "lost":
+A step without an update is either skipped or lost, on all ranks alike:
 
-- A step is lost on all ranks if the loss is not finite on any rank.
-- Without a GradScaler, a step is lost if the gradient norm is not finite.
-- With a GradScaler, a step with a non-finite gradient norm is skipped, and the scaler lowers its scale. The step counts
-  as lost only if the scale is 1 or less, or if all gradients are finite and only their norm overflows.
-- A lost or skipped step changes neither weights nor optimizer. `GuardedStep.update` returns False, and the caller must
-  not update an EMA teacher.
-- Ten lost steps in a row raise UserError, which ends the training.
+- Skipped: gradients overflow in half precision, and the GradScaler lowers its scale, as in nnU-Net.
+- Lost: the loss is not finite on at least one rank.
+- Lost: gradients are not finite, and there is no GradScaler or its scale is already 1 or less.
+- Lost: all gradients are finite, but their norm overflows.
+
+Neither kind of step changes the weights or the state of the optimizer. `GuardedStep.update` then returns False, and the
+caller must not update an EMA teacher. Ten lost steps in a row raise UserError, which ends the training.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,7 +32,7 @@ Terms = dict[str, Any]  # tensors or numbers by name; "loss" is the one to minim
 
 
 class Cause(Enum):
-    """The cause of a lost step."""
+    """Cause of a lost step, which updates no weights; see the docstring of the module."""
 
     LOSS = "the loss was not finite"
     OVERFLOW = "gradients overflowed in half precision at a loss scale of 1 or less"
@@ -42,11 +41,11 @@ class Cause(Enum):
 
 @dataclass(frozen=True)
 class Gradients:
-    """The result of a backward pass, on the host.
+    """Loss and gradient norm of a backward pass, copied from the GPU to the CPU.
 
     Attributes:
-        values: the terms of the loss as numbers.
-        norm: norm of the gradients before clipping, equal on all ranks.
+        values: name of a loss term -> its value on this rank; "loss" is the minimized one.
+        norm: norm of all gradients together before clipping, equal on all ranks.
         loss_is_finite: whether the loss is finite on all ranks.
         stop: whether any rank requests the end of the training, because it received SIGTERM.
     """
@@ -65,13 +64,15 @@ def autocast(device: torch.device) -> AbstractContextManager:
 def optimize_with_network(
     method: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device, is_ddp: bool
 ) -> None:
-    """Add the trainable child modules of a method to the optimizer, and wrap them in DDP like the network.
+    """Add the trainable child modules of a method, such as a second network, to the optimizer.
+
+    In distributed training, they are also wrapped in DistributedDataParallel, as nnU-Net does with the network.
 
     Args:
-        method: method whose trainable child modules, such as a second network, are replaced by wrapped ones.
+        method: semi-supervised method, in which the wrapped child modules replace the original ones.
         optimizer: optimizer of the network.
         device: device of the child modules.
-        is_ddp: whether several ranks train together; without it, nothing is wrapped.
+        is_ddp: whether training is distributed.
     """
     for name, child in method.named_children():
         trainable = [parameter for parameter in child.parameters() if parameter.requires_grad]
@@ -84,11 +85,13 @@ def optimize_with_network(
 
 
 class GuardedStep:
-    """Backward pass, gradient clipping and optimizer step, with the rules for lost steps in the module's docstring.
+    """Backward pass, gradient clipping, and optimizer step unless loss or gradient norm is not finite.
+
+    The docstring of the module defines when a step without an update is "lost".
 
     Args:
-        log: called on rank 0 with a line for each lost step; other ranks print the line. If only other ranks had a
-            non-finite loss, a rank reports nothing.
+        log: called on rank 0 with a line for each lost step; other ranks print the line. If the cause is a non-finite
+            loss, ranks with a finite loss report nothing.
     """
 
     def __init__(self, log: Callable[[str], None]) -> None:
@@ -133,19 +136,19 @@ class GuardedStep:
         grad_scaler: torch.amp.GradScaler | None,
         cases: Sequence[str],
     ) -> bool:
-        """Update the parameters, unless the step is lost or skipped. The result is the same on all ranks.
+        """Update the parameters if loss and gradient norm are finite.
 
         Args:
             gradients: the result of `backward`.
             optimizer: optimizer of the parameters.
             grad_scaler: scaler for half precision; None without half precision.
-            cases: identifiers of the cases in the batch.
+            cases: identifiers of the cases in the batch, for the log.
 
         Returns:
-            Whether the parameters have been updated.
+            Whether the parameters have been updated. The value is the same on all ranks.
 
         Raises:
-            UserError: this is the tenth lost step in a row.
+            UserError: ten steps in a row are lost; see the docstring of the module.
         """
         is_finite = gradients.loss_is_finite and bool(np.isfinite(gradients.norm))
         if is_finite:
@@ -156,7 +159,13 @@ class GuardedStep:
         return is_finite
 
     def _lose(self, cause: Cause, loss: float, cases: Sequence[str]) -> None:
-        """Count a lost step, log it if this rank may have caused it, and raise UserError at the tenth in a row."""
+        """Count a lost step (see the docstring of the module) and log it.
+
+        It is not logged if its cause is a non-finite loss and the loss of this rank is finite.
+
+        Raises:
+            UserError: this is the tenth lost step in a row.
+        """
         is_suspicious = cause is not Cause.LOSS or not np.isfinite(loss)  # otherwise another rank has the bad loss
         self._lost.append((cause, set(cases) if is_suspicious else set()))
         if is_suspicious:
@@ -195,7 +204,10 @@ def _step(optimizer: torch.optim.Optimizer, grad_scaler: torch.amp.GradScaler | 
 
 
 def _skip(gradients: Gradients, grad_scaler: torch.amp.GradScaler | None) -> Cause | None:
-    """Update the scaler but no parameters; return the cause if the step is lost, or None if it is only skipped."""
+    """Return the cause if a step without an update is lost, or None if it is only skipped.
+
+    The GradScaler is updated. The docstring of the module defines "lost" and "skipped".
+    """
     if grad_scaler is None:
         return Cause.DIVERGENCE if gradients.loss_is_finite else Cause.LOSS
     scale = grad_scaler.get_scale()

@@ -9,7 +9,10 @@ from nnunet_dycon.methods import Supervision
 
 
 def make_supervision(trainer: nnUNetTrainer) -> Supervision:
-    """Return the supervised losses and the label space of a trainer; the losses use deep supervision if enabled."""
+    """Return the supervised losses of nnU-Net's trainer, and its label space (exclusive classes or regions).
+
+    The losses use deep supervision if the trainer does.
+    """
 
     def loss(logits: list[torch.Tensor], targets: Targets) -> torch.Tensor:
         return trainer.loss(logits if trainer.enable_deep_supervision else logits[0], targets)

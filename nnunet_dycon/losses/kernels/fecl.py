@@ -1,4 +1,4 @@
-"""FeCL in blocks of anchors: no N × N matrix is stored, and the forward pass also computes the gradient."""
+"""FeCL in blocks of anchors, without a matrix of all pairs of patches; the forward pass also computes the gradient."""
 
 from collections.abc import Iterator
 
@@ -11,9 +11,9 @@ _BLOCK_ENTRIES = {"cpu": 2**20, "cuda": 2**22}
 
 
 def blocks_of_anchors(embedding: torch.Tensor) -> Iterator[slice]:
-    """Yield slices of the N patches of an embedding (B, N, D): the anchors of each image to process together.
+    """Yield slices that divide the N patches of an embedding (B, N, D) into blocks of anchors.
 
-    The number of anchors in a slice depends on B and N, which limits the memory of their similarities to all patches.
+    The size R of a block depends on B and N, to limit the memory of its similarities to all patches, (B, R, N).
     """
     batch, patches, _ = embedding.shape
     entries = _BLOCK_ENTRIES.get(embedding.device.type, 2**20)
@@ -42,17 +42,19 @@ class FeCL(KeptGradient):
 
 
 class _Block:
-    """Pairs of R anchors of each image (the block) with all N patches of the image, as tensors (B, R, N).
+    """Loss and gradient of `fecl_loss` for a block of R anchors of each image.
+
+    The terms of the loss are tensors (B, R, N), for the pairs of an anchor and a patch of its image.
 
     Args:
-        block: the slice of the R anchors.
+        block: the slice of the R anchors among the N patches.
         student: (B, N, D), the student's L2-normalised embeddings.
         teacher: (B, N, D), the teacher's L2-normalised embeddings, or None.
         patch_labels: (B, N), the class of each patch.
         participates: (B, N), boolean, False for ignored patches.
         entropy_weight: (B, N), exp(H) with the entropy H of each patch.
-        temperature: τ.
-        gamma: γ.
+        temperature: the temperature τ.
+        gamma: the exponent γ of the focal weights.
         top_k: the number of hard negatives of each anchor.
     """
 
@@ -87,10 +89,11 @@ class _Block:
         self.log_ratio = self.similarity - self.denominator.log()
 
     def _find_hard_negatives(self, top_k: int) -> None:
-        """Compute the term h of `fecl_loss` and the values that its gradient requires.
+        """Compute the hard-negative term h of `fecl_loss`, and set the attributes that loss and gradient require.
 
-        ``hard`` is h times exp(-1/τ), (B, R, 1), like all exponentials of the block; ``hardest`` are the indices of the
-        hard negatives, and ``hard_parts`` their contributions to ``hard``, both (B, R, top_k).
+        - ``hard``, (B, R, 1): h exp(-1/τ). All exponentials of the block have this factor, which prevents overflows;
+        - ``hardest``, (B, R, top_k): the indices of the hard negatives of each anchor;
+        - ``hard_parts``, (B, R, top_k): the contribution of each hard negative to ``hard``.
         """
         similar = self.student[:, self.block] @ self.teacher.transpose(1, 2)
         similar.masked_fill_(~self.negative, -torch.inf)
@@ -106,10 +109,10 @@ class _Block:
         return -(self.share * per_pair.sum(-1, keepdim=True)).sum()
 
     def add_gradient(self, gradient: torch.Tensor) -> None:
-        r"""Add the gradient of `loss` with respect to all embeddings to ``gradient``, (B, N, D).
+        r"""Add the gradient of `loss` with respect to the student's embeddings in place to ``gradient``, (B, N, D).
 
-        The symbols are those of `fecl_loss`. In addition, :math:`d_i` is the denominator of the fraction, a dot is a
-        derivative with respect to the cosine c, and
+        The symbols are those of `fecl_loss`; L is the sum over the anchors of the block. In addition, :math:`d_i` is
+        the denominator of the fraction, :math:`\dot F` is the derivative of F with respect to the cosine c, and
         :math:`a_i = \frac{1}{|P(i)|\, d_i} \sum_{k \in P(i)} F^+_{ik}`. The derivatives are
 
         .. math::

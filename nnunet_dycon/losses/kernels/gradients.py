@@ -1,4 +1,4 @@
-"""Base class of autograd functions with hand-written gradients, and a check against second derivatives."""
+"""Base class of autograd functions with hand-written gradients, and a check that raises for second derivatives."""
 
 import torch
 

@@ -52,14 +52,20 @@ def _between_classes(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
 def _gradient_of_classes(student, teacher, beta, entropy_weight, scale) -> torch.Tensor:
     r"""Return the gradient of the loss with respect to the student's logits z of classes.
 
-    With the softmax outputs p of the student and q of the teacher, :math:`D = \lVert p - q \rVert^2` and
-    :math:`E = e^{\beta H(p)} + e^{\beta H(q)}`, the gradient of the summand of a voxel is
+    p and q are the softmax outputs of student and teacher, and η is the weight of the entropy term. With
+    :math:`D = \lVert p - q \rVert^2` and :math:`E = e^{\beta H(p)} + e^{\beta H(q)}`, the gradient of the loss of one
+    voxel is
 
     .. math::
         \frac{\partial L}{\partial z_c} = p_c \left(g_c - \sum_k p_k g_k\right), \qquad
         g_c = \frac{2 (p_c - q_c)}{E} - \beta \left(\eta - \frac{D e^{\beta H(p)}}{E^2}\right) \ln p_c
 
-    The result is multiplied with ``scale``, the incoming gradient divided by the number of voxels.
+    Args:
+        student: (B, C, voxels), the student's logits.
+        teacher: (B, C, voxels), the teacher's logits.
+        beta: β of `uncl_loss`.
+        entropy_weight: η of `uncl_loss`.
+        scale: factor of the result: the incoming gradient divided by the number of voxels.
     """
     log_p = torch.log_softmax(student, 1)
     p = log_p.exp()
@@ -87,14 +93,15 @@ def _between_regions(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
 def _gradient_of_regions(student, teacher, beta, entropy_weight, scale) -> torch.Tensor:
     r"""Return the gradient of the loss with respect to the student's logits z of regions.
 
-    With the sigmoid outputs p and q, D and E as in `_gradient_of_classes`, and the derivative
-    :math:`h'(z) = -p (1 - p) z` of the binary entropy, the gradient of the summand of a voxel is
+    p and q are the sigmoid outputs of student and teacher. E and η are those of `_gradient_of_classes`. With
+    :math:`D = \frac{2}{R} \sum_r (p_r - q_r)^2` and the derivative :math:`h'(z) = -p (1 - p) z` of the binary entropy,
+    the gradient of the loss of one voxel is
 
     .. math::
         \frac{\partial L}{\partial z_r} = \frac{p_r (1 - p_r)}{R} \left[ \frac{4 (p_r - q_r)}{E}
             - \beta \left(\eta - \frac{D e^{\beta H(p)}}{E^2}\right) z_r \right]
 
-    The result is multiplied with ``scale``, as in `_gradient_of_classes`.
+    The arguments are those of `_gradient_of_classes`, with R channels instead of C.
     """
     p, entropy = _of_regions(student)
     q, teacher_entropy = _of_regions(teacher)
@@ -106,9 +113,10 @@ def _gradient_of_regions(student, teacher, beta, entropy_weight, scale) -> torch
 
 
 def _blocks(*volumes: torch.Tensor) -> Iterator[list[torch.Tensor]]:
-    """Yield blocks (B, C, voxels) of volumes (B, C, *spatial), the first two upcast to at least float32.
+    """Yield lists with the same block of voxels, (B, C, voxels), of each volume (B, C, *spatial).
 
-    Further volumes are not converted, so that writing to their blocks changes the volumes.
+    The blocks of the first two volumes are upcast to at least float32. The other volumes must be contiguous: their
+    blocks are views, so values written to the blocks change the volumes.
     """
     first = volumes[0]
     flat = [volume.flatten(2) for volume in volumes]
