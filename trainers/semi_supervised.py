@@ -31,7 +31,7 @@ from nnunet_dycon.training.supervision import make_supervision
 
 
 class SemiSupervisedTrainer(nnUNetTrainer):
-    """nnU-Net's trainer with unlabeled cases (imagesUn). Subclasses define settings and, in build_method, the method."""
+    """nnU-Net's trainer with unlabeled cases. Subclasses define the settings and, in build_method, the method."""
 
     training_settings = TrainingSettings()
     method_settings: Any  # frozen dataclass with the settings of the method
