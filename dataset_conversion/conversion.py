@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 
 from nnunet_dycon.dataset_conversion.protocols import Protocol, published
-from nnunet_dycon.dataset_conversion.reading import unusable_below
+from nnunet_dycon.dataset_conversion.reading import check_source
 from nnunet_dycon.dataset_conversion.roles import (
     Assignment,
     Case,
@@ -104,7 +104,7 @@ def convert(
         raise UserError(f"the source folder {source} does not exist; name the download with -i")
     chosen = None if protocol is None else published(converter, protocol)
     plan_source: Callable[..., Plan] = import_module(f"nnunet_dycon.dataset_conversion.{converter}").plan
-    warnings = unusable_below(source)
+    warnings = check_source(source)
     try:
         plan = plan_source(source, protocol=chosen, **options)
         folder = new_dataset_folder(dataset_id, plan.data_set.name)

@@ -10,12 +10,14 @@ matches folders with one DICOM series each.
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+
+import SimpleITK as sitk
 
 from nnunet_dycon.dataset_conversion.conversion import Plan
 from nnunet_dycon.dataset_conversion.protocols import Protocol
-from nnunet_dycon.dataset_conversion.reading import entries_below, read_channels, read_mask
+from nnunet_dycon.dataset_conversion.reading import NamedMasks, entries_below, read_channels, read_mask
 from nnunet_dycon.dataset_conversion.roles import Case
 from nnunet_dycon.dataset_conversion.writer import DataSet
 from nnunet_dycon.errors import UsageError, UserError, counted
@@ -33,8 +35,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "a slash matches folders with one DICOM series each. nnU-Net normalizes a channel called CT as CT",
     )  # fmt: skip
     parser.add_argument(
-        "--masks", default=None, metavar="PATTERN",
-        help="pattern of the labels, such as 'masks/{case}_seg.nrrd'; a case without a label is unlabeled",
+        "--masks", action="append", default=None, metavar="[NAME=]PATTERN",
+        help="pattern of the labels, such as 'masks/{case}_seg.nrrd'; a case without a label is unlabeled. If each "
+        "label has a file of its own, give the option once per label, such as --masks liver='{case}/liver.nii.gz': "
+        "labels become 1, 2, ... in this order, and a file may be missing where a case lacks the label. A file that "
+        "matches --masks is not used as an image",
     )  # fmt: skip
     parser.add_argument(
         "--foreground", action="append", default=None, metavar="NAME=VALUES",
@@ -49,7 +54,7 @@ def plan(
     protocol: Protocol | None = None,
     name: str = "Own",
     channel: Sequence[str] | None = None,
-    masks: str | None = None,
+    masks: str | Sequence[str] | None = None,
     foreground: Sequence[str] | None = None,
 ) -> Plan:
     """List the cases that match the patterns without opening an image.
@@ -59,10 +64,11 @@ def plan(
         protocol: unused, there is no published split.
         name: name of the dataset.
         channel: NAME=PATTERN for each channel, in order.
-        masks: PATTERN of the label files; cases without a match are unlabeled.
-        foreground: NAME=VALUES for each label. VALUES are its values in the label files, separated by commas. In the
-            converted dataset, the labels have the values 1, 2, ... in the given order, and background has the value 0.
-            None: lesion=1.
+        masks: PATTERN of the label files; or NAME=PATTERN for each label, if each label has files of its own, whose
+            nonzero voxels are the label. Cases without a match are unlabeled.
+        foreground: NAME=VALUES for each label, only without NAME=PATTERN in `masks`. VALUES are its values in the label
+            files, separated by commas. In the converted dataset, the labels have the values 1, 2, ... in the given
+            order, and background has the value 0. None: lesion=1.
 
     Raises:
         UserError: files are missing or ambiguous.
@@ -75,18 +81,36 @@ def plan(
         raise UsageError("name each channel once, such as --channel CT='images/{case}.nii.gz'; see --help")
     # Ignore hidden files; macOS creates them next to others.
     entries = [entry for entry in entries_below(source) if not entry.name.startswith(".")]
-    found = {key: _matches(source, entries, pattern, f"--channel {key}") for key, pattern in patterns.items()}
-    labels = {} if masks is None else _matches(source, entries, masks, "--masks")
+    named_masks = _mask_patterns(masks)
+    labels = {key: _matches(source, entries, pattern, "--masks") for key, pattern in named_masks.items()}
+    # A mask that is used as an image would leak its label into the unlabeled images.
+    mask_files = {path for paths in labels.values() for path in paths.values()}
+    images = [entry for entry in entries if entry not in mask_files]
+    found = {
+        key: _matches(source, images, pattern, f"--channel {key}", excluded=mask_files)
+        for key, pattern in patterns.items()
+    }
     cases = _cases(found)
-    # A mask that is read as an image would leak a label into the unlabeled images.
-    for mask in set(labels.values()) & {path for images in cases.values() for path in images}:
-        raise UserError(
-            f"{mask} matches --masks and a --channel; change the patterns so that they match different files"
-        )
+    labeled = sorted(set().union(*labels.values()))
+    if labeled and not set(labeled) & cases.keys():
+        raise UserError(_no_common_case(labeled, sorted(cases)))
     warnings = []
-    if stray := sorted(labels.keys() - cases.keys()):
+    if stray := sorted(set(labeled) - cases.keys()):
         warnings.append(counted(stray, "label has no image and is not used", "labels have no image and are not used"))
+    for key, paths in labels.items():
+        if lacking := sorted((set(labeled) & cases.keys()) - paths.keys()):
+            one, many = (f"with labels {verb} no file of {key}, which is empty there" for verb in ("has", "have"))
+            warnings.append(counted(lacking, f"case {one}", f"cases {many}"))
+    files_of = {case: [(key, paths[case]) for key, paths in labels.items() if case in paths] for case in labeled}
     names, values = _label_values(foreground or ("lesion=1",))
+    read_label: Callable[..., sitk.Image] = read_mask
+    if labels and "" not in labels:
+        if foreground:
+            raise UsageError("--foreground names values of label files; omit it with --masks NAME=PATTERN")
+        names = {"background": 0, **{key: number for number, key in enumerate(labels, 1)}}
+        values = {number: number for number in range(len(names))}
+        numbered = ([(list(names).index(key), file) for key, file in files] for files in files_of.values())
+        read_label = NamedMasks({files[0][1]: files for files in numbered})
     data_set = DataSet(
         name=name,
         channel_names=tuple(patterns),
@@ -95,11 +119,47 @@ def plan(
         reference="",
         license="",
         read_images=read_channels,
-        read_label=read_mask,
+        read_label=read_label,
         settings={"channel": patterns, "masks": masks, "foreground": list(foreground or ("lesion=1",))},
     )
-    training = tuple(Case(key, images, labels.get(key)) for key, images in sorted(cases.items()))
-    return Plan(data_set, training, warnings=tuple(warnings))
+    training = []
+    for case, images_of_case in sorted(cases.items()):
+        files = tuple(file for _, file in files_of.get(case, ()))
+        training.append(Case(case, images_of_case, files[0] if files else None, files[1:]))
+    return Plan(data_set, tuple(training), warnings=tuple(warnings))
+
+
+def _mask_patterns(masks: str | Sequence[str] | None) -> dict[str, str]:
+    """Return label name -> pattern of its mask files; the name "" stands for files with all labels.
+
+    Raises:
+        UsageError: a label is named twice, or one of several patterns has no name.
+    """
+    given = [] if masks is None else [masks] if isinstance(masks, str) else list(masks)
+    named = [entry for entry in given if re.match(r"[^{}/*]+=", entry)]
+    if len(given) == 1 and not named:
+        return {"": given[0]}
+    if len(named) < len(given):
+        raise UsageError(f"--masks {next(entry for entry in given if entry not in named)}: give NAME=PATTERN for each")
+    patterns = dict(_named(entry, "--masks") for entry in named)
+    if len(patterns) < len(named) or patterns.keys() & {"background", "ignore"}:
+        raise UsageError('--masks: name each label once, and neither "background" nor "ignore"')
+    return patterns
+
+
+def _no_common_case(labeled: Sequence[str], cases: Sequence[str]) -> str:
+    """Return an error message for labels and images that have no case in common, with a hint if "_0000" is the cause.
+
+    Args:
+        labeled: names of the cases with labels.
+        cases: names of the cases with images.
+    """
+    hint = "change {case} in the patterns so that both match the same name"
+    if {re.sub(r"_\d{4}$", "", case) for case in cases} & set(labeled):
+        hint = "add the channel number to the pattern of the images, such as {case}_0000.nii.gz"
+    elif {re.sub(r"_\d{4}$", "", case) for case in labeled} & set(cases):
+        hint = "add the channel number to the pattern of the labels, such as {case}_0000.nii.gz"
+    return f"no label belongs to an image: images are of cases such as {cases[0]}, labels of {labeled[0]}; {hint}"
 
 
 def _named(entry: str, flag: str) -> tuple[str, str]:
@@ -109,7 +169,9 @@ def _named(entry: str, flag: str) -> tuple[str, str]:
     return key, value
 
 
-def _matches(source: Path, entries: Sequence[Path], pattern: str, flag: str) -> dict[str, Path]:
+def _matches(
+    source: Path, entries: Sequence[Path], pattern: str, flag: str, excluded: Collection[Path] = ()
+) -> dict[str, Path]:
     """Return case -> the file that matches a pattern, or the folder if the pattern ends in a slash.
 
     Args:
@@ -117,6 +179,7 @@ def _matches(source: Path, entries: Sequence[Path], pattern: str, flag: str) -> 
         entries: all files and folders below the source.
         pattern: pattern as described in the module's docstring.
         flag: command-line option of the pattern, for error messages.
+        excluded: entries that are left out because they match another option, for error messages.
 
     Raises:
         UserError: nothing matches, or several files match for a case.
@@ -138,6 +201,11 @@ def _matches(source: Path, entries: Sequence[Path], pattern: str, flag: str) -> 
             found[case] = entry
     if not found:
         kind = "folder" if pattern.endswith("/") else "file"
+        if any(expression.fullmatch(entry.relative_to(source).as_posix()) for entry in excluded):
+            raise UserError(
+                f"{flag}: every {kind} that matches {pattern} also matches --masks and is therefore not used as an "
+                "image; change the patterns so that they match different files"
+            )
         raise UserError(f"{flag}: no {kind} in {source} matches {pattern}; correct the pattern or -i")
     return found
 

@@ -3,12 +3,15 @@
 import locale
 import os
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import h5py
+import nibabel
 import numpy as np
 import SimpleITK as sitk
 
@@ -18,6 +21,7 @@ from nnunet_dycon.system.files import require_whole
 
 GEOMETRY_TOLERANCE = 1e-3  # in mm, and for cosines; headers store float32
 _CHECKED_ENDINGS = (".nrrd", ".nhdr", ".mha", ".mhd")  # SimpleITK raises an error if such a file is truncated
+_HEADER_BYTES = 2**16
 _Z_TOLERANCE = 0.01  # relative to the distance of DICOM slices
 _NUMBER, _POSITION, _ORIENTATION = "0020|0013", "0020|0032", "0020|0037"
 
@@ -46,19 +50,48 @@ def entries_below(folder: Path, onerror: Callable[[OSError], object] | None = No
     return sorted(entries)
 
 
-def unusable_below(folder: Path) -> list[str]:
-    """Return warnings about links to files that do not exist, and about folders that cannot be entered."""
+def check_source(folder: Path) -> list[str]:
+    """Check the links, permissions and detached headers in a source folder.
+
+    Returns:
+        Warnings about links to files that do not exist or that are outside of the folder, and about folders that cannot
+        be entered.
+
+    Raises:
+        UserError: a header (.nhdr or .mhd) names a file of voxels outside of the folder.
+    """
     denied: list[str] = []
     entries = entries_below(folder, lambda error: denied.append(str(error.filename)))
-    broken = [str(entry) for entry in entries if not os.path.exists(entry)]
-    warnings = []
-    if broken:
-        one, many = "link leads to a file that does not exist and is not used", "links lead to files that do not exist"
-        warnings.append(counted(sorted(broken), one, f"{many} and are not used"))
-    if denied:
-        one, many = "folder cannot be entered and is not used", "folders cannot be entered and are not used"
-        warnings.append(counted(sorted(denied), one, many))
-    return warnings
+    root = folder.resolve()
+    broken = [entry for entry in entries if not os.path.exists(entry)]
+    outside = [entry for entry in entries if entry.is_symlink() and not entry.resolve().is_relative_to(root)]
+    for header in (entry for entry in entries if entry.suffix.lower() in (".nhdr", ".mhd") and entry.is_file()):
+        for voxels in _files_of_voxels(header):
+            if not (header.parent / voxels).resolve().is_relative_to(root):
+                raise UserError(f"{header} names the file {voxels}, which is outside of {folder}; move it next to it")
+    found = (
+        (broken, "link leads to a file that does not exist and is not used",
+         "links lead to files that do not exist and are not used"),
+        ([entry for entry in outside if entry not in broken], f"link leads out of {folder}; its target is used",
+         f"links lead out of {folder}; their targets are used"),
+        (denied, "folder cannot be entered and is not used", "folders cannot be entered and are not used"),
+    )  # fmt: skip
+    return [counted(sorted(map(str, names)), one, many) for names, one, many in found if names]
+
+
+def _files_of_voxels(header: Path) -> list[str]:
+    """Return the files of voxels that a header in MetaImage (.mhd) or NRRD format (.nhdr) names."""
+    with header.open("rb") as content:
+        lines = [line.decode("latin-1").strip() for line in content.readlines(_HEADER_BYTES)]
+    key, separator = ("elementdatafile", "=") if header.suffix.lower() == ".mhd" else ("data file", ":")
+    for number, line in enumerate(lines):
+        name, _, value = line.partition(separator)
+        if name.strip().lower() in (key, key.replace(" ", "")):
+            value = value.strip()
+            if value.upper().startswith("LIST"):
+                return [entry for entry in lines[number + 1 :] if entry]
+            return [] if value.upper() == "LOCAL" else [value.split(" ")[0] if "%" in value else value]
+    return []
 
 
 def read_volume(path: Path, report: CaseReport | None = None) -> sitk.Image:
@@ -66,13 +99,15 @@ def read_volume(path: Path, report: CaseReport | None = None) -> sitk.Image:
 
     Args:
         path: the file or folder.
-        report: report of the case, for warnings about a DICOM series; None discards them.
+        report: report of the case, for warnings about a DICOM series or about axes that are not perpendicular; None
+            discards them.
 
     Raises:
         UserError: the image cannot be read, is not 3D, or has several values per voxel.
     """
     with reading_errors(path), _keeping_locale():
-        image = _read_series(path, report or CaseReport()) if path.is_dir() else _read_file(path)
+        report = report or CaseReport()
+        image = _read_series(path, report) if path.is_dir() else _read_file(path, report)
     if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
         raise UserError(f"{path}: expected a 3D volume with one value per voxel; convert it or leave the case out")
     return image
@@ -81,7 +116,7 @@ def read_volume(path: Path, report: CaseReport | None = None) -> sitk.Image:
 def read_3d_or_4d(path: Path) -> list[sitk.Image]:
     """Read the channels of a file: the 3D images along the fourth axis of a 4D image, or a single 3D image."""
     with reading_errors(path), _keeping_locale():
-        image = _read_file(path)
+        image = _read_file(path, CaseReport())
     if image.GetDimension() not in (3, 4) or image.GetNumberOfComponentsPerPixel() != 1:
         raise UserError(f"{path}: expected a 3D or 4D image with one value per voxel; repair it or leave the case out")
     if image.GetDimension() == 3:
@@ -92,6 +127,43 @@ def read_3d_or_4d(path: Path) -> list[sitk.Image]:
 def read_channels(paths: Sequence[Path], report: CaseReport) -> list[sitk.Image]:
     """Read the channels of a case, each from a file or DICOM series. Can be used as `writer.DataSet.read_images`."""
     return [read_volume(path, report) for path in paths]
+
+
+@dataclass(frozen=True)
+class NamedMasks:
+    """Reader of labels that are stored as one mask file each. Can be used as `writer.DataSet.read_label`.
+
+    Attributes:
+        files: first file of a case -> pairs of a value in the converted label map and the file whose nonzero voxels get
+            this value, in ascending order of the values.
+    """
+
+    files: Mapping[Path, Sequence[tuple[int, Path]]]
+
+    def __call__(self, path: Path, images: Sequence[sitk.Image], report: CaseReport) -> sitk.Image:
+        """Return the label map of a case; voxels in several masks get the highest value, with a warning in the report.
+
+        Args:
+            path: first file of the case.
+            images: unused.
+            report: report of the case.
+
+        Raises:
+            UserError: a file cannot be read, or the masks have different voxel grids.
+        """
+        first = read_volume(path)
+        labels = np.zeros(first.GetSize()[::-1], np.uint8)
+        for value, file in self.files[path]:
+            mask = read_volume(file)
+            if found := difference(first, mask):
+                raise UserError(f"{path} and {file} differ in {found}; repair the files or leave the case out")
+            inside = sitk.GetArrayViewFromImage(mask) != 0
+            if overlap := np.count_nonzero(labels[inside]):
+                report.warnings.append(f"{overlap} voxels of {file} are also in a mask before it; they get this label")
+            labels[inside] = value
+        image = sitk.GetImageFromArray(labels)
+        image.CopyInformation(first)
+        return image
 
 
 def read_mask(path: Path, images: Sequence[sitk.Image], report: CaseReport) -> sitk.Image:
@@ -114,7 +186,7 @@ def read_h5(path: Path, key: str, spacing: tuple[float, float, float], axes: str
     with reading_errors(path), h5py.File(path, "r") as file:
         data = file[key]
         if not (isinstance(data, h5py.Dataset) and data.ndim == 3 and data.size and data.dtype.kind in "biuf"):
-            raise UserError(f"{path}: expected a 3D volume in {key!r}; download it again or leave the case out")
+            raise UserError(f"{path}: expected a 3D volume in {key!r}; replace it or leave the case out")
         array = data[()].astype(_type_of_simpleitk(data.dtype), copy=False)
     image = sitk.GetImageFromArray(array.T if axes == "xyz" else array)  # SimpleITK's order is (z, y, x)
     image.SetSpacing(spacing)
@@ -199,7 +271,7 @@ def reading_errors(path: Path) -> Iterator[None]:
         reason = (
             lines[-1] if lines and isinstance(error, RuntimeError) else first_line(error)
         )  # SimpleITK prepends a trace
-        raise UserError(f"cannot read {path}: {reason}; download it again or leave the case out") from None
+        raise UserError(f"cannot read {path}: {reason}; replace it or leave the case out") from None
 
 
 @contextmanager
@@ -215,7 +287,7 @@ def _keeping_locale() -> Iterator[None]:
         locale.setlocale(locale.LC_ALL, before)
 
 
-def _read_file(path: Path) -> sitk.Image:
+def _read_file(path: Path, report: CaseReport) -> sitk.Image:
     if path.suffix.lower() in (".tif", ".tiff"):
         raise ValueError(
             "TIFF has no spacing in mm, and truncated files cannot be detected; convert it to NRRD or NIfTI"
@@ -226,7 +298,41 @@ def _read_file(path: Path) -> sitk.Image:
         from nnunet_dycon.data.image_checks import check_file  # imported here, since it imports torch
 
         check_file(path)  # SimpleITK fills truncated files and reads NaN as 0
-    return sitk.ReadImage(str(path))
+    try:
+        return sitk.ReadImage(str(path))
+    except RuntimeError as error:
+        if "orthonormal" not in str(error):
+            raise
+        return _read_sheared(path, report)
+
+
+def _read_sheared(path: Path, report: CaseReport) -> sitk.Image:
+    """Read a NIfTI file whose axes are not perpendicular, which SimpleITK cannot represent, with perpendicular axes.
+
+    The voxels are unchanged; nnU-Net uses only the spacing, which is unchanged, too. The directions become the nearest
+    perpendicular ones (polar decomposition), and the center of the image keeps its position.
+
+    Args:
+        path: the NIfTI file.
+        report: report of the case, to which a warning with the largest displacement of a voxel is added.
+    """
+    stored: Any = nibabel.load(path)
+    affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ stored.affine  # to the coordinates of ITK
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    u, _, v = np.linalg.svd(affine[:3, :3] / spacing)
+    direction = u @ v
+    image = sitk.GetImageFromArray(np.asanyarray(stored.dataobj).T)
+    center = (np.array(stored.shape[:3]) - 1) / 2
+    changed = direction * spacing - affine[:3, :3]
+    image.SetSpacing(spacing.tolist())
+    image.SetDirection(direction.ravel().tolist())
+    image.SetOrigin((affine[:3, 3] - changed @ center).tolist())
+    displaced = np.linalg.norm(abs(changed) @ center)
+    report.warnings.append(
+        f"the axes of {path} are not perpendicular; they are stored as perpendicular, which moves voxels by up to "
+        f"{displaced:.2g} mm"
+    )
+    return image
 
 
 def _read_series(folder: Path, report: CaseReport) -> sitk.Image:
@@ -241,12 +347,14 @@ def _read_series(folder: Path, report: CaseReport) -> sitk.Image:
     """
     series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
     if not series:
-        raise UserError(f"{folder} has no readable DICOM series; download it again or leave the case out")
+        raise UserError(f"{folder} has no readable DICOM series; replace it or leave the case out")
     if len(series) > 1:
         raise UserError(f"{folder}: expected one DICOM series, found {len(series)}; keep one of them")
     files = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series[0])
+    if len(files) == 1:  # all slices in one file
+        return sitk.ReadImage(files[0])
     if unread := sorted({str(file) for file in folder.glob("*.dcm")} - set(files)):
-        raise UserError(f"cannot read {unread[0]} as a slice of its series; download it again")
+        raise UserError(f"cannot read {unread[0]} as a slice of its series; replace or remove it")
     reader = sitk.ImageSeriesReader()
     reader.SetFileNames(_sorted_by_position(files))
     reader.MetaDataDictionaryArrayUpdateOn()
@@ -276,8 +384,8 @@ def _sorted_by_position(files: Sequence[str]) -> list[str]:
             raise UserError(f"the slices {names} have the same position in the patient; delete one")
         if abs(step - usual) > _Z_TOLERANCE * usual:
             raise UserError(
-                f"{names} are {step:g} mm apart, others {usual:g} mm: a slice is missing or displaced; download the "
-                "series again"
+                f"{names} are {step:g} mm apart, others {usual:g} mm: a slice is missing or displaced; replace "
+                "the series or leave the case out"
             )
     return files
 

@@ -32,12 +32,14 @@ class Case:
         identifier: name of the case.
         images: one path per channel; a path is a file or the folder of a DICOM series.
         label: file of the label; None if the case has no label.
+        other_labels: further files of the label, if each file contains one of the labels.
         facts: additional entries of the case in conversion_report.json, such as the tumor grade.
     """
 
     identifier: str
     images: tuple[Path, ...]
     label: Path | None = None
+    other_labels: tuple[Path, ...] = ()
     facts: Mapping[str, object] = field(default_factory=dict)
 
 

@@ -252,7 +252,7 @@ def _stamps(role: str, case: Case) -> list[list[object]]:
 
     The label file is included only for a role with labels, since labels of other roles are never read.
     """
-    label = (case.label,) if case.label is not None and FOLDERS[role][1] is not None else ()
+    label = (case.label, *case.other_labels) if case.label is not None and FOLDERS[role][1] is not None else ()
     files = [file for path in (*case.images, *label) for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
     return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 

@@ -3,6 +3,7 @@
 import gzip
 import locale
 
+import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -10,6 +11,7 @@ import SimpleITK as sitk
 from nnunet_dycon.dataset_conversion.folder import plan
 from nnunet_dycon.errors import UserError
 from tests.dataset_conversion.sources import (
+    SHAPE,
     array,
     convert,
     image,
@@ -189,11 +191,157 @@ def test_two_matching_files_raise(tmp_path):
         found(tmp_path, "*/{case}.mha")
 
 
-def test_files_matching_masks_and_channel_raise(tmp_path):
+def test_file_that_matches_masks_is_not_used_as_an_image(tmp_path):
     """Otherwise the mask of case a would be the image of an unlabeled case a_seg."""
-    touch(tmp_path, "a.mha", "a_seg.mha")
-    with pytest.raises(UserError, match=r"a_seg\.mha matches --masks and a --channel"):
-        found(tmp_path, "{case}.mha", masks="{case}_seg.mha")
+    touch(tmp_path, "a.mha", "a_seg.mha", "b.mha")
+    plan_of_suffixes = plan(tmp_path, channel=["CT={case}.mha"], masks="{case}_seg.mha")
+    images = {
+        case.identifier: (case.images[0].name, case.label and case.label.name) for case in plan_of_suffixes.training
+    }
+    assert images == {"a": ("a.mha", "a_seg.mha"), "b": ("b.mha", None)}
+    with pytest.raises(UserError, match=r"every file that matches {case}\.mha also matches --masks"):
+        found(tmp_path, "{case}.mha", masks="{case}.mha")
+
+
+@pytest.mark.parametrize(
+    ("channel", "masks", "hint"),
+    [
+        ("images/{case}.mha", "labels/{case}.mha", r"pattern of the images, such as \{case\}_0000"),
+        ("labels/{case}.mha", "images/{case}.mha", r"pattern of the labels, such as \{case\}_0000"),
+        ("images/{case}.mha", "other/{case}.mha", r"change \{case\} in the patterns"),
+    ],
+)
+def test_labels_of_other_names_are_an_error_with_a_hint(tmp_path, channel, masks, hint):
+    touch(tmp_path, "images/a_0000.mha", "labels/a.mha", "other/x.mha")
+    with pytest.raises(UserError, match=f"no label belongs to an image: .*{hint}"):
+        found(tmp_path, channel, masks=masks)
+
+
+def ball(center: int) -> np.ndarray:
+    mask = np.zeros(SHAPE[::-1], np.uint8)
+    mask[center : center + 3, 2:5, 2:5] = 255
+    return mask
+
+
+@pytest.fixture
+def organs(tmp_path):
+    """Write cases a, b and c with a mask file per organ; b has no spleen, c no labels."""
+    folder = tmp_path / "scans"
+    for number, case in enumerate("abc"):
+        write(folder / case / "ct.nii.gz", image(number))
+    for case, organ, center in (("a", "liver", 1), ("a", "spleen", 3), ("b", "liver", 2)):
+        write(folder / case / f"{organ}.nii.gz", with_grid_of(image(0), ball(center)))
+    return folder
+
+
+def with_grid_of(reference, voxels):
+    converted = sitk.GetImageFromArray(voxels)
+    converted.CopyInformation(reference)
+    return converted
+
+
+ORGANS = ("--channel", "CT={case}/ct.nii.gz", "--masks", "liver={case}/liver.nii.gz", "--masks")
+
+
+def test_each_label_can_have_its_own_mask_file(organs, target, capsys):
+    assert convert("folder", organs, *ORGANS, "spleen={case}/spleen.nii.gz") == 0
+    assert read_json(target, "dataset")["labels"] == {"background": 0, "liver": 1, "spleen": 2}
+    assert stems(target / "labelsTr") == ["a", "b"]
+    assert stems(target / "imagesUn") == ["c_0000"]
+    a, b = (sitk.GetArrayFromImage(sitk.ReadImage(str(target / "labelsTr" / f"{case}.nii.gz"))) for case in "ab")
+    expected = np.where(ball(3) > 0, 2, np.where(ball(1) > 0, 1, 0))
+    np.testing.assert_array_equal(a, expected)
+    np.testing.assert_array_equal(b, (ball(2) > 0).astype(int))
+    printed = capsys.readouterr().out
+    assert "warning: 1 case with labels has no file of spleen, which is empty there: b" in printed
+    overlap = np.count_nonzero((ball(1) > 0) & (ball(3) > 0))
+    assert f"warning: case a: {overlap} voxels of {organs}/a/spleen.nii.gz are also in a mask before it" in printed
+
+
+def test_case_is_converted_again_if_one_of_its_masks_has_changed(organs, target):
+    (organs / "b" / "ct.nii.gz").write_bytes(b"damaged")
+    assert convert("folder", organs, *ORGANS, "spleen={case}/spleen.nii.gz") == 1
+    write(organs / "b" / "ct.nii.gz", image(1))
+    write(organs / "a" / "spleen.nii.gz", with_grid_of(image(0), ball(2)))
+    assert convert("folder", organs, *ORGANS, "spleen={case}/spleen.nii.gz") == 0
+    written = sitk.GetArrayFromImage(sitk.ReadImage(str(target / "labelsTr" / "a.nii.gz")))
+    np.testing.assert_array_equal(written == 2, ball(2) > 0)
+
+
+@pytest.mark.parametrize(
+    ("masks", "message"),
+    [
+        (["{case}/liver.nii.gz", "spleen={case}/spleen.nii.gz"], "--masks {case}/liver.nii.gz: give NAME=PATTERN"),
+        (["a={case}/liver.nii.gz", "a={case}/spleen.nii.gz"], "--masks: name each label once"),
+        (["ignore={case}/liver.nii.gz", "a={case}/spleen.nii.gz"], "--masks: name each label once"),
+        (["a={case}/liver.nii.gz", "--foreground", "a=1"], "--foreground names values of label files; omit it"),
+    ],
+)
+def test_invalid_names_of_masks_raise(organs, raw, capsys, masks, message):
+    options = [text for entry in masks for text in (("--masks", entry) if "case" in entry else (entry,))]
+    assert convert("folder", organs, "--channel", "CT={case}/ct.nii.gz", *options) == 2
+    assert message in the_one_error(capsys)
+
+
+def test_header_that_names_a_file_outside_of_the_source_raises(tmp_path, raw, capsys):
+    for ending in (".mhd", ".nhdr"):
+        folder = tmp_path / ending
+        write(folder / "outside" / f"a{ending}", image(0))
+        (folder / "source").mkdir()
+        header = (folder / "outside" / f"a{ending}").read_text(encoding="latin-1")
+        voxels = next((folder / "outside").glob("a.*raw*")).name
+        (folder / "source" / f"a{ending}").write_text(header.replace(voxels, f"../outside/{voxels}"), "latin-1")
+        assert convert("folder", folder / "source", "--channel", f"CT={{case}}{ending}") == 1
+        assert f"names the file ../outside/{voxels}, which is outside of" in the_one_error(capsys)
+
+
+def test_links_out_of_the_source_are_reported(source, target, capsys):
+    outside = source.with_name("elsewhere.nrrd")
+    (source / "masks" / "a.nrrd").rename(outside)
+    (source / "masks" / "a.nrrd").symlink_to(outside)
+    assert convert("folder", source, *BOTH) == 0
+    assert (
+        f"warning: 1 link leads out of {source}; its target is used: {source}/masks/a.nrrd" in capsys.readouterr().out
+    )
+
+
+def test_sheared_nifti_gets_perpendicular_axes_with_a_warning(tmp_path, target, capsys):
+    affine = np.array([[1, 0, 0.03, 5], [0, 1, 0, -3], [0, 0, 2, 1], [0, 0, 0, 1.0]])
+    voxels = np.random.default_rng(0).normal(size=(6, 7, 8)).astype(np.float32)
+    for folder, content in (("images", voxels), ("masks", (voxels > 0).astype(np.uint8))):
+        stored = nibabel.Nifti1Image(content, affine)
+        stored.set_sform(affine, 1)
+        stored.set_qform(None, 0)
+        (tmp_path / "scans" / folder).mkdir(parents=True)
+        nibabel.save(stored, tmp_path / "scans" / folder / "a.nii.gz")
+    options = ("--channel", "CT=images/{case}.nii.gz", "--masks", "masks/{case}.nii.gz")
+    assert convert("folder", tmp_path / "scans", *options) == 0
+    written = sitk.ReadImage(str(target / "imagesTr" / "a_0000.nii.gz"))
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(written).T, voxels)
+    np.testing.assert_allclose(written.GetSpacing(), np.linalg.norm(affine[:3, :3], axis=0), rtol=1e-6)
+    center = (np.array(voxels.shape) - 1) / 2
+    expected = (affine @ [*center, 1])[:3] * (-1, -1, 1)  # to the coordinates of ITK
+    np.testing.assert_allclose(written.TransformContinuousIndexToPhysicalPoint(center.tolist()), expected, atol=1e-5)
+    assert "images/a.nii.gz are not perpendicular; they are stored as perpendicular" in capsys.readouterr().out
+
+
+def test_dicom_file_with_all_slices_is_converted(tmp_path, target):
+    volume = sitk.Cast(image(0), sitk.sitkUInt8)
+    volume.SetSpacing((1, 1, 2))
+    volume.SetDirection(np.eye(3).ravel())
+    (tmp_path / "scans" / "a" / "CT").mkdir(parents=True)
+    sitk.WriteImage(volume, str(tmp_path / "scans" / "a" / "CT" / "scan.dcm"))
+    stored = sitk.ReadImage(str(tmp_path / "scans" / "a/CT/scan.dcm"))
+    write(tmp_path / "scans" / "a/seg.nii.gz", with_grid_of(stored, label_voxels(stored)))
+    assert convert("folder", tmp_path / "scans", "--channel", "CT={case}/CT/", "--masks", "{case}/seg.nii.gz") == 0
+    written = sitk.ReadImage(str(target / "imagesTr" / "a_0000.nii.gz"))
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(written), sitk.GetArrayFromImage(stored))
+
+
+def label_voxels(like):
+    voxels = np.zeros(like.GetSize()[::-1], np.uint8)
+    voxels[1:3, 1:3, 1:3] = 1
+    return voxels
 
 
 def cut(path, by):
