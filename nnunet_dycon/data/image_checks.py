@@ -39,9 +39,21 @@ def check_file(file: Path) -> None:
         image: Any = _load_nifti(file)
     except ImageFileError:
         return  # reading it raises an error with the reason
+    spacing = _stored_spacing(file, image)
+    if not (np.isfinite(spacing).all() and min(spacing) > 0):
+        raise ValueError(f"the spacing in its header is {' x '.join(f'{length:g}' for length in spacing)}")
     voxels = np.asanyarray(image.dataobj.get_unscaled())
     if voxels.dtype.kind == "f" and not np.isfinite(voxels).all():
         raise ValueError("it has NaN or infinite voxels")
+
+
+def _stored_spacing(file: Path, image: Any) -> np.ndarray:
+    """Return the spacing in the header of a NIfTI file; nibabel and SimpleITK replace a spacing of 0 by 1 silently."""
+    header = image.header
+    if not file.name.lower().endswith(".img"):  # its header is in another file
+        with gzip.open(file) if is_compressed(file) else file.open("rb") as content:
+            header = type(header).from_fileobj(content, check=False)
+    return header["pixdim"][1 : 1 + min(3, image.ndim)]
 
 
 def _load_nifti(file: Path) -> Any:

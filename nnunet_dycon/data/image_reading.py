@@ -110,6 +110,13 @@ def unused_files(folder: Path, ending: str) -> list[Path]:
     return sorted(file for file in files if not file.name.startswith(".") and not file.name.endswith(used))
 
 
+def spacing_file(image: Path) -> Path | None:
+    """Return the path of the JSON file with the spacing of a TIFF image CASE_XXXX.tif; None for other formats."""
+    if image.suffix.lower() not in Tiff3DIO.supported_file_endings:
+        return None
+    return image.with_name(f"{image.stem.rpartition('_')[0]}.json")
+
+
 def _channels(files: Sequence[Path], dataset_json: dict) -> int | None:
     """Return the number of channels that nnU-Net's reader returns for a case, or None if it cannot read the files."""
     try:

@@ -21,9 +21,10 @@ from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_t
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunet_dycon.data.image_checks import check_file, check_image
-from nnunet_dycon.data.image_reading import image_files, image_files_by_case
+from nnunet_dycon.data.image_reading import image_files, image_files_by_case, spacing_file, unused_files
 from nnunet_dycon.data.labeled import check_fingerprint
-from nnunet_dycon.errors import UsageError, UserError, counted, explained
+from nnunet_dycon.data.plausibility import Appearance, compare_with_labeled, intensities_of, orientation_of
+from nnunet_dycon.errors import UsageError, UserError, counted, explained, some
 from nnunet_dycon.system.environment import nnunet_folder
 from nnunet_dycon.system.files import replacing, require_writable
 from nnunet_dycon.system.locks import Lock
@@ -34,7 +35,8 @@ _FAULTS_SHOWN = 10
 _MANIFEST = "manifest.json"
 _USED_BY, _REPLACED = ".used_by_", ".replaced"
 _CASE_FILES = (".b2nd", "_seg.b2nd", ".pkl")
-_RECORD = ".record.json"  # names and sizes of the images of a case; only in an unfinished folder
+# Names and sizes of the images of a case, and its `Appearance`; only in an unfinished folder.
+_RECORD = ".record.json"
 
 
 def preprocess_unlabeled(
@@ -280,6 +282,10 @@ class UnlabeledCases:
                     f" (and nnUNetv2_preprocess {self.arguments} if the plans were changed by hand)"
                 )
 
+    def remarks(self) -> list[str]:
+        """Return the warnings of the preprocessing about cases that differ from the labeled ones, from the manifest."""
+        return json.loads(self.manifest_file.read_text()).get("remarks", [])
+
     def identifiers(self) -> list[str]:
         """Return the identifiers of the preprocessed cases, from the manifest."""
         return sorted(json.loads(self.manifest_file.read_text())["files"])
@@ -335,8 +341,12 @@ class UnlabeledCases:
                 f"{len(faults)} of {len(cases)} unlabeled cases cannot be used; repair or remove them: {shown}"
             )
 
+        remarks = self._remarks(partial, cases)
+        for remark in remarks:
+            print(f"warning: {remark}")
+        manifest = {"format": _MANIFEST_FORMAT, "digest": digest, "files": files, "remarks": remarks}
         with replacing(partial / _MANIFEST) as file:
-            file.write_text(json.dumps({"format": _MANIFEST_FORMAT, "digest": digest, "files": files}, indent=2))
+            file.write_text(json.dumps(manifest, indent=2))
         lock.check()
         self._check_replaceable()
         if self.folder.exists():
@@ -346,6 +356,29 @@ class UnlabeledCases:
             (self.folder / (case + _RECORD)).unlink()
         for replaced in self.folder.parent.glob(f"{self.folder.name}.*{_REPLACED}"):
             shutil.rmtree(replaced, ignore_errors=True)
+
+    def _remarks(self, partial: Path, cases: dict[str, list[Path]]) -> list[str]:
+        """Return warnings about the raw folder, and about cases that differ from the labeled ones.
+
+        Args:
+            partial: folder with the preprocessed cases and their records.
+            cases: identifier of each case -> its images.
+        """
+        ending, remarks = self.dataset_json["file_ending"], []
+        if unused := [file.name for file in unused_files(self.raw, ending)]:
+            remarks.append(f"{self.raw}: nnU-Net reads only *{ending}, so it does not use {some(unused)}")
+        sidecars = {case: spacing_file(files[0]) for case, files in cases.items()}
+        if missing := [file.name for file in sidecars.values() if file is not None and not file.exists()]:
+            remarks.append(f"{self.raw}: nnU-Net assumes a spacing of 1 mm, because there is no {some(missing)}")
+        appearances = {
+            case: Appearance.from_json(json.loads((partial / (case + _RECORD)).read_text())["appearance"])
+            for case in cases
+        }
+        labeled = self.folder.with_name(self.configuration.data_identifier)
+        raw_labeled = self.raw.with_name("imagesTr")
+        return remarks + compare_with_labeled(
+            appearances, self.plans, self.configuration, labeled, raw_labeled, self.dataset_json
+        )
 
 
 def dataset_name(dataset: str) -> str:
@@ -377,11 +410,29 @@ def _case_files(case: str) -> list[str]:
 
 
 def _names_and_sizes(cases: dict[str, list[Path]]) -> dict[str, list[list]]:
-    """Return the name and the size in bytes of each image: case identifier -> [[file name, size], ...].
+    """Return case identifier -> [file name, size in bytes] of each image, and [file name, hash] of a spacing file.
 
     The size is None if the file cannot be reached, such as a link to storage that is not mounted.
     """
-    return {case: [[file.name, _size(file)] for file in files] for case, files in sorted(cases.items())}
+    return {
+        case: [[file.name, _size(file)] for file in files] + _spacing_entry(files[0])
+        for case, files in sorted(cases.items())
+    }
+
+
+def _spacing_entry(image: Path) -> list[list]:
+    """Return [[file name, hash]] for the file with the spacing of a TIFF image, and [] for other formats.
+
+    The hash is "" if the file does not exist, and None if the folder of the image cannot be reached.
+    """
+    if (file := spacing_file(image)) is None:
+        return []
+    try:
+        return [[file.name, hashlib.sha256(file.read_bytes()).hexdigest()]]
+    except FileNotFoundError:
+        return [[file.name, "" if image.exists() else None]]
+    except OSError:
+        return [[file.name, None]]
 
 
 def _size(file: Path) -> int | None:
@@ -401,9 +452,9 @@ def _are_equal(recorded: dict[str, list[list]], current: dict[str, list[list]]) 
         current: result of `_names_and_sizes` for the existing images.
     """
     return recorded.keys() == current.keys() and all(
-        name == known[0] and size in (None, known[1])
+        len(files) == len(recorded[case])
+        and all(name == known[0] and size in (None, known[1]) for (name, size), known in zip(files, recorded[case]))
         for case, files in current.items()
-        for (name, size), known in zip(files, recorded[case])
     )
 
 
@@ -415,8 +466,9 @@ def _is_complete(record: Path, made_from: list[list]) -> bool:
         made_from: [file name, size in bytes] of each image that the case now has.
     """
     try:
-        return json.loads(record.read_text()) == made_from
-    except (OSError, ValueError):
+        content = json.loads(record.read_text())
+        return isinstance(content, dict) and content["made_from"] == made_from
+    except (OSError, ValueError, KeyError):
         return False
 
 
@@ -436,16 +488,21 @@ def _preprocess_case(job: tuple[UnlabeledCases, list[Path], list[list], str]) ->
     preprocessor = unlabeled.configuration.preprocessor_class(verbose=False)
     run_case_npy = preprocessor.run_case_npy
     suspects, are_valid = images, False
+    appearance: dict[str, object] = {}
 
     def run_checked_case(image, segmentation, properties, *arguments):
         nonlocal are_valid
         usual_spacing = unlabeled.plans.plans["original_median_spacing_after_transp"]
         check_image(image, properties["spacing"], unlabeled.channels, usual_spacing)
         are_valid = True  # later errors are not caused by the images
+        appearance["spacing"] = list(map(float, properties["spacing"]))
         image, segmentation, properties = run_case_npy(image, segmentation, properties, *arguments)
         if not np.isfinite(image).all() or image.min() == image.max():
             are_valid = False
-            raise ValueError("its intensities are too large to be normalized")
+            raise ValueError(
+                "its intensities cannot be normalized; their unit is probably not that of the labeled cases"
+            )
+        appearance["intensities"] = intensities_of(image, unlabeled.plans, unlabeled.configuration)
         # nnU-Net computes this segmentation from the image: -1 outside of its nonzero region. If the image is
         # normalized within that region, set it to exactly 0 outside again, since resampling has blurred the border.
         for channel, masked in zip(image, unlabeled.configuration.use_mask_for_norm):
@@ -465,7 +522,8 @@ def _preprocess_case(job: tuple[UnlabeledCases, list[Path], list[list], str]) ->
         preprocessor.run_case_save(
             output, files, None, unlabeled.plans, unlabeled.configuration, unlabeled.dataset_json
         )
-        Path(output + _RECORD).write_text(json.dumps(made_from))
+        appearance["orientation"] = orientation_of(images[0], unlabeled.plans)
+        Path(output + _RECORD).write_text(json.dumps({"made_from": made_from, "appearance": appearance}))
     except Exception as error:
         _remove_case(output)
         names, reason = ", ".join(map(str, suspects)), " ".join(str(error).split()) or type(error).__name__

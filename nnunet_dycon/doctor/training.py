@@ -231,6 +231,8 @@ def check_unlabeled(training: Training) -> Iterator[Finding]:
         identifiers = unlabeled.identifiers()
         unlabeled.check_not_labeled(training.labeled, set(identifiers))
         yield Finding("unlabeled", OK, f"{len(identifiers)} cases in {unlabeled.folder}")
+        for remark in unlabeled.remarks():
+            yield Finding("unlabeled", WARNING, remark, f"correct or remove the images in {unlabeled.raw}")
     yield from _check_leftovers(unlabeled)
 
 

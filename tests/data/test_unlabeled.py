@@ -236,11 +236,11 @@ BAD_IMAGES = {
     "no folder": (shutil.rmtree, "no unlabeled cases: .*imagesUn has no file"),
     "additional channel": (
         lambda d: shutil.copy(d / "scan_00_0000.nii.gz", d / "scan_00_0001.nii.gz"),
-        "unlabeled case scan_00 in .* has the channels 0000, 0001, but dataset.json names 1: 0000",
+        "unlabeled case scan_00 in .* has the files 0000, 0001, but the 1 channels .* require 0000",
     ),
     "wrong channel number": (
         lambda d: (d / "scan_00_0000.nii.gz").rename(d / "scan_00_0003.nii.gz"),
-        "unlabeled case scan_00 in .* has the channels 0003",
+        "unlabeled case scan_00 in .* has the files 0003",
     ),
     "no channel number": (
         lambda d: (d / "scan_00_0000.nii.gz").rename(d / "scan.nii.gz"),
@@ -272,7 +272,7 @@ BAD_IMAGES = {
     ),
     "intensities out of range": (
         lambda d: write_volume(tiny_volume(1)[0] * np.float32(1e30), d / "scan_02_0000.nii.gz"),
-        r"scan_02_0000.nii.gz \(its intensities are too large to be normalized",
+        r"scan_02_0000.nii.gz \(its intensities cannot be normalized",
     ),
     "constant": (
         lambda d: write_volume(np.full((24, 32, 40), 7, np.float32), d / "scan_02_0000.nii.gz"),

@@ -247,7 +247,7 @@ def test_each_label_can_have_its_own_mask_file(organs, target, capsys):
     assert convert("folder", organs, *ORGANS, "spleen={case}/spleen.nii.gz") == 0
     assert read_json(target, "dataset")["labels"] == {"background": 0, "liver": 1, "spleen": 2}
     assert stems(target / "labelsTr") == ["a", "b"]
-    assert stems(target / "imagesUn") == ["c_0000"]
+    assert stems(target / "imagesUn") == ["c"]
     a, b = (sitk.GetArrayFromImage(sitk.ReadImage(str(target / "labelsTr" / f"{case}.nii.gz"))) for case in "ab")
     expected = np.where(ball(3) > 0, 2, np.where(ball(1) > 0, 1, 0))
     np.testing.assert_array_equal(a, expected)
