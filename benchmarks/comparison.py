@@ -9,6 +9,16 @@
   student is scored, and that of the teacher or of the second network of co-training if there is one. Prediction uses
   nnU-Net's test-time mirroring and no postprocessing.
 - Runs in the CSV are not repeated, so that an interrupted benchmark can be resumed.
+
+The CSV has a row per run, scored network, case and label:
+
+- method, labels, draw, seed: the run, with the number and the draw of its labeled cases (see `LabeledSet`);
+- weights: the scored network: student, teacher or second;
+- set, case, label: what was scored: val, unlabeled or test, the name of the case, and the name of the label;
+- dice, hd95_mm: Dice, and 95th percentile of the Hausdorff distance in mm (the larger of both directions);
+- plans, iterations, precision: plans identifier, number of training iterations, float32 or bfloat16;
+- commit, trainer_at_commit: commit of the training, and the name of the trainer class at that commit;
+- scored: date of scoring.
 """
 
 import argparse
@@ -80,13 +90,18 @@ class Run:
 
     @property
     def weights(self) -> dict[str, str]:
-        """Networks to score ("student", and "teacher" or "second" if there is one) -> file name of the checkpoint."""
+        """Checkpoints to score: network ("student", and "teacher" or "second" if there is one) -> file name."""
         companion = None if self.trainer == SUPERVISED else TRAINERS[self.trainer].companion
         return {"student": STUDENT} | ({} if companion is None else {companion: _COMPANIONS[companion]})
 
 
 class Benchmark(Preparation):
-    """Working folder with data sets, plans and models, and the CSV with the scores."""
+    """Working folder in which the runs of a comparison are trained and predicted, and the CSV with their scores.
+
+    Args:
+        arguments: parsed command line of `compare`.
+        data_set: the data set of the benchmark.
+    """
 
     def __init__(self, arguments: argparse.Namespace, data_set: DataSet) -> None:
         super().__init__(arguments, data_set)
@@ -98,13 +113,19 @@ class Benchmark(Preparation):
         self._writing = Lock()
 
     def name(self, run: Run) -> str:
-        """Return a readable and unique name of the trainer class of a run."""
+        """Return a readable and unique name of the trainer class of a run, which ends with a hash of its `declaration`.
+
+        Example: Benchmark_nnUNetTrainerDyCON_uncl_weight_i2000_s0_1a2b3c4d, with 2000 iterations and seed 0.
+        """
         settings = "".join(f"_{key}" for key in run.settings)
         number = hashlib.sha256(json.dumps(self.declaration(run), sort_keys=True).encode()).hexdigest()[:8]
         return f"Benchmark_{run.method.partition(':')[0]}{settings}_i{self.iterations}_s{run.seed}_{number}"
 
     def declaration(self, run: Run) -> dict[str, Any]:
-        """Return the entry of a run in runs.json, from which its trainer class is built."""
+        """Return the entry of a run in runs.json, from which its trainer class is built.
+
+        The keys are described in benchmarks/trainers/nnunet_dycon_benchmark_trainers.py.
+        """
         budget = {"epochs": self.iterations // ITERATIONS_PER_EPOCH, "iterations_per_epoch": ITERATIONS_PER_EPOCH}
         return {"trainer": run.trainer, "settings": run.settings, "seed": run.seed, "precision": self.precision,
                 **budget}  # fmt: skip
@@ -119,7 +140,10 @@ class Benchmark(Preparation):
                 unfinished.write_text(json.dumps(known, indent=1))
 
     def perform(self, run: Run) -> None:
-        """Train a run unless its final checkpoint exists; then predict, score and append what is missing in the CSV."""
+        """Train a run unless its final checkpoint exists, predict and score cases, and append the scores to the CSV.
+
+        Only the pairs of set and network that `missing` returns are predicted and scored.
+        """
         name, dataset = self.name(run), str(self.dataset_id(run.labeled))
         raw = self.raw(run.labeled)
         model = self.work / "nnUNet_results" / raw.name / f"{name}__{self.plans}__3d_fullres"
@@ -152,7 +176,7 @@ class Benchmark(Preparation):
             folder: output folder of the training, with benchmark.json.
 
         Raises:
-            SystemExit: the settings in benchmark.json differ from the current settings of the trainer.
+            SystemExit: the settings in benchmark.json differ from the current ones of the trainer and method.
         """
         record = json.loads((folder / "benchmark.json").read_text())
         if run.trainer in TRAINERS:
@@ -173,7 +197,7 @@ class Benchmark(Preparation):
             run: the run.
             weights: the scored network: "student", "teacher" or "second".
             which: the set of the case: "val", "unlabeled" or "test".
-            case: entry of evaluation.json for the case and label.
+            case: the scores of the case and label, an entry of "cases" in evaluation.json.
             commit: commit of the training.
         """
         scores = {"dice": round(case["dice"], 5), "hd95_mm": round(case["hd95_mm_max_directed"], 3)}
@@ -182,13 +206,16 @@ class Benchmark(Preparation):
         return key | scores | made
 
     def _key(self, run: Run) -> dict[str, Any]:
-        """Return the columns that identify a run."""
+        """Return the columns that identify a run: method, labels, draw, seed, plans, iterations, precision."""
         labels, draw = run.labeled
         key = {"method": run.method, "labels": labels, "draw": draw, "seed": run.seed}
         return key | {"plans": self.plans, "iterations": self.iterations, "precision": self.precision}
 
     def missing(self, run: Run) -> list[tuple[str, str]]:
-        """Return the requested pairs of set and weights that the CSV lacks for a run, such as ("val", "student")."""
+        """Return the requested pairs of set and network that the CSV lacks for a run, such as ("val", "student").
+
+        The upper bound has no unlabeled cases, so its pairs do not contain that set.
+        """
         sets = [which for which in self.sets if which != UNLABELED or run.method != UPPER_BOUND]
         weights = ["student"] if self.student_only else list(run.weights)
         wanted = [(which, its) for its in weights for which in sets]
@@ -209,7 +236,10 @@ class Benchmark(Preparation):
 
 
 def _settings(trainer: str) -> set[str]:
-    """Return the names of all settings of a trainer except the number of iterations, which the benchmark sets."""
+    """Return the names of the settings of a trainer that a method may change.
+
+    These are all settings except the numbers of epochs and iterations, which the benchmark sets.
+    """
     found = [getattr(trainer_class(trainer), f"{kind}_settings", None) for kind in ("training", "method", "optimizer")]
     return {field.name for settings in found if settings for field in fields(settings)} - set(_BUDGET)
 

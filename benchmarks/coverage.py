@@ -1,8 +1,10 @@
-"""Coverage of the 95 % intervals of `nnunet_dycon.inference.statistics` in simulated experiments.
+"""Coverage of the 95 % intervals of `nnunet_dycon.inference.statistics.PairedBootstrap` in simulated experiments.
 
     python -m benchmarks.coverage
 
-The result is written to benchmarks/results/coverage.json. It takes about 5 minutes on one core.
+An experiment consists of scores of several methods with equal true means. The coverage is the fraction of experiments
+in which the interval of the difference between two methods contains 0; nominally it is 0.95. The result is written to
+benchmarks/results/coverage.json. It takes about 5 minutes on one core.
 """
 
 import argparse
@@ -56,8 +58,12 @@ def simulate(
 ) -> dict[int, np.ndarray]:
     """Return simulated scores of methods whose true means are equal.
 
-    A score is the sum of independent normal effects with mean 0. One of them is the effect of the case, which all
-    methods share, with the standard deviation 0.1. The arguments determine the others.
+    The score of method m with seed s on case c is::
+
+        case[c] + own[m, c] + draw[s] + seed[m, s] + residual[m, s, c]
+
+    The terms are independent normal random numbers with mean 0. The standard deviation of `case` is 0.1. Those of the
+    other terms are the arguments with the same names.
 
     Args:
         rng: random number generator.
@@ -65,10 +71,9 @@ def simulate(
         cases: number of cases.
         own: standard deviation of the effect of a method on a case, which all its seeds share.
         seed: standard deviation of the effect of a seed, which all cases share.
-        residual: standard deviation of the effect that is drawn for each score.
-        draw: standard deviation of the effect of a draw of labeled cases, which all methods share. Each seed has
-            its own draw.
-        skewed: whether the effects `own` of all methods except 0 are lognormally distributed, with the same mean and
+        residual: standard deviation of the effect that is different for each score.
+        draw: standard deviation of the effect of a draw of labeled cases. Seed s of each method has the same draw.
+        skewed: whether the term `own` of all methods except 0 is lognormally distributed, with the same mean and
             standard deviation.
         factor: factor of `seed` for the methods 0 and 1.
 
@@ -89,13 +94,15 @@ def simulate(
 
 
 def coverage(simulations: int, *, draws: int = 1000, resample_seeds: bool = False, **setting) -> float:
-    """Return the fraction of simulations in which the interval of the difference of methods 1 and 0 contains 0.
+    """Return the fraction of simulated experiments in which the 95 % interval contains the true difference, which is 0.
+
+    The interval is that of the mean score of method 1 minus the mean score of method 0.
 
     Args:
         simulations: number of simulated experiments.
-        draws: number of bootstrap draws.
+        draws: number of bootstrap draws per experiment.
         resample_seeds: whether to use a plain bootstrap over cases and seeds instead of `PairedBootstrap`.
-        setting: arguments of `simulate`.
+        setting: arguments of `simulate`, such as a value of `SETTINGS`.
     """
     rng, inside = np.random.default_rng(0), 0
     for _ in range(simulations):
@@ -111,7 +118,15 @@ def coverage(simulations: int, *, draws: int = 1000, resample_seeds: bool = Fals
 
 
 def _with_resampled_seeds(scores: dict[int, np.ndarray], rng: np.random.Generator, draws: int) -> np.ndarray:
-    """Return bootstrap draws of the difference of methods 1 and 0, with cases and seeds resampled."""
+    """Return bootstrap draws (draws,) of the mean score of method 1 minus that of method 0.
+
+    Each draw resamples the cases, the same ones for both methods, and the seeds of each method.
+
+    Args:
+        scores: index of the method -> scores (seeds, cases).
+        rng: random number generator.
+        draws: number of bootstrap draws.
+    """
     cases = scores[0].shape[1]
     weights = rng.multinomial(cases, np.full(cases, 1 / cases), draws) / cases
     first, second = (
@@ -122,7 +137,16 @@ def _with_resampled_seeds(scores: dict[int, np.ndarray], rng: np.random.Generato
 
 
 def as_markdown(results: dict[str, dict]) -> str:
-    """Return a Markdown table with the coverage of each setting, without and with resampled seeds."""
+    """Return a Markdown table of the coverage of 95 % intervals of the difference between two methods in simulations.
+
+    - setting: numbers of seeds, methods and cases, and sizes of the random effects, see `SETTINGS`;
+    - coverage: fraction of experiments in which the interval of `PairedBootstrap` contains the true difference;
+    - with resampled seeds: the same fraction for the interval of a plain bootstrap over cases and seeds.
+
+    Args:
+        results: key of `SETTINGS` -> {"coverage": fraction, "resampled": fraction}, the values of the last two columns.
+            "resampled" is None for settings with one seed.
+    """
     rows = [
         (name, f"{its['coverage']:.3f}", f"{its['resampled']:.3f}" if its["resampled"] is not None else "")
         for name, its in results.items()
@@ -131,7 +155,7 @@ def as_markdown(results: dict[str, dict]) -> str:
 
 
 def main() -> None:
-    """Simulate all settings, and write and print their coverage."""
+    """Compute the coverage in all settings, write benchmarks/results/coverage.json, and print a Markdown table."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     results = {}
     for name, setting in SETTINGS.items():

@@ -3,7 +3,7 @@
     python -m benchmarks.hippocampus --data <Task04_Hippocampus> --work <folder> --methods lower_bound --seeds 0 1 2
 
 benchmarks/protocols/hippocampus.json lists the cases: 130 for training, 30 for val, 40 for test. With `--draw K`,
-K > 0, the labeled cases are drawn from the 130 with seed K. `benchmarks.comparison` describes methods, sets and scores.
+K > 0, the labeled cases are drawn from the 130 with seed K. `benchmarks.comparison` describes methods, sets and CSV.
 """
 
 from benchmarks.comparison import compare

@@ -2,9 +2,9 @@
 
     python -m benchmarks.la --data <la_125mm> --work <folder> --methods lower_bound nnUNetTrainerDyCON --seeds 0 1 2
 
-benchmarks/protocols/la.json lists the cases. The volumes are cropped around the reference segmentation. The scores can
-therefore be compared between methods, but not with scores on other data. `benchmarks.comparison` describes methods,
-sets and scores.
+benchmarks/protocols/la.json lists the cases: 55 for training, 8 for val, 16 for test. The volumes are cropped around
+the reference segmentation. The scores can therefore be compared between methods, but not with scores on other data.
+`benchmarks.comparison` describes methods, sets and the CSV.
 """
 
 from benchmarks.comparison import compare
@@ -12,7 +12,7 @@ from benchmarks.preparation import DataSet, LabeledSet, Preparation
 
 
 class LeftAtrium(DataSet):
-    """Cases of the protocol among the 100 LGE-MRI of the 2018 Atrial Segmentation Challenge."""
+    """The 79 of the 100 LGE-MRI of the 2018 Atrial Segmentation Challenge that the protocol lists."""
 
     def write(self, preparation: Preparation, labeled: LabeledSet) -> None:
         preparation.convert("la", labeled, "--spacing", "1.25")

@@ -1,11 +1,11 @@
-"""Time to load a batch, compared to nnU-Net's loader with the same number of samples.
+"""Time to load a batch of 4 samples, compared to nnU-Net's loader.
 
     python -m benchmarks.loader --data <la_125mm> --work <folder> [--json FILE]
 
-nnU-Net's loader returns 4 labeled samples, the two-stream loader 2 labeled and 2 unlabeled ones in two views each, with
-the same plans and nnU-Net's whole augmentation. Both run alternately in this process, in one thread. Times are medians,
-with the quartiles in brackets. They vary from batch to batch because most transforms are applied to a random subset of
-the samples.
+nnU-Net's loader returns 4 labeled samples, the two-stream loader 2 labeled and 2 unlabeled samples with two views of
+each. Both use the same plans and nnU-Net's complete augmentation, and run alternately in this process, in one thread.
+Times are medians, with the quartiles in brackets. They vary from batch to batch because most transforms are applied to
+a random subset of the samples.
 """
 
 import argparse
@@ -24,7 +24,7 @@ OURS = "nnUNetTrainerMeanTeacher"  # all semi-supervised trainers have the same 
 
 
 def main() -> None:
-    """Prepare the data, measure, and print a Markdown table."""
+    """Prepare the data if necessary, measure the time per batch of both loaders, and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, replace(LEFT_ATRIUM, spacing=1.25, features=()))
     parser.add_argument("--repeats", type=int, default=200)
@@ -46,7 +46,14 @@ def main() -> None:
 
 
 def as_markdown(results: dict[str, dict]) -> str:
-    """Return a Markdown table with the time per batch of both loaders."""
+    """Return a Markdown table of the measured time per batch, with a row per loader.
+
+    - seconds per batch of 4 samples: median, with quartiles;
+    - relative to nnU-Net: the median divided by that of nnU-Net's loader.
+
+    Args:
+        results: name of the loader's trainer, `SUPERVISED` or `OURS` -> result of `summary`.
+    """
     rows = []
     for name, loader in ((SUPERVISED, "nnU-Net's"), (OURS, "two streams")):
         times = results[name]["seconds"] / results[SUPERVISED]["seconds"]

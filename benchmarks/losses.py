@@ -3,7 +3,8 @@
     python -m benchmarks.losses [--device cuda] [--json FILE]
 
 - Each entry of `CASES`, a loss with the size of its inputs, is measured in a separate process. Forward and backward
-  passes in float32 are repeated. Times are medians, with the quartiles in brackets.
+  passes in float32 are repeated. Times of a forward and a backward pass together are medians, with the quartiles in
+  brackets; the first pass is a warm-up.
 - Memory is the peak memory of the passes in addition to their inputs: on a CPU resident memory of the process, on a GPU
   memory allocated by PyTorch.
 - The plain implementations are FeCL with N × N matrices of all pairs of patches (`dense_fecl`), and UnCL as in the
@@ -29,9 +30,10 @@ TEMPERATURE, GAMMA, TOP_K, BETA = 0.6, 2.0, 5, 2.0
 
 
 def dense_fecl(embedding, patch_labels, *, teacher_embedding, anchor_entropy, gamma=GAMMA):
-    """Return the focal entropy-aware contrastive loss, computed with N × N matrices of all pairs of patches.
+    """Return the focal entropy-aware contrastive loss (FeCL), computed with N × N matrices of all pairs of patches.
 
-    `nnunet_dycon.losses.fecl_loss` describes the arguments.
+    `nnunet_dycon.losses.fecl_loss` describes the loss and its arguments. Here ``temperature`` is `TEMPERATURE`,
+    ``top_k`` is `TOP_K`, and the ignored label is any negative number.
     """
     z, teacher = normalize(embedding, dim=-1), normalize(teacher_embedding, dim=-1)
     itself = torch.eye(z.shape[1], dtype=torch.bool, device=z.device)
@@ -57,9 +59,14 @@ def dense_fecl(embedding, patch_labels, *, teacher_embedding, anchor_entropy, ga
 
 
 def released_uncl(student_logits, teacher_logits):
-    """Return the uncertainty-aware consistency loss (UnCL) as in the released code of DyCON.
+    """Return the uncertainty-aware consistency loss (UnCL) as in the released code of DyCON, with β = `BETA`.
 
-    The entropies are broadcast over all pairs of images in the batch.
+    The entropies are broadcast over all pairs of images in the batch, which has the same mean as adding them voxel by
+    voxel.
+
+    Args:
+        student_logits: (B, C, *spatial).
+        teacher_logits: (B, C, *spatial).
     """
     student, teacher = student_logits.softmax(1), teacher_logits.softmax(1)
     own = -(student * torch.log(student + 1e-6)).sum(1, keepdim=True)
@@ -69,13 +76,17 @@ def released_uncl(student_logits, teacher_logits):
 
 
 def patches(batch: int, number: int, width: int, device: str) -> dict[str, torch.Tensor]:
-    """Return random inputs of `fecl_loss` by argument name; some patch labels are -1 (ignored).
+    """Return random inputs of `fecl_loss`, with the names of its arguments as keys.
 
     Args:
         batch: number of images, B.
         number: number of patches per image, N.
         width: dimension of the embeddings, D.
         device: device of the tensors.
+
+    Returns:
+        "embedding" (B, N, D), "patch_labels" (B, N) from -1 (ignored) to 2, "teacher_embedding" (B, N, D), which is the
+        student's embedding with noise, and "anchor_entropy" (B, N) between 0 and 1.
     """
     generator = torch.Generator().manual_seed(0)
     embedding = torch.randn(batch, number, width, generator=generator)
@@ -89,7 +100,16 @@ def patches(batch: int, number: int, width: int, device: str) -> dict[str, torch
 
 
 def logits(batch: int, side: int, device: str) -> dict[str, torch.Tensor]:
-    """Return random inputs of `uncl_loss` by argument name: logits (batch, 2, side, side, side)."""
+    """Return random inputs of `uncl_loss` for two classes, with the names of its arguments as keys.
+
+    Args:
+        batch: number of images, B.
+        side: number of voxels along each spatial axis, S.
+        device: device of the tensors.
+
+    Returns:
+        "student_logits" and "teacher_logits", each (B, 2, S, S, S).
+    """
     generator = torch.Generator().manual_seed(0)
     names = ("student_logits", "teacher_logits")
     return {name: 2 * torch.randn(batch, 2, side, side, side, generator=generator).to(device) for name in names}
@@ -120,7 +140,19 @@ CASES: dict[str, tuple[Callable[[str], dict], Callable]] = {
 
 
 def measure(name: str, device: str, repeats: int) -> dict:
-    """Return time in seconds and peak memory in bytes of an entry of `CASES`, and a description of the machine."""
+    """Measure forward and backward passes of one entry of `CASES`.
+
+    Run it in a new process for each entry, because the peak memory on a CPU is that of the process since its start.
+
+    Args:
+        name: key of `CASES`.
+        device: "cpu" or "cuda".
+        repeats: number of passes. The first one is not measured, unless it is the only one.
+
+    Returns:
+        The result of `summary` for the time of a forward and backward pass, "bytes" (peak memory in addition to the
+        inputs), and "machine" (result of `machine`).
+    """
     make, loss = CASES[name]
     tensors = make(device)
     student = next(iter(tensors))
@@ -158,7 +190,7 @@ def _peak(device: str) -> int:
 
 
 def main() -> None:
-    """Measure each entry of `CASES` in a separate process, and print a Markdown table."""
+    """Measure each entry of `CASES` in a separate process, and print a Markdown table of times and memory."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
@@ -184,7 +216,15 @@ def main() -> None:
 
 
 def as_markdown(results: dict[str, dict]) -> str:
-    """Return a Markdown table with the time and peak memory of each loss."""
+    """Return a Markdown table of measured times and memory, with a row per loss.
+
+    - loss: name and size of its inputs, key of `CASES`;
+    - seconds: median time of a forward and backward pass, with quartiles; the error if the measurement failed;
+    - MB: peak memory in addition to the inputs.
+
+    Args:
+        results: key of `CASES` -> result of `measure`, or {"error": text}.
+    """
     rows = []
     for name, its in results.items():
         measured = (its["error"], "") if "error" in its else (with_quartiles(its), f"{its['bytes'] / 1e6:.0f}")

@@ -3,10 +3,12 @@
     python -m benchmarks.networks [--features 32 64 128 256 320] [--patch 96 96 96] [--timed_patch 32 32 32]
 
 - One channel, two classes, strides of 2, deep supervision on, two images.
-- Memory is the size of all tensors except parameters that the forward pass saves for the backward pass, with autocast
-  to 16 bits. It is computed from the shapes of the tensors, without a GPU. Each storage is counted once.
-- Time is the CPU time of a forward and backward pass of the smaller patch in float32, with one thread. The networks are
-  run alternately. Times are medians, with the quartiles in brackets; the first pass is a warm-up.
+- Memory is the size of all tensors except parameters that the forward pass saves for the backward pass, with patches of
+  --patch and autocast to 16 bits. It is computed from the shapes of the tensors, without a GPU. Each storage is counted
+  once.
+- Time is the measured CPU time of a forward and backward pass with patches of --timed_patch in float32, with one
+  thread. The networks are run alternately. Times are medians, with the quartiles in brackets; the first pass is a
+  warm-up.
 """
 
 import argparse
@@ -27,7 +29,12 @@ IMAGES, CLASSES = 2, 2
 
 
 def build(name: str, features: list[int]) -> nn.Module:
-    """Build a network by the name of its class."""
+    """Build a network with one input channel, two classes, strides of 2 and deep supervision.
+
+    Args:
+        name: name of its class: "PlainConvUNet", "UXNet" or "DKUXNet".
+        features: number of features of each stage.
+    """
     stages = len(features)
     planned: dict[str, Any] = {
         "features_per_stage": features,
@@ -47,9 +54,14 @@ def build(name: str, features: list[int]) -> nn.Module:
 
 
 def kept_bytes(name: str, features: list[int], patch: list[int]) -> int:
-    """Return the number of bytes that the forward pass saves for the backward pass, without parameters.
+    """Return the size in bytes of the tensors that the forward pass saves for the backward pass, without parameters.
 
-    The network runs on fake CUDA tensors, with the autocast of a GPU to 16 bits.
+    The size is computed, not measured: the network runs on fake CUDA tensors, with the autocast of a GPU to 16 bits.
+
+    Args:
+        name: name of the network's class, see `build`.
+        features: number of features of each stage.
+        patch: shape of the `IMAGES` input patches in voxels.
     """
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -74,9 +86,17 @@ def kept_bytes(name: str, features: list[int], patch: list[int]) -> int:
 
 
 def take_passes(networks: dict[str, nn.Module], patch: list[int], repeats: int) -> dict[str, dict]:
-    """Return the CPU time of a forward and backward pass of each network: median and quartiles in seconds.
+    """Measure the CPU time of a forward and backward pass of each network.
 
     The networks are run alternately. The first pass of each is a warm-up and is not measured.
+
+    Args:
+        networks: name -> network.
+        patch: shape of the `IMAGES` input patches in voxels.
+        repeats: number of measured passes of each network.
+
+    Returns:
+        Name -> result of `summary`.
     """
     seconds: dict[str, list[float]] = {name: [] for name in networks}
     images = torch.randn(IMAGES, 1, *patch)
@@ -90,7 +110,7 @@ def take_passes(networks: dict[str, nn.Module], patch: list[int], repeats: int) 
 
 
 def main() -> None:
-    """Measure all networks, and print a Markdown table."""
+    """Compute or measure parameters, memory and time of the networks, and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--features", type=int, nargs="+", default=[32, 64, 128, 256, 320])
     parser.add_argument("--patch", type=int, nargs=3, default=[96, 96, 96])
@@ -114,7 +134,17 @@ def main() -> None:
 
 
 def as_markdown(results: dict[str, dict]) -> str:
-    """Return a Markdown table with the parameters, memory and time of each network."""
+    """Return a Markdown table with a row per network.
+
+    - million parameters: number of parameters;
+    - GB saved: computed size of the tensors that the forward pass saves for the backward pass;
+    - seconds per pass: measured CPU time of a forward and backward pass, median with quartiles;
+    - relative memory, relative time: this size and this median divided by those of the first network.
+
+    Args:
+        results: name of the network -> result of `summary`, with "bytes_kept" (result of `kept_bytes`) and "parameters"
+            (number of parameters).
+    """
     own = next(iter(results.values()))
     columns = ("network", "million parameters", "GB saved", "relative memory", "seconds per pass", "relative time")
     rows = []

@@ -8,12 +8,13 @@ In a page, a table is between two comments. The first comment contains the kind 
     <!-- end -->
 
 - results TABLE LABELS: all trainers with their default settings, lower bound and upper bound. TABLE is the name of a
-  CSV without its ending, LABELS the number of labeled cases;
-- trials TABLE LABELS: all methods, including those with changed settings, on val, unlabeled and test, with the first
-  draw of labeled cases;
-- looks: all evaluations on test, by date;
-- losses FILE, train_step FILE, loader FILE, networks FILE: measured times and memory;
-- coverage FILE: coverage of the confidence intervals in simulations;
+  CSV in benchmarks/results without its ending, LABELS the number of labeled cases;
+- trials TABLE LABELS: all methods, including those with changed settings, on val, unlabeled and test, with the labeled
+  cases of draw 0;
+- looks: all evaluations on test in all CSVs, by date;
+- losses FILE, train_step FILE, loader FILE, networks FILE: measured times and memory, from a JSON file in
+  benchmarks/results;
+- coverage FILE: coverage of the confidence intervals in simulations, from such a JSON file;
 - scaling: calculated times of a step on 1 to 64 GPUs.
 
 With --check nothing is written, and the exit code is 1 if a page is out of date.
@@ -45,6 +46,14 @@ Key = tuple[str, str]  # method and weights
 def results(table: str, labels: str) -> str:
     """Return the Markdown table of all trainers with their default settings, lower bound and upper bound.
 
+    All columns are for the student. Empty columns are left out.
+
+    - val, unlabeled, test: Dice on the set, mean ± standard deviation over runs, and the number of runs in brackets;
+    - difference on test: difference of Dice to the lower bound on test, with 95 % interval;
+    - gap closed: this difference as a fraction of the gap between upper and lower bound, with 95 % interval;
+    - without the most influential case: the difference without the test case whose removal changes it most;
+    - HD95 mm, test: mean ± standard deviation over runs.
+
     Args:
         table: name of the CSV, without its ending.
         labels: number of labeled cases.
@@ -71,14 +80,26 @@ def results(table: str, labels: str) -> str:
 
 
 def trials(table: str, labels: str) -> str:
-    """Return the table of all methods with a number of labels, on every set."""
+    """Return the Markdown table of all methods, including those with changed settings, for draw 0 of labeled cases.
+
+    The columns val, unlabeled and test contain the student's Dice on the set: mean ± standard deviation over runs, and
+    the number of runs in brackets. Empty columns are left out.
+
+    Args:
+        table: name of the CSV, without its ending.
+        labels: number of labeled cases.
+    """
     sets = {which: students(table, which, draws=(0,)).get(int(labels), {}) for which in SETS}
     rows = [(_name(key[0]), *(_dice(sets[which], key) for which in SETS)) for key in _methods(sets)]
     return _without_empty_columns(("method", *SETS), rows)
 
 
 def looks() -> str:
-    """Return the table of all methods that were scored on test."""
+    """Return the Markdown table of all evaluations on test in all CSVs, by date of scoring.
+
+    A row lists the evaluated seeds of one method, with the date, the CSV, number and draw of labeled cases, and the
+    commit of the training.
+    """
     found: dict[tuple[str, ...], set[str]] = defaultdict(set)
     for table in sorted(file.stem for file in RESULTS.glob("*.csv")):
         for row in _rows(table):
@@ -91,7 +112,11 @@ def looks() -> str:
 
 
 def measured(module: ModuleType) -> Callable[[str], str]:
-    """Return a function that makes the table of a benchmark module from a file of results."""
+    """Return a function that makes the table of a benchmark from the name of a JSON file in benchmarks/results.
+
+    Args:
+        module: module of the benchmark. Its function `as_markdown` gets the value of "results" in the file.
+    """
     return lambda file: module.as_markdown(json.loads((RESULTS / file).read_text())["results"])
 
 
@@ -109,7 +134,11 @@ MAKERS: dict[str, Callable[..., str]] = {
 
 
 def filled(text: str) -> str:
-    """Return the text of a page with all tables made from the results."""
+    """Return the text of a page with the content of each table replaced by that made from the current results.
+
+    Args:
+        text: the Markdown text of the page, with the comments that the module docstring describes.
+    """
 
     def fill(match: re.Match) -> str:
         return f"{match[1]}\n{MAKERS[match['kind']](*match['arguments'].split())}\n\n{match[4]}"
@@ -124,14 +153,16 @@ def _rows(table: str) -> list[dict[str, str]]:
 
 
 def students(table: str, which: str, **chosen: Any) -> dict[int, report.Group]:
-    """Return the scores of the student networks: number of labeled cases -> scores by method and weights.
-
-    The result is empty if the table has no scores of the set.
+    """Return the scores of the students on one set of cases.
 
     Args:
         table: name of the CSV, without its ending.
-        which: set of cases: "val", "unlabeled" or "test".
+        which: set of cases: "val", "unlabeled" or "test". For "unlabeled", only draw 0 is read.
         chosen: further arguments of `report.read`.
+
+    Returns:
+        Number of labeled cases -> (method, "student") -> scores, as from `report.groups`. It is empty if the table has
+        no scores of the set.
     """
     if not any(row["set"] == which for row in _rows(table)):
         return {}
@@ -142,7 +173,14 @@ def students(table: str, which: str, **chosen: Any) -> dict[int, report.Group]:
 
 
 def _methods(sets: dict[str, report.Group]) -> list[Key]:
-    """Return the methods of all sets: lower bound first, upper bound last, the others by ascending Dice."""
+    """Return the keys (method, weights) that occur in any set, in the order of rows.
+
+    The lower bound is first, the upper bound last. The others are sorted by ascending mean Dice on test, then on val,
+    where a missing Dice counts as 0.
+
+    Args:
+        sets: name of the set -> (method, weights) -> scores.
+    """
 
     def order(key: Key) -> tuple:
         place = {LOWER_BOUND: 0, UPPER_BOUND: 2}.get(key[0], 1)
@@ -161,7 +199,7 @@ def _dice(group: report.Group, key: Key) -> str:
 
 
 def _without_empty_columns(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """Return a table without empty columns.
+    """Return a Markdown table without the columns that are empty in all rows.
 
     Raises:
         ValueError: there are no rows.
@@ -173,7 +211,7 @@ def _without_empty_columns(columns: tuple[str, ...], rows: list[tuple[str, ...]]
 
 
 def main() -> int:
-    """Write or check all pages."""
+    """Write the tables of all pages in docs, or check them with --check. Return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if a page would change")
     check = parser.parse_args().check

@@ -51,13 +51,14 @@ class DataSet:
 
     Attributes:
         name: name in DatasetXXX_NAME.
-        table: name of the table of results, without .csv.
+        table: name of the CSV in results, and of the JSON file in protocols if there is one, without ending.
         first_id: offset of dataset IDs. With N labeled cases and draw K, the ID is 1000 K + first_id + N.
-        labels: numbers of labeled cases with which methods are compared.
+        labels: numbers of labeled cases with which methods can be compared, ascending.
         training_cases: number of training cases, which are all labeled for the upper bound.
-        spacing: isotropic voxel spacing in mm.
-        features: number of features of each stage of the network; empty for those of nnU-Net's plans.
-        iterations: number of training iterations.
+        spacing: default isotropic voxel spacing in mm.
+        features: default number of features of each stage of the network, the last one repeated; empty for those of
+            nnU-Net's plans.
+        iterations: default number of training iterations.
         needs_data: whether the user must provide a folder with the data.
         draws: whether several draws of labeled cases are supported.
     """
@@ -79,16 +80,22 @@ class DataSet:
         return LabeledSet(self.training_cases)
 
     def write(self, preparation: "Preparation", labeled: LabeledSet) -> None:
-        """Write the raw data set of a labeled set. All other training cases are written without labels."""
+        """Write the raw data set of a labeled set, `preparation.raw(labeled)`.
+
+        The training cases that are not in the labeled set are written without labels.
+        """
         raise NotImplementedError
 
 
 def split(protocol: Path, labeled: LabeledSet) -> dict[str, list[str]]:
-    """Return the case lists of a labeled set, as `nnunet_dycon convert --split` reads them.
+    """Return the case identifiers of a labeled set, as `nnunet_dycon convert --split` reads them.
 
     Args:
         protocol: a JSON file with the lists training (in the order of labeling), val and test.
         labeled: the labeled set.
+
+    Returns:
+        "labeled", "unlabeled", "val" and "test" -> case identifiers.
     """
     cases = json.loads(protocol.read_text())
     order = cases["training"]
@@ -98,7 +105,7 @@ def split(protocol: Path, labeled: LabeledSet) -> dict[str, list[str]]:
 
 
 def add_arguments(parser: argparse.ArgumentParser, data_set: DataSet) -> None:
-    """Add the command-line arguments of `Preparation`."""
+    """Add the command-line arguments of `Preparation`, with the defaults of a data set."""
     if data_set.needs_data:
         parser.add_argument(
             "--data", type=Path, required=True, help="folder of the data set, input of `nnunet_dycon convert`"
@@ -115,14 +122,25 @@ def add_arguments(parser: argparse.ArgumentParser, data_set: DataSet) -> None:
 
 
 def trainer_class(name: str) -> Any:
-    """Return nnU-Net's trainer or a trainer of the registry. Call it after nnU-Net's environment variables are set."""
+    """Return a trainer class by its name: nnUNetTrainer or a trainer listed by `nnunet_dycon list`.
+
+    Call it after nnU-Net's environment variables are set.
+    """
     if name == SUPERVISED:
         return import_module("nnunetv2.training.nnUNetTrainer.nnUNetTrainer").nnUNetTrainer
     return import_module("nnunet_dycon.trainers").trainer_class(name)
 
 
 class Preparation:
-    """Working folder with data sets, plans and preprocessed cases."""
+    """Working folder with data sets, plans and preprocessed cases.
+
+    Args:
+        arguments: parsed command line with the arguments of `add_arguments`.
+        data_set: the data set of the benchmark.
+
+    Attributes:
+        plans: plans identifier, which contains spacing and features, such as nnUNetPlans_2p5mm_16_32_64_128f.
+    """
 
     def __init__(self, arguments: argparse.Namespace, data_set: DataSet) -> None:
         self.data_set = data_set
@@ -136,7 +154,7 @@ class Preparation:
 
     @property
     def folders(self) -> dict[str, str]:
-        """nnU-Net's environment variables with their folders."""
+        """Folders of nnU-Net in the working folder: name of the environment variable, such as nnUNet_raw -> path."""
         return {name: str(self.work / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
 
     def dataset_id(self, labeled: LabeledSet) -> int:
@@ -144,15 +162,15 @@ class Preparation:
         return 1000 * labeled.draw + self.data_set.first_id + labeled.labels
 
     def dataset(self, labeled: LabeledSet) -> str:
-        """Return the dataset name of a labeled set."""
+        """Return the dataset name of a labeled set, such as Dataset108_LA2018."""
         return f"Dataset{self.dataset_id(labeled)}_{self.data_set.name}"
 
     def raw(self, labeled: LabeledSet) -> Path:
-        """Return the raw folder of a labeled set."""
+        """Return the folder of the raw data set of a labeled set, nnUNet_raw/DatasetXXX_NAME."""
         return self.work / "nnUNet_raw" / self.dataset(labeled)
 
     def convert(self, converter: str, labeled: LabeledSet, *options: str) -> None:
-        """Run `nnunet_dycon convert` with the split of `benchmarks/protocols/<table>.json` for a labeled set.
+        """Write the raw data set of a labeled set with `nnunet_dycon convert`, by the protocol of the data set.
 
         Args:
             converter: name of the converter, such as "la".
@@ -180,11 +198,14 @@ class Preparation:
 
     @property
     def _planned_for(self) -> LabeledSet:
-        """The largest labeled set below the upper bound. The upper bound uses a copy of its plans."""
+        """The largest labeled set except that of the upper bound. The upper bound uses a copy of its plans."""
         return LabeledSet(self.data_set.labels[-1])
 
     def prepare_references(self, labeled_sets: Iterable[LabeledSet]) -> None:
-        """Copy the labels of unlabeled cases from the upper bound's data set to a folder that no training reads."""
+        """Copy the labels of the unlabeled cases of labeled sets to folders that no training reads (see `references`).
+
+        The labels are those of the upper bound's raw data set, which is written if necessary.
+        """
         with FileLock(self.work / "prepare.lock"):
             everything = self.raw(self.data_set.all_labeled)
             if not everything.is_dir():
@@ -197,7 +218,12 @@ class Preparation:
                     shutil.copy(everything / "labelsTr" / name, references / name)
 
     def references(self, labeled: LabeledSet, which: str) -> Path:
-        """Return the folder with the reference labels of the set `which`: "val", "unlabeled" or "test"."""
+        """Return the folder with the reference labels of a set of cases.
+
+        Args:
+            labeled: the labeled set.
+            which: the set of cases: "val", "unlabeled" or "test".
+        """
         if which == UNLABELED:
             return self.work / "references" / self.dataset(labeled)
         return self.raw(labeled) / FOLDERS[which][1]

@@ -2,16 +2,21 @@
 
     python -m benchmarks.report --set test
 
-For each number of labeled cases, the table has a row per method and scored network ("weights": student, teacher or
-second network). The upper bound is last. The columns are:
+The lower bound is nnUNetTrainer on the labeled cases only. The upper bound is nnUNetTrainer on all training cases with
+their labels. For each number of labeled cases, there is a picture with the Dice of each case, and a group of rows in
+the table, one per method and scored network. The rows are sorted by ascending Dice; the upper bound is repeated as the
+last row of each group. The columns are:
 
-- Dice and HD95: mean over labels and cases, then mean ± standard deviation over runs;
-- the difference of Dice to the lower bound;
-- gap closed: the difference to the lower bound as a fraction of the gap between upper and lower bound; "undefined" if
-  the interval of the gap is not entirely above 0;
-- the dates of scoring, and the commits that trained the runs.
-
-The main result is the student, which nnUNetv2_predict uses by default.
+- labels: number of labeled cases of the group;
+- method: trainer, lower_bound or upper_bound;
+- weights: scored network: student, teacher or second (of co-training). The main result is the student, which
+  nnUNetv2_predict uses by default;
+- runs: number of runs, see below;
+- Dice and HD95 mm: mean over labels and cases, then mean ± standard deviation over runs;
+- difference to the lower bound: difference of Dice, with interval;
+- gap closed: the difference to the lower bound as a fraction of the gap between upper and lower bound, with interval;
+  "undefined" if the interval of the gap is not entirely above 0;
+- scored and commit: the dates of scoring, and the commits at which the runs were trained.
 
 A run is one seed. With several draws of labeled cases, a run is the mean over the seeds of one draw, since seeds of the
 same draw are not independent. All methods must then have the same draws. Select them with --draws.
@@ -52,13 +57,14 @@ TERMS = ("plans", "iterations", "precision")  # must be equal for runs that are 
 
 @dataclass(frozen=True)
 class Scores:
-    """The scores of one method with one number of labels.
+    """The scores of one network (student, teacher or second) of one method with one number of labeled cases.
 
     Attributes:
-        dice: (runs, cases), Dice, mean over labels.
+        dice: (runs, cases), Dice, mean over labels. Cases are sorted by name.
         hd95_mm: (runs, cases), HD95 in mm, mean over labels.
-        draws: draws of labeled cases. With one draw, runs are its seeds; with several, runs are means over seeds.
-        commits: commits that trained the runs.
+        draws: draws of labeled cases. With one draw, runs are its seeds; with several, runs are means over seeds, one
+            per draw.
+        commits: commits at which the runs were trained.
         scored: dates of scoring.
     """
 
@@ -78,11 +84,12 @@ def read(
         table: CSV of `benchmarks.comparison`.
         which: set of cases: "val", "unlabeled" or "test".
         draws: draws of labeled cases to read; None for all. The upper bound is always read.
-        trials: whether to read methods with changed settings, too.
+        trials: whether to also read methods with changed settings.
         terms: values of the columns "plans", "iterations" and "precision" that runs must have; None for any.
 
     Returns:
-        (number of labeled cases, method, weights) -> scores.
+        (number of labeled cases, method, weights) -> scores. "weights" is the scored network: "student", "teacher" or
+        "second".
 
     Raises:
         ValueError: there are no such runs, a score occurs twice, or runs differ in plans, iterations, precision, draws,
@@ -128,7 +135,7 @@ def _run_name(key: tuple[int, str, str], run: tuple[int, int]) -> str:
 
 
 def _scores(runs: dict[tuple[int, int], dict[tuple[str, str], dict]]) -> Scores:
-    """Return the scores of a method.
+    """Return the scores of one network of one method with one number of labeled cases.
 
     Args:
         runs: (draw, seed) of each run -> (case, label) -> row of the CSV.
@@ -159,9 +166,17 @@ Group = dict[tuple[str, str], Scores]  # by method and weights, with one number 
 
 
 def groups(scores: dict[tuple[int, str, str], Scores]) -> dict[int, Group]:
-    """Group the scores by number of labeled cases.
+    """Group the scores by number of labeled cases, and add the upper bound to each group for comparison.
 
-    Each group is sorted by ascending mean Dice. The upper bound is appended to every group.
+    The upper bound is nnUNetTrainer on all training cases with their labels, the method "upper_bound".
+
+    Args:
+        scores: (number of labeled cases, method, weights) -> scores, the result of `read`. "weights" is the scored
+            network: "student", "teacher" or "second".
+
+    Returns:
+        Number of labeled cases, ascending -> group. A group is a dict (method, weights) -> scores of the methods with
+        this number, sorted by ascending mean Dice, and of the upper bound, which is last and has no group of its own.
     """
     upper = {(method, weights): its for (_, method, weights), its in scores.items() if method == UPPER_BOUND}
     found: dict[int, Group] = defaultdict(dict)
@@ -172,7 +187,11 @@ def groups(scores: dict[tuple[int, str, str], Scores]) -> dict[int, Group]:
 
 
 def bootstrap(group: Group) -> PairedBootstrap | None:
-    """Return the paired bootstrap of the Dice of all methods, or None if no method has two runs."""
+    """Return the paired bootstrap of the Dice of all methods, with keys (method, weights) as in the group.
+
+    The standard deviation between runs is pooled over the students of all methods except the upper bound. Return None
+    if none of these has two runs.
+    """
     # The teacher is nearly equal to the student, and the upper bound has other labels, so both are excluded.
     pooled = [its.dice for (method, weights), its in group.items() if weights == "student" and method != UPPER_BOUND]
     noise = pooled_seed_noise(pooled)
@@ -182,7 +201,11 @@ def bootstrap(group: Group) -> PairedBootstrap | None:
 
 
 def as_markdown(scores: dict[tuple[int, str, str], Scores]) -> str:
-    """Return a Markdown table with a row per number of labels, method and weights."""
+    """Return a Markdown table of scores with the columns that the module docstring describes.
+
+    Args:
+        scores: (number of labeled cases, method, weights) -> scores, the result of `read`.
+    """
     columns = ("labels", "method", "weights", "runs", "Dice", "HD95 mm", "difference to the lower bound", "gap closed",
                "scored", "commit")  # fmt: skip
     rows: list[tuple[object, ...]] = []
@@ -197,12 +220,14 @@ def as_markdown(scores: dict[tuple[int, str, str], Scores]) -> str:
 
 
 def compared(group: Group, drawn: PairedBootstrap | None, key: tuple[str, str]) -> tuple[str, str]:
-    """Return the columns "difference to the lower bound" and "gap closed" of a method, with intervals.
+    """Return the columns "difference to the lower bound" and "gap closed" of a method, as text with intervals.
 
-    A column is empty if its bounds are missing in the group, or if the method is one of them.
+    Example: ("+0.0525 [+0.0106, +0.1179]", "80% [40%, 111%]"). The difference of Dice is empty for the lower bound, and
+    in groups without it. "gap closed" is empty for both bounds, and in groups that lack one of them. It is "undefined"
+    if the interval of the gap between the bounds is not entirely above 0.
 
     Args:
-        group: scores of all methods with one number of labeled cases.
+        group: (method, weights) -> scores, for one number of labeled cases.
         drawn: result of `bootstrap`. With None, the difference has no interval and "gap closed" is empty.
         key: method and weights.
     """
@@ -218,9 +243,13 @@ def compared(group: Group, drawn: PairedBootstrap | None, key: tuple[str, str]) 
 
 
 def without_most_influential(group: Group, key: tuple[str, str]) -> str:
-    """Return the difference of Dice to the lower bound without the case whose removal changes it most, as text.
+    """Return the difference of Dice to the lower bound without the case whose removal changes it most.
 
-    The text is empty for the lower bound itself, or if the group has none.
+    The result is text, such as "+0.0239". It is empty for the lower bound itself, and in groups without it.
+
+    Args:
+        group: (method, weights) -> scores, for one number of labeled cases.
+        key: method and weights.
     """
     if _LOWER not in group or key == _LOWER:
         return ""
@@ -232,10 +261,10 @@ def _with_interval(estimate: Estimate, form: str) -> str:
 
 
 def over_runs(values: np.ndarray, digits: int) -> str:
-    """Return "mean ± standard deviation" over runs; only the mean with a single run.
+    """Return "mean ± standard deviation" over runs of the mean score over cases; only the mean with a single run.
 
     Args:
-        values: (runs, cases), scores, which are averaged over cases first.
+        values: (runs, cases), scores.
         digits: number of decimals.
     """
     means = values.mean(1)
@@ -244,9 +273,13 @@ def over_runs(values: np.ndarray, digits: int) -> str:
 
 
 def draw(group: Group, file: Path) -> None:
-    """Write a PNG with a scatter plot per method: Dice of each case against the Dice of the lower bound.
+    """Write a PNG with a scatter plot per method and scored network, compared with the lower bound.
 
-    Both are means over runs.
+    Each point is a case: y is its Dice, x its Dice with the lower bound. Both are means over runs.
+
+    Args:
+        group: (method, weights) -> scores, for one number of labeled cases. It must contain the lower bound.
+        file: PNG file to write.
     """
     lower = group[_LOWER].dice.mean(0)
     panels = []
@@ -259,7 +292,7 @@ def draw(group: Group, file: Path) -> None:
 
 
 def main() -> None:
-    """Print the table and draw the pictures."""
+    """Print the table, and write TABLE_LABELS_SET.png for each number of labeled cases if there is a lower bound."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", type=Path, default=HERE / "results" / "la.csv", help="default: %(default)s")
     parser.add_argument("--set", choices=SETS, default="val")

@@ -1,19 +1,21 @@
-"""Calculated time of a training step on 1 to 64 GPUs. Nothing is measured.
+"""Calculated time of a training step with DDP on 1 to 64 GPUs. Nothing is measured.
 
     python -m benchmarks.scaling [--gpu_seconds 0.35] [--network_gbit 100] [--cores 8] [--storage_gb 2] ...
 
-The batch size per GPU is constant. With N GPUs, n of them per machine:
+The times follow from the assumptions in `Cluster`. The batch size per GPU is constant. With N GPUs, n of them per
+machine:
 
 - **Computing** takes the time of a step on one GPU.
 - **Gradients** have G bytes, 4 bytes for each trained parameter. In a ring all-reduce, each GPU sends and receives
   2 (N - 1) / N · G bytes. If N > n, the network of each machine transfers the same number of bytes, and its bandwidth
   determines the time. Otherwise the bandwidth between the GPUs does. DDP overlaps the all-reduce with the backward
-  pass, except for the last bucket of 25 MB. The part that exceeds the backward pass is added to the step. An EMA
-  teacher is updated on each GPU and causes no traffic.
+  pass, except for the last bucket of 25 MB. The part that exceeds the backward pass, at least the time of the last
+  bucket, is added to the step. An EMA teacher is updated on each GPU and causes no traffic.
 - **The loader** prepares a batch for each GPU on the cores of that GPU. Loader, storage and GPU work in parallel, so
   the step takes as long as the slowest of them.
 - **Reading**: all GPUs read patches from one storage, compressed to half of their 4 bytes per voxel, with the margin
-  that rotation needs. After the first epoch, machines that cache the data set in memory do not read.
+  that rotation needs (1.5 times the voxels of the patch). After the first epoch, machines that cache the data set in
+  memory do not read.
 """
 
 import argparse
@@ -28,15 +30,15 @@ _BYTES = 2  # per voxel, compressed
 
 @dataclass(frozen=True)
 class Cluster:
-    """Assumptions about training and hardware.
+    """Assumptions about the training and the hardware, from which `step` calculates times.
 
     Attributes:
         parameters: number of trained parameters of all networks.
-        gpu_seconds: time of a step on one GPU.
+        gpu_seconds: time of a step on one GPU in seconds.
         backward_share: fraction of that time for the backward pass.
         patches: number of patches per step and GPU, labeled and unlabeled.
         voxels: number of voxels of a patch.
-        loader_seconds: time for one patch on one core.
+        loader_seconds: time to prepare one patch on one core in seconds.
         gpus_per_machine: number of GPUs per machine, n.
         cores: number of cores per GPU.
         link: bandwidth between the GPUs of a machine in bytes per second.
@@ -59,17 +61,18 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Step:
-    """Times of one step in seconds, and its network traffic.
+    """Calculated times of one training step in seconds, and its network traffic in bytes.
 
     Attributes:
         gpus: number of GPUs, N.
-        traffic: bytes over the network of one machine.
+        traffic: bytes that the network of one machine transfers in each direction; 0 if all GPUs are in one machine.
         exchange: time of the all-reduce of gradients.
         waited: the part of `exchange` that does not overlap with the backward pass.
         loader: time to prepare a batch for one GPU.
         reading: time to read the batches for all GPUs from the storage.
-        seconds: time of the whole step.
-        bottleneck: the slowest part.
+        seconds: time of the whole step: the maximum of computing with `waited`, `loader` and `reading`.
+        bottleneck: the part with this maximum: "loader", "reading", or for computing "GPU", or "network" if `waited` is
+            more than 5 % of it.
     """
 
     gpus: int
@@ -83,7 +86,12 @@ class Step:
 
 
 def step(cluster: Cluster, gpus: int) -> Step:
-    """Return the times of a step on a number of GPUs."""
+    """Calculate the times of a training step on a number of GPUs.
+
+    Args:
+        cluster: assumptions about the training and the hardware.
+        gpus: number of GPUs, N.
+    """
     gradients = 4 * cluster.parameters
     traffic = 2 * (gpus - 1) / gpus * gradients
     is_one_machine = gpus <= cluster.gpus_per_machine
@@ -101,7 +109,22 @@ def step(cluster: Cluster, gpus: int) -> Step:
 
 
 def as_markdown(cluster: Cluster, numbers: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)) -> str:
-    """Return a Markdown table for several numbers of GPUs, with times in milliseconds."""
+    """Return a Markdown table of calculated times of a training step, with a row per number of GPUs.
+
+    Nothing is measured. All times are in ms and calculated by `step`:
+
+    - network MB per machine: bytes that the network of one machine transfers in each direction;
+    - all-reduce: all-reduce of the gradients; not overlapped: the part of it that is added to the step;
+    - loader: preparation of a batch for one GPU; reading: reading of the batches for all GPUs;
+    - step: the whole step;
+    - patches per second: throughput of all GPUs together;
+    - scaling efficiency: time of a step on 1 GPU divided by the time on this number of GPUs;
+    - bottleneck: the part that determines the time of the step.
+
+    Args:
+        cluster: assumptions about the training and the hardware.
+        numbers: numbers of GPUs.
+    """
     columns = (
         "GPUs", "network MB per machine", "all-reduce ms", "not overlapped ms", "loader ms", "reading ms", "step ms",
         "patches per second", "scaling efficiency", "bottleneck",
@@ -117,7 +140,7 @@ def as_markdown(cluster: Cluster, numbers: tuple[int, ...] = (1, 2, 4, 8, 16, 32
 
 
 def main() -> None:
-    """Print the table."""
+    """Print the table for the assumptions given on the command line."""
     default = Cluster()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(

@@ -3,8 +3,8 @@
     python -m benchmarks.train_step --data <la_125mm> --work <folder> [--device cuda] [--json FILE]
 
 - Supervised trainers have 4 labeled samples, the others 2 labeled and 2 unlabeled samples, with the same plans.
-- Time is that of `train_step`, on batches that are loaded before. All trainers run alternately in one process. Times
-  are medians, with the quartiles in brackets; the first steps are a warm-up.
+- Time is the measured time of `train_step`, on batches that are loaded before. All trainers run alternately in one
+  process. Times are medians, with the quartiles in brackets; the first steps are a warm-up.
 - GPU memory is the peak memory that PyTorch allocates in these steps, measured for each trainer alone.
 - The size of the checkpoint is measured after the steps.
 """
@@ -31,9 +31,13 @@ LABELED, SAMPLES = LabeledSet(8), 4
 
 
 def prepared(arguments: argparse.Namespace) -> tuple[Path, str]:
-    """Prepare the data if necessary, and return the preprocessed folder and the name of the plans.
+    """Prepare the data if necessary, and set nnU-Net's environment variables.
 
-    nnU-Net's environment variables are set.
+    Args:
+        arguments: parsed command line with the arguments of `add_arguments`.
+
+    Returns:
+        The folder nnUNet_preprocessed/DatasetXXX_NAME, and the plans identifier.
     """
     preparation = Preparation(arguments, LEFT_ATRIUM)
     preparation.prepare([LABELED])
@@ -42,7 +46,14 @@ def prepared(arguments: argparse.Namespace) -> tuple[Path, str]:
 
 
 def build(name: str, folder: Path, plans_name: str, device: str):
-    """Return a trainer that is ready for its first step, with `SAMPLES` samples per step."""
+    """Return a trainer that is ready for its first step, with `SAMPLES` samples per step (labeled and unlabeled).
+
+    Args:
+        name: name of the trainer class.
+        folder: nnUNet_preprocessed/DatasetXXX_NAME.
+        plans_name: plans identifier.
+        device: "cpu" or "cuda".
+    """
     plans = json.loads((folder / f"{plans_name}.json").read_text()) | {"continue_training": False}
     is_supervised = name == SUPERVISED or TRAINERS[name].is_supervised
     plans["configurations"]["3d_fullres"]["batch_size"] = SAMPLES if is_supervised else SAMPLES // 2
@@ -55,9 +66,19 @@ def build(name: str, folder: Path, plans_name: str, device: str):
 
 
 def take_steps(trainers: dict, repeats: int, warmup: int, device: str) -> dict[str, dict]:
-    """Return the time of `train_step` of each trainer: median and quartiles in seconds.
+    """Measure the time of `train_step` of each trainer.
 
-    The trainers run alternately. The first `warmup` steps of each are not measured.
+    The trainers run alternately, on batches that are loaded before. On a GPU, the peak memory statistics of PyTorch are
+    reset after the warm-up.
+
+    Args:
+        trainers: name -> trainer, see `build`.
+        repeats: number of measured steps of each trainer.
+        warmup: number of steps of each trainer before these, which are not measured.
+        device: "cpu" or "cuda".
+
+    Returns:
+        Name -> result of `summary`.
     """
     batches = {name: [next(trainer.dataloader_train) for _ in range(4)] for name, trainer in trainers.items()}
     seconds: dict[str, list[float]] = {name: [] for name in trainers}
@@ -75,7 +96,7 @@ def take_steps(trainers: dict, repeats: int, warmup: int, device: str) -> dict[s
 
 
 def checkpoint_bytes(trainer) -> int:
-    """Return the size of a trainer's checkpoint."""
+    """Return the size of a trainer's checkpoint in bytes."""
     file = Path(trainer.output_folder) / "checkpoint_size.pth"
     trainer.save_checkpoint(str(file))
     size = file.stat().st_size
@@ -84,7 +105,15 @@ def checkpoint_bytes(trainer) -> int:
 
 
 def peak_bytes(name: str, folder: Path, plans: str, repeats: int, warmup: int) -> int:
-    """Return the peak GPU memory of a trainer that is alone on the GPU."""
+    """Return the measured peak GPU memory in bytes of the training steps of a trainer that is alone on the GPU.
+
+    Args:
+        name: name of the trainer class.
+        folder: nnUNet_preprocessed/DatasetXXX_NAME.
+        plans: plans identifier.
+        repeats: number of measured steps.
+        warmup: number of steps before these, which are not measured.
+    """
     take_steps({name: build(name, folder, plans, "cuda")}, repeats, warmup, "cuda")
     peak = torch.cuda.max_memory_allocated()
     gc.collect()
@@ -93,7 +122,7 @@ def peak_bytes(name: str, folder: Path, plans: str, repeats: int, warmup: int) -
 
 
 def main() -> None:
-    """Prepare the data, measure, and print a Markdown table."""
+    """Prepare the data if necessary, measure time and memory of the trainers, and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, replace(LEFT_ATRIUM, spacing=1.25, features=()))
     parser.add_argument("--trainers", nargs="+", choices=TRAINERS, metavar="TRAINER", default=MEASURED)
@@ -117,7 +146,17 @@ def main() -> None:
 
 
 def as_markdown(results: dict[str, dict]) -> str:
-    """Return a Markdown table with the time per step, GPU memory and checkpoint size of each trainer."""
+    """Return a Markdown table of measurements, with a row per trainer.
+
+    - seconds per step: time of `train_step`, median with quartiles;
+    - relative time: this median divided by that of nnUNetTrainer;
+    - GPU MB: peak GPU memory; only if it was measured;
+    - relative checkpoint size: size of the checkpoint file divided by that of nnUNetTrainer.
+
+    Args:
+        results: name of the trainer -> result of `summary`, with "checkpoint_bytes" and "gpu_bytes" (None if not
+            measured). It must contain nnUNetTrainer.
+    """
     baseline = results[SUPERVISED]
     on_gpu = any(its["gpu_bytes"] for its in results.values())
     columns = ["trainer", "seconds per step", "relative time", *["GPU MB"] * on_gpu, "relative checkpoint size"]

@@ -61,7 +61,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def plan(source: Path, *, protocol: Protocol | None = None, modalities: str | None = None, target: str = "wt") -> Plan:
-    """Find the cases in `source` and its subfolders by their file names, without opening an image.
+    """Return the cases in `source` and its subfolders, found by file names, and how to convert them.
+
+    No image is opened.
 
     Args:
         source: folder that contains the cases at any depth.

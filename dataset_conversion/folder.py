@@ -57,7 +57,7 @@ def plan(
     masks: str | Sequence[str] | None = None,
     foreground: Sequence[str] | None = None,
 ) -> Plan:
-    """List the cases that match the patterns without opening an image.
+    """Return the cases that match the patterns, and how to convert them. No image is opened.
 
     Args:
         source: folder to which the patterns are relative.

@@ -65,7 +65,9 @@ def plan(
     harmonize_adc: bool = False,
     keep_empty: bool = False,
 ) -> Plan:
-    """Find the cases in `source` and its subfolders by their file names, without opening an image.
+    """Return the cases in `source` and its subfolders, found by file names, and how to convert them.
+
+    No image is opened.
 
     Args:
         source: folder of the download, a folder that contains it, or its subfolder rawdata.
@@ -157,8 +159,14 @@ def _brain(image: sitk.Image) -> np.ndarray:
 def _report_overlap(kind: str, dwi: sitk.Image, image: sitk.Image, report: CaseReport) -> None:
     """Add to the report how well a resampled image overlaps with DWI, and warn if the overlap is low.
 
-    The report contains the Dice of the foreground masks of both images, and the fraction of the brain in DWI where the
-    other image is 0. The foreground masks are those of `_brain`.
+    The entry contains "foreground_dice", the Dice of the masks that `_brain` returns for both images, and
+    "brain_without", the fraction of the brain mask of DWI in which the resampled image is 0.
+
+    Args:
+        kind: "adc" or "flair".
+        dwi: DWI of the case.
+        image: ADC or FLAIR, resampled to the grid of DWI.
+        report: report of the case.
     """
     brain, other = _brain(dwi), _brain(image)
     dice = 2 * int((brain & other).sum()) / max(1, int(brain.sum()) + int(other.sum()))

@@ -48,11 +48,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def plan(source: Path, *, protocol: Protocol | None = None, spacing: float = 0.625) -> Plan:
-    """Find the cases in `source` and its subfolders by their file names, without opening an image.
+    """Return the cases in `source` and its subfolders, found by file names, and how to convert them.
+
+    No image is opened.
 
     Args:
         source: folder of cases, or the folder that contains it.
-        protocol: unused; the published split needs no other options.
+        protocol: a published split, or None; unused, because it does not change which files are converted or how.
         spacing: isotropic spacing in mm to write.
 
     Raises:

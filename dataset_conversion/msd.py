@@ -51,7 +51,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def plan(source: Path, *, protocol: Protocol | None = None, test_as_unlabeled: bool = False) -> Plan:
-    """List the cases of a task without opening an image.
+    """Return the cases of a task, found by file names, and how to convert them. No image is opened.
 
     Args:
         source: folder of the task, or a folder that contains this task and no other.

@@ -90,11 +90,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def plan(source: Path, *, protocol: Protocol | None = None, keep_duplicates: bool = False) -> Plan:
-    """Find the cases in `source` and its subfolders by their file names, without opening an image.
+    """Return the cases in `source` and its subfolders, found by file names, and how to convert them.
+
+    No image is opened.
 
     Args:
         source: folder that contains images and labels.
-        protocol: unused; the published splits need no other options.
+        protocol: a published split, or None; unused, because it does not change which files are converted or how.
         keep_duplicates: keep 0025 and 0070, which are copies of 0002.
 
     Raises:

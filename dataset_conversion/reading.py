@@ -196,9 +196,10 @@ def read_h5(path: Path, key: str, spacing: tuple[float, float, float], axes: str
 def read_h5_channels(
     paths: Sequence[Path], report: CaseReport, *, spacing: tuple[float, float, float], axes: str = "xyz"
 ) -> list[sitk.Image]:
-    """Read the dataset "image" of the h5 file of each channel; see `read_h5` for the spacing and the axes.
+    """Read the dataset "image" of the h5 file of each channel; see `read_h5` for `spacing` and `axes`.
 
-    With both bound by functools.partial, the function can be used as `writer.DataSet.read_images`.
+    If functools.partial sets `spacing` and `axes`, the function can be used as `writer.DataSet.read_images`; `report`
+    is unused.
     """
     return [read_h5(path, "image", spacing, axes) for path in paths]
 
@@ -211,9 +212,10 @@ def read_h5_mask(
     spacing: tuple[float, float, float],
     axes: str = "xyz",
 ) -> sitk.Image:
-    """Read the dataset "label" of an h5 file; see `read_h5` for the spacing and the axes.
+    """Read the dataset "label" of an h5 file; see `read_h5` for `spacing` and `axes`.
 
-    With both bound by functools.partial, the function can be used as `writer.DataSet.read_label`.
+    If functools.partial sets `spacing` and `axes`, the function can be used as `writer.DataSet.read_label`; `images`
+    and `report` are unused.
     """
     return read_h5(path, "label", spacing, axes)
 

@@ -194,7 +194,9 @@ def assign_by_protocol(
 def split_record(assignment: Assignment) -> dict[str, object]:
     """Return the content of ssl_split.json: the cases of each role, how they were chosen, and a hash of the lists.
 
-    The hash does not depend on the order of the cases, so the splits of two datasets can be compared.
+    The keys are the roles (lists of identifiers), "left_out" (identifiers of the cases without a role), "source" (the
+    rule of the assignment), "seed" (None without a random draw) and "sha256" (the hash of the lists of all roles). The
+    hash does not depend on the order of the cases, so the splits of two datasets can be compared.
     """
     lists = {role: assignment.identifiers(role) for role in FOLDERS}
     canonical = json.dumps({role: sorted(lists[role]) for role in sorted(lists)}, separators=(",", ":"))

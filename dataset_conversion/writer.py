@@ -43,8 +43,10 @@ class DataSet:
 
     `name`, `channel_names`, `labels`, `reference`, `license` and `regions_class_order` are written to dataset.json.
 
-    `read_images` and `read_label` read the source files of one case. They return SimpleITK images with the axes
-    (x, y, z) and the spacing in mm. They must be picklable, since worker processes call them.
+    `read_images(paths, report)` reads the paths in `Case.images`, and returns one image per channel.
+    `read_label(path, images, report)` reads `Case.label`, and returns the label image; `images` are the channels of the
+    case. Both functions return SimpleITK images with the axes (x, y, z) and the spacing in mm, and can add facts and
+    warnings to the report of the case. They must be picklable, since worker processes call them.
     """
 
     name: str

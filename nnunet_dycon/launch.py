@@ -199,7 +199,7 @@ def _should_resume(folder: Path, is_restarted: bool, is_resume: bool, lock: Call
         folder: the folder of the fold, fold_X.
         is_restarted: whether torchrun has restarted the training.
         is_resume: whether the user has given --c.
-        lock: takes the lock of the fold; None for trainers without one.
+        lock: function without arguments that acquires the lock of the fold; None for trainers without one.
     """
     if lock is not None:
         lock()

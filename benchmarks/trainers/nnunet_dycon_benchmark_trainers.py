@@ -6,7 +6,14 @@ NNUNET_DYCON_BENCHMARK_RUNS is the path of a JSON file with an entry per trainer
     {"Benchmark_NAME": {"trainer": ..., "settings": {...}, "epochs": ..., "iterations_per_epoch": ..., "seed": ...,
                         "precision": ...}}
 
-When training starts, the entry, all settings and the commit are written to benchmark.json in the output folder.
+- trainer: name of the base class;
+- settings: settings that differ from those of the base class: name -> value;
+- epochs, iterations_per_epoch: length of the training, over which the learning rate decays to 0;
+- seed: seed of the random number generators of Python, NumPy and PyTorch, set when training starts;
+- precision: "float32", or "bfloat16" for autocast to bfloat16 on a CPU.
+
+When training starts, the entry ("run"), the settings of the trainer ("settings") and the commit ("commit") are written
+to benchmark.json in the output folder.
 """
 
 import json
@@ -139,7 +146,7 @@ class RoundedProducts(TorchFunctionMode):
 
 
 class _Round(torch.autograd.Function):
-    """Rounding of values and gradients to bfloat16."""
+    """Rounding of values and, in the backward pass, of gradients to bfloat16. The data type does not change."""
 
     @staticmethod
     def forward(ctx, values):
@@ -151,7 +158,7 @@ class _Round(torch.autograd.Function):
 
 
 def commit() -> str:
-    """Return the commit of the installed package, with the suffix -dirty if tracked files are changed."""
+    """Return the short commit hash of the installed package, with "-dirty" appended if tracked files are changed."""
     folder = Path(nnunet_dycon.__file__).parent
 
     def git(*arguments: str) -> str:

@@ -80,11 +80,11 @@ class StudentOutput:
     def of(
         cls, returned: torch.Tensor | Sequence[torch.Tensor], features: torch.Tensor | None = None
     ) -> "StudentOutput":
-        """Convert the return value of a network, with or without deep supervision.
+        """Return a `StudentOutput` with the return value of a network, with or without deep supervision.
 
         Args:
             returned: the logits or, with deep supervision, a list with the logits at each resolution, highest first.
-            features: the features to store; None if no hook reads features.
+            features: (B, F, *grid), the features that a `FeatureTap` has read; None without a `FeatureTap`.
         """
         return cls([returned] if isinstance(returned, torch.Tensor) else list(returned), features)
 

@@ -50,9 +50,10 @@ class CoTraining(Method):
         self._second_tap = None if stage is None else FeatureTap(unwrap(second), stage.name)
 
     def weights(self, ramp: float) -> dict[str, float]:
-        """Return the weight of each mutual loss term by name.
+        """Return a dict: name of a mutual loss term -> its weight in the total loss.
 
-        The names are those of the loss terms that `mutual_losses` returns, which may omit terms of weight 0.
+        The dict contains every term that `mutual_losses` returns. A term of weight 0 may be absent from the result of
+        `mutual_losses`.
 
         Args:
             ramp: the ramp-up factor, from 0 to 1.

@@ -104,7 +104,7 @@ def pool_to_patches(volume: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
 
 
 def _split(volume: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
-    """Reshape (B, X, Y, Z) to (B, cells along X, voxels per cell, cells along Y, ...)."""
+    """Reshape (B, X, Y, Z) to (B, cells along X, voxels of a cell along X, cells along Y, ...); 2D likewise."""
     spatial = volume.shape[1:]
     if any(size % cells for size, cells in zip(spatial, grid)):
         raise ValueError(

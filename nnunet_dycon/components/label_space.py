@@ -1,7 +1,6 @@
 """Label spaces: mutually exclusive classes, and regions, which may overlap.
 
-Methods use a `LabelSpace` and need not distinguish the two. *Labels* are (B, *spatial) integers for classes, and
-(B, R, *spatial) booleans for R regions. Masks and weights of labels have the same shape.
+Methods use a `LabelSpace` and need not distinguish classes and regions.
 """
 
 import math
@@ -34,7 +33,10 @@ class ClassMap(NamedTuple):
 
 
 class LabelSpace:
-    """Base class of label spaces.
+    """Base class of label spaces, with the operations that differ between classes and regions.
+
+    In all operations, *labels* are (B, *spatial) integers for classes, and (B, R, *spatial) booleans for R regions.
+    Masks and weights of labels have the same shape as the labels.
 
     Attributes:
         sigmoid: whether losses use the sigmoid of each channel instead of the softmax over channels.
@@ -45,21 +47,26 @@ class LabelSpace:
     def weighted_loss(
         self, level_weights: tuple[float, ...], batch_dice: bool
     ) -> WeightedDiceCELoss | WeightedDiceBCELoss:
-        """Return nnU-Net's loss (Dice and cross-entropy) as a function that also takes a weight for each label.
+        """Return nnU-Net's loss (Dice and cross-entropy) as a function with an additional argument, a weight per voxel.
 
-        The weights have the shape of the labels: one weight per voxel for classes, one per voxel and region for
-        regions. Regions use binary cross-entropy.
+        The function is called as ``loss(logits, labels, weight)`` and returns a scalar:
+
+        - ``logits``: one tensor (B, C, *spatial) per resolution of deep supervision, highest resolution first;
+        - ``labels``: the labels at the highest resolution, (B, *spatial) for classes, (B, R, *spatial) for regions;
+        - ``weight``: of the same shape as ``labels``. Regions have a weight per voxel and region.
+
+        The function downsamples labels and weights to the other resolutions. Regions use binary cross-entropy.
 
         Args:
-            level_weights: the weight of each resolution of deep supervision, highest resolution first.
+            level_weights: the weight of each resolution, highest resolution first.
             batch_dice: whether the Dice is computed over the batch instead of for each image.
         """
         raise NotImplementedError
 
     def split(self, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Split nnU-Net's target (B, T, *spatial) into labels and a mask that is False at voxels with the ignore label.
+        """Split nnU-Net's target (B, T, *spatial) into labels and a boolean mask of the shape of the labels.
 
-        The labels of these voxels are 0.
+        The mask is False at voxels with the ignore label. The labels of these voxels are 0.
         """
         raise NotImplementedError
 
@@ -82,7 +89,10 @@ class LabelSpace:
         raise NotImplementedError
 
     def voxel_entropy(self, logits: torch.Tensor) -> torch.Tensor:
-        """Return the entropy of each voxel in nats, (B, *spatial)."""
+        """Return the entropy in nats of the prediction for each voxel, (B, *spatial), from logits (B, C, *spatial).
+
+        For classes, it is the entropy of the softmax; for regions, the mean of the binary entropies of all regions.
+        """
         raise NotImplementedError
 
     def highest_entropy(self, channels: int) -> float:
@@ -90,7 +100,13 @@ class LabelSpace:
         raise NotImplementedError
 
     def shown(self, logits: torch.Tensor) -> torch.Tensor:
-        """Return one label per voxel for plots, (B, *spatial) integers, 0 for background."""
+        """Return the predicted label of each voxel for plots: (B, *spatial) integers, 0 for background.
+
+        For regions, the label is the number of a region that contains the voxel, counted from 1.
+
+        Args:
+            logits: (B, C, *spatial).
+        """
         raise NotImplementedError
 
     def class_maps(self, labels: torch.Tensor, mask: torch.Tensor, channels: int) -> Iterator[ClassMap]:
@@ -137,9 +153,10 @@ class LabelSpace:
         where: torch.Tensor | None = None,
         agreement: str = AGREEMENT,
     ) -> dict[str, torch.Tensor]:
-        """Return the foreground fraction of pseudo-labels and their agreement with the student's labels.
+        """Return a dict with the foreground fraction of pseudo-labels and their Dice with the student's labels.
 
-        For arguments and names see `pseudo_label_diagnostics` (classes) and `pseudo_region_diagnostics` (regions).
+        For the arguments and the keys see `pseudo_label_diagnostics` (classes) or `pseudo_region_diagnostics`
+        (regions).
         """
         raise NotImplementedError
 

@@ -22,7 +22,9 @@ class Supervision:
 
     Attributes:
         loss: nnU-Net's loss, called with a list of logits (highest resolution first) and nnU-Net's targets.
-        weighted_loss: the same loss with a weight for each voxel (and region), for pseudo-labels and mixed images.
+        weighted_loss: the same loss with a weight for each label, for pseudo-labels and mixed images. It is called with
+            a list of logits (highest resolution first), and labels and weights at full resolution; see
+            `LabelSpace.weighted_loss`.
         label_space: `ClassLabels` or `RegionLabels`.
     """
 

@@ -18,7 +18,8 @@ MIXTURES = ("none", "cutmix", "copy_paste")
 class Mixture:
     """Base class of the mixtures, which combine labeled and unlabeled images into the student's batch.
 
-    This class itself only concatenates them: the labeled images, then the unlabeled images.
+    This class itself only concatenates them: the labeled images, then the unlabeled images. For the arguments see
+    `mixture`.
 
     Attributes:
         truth: (B', *spatial), boolean, True for voxels from a labeled image; B' is the size of the student's batch.
@@ -81,8 +82,9 @@ class Mixture:
 class CutMix(Mixture):
     """CutMix (arXiv:1905.04899) of unlabeled images; labeled images are unchanged.
 
-    A box of each unlabeled image is replaced by the same box of the previous unlabeled image in the batch. If there is
-    only one unlabeled image, the box comes from the last labeled image. Pseudo-labels are not used in this box.
+    A box of each unlabeled image is replaced by the same box of the previous unlabeled image in the batch (for the
+    first image, of the last one). If there is only one unlabeled image, its box is replaced by that of the last labeled
+    image, and pseudo-labels are not used in the box. For the arguments see `mixture`.
     """
 
     def __init__(
@@ -103,7 +105,7 @@ class CopyPaste(Mixture):
 
     The batch consists of the labeled images with a box of an unlabeled image, followed by the unlabeled images with a
     box of a labeled image. If there are fewer labeled than unlabeled images, the labeled images are repeated, and vice
-    versa.
+    versa. For the arguments see `mixture`.
     """
 
     cuts_labeled = True
@@ -130,7 +132,9 @@ def mixture(
     device: torch.device,
     box_fraction: float = BOX_FRACTION,
 ) -> Mixture:
-    """Draw a mixture with boxes at random places.
+    """Return a `Mixture` that exchanges boxes at random places, drawn once in this call.
+
+    The mixture is called with volumes of the labeled and of the unlabeled images, and returns the mixed batch.
 
     Args:
         kind: "none" (`Mixture`), "cutmix" (`CutMix`) or "copy_paste" (`CopyPaste`).

@@ -36,6 +36,7 @@ class Workers(NonDetMultiThreadedAugmenter):
     batch for this step, the augmenter returns the previous batch again instead of raising an error.
 
     Args:
+        arguments, options: arguments of NonDetMultiThreadedAugmenter.
         is_ending: function without arguments that returns whether this process has received SIGTERM.
     """
 

@@ -10,7 +10,7 @@ FORMAT = "https://github.com/MIC-DKFZ/nnUNet/blob/master/documentation/dataset_f
 
 
 def check_dataset_json(content: Any, file: Path) -> None:
-    """Raise UserError if nnU-Net cannot use dataset.json, or if it would store correct predictions as other labels.
+    """Raise UserError if nnU-Net cannot use dataset.json, or if its regions_class_order changes predicted labels.
 
     Args:
         content: content of the file.
@@ -21,7 +21,7 @@ def check_dataset_json(content: Any, file: Path) -> None:
 
 
 def dataset_json_faults(content: Any) -> Iterator[str]:
-    """Yield each fault in the content of dataset.json with its remedy, such as 'no "labels"'."""
+    """Yield each fault in the content of dataset.json as text, such as '"labels" must contain "background": 0'."""
     if not isinstance(content, dict):
         yield "it does not contain an object in braces; write it again"
         return
@@ -71,10 +71,15 @@ def _label_faults(labels: dict[str, tuple[int, ...]], content: dict) -> Iterator
 
 
 def _region_faults(regions: dict[str, tuple[int, ...]], order: Any) -> Iterator[str]:
-    """Yield faults of regions_class_order: the value that nnU-Net stores where it predicts each region.
+    """Yield the faults of regions_class_order with their remedies.
 
-    nnU-Net stores a later region over an earlier one. A predicted label is therefore stored as the value of the last
-    region that contains it. This value must be in the same regions as the label.
+    The list contains, for each region, the value that nnU-Net stores where it predicts this region. A later region
+    overwrites an earlier one. A predicted label is therefore stored as the value of the last region that contains the
+    label. This value must be in the same regions as the label.
+
+    Args:
+        regions: name -> label values of each region except background and ignore, in the order of dataset.json.
+        order: the content of "regions_class_order", which may be of any type.
     """
     if not (isinstance(order, list) and len(order) == len(regions) and all(map(_is_label, order))):
         yield f'"regions_class_order" is {order}, but must have one value for each of the {len(regions)} regions'
@@ -92,7 +97,11 @@ def _region_faults(regions: dict[str, tuple[int, ...]], order: Any) -> Iterator[
 
 
 def _suggested(regions: dict[str, tuple[int, ...]]) -> list[int] | str:
-    """Return a valid regions_class_order, or a hint to the order of the regions if there is none."""
+    """Return a valid regions_class_order; if there is none, the remedy as text: another order of the regions.
+
+    Args:
+        regions: name -> label values of each region, in the order of dataset.json.
+    """
     order: list[int] = []
     names = list(regions)
     for number, name in enumerate(names):

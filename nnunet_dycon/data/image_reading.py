@@ -36,8 +36,8 @@ class Grid:
     Attributes:
         channels: number of channels, as nnU-Net's reader returns them.
         shape: number of voxels along Z, Y, X; 1 along Z in a 2D image.
-        spacing: distance of the voxels along Z, Y, X in mm; 999 times the largest one along Z in a 2D image, as in
-            nnU-Net.
+        spacing: distance of the voxels along Z, Y, X in mm. For a 2D image, the value for Z is 999 times the larger of
+            the two others, as in nnU-Net.
         affine: (4, 4), maps voxel indices (x, y, z, 1) to coordinates in mm, which increase to the right, anterior and
             superior; None if the file format has no position.
     """
@@ -152,7 +152,10 @@ def in_file_order(reader: Reader) -> Reader:
 
 
 def coincide(a: Grid, b: Grid) -> bool:
-    """Return whether two grids of equal shape and spacing have the same position; True if a format has none."""
+    """Return whether two grids of equal shape and spacing have the same origin and axis directions.
+
+    The result is True if a grid has no affine, since its position is then unknown.
+    """
     if a.affine is None or b.affine is None:
         return True
     first, second = (affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0) for affine in (a.affine, b.affine))
@@ -161,7 +164,10 @@ def coincide(a: Grid, b: Grid) -> bool:
 
 
 def is_turned(grid: Grid, target: Grid) -> bool:
-    """Return whether a grid has the same voxels as another one, but with permuted or flipped axes."""
+    """Return whether a grid has the same voxel positions as the target, but with permuted or flipped axes.
+
+    The result is False if one of the two has no affine.
+    """
     if grid.affine is None or target.affine is None or (grid.shape == target.shape and coincide(grid, target)):
         return False
     turned = reoriented_grid(grid, target.affine)
@@ -248,11 +254,11 @@ def _flat_affine(header: sitk.ImageFileReader) -> np.ndarray:
 
 
 def write_like(voxels: np.ndarray, like: Path, file: Path, reader: Reader) -> None:
-    """Write a 3D image with the position of another one.
+    """Write a 3D image with the spacing, origin and axis directions of another image file.
 
     Args:
         voxels: (Z, Y, X), in the order of the voxels in ``like``.
-        like: file with the same grid.
+        like: image file with the grid to copy.
         file: file to write; its ending determines the format.
         reader: the reader of ``like``.
     """
@@ -270,12 +276,12 @@ def write_like(voxels: np.ndarray, like: Path, file: Path, reader: Reader) -> No
 
 
 def reoriented(voxels: np.ndarray, source: np.ndarray, target: np.ndarray | None = None) -> np.ndarray:
-    """Permute and flip the axes of an image, so that they are as parallel as possible to other axes.
+    """Return the voxels with permuted and flipped axes, which are as parallel as possible to the axes of a target.
 
     Args:
         voxels: (Z, Y, X).
-        source: affine (4, 4) of the image, as in `Grid`.
-        target: affine (4, 4) that defines the other axes; None stands for right, anterior, superior.
+        source: affine (4, 4) of the voxels, as in `Grid`.
+        target: affine (4, 4) of the target; None for the axes right (X), anterior (Y) and superior (Z).
     """
     relative = source if target is None else np.linalg.inv(target) @ source
     turn = nibabel.orientations.io_orientation(relative)
@@ -283,7 +289,12 @@ def reoriented(voxels: np.ndarray, source: np.ndarray, target: np.ndarray | None
 
 
 def reoriented_grid(grid: Grid, target: np.ndarray) -> Grid:
-    """Return the grid that an image has after `reoriented` with the same target."""
+    """Return the grid of the voxels that `reoriented` returns.
+
+    Args:
+        grid: grid of the voxels before, with an affine.
+        target: affine (4, 4) of the target, as for `reoriented`.
+    """
     turn = nibabel.orientations.io_orientation(np.linalg.inv(target) @ grid.affine)
     order = np.argsort(turn[:, 0])  # axis of the image for each axis of the target
     shape, spacing = (tuple(values[::-1][axis] for axis in order)[::-1] for values in (grid.shape, grid.spacing))

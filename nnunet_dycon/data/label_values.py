@@ -1,4 +1,4 @@
-"""Values of the preprocessed segmentations of labeled cases."""
+"""Check of the label values in the preprocessed segmentations of labeled cases."""
 
 import json
 from collections.abc import Iterable
@@ -20,18 +20,20 @@ _DAMAGE = (ValueError, KeyError, TypeError, EOFError, RuntimeError, OSError)
 
 
 def check_label_values(folder: Path, cases: Iterable[str], dataset_json: dict, num_processes: int) -> set[int]:
-    """Return the values of all labels that occur in the preprocessed segmentations.
+    """Check the label values in preprocessed segmentations, and return the set of all values that occur.
+
+    The value 0 (background) is included, but not the -1 with which nnU-Net marks voxels outside the nonzero region.
 
     Args:
-        folder: nnUNet_preprocessed/DatasetXXX/<data_identifier>. The values are stored next to this folder and only
-            computed again for files that have changed.
-        cases: identifiers of the cases.
+        folder: nnUNet_preprocessed/DatasetXXX/<data_identifier>. The values of each case are stored in
+            <data_identifier>.label_values.json next to this folder, and computed again only for changed files.
+        cases: identifiers of the labeled cases.
         dataset_json: content of dataset.json.
         num_processes: number of worker processes.
 
     Raises:
-        UserError: a segmentation cannot be read, it has a value that is not in dataset.json, or no segmentation has
-            a foreground voxel.
+        UserError: a segmentation is missing, cannot be read, or has a value that is not in dataset.json; or no
+            segmentation has a foreground voxel.
     """
     found = values_of_cases(folder, cases, num_processes)
     known = label_values(dataset_json)
@@ -53,9 +55,12 @@ def check_label_values(folder: Path, cases: Iterable[str], dataset_json: dict, n
 
 
 def values_of_cases(folder: Path, cases: Iterable[str], num_processes: int) -> dict[str, set[int]]:
-    """Return case identifier -> label values in the preprocessed segmentation.
+    """Return case identifier -> label values in the preprocessed segmentation, without a check of the values.
 
-    For the arguments and errors, see `check_label_values`.
+    For the arguments and the values, see `check_label_values`.
+
+    Raises:
+        UserError: a segmentation is missing or cannot be read.
     """
     cache = folder.with_name(folder.name + _CACHE)
     known: dict[str, list] = {}
@@ -82,7 +87,7 @@ def _segmentation(folder: Path, case: str) -> Path:
 
 
 def _values(file: Path) -> set[int]:
-    """Return the values in a preprocessed segmentation, except that of voxels outside of the nonzero region."""
+    """Return the values in a preprocessed segmentation (.b2nd or .npz), except -1 (outside the nonzero region)."""
     with explained(_DAMAGE, f"{file} cannot be read; remove its folder, and run nnUNetv2_preprocess again"):
         if file.suffix == ".npz":
             with np.load(file) as content:

@@ -79,9 +79,9 @@ def check_split(folder: Path, labeled: set[str], fold: int | Literal["all"]) -> 
 def check_fingerprint(base: Path, plans: PlansManager, configuration_name: str, dataset_id: int) -> None:
     """Raise UserError if nnU-Net's fingerprint was not extracted from the current labeled cases.
 
-    nnU-Net keeps an existing fingerprint unless --clean is used. If labels were removed since then, the fingerprint
-    still contains statistics of these cases. They influence the plans: spacing, patch size and, for CT, the
-    normalization.
+    nnU-Net keeps an existing fingerprint unless --clean is used. If labels are removed after its extraction, the
+    fingerprint still contains statistics of the cases without label. These statistics influence the plans: spacing,
+    patch size and, for CT, the normalization.
 
     A fingerprint lists shapes and spacings of the cases, but no identifiers. So the check compares the number of cases,
     and the shapes after preprocessing: the shapes computed from the fingerprint must be those of the stored images. The

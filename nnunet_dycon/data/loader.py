@@ -110,6 +110,7 @@ class LabeledLoader(nnUNetDataLoader):
     The message is the value of the single key `FAULT` in a dict. `nnunet_dycon.data.augmenters` raises it as UserError.
 
     Args:
+        data, arguments, options: arguments of nnUNetDataLoader.
         remedy: last part of the error message on a case that cannot be read, such as a command to run.
     """
 
@@ -151,6 +152,7 @@ class UnlabeledLoader(nnUNetDataLoader):
 
     Args:
         data: the unlabeled cases.
+        arguments, options: further arguments of nnUNetDataLoader; `transforms` must be `TwoViews`.
         mask_channels: for each channel, whether it is normalized within its nonzero region (use_mask_for_norm).
         remedy: last part of the error message on a case that cannot be read, such as a command to run.
     """
@@ -208,9 +210,10 @@ class UnlabeledLoader(nnUNetDataLoader):
 
 
 class TwoStreamLoader(LabeledLoader):
-    """A loader of labeled and unlabeled patches, with a strong and a weak view of each patch.
+    """A loader of labeled and unlabeled patches, with a strong and a weak view (`TwoViews`) of each patch.
 
     Args:
+        arguments, options: arguments of `LabeledLoader`, for the labeled patches.
         unlabeled: the loader of unlabeled patches.
         transforms: the augmentation of labeled patches, which returns both views.
     """

@@ -1,8 +1,8 @@
 """Preprocessing of unlabeled cases, and a manifest file to detect that preprocessed cases are outdated.
 
 nnUNet_raw/DatasetXXX/imagesUn is preprocessed into nnUNet_preprocessed/DatasetXXX/<data_identifier>_unlabeled, by
-nnU-Net's own preprocessor with the plans of the labeled cases. The manifest contains a hash of the plans and the names
-and sizes of the images.
+nnU-Net's own preprocessor with the plans of the labeled cases. The manifest, manifest.json in that folder, contains a
+hash of the plans, and the name and the size of each raw image file.
 """
 
 import hashlib
@@ -147,7 +147,7 @@ class UnlabeledCases:
         """Acquire `lock`, yield it, and release it at the end of the context; wait while another process holds it.
 
         Raises:
-            UserError: no file can be created next to the folder.
+            UserError: nnUNet_preprocessed/DatasetXXX, the folder of the lock file, is not writable.
         """
         require_writable(self.folder.parent)
         lock = self.lock
@@ -300,7 +300,8 @@ class UnlabeledCases:
 
         Args:
             num_processes: number of worker processes; 1 uses this process.
-            lock: the acquired `lock`. Before the folder is renamed, build checks that it is still held.
+            lock: the acquired `lock`. Before it renames the temporary folder, build checks that no other process has
+                taken over the lock.
 
         Raises:
             UserError: a training uses the folder, or images cannot be used. The message names these images. All other

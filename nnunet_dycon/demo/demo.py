@@ -323,7 +323,7 @@ def _show(line: str) -> None:
 
 
 class _Epochs:
-    """Handler of the output lines of nnUNetv2_train that prints the losses and the duration of each epoch."""
+    """Printer of the losses and the duration of each epoch, called with each output line of nnUNetv2_train."""
 
     def __init__(self) -> None:
         self._epoch, self._losses = 0, ""

@@ -297,7 +297,7 @@ def check_duplicates(raw: RawDataset) -> Iterator[Finding]:
 
     The voxels of the first channel are compared, but only of images with equal sizes. Images that are both in imagesVal
     and in imagesTs are not reported, because training uses neither. Yield a WARNING for each pair of folders with
-    common images, or a single OK.
+    common images, and one if images cannot be read; otherwise a single OK.
     """
     by_size = defaultdict(list)
     for role, cases in raw.cases.items():

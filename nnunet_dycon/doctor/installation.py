@@ -129,6 +129,8 @@ def check_settings() -> Iterator[Finding]:
     """Check the values of optional environment variables that nnU-Net reads, and the size of /dev/shm.
 
     /dev/shm is the shared memory through which the worker processes of nnU-Net pass batches to the training process.
+    Yield a single OK, or, if any value needs attention, one finding for each variable that is set, and one for a small
+    /dev/shm.
     """
     findings = [
         *_check_number("nnUNet_def_n_proc", least=1),

@@ -156,10 +156,11 @@ def check_labeled(training: Training) -> Iterator[Finding]:
 
     The preprocessed cases must be the same as those in labelsTr and in nnU-Net's dataset fingerprint. The folder
     gt_segmentations must contain the reference segmentation of each case, which nnU-Net's validation after training
-    needs. Yield one finding for each problem, or a single OK.
+    needs. Each label of dataset.json must occur in a case. Yield one finding for each problem, or a single OK.
 
     Raises:
-        UserError: there are no preprocessed cases, or the fingerprint contains other cases.
+        UserError: there are no preprocessed cases, the fingerprint contains other cases, or a preprocessed segmentation
+            cannot be read or has a value that is not in dataset.json.
     """
     unlabeled, folder, labeled = training.unlabeled, training.labeled_folder, training.labeled
     again = f"run: nnUNetv2_preprocess {unlabeled.arguments}"

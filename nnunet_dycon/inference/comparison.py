@@ -167,7 +167,7 @@ class Comparison:
     Attributes:
         reference: folder of the references.
         methods: maps the name of each method to its folders of predictions, one per seed; the baseline first.
-        runs: maps the name of each method to the scores of its folders, in the order of ``methods``.
+        runs: maps the name of each method to the scores of each of its folders, in the same order.
         seed: seed of the bootstrap.
     """
 
@@ -183,7 +183,10 @@ class Comparison:
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """Content of comparison.csv: a row per method, seed, case and label."""
+        """Content of comparison.csv: a row per method, seed, case and label.
+
+        The keys are "method", "seed" (index of the method's folder, from 0) and those of `Evaluation.rows`.
+        """
         return [
             {"method": name, "seed": seed, **row}
             for name, runs in self.runs.items()

@@ -156,7 +156,7 @@ class Evaluation:
     """Scores of the predictions in a folder.
 
     Attributes:
-        rows: one row per case and label: case, label, and the values of `score`.
+        rows: one dict per case and label, with the keys "case", "label" and those of `score`.
     """
 
     rows: tuple[dict[str, Any], ...]
@@ -183,7 +183,10 @@ class Evaluation:
         return {label: found.count(label) for label in self.labels}
 
     def as_json(self) -> dict[str, Any]:
-        """Return the content of evaluation.json; missing scores are None."""
+        """Return the content of evaluation.json: scores per case, their mean and median, and definitions of the keys.
+
+        Missing scores are None.
+        """
         means = self.over_cases(fmean)
         return nan_to_none(
             {
@@ -228,7 +231,7 @@ class MatchedFolders:
     """Pairs of references and predictions that have the same voxel grid.
 
     Attributes:
-        task: the labels and regions to score.
+        task: the labels and regions to score, and nnU-Net's reader of the files.
         pairs: name of the case, reference file and prediction file of each pair, sorted by name.
     """
 
@@ -280,7 +283,13 @@ def _read_task(reference: Path, prediction: Path, chosen: Sequence[int] | None) 
 
 
 def _find_reader(task: _Task, reference: Path, prediction: Path) -> Reader:
-    """Return nnU-Net's reader, by plans.json next to the predictions, or else by dataset.json and a reference."""
+    """Return nnU-Net's reader of the label maps.
+
+    Args:
+        task: contains dataset.json, which is used if there are no plans.
+        reference: a reference file, with which nnU-Net tries its readers if dataset.json names none.
+        prediction: folder of the predictions, whose plans.json, if it exists, names the reader.
+    """
     plans = prediction / "plans.json"
     with explained(ValueError, f"{plans} is damaged; repair or remove it"):
         return reader_class(task.dataset_json, reference, read_json(plans) if plans.is_file() else None)
@@ -289,10 +298,10 @@ def _find_reader(task: _Task, reference: Path, prediction: Path) -> Reader:
 def _match(reference: Path, prediction: Path, file_ending: str) -> list[tuple[str, Path, Path]]:
     """Return the name, the reference file and the prediction file of each case, sorted by name.
 
-    Predictions without a reference, and files that differ in origin or direction, cause a warning.
+    Predictions without a reference cause a warning.
 
     Raises:
-        UserError: there are no references, a reference has no prediction, or two files differ in size or spacing.
+        UserError: there are no references, or a reference has no prediction.
     """
     references, predictions = (
         {f.name.removesuffix(file_ending) for f in folder.glob(f"*{file_ending}") if not f.name.startswith(".")}
@@ -312,7 +321,9 @@ def _match(reference: Path, prediction: Path, file_ending: str) -> list[tuple[st
 
 
 def _same_placement(reference: Path, prediction: Path, reader: Reader) -> bool:
-    """Return whether two images have the same position, up to the order of their axes.
+    """Return whether the voxels of a prediction and its reference have the same positions in mm.
+
+    The axes of the two files may be permuted or flipped. The result is True if a file format has no position.
 
     Raises:
         UserError: size or spacing differ.
@@ -332,7 +343,11 @@ def _same_placement(reference: Path, prediction: Path, reader: Reader) -> bool:
 
 
 def _score_case(job: tuple[tuple[str, Path, Path], _Task]) -> tuple[list[dict[str, Any]], list[str]]:
-    """Return a row for each label of a case, as in `Evaluation`, and warnings about its files."""
+    """Return a row for each label of a case, as in `Evaluation`, and warnings about its files.
+
+    Args:
+        job: an entry of `MatchedFolders.pairs`, and the task.
+    """
     (case, *files), task = job
     (reference, grid), (prediction, its_grid) = (_read(file, task.reader) for file in files)
     if is_turned(its_grid, grid):
@@ -357,7 +372,11 @@ def _score_case(job: tuple[tuple[str, Path, Path], _Task]) -> tuple[list[dict[st
 
 
 def _scored_axes(shape: Sequence[int]) -> list[int]:
-    """Return the axes with more than one voxel, and others if these are fewer than 2: a surface needs 2 axes."""
+    """Return the indices of the axes in which a volume is scored.
+
+    These are the axes with more than one voxel. If there are fewer than 2, the last axes with one voxel are added,
+    since a surface needs 2 axes.
+    """
     by_length = sorted(range(len(shape)), key=lambda axis: (shape[axis] <= 1, -axis))
     return sorted(by_length[: max(2, sum(length > 1 for length in shape))])
 

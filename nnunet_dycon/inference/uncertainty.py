@@ -110,8 +110,9 @@ class Ranking:
     """Cases, ranked by expected Dice: the Dice to expect if the probabilities are calibrated.
 
     Attributes:
-        rows: a row per case, lowest expected Dice first. The keys are case, expected_dice_per_label and those of
-            DEFINITIONS.
+        rows: one dict per case, lowest expected Dice first. The keys are "case", "expected_dice_per_label" (name of the
+            label -> value, see `Measures.dice_per_label`) and those of DEFINITIONS, the last two only for several
+            folders.
     """
 
     rows: tuple[dict[str, Any], ...]
@@ -122,7 +123,7 @@ class Ranking:
         return [name for name in self.rows[0] if name != "expected_dice_per_label"]
 
     def as_json(self) -> dict[str, Any]:
-        """Return the content of uncertainty.json; missing numbers are None."""
+        """Return the content of uncertainty.json: "definitions" of the columns, and `rows` as "cases"."""
         definitions = {name: text for name, text in DEFINITIONS.items() if name in self.columns}
         return {"definitions": definitions, "cases": self.rows}
 
@@ -151,7 +152,8 @@ class Measures:
 
     Attributes:
         maps: maps (Z, Y, X) by name, float32 in nats: entropy, and with several ensemble members mutual_information.
-        numbers: values by name; the names are the keys of DEFINITIONS, except rank.
+        numbers: values by key of DEFINITIONS, except rank; the last two keys only with several ensemble members. None
+            for a value that is not defined, such as the mean entropy over no voxels.
         dice_per_label: expected_dice of each label except background; None for a label whose probability is below 10 %
             in all voxels.
     """
@@ -335,11 +337,21 @@ class _Task:
         return in_file_order(self.reader) is not self.reader
 
     def as_predicted(self, voxels: np.ndarray, grid: Grid) -> np.ndarray:
-        """Reorient voxels (Z, Y, X) of a file with a grid to the orientation in which probabilities are stored."""
+        """Return voxels (Z, Y, X) of a file in the orientation in which nnU-Net stores probabilities.
+
+        Args:
+            voxels: in the orientation of the file.
+            grid: grid of the file.
+        """
         return reoriented(voxels, grid.affine) if self.reorients and grid.affine is not None else voxels
 
     def as_in_file(self, voxels: np.ndarray, grid: Grid) -> np.ndarray:
-        """Return voxels (Z, Y, X) in the orientation of the probabilities in that of a file with a grid."""
+        """Return voxels (Z, Y, X) in the orientation of a file, the inverse of `as_predicted`.
+
+        Args:
+            voxels: in the orientation in which nnU-Net stores probabilities.
+            grid: grid of the file.
+        """
         if not self.reorients or grid.affine is None:
             return voxels
         return reoriented(voxels, reoriented_grid(grid, np.eye(4)).affine, grid.affine)
@@ -387,6 +399,11 @@ def _cases(folders: Sequence[Path]) -> list[str]:
 
 def _rank_case(case: str, folders: Sequence[Path], output: Path, task: _Task) -> tuple[dict[str, Any], list[str]]:
     """Write the uncertainty maps of a case.
+
+    Args:
+        case: name of the case.
+        folders, output: as for `rank_predictions`.
+        task: the labels, and the format of the files.
 
     Returns:
         The row of the case as in `Ranking`, without the rank; and warnings about its files.

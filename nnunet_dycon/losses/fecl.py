@@ -58,7 +58,10 @@ def fecl_loss(
     top_k: int = 5,
     ignore_label: int = -1,
 ) -> torch.Tensor:
-    r"""Return the contrastive loss of DyCON, which attracts patches of one class and repels those of different classes.
+    r"""Return the focal entropy-aware contrastive loss (FeCL) of DyCON between patches, the cells of a feature grid.
+
+    The loss attracts the embeddings of patches of the same class and repels the embeddings of patches of different
+    classes:
 
     .. math::
         L = \operatorname*{mean}_{i} \frac{1}{|P(i)|} \sum_{k \in P(i)} -F^+_{ik} \log

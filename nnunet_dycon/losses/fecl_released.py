@@ -53,15 +53,18 @@ def fecl_released_loss(
 ) -> torch.Tensor:
     r"""Return the contrastive loss of the released DyCON code (`FeCLoss` in utils/dycon_losses.py, commit 69c1384).
 
+    It compares the embeddings of patches, the cells of a feature grid:
+
     .. math::
         L = \operatorname*{mean}_i \frac{1}{|P(i)|} \sum_{k \in P(i)} -(1 - d_{ik})^\gamma \log d_{ik}
             + \lambda \operatorname*{mean}_{i,\, q \in N(i):\, c^{st}_{iq} > t} -\log(1 - c^{st}_{iq}),
         \qquad d_{ik} = \frac{e^{S_{ik} - m_k}}{e^{S_{ik} - m_k} + \sum_{q \in N(i)} e^{S_{iq} - m_q}}
 
-    The means are over all patches i of the batch. The positives P(i) are the other patches of the image with the label
-    of i, the negatives N(i) those with a different label. The first term attracts positives and repels negatives. The
-    second term penalises negatives whose teacher embedding is too similar to i. With the L2-normalised embeddings z of
-    the student and :math:`z^t` of the teacher:
+    The first mean is over all patches i of the batch. The positives P(i) are the other patches of the image of i with
+    the label of i. The negatives N(i) are the patches of this image with a different label. The second mean is over all
+    pairs of a patch i and a negative q whose cosine exceeds t. The first term attracts positives and repels negatives.
+    The second term penalises negatives whose teacher embedding is too similar to i. With the L2-normalised embeddings z
+    of the student and :math:`z^t` of the teacher:
 
     - :math:`S_{ik} = z_i \cdot z_k / \tau` (0 for i = k) is the similarity, and :math:`m_k = \max_i S_{ik}` its maximum
       over the anchors, without gradient. Since m is not the maximum over the patches of each sum, it does not cancel

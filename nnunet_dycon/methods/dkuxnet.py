@@ -111,13 +111,13 @@ class DKUXNet(Method):
         }
 
     def _query_loss(self, queries: Sequence[torch.Tensor], targets: Targets) -> torch.Tensor:
-        """Return the mean of the query loss (`query_distribution_loss`) over the deep-supervision resolutions.
+        """Return the weighted mean of the query loss (`query_distribution_loss`) over the deep-supervision resolutions.
 
         Each resolution has half the weight of the next higher resolution. Unlike in nnU-Net, the weight of the lowest
         resolution is not 0, since the layers that compute its query distribution would otherwise not be trained.
 
         Args:
-            queries: logits of the query distribution at each resolution, highest first.
+            queries: (B, K, *spatial) at each resolution, highest first: the logits of the query distribution.
             targets: nnU-Net's targets at the same resolutions.
         """
         label_space = self.supervision.label_space

@@ -21,12 +21,13 @@ class DyCONTerms:
     """Settings of DyCON's losses UnCL and FeCL, between student and teacher or between two students.
 
     UnCL is the uncertainty-aware consistency loss (`uncl_loss`), FeCL the focal entropy-aware contrastive loss
-    (`fecl_loss`). The defaults are the paper's values, except rampup, top_k, foreground_fraction and
-    background_fraction, which are not in the paper.
+    (`fecl_loss`) between patches, the cells of the feature grid. FeCL compares each patch, called the anchor, with the
+    other patches of its image. The patches of a different class are the negatives of the anchor. The defaults are the
+    paper's values, except rampup, top_k, foreground_fraction and background_fraction, which are not in the paper.
 
     Attributes:
-        uncl_weight: the weight of UnCL; 0 omits it.
-        fecl_weight: the weight of FeCL; 0 omits it and its projection head.
+        uncl_weight: the weight of UnCL after the ramp-up; 0 omits UnCL.
+        fecl_weight: the weight of FeCL after the ramp-up; 0 omits FeCL and its projection head.
         beta_start: β of UnCL, the factor of the entropies, at the start of training.
         beta_end: β of UnCL at the end of training.
         entropy_weight: η, the weight of the entropy term in UnCL; 0 omits this term.
@@ -34,7 +35,8 @@ class DyCONTerms:
         embedding_width: the number of channels of the embeddings, which the projection head computes for FeCL.
         temperature: the temperature τ of FeCL.
         gamma: the exponent γ of the focal weights in FeCL; 0 omits the focal weights.
-        top_k: the number of hard negatives of each anchor in FeCL.
+        top_k: the number of hard negatives of each anchor in FeCL: the negatives whose embedding by the teacher or peer
+            is most similar to that of the anchor.
         foreground_fraction: the smallest foreground fraction of a foreground patch in FeCL.
         background_fraction: the largest foreground fraction of a background patch in FeCL. Patches with a fraction
             between both are ignored.
@@ -54,7 +56,7 @@ class DyCONTerms:
     background_fraction: float = 0.05
 
     def beta(self, progress: float) -> float:
-        """Return β of UnCL, which decays exponentially from start to end, at a training progress in [0, 1]."""
+        """Return β of UnCL at a training progress in [0, 1]: exponential decay from ``beta_start`` to ``beta_end``."""
         return exponential_decay(progress, self.beta_start, self.beta_end)
 
     def build_head(self, network: nn.Module, stage: FeatureStage | None) -> ProjectionHead | None:
@@ -84,13 +86,13 @@ class DyCONTerms:
     def patches(
         self, label_space: LabelSpace, labels: torch.Tensor, known: torch.Tensor, output: StudentOutput
     ) -> torch.Tensor:
-        """Return the class of each patch (cell of the feature grid), (B, N) integers.
+        """Return the class of each of the N patches (cells of the feature grid), (B, N) integers.
 
         The class is `IGNORED_PATCH` for patches that are neither foreground nor background, or mostly not annotated.
 
         Args:
             label_space: whether labels are classes or regions.
-            labels: the labels of the voxels, in the format of `label_space`: ground truth or pseudo-labels.
+            labels: the labels of the voxels, in the format of `LabelSpace`: ground truth or pseudo-labels.
             known: boolean, of the same shape, False for voxels that are not annotated.
             output: the student's output, which determines the feature grid.
         """
@@ -171,9 +173,11 @@ class DyCON(Method):
     .. math::
         L = L_{sup}(\text{labeled}) + r(t) \left[ w_u L_{UnCL}(\text{all}) + w_f L_{FeCL}(\text{all}) \right]
 
-    with the ramp-up factor r and the weights w. UnCL compares student and teacher at full resolution. FeCL compares
-    patches. A patch is a cell of the feature grid of an encoder stage. Its class is taken from the ground truth for
-    labeled images and from the teacher's prediction for unlabeled images.
+    with the ramp-up factor r, the weights w, and nnU-Net's loss :math:`L_{sup}`. UnCL, the uncertainty-aware
+    consistency loss, compares the predictions of student and teacher at full resolution (`uncl_loss`). FeCL, the focal
+    entropy-aware contrastive loss, compares the embeddings of patches (`fecl_loss`). A patch is a cell of the feature
+    grid of an encoder stage. Its class is taken from the ground truth for labeled images and from the teacher's
+    prediction for unlabeled images.
 
     For regions, the distance and the entropy of a voxel in UnCL are means over regions. The class of a patch in FeCL is
     the most frequent combination of regions in its foreground (`patch_codes`), so R nested regions give R foreground

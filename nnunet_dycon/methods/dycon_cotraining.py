@@ -17,8 +17,9 @@ class DyCONCoTraining(CoTraining):
         L = \sum_s \left[ L_{sup}(s) + r(t) \left( w_u L_{UnCL}(s, \bar{s}) + w_f L_{FeCL}(s, \bar{s}) \right) \right]
 
     The sum is over both students s. :math:`\bar{s}` is the other student, the peer of s. r is the ramp-up factor, and w
-    are the weights. The class of a patch in FeCL is taken from the ground truth for labeled images and from the peer's
-    prediction for unlabeled images. The hard negatives are embeddings of the peer.
+    are the weights. :math:`L_{sup}` is nnU-Net's loss on labeled images; for the losses UnCL and FeCL see `DyCONTerms`.
+    The class of a patch in FeCL is taken from the ground truth for labeled images and from the peer's prediction for
+    unlabeled images. The hard negatives are embeddings of the peer.
 
     Deviations from the paper, which describes this framework only briefly and releases no code for it:
 

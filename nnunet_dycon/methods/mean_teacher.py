@@ -33,8 +33,9 @@ class MeanTeacher(Method):
 
     .. math:: L = L_{sup}(\text{labeled}) + r(t)\, w\, L_{MSE}(p^s, p^t)(\text{unlabeled})
 
-    with the softmax outputs p of student (s) and teacher (t), the ramp-up factor r and the weight w. The student's
-    input is the strong view of each image, the teacher's input the weak view.
+    with the softmax (for regions, sigmoid) outputs p of student (s) and teacher (t), the ramp-up factor r and the
+    weight w. :math:`L_{sup}` is nnU-Net's loss, and :math:`L_{MSE}` the mean squared error (`consistency_loss`). The
+    student's input is the strong view of each image, the teacher's input the weak view.
 
     Deviation from the paper: the strong view differs from the weak view by nnU-Net's intensity augmentation. In the
     paper, the inputs of student and teacher differ by independent noise. Both views have the same spatial augmentation,

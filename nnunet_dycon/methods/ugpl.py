@@ -74,7 +74,8 @@ class UGPL(CoTraining):
         L = \sum_s \left[ L_{sup}(s) + w_m L_{mistake}(s)
             + r(t) \left( w_x L_{cross}(s) + w_f L_{filtered}(s) + w_c L_{contrast}(s) \right) \right]
 
-    The sum is over both students s. r is the ramp-up factor, and w are the weights. The terms are:
+    The sum is over both students s. r is the ramp-up factor, and w are the weights. :math:`L_{sup}` is nnU-Net's loss
+    on labeled images. The other terms are:
 
     - mistake, on labeled images: squared error where the confident predictions of both students differ;
     - cross, on all images: cross-entropy with the pseudo-labels of the other student (the peer), with a lower weight
@@ -169,9 +170,9 @@ class UGPL(CoTraining):
     def _contrast(
         self, own: StudentOutput, everywhere: list[ClassMap], drawn: list[DrawnVoxels], half: int
     ) -> torch.Tensor:
-        """Return the contrastive loss between a student's features at uncertain voxels and its class prototypes.
+        """Return the contrastive loss between a student's features at uncertain voxels and the class prototypes.
 
-        For regions, the loss is the mean over regions.
+        The prototypes are computed from the same student's features. For regions, the loss is the mean over regions.
 
         Args:
             own: the student's output, labeled images first.

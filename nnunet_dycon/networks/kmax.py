@@ -271,8 +271,9 @@ class KMaXDecoder(nn.Module):
     - groups of equal size (±1) for all classes, instead of 16, 4 and 108 of 128 queries for background, organ and
       tumor;
     - segmentation logits and query distribution at every resolution, for deep supervision. The release computes them
-      only at the highest resolution. At lower resolutions, its embeddings and kernels only determine the assignment of
-      voxels, which has no gradient, so their layers are not trained. Without deep supervision, the same holds here;
+      only at the highest resolution. At lower resolutions of the release, embeddings and kernels (see `KMaXLevel`) only
+      determine the assignment of voxels, which has no gradient, so the layers that compute them are not trained.
+      Without deep supervision, the same holds here;
     - updates at all resolutions except the highest, as in the variant UXNET of the release. Its variant DKUNET also
       skips the second highest;
     - layer norm for queries and the plans' norm for voxels, instead of batch norm;

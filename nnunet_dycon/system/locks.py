@@ -211,9 +211,14 @@ class Lock:
 
 
 def _this_process() -> dict[str, Any]:
-    """Return the content of a lock file that this process holds: a random token, host, PID, start time and job.
+    """Return the content of a lock file that this process holds.
 
-    The value of "process_table" is the result of `_process_table`. The job is None without a scheduler or torchrun.
+    Returns:
+        - "token": a random ID of this call.
+        - "host", "pid": host name and process ID.
+        - "process_table", "started": results of `_process_table` and `_start_of`.
+        - "job": the job ID of the scheduler or torchrun, with the task number if there is one; None without a job.
+        - "restart": the restart counts of Slurm and torchrun, as text; None for each that is not set.
     """
     job = next((value for name in _JOB_VARIABLES if (value := os.environ.get(name)) not in (None, "", "none")), None)
     pid = os.getpid()

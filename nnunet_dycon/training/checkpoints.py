@@ -65,8 +65,9 @@ def save_extended(filename: Path | str, save: Callable[[str], None], state: dict
     Args:
         filename: file to write.
         save: nnUNetTrainer.save_checkpoint, bound to the trainer; writes nnU-Net's checkpoint to a given file.
-        state: the additional state: "settings", the settings of training and method; "method", the result of
-            `method_state`; "curves", name -> one value per epoch.
+        state: the additional state, with the keys "settings" (a dict: name of a group, such as "method_settings" ->
+            dict of settings), "method" (the result of `method_state`) and "curves" (a dict: name -> one value per
+            epoch).
 
     Raises:
         UserError: the file cannot be written.
@@ -139,7 +140,15 @@ def _find_readable(file: Path, log: Callable[[str], None]) -> Path:
 
 
 def load_state(filename: Path | str, trainer_name: str) -> dict:
-    """Return the state of the semi-supervised training in a checkpoint (settings, method and curves), on the CPU.
+    """Return the state that `save_extended` has added to a checkpoint, with tensors on the CPU.
+
+    Args:
+        filename: the checkpoint.
+        trainer_name: name of the trainer class that resumes from the checkpoint.
+
+    Returns:
+        A dict with the keys "settings", "method" and "curves", see `save_extended`, and "version", the version of this
+        package that wrote the checkpoint.
 
     Raises:
         UserError: the file is damaged, or was written by another trainer or by version 0.1 of this package.

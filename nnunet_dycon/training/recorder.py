@@ -93,7 +93,13 @@ class EpochRecorder:
 
 
 def mean_of_steps(outputs: Sequence[Values]) -> Values:
-    """Return the mean of each value over the steps with a finite loss, or over all steps if no loss is finite."""
+    """Return the mean of each value over the steps with a finite loss, or over all steps if no loss is finite.
+
+    Values that are not finite are left out of the mean.
+
+    Args:
+        outputs: one dict per step: name -> value of a loss term or diagnostic; "loss" is the total loss.
+    """
     steps = [output for output in outputs if math.isfinite(output["loss"])] or outputs
     return {name: mean_of_finite(step[name] for step in steps) for name in steps[0]}
 

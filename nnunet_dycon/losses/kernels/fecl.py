@@ -23,7 +23,10 @@ def blocks_of_anchors(embedding: torch.Tensor) -> Iterator[slice]:
 
 
 class FeCL(KeptGradient):
-    """Autograd function of `fecl_loss` for L2-normalised embeddings, with a hand-written gradient."""
+    """Autograd function of `fecl_loss` for L2-normalised embeddings, with a hand-written gradient.
+
+    For the arguments see `_Block`; ``constants`` is the tuple (temperature, gamma, top_k).
+    """
 
     @staticmethod
     def forward(ctx, student, teacher, patch_labels, participates, entropy_weight, constants):

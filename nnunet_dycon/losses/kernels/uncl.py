@@ -52,9 +52,9 @@ def _between_classes(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
 def _gradient_of_classes(student, teacher, beta, entropy_weight, scale) -> torch.Tensor:
     r"""Return the gradient of the loss with respect to the student's logits z of classes.
 
-    p and q are the softmax outputs of student and teacher, and η is the weight of the entropy term. With
-    :math:`D = \lVert p - q \rVert^2` and :math:`E = e^{\beta H(p)} + e^{\beta H(q)}`, the gradient of the loss of one
-    voxel is
+    p and q are the softmax outputs of student and teacher, H is the entropy, and η is the weight of the entropy term.
+    With :math:`D = \lVert p - q \rVert^2` and :math:`E = e^{\beta H(p)} + e^{\beta H(q)}`, the gradient of the loss of
+    one voxel is
 
     .. math::
         \frac{\partial L}{\partial z_c} = p_c \left(g_c - \sum_k p_k g_k\right), \qquad
