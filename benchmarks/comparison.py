@@ -12,7 +12,8 @@
 
 The CSV has a row per run, scored network, case and label:
 
-- method, labels, draw, seed: the run, with the number and the draw of its labeled cases (see `LabeledSet`);
+- method, labels, draw, seed: the run. labels is the number of labeled cases. draw is 0 if they are the first ones of
+  the protocol, otherwise the seed with which they were drawn;
 - weights: the scored network: student, teacher or second;
 - set, case, label: what was scored: val, unlabeled or test, the name of the case, and the name of the label;
 - dice, hd95_mm: Dice, and 95th percentile of the Hausdorff distance in mm (the larger of both directions);
@@ -68,7 +69,7 @@ class Run:
 
     Attributes:
         method: the method as given on the command line, with changed settings after a colon.
-        labeled: number and draw of the labeled cases.
+        labeled: number of labeled cases, and their draw (0 for the first ones of the protocol, otherwise a seed).
         seed: random seed of the training.
     """
 
@@ -122,16 +123,19 @@ class Benchmark(Preparation):
         return f"Benchmark_{run.method.partition(':')[0]}{settings}_i{self.iterations}_s{run.seed}_{number}"
 
     def declaration(self, run: Run) -> dict[str, Any]:
-        """Return the entry of a run in runs.json, from which its trainer class is built.
+        """Return the settings of a run from which its trainer class is built, as written to runs.json.
 
-        The keys are described in benchmarks/trainers/nnunet_dycon_benchmark_trainers.py.
+        The keys are described in benchmarks/trainers/nnunet_dycon_benchmark_trainers.py, which reads runs.json.
         """
         budget = {"epochs": self.iterations // ITERATIONS_PER_EPOCH, "iterations_per_epoch": ITERATIONS_PER_EPOCH}
         return {"trainer": run.trainer, "settings": run.settings, "seed": run.seed, "precision": self.precision,
                 **budget}  # fmt: skip
 
     def declare(self, runs: Iterable[Run]) -> None:
-        """Add runs to runs.json, so that nnU-Net can find their trainer classes."""
+        """Add runs to runs.json in the working folder.
+
+        nnU-Net finds the trainer class of a run in benchmarks/trainers, which builds it from its entry in this file.
+        """
         file = self.work / "runs.json"
         with FileLock(f"{file}.lock"):  # several benchmarks may share a folder
             known = json.loads(file.read_text()) if file.is_file() else {}
@@ -140,9 +144,9 @@ class Benchmark(Preparation):
                 unfinished.write_text(json.dumps(known, indent=1))
 
     def perform(self, run: Run) -> None:
-        """Train a run unless its final checkpoint exists, predict and score cases, and append the scores to the CSV.
+        """Train a run unless its final checkpoint exists, then score its networks and append the scores to the CSV.
 
-        Only the pairs of set and network that `missing` returns are predicted and scored.
+        Only sets of cases that the CSV lacks for a network are predicted and scored, see `missing`.
         """
         name, dataset = self.name(run), str(self.dataset_id(run.labeled))
         raw = self.raw(run.labeled)
@@ -169,14 +173,15 @@ class Benchmark(Preparation):
         print(f"{run}: {time.monotonic() - start:.0f} s", flush=True)
 
     def trained_by(self, run: Run, folder: Path) -> str:
-        """Return the commit of this repository at which a model was trained.
+        """Return the commit hash of this repository with which a model was trained, such as "bb7b045".
 
         Args:
             run: the run that trained the model.
-            folder: output folder of the training, with benchmark.json.
+            folder: output folder of the training. Its benchmark.json contains the commit and the settings of the
+                training.
 
         Raises:
-            SystemExit: the settings in benchmark.json differ from the current ones of the trainer and method.
+            SystemExit: these settings differ from those with which the run would be trained now.
         """
         record = json.loads((folder / "benchmark.json").read_text())
         if run.trainer in TRAINERS:
@@ -197,7 +202,7 @@ class Benchmark(Preparation):
             run: the run.
             weights: the scored network: "student", "teacher" or "second".
             which: the set of the case: "val", "unlabeled" or "test".
-            case: the scores of the case and label, an entry of "cases" in evaluation.json.
+            case: names of the case and the label, and their scores: an entry of "cases" in `Evaluation.as_json()`.
             commit: commit of the training.
         """
         scores = {"dice": round(case["dice"], 5), "hd95_mm": round(case["hd95_mm_max_directed"], 3)}
@@ -206,15 +211,19 @@ class Benchmark(Preparation):
         return key | scores | made
 
     def _key(self, run: Run) -> dict[str, Any]:
-        """Return the columns that identify a run: method, labels, draw, seed, plans, iterations, precision."""
+        """Return the columns of the CSV that identify a run, name -> value.
+
+        They are method, labels, draw, seed, plans, iterations and precision.
+        """
         labels, draw = run.labeled
         key = {"method": run.method, "labels": labels, "draw": draw, "seed": run.seed}
         return key | {"plans": self.plans, "iterations": self.iterations, "precision": self.precision}
 
     def missing(self, run: Run) -> list[tuple[str, str]]:
-        """Return the requested pairs of set and network that the CSV lacks for a run, such as ("val", "student").
+        """Return the pairs of set and network that --sets and --weights request but the CSV lacks for a run.
 
-        The upper bound has no unlabeled cases, so its pairs do not contain that set.
+        Example: [("val", "student"), ("test", "teacher")]. The upper bound has no pair with the set "unlabeled", since
+        all its training cases are labeled.
         """
         sets = [which for which in self.sets if which != UNLABELED or run.method != UPPER_BOUND]
         weights = ["student"] if self.student_only else list(run.weights)
@@ -245,7 +254,9 @@ def _settings(trainer: str) -> set[str]:
 
 
 def compare(data_set: DataSet, description: str | None) -> None:
-    """Parse the command line, and perform all requested runs that are not in the CSV yet.
+    """Run the command line of a benchmark, such as `python -m benchmarks.la`.
+
+    All requested runs whose scores are not in the CSV yet are trained, predicted and scored.
 
     Args:
         data_set: the data set of the benchmark.

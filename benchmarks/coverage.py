@@ -75,7 +75,7 @@ def simulate(
         draw: standard deviation of the effect of a draw of labeled cases. Seed s of each method has the same draw.
         skewed: whether the term `own` of all methods except 0 is lognormally distributed, with the same mean and
             standard deviation.
-        factor: factor of `seed` for the methods 0 and 1.
+        factor: number by which `seed` is multiplied for the methods 0 and 1.
 
     Returns:
         Index of the method -> scores (seeds, cases).

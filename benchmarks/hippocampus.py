@@ -3,7 +3,8 @@
     python -m benchmarks.hippocampus --data <Task04_Hippocampus> --work <folder> --methods lower_bound --seeds 0 1 2
 
 benchmarks/protocols/hippocampus.json lists the cases: 130 for training, 30 for val, 40 for test. With `--draw K`,
-K > 0, the labeled cases are drawn from the 130 with seed K. `benchmarks.comparison` describes methods, sets and CSV.
+K > 0, the labeled cases are drawn from the 130 with seed K. `benchmarks.comparison` describes the methods, the sets of
+cases to score, and the CSV with the scores.
 """
 
 from benchmarks.comparison import compare
@@ -11,7 +12,7 @@ from benchmarks.preparation import DataSet, LabeledSet, Preparation
 
 
 class Hippocampus(DataSet):
-    """200 of the 260 public training volumes of Task04."""
+    """Hippocampus data set: 200 of the 260 public training volumes of Task04 of the Medical Segmentation Decathlon."""
 
     def write(self, preparation: Preparation, labeled: LabeledSet) -> None:
         preparation.convert("msd", labeled)

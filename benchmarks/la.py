@@ -4,7 +4,7 @@
 
 benchmarks/protocols/la.json lists the cases: 55 for training, 8 for val, 16 for test. The volumes are cropped around
 the reference segmentation. The scores can therefore be compared between methods, but not with scores on other data.
-`benchmarks.comparison` describes methods, sets and the CSV.
+`benchmarks.comparison` describes the methods, the sets of cases to score, and the CSV with the scores.
 """
 
 from benchmarks.comparison import compare
@@ -12,7 +12,7 @@ from benchmarks.preparation import DataSet, LabeledSet, Preparation
 
 
 class LeftAtrium(DataSet):
-    """The 79 of the 100 LGE-MRI of the 2018 Atrial Segmentation Challenge that the protocol lists."""
+    """Left-atrium data set: 79 of the 100 LGE-MRI of the 2018 Atrial Segmentation Challenge."""
 
     def write(self, preparation: Preparation, labeled: LabeledSet) -> None:
         preparation.convert("la", labeled, "--spacing", "1.25")

@@ -52,7 +52,8 @@ def as_markdown(results: dict[str, dict]) -> str:
     - relative to nnU-Net: the median divided by that of nnU-Net's loader.
 
     Args:
-        results: name of the loader's trainer, `SUPERVISED` or `OURS` -> result of `summary`.
+        results: name of the trainer that uses the loader -> result of `summary`. The trainer is `SUPERVISED` for
+            nnU-Net's loader, `OURS` for the two-stream loader.
     """
     rows = []
     for name, loader in ((SUPERVISED, "nnU-Net's"), (OURS, "two streams")):

@@ -61,8 +61,8 @@ def dense_fecl(embedding, patch_labels, *, teacher_embedding, anchor_entropy, ga
 def released_uncl(student_logits, teacher_logits):
     """Return the uncertainty-aware consistency loss (UnCL) as in the released code of DyCON, with β = `BETA`.
 
-    The entropies are broadcast over all pairs of images in the batch, which has the same mean as adding them voxel by
-    voxel.
+    By broadcasting, the released code adds the entropies of each image to the squared differences of all images in the
+    batch. The mean is the same as if they were added to those of the same image only.
 
     Args:
         student_logits: (B, C, *spatial).

@@ -40,7 +40,8 @@ def write(file: Path, results: dict, **about: object) -> None:
     Args:
         file: the file to write.
         results: value of the key "results".
-        about: further keys and values, such as machine. The key "commit" is added.
+        about: further keys and values, such as machine=machine("cpu"). The key "commit", the commit of this
+            repository, is added.
     """
     content = {"commit": commit(), **about, "results": results}
     file.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")

@@ -1,8 +1,8 @@
-"""Parameters, memory and time of the networks, compared to nnU-Net's PlainConvUNet.
+"""Parameters, memory and time of UXNet and DKUXNet, compared to nnU-Net's PlainConvUNet.
 
     python -m benchmarks.networks [--features 32 64 128 256 320] [--patch 96 96 96] [--timed_patch 32 32 32]
 
-- One channel, two classes, strides of 2, deep supervision on, two images.
+- The networks have one input channel, two classes, strides of 2 and deep supervision. A batch has two images.
 - Memory is the size of all tensors except parameters that the forward pass saves for the backward pass, with patches of
   --patch and autocast to 16 bits. It is computed from the shapes of the tensors, without a GPU. Each storage is counted
   once.
@@ -61,7 +61,7 @@ def kept_bytes(name: str, features: list[int], patch: list[int]) -> int:
     Args:
         name: name of the network's class, see `build`.
         features: number of features of each stage.
-        patch: shape of the `IMAGES` input patches in voxels.
+        patch: shape of a patch in voxels. The batch has `IMAGES` patches.
     """
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -92,7 +92,7 @@ def take_passes(networks: dict[str, nn.Module], patch: list[int], repeats: int) 
 
     Args:
         networks: name -> network.
-        patch: shape of the `IMAGES` input patches in voxels.
+        patch: shape of a patch in voxels. The batch has `IMAGES` patches.
         repeats: number of measured passes of each network.
 
     Returns:

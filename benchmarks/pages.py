@@ -46,7 +46,7 @@ Key = tuple[str, str]  # method and weights
 def results(table: str, labels: str) -> str:
     """Return the Markdown table of all trainers with their default settings, lower bound and upper bound.
 
-    All columns are for the student. Empty columns are left out.
+    All scores are those of the student network, not of a teacher or second network. Empty columns are left out.
 
     - val, unlabeled, test: Dice on the set, mean ± standard deviation over runs, and the number of runs in brackets;
     - difference on test: difference of Dice to the lower bound on test, with 95 % interval;
@@ -80,8 +80,9 @@ def results(table: str, labels: str) -> str:
 
 
 def trials(table: str, labels: str) -> str:
-    """Return the Markdown table of all methods, including those with changed settings, for draw 0 of labeled cases.
+    """Return the Markdown table of all methods, including those with changed settings.
 
+    The labeled cases are those of draw 0, the first ones of the protocol.
     The columns val, unlabeled and test contain the student's Dice on the set: mean ± standard deviation over runs, and
     the number of runs in brackets. Empty columns are left out.
 
@@ -153,11 +154,12 @@ def _rows(table: str) -> list[dict[str, str]]:
 
 
 def students(table: str, which: str, **chosen: Any) -> dict[int, report.Group]:
-    """Return the scores of the students on one set of cases.
+    """Return the scores of the student network of each method on one set of cases.
 
     Args:
         table: name of the CSV, without its ending.
-        which: set of cases: "val", "unlabeled" or "test". For "unlabeled", only draw 0 is read.
+        which: set of cases: "val", "unlabeled" or "test". For "unlabeled", only the scores of draw 0 are read, because
+            other draws have other unlabeled cases.
         chosen: further arguments of `report.read`.
 
     Returns:
@@ -211,7 +213,11 @@ def _without_empty_columns(columns: tuple[str, ...], rows: list[tuple[str, ...]]
 
 
 def main() -> int:
-    """Write the tables of all pages in docs, or check them with --check. Return the exit code."""
+    """Write the tables of all pages in docs, or only check them with --check.
+
+    Returns:
+        Exit code: 1 if --check finds a page that is out of date, else 0.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if a page would change")
     check = parser.parse_args().check

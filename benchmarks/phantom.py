@@ -3,7 +3,8 @@
     python -m benchmarks.phantom --work <folder> --methods lower_bound nnUNetTrainerDyCON --seeds 0 1 2
 
 58 cases are for training, 60 each for val and test. Many held-out cases and many short runs keep the noise small.
-Improvements on phantoms must be confirmed on scans. `benchmarks.comparison` describes methods, sets and the CSV.
+Improvements on phantoms must be confirmed on scans. `benchmarks.comparison` describes the methods, the sets of cases to
+score, and the CSV with the scores.
 """
 
 from benchmarks.comparison import compare

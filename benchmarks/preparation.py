@@ -80,7 +80,7 @@ class DataSet:
         return LabeledSet(self.training_cases)
 
     def write(self, preparation: "Preparation", labeled: LabeledSet) -> None:
-        """Write the raw data set of a labeled set, `preparation.raw(labeled)`.
+        """Write the raw data set of a labeled set to the folder `preparation.raw(labeled)`.
 
         The training cases that are not in the labeled set are written without labels.
         """
@@ -158,7 +158,7 @@ class Preparation:
         return {name: str(self.work / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
 
     def dataset_id(self, labeled: LabeledSet) -> int:
-        """Return the dataset ID of a labeled set."""
+        """Return nnU-Net's dataset ID of a labeled set, such as 108 for 8 labeled cases of LA2018."""
         return 1000 * labeled.draw + self.data_set.first_id + labeled.labels
 
     def dataset(self, labeled: LabeledSet) -> str:
@@ -170,7 +170,9 @@ class Preparation:
         return self.work / "nnUNet_raw" / self.dataset(labeled)
 
     def convert(self, converter: str, labeled: LabeledSet, *options: str) -> None:
-        """Write the raw data set of a labeled set with `nnunet_dycon convert`, by the protocol of the data set.
+        """Write the raw data set of a labeled set with `nnunet_dycon convert`.
+
+        benchmarks/protocols/TABLE.json lists the cases, where TABLE is `DataSet.table`.
 
         Args:
             converter: name of the converter, such as "la".
@@ -184,7 +186,7 @@ class Preparation:
         self.command("nnunet_dycon.cli:main", "convert", converter, *arguments)
 
     def prepare(self, labeled_sets: Iterable[LabeledSet]) -> None:
-        """Convert, plan and preprocess labeled sets. Finished steps are skipped.
+        """Write, plan and preprocess a data set for each labeled set. Finished steps are skipped.
 
         A lock file prevents other processes from doing this at the same time.
         """
@@ -198,7 +200,10 @@ class Preparation:
 
     @property
     def _planned_for(self) -> LabeledSet:
-        """The largest labeled set except that of the upper bound. The upper bound uses a copy of its plans."""
+        """The labeled set with the largest number in `DataSet.labels`.
+
+        Its plans are copied for the upper bound.
+        """
         return LabeledSet(self.data_set.labels[-1])
 
     def prepare_references(self, labeled_sets: Iterable[LabeledSet]) -> None:
@@ -280,7 +285,7 @@ class Preparation:
         Args:
             entry_point: function of the command, as "module:function".
             arguments: command-line arguments.
-            log: file in the folder logs to which the output is appended.
+            log: file in the folder logs of the working folder, to which the output is appended.
 
         Raises:
             SystemExit: the command failed.

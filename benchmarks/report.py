@@ -187,10 +187,13 @@ def groups(scores: dict[tuple[int, str, str], Scores]) -> dict[int, Group]:
 
 
 def bootstrap(group: Group) -> PairedBootstrap | None:
-    """Return the paired bootstrap of the Dice of all methods, with keys (method, weights) as in the group.
+    """Return the `PairedBootstrap` of the Dice of all methods in a group.
 
-    The standard deviation between runs is pooled over the students of all methods except the upper bound. Return None
-    if none of these has two runs.
+    Its keys are (method, weights). The standard deviation between runs is pooled over the student networks of all
+    methods except the upper bound. Return None if no such student has two runs.
+
+    Args:
+        group: (method, weights) -> scores, for one number of labeled cases.
     """
     # The teacher is nearly equal to the student, and the upper bound has other labels, so both are excluded.
     pooled = [its.dice for (method, weights), its in group.items() if weights == "student" and method != UPPER_BOUND]
@@ -292,7 +295,11 @@ def draw(group: Group, file: Path) -> None:
 
 
 def main() -> None:
-    """Print the table, and write TABLE_LABELS_SET.png for each number of labeled cases if there is a lower bound."""
+    """Print the Markdown table of scores, and write a picture for each number of labeled cases.
+
+    A picture is named TABLE_LABELS_SET.png, such as la_8_test.png. It is written only if there are scores of the lower
+    bound and of another method.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", type=Path, default=HERE / "results" / "la.csv", help="default: %(default)s")
     parser.add_argument("--set", choices=SETS, default="val")

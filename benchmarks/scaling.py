@@ -70,9 +70,9 @@ class Step:
         waited: the part of `exchange` that does not overlap with the backward pass.
         loader: time to prepare a batch for one GPU.
         reading: time to read the batches for all GPUs from the storage.
-        seconds: time of the whole step: the maximum of computing with `waited`, `loader` and `reading`.
-        bottleneck: the part with this maximum: "loader", "reading", or for computing "GPU", or "network" if `waited` is
-            more than 5 % of it.
+        seconds: time of the whole step, the longest of three parts: computing including `waited`, `loader`, `reading`.
+        bottleneck: the longest part: "loader", "reading", or for computing "GPU". It is "network" instead of "GPU" if
+            `waited` is more than 5 % of computing including `waited`.
     """
 
     gpus: int
@@ -140,7 +140,7 @@ def as_markdown(cluster: Cluster, numbers: tuple[int, ...] = (1, 2, 4, 8, 16, 32
 
 
 def main() -> None:
-    """Print the table for the assumptions given on the command line."""
+    """Print the table of `as_markdown` for the assumptions given on the command line."""
     default = Cluster()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(

@@ -1,8 +1,9 @@
-"""Time and memory of training steps, compared to nnU-Net's trainer with the same number of samples per step.
+"""Time and memory of training steps of trainers, compared to nnUNetTrainer with the same number of samples per step.
 
     python -m benchmarks.train_step --data <la_125mm> --work <folder> [--device cuda] [--json FILE]
 
-- Supervised trainers have 4 labeled samples, the others 2 labeled and 2 unlabeled samples, with the same plans.
+- The option --trainers selects trainers listed by `nnunet_dycon list`. Supervised trainers have 4 labeled samples, the
+  others 2 labeled and 2 unlabeled samples, with the same plans.
 - Time is the measured time of `train_step`, on batches that are loaded before. All trainers run alternately in one
   process. Times are medians, with the quartiles in brackets; the first steps are a warm-up.
 - GPU memory is the peak memory that PyTorch allocates in these steps, measured for each trainer alone.
@@ -68,8 +69,8 @@ def build(name: str, folder: Path, plans_name: str, device: str):
 def take_steps(trainers: dict, repeats: int, warmup: int, device: str) -> dict[str, dict]:
     """Measure the time of `train_step` of each trainer.
 
-    The trainers run alternately, on batches that are loaded before. On a GPU, the peak memory statistics of PyTorch are
-    reset after the warm-up.
+    The trainers run alternately, on batches that are loaded before. On a GPU, PyTorch's peak memory statistics are
+    reset after the warm-up, so that they are those of the measured steps.
 
     Args:
         trainers: name -> trainer, see `build`.

@@ -74,7 +74,8 @@ def plan(source: Path, *, protocol: Protocol | None = None, modalities: str | No
             nested.
 
     Raises:
-        UserError: files are missing or ambiguous.
+        UserError: no case is found, a case lacks a modality or has two files for one, a case is in two folders, or
+            NIfTI and h5 files are mixed.
         UsageError: the options do not match the files.
     """
     entries = entries_below(source)

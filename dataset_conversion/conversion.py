@@ -34,7 +34,7 @@ class Plan:
         ordered: whether `training` has the order of a published list, whose first cases are the labeled ones.
         left_out: identifier -> reason, for cases that are never used.
         not_scored: identifier -> reason, for cases that are excluded from val and test of a protocol.
-        copies: identifiers of cases that are copies of one scan. The split leaks if they have different roles.
+        copies: identifiers of cases that are all copies of the same scan. The split leaks if they have different roles.
         keep_copies: whether to use all copies although the split may leak.
         warnings: messages to print and to write into the report.
         notes: messages to print.
@@ -163,9 +163,9 @@ def _assign(
 
 
 def _assign_without_copies(plan: Plan, labeled: int | float | None, seed: int) -> Assignment:
-    """Assign the roles labeled, unlabeled and test to the cases, and leave out copies of a scan that would be a leak.
+    """Assign the roles labeled, unlabeled and test to the cases, without copies of a scan that would cause leakage.
 
-    Copies are a leak if they have different roles. They are also a leak if several of them are labeled, since
+    Copies cause leakage if they have different roles. They also do if several of them are labeled, since
     cross-validation could train on one copy and validate on another. In both cases only the first copy is used, unless
     `plan.keep_copies` is set.
     """

@@ -64,14 +64,15 @@ def plan(
         protocol: unused, there is no published split.
         name: name of the dataset.
         channel: NAME=PATTERN for each channel, in order.
-        masks: PATTERN of the label files; or NAME=PATTERN for each label, if each label has files of its own, whose
-            nonzero voxels are the label. Cases without a match are unlabeled.
-        foreground: NAME=VALUES for each label, only without NAME=PATTERN in `masks`. VALUES are its values in the label
-            files, separated by commas. In the converted dataset, the labels have the values 1, 2, ... in the given
+        masks: PATTERN of the label files, if one file contains all labels of a case. NAME=PATTERN for each label, if
+            each label has its own file, whose nonzero voxels are the label. Cases without a match are unlabeled.
+        foreground: NAME=VALUES for each label, if `masks` is a single PATTERN. VALUES are the values of the label in
+            the files, separated by commas. In the converted dataset, the labels have the values 1, 2, ... in the given
             order, and background has the value 0. None: lesion=1.
 
     Raises:
-        UserError: files are missing or ambiguous.
+        UserError: a pattern matches nothing, or several files for one case; a case lacks a channel; or none of the
+            labels belongs to an image.
         UsageError: an option is invalid.
     """
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
@@ -130,10 +131,13 @@ def plan(
 
 
 def _mask_patterns(masks: str | Sequence[str] | None) -> dict[str, str]:
-    """Return label name -> pattern of its mask files; the name "" stands for files with all labels.
+    """Return label name -> pattern of its mask files. A single pattern without a name has the key "".
+
+    Args:
+        masks: PATTERN of files with all labels, or NAME=PATTERN for each label. None: return an empty dict.
 
     Raises:
-        UsageError: a label is named twice, or one of several patterns has no name.
+        UsageError: a label is named twice or has a reserved name, or one of several patterns has no name.
     """
     given = [] if masks is None else [masks] if isinstance(masks, str) else list(masks)
     named = [entry for entry in given if re.match(r"[^{}/*]+=", entry)]
@@ -148,7 +152,9 @@ def _mask_patterns(masks: str | Sequence[str] | None) -> dict[str, str]:
 
 
 def _no_common_case(labeled: Sequence[str], cases: Sequence[str]) -> str:
-    """Return an error message for labels and images that have no case in common, with a hint if "_0000" is the cause.
+    """Return an error message for labels and images that have no case in common.
+
+    If the names of the cases match without nnU-Net's channel number ("_0000"), the message suggests a pattern with it.
 
     Args:
         labeled: names of the cases with labels.
@@ -176,10 +182,11 @@ def _matches(
 
     Args:
         source: folder to which the pattern is relative.
-        entries: all files and folders below the source.
+        entries: files and folders below the source that can match.
         pattern: pattern as described in the module's docstring.
         flag: command-line option of the pattern, for error messages.
-        excluded: entries that are left out because they match another option, for error messages.
+        excluded: files that match --masks and are therefore not in `entries`. They are used only to explain the error
+            if nothing matches.
 
     Raises:
         UserError: nothing matches, or several files match for a case.

@@ -58,7 +58,7 @@ def plan(source: Path, *, protocol: Protocol | None = None, spacing: float = 0.6
         spacing: isotropic spacing in mm to write.
 
     Raises:
-        UserError: files are missing or ambiguous.
+        UserError: no case is found, or a case is found twice or is in both train.list and test.list.
         UsageError: the spacing is not positive.
     """
     if not (math.isfinite(spacing) and spacing > 0):

@@ -59,7 +59,7 @@ def plan(source: Path, *, protocol: Protocol | None = None, test_as_unlabeled: b
         test_as_unlabeled: make the images of imagesTs unlabeled cases instead of test cases.
 
     Raises:
-        UserError: files are missing or ambiguous, or dataset.json is invalid.
+        UserError: no labeled case or more than one task is found, a case is found twice, or dataset.json is invalid.
         UsageError: there are no test images to make unlabeled.
     """
     root = _root(source)
@@ -103,7 +103,11 @@ def plan(source: Path, *, protocol: Protocol | None = None, test_as_unlabeled: b
 
 
 def _root(source: Path) -> Path:
-    """Return the folder of the task: the source, or the only folder below it with an image in imagesTr."""
+    """Return the folder of the task: the source, or the only folder below it with an image in imagesTr.
+
+    Raises:
+        UserError: there is no such folder, or there are several.
+    """
     entries = entries_below(source)
     roots = {
         entry.parent.parent
@@ -148,7 +152,7 @@ def _cases(root: Path, part: str, listed: object, warnings: list[str]) -> dict[s
 
 
 def _volumes(folder: Path) -> dict[str, Path]:
-    """Return case -> NIfTI file for all cases in a folder, which need not exist."""
+    """Return case -> NIfTI file for all cases in a folder, or an empty dict if the folder does not exist."""
     found: dict[str, Path] = {}
     for file in sorted(folder.iterdir()) if folder.is_dir() else ():
         if (match := _FILE.fullmatch(file.name)) and file.is_file():

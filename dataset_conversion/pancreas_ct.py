@@ -100,7 +100,8 @@ def plan(source: Path, *, protocol: Protocol | None = None, keep_duplicates: boo
         keep_duplicates: keep 0025 and 0070, which are copies of 0002.
 
     Raises:
-        UserError: files are missing or ambiguous.
+        UserError: no case or no label is found, a path does not name its case, two files are the same image or label,
+            or files with different preprocessing are mixed.
     """
     entries = entries_below(source)
     native, labels, warnings = _native(entries)

@@ -41,7 +41,7 @@ def published_names(converter: str) -> list[str]:
 
 
 def published(converter: str, name: str) -> Protocol:
-    """Load the protocol (published split) `name` for a converter."""
+    """Load a protocol (published split) of a converter; `name` is one of `published_names(converter)`."""
     content = json.loads((_FOLDER / f"{converter}_{name}.json").read_text(encoding="utf-8"))
     source = content.pop("source")
     return Protocol(name, source, **{key: tuple(value) for key, value in content.items()})

@@ -58,7 +58,7 @@ def check_source(folder: Path) -> list[str]:
         be entered.
 
     Raises:
-        UserError: a header (.nhdr or .mhd) names a file of voxels outside of the folder.
+        UserError: a header (.nhdr or .mhd) names a voxel data file outside of the folder.
     """
     denied: list[str] = []
     entries = entries_below(folder, lambda error: denied.append(str(error.filename)))
@@ -80,7 +80,7 @@ def check_source(folder: Path) -> list[str]:
 
 
 def _files_of_voxels(header: Path) -> list[str]:
-    """Return the files of voxels that a header in MetaImage (.mhd) or NRRD format (.nhdr) names."""
+    """Return the names of the voxel data files in a MetaImage (.mhd) or NRRD header (.nhdr), as written there."""
     with header.open("rb") as content:
         lines = [line.decode("latin-1").strip() for line in content.readlines(_HEADER_BYTES)]
     key, separator = ("elementdatafile", "=") if header.suffix.lower() == ".mhd" else ("data file", ":")
@@ -134,8 +134,8 @@ class NamedMasks:
     """Reader of labels that are stored as one mask file each. Can be used as `writer.DataSet.read_label`.
 
     Attributes:
-        files: first file of a case -> pairs of a value in the converted label map and the file whose nonzero voxels get
-            this value, in ascending order of the values.
+        files: first mask file of a case -> (value, file) for each of its masks, in ascending order of the values. The
+            nonzero voxels of the file get this value in the converted label map.
     """
 
     files: Mapping[Path, Sequence[tuple[int, Path]]]
@@ -144,7 +144,7 @@ class NamedMasks:
         """Return the label map of a case; voxels in several masks get the highest value, with a warning in the report.
 
         Args:
-            path: first file of the case.
+            path: first mask file of the case, a key of `files`.
             images: unused.
             report: report of the case.
 
@@ -309,10 +309,11 @@ def _read_file(path: Path, report: CaseReport) -> sitk.Image:
 
 
 def _read_sheared(path: Path, report: CaseReport) -> sitk.Image:
-    """Read a NIfTI file whose axes are not perpendicular, which SimpleITK cannot represent, with perpendicular axes.
+    """Read a NIfTI file with non-perpendicular axes, and return it with perpendicular axes.
 
-    The voxels are unchanged; nnU-Net uses only the spacing, which is unchanged, too. The directions become the nearest
-    perpendicular ones (polar decomposition), and the center of the image keeps its position.
+    SimpleITK cannot represent non-perpendicular axes. The voxels are unchanged. So is the spacing, the only part of the
+    geometry that nnU-Net uses. The directions become the nearest perpendicular ones (polar decomposition), and the
+    center of the image keeps its position.
 
     Args:
         path: the NIfTI file.

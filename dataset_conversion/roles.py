@@ -32,7 +32,7 @@ class Case:
         identifier: name of the case.
         images: one path per channel; a path is a file or the folder of a DICOM series.
         label: file of the label; None if the case has no label.
-        other_labels: further files of the label, if each file contains one of the labels.
+        other_labels: label files after the first one (`label`), if the case has one file per label class.
         facts: additional entries of the case in conversion_report.json, such as the tumor grade.
     """
 
@@ -222,7 +222,16 @@ def cross_validation(labeled: Iterable[str]) -> list[dict[str, list[str]]]:
 
 
 def listed(text: str, allowed: Iterable[str], flag: str) -> list[str]:
-    """Return the entries of a comma-separated option in lower case; raise UsageError for unknown or repeated ones."""
+    """Split the value of a comma-separated option into entries in lower case.
+
+    Args:
+        text: value of the option.
+        allowed: valid entries.
+        flag: name of the option, for the error message.
+
+    Raises:
+        UsageError: an entry is not in `allowed`, or is repeated.
+    """
     entries = [entry.strip().lower() for entry in text.split(",")]
     if not set(entries) <= set(allowed) or len(set(entries)) < len(entries):
         raise UsageError(f"{flag} {text}: choose from {', '.join(allowed)}, each at most once")
@@ -232,7 +241,7 @@ def listed(text: str, allowed: Iterable[str], flag: str) -> list[str]:
 def _without_ending(entry: str, known: Collection[str]) -> str:
     """Return the case identifier of an entry of a split file, such as "case1" for "case1.nii.gz".
 
-    The file ending is kept if the entry with it is a known case, or if the entry without it is not.
+    The file ending is removed only if this gives a case in `known`, and `entry` itself is not in `known`.
     """
     stripped = next((entry.removesuffix(ending) for ending in VOLUME_ENDINGS if entry.endswith(ending)), entry)
     return stripped if stripped in known and entry not in known else entry

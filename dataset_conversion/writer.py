@@ -130,7 +130,10 @@ def _write_dataset(
     notes: Sequence[str],
     lock: Lock,
 ) -> Path:
-    """Write the dataset to `partial_folder`, rename it to `folder`, and print a summary; the caller holds the lock."""
+    """Write the dataset to the hidden folder `partial_folder`, rename it to `folder`, and print a summary.
+
+    The caller must hold `lock`, the lock of the dataset ID.
+    """
     try:
         with _writing_errors(f"cannot write into {partial_folder}", "check the free disk space"):
             partial_folder.mkdir(exist_ok=True)
@@ -189,7 +192,10 @@ def _check_names(data_set: DataSet, identifiers: Sequence[str]) -> None:
 
 
 def _start_or_resume(partial_folder: Path, data_set: DataSet, assignment: Assignment, source: Path) -> None:
-    """Empty the partial folder, unless it was written by a conversion with the same source, settings and roles."""
+    """Delete the files in `partial_folder`, unless the conversion that wrote them can be resumed.
+
+    It can be resumed if source, settings, roles and package version are the same.
+    """
     settings = {
         "source": str(source.resolve()),
         "data_set": [data_set.name, data_set.channel_names, dict(data_set.labels), dict(data_set.settings)],
@@ -215,10 +221,16 @@ def _start_or_resume(partial_folder: Path, data_set: DataSet, assignment: Assign
 def _write_cases(
     data_set: DataSet, assignment: Assignment, folder: Path, num_processes: int
 ) -> dict[str, dict[str, Any]]:
-    """Write the cases that an interrupted conversion has not written yet, and return the reports of all cases.
+    """Convert the cases without a complete output in the folder, and return the reports of all cases.
+
+    Args:
+        data_set: properties of the dataset.
+        assignment: roles of the cases.
+        folder: hidden folder of the unfinished conversion, which may contain cases of an interrupted one.
+        num_processes: number of processes that convert cases.
 
     Returns:
-        Identifier -> result of `CaseReport.of_case`.
+        Identifier of the case -> its entry for conversion_report.json.
 
     Raises:
         UserError: some cases cannot be converted.
@@ -241,7 +253,11 @@ def _write_cases(
 
 
 def _recorded(folder: Path, role: str, case: Case) -> dict[str, Any] | None:
-    """Return the report of a case if its complete output was written from the current source files, else None."""
+    """Return the entry for conversion_report.json of an already converted case; None if it must be converted.
+
+    The entry is read from the record that `_write_case` wrote after the output. A case must be converted if it has no
+    record, or if its source files have changed since then.
+    """
     try:
         record = json.loads((folder / _RECORDS / f"{case.identifier}.json").read_text())
         return record["report"] if record["made_from"] == _stamps(role, case) else None
@@ -252,7 +268,8 @@ def _recorded(folder: Path, role: str, case: Case) -> dict[str, Any] | None:
 def _stamps(role: str, case: Case) -> list[list[object]]:
     """Return path, size in bytes and modification time in ns of each source file that is read for a case.
 
-    The label file is included only for a role with labels, since labels of other roles are never read.
+    `_recorded` compares them with earlier ones to detect changed files. Label files are included only if
+    `FOLDERS` has a label folder for the role ("labeled", "unlabeled", "val" or "test"); otherwise they are never read.
     """
     label = (case.label, *case.other_labels) if case.label is not None and FOLDERS[role][1] is not None else ()
     files = [file for path in (*case.images, *label) for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
@@ -260,12 +277,12 @@ def _stamps(role: str, case: Case) -> list[list[object]]:
 
 
 def _write_case(data_set: DataSet, folder: Path, job: tuple[str, Case]) -> str | None:
-    """Write one case, and then a record that marks it as complete.
+    """Write the files of one case, and then the file .records/IDENTIFIER.json, which marks the case as complete.
 
     Args:
         data_set: properties of the dataset.
         folder: the hidden folder, which is renamed to the folder of the dataset at the end.
-        job: role of the case, and the case.
+        job: role of the case ("labeled", "unlabeled", "val" or "test"), and the case.
 
     Returns:
         An error message if the source files are invalid, else None.
@@ -297,7 +314,11 @@ def _write_case(data_set: DataSet, folder: Path, job: tuple[str, Case]) -> str |
 
 
 def _read_images(data_set: DataSet, case: Case, report: CaseReport) -> list[sitk.Image]:
-    """Return one image per channel of a case; raise UserError for NaN, constant images and different voxel grids."""
+    """Return one image per channel of a case, and add facts and warnings to its `report`.
+
+    Raises:
+        UserError: an image has NaN or infinite voxels, is constant, or has another voxel grid than the first channel.
+    """
     images: list[sitk.Image] = []
     for path, image in zip(case.images, data_set.read_images(case.images, report), strict=True):
         array = sitk.GetArrayViewFromImage(image)
@@ -318,7 +339,14 @@ def _read_images(data_set: DataSet, case: Case, report: CaseReport) -> list[sitk
 def _read_label(
     data_set: DataSet, case: Case, path: Path, images: Sequence[sitk.Image], report: CaseReport
 ) -> sitk.Image:
-    """Read the label of a case, with the label values of dataset.json.
+    """Return the label image of a case with the label values of dataset.json, and add facts and warnings to `report`.
+
+    Args:
+        data_set: properties of the dataset.
+        case: the case.
+        path: label file of the case.
+        images: one image per channel of the case.
+        report: report of the case.
 
     Raises:
         UserError: the file is invalid, contains an unknown value, or has another voxel grid than the images.

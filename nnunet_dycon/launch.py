@@ -34,7 +34,7 @@ MARK = "torchrun_id.txt"  # file in fold_X: the torchrun ID of the training that
 
 
 def main() -> None:
-    """Run nnUNetv2_train in a process started by torchrun, with the same command-line arguments."""
+    """Run nnUNetv2_train with its command-line arguments; main function of each process started by torchrun."""
     with ends_in_one_line():
         require_nnunet()
         run_training.run_training = partial(_train, run_training.run_training)
@@ -43,6 +43,8 @@ def main() -> None:
 
 def _train(train, *arguments, **options) -> None:
     """Call nnU-Net's run_training in a process group, on the GPU or CPU of this rank.
+
+    `main` replaces run_training by this function, so nnUNetv2_train calls it with the parsed command line.
 
     Args:
         train: nnU-Net's run_training.
@@ -161,15 +163,15 @@ def _load_checkpoint(
 ) -> None:
     """Call nnU-Net's maybe_load_checkpoint; after a restart by torchrun, resume as if --c were given.
 
-    After a restart without a checkpoint, the training starts from epoch 0, with the pretrained weights if given. If
-    torchrun may restart the training (--max-restarts), the result of `_should_resume` replaces ``continue_training``.
+    After a restart without a checkpoint, the training starts from epoch 0, with the pretrained weights if given.
 
     Args:
         load: nnU-Net's maybe_load_checkpoint.
         is_restarted: whether torchrun has restarted the training.
         is_resume: whether the user has given --c.
         trainer: nnU-Net's trainer.
-        continue_training: nnU-Net's argument: whether to resume from a checkpoint.
+        continue_training: whether to resume from a checkpoint. This value is used only with --val, or if torchrun does
+            not restart processes (--max-restarts 0). Otherwise, the result of `_should_resume` is used.
         validation_only: whether the user has given --val, to run only the final validation.
         pretrained: file with pretrained weights, or None.
     """
@@ -187,19 +189,20 @@ def _load_checkpoint(
 def _should_resume(folder: Path, is_restarted: bool, is_resume: bool, lock: Callable[[], None] | None = None) -> bool:
     """Return whether to resume the training from a checkpoint in its folder.
 
-    The file MARK in the folder contains the ID that torchrun gives a training and all its restarts.
+    torchrun uses the same ID for a training and all its restarts. The file torchrun_id.txt in the folder contains the
+    ID of the training that wrote the checkpoints.
 
-    - First start: return ``is_resume``, and write the ID to MARK. Without --c, also rename the checkpoints of an
-      earlier training, so that a restart does not resume from them.
-    - Restart, and MARK contains the ID: the checkpoints in the folder belong to this training. Return whether there
-      are any.
-    - Restart, and MARK is missing or contains another ID: as at the first start.
+    - After a restart, if the file contains the current ID: return whether the folder contains a checkpoint.
+    - At the first start, or if the file is missing or contains another ID: write the current ID to the file, and return
+      ``is_resume``. Without --c, also rename the checkpoints of an earlier training, so that a restart does not resume
+      from them.
 
     Args:
         folder: the folder of the fold, fold_X.
         is_restarted: whether torchrun has restarted the training.
         is_resume: whether the user has given --c.
-        lock: function without arguments that acquires the lock of the fold; None for trainers without one.
+        lock: function that acquires the lock of the fold, so that no checkpoint of a running training is renamed; None
+            for trainers without a lock.
     """
     if lock is not None:
         lock()

@@ -1,4 +1,4 @@
-"""Names and descriptions of all trainers and converters. Importing this module imports neither torch nor nnU-Net."""
+"""Names and descriptions of all trainers and data set converters, importable without torch and nnU-Net."""
 
 from dataclasses import dataclass
 
@@ -41,7 +41,9 @@ class Trainer:
 
 @dataclass(frozen=True)
 class Converter:
-    """Description of `nnunet_dycon convert NAME`, which is in the module nnunet_dycon.dataset_conversion.NAME.
+    """Description of the data set converter that `nnunet_dycon convert NAME` runs.
+
+    Its code is in the module nnunet_dycon.dataset_conversion.NAME.
 
     Attributes:
         summary: description of the data set in one line.
@@ -157,7 +159,10 @@ CONVERTERS: dict[str, Converter] = {
 
 
 def groups() -> dict[str, list[str]]:
-    """Return the names of the trainers in each group: group -> names, both in the order of TRAINERS."""
+    """Return the names of the trainers under each heading (`Trainer.group`): heading -> names.
+
+    Headings and names are in the order of the dict `TRAINERS`.
+    """
     found: dict[str, list[str]] = {}
     for name, trainer in TRAINERS.items():
         found.setdefault(trainer.group, []).append(name)

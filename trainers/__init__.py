@@ -24,19 +24,22 @@ _SMOKE = {"num_epochs": 2, "num_iterations_per_epoch": 5, "num_val_iterations_pe
 
 
 def _split(name: str) -> tuple[str, re.Match | None]:
-    """Return a trainer's name without its length suffix, such as _50epochs, and the match of the suffix.
+    """Return a trainer's name without its length suffix, and the regex match of the full name.
 
-    The match is None if there is no suffix.
+    "nnUNetTrainerBCP_50epochs" returns "nnUNetTrainerBCP" and a match whose group "epochs" is "50". The suffix _smoke
+    has no such number, so the group is None. The match is None if the name has no length suffix.
     """
     match = _LENGTH.fullmatch(name)
     return (match["trainer"] if match else name), match
 
 
 def registered_name(name: str) -> str | None:
-    """Return the name of a registered trainer without its length suffix; None if the trainer is not registered.
+    """Return a trainer's name without its length suffix, such as _50epochs; None if it is not in `TRAINERS`.
+
+    `nnunet_dycon.registry.TRAINERS` describes the trainers for `nnUNetv2_train -tr`.
 
     Raises:
-        UnknownTrainer: the trainer was removed, or its number of epochs starts with 0.
+        UnknownTrainer: the trainer was removed from this package, or its number of epochs starts with 0.
     """
     trainer, match = _split(name)
     if trainer in RETIRED:
@@ -49,9 +52,10 @@ def registered_name(name: str) -> str | None:
 
 
 def caveat_of(name: str) -> str | None:
-    """Return "TRAINER: warning" with the warning to log when a training starts; None if the trainer has no warning.
+    """Return the warning to log when a training starts, as "TRAINER: text"; None if the trainer has no warning.
 
-    The given name may have a length suffix, such as _50epochs; TRAINER has none.
+    Args:
+        name: name of the trainer. TRAINER is this name without its length suffix, such as _50epochs.
     """
     trainer, _ = _split(name)
     caveat = TRAINERS[trainer].caveat if trainer in TRAINERS else ""
@@ -61,11 +65,12 @@ def caveat_of(name: str) -> str | None:
 def trainer_class(name: str) -> Any:
     """Return the class of a trainer.
 
-    The name is that of a registered trainer, with or without a length suffix such as _50epochs, or of a trainer for
-    internal use (`BUILDERS`), such as that of the demo.
+    Args:
+        name: name of a trainer in `nnunet_dycon.registry.TRAINERS`, with or without a length suffix such as _50epochs,
+            or of a trainer for internal use in `nnunet_dycon.registry.BUILDERS`, such as nnUNetTrainerDemo.
 
     Raises:
-        UnknownTrainer: there is no such trainer.
+        UnknownTrainer: there is no such trainer, it was removed, or its number of epochs starts with 0.
     """
     trainer = registered_name(name)
     if trainer is None and name not in BUILDERS:
@@ -79,10 +84,12 @@ def trainer_class(name: str) -> Any:
 
 
 def __getattr__(name: str) -> Any:
-    """Create, store and return the class of a registered trainer with a length suffix, such as _50epochs.
+    """Create, store and return the class of a trainer with a length suffix, such as nnUNetTrainerBCP_50epochs.
+
+    Python calls this function if the module has no attribute of this name yet.
 
     Raises:
-        AttributeError: the name has no length suffix, or the trainer is not registered.
+        AttributeError: the name has no length suffix, or the trainer is not in `TRAINERS`.
         UnknownTrainer: the number of epochs starts with 0.
     """
     trainer, match = _split(name)

@@ -44,7 +44,9 @@ class nnUNetTrainerDKUXNet(UXNetTraining, SemiSupervisedTrainer):
         return DKUXNet(supervision, self.method_settings)
 
     def initialize(self) -> None:
-        """Initialize like `SemiSupervisedTrainer`, then register a forward hook that stores the student's queries.
+        """Initialize like `SemiSupervisedTrainer`, then register a hook that stores the student's query distribution.
+
+        The query distribution is a second class distribution of each voxel, predicted by the mask transformer.
 
         Raises:
             NotSupported: deep supervision is off. The assignment of voxels to queries is trained only with deep

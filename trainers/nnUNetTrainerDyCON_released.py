@@ -15,7 +15,8 @@ class nnUNetTrainerDyCON_released(nnUNetTrainerDyCON):
     Deviations from the release:
 
     - The class of a patch is taken from the teacher's prediction instead of the ground truth.
-    - The cosine threshold of FeCL's second term (between embeddings of student and teacher) increases from 0.3 to 0.5
+    - FeCL's second term penalises a pair of patches of different classes if the cosine between the student's embedding
+      of one and the teacher's embedding of the other exceeds a threshold. Here the threshold increases from 0.3 to 0.5
       over the whole training. In the release it increases over the first 1,500 passes over the labeled cases, so the
       number of steps depends on the number of these cases.
     - The release's third loss, a mean squared error with a weight of nearly 0, is omitted.

@@ -15,14 +15,14 @@ _SHARED = (
 
 
 def second_architecture(architecture: dict) -> dict:
-    """Return the architecture of the second network, in the form of nnU-Net's plans.
+    """Return the architecture of the second network, in the form of the entry "architecture" of nnU-Net's plans.
 
-    The second network is a residual-encoder U-Net for a plain U-Net and vice versa, with nnU-Net's default numbers of
-    blocks or convolutions per stage. Both networks have the same number of stages, and in each stage the same
-    width and stride, so that both accept the same patch size and have features of equal shape.
+    If the first network is a plain U-Net, the second one is a residual-encoder U-Net, and vice versa. The second one
+    has nnU-Net's default numbers of blocks or convolutions per stage. Both networks have the same number of stages, and
+    in each stage the same width and stride. Both therefore accept the same patch size and have features of equal shape.
 
     Args:
-        architecture: the entry "architecture" of a configuration in nnU-Net's plans.
+        architecture: architecture of the first network, the entry "architecture" of a configuration in the plans.
 
     Raises:
         NotSupported: the architecture in the plans is neither a plain nor a residual-encoder U-Net.

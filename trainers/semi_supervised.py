@@ -65,7 +65,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
     @classmethod
     def check_compatibility(cls, plans: dict, configuration: str, dataset_json: dict) -> None:
-        """Raise NotSupported for unsupported configurations, UserError for a faulty dataset.json or batch size."""
+        """Raise NotSupported or UserError if plans or dataset.json fail a check in the module `compatibility`."""
         planned = PlansManager(plans).get_configuration(configuration)
         compatibility.check_data(plans, planned.batch_size, dataset_json)
         compatibility.refuse_cascade(cls.__name__, configuration, planned)
@@ -120,7 +120,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
     @ends_in_one_line()
     def on_train_start(self) -> None:
-        """Check cases and settings, run nnU-Net's hook, and write nnunet_dycon.json, the record of the training run."""
+        """Check cases, split and settings, run nnU-Net's hook, and write settings and cases to nnunet_dycon.json."""
         on_rank_zero(self._check_before_training)
         is_new, folder = self._resumed_settings is None, Path(self.output_folder)
         with explained(OSError, f"{folder}: a training file cannot be read or written; repair it or free disk space"):
@@ -146,7 +146,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             checkpoints.set_aside(folder, self.print_to_log_file)  # --c would prefer an earlier final checkpoint
 
     def get_dataloaders(self):
-        """Return two augmenters, which draw training batches (labeled and unlabeled patches) and validation batches."""
+        """Return the two augmenters: training (labeled and unlabeled patches) and validation (labeled patches)."""
         labeled, validation = self.get_tr_and_val_datasets()
         unlabeled = loader.UnlabeledDataset(self.unlabeled_cases.folder, self.unlabeled_cases.identifiers())
         streams = {"labeled": labeled, "unlabeled": unlabeled, "validation": validation}
@@ -192,12 +192,12 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             super().run_training()
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
-        """Run nnU-Net's hook, then record and log the means over the epoch, without steps with a non-finite loss."""
+        """Run nnU-Net's hook. Record and log losses and diagnostics, averaged over the steps with a finite loss."""
         super().on_train_epoch_end(replace_lost(train_outputs))
         self._recorder.end(self.current_epoch, train_outputs).log(self.logger.loggers, self.print_to_log_file)
 
     def on_epoch_end(self) -> None:
-        """Run nnU-Net's hook, then plot the curves and, when checkpoint_latest.pth is written, pseudo-labels."""
+        """Run nnU-Net's hook and plot the curves. Plot pseudo-labels when checkpoint_latest.pth is written."""
         super().on_epoch_end()
         if self.local_rank == 0:
             plots.draw_curves(Path(self.output_folder), self.curves, self.print_to_log_file)
@@ -206,7 +206,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
     @ends_in_one_line()
     def save_checkpoint(self, filename: str) -> None:
-        """Write nnU-Net's checkpoint with the state of the method added. The file is replaced atomically."""
+        """Write nnU-Net's checkpoint atomically, with settings, curves and the modules of `self.method` added."""
         if self.local_rank != 0 or self.disable_checkpointing:
             return super().save_checkpoint(filename)
         self._lock.check()
@@ -215,7 +215,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
     @ends_in_one_line()
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
-        """Load a checkpoint and the method's state; with --c, the newest readable one if the checkpoint is damaged."""
+        """Load a checkpoint with the modules of `self.method`. With --c, fall back to the newest readable one."""
         if self._continue_training:
             self._continue_training, log = False, self.print_to_log_file  # later calls load exactly the given file
             filename_or_checkpoint = checkpoints.find_readable(filename_or_checkpoint, log, self._lock.acquire)
@@ -228,7 +228,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self._recorder.curves, self._resumed_settings = own["curves"], own["settings"]
 
     def companions(self) -> dict[str, tuple[str, nn.Module]]:
-        """Return the networks other than the student: checkpoint file -> (trainer class that builds it, network)."""
+        """Return all networks except the student: checkpoint name -> (name of the trainer that builds it, network)."""
         teacher = self.method.teacher
         return {} if teacher is None else {checkpoints.TEACHER: (type(self).__name__, teacher.network)}
 

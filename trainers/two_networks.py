@@ -13,7 +13,10 @@ from nnunet_dycon.training import checkpoints
 
 
 class TwoNetworksTrainer(SemiSupervisedTrainer):
-    """Semi-supervised trainer with a second network from the same plans, stored as `method.second`."""
+    """Semi-supervised trainer with a second network from the same plans.
+
+    The network is the child module `second` of the semi-supervised method `self.method`.
+    """
 
     second_network = nnUNetTrainerSecondNetwork
     activation_memory_factor = 2.3  # plain and residual-encoder U-Net, from the shapes of their activations

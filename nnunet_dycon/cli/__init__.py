@@ -1,4 +1,7 @@
-"""The command nnunet_dycon. Only the sub-command that is run imports torch and nnU-Net, so --help is fast."""
+"""Command-line interface: the command `nnunet_dycon` with its sub-commands.
+
+Only the sub-command that is run imports torch and nnU-Net, so --help is fast.
+"""
 
 import argparse
 import os
@@ -11,14 +14,14 @@ from nnunet_dycon.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a sub-command.
+    """Run the command `nnunet_dycon`, and return its exit code.
 
     Args:
         argv: the command-line arguments without the program name; None for sys.argv.
 
     Returns:
-        The exit code: 0 for success, 1 for a problem in data or folders, 2 for wrong usage, 130 if interrupted, 141 if
-        the output pipe was closed.
+        0 for success, 1 for a problem in data or folders, 2 for wrong usage, 130 if interrupted, 141 if the output pipe
+        was closed.
     """
     argv = sys.argv[1:] if argv is None else argv
     try:

@@ -1,4 +1,8 @@
-"""Sub-commands that show or test the installation: trainers_path, list, doctor, demo."""
+"""Sub-commands that show or test the installation.
+
+trainers_path prints the folder to add to the variable nnUNet_extTrainer, list prints all trainers and data set
+converters, doctor checks everything that a training needs, and demo trains on a small generated data set.
+"""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""Sub-commands that score predictions: evaluate, compare."""
+"""Sub-commands that score predictions: evaluate for one model, compare for several models on the same cases."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""Batches of a training step and outputs of a network.
+"""Data classes for the batches of a training step and the output of a network.
 
 Unlabeled batches have no field for labels, so no method can use labels of unlabeled cases by mistake.
 """
@@ -63,10 +63,10 @@ class StudentOutput:
     """Output of a network (student, teacher or second network) for a batch of images.
 
     Attributes:
-        logits: the logits (B, K, *spatial) at each resolution, highest first. Without deep supervision, the list
-            contains only the highest resolution.
-        features: (B, F, *grid), the output of the network stage on which a `FeatureTap` (a forward hook) is registered;
-            None if no hook is registered.
+        logits: (B, K, *spatial) at each resolution, highest first, for K classes or regions. Without deep supervision,
+            the list contains only the highest resolution.
+        features: (B, F, *grid), the F feature channels of the network stage on which a `FeatureTap` (a forward hook) is
+            registered, on the grid of this stage; None if no hook is registered.
         queries: for a kMaX mask transformer, (B, K, *spatial) at each resolution of ``logits``: for each class, the
             log-probability that the voxel is assigned to a query of this class (see `KMaXOutput`). Empty for other
             networks.
@@ -80,11 +80,12 @@ class StudentOutput:
     def of(
         cls, returned: torch.Tensor | Sequence[torch.Tensor], features: torch.Tensor | None = None
     ) -> "StudentOutput":
-        """Return a `StudentOutput` with the return value of a network, with or without deep supervision.
+        """Convert the return value of a network, with or without deep supervision, to a `StudentOutput`.
 
         Args:
             returned: the logits or, with deep supervision, a list with the logits at each resolution, highest first.
-            features: (B, F, *grid), the features that a `FeatureTap` has read; None without a `FeatureTap`.
+            features: (B, F, *grid), the output of a network stage, read by a `FeatureTap` (a forward hook); None
+                without a `FeatureTap`.
         """
         return cls([returned] if isinstance(returned, torch.Tensor) else list(returned), features)
 

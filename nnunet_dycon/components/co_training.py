@@ -25,12 +25,12 @@ class CoTraining(Method):
     from the loss of s. The input of both students is the same batch: the strongly augmented labeled images, then the
     strongly augmented unlabeled images. There is no teacher.
 
-    A subclass defines the `mutual_losses` and their `weights`. Its settings must have the field ``rampup``, the length
-    of the ramp-up as a fraction of the training.
+    A subclass defines the `mutual_losses` and their `weights`. Its ``settings`` must have the field ``rampup``, the
+    length of the ramp-up as a fraction of the training.
 
     Args:
-        supervision: the losses between logits and labels, and the label space.
-        settings: the settings of the subclass.
+        supervision: the supervised losses, and the label space (classes or regions).
+        settings: the hyperparameters of the subclass.
         second: the second network; it must return logits at as many resolutions as the first.
         stage: the stage of the second network whose features the losses use, or None if they use none.
 
@@ -50,13 +50,13 @@ class CoTraining(Method):
         self._second_tap = None if stage is None else FeatureTap(unwrap(second), stage.name)
 
     def weights(self, ramp: float) -> dict[str, float]:
-        """Return a dict: name of a mutual loss term -> its weight in the total loss.
+        """Return the weight of each mutual loss term in the total loss, by the name of the term.
 
-        The dict contains every term that `mutual_losses` returns. A term of weight 0 may be absent from the result of
-        `mutual_losses`.
+        Mutual losses train each network with the predictions of its peer. The dict has a weight for every term that
+        `mutual_losses` returns. `mutual_losses` may omit terms of weight 0.
 
         Args:
-            ramp: the ramp-up factor, from 0 to 1.
+            ramp: the ramp-up factor, from 0 to 1, by which the weights of ramped-up terms are multiplied.
         """
         raise NotImplementedError
 
@@ -73,7 +73,7 @@ class CoTraining(Method):
 
         Returns:
             Three dicts: the unweighted loss terms of the first network by name, the unweighted loss terms of the second
-            network under the same names, and diagnostics by name.
+            network under the same names, and diagnostics (values that are only logged) by name.
         """
         raise NotImplementedError
 

@@ -1,4 +1,7 @@
-"""Diagnostics of pseudo-labels: foreground fraction and Dice with the student; names of the logged training curves."""
+"""Diagnostics of pseudo-labels, and the names of the logged training curves.
+
+The diagnostics are the foreground fraction of pseudo-labels and their Dice with the student's predictions.
+"""
 
 from collections.abc import Iterable
 
@@ -27,11 +30,12 @@ def pseudo_label_diagnostics(
 
     Args:
         student: (B, *spatial), the student's label maps of unlabeled images.
-        teacher: (B, *spatial), the pseudo-labels: label maps of the teacher, the peer, or the weak view.
+        teacher: (B, *spatial), the pseudo-labels: label maps predicted by the teacher, by the other network in
+            co-training, or from the weakly augmented view.
         where: (B, *spatial), boolean, True for the voxels to use, such as the voxels from unlabeled images in a mixed
             batch; None for all voxels.
-        agreement: the key of the Dice in the returned dict, which names the compared predictions; a key of
-            `AGREEMENTS`, such as "student_teacher_dice".
+        agreement: the key of the Dice in the returned dict. It names the compared predictions: "student_teacher_dice",
+            "students_dice" (both networks in co-training) or "views_dice" (strong and weak view).
 
     Returns:
         A dict with two entries. "pseudo_foreground" is the fraction of voxels whose pseudo-label is foreground.
@@ -76,9 +80,9 @@ def pseudo_region_diagnostics(
 
 
 def terms_of_loss(names: Iterable[str]) -> list[str]:
-    """Return those names of logged curves that are terms of the loss, in the same order.
+    """Return the names of loss terms, such as "supervised", among the names of logged curves, in the same order.
 
-    All other curves have a fixed name or prefix, defined in this module: the total loss ("loss"), schedules,
+    The other curves have a fixed name or prefix, defined in this module: the total loss ("loss"), schedules,
     diagnostics and computing times.
     """
     others = {"loss", *SCHEDULES, *FRACTIONS, *AGREEMENTS}

@@ -101,7 +101,10 @@ class EMATeacher(nn.Module):
 
     @torch.no_grad()
     def embed(self, features: torch.Tensor) -> torch.Tensor:
-        """Return embeddings (B, N, D) of features (B, F, *grid), computed with the averaged `ProjectionHead`."""
+        """Return the embeddings of features (B, F, *grid), computed with the averaged `ProjectionHead`.
+
+        The shape of the embeddings is (B, N, D), with N cells of the grid and the embedding dimension D.
+        """
         return self._averages[1](features)
 
     @torch.no_grad()

@@ -128,7 +128,7 @@ class DrawnVoxels:
     Attributes:
         index: (M,), indices into the batch flattened to (B * voxels).
         labels: (M,), integers, the class of each voxel.
-        valid: (M,), boolean, False for padding entries, which occur if a class has too few eligible voxels.
+        valid: (M,), boolean, False for padding entries, which occur if a class has fewer voxels than requested.
     """
 
     index: torch.Tensor
@@ -206,13 +206,13 @@ def patch_codes(
     background_fraction: float = 0.05,
     known: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return the most frequent region code of the foreground in each cell of a feature grid.
+    """Return the most frequent combination of regions, encoded as an integer, in each cell of a feature grid.
 
-    This is `patch_labels` for regions. A region code is an integer for the combination of regions that contain a voxel
-    (see `region_codes`). Voxels in any region are foreground. As in `patch_labels`, the foreground fraction determines
-    whether a cell is foreground, background or ignored. A foreground cell gets the most frequent code of its foreground
-    voxels; in case of a tie, the lowest of these codes. Unlike the result of a majority vote for each region, this
-    combination of regions always occurs in the cell.
+    This is `patch_labels` for regions. The integer is called region code, see `region_codes`. Voxels in any region are
+    foreground. As in `patch_labels`, the foreground fraction determines whether a cell is foreground, background or
+    ignored. A foreground cell gets the most frequent code of its foreground voxels; in case of a tie, the lowest of
+    these codes. Unlike the result of a majority vote for each region, this combination of regions always occurs in the
+    cell.
 
     Args:
         codes: (B, *spatial), integers, the region code of each voxel, 0 for background.

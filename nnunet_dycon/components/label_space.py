@@ -102,7 +102,8 @@ class LabelSpace:
     def shown(self, logits: torch.Tensor) -> torch.Tensor:
         """Return the predicted label of each voxel for plots: (B, *spatial) integers, 0 for background.
 
-        For regions, the label is the number of a region that contains the voxel, counted from 1.
+        For regions, the label is the number of the region that contains the voxel, counted from 1. If there are
+        several, it is the highest of their numbers.
 
         Args:
             logits: (B, C, *spatial).
@@ -132,9 +133,12 @@ class LabelSpace:
         foreground_fraction: float,
         background_fraction: float,
     ) -> torch.Tensor:
-        """Return an integer class (B, N) for each of the N cells of a feature grid, or `IGNORED_PATCH`.
+        """Return the class of each of the N cells of a feature grid, (B, N) integers.
 
-        See `patch_labels` for classes, and `patch_codes` for regions, where each combination of regions is a class.
+        The feature grid is the spatial grid of a feature map. The class of a cell depends on the fraction of foreground
+        voxels in the cell. It is `IGNORED_PATCH` (-1) if this fraction is between the two limits, or if less than half
+        of the voxels are annotated. See `patch_labels` for classes, and `patch_codes` for regions, where each
+        combination of regions is a class.
 
         Args:
             labels: the labels of the voxels.

@@ -1,4 +1,4 @@
-"""Base class of the semi-supervised training methods, and the losses between logits and labels."""
+"""Base class of the semi-supervised training methods, and a data class with the supervised losses."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ Terms = dict[str, torch.Tensor | float]
 
 @dataclass(frozen=True)
 class Supervision:
-    """Supervised losses of a training, and its label space.
+    """Supervised losses of a training, and its label space (mutually exclusive classes, or regions).
 
     Attributes:
         loss: nnU-Net's loss, called with a list of logits (highest resolution first) and nnU-Net's targets.
@@ -39,7 +39,7 @@ class Method(nn.Module):
     The interface is described in `nnunet_dycon.methods`.
 
     Args:
-        supervision: the losses between logits and labels, and the label space.
+        supervision: the supervised losses, and the label space (classes or regions).
 
     Attributes:
         teacher: the EMA teacher, or None in methods without one.
@@ -85,7 +85,10 @@ class Method(nn.Module):
         return self.teacher(images).logits[0]
 
     def before_first_step(self) -> None:
-        """Initialize the teacher; called once when a new training starts, after pretrained weights are loaded."""
+        """Reset the teacher, if there is one, to the student's weights.
+
+        This method is called once when a new training starts, after pretrained weights are loaded.
+        """
         if self.teacher is not None:
             self.teacher.synchronize()
 

@@ -83,8 +83,9 @@ class CutMix(Mixture):
     """CutMix (arXiv:1905.04899) of unlabeled images; labeled images are unchanged.
 
     A box of each unlabeled image is replaced by the same box of the previous unlabeled image in the batch (for the
-    first image, of the last one). If there is only one unlabeled image, its box is replaced by that of the last labeled
-    image, and pseudo-labels are not used in the box. For the arguments see `mixture`.
+    first image, of the last one). If there is only one unlabeled image, its box is replaced by the same box of the last
+    labeled image. The voxels of this box count as labeled: ``truth`` is True, and no pseudo-labels are used. For the
+    arguments see `mixture`.
     """
 
     def __init__(
@@ -156,7 +157,7 @@ def mixture(
 
 
 def check_mixture(kind: str, box_fraction: float) -> None:
-    """Raise ValueError if the kind of mixture does not exist or ``box_fraction`` is not in [0, 1]."""
+    """Raise ValueError if ``kind`` is not "none", "cutmix" or "copy_paste", or ``box_fraction`` is not in [0, 1]."""
     if kind not in MIXTURES:
         raise ValueError(f"mixing must be one of {', '.join(MIXTURES)}, got {kind!r}")
     if not 0 <= box_fraction <= 1:

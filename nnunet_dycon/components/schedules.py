@@ -7,7 +7,7 @@ import math
 
 
 def exponential_decay(progress: float, start: float, end: float) -> float:
-    r"""Interpolate exponentially from ``start`` to ``end``.
+    r"""Interpolate exponentially from ``start`` at progress 0 to ``end`` at progress 1.
 
     .. math:: \beta(t) = \beta_{start} \left(\beta_{end} / \beta_{start}\right)^t
 
@@ -26,7 +26,7 @@ def exponential_decay(progress: float, start: float, end: float) -> float:
 
 
 def linear(progress: float, start: float, end: float) -> float:
-    """Interpolate linearly from ``start`` to ``end``.
+    """Interpolate linearly from ``start`` at progress 0 to ``end`` at progress 1.
 
     >>> [linear(t, 0.25, 0.75) for t in (0.0, 0.5, 1.0)]
     [0.25, 0.5, 0.75]

@@ -1,4 +1,4 @@
-"""Augmenters of batchgenerators that raise UserError for unreadable cases.
+"""Augmenters of batchgenerators that raise UserError (an error that the user can fix) for unreadable cases.
 
 An augmenter is an iterator that draws batches from a data loader, in this process or in worker processes.
 """
@@ -20,23 +20,26 @@ _SIGNAL_DELAY = 2.0  # seconds within which a scheduler signals all processes of
 
 
 class InProcess(SingleThreadedAugmenter):
-    """An augmenter that draws batches from a data loader in this process. It raises UserError for unreadable cases."""
+    """Augmenter that draws batches from a data loader in this process.
+
+    It raises UserError (an error that the user can fix) if a case cannot be read.
+    """
 
     def __next__(self) -> dict:
         return _batch(super().__next__())
 
 
 class Workers(NonDetMultiThreadedAugmenter):
-    """An augmenter that draws batches from a data loader in worker processes.
+    """Augmenter that draws batches from a data loader in worker processes.
 
-    It raises UserError if a case cannot be read or if a worker was killed.
+    It raises UserError (an error that the user can fix) if a case cannot be read or if a worker was killed.
 
-    A job scheduler stops a training with SIGTERM to all of its processes. The workers end at once, but the main process
-    still finishes its training step, so that all ranks stop after the same step. If the ended workers have left no
-    batch for this step, the augmenter returns the previous batch again instead of raising an error.
+    There is one exception: a job scheduler stops a training by sending SIGTERM to all of its processes. The workers end
+    at once, but the main process still finishes its training step, so that all ranks stop after the same step. If no
+    batch is left for this step, the augmenter returns the previous batch again instead of raising an error.
 
     Args:
-        arguments, options: arguments of NonDetMultiThreadedAugmenter.
+        arguments, options: positional and keyword arguments of NonDetMultiThreadedAugmenter.
         is_ending: function without arguments that returns whether this process has received SIGTERM.
     """
 

@@ -10,7 +10,10 @@ FORMAT = "https://github.com/MIC-DKFZ/nnUNet/blob/master/documentation/dataset_f
 
 
 def check_dataset_json(content: Any, file: Path) -> None:
-    """Raise UserError if nnU-Net cannot use dataset.json, or if its regions_class_order changes predicted labels.
+    """Raise UserError with all faults of dataset.json if nnU-Net cannot use it as intended.
+
+    The checked entries are "channel_names", "file_ending", "labels" and, for regions, "regions_class_order". With a
+    wrong "regions_class_order", nnU-Net would store predictions of a label as a label of other regions.
 
     Args:
         content: content of the file.
@@ -71,11 +74,12 @@ def _label_faults(labels: dict[str, tuple[int, ...]], content: dict) -> Iterator
 
 
 def _region_faults(regions: dict[str, tuple[int, ...]], order: Any) -> Iterator[str]:
-    """Yield the faults of regions_class_order with their remedies.
+    """Yield the first fault of "regions_class_order" and its remedy as text; yield nothing if it is correct.
 
-    The list contains, for each region, the value that nnU-Net stores where it predicts this region. A later region
-    overwrites an earlier one. A predicted label is therefore stored as the value of the last region that contains the
-    label. This value must be in the same regions as the label.
+    This list contains one label value for each region. nnU-Net writes this value to the predicted voxels of the region.
+    A later region overwrites an earlier one. A voxel of label L is therefore written with the value of the last region
+    that contains L. This value must be contained in the same regions as L, or else the written label map has other
+    regions than the prediction.
 
     Args:
         regions: name -> label values of each region except background and ignore, in the order of dataset.json.
@@ -97,7 +101,9 @@ def _region_faults(regions: dict[str, tuple[int, ...]], order: Any) -> Iterator[
 
 
 def _suggested(regions: dict[str, tuple[int, ...]]) -> list[int] | str:
-    """Return a valid regions_class_order; if there is none, the remedy as text: another order of the regions.
+    """Return a valid "regions_class_order", such as [1, 2], or the remedy as text if there is none.
+
+    The remedy is to list larger regions first in "labels".
 
     Args:
         regions: name -> label values of each region, in the order of dataset.json.

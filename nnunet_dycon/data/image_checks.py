@@ -24,10 +24,15 @@ _GIPL_HEADER = 256  # bytes
 
 
 def check_file(file: Path) -> None:
-    """Raise an exception if a file is empty, truncated or damaged, or if a NIfTI file has NaN or infinite voxels.
+    """Raise an exception with the reason if SimpleITK might read an image file incorrectly without an error.
 
-    SimpleITK does not detect all of these: it fills truncated images with arbitrary values, and reads NaN in NIfTI
-    files as 0.
+    For example, SimpleITK fills truncated images with arbitrary values, and reads NaN in NIfTI files as 0.
+
+    Raises:
+        EOFError, OSError, zlib.error: the file is empty, truncated or damaged. Truncated files are detected if they are
+            gzip, NIfTI, GIPL or VTK files.
+        ValueError: a NIfTI file has a spacing that is not positive, or NaN or infinite voxels; or a VTK file stores its
+            voxels as text.
     """
     require_whole(file)
     name = file.name.lower().removesuffix(".gz")
@@ -48,7 +53,15 @@ def check_file(file: Path) -> None:
 
 
 def _stored_spacing(file: Path, image: Any) -> np.ndarray:
-    """Return the spacing in the header of a NIfTI file; nibabel and SimpleITK replace a spacing of 0 by 1 silently."""
+    """Return the spacing as stored in the header of a NIfTI file, one value per spatial axis.
+
+    nibabel and SimpleITK replace a spacing of 0 by 1 without a warning. For an .img file, whose header is in another
+    file, the spacing from nibabel is returned.
+
+    Args:
+        file: path of the NIfTI file.
+        image: the same file, loaded with nibabel.
+    """
     header = image.header
     if not file.name.lower().endswith(".img"):  # its header is in another file
         with gzip.open(file) if is_compressed(file) else file.open("rb") as content:
@@ -95,10 +108,13 @@ def _vtk_header(file: Path) -> int:
 
 
 def check_image(image: np.ndarray, spacing: Sequence[float], channels: int, usual_spacing: Sequence[float]) -> None:
-    """Raise ValueError with the reason if an image is not suitable for training.
+    """Raise ValueError with the reason if an image is not valid.
+
+    An image is not valid if its number of channels is not that of dataset.json, if it has NaN or infinite voxels, if
+    all voxels have the same value, or if its spacing is not plausible (see `check_unit`).
 
     Args:
-        image: (C, X, Y, Z), as returned by nnU-Net's reader.
+        image: (C, *spatial), as returned by nnU-Net's reader.
         spacing: voxel spacing according to the header, in mm.
         channels: number of channels in dataset.json.
         usual_spacing: median spacing of the labeled cases in mm. The order of the axes has no influence.

@@ -49,7 +49,7 @@ class Grid:
 
     @property
     def is_2d(self) -> bool:
-        """Whether the file has two axes, which nnU-Net's readers mark by the spacing along Z."""
+        """Whether the image has two axes, that is, a spacing along Z of at least 999 times that along Y and X."""
         return self.spacing[0] >= 999 * max(self.spacing[1:])
 
 
@@ -101,9 +101,10 @@ def image_files_by_case(folder: Path, ending: str) -> dict[str, list[Path]]:
 
 
 def unused_files(folder: Path, ending: str) -> list[Path]:
-    """Return the files in a raw folder that nnU-Net does not read because they have another ending.
+    """Return the files in a raw folder that nnU-Net does not read because they do not have the given ending.
 
-    Hidden files are left out, and so are JSON files next to TIFF images, which contain the spacing.
+    The result does not include hidden files. If the ending is that of TIFF images, it does not include JSON files,
+    since they contain the spacing.
     """
     used = (ending, ".json") if ending.lower() in Tiff3DIO.supported_file_endings else (ending,)
     files = folder.iterdir() if folder.is_dir() else ()
@@ -111,7 +112,7 @@ def unused_files(folder: Path, ending: str) -> list[Path]:
 
 
 def spacing_file(image: Path) -> Path | None:
-    """Return the path of the JSON file with the spacing of a TIFF image CASE_XXXX.tif; None for other formats."""
+    """Return the path of CASE.json, the file with the spacing of a TIFF image CASE_XXXX.tif; None for other formats."""
     if image.suffix.lower() not in Tiff3DIO.supported_file_endings:
         return None
     return image.with_name(f"{image.stem.rpartition('_')[0]}.json")
@@ -126,13 +127,15 @@ def _channels(files: Sequence[Path], dataset_json: dict) -> int | None:
 
 
 def reader_class(dataset_json: dict, example: Path, plans: dict | None = None) -> Reader:
-    """Return nnU-Net's reader of a data set.
+    """Return the class of nnU-Net's reader for the images of a data set.
+
+    It is the reader named in the plans, if they are given, else the one named in dataset.json. If neither names a
+    reader, it is nnU-Net's first reader that supports the file ending and can read the example.
 
     Args:
-        dataset_json: content of dataset.json. If it does not name a reader, nnU-Net selects the first one that supports
-            the file ending and can read the example.
+        dataset_json: content of dataset.json.
         example: an image or label map of the data set.
-        plans: content of the plans, which name the reader, if they exist.
+        plans: content of the plans; None if the data set has not been planned.
 
     Raises:
         UserError: no reader can read the example.
@@ -147,14 +150,17 @@ def reader_class(dataset_json: dict, example: Path, plans: dict | None = None) -
 
 
 def in_file_order(reader: Reader) -> Reader:
-    """Return the reader that reads the same files without changing their orientation."""
+    """Return the reader without reorientation for the same files, such as NibabelIO for NibabelIOWithReorient.
+
+    A reader that does not reorient images is returned unchanged.
+    """
     return _IN_FILE_ORDER.get(reader, reader)
 
 
 def coincide(a: Grid, b: Grid) -> bool:
     """Return whether two grids of equal shape and spacing have the same origin and axis directions.
 
-    The result is True if a grid has no affine, since its position is then unknown.
+    The result is True if one of the two has no affine, since its position is then unknown.
     """
     if a.affine is None or b.affine is None:
         return True
@@ -176,14 +182,17 @@ def is_turned(grid: Grid, target: Grid) -> bool:
 
 
 def read_grid(file: Path, reader: Reader) -> Grid:
-    """Return size and position of an image; only the header is read if the format has one.
+    """Return the number of channels, shape, spacing and affine of an image file.
+
+    Only the header is read if the format has one.
 
     Args:
         file: image or label map.
         reader: one of nnU-Net's readers. The grid is that of the file, even if the reader changes the orientation.
 
     Raises:
-        Exception: the file cannot be read, or it contains vectors. The type depends on the reader.
+        Exception: the file cannot be read, or its number of dimensions or of values per voxel is not supported. The
+            type depends on the reader.
     """
     reader = in_file_order(reader)
     if issubclass(reader, SimpleITKIO):
@@ -203,7 +212,8 @@ def read_voxels(file: Path, reader: Reader, is_label_map: bool = False) -> tuple
     Args:
         file: image or label map.
         reader: one of nnU-Net's readers.
-        is_label_map: whether the file is a label map; the names of sidecar files depend on it.
+        is_label_map: whether the file is a label map. For TIFF files, the name of the JSON file from which the spacing
+            is read depends on it.
 
     Raises:
         Exception: the file cannot be read. The type depends on the reader.
@@ -219,7 +229,7 @@ def read_voxels(file: Path, reader: Reader, is_label_map: bool = False) -> tuple
 def hash_voxels(file: Path, reader: Reader) -> str | None:
     """Return a SHA-256 hash of the voxel values as float32, or None if the file cannot be read.
 
-    The hash does not depend on the data type in the file, its compression and its header.
+    The hash does not depend on the data type, the compression or the header of the file.
     """
     try:
         voxels, _ = read_voxels(file, reader)
@@ -276,12 +286,15 @@ def write_like(voxels: np.ndarray, like: Path, file: Path, reader: Reader) -> No
 
 
 def reoriented(voxels: np.ndarray, source: np.ndarray, target: np.ndarray | None = None) -> np.ndarray:
-    """Return the voxels with permuted and flipped axes, which are as parallel as possible to the axes of a target.
+    """Permute and flip the axes of an image to make them as parallel as possible to the axes of a target image.
 
     Args:
         voxels: (Z, Y, X).
-        source: affine (4, 4) of the voxels, as in `Grid`.
+        source: affine (4, 4) of the image, from voxel indices (x, y, z, 1) to coordinates in mm, as in `Grid`.
         target: affine (4, 4) of the target; None for the axes right (X), anterior (Y) and superior (Z).
+
+    Returns:
+        The voxels (Z, Y, X) with the new axes.
     """
     relative = source if target is None else np.linalg.inv(target) @ source
     turn = nibabel.orientations.io_orientation(relative)
@@ -292,7 +305,7 @@ def reoriented_grid(grid: Grid, target: np.ndarray) -> Grid:
     """Return the grid of the voxels that `reoriented` returns.
 
     Args:
-        grid: grid of the voxels before, with an affine.
+        grid: grid of the image before it is reoriented. It must have an affine.
         target: affine (4, 4) of the target, as for `reoriented`.
     """
     turn = nibabel.orientations.io_orientation(np.linalg.inv(target) @ grid.affine)

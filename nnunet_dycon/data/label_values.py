@@ -55,9 +55,9 @@ def check_label_values(folder: Path, cases: Iterable[str], dataset_json: dict, n
 
 
 def values_of_cases(folder: Path, cases: Iterable[str], num_processes: int) -> dict[str, set[int]]:
-    """Return case identifier -> label values in the preprocessed segmentation, without a check of the values.
+    """Return case identifier -> label values in the preprocessed segmentation of the case, except -1.
 
-    For the arguments and the values, see `check_label_values`.
+    Values that are not in dataset.json are returned, too. For the arguments, see `check_label_values`.
 
     Raises:
         UserError: a segmentation is missing or cannot be read.

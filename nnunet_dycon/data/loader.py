@@ -1,8 +1,8 @@
 """Two-stream data loader: each batch consists of nnU-Net's batch of labeled patches and a batch of unlabeled patches.
 
 A single loader draws both kinds of patches. So the numbers of labeled and unlabeled patches per batch are fixed, and no
-additional worker processes are needed. nnU-Net's training loop, pinned memory and shutdown can be used. Spawned worker
-processes import the loader by name, so it must be defined in an importable module.
+additional worker processes are needed. nnU-Net's training loop, pinned memory and shutdown work as with its own loader.
+Spawned worker processes import the loader by name, so it must be defined in an importable module.
 
 Exceptions of a worker process do not reach the main process: nnU-Net only reports that a worker has ended. Therefore a
 loader that cannot read a case returns a dict with the single key `FAULT` and the error message instead of a batch.
@@ -79,7 +79,7 @@ def require_readable(folder: str, cases: Sequence[str], remedy: str) -> None:
 def naming_unreadable_cases(trainer: nnUNetTrainer) -> Iterator[None]:
     """Context manager for nnU-Net's validation that raises a UserError if a validation case cannot be read.
 
-    The UserError replaces the error of the validation. If all validation cases can be read, that error is raised
+    The cases are checked only if the validation raises an exception. If all cases can be read, this exception is raised
     unchanged.
 
     Args:
@@ -152,7 +152,8 @@ class UnlabeledLoader(nnUNetDataLoader):
 
     Args:
         data: the unlabeled cases.
-        arguments, options: further arguments of nnUNetDataLoader; `transforms` must be `TwoViews`.
+        arguments, options: further arguments of nnUNetDataLoader. `transforms` must be `TwoViews`, which returns a
+            strongly and a weakly augmented view of a patch.
         mask_channels: for each channel, whether it is normalized within its nonzero region (use_mask_for_norm).
         remedy: last part of the error message on a case that cannot be read, such as a command to run.
     """

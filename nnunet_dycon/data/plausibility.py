@@ -1,4 +1,4 @@
-"""Comparison of unlabeled with labeled cases, to find other units of intensities or spacing, and other orientations."""
+"""Comparison of unlabeled with labeled cases, to detect wrong spacings, orientations and intensity units."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -56,7 +56,13 @@ def orientation_of(file: Path, plans: PlansManager) -> str | None:
 def intensities_of(
     image: np.ndarray, plans: PlansManager, configuration: ConfigurationManager
 ) -> tuple[tuple[float, float], ...]:
-    """Return `Appearance.intensities` of a preprocessed image (C, Z, Y, X)."""
+    """Return (fraction of voxels at nnU-Net's upper clip limit, standard deviation) for each CT channel.
+
+    Args:
+        image: preprocessed image (C, Z, Y, X).
+        plans: plans of the data set, which define the clip limits.
+        configuration: configuration in the plans, which defines the normalization of each channel.
+    """
     found = []
     for channel, scheme in enumerate(configuration.normalization_schemes):
         if scheme != _CT:
@@ -77,7 +83,15 @@ def compare_with_labeled(
     raw: Path,
     dataset_json: dict,
 ) -> list[str]:
-    """Return a warning for each property in which unlabeled cases differ from all labeled ones.
+    """Return warnings about unlabeled cases whose spacing, orientation or CT intensities are probably wrong.
+
+    One warning is returned for each of the following that occurs in at least one unlabeled case:
+
+    - The spacing is exactly 1 mm, but the median spacing of the labeled cases is not.
+    - The orientation differs from that of all labeled cases (one warning per orientation). This is not checked if
+      nnU-Net's reader reorients images.
+    - The CT intensities vary much less than in up to 10 labeled cases.
+    - Many more CT intensities are at nnU-Net's upper clip limit than in these labeled cases.
 
     Args:
         unlabeled: case identifier -> appearance.
@@ -119,7 +133,11 @@ def _spacing_warnings(unlabeled: Mapping[str, Appearance], plans: PlansManager) 
 
 
 def _labeled_orientations(raw: Path, plans: PlansManager, dataset_json: dict) -> set[str]:
-    """Return the orientations of the labeled images, or an empty set if they are not available."""
+    """Return the orientations of the labeled images, such as {"LPS"}.
+
+    Reading stops without an error at the first case that cannot be read or has no orientation. Without raw images, the
+    set is empty.
+    """
     found: set[str] = set()
     with suppress(Exception):  # raw images are not required
         for files in image_files(raw, dataset_json, "labeled").values():

@@ -123,18 +123,21 @@ class UnlabeledCases:
 
     @property
     def arguments(self) -> str:
-        """Arguments -d, -c and -plans_name that select these cases in nnUNetv2_preprocess and preprocess_unlabeled."""
+        """Arguments of nnUNetv2_preprocess and preprocess_unlabeled for these cases, such as "-d 101 -c 3d_fullres".
+
+        -plans_name is added if the plans are not nnUNetPlans.
+        """
         plans = "" if self.plans.plans_name == "nnUNetPlans" else f" -plans_name {self.plans.plans_name}"
         return f"-d {self.dataset_id} -c {self.configuration_name}{plans}"
 
     @property
     def remedy(self) -> str:
-        """Last part of the error message if a preprocessed unlabeled case cannot be read: what to do."""
+        """What to do if a preprocessed unlabeled case cannot be read: "remove FOLDER, and run: COMMAND"."""
         return f"remove {self.folder.name}, and run: nnunet_dycon preprocess_unlabeled {self.arguments}"
 
     @property
     def labeled_remedy(self) -> str:
-        """Last part of the error message if a preprocessed labeled case cannot be read: what to do."""
+        """What to do if a preprocessed labeled case cannot be read: "run: COMMAND"."""
         return f"run: nnUNetv2_preprocess {self.arguments}"
 
     @property
@@ -144,7 +147,9 @@ class UnlabeledCases:
 
     @contextmanager
     def locked(self) -> Iterator[Lock]:
-        """Acquire `lock`, yield it, and release it at the end of the context; wait while another process holds it.
+        """Context manager that yields the acquired `lock`, and releases it at the end of the `with` block.
+
+        It waits while another process holds the lock.
 
         Raises:
             UserError: nnUNet_preprocessed/DatasetXXX, the folder of the lock file, is not writable.
@@ -157,9 +162,10 @@ class UnlabeledCases:
             yield lock
 
     def use(self, work: str) -> Lock:
-        """Return a lock that prevents other processes from replacing the folder of preprocessed cases while it is held.
+        """Return a new lock for a training that reads the folder of preprocessed cases.
 
-        Each call returns a different lock, not yet acquired, so several trainings can use the folder at the same time.
+        While the training holds the lock, no other process replaces the folder. Each call returns a different lock, not
+        yet acquired, so several trainings can use the folder at the same time.
 
         Args:
             work: description of the training that uses the folder, for the error message of a process that tries to
@@ -211,7 +217,7 @@ class UnlabeledCases:
     def check_not_labeled(self, labeled: set[str], unlabeled: set[str]) -> None:
         """Raise UserError if a case is both labeled and unlabeled.
 
-        All unlabeled cases are used for training, so if a validation case is one of them, its score is too optimistic.
+        All unlabeled cases are used for training, so the score of an unlabeled validation case would be too optimistic.
 
         Args:
             labeled: identifiers of the labeled cases.
@@ -227,7 +233,8 @@ class UnlabeledCases:
     def fault(self) -> str | None:
         """Return why the folder of preprocessed cases cannot be used, or None if it is complete and up to date.
 
-        The raw images are only compared with the manifest if they still exist.
+        The raw images need not exist. If they do, their names and sizes must be those in the manifest, manifest.json,
+        which preprocessing has written.
         """
         if not self.folder.is_dir():
             return "it does not exist"
@@ -261,14 +268,14 @@ class UnlabeledCases:
             return False
 
     def require(self, num_processes: int) -> None:
-        """Preprocess the unlabeled cases if their folder does not exist; raise UserError if the folder has a `fault`.
+        """Preprocess the unlabeled cases if their folder does not exist; an existing folder is only checked.
 
         Args:
             num_processes: number of worker processes; 1 uses this process.
 
         Raises:
-            UserError: the folder is outdated, incomplete, or cannot be built. The message names the reason and the
-                command to run.
+            UserError: the existing folder is outdated or incomplete, or preprocessing failed. The message names the
+                reason and what to do.
         """
         if self.folder.is_dir() and self.fault() is None:
             return
@@ -283,11 +290,11 @@ class UnlabeledCases:
                 )
 
     def remarks(self) -> list[str]:
-        """Return the warnings of the preprocessing about cases that differ from the labeled ones, from the manifest."""
+        """Return the warnings that preprocessing has stored in manifest.json, such as on a suspicious spacing."""
         return json.loads(self.manifest_file.read_text()).get("remarks", [])
 
     def identifiers(self) -> list[str]:
-        """Return the identifiers of the preprocessed cases, from the manifest."""
+        """Return the identifiers of the preprocessed cases, which manifest.json lists."""
         return sorted(json.loads(self.manifest_file.read_text())["files"])
 
     def build(self, num_processes: int, lock: Lock) -> None:
@@ -362,7 +369,7 @@ class UnlabeledCases:
         """Return warnings about the raw folder, and about cases that differ from the labeled ones.
 
         Args:
-            partial: folder with the preprocessed cases and their records.
+            partial: folder with the preprocessed cases, and with the `Appearance` of each case in CASE.record.json.
             cases: identifier of each case -> its images.
         """
         ending, remarks = self.dataset_json["file_ending"], []
@@ -383,7 +390,7 @@ class UnlabeledCases:
 
 
 def dataset_name(dataset: str) -> str:
-    """Return the full name of a data set, given by ID or name; raise UsageError if it does not exist."""
+    """Return the name DatasetXXX_Name of a data set given by ID or name; raise UsageError if it does not exist."""
     try:
         name = str(maybe_convert_to_dataset_name(int(dataset) if dataset.isdigit() else dataset))
         convert_dataset_name_to_id(name)  # raises ValueError if the name has no ID
@@ -411,9 +418,10 @@ def _case_files(case: str) -> list[str]:
 
 
 def _names_and_sizes(cases: dict[str, list[Path]]) -> dict[str, list[list]]:
-    """Return case identifier -> [file name, size in bytes] of each image, and [file name, hash] of a spacing file.
+    """Return case identifier -> list with [file name, size in bytes] of each image.
 
-    The size is None if the file cannot be reached, such as a link to storage that is not mounted.
+    For TIFF images, the last entry is [file name, hash] of the JSON file with the spacing. The size is None if the
+    image cannot be reached, such as a link to storage that is not mounted.
     """
     return {
         case: [[file.name, _size(file)] for file in files] + _spacing_entry(files[0])

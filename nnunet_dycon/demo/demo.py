@@ -115,7 +115,8 @@ def read_examples(raw: Path, predictions: Path, limit: int = 4) -> list[Example]
 
     Args:
         raw: nnUNet_raw/DatasetXXX_Name.
-        predictions: folder with the predicted label maps, their class probabilities, and evaluation.json.
+        predictions: folder with the predicted label maps, their class probabilities, and the scores in evaluation.json
+            from `nnunet_dycon evaluate`.
         limit: the largest number of cases to return.
     """
 

@@ -126,9 +126,7 @@ def _lesions(rng: np.random.Generator, organ: np.ndarray, lesion_radii: tuple[fl
 
 
 def _lumps(rng: np.random.Generator, outside: np.ndarray, lesion_radii: tuple[float, float]) -> np.ndarray:
-    """Return a mask (Z, Y, X) of 8 lumps outside the organ. Lumps are about as large as lesions.
-
-    Lumps may overlap each other.
+    """Return a mask (Z, Y, X) of 8 possibly overlapping lumps outside the organ.
 
     Args:
         rng: the random number generator.

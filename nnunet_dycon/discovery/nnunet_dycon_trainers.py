@@ -1,4 +1,6 @@
-"""The module in which nnU-Net finds the trainers of this package. nnUNet_extTrainer must contain its folder.
+"""The module in which nnU-Net finds the trainers of this package.
+
+The environment variable nnUNet_extTrainer must contain the folder of this module.
 
 For each look-up, nnU-Net imports every module in this folder by its bare name, looks for the trainer class with
 hasattr, and removes the module from sys.modules. A class defined in such a module could not be pickled, and each

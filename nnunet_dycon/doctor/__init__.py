@@ -75,7 +75,9 @@ def _without_repetitions(findings: Iterator[Finding]) -> Iterator[Finding]:
 
 
 def diagnose(question: Question) -> Iterator[Finding]:
-    """Run all checks and yield their findings. An error in a check becomes a finding and is not raised.
+    """Run all checks and yield their results, each with a status, a message and a remedy.
+
+    An error in a check is not raised, but yielded as a `Finding` with the status FAIL or WARNING.
 
     Args:
         question: the arguments of the nnUNetv2_train call to check. Without a dataset, only the installation is

@@ -223,7 +223,7 @@ def label_names(folder: Path, ending: str) -> set[str]:
 def check_names(raw: RawDataset) -> Iterator[Finding]:
     """Check that no case name occurs in more than one of imagesTr, imagesUn, imagesVal and imagesTs.
 
-    Yield one finding for each pair of folders with common names, or a single OK.
+    Yield one finding for each pair of folders with common names. If there is none, yield one with the status OK.
     """
     found = False
     for one, other in combinations(FOLDERS, 2):
@@ -241,9 +241,11 @@ def check_names(raw: RawDataset) -> Iterator[Finding]:
 def check_headers(raw: RawDataset) -> Iterator[Finding]:
     """Check the number of channels, the size and the unit of the spacing of each image.
 
-    The files of a case must have the channels of dataset.json in total and the same size, and a spacing in the same
-    unit as the labeled images. Only headers are read if the format has them. Yield one finding for each fault in each
-    folder, with the names of the files, or a single OK.
+    All files of a case together must have the number of channels in dataset.json. They must have the same size, and
+    their spacing must have the same unit as that of the labeled images. Only headers are read if the format has them.
+
+    Yield one finding for each fault in each folder, with the names of the files. If there is none, yield one with the
+    status OK.
     """
     # The mean over the axes, because their order may differ between cases.
     labeled = [raw.grids[files[0]] for files in raw.cases["labeled"].values()]
@@ -269,8 +271,8 @@ def _faults(files: list[Path], raw: RawDataset, usual_spacing: list[float] | Non
     Args:
         files: images of the case.
         raw: the data set.
-        usual_spacing: list with the median spacing of the labeled images in mm, where the spacing of an image is the
-            geometric mean over its axes; None to omit the check of the unit.
+        usual_spacing: list with one value, the spacing of the labeled images in mm (geometric mean over the axes of an
+            image, median over the images); None to omit the check of the unit.
     """
     grids = {file: raw.grids[file] for file in files}
     for file, grid in grids.items():

@@ -1,4 +1,7 @@
-"""Findings (results of the doctor's checks), and functions that run a check or convert an error to a finding."""
+"""Findings, which are the results of the checks of `nnunet_dycon doctor`.
+
+The functions run a check, convert an error to a finding, and count findings.
+"""
 
 import io
 from collections import Counter
@@ -61,11 +64,11 @@ def examine(check: str, function: Callable[..., Iterable[Finding]], *arguments) 
 
 
 def as_finding(check: str, error: UserError, status: str = FAIL) -> Finding:
-    """Return a finding for a UserError. The error's message is split at its first semicolon into message and remedy.
+    """Return a finding for an error that the user can fix.
 
     Args:
         check: the name of the check in which the error was raised.
-        error: the error.
+        error: the error. Its message "PROBLEM; REMEDY" is split into the message and the remedy of the finding.
         status: status of the finding.
     """
     message, _, remedy = str(error).partition("; ")

@@ -73,7 +73,8 @@ def check_versions() -> Iterator[Finding]:
 def check_device() -> Iterator[Finding]:
     """Check that torch can compute on a GPU, and on Linux that torch.compile finds the compiler it needs.
 
-    Yield a finding with the name and the memory of the GPU, or with the reason why torch cannot use one.
+    Yield a finding with the name and the memory of the GPU, or with the reason why torch cannot use one. Yield a
+    WARNING if the compiler is missing.
     """
     try:
         import torch
@@ -126,11 +127,13 @@ def _check_compiler() -> Iterator[Finding]:
 
 
 def check_settings() -> Iterator[Finding]:
-    """Check the values of optional environment variables that nnU-Net reads, and the size of /dev/shm.
+    """Check the values of optional environment variables, and the size of /dev/shm.
 
+    The variables are nnUNet_def_n_proc, nnUNet_n_proc_DA, OMP_NUM_THREADS, nnUNet_compile and nnUNet_wandb_enabled.
     /dev/shm is the shared memory through which the worker processes of nnU-Net pass batches to the training process.
-    Yield a single OK, or, if any value needs attention, one finding for each variable that is set, and one for a small
-    /dev/shm.
+
+    If all are OK, yield a single OK. Otherwise, yield one finding for each variable that is set, and a WARNING if
+    /dev/shm is smaller than 1 GiB.
     """
     findings = [
         *_check_number("nnUNet_def_n_proc", least=1),
@@ -246,9 +249,11 @@ def existing_part(folder: Path) -> Path:
 def check_ext_trainer() -> Iterator[Finding]:
     """Check that each folder in nnUNet_extTrainer exists, and is not a source folder of nnunet_dycon.
 
-    nnU-Net would import modules of a source folder a second time under other names. The folder that
-    `nnunet_dycon trainers_path` prints is allowed, because it contains only a single module for nnU-Net's look-up of
-    trainers. Yield one finding for each folder.
+    nnU-Net imports the modules in these folders to find a trainer. It would import the modules of a source folder a
+    second time under other names, and worker processes could not find their classes. The folder that
+    `nnunet_dycon trainers_path` prints is allowed: its single module is written for nnU-Net's look-up of trainers.
+
+    Yield one finding for each folder.
     """
     name = "nnUNet_extTrainer"
     harmful = _harmful_folders()
@@ -273,7 +278,10 @@ def _ext_entries() -> list[str]:
 
 
 def _harmful_folders() -> dict[Path, str]:
-    """Return the source folders of nnunet_dycon that nnUNet_extTrainer must not contain: path -> description."""
+    """Return the source folders of nnunet_dycon that nnUNet_extTrainer must not contain.
+
+    The keys are the paths. The values describe the folders in messages, such as "the package nnunet_dycon".
+    """
     package = _DISCOVERY.parent
     return {
         package.parent: "the parent folder of the package nnunet_dycon",
@@ -343,10 +351,10 @@ def check_look_up(trainer: str) -> Iterator[Finding]:
 
 
 def _unknown(reason: str) -> Finding:
-    """Return a finding of the check "trainer" with status FAIL.
+    """Return a FAIL for a trainer that nnunet_dycon rejects, such as one that was removed.
 
     Args:
-        reason: error message of the form "problem; remedy".
+        reason: message of the error that nnunet_dycon raised, in the form "PROBLEM; REMEDY".
     """
     message, _, remedy = reason.partition("; ")
     return Finding("trainer", FAIL, message, remedy)

@@ -44,13 +44,13 @@ _FLOAT = 4  # bytes
 
 @dataclass(frozen=True)
 class Training:
-    """The arguments of the nnUNetv2_train call to check, and the plans for it.
+    """The training to check: the trainer, data set, configuration, plans and fold of an nnUNetv2_train call.
 
     Attributes:
         trainer: the trainer's class; None if it is not semi-supervised, or cannot be found.
         trainer_name: name of the trainer (-tr).
-        unlabeled: the unlabeled cases. This object also contains the plans and the configuration, which apply to
-            labeled cases, too.
+        unlabeled: the unlabeled cases. Its attributes for the plans, the configuration and dataset.json are also used
+            to check the labeled cases.
         fold: fold to check, a number or "all"; None to check every fold.
     """
 
@@ -104,10 +104,10 @@ def build_students(trainer: type[SemiSupervisedTrainer], unlabeled: UnlabeledCas
 
 
 def preprocessed_roles(training: Training) -> frozenset[str]:
-    """Return the roles whose cases are preprocessed, so that training does not need their raw images.
+    """Return which kinds of cases are preprocessed: a subset of {"labeled", "unlabeled"}.
 
-    "labeled" is included if there are preprocessed labeled cases, and "unlabeled" if the unlabeled cases are
-    preprocessed and up to date. Cases in imagesVal and imagesTs are never preprocessed.
+    Training does not need the raw images of preprocessed cases. "labeled" is included if there are preprocessed labeled
+    cases, and "unlabeled" if the unlabeled cases are preprocessed and up to date.
     """
     roles = set()
     with suppress(UserError):
@@ -120,7 +120,11 @@ def preprocessed_roles(training: Training) -> frozenset[str]:
 
 
 def examine_training(training: Training) -> Iterator[Finding]:
-    """Run all checks of a training for which plans exist, and yield their findings."""
+    """Run the checks of this module, and yield their findings.
+
+    Unlabeled cases are not checked for supervised trainers. If `training.trainer` is None, the disk space, the GPU
+    memory and the trainer's compatibility with the data set are not checked.
+    """
     trainer = training.trainer
     if trainer is not None:
         yield from examine("trainer", check_supported, trainer, training.unlabeled)
@@ -287,7 +291,13 @@ def check_folds(training: Training) -> Iterator[Finding]:
 
 
 def check_results(training: Training) -> Iterator[Finding]:
-    """Check that the results folder is writable; yield a NOTE if the fold has checkpoints of an earlier training."""
+    """Check that the results folder is writable and the given fold has no checkpoints of an earlier training.
+
+    Yield a NOTE if there are checkpoints, else an OK. If no fold is given, yield nothing.
+
+    Raises:
+        UserError: the folder is not writable.
+    """
     output = training.output_folder
     require_writable(existing_part(output))
     if training.fold is None:
@@ -304,7 +314,8 @@ def check_results(training: Training) -> Iterator[Finding]:
 def check_disk(trainer: type[SemiSupervisedTrainer], unlabeled: UnlabeledCases) -> Iterator[Finding]:
     """Check that the disks have space for checkpoints and for unlabeled cases that are not preprocessed yet.
 
-    Yield one finding for each of the two, with the size needed and the free space.
+    Yield a finding with the size needed and the free space for the checkpoints, and another for the unlabeled cases if
+    they are not preprocessed.
     """
     students = build_students(trainer, unlabeled)
     parameters = [sum(parameter.numel() for parameter in student.parameters()) for student in students]
@@ -351,9 +362,13 @@ def _unlabeled_bytes(unlabeled: UnlabeledCases) -> float:
 def check_memory(trainer: type[SemiSupervisedTrainer], training: Training) -> Iterator[Finding]:
     """Estimate the GPU memory of a batch of labeled and unlabeled patches, and compare it with the memory of GPU 0.
 
-    The estimate uses the formula of nnU-Net's planners, which have reference values only for PlainConvUNet and
-    ResidualEncoderUNet. For other networks, the finding contains the memory relative to nnU-Net's own training with the
-    same plans. Yield one finding.
+    nnU-Net's planners assume 8 GB for feature maps of a reference size. The estimate scales this value by the size of
+    the feature maps and the number of patches. The planners have reference sizes only for PlainConvUNet and
+    ResidualEncoderUNet. For other networks, the finding contains the memory as a multiple of that of nnU-Net's own
+    training with the same plans.
+
+    Yield a WARNING if GPU 0 has too little memory, an OK if it has enough, and a NOTE if there is no GPU or no
+    reference size.
     """
     cases = training.unlabeled
     configuration, students = cases.configuration, build_students(trainer, cases)

@@ -93,21 +93,23 @@ def compare_folders(
     num_processes: int = 1,
     seed: int = 0,
 ) -> "Comparison":
-    """Score the predictions of several methods against the same references, and compare them with the first method.
+    """Score the predictions of several methods, and return a comparison with the first method, the baseline.
 
-    All folders are checked before any is scored. Warnings and progress go to stderr.
+    All methods are scored against the same references. All folders are checked before any is scored. Warnings and
+    progress go to stderr.
 
     Args:
         reference: folder of reference labels.
         methods: maps the name of each method to its folders of predictions, one folder per seed; the baseline first.
-        labels: label values to score; by default the foreground labels and regions of dataset.json.
+        labels: label values to score. None: the foreground labels and regions of dataset.json in each folder of
+            predictions, or else in the parent folder of the references.
         num_processes: number of processes for scoring.
         seed: seed of the bootstrap.
 
     Raises:
-        UserError: a prediction is missing, unreadable or on another voxel grid than its reference, or methods have
-            different labels or cases.
-        UsageError: a folder is given twice.
+        UserError: a prediction is missing, unreadable or on another voxel grid than its reference; methods have
+            different labels or cases; or no case has a score in all folders.
+        UsageError: a folder is given twice, or no labels can be scored.
     """
     folders = [(name, folder) for name, its in methods.items() for folder in its]
     _require_different(folders)
@@ -125,7 +127,11 @@ def compare_folders(
 
 
 def _require_different(folders: Sequence[tuple[str, Path]]) -> None:
-    """Raise UsageError if a folder occurs twice in ``folders``, pairs of method name and folder of predictions."""
+    """Raise UsageError if a folder of predictions is given more than once.
+
+    Args:
+        folders: a pair (name of the method, folder) for each folder of predictions of each method.
+    """
     found: dict[Path, str] = {}
     for name, folder in folders:
         if (resolved := folder.resolve()) in found:
@@ -134,7 +140,7 @@ def _require_different(folders: Sequence[tuple[str, Path]]) -> None:
 
 
 def _require_same(folders: Sequence[Path], matched: Sequence[MatchedFolders]) -> None:
-    """Raise UserError if a folder has other labels or cases than the first folder.
+    """Raise UserError if the labels to score, the ignore label or the cases differ between folders.
 
     Args:
         folders: folders of predictions.
@@ -183,9 +189,10 @@ class Comparison:
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """Content of comparison.csv: a row per method, seed, case and label.
+        """Scores of all methods, which `write` stores in comparison.csv: a row per method, seed, case and label.
 
-        The keys are "method", "seed" (index of the method's folder, from 0) and those of `Evaluation.rows`.
+        The keys are "method", "seed" (index of the method's folder, from 0), "case", "label", and those of the metrics
+        and voxel counts in METRICS and VOXELS, such as "dice" and "reference_voxels".
         """
         return [
             {"method": name, "seed": seed, **row}
@@ -206,11 +213,23 @@ class Comparison:
 
     @property
     def labels(self) -> list[str]:
-        """Labels in the statistics: `single_labels` and, if there are several, ALL (mean over the labels of a case)."""
+        """Labels for which statistics are computed.
+
+        These are `single_labels` and, if there are at least two of them, ALL (the mean over the labels of a case).
+        """
         return [*self.single_labels, ALL] if len(self.single_labels) > 1 else self.single_labels
 
     def _column(self, name: str, label: str, key: str) -> np.ndarray:
-        """Return the values in column ``key`` for a method and a label, (seeds, cases); NaN where there is no score."""
+        """Return one metric or voxel count of a method and a label for all seeds and cases.
+
+        Args:
+            name: name of the method.
+            label: name of the label.
+            key: an entry of METRICS or VOXELS, such as "dice".
+
+        Returns:
+            The values (seeds, cases); NaN where there is no score.
+        """
         return np.array([[row[key] for row in run.rows if row["label"] == label] for run in self.runs[name]])
 
     def _kept(self, label: str) -> np.ndarray:
@@ -223,7 +242,7 @@ class Comparison:
 
         Args:
             label: a label, or ALL for the mean over the labels that have a score in the case.
-            metric: a key of COMPARED.
+            metric: a key of COMPARED: DICE or HD95.
 
         Returns:
             The names of the cases in which the label has a score in all runs of all methods; and for each method the
@@ -244,7 +263,11 @@ class Comparison:
 
     @cached_property
     def summary(self) -> dict[str, Any]:
-        """Content of comparison.json, explained by its entry "definitions"; missing numbers are None."""
+        """Statistics of the methods, which `write` stores in comparison.json.
+
+        These are means, differences to the baseline with confidence intervals and tests, and the worst cases. The entry
+        "definitions" explains the other entries. Missing numbers are None.
+        """
         means: list[dict[str, Any]] = []
         noises: list[dict[str, Any]] = []
         comparisons: list[dict[str, Any]] = []
@@ -303,12 +326,12 @@ class Comparison:
         return {"cases": int(empty.sum()), "predicted": predicted}
 
     def _worst(self) -> dict[str, dict[str, list[dict[str, Any]]]]:
-        """Return the cases in which each method loses most Dice to the baseline, and those with its lowest Dice.
+        """Return, for each method, the cases with the largest losses of Dice to the baseline and with the lowest Dice.
 
         Returns:
-            "largest_losses" and "lowest_dice": for each method a list of up to SHOWN rows, worst first. The baseline is
-            not in "largest_losses". A row contains a case, a label and the Dice (mean over seeds). In "largest_losses",
-            it also contains the Dice of the baseline and the difference to it.
+            "largest_losses" and "lowest_dice", which map the name of a method to up to 5 (SHOWN) rows, worst first. The
+            baseline is not in "largest_losses". The keys of a row are "case", "label" and "dice" (mean over seeds). In
+            "largest_losses", a row also contains "baseline" (its Dice) and "difference" (method minus baseline).
         """
         lowest: dict[str, list[dict[str, Any]]] = {name: [] for name in self.methods}
         losses: dict[str, list[dict[str, Any]]] = {name: [] for name in list(self.methods)[1:]}
@@ -380,7 +403,10 @@ class Comparison:
         yield f"HD95: {SCORES[HD95]}; {SCORES['one_empty']}"
 
     def write(self, folder: Path) -> None:
-        """Write comparison.csv, comparison.json and comparison.png. Partially written files are never visible."""
+        """Write comparison.csv (scores), comparison.json (statistics) and comparison.png (scatter plots) to a folder.
+
+        Partially written files are never visible.
+        """
         columns = ("method", "seed", "case", "label", *METRICS, *VOXELS)
         texts = {"comparison.csv": as_csv(columns, self.rows), "comparison.json": as_json(self.summary) + "\n"}
         write_texts(folder, texts, "comparison")
@@ -429,10 +455,11 @@ def _compare(cases: Sequence[str], differences: np.ndarray, estimate: stats.Esti
 
 
 def _correct(tests: Sequence[dict[str, Any]]) -> None:
-    """Set ``p_holm``, the p-value after Holm's correction, in each test with a p-value.
+    """Correct the p-values of several tests by Holm's method, and write them to the tests.
 
     Args:
-        tests: all tests to correct for. The p-value is ``p``, which is None for a test without one.
+        tests: one dict per test. The p-value is read from "p", and the corrected one is written to "p_holm". Tests
+            whose "p" is None are not counted and not changed.
     """
     done = [test for test in tests if test["p"] is not None]
     for test, p in zip(done, stats.holm([test["p"] for test in done])):

@@ -34,9 +34,10 @@ def predict_both(
 ) -> tuple[str, str]:
     """Predict a folder of images with both networks of a model, and write the ensemble.
 
-    The networks are the student and the second network, or, without a second network, the student and the teacher. Each
-    predicts like nnUNetv2_predict (sliding window, mirroring, folds), and the softmax outputs are averaged like
-    nnUNetv2_ensemble does. The probabilities of both networks are stored in a temporary folder next to the output.
+    For a model from co-training, these are the student and the second network that was trained with it. For other
+    models, they are the student and its EMA teacher. Each network predicts like nnUNetv2_predict (sliding window,
+    mirroring, folds), and the softmax outputs are averaged like nnUNetv2_ensemble does. The probabilities of both
+    networks are stored in a temporary folder next to the output.
 
     Args:
         model: nnUNet_results/DatasetXXX_Name/TRAINER__PLANS__CONFIGURATION.
@@ -51,10 +52,11 @@ def predict_both(
             export run in this process, and averaging uses one other process.
 
     Returns:
-        The file names of the two checkpoints.
+        The file names of the two checkpoints, such as ("checkpoint_final.pth", "checkpoint_final_second.pth").
 
     Raises:
-        UsageError: the model, fold, image folder or device does not exist, or the output folder is not empty.
+        UsageError: the model, a fold, the images or the device do not exist, the output folder is not empty, or
+            step_size is not in (0, 1].
         UserError: a checkpoint is missing or damaged, an image is missing, or nnU-Net fails to predict.
     """
     chosen = find_folds(model, folds)
@@ -111,7 +113,10 @@ def choose_device(wanted: str | None) -> str:
 
 
 def _other_checkpoint(model: Path, folds: Sequence[str]) -> str:
-    """Return the name of the checkpoint to combine with the student's: the second network's, or else the teacher's.
+    """Return the file name of the checkpoint whose network is combined with the student.
+
+    It is checkpoint_final_second.pth (second network of co-training) if all folds contain it, else
+    checkpoint_final_teacher.pth (EMA teacher).
 
     Raises:
         UserError: neither of these two checkpoints exists in all folds.

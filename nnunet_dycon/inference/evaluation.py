@@ -114,8 +114,8 @@ def evaluate_matched(matched: Sequence["MatchedFolders"], num_processes: int = 1
 def score(reference: np.ndarray, prediction: np.ndarray, spacing_mm: Sequence[float]) -> dict[str, float]:
     """Return Dice, Jaccard, HD95 in mm and ASD in mm of two masks, and the number of voxels in each mask.
 
-    The keys are those in METRICS and VOXELS. The metrics are described in DEFINITIONS, and are NaN if both masks are
-    empty.
+    The keys are "dice", "jaccard", "hd95_mm_max_directed", "asd_mm_symmetric", "reference_voxels" and
+    "prediction_voxels". DEFINITIONS contains the formulas. All metrics are NaN if both masks are empty.
 
     Args:
         reference: (Z, Y, X) or (Y, X), boolean.
@@ -220,7 +220,10 @@ class Evaluation:
         return "\n".join(text)
 
     def write(self, folder: Path) -> None:
-        """Write evaluation.csv and evaluation.json. Partially written files are never visible."""
+        """Write evaluation.csv (the rows) and evaluation.json (the content from `as_json`) to a folder.
+
+        Partially written files are never visible.
+        """
         columns = ("case", "label", *METRICS, *VOXELS)
         texts = {"evaluation.csv": as_csv(columns, self.rows), "evaluation.json": as_json(self.as_json()) + "\n"}
         write_texts(folder, texts, "evaluation")
@@ -285,10 +288,16 @@ def _read_task(reference: Path, prediction: Path, chosen: Sequence[int] | None) 
 def _find_reader(task: _Task, reference: Path, prediction: Path) -> Reader:
     """Return nnU-Net's reader of the label maps.
 
+    It is the reader named in plans.json of the predictions, or else the one named in dataset.json, or else the first of
+    nnU-Net's readers that can read the given reference.
+
     Args:
-        task: contains dataset.json, which is used if there are no plans.
-        reference: a reference file, with which nnU-Net tries its readers if dataset.json names none.
-        prediction: folder of the predictions, whose plans.json, if it exists, names the reader.
+        task: contains the content of dataset.json.
+        reference: file of one reference label map.
+        prediction: folder of the predictions.
+
+    Raises:
+        UserError: plans.json is damaged, or no reader can read the reference.
     """
     plans = prediction / "plans.json"
     with explained(ValueError, f"{plans} is damaged; repair or remove it"):
@@ -323,7 +332,8 @@ def _match(reference: Path, prediction: Path, file_ending: str) -> list[tuple[st
 def _same_placement(reference: Path, prediction: Path, reader: Reader) -> bool:
     """Return whether the voxels of a prediction and its reference have the same positions in mm.
 
-    The axes of the two files may be permuted or flipped. The result is True if a file format has no position.
+    The order and direction of the axes may differ between the two files. If a file does not store its position, only
+    size and spacing are compared, and the result is True.
 
     Raises:
         UserError: size or spacing differ.
@@ -346,7 +356,8 @@ def _score_case(job: tuple[tuple[str, Path, Path], _Task]) -> tuple[list[dict[st
     """Return a row for each label of a case, as in `Evaluation`, and warnings about its files.
 
     Args:
-        job: an entry of `MatchedFolders.pairs`, and the task.
+        job: an entry of `MatchedFolders.pairs` and the matching `MatchedFolders.task`. The entry contains the name of
+            the case, the reference file and the prediction file; the task contains the labels to score and the reader.
     """
     (case, *files), task = job
     (reference, grid), (prediction, its_grid) = (_read(file, task.reader) for file in files)

@@ -107,7 +107,7 @@ def _export_fold(model: Path, output: Path, fold: str, name: str) -> None:
 
 
 def _plan_second_network(source: Path, target: Path, configuration: str) -> None:
-    """Write a copy of the plans with the architecture of the second network instead of the student's.
+    """Write a copy of the plans from which nnU-Net builds the second network of co-training instead of the student.
 
     Args:
         source: the plans of the model.

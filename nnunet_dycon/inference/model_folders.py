@@ -1,4 +1,4 @@
-"""Model folders: folds, checkpoints, and the trainer class that builds the network."""
+"""Functions that find the folds of a trained model, load its checkpoints, and look up the class of its trainer."""
 
 import io
 import json

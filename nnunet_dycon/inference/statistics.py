@@ -237,7 +237,11 @@ class Influence:
 
 
 def leave_one_out(differences: np.ndarray) -> Influence:
-    """Return how the mean of the differences (cases,) changes if one of at least two cases is removed."""
+    """Return how much the mean difference changes if a single case is removed.
+
+    Args:
+        differences: (cases,), score of the method minus score of the baseline for at least two cases.
+    """
     means = (differences.sum() - differences) / (len(differences) - 1)
     case = int(np.abs(means - differences.mean()).argmax())
     return Influence(case, float(means[case]), float(means.min()), float(means.max()))

@@ -1,9 +1,9 @@
 """Uncertainty of predictions: an entropy map of each case, and a ranking of the cases by expected Dice, lowest first.
 
-The expected Dice is the Dice to expect if the probabilities are calibrated. The input is the output of
-`nnUNetv2_predict --save_probabilities`. If several folders are given, such as those of student and teacher or of folds,
-their probabilities are averaged, and the disagreement between the folders is computed. DEFINITIONS describes each
-column of the ranking.
+The expected Dice is estimated from the probabilities, without ground truth. It assumes calibrated probabilities. The
+input is the output of `nnUNetv2_predict --save_probabilities`. If several folders are given, such as those of student
+and teacher or of folds, their probabilities are averaged, and the disagreement between the folders is computed. The
+dict `DEFINITIONS` contains a definition of each value in the ranking.
 """
 
 import json
@@ -67,19 +67,23 @@ _CLASSES = ClassLabels()
 
 
 def rank_predictions(folders: Sequence[Path], output: Path, *, num_processes: int = 1) -> "Ranking":
-    """Write the uncertainty maps of each case into `output`, and return the ranking.
+    """Write the uncertainty maps of each case into `output`, and return the ranking of the cases by expected Dice.
 
-    The maps are float32 images in nats with the size, spacing and orientation of the segmentation: CASE_entropy and,
-    with several folders, CASE_mutual_information. Warnings and progress go to stderr.
+    The maps are float32 images in nats with the size, spacing and orientation of the segmentation. The files are named
+    like CASE_entropy.nii.gz and, only for several folders, CASE_mutual_information.nii.gz. Warnings and progress are
+    written to stderr.
 
     Args:
         folders: folders with nnU-Net's CASE.npz and segmentation of each case; all must contain the same cases.
         output: the folder for the maps. It must not be one of `folders`, because nnU-Net would treat maps in a
             prediction folder as predictions.
-        num_processes: number of processes; each needs memory for the probabilities of one case.
+        num_processes: number of processes; each needs memory for the probabilities of one case in all folders.
 
     Raises:
-        UserError: a file is missing or damaged, or files of a case do not match.
+        UserError: a folder or file is missing; a file is damaged, not 3D or of a format without spacing; the folders
+            contain different cases; a case has different shapes in two folders, or in CASE.npz and its segmentation;
+            the number of channels differs from the number of labels in dataset.json; values are not probabilities; or
+            a map cannot be written.
         UsageError: a folder is given twice, or the output folder is one of `folders`.
     """
     for folder in folders:
@@ -107,28 +111,28 @@ def rank_predictions(folders: Sequence[Path], output: Path, *, num_processes: in
 
 @dataclass(frozen=True)
 class Ranking:
-    """Cases, ranked by expected Dice: the Dice to expect if the probabilities are calibrated.
+    """Cases, ranked by expected Dice: an estimate from the probabilities, without ground truth.
 
     Attributes:
-        rows: one dict per case, lowest expected Dice first. The keys are "case", "expected_dice_per_label" (name of the
-            label -> value, see `Measures.dice_per_label`) and those of DEFINITIONS, the last two only for several
-            folders.
+        rows: one dict per case, lowest expected Dice first. The keys are "case", those of `DEFINITIONS`, and
+            "expected_dice_per_label", a dict from label name to expected Dice (see `Measures.dice_per_label`).
+            "mutual_information_nats" and "member_dice" are omitted if only one folder was given.
     """
 
     rows: tuple[dict[str, Any], ...]
 
     @property
     def columns(self) -> list[str]:
-        """Names of the columns of uncertainty.csv."""
+        """Names of the columns of uncertainty.csv: the keys of each row except "expected_dice_per_label"."""
         return [name for name in self.rows[0] if name != "expected_dice_per_label"]
 
     def as_json(self) -> dict[str, Any]:
-        """Return the content of uncertainty.json: "definitions" of the columns, and `rows` as "cases"."""
+        """Return the content of uncertainty.json: "definitions" (column name -> definition) and "cases" (`rows`)."""
         definitions = {name: text for name, text in DEFINITIONS.items() if name in self.columns}
         return {"definitions": definitions, "cases": self.rows}
 
     def as_table(self) -> str:
-        """Return a line per case, then the definitions of the columns."""
+        """Return the ranking as aligned text for the terminal: one line per case, then a definition per column."""
         lines = [self.columns]
         for row in self.rows:
             values = [row[name] for name in self.columns]
@@ -138,7 +142,10 @@ class Ranking:
         return "\n".join(text)
 
     def write(self, folder: Path) -> None:
-        """Write uncertainty.csv and uncertainty.json. Partially written files are never visible."""
+        """Write the ranking into a folder, as uncertainty.csv (one line per case) and uncertainty.json (see `as_json`).
+
+        The folder is created if necessary. Each file is replaced atomically.
+        """
         texts = {
             "uncertainty.csv": as_csv(self.columns, self.rows),
             "uncertainty.json": as_json(self.as_json()) + "\n",
@@ -151,10 +158,12 @@ class Measures:
     """Uncertainty of one case.
 
     Attributes:
-        maps: maps (Z, Y, X) by name, float32 in nats: entropy, and with several ensemble members mutual_information.
-        numbers: values by key of DEFINITIONS, except rank; the last two keys only with several ensemble members. None
-            for a value that is not defined, such as the mean entropy over no voxels.
-        dice_per_label: expected_dice of each label except background; None for a label whose probability is below 10 %
+        maps: dict of maps (Z, Y, X), float32 in nats. The keys are "entropy" and, only for several ensemble members,
+            "mutual_information".
+        numbers: dict of scalars. The keys are "expected_dice", "entropy_nats", "expected_error_ml", "predicted_ml" and,
+            only for several ensemble members, "mutual_information_nats" and "member_dice"; see `DEFINITIONS`. None for
+            a value that is not defined, such as the mean entropy over no voxels.
+        dice_per_label: expected Dice of each label except background; None for a label whose probability is below 10 %
             in all voxels.
     """
 
@@ -164,11 +173,11 @@ class Measures:
 
 
 def measure(members: Sequence[np.ndarray], voxel_ml: float, label_space: LabelSpace = _CLASSES) -> Measures:
-    """Return the uncertainty maps of a case, and its values for all keys of DEFINITIONS except rank.
+    """Return the uncertainty of a case: the maps, scalars such as the mean entropy, and each label's expected Dice.
 
     Args:
-        members: probabilities (K, Z, Y, X) of each member of the ensemble, with one channel for each of the K classes
-            (including background) or regions.
+        members: predicted probabilities (K, Z, Y, X) of each member of the ensemble, with one channel for each of the K
+            classes (including background) or regions.
         voxel_ml: volume of a voxel in ml.
         label_space: whether the channels are classes or regions.
     """
@@ -218,7 +227,7 @@ def measure(members: Sequence[np.ndarray], voxel_ml: float, label_space: LabelSp
 
 
 def _of_labels(probabilities: np.ndarray, label_space: LabelSpace) -> np.ndarray:
-    """Return the probabilities of all L labels except background, (L, Z, Y, X), from (K, Z, Y, X) of all channels."""
+    """Return the probabilities (L, Z, Y, X) of all regions, or of all classes except background, from (K, Z, Y, X)."""
     return probabilities if label_space.sigmoid else probabilities[1:]
 
 
@@ -267,7 +276,7 @@ class _Voxels:
 
 
 def _ratios(a: np.ndarray, b: np.ndarray) -> list[float | None]:
-    """Return a / b for each label, None where b is 0."""
+    """Return the elementwise quotients of a and b, (L,), one value for each label; None where b is 0."""
     return [float(x / y) if y else None for x, y in zip(a, b)]
 
 
@@ -277,7 +286,10 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def _slabs(probabilities: np.ndarray) -> Iterator[slice]:
-    """Return slices of axis Z that divide (K, Z, Y, X) into slabs of about `_VALUES_AT_A_TIME` values."""
+    """Return slices of axis Z that divide probabilities (K, Z, Y, X) into slabs, to limit the memory of computations.
+
+    A slab has at most `_VALUES_AT_A_TIME` array elements, or a thickness of one voxel.
+    """
     labels, depth, *plane = probabilities.shape
     thickness = max(1, _VALUES_AT_A_TIME // (labels * int(np.prod(plane))))
     return (slice(z, z + thickness) for z in range(0, depth, thickness))
@@ -370,8 +382,10 @@ def _read_json(file: Path) -> dict:
 def _remove_earlier_maps(output: Path, ending: str) -> None:
     """Remove the maps of an earlier ranking from a folder, since that ranking may have used other cases or folders.
 
+    The names of its cases are read from its uncertainty.json. If this file does not exist, nothing is removed.
+
     Args:
-        output: the folder, with the earlier uncertainty.json.
+        output: the folder.
         ending: the file ending of the maps, such as ".nii.gz".
     """
     for case in (row["case"] for row in _read_json(output / "uncertainty.json").get("cases", [])):
@@ -380,10 +394,10 @@ def _remove_earlier_maps(output: Path, ending: str) -> None:
 
 
 def _cases(folders: Sequence[Path]) -> list[str]:
-    """Return the sorted names of the cases, CASE of each file CASE.npz.
+    """Return the sorted names of the cases in the folders: the names of the .npz files, without this ending.
 
     Raises:
-        UserError: a folder contains no cases, or other cases than the first folder.
+        UserError: a folder contains no .npz file, or the folders contain different cases.
     """
     found = [{file.stem for file in folder.glob("*.npz")} for folder in folders]
     for folder, cases in zip(folders, found):
@@ -398,7 +412,7 @@ def _cases(folders: Sequence[Path]) -> list[str]:
 
 
 def _rank_case(case: str, folders: Sequence[Path], output: Path, task: _Task) -> tuple[dict[str, Any], list[str]]:
-    """Write the uncertainty maps of a case.
+    """Write the uncertainty maps of a case, and return its values for the ranking.
 
     Args:
         case: name of the case.
@@ -406,10 +420,13 @@ def _rank_case(case: str, folders: Sequence[Path], output: Path, task: _Task) ->
         task: the labels, and the format of the files.
 
     Returns:
-        The row of the case as in `Ranking`, without the rank; and warnings about its files.
+        A dict as in `Ranking.rows`, but without "rank"; and a list of warnings, such as that the segmentation was
+        postprocessed.
 
     Raises:
-        UserError: a file is missing or damaged, or the files of the case do not match.
+        UserError: a file is missing, damaged or not 3D; shapes differ between folders, or between CASE.npz and its
+            segmentation; CASE.npz does not contain probabilities of the labels (see `_read_probabilities`); or a map
+            cannot be written.
     """
     members, remarks = [], []
     for folder in folders:
@@ -452,10 +469,11 @@ def _read_segmentation(file: Path, reader: Reader) -> tuple[np.ndarray, Grid]:
 
 
 def _read_probabilities(file: Path, task: _Task) -> np.ndarray:
-    """Return the probabilities (K, Z, Y, X) in a file CASE.npz of nnU-Net, in the orientation of the file.
+    """Return the probabilities (K, Z, Y, X) in nnU-Net's file CASE.npz, in the orientation in which they are stored.
 
     Raises:
-        UserError: the file cannot be read, or does not contain probabilities of the labels of ``task``.
+        UserError: the file cannot be read, the number of channels differs from the number of labels in dataset.json, or
+            values are not probabilities: below 0, above 1 (regions), or with a sum other than 1 (classes).
     """
     unreadable = (OSError, EOFError, ValueError, KeyError, BadZipFile, zlib.error)
     with explained(unreadable, f"{file} cannot be read; predict again with --save_probabilities"):  # noqa: SIM117

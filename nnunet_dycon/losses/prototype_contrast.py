@@ -14,7 +14,10 @@ _CLASSES_AT_A_TIME = 8  # limits the memory of the (classes, voxels) membership 
 def _equation(
     anchors: torch.Tensor, labels: torch.Tensor, prototypes: torch.Tensor, present: torch.Tensor, temperature: float
 ) -> torch.Tensor:
-    """Return the InfoNCE loss of each of the M anchors, (M,); for the arguments see `prototype_contrast_loss`."""
+    """Return the InfoNCE loss of each anchor, (M,): the terms that `prototype_contrast_loss` averages.
+
+    The arguments are those of `prototype_contrast_loss`.
+    """
     cosine = normalize(anchors, dim=1, eps=_SMALLEST_NORM) @ normalize(prototypes, dim=1).T
     similarity = (cosine / temperature).masked_fill(~present, torch.finfo(cosine.dtype).min)
     return cross_entropy(similarity, labels, reduction="none")

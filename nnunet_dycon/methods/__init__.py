@@ -3,12 +3,13 @@
 A `Method` is an nn.Module that contains everything that training needs in addition to the student network: teacher,
 projection head, second network.
 
-- ``method(student, labeled, unlabeled, progress)`` computes the loss of one step. It returns a dict of scalar tensors
-  or numbers: the loss under "loss", its unweighted terms by name, and diagnostics under the names in
-  `nnunet_dycon.components.diagnostics`. ``progress`` is the training progress in [0, 1].
-- ``student(images)`` returns a `StudentOutput` for any batch of images. A method must call it exactly once per step,
-  and after its teacher or second network. The trainer measures the time up to this call, and logs it as the computing
-  time of the teacher or second network.
+- ``method(student, labeled, unlabeled, progress)`` computes the loss of one step for a `LabeledBatch` and an
+  `UnlabeledBatch`. It returns a dict of scalar tensors or floats: the loss under "loss", its unweighted terms by name,
+  and diagnostics under the names in `nnunet_dycon.components.diagnostics`. ``progress`` is the training progress in
+  [0, 1].
+- ``student(images)`` returns a `StudentOutput` (logits and features) for any batch of images. A method must call it
+  exactly once per step, after the forward passes of its teacher or second network. The trainer logs the time before
+  this call as the computing time of the teacher or second network.
 - ``method.before_first_step()`` is called once when a new training starts.
 - ``method.after_optimizer_step()`` is called after each step in which the optimizer updated the student.
 - The child modules contain all state that a resumed run needs. Child modules with parameters that require a gradient

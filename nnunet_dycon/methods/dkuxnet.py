@@ -14,7 +14,7 @@ from nnunet_dycon.losses import consistency_loss, query_consistency_loss, query_
 
 @dataclass(frozen=True)
 class DKUXNetSettings:
-    """Settings of the method and of its network.
+    """Settings of query distribution consistency, and the number of queries of its network DK-UXNet.
 
     The default of ``query_weight`` is that of the released code, which sums the query loss over voxels. Here the query
     loss is a mean over voxels. The paper's other weights are not known to us.
@@ -26,7 +26,7 @@ class DKUXNetSettings:
         query_consistency_weight: the weight, after the ramp-up, of the consistency of query distributions between the
             weak and the strong view.
         rampup: the length of the ramp-up as a fraction of the training.
-        queries: the number of queries of the network, at least one for each class.
+        queries: the number of learned queries of the mask transformer, at least one for each class.
     """
 
     query_weight: float = 0.1
@@ -131,7 +131,7 @@ class DKUXNet(Method):
 
 
 def _twice(targets: Targets) -> Targets:
-    """Repeat nnU-Net's targets along the batch axis: weak and strong views of a patch have the same target."""
+    """Return nnU-Net's targets for a batch of all weak, then all strong views: each tensor repeated along axis 0."""
     if isinstance(targets, list):
         return [torch.cat([level, level]) for level in targets]
     return torch.cat([targets, targets])

@@ -80,7 +80,14 @@ class DyCONTerms:
     def consistency(
         self, label_space: LabelSpace, logits: torch.Tensor, teacher_logits: torch.Tensor, beta: float
     ) -> torch.Tensor:
-        """Return UnCL between a student's logits and the logits of its teacher or peer; see `uncl_loss`."""
+        """Return UnCL, the uncertainty-aware consistency loss, between a student and its teacher or peer.
+
+        Args:
+            label_space: whether logits are of classes or regions.
+            logits: (B, C, *spatial), the student's logits.
+            teacher_logits: (B, C, *spatial), the logits of the teacher or peer.
+            beta: β of `uncl_loss`, from the method `beta`.
+        """
         return uncl_loss(logits, teacher_logits, beta, entropy_weight=self.entropy_weight, sigmoid=label_space.sigmoid)
 
     def patches(
@@ -88,11 +95,13 @@ class DyCONTerms:
     ) -> torch.Tensor:
         """Return the class of each of the N patches (cells of the feature grid), (B, N) integers.
 
-        The class is `IGNORED_PATCH` for patches that are neither foreground nor background, or mostly not annotated.
+        The class is `IGNORED_PATCH` (-1) if the foreground fraction of a patch is between ``background_fraction`` and
+        ``foreground_fraction``, or if less than half of its voxels are annotated.
 
         Args:
             label_space: whether labels are classes or regions.
-            labels: the labels of the voxels, in the format of `LabelSpace`: ground truth or pseudo-labels.
+            labels: ground truth or pseudo-labels of the voxels: (B, *spatial) integers or, for regions,
+                (B, R, *spatial) booleans.
             known: boolean, of the same shape, False for voxels that are not annotated.
             output: the student's output, which determines the feature grid.
         """
@@ -142,8 +151,8 @@ class DyCONSettings(DyCONTerms):
     Attributes:
         ema_decay: the decay of the EMA teacher.
         fecl_form: "paper" for `fecl_loss` on labeled and unlabeled images, or "released" for `fecl_released_loss` on
-            unlabeled images only, as in the released code. "released" does not support ignored patches, so
-            foreground_fraction and background_fraction must be equal, and it does not support mixing.
+            unlabeled images only, as in the released code. "released" cannot ignore patches that are neither foreground
+            nor background, so foreground_fraction and background_fraction must be equal. It requires mixing "none".
         mixing: how boxes of the student's images are exchanged: "none", "cutmix" or "copy_paste", see
             `nnunet_dycon.components.mixing.mixture`.
         box_fraction: the length of a pasted box as a fraction of each axis.

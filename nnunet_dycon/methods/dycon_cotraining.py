@@ -1,4 +1,4 @@
-"""DyCON with co-training. The paper uses the DyCON losses in two frameworks: Mean Teacher and co-training."""
+"""DyCON with co-training, one of two frameworks in the DyCON paper. The class `DyCON` uses the other, Mean Teacher."""
 
 import torch
 from torch import nn

@@ -104,8 +104,8 @@ class UGPL(CoTraining):
         supervision: the losses between logits and labels, and the label space.
         settings: see `UGPLSettings`.
         second: the second network.
-        stage: the stage of both networks whose full-resolution features the contrastive loss uses; not needed if
-            contrast_weight is 0.
+        stage: the decoder stage at full resolution, of both networks, whose output features the contrastive loss uses;
+            not needed if contrast_weight is 0.
     """
 
     def __init__(
@@ -176,8 +176,9 @@ class UGPL(CoTraining):
 
         Args:
             own: the student's output, labeled images first.
-            everywhere: one map for classes, or one per region. It contains the labels of the labeled images and the
-                pseudo-labels of the unlabeled images. Its mask selects the voxels that are averaged to prototypes.
+            everywhere: label maps of all images: a single one for classes, or one per region. Labels are ground truth
+                for labeled images and pseudo-labels for unlabeled images. The mask of a map selects the voxels that
+                are averaged to prototypes.
             drawn: for each of these maps, the sampled uncertain voxels of the unlabeled images.
             half: the number of labeled images.
         """

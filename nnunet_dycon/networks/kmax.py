@@ -204,7 +204,7 @@ def respond(
 
 
 class _Respond(torch.autograd.Function):
-    """Autograd function of `respond` with a hand-written gradient."""
+    """Autograd function that computes `respond` and its gradient in blocks of voxels."""
 
     @staticmethod
     def forward(ctx, embedded, kernels, classes, sizes):
@@ -268,7 +268,7 @@ class KMaXDecoder(nn.Module):
 
     Deviations from the released code of DK-UXNet (Rows21/DK-UXNet, e268484), which this network reproduces:
 
-    - groups of equal size (±1) for all classes, instead of 16, 4 and 108 of 128 queries for background, organ and
+    - the same number of queries (±1) for each class, instead of 16, 4 and 108 of 128 queries for background, organ and
       tumor;
     - segmentation logits and query distribution at every resolution, for deep supervision. The release computes them
       only at the highest resolution. At lower resolutions of the release, embeddings and kernels (see `KMaXLevel`) only
@@ -287,7 +287,7 @@ class KMaXDecoder(nn.Module):
         architecture: the architecture in the plans, see `Architecture`.
         num_classes: K, the number of output channels: classes including background, or regions.
         queries: N, the number of queries, at least K.
-        updates: the number of updates of the queries at each resolution.
+        updates: the number of updates of the queries at each resolution except the highest.
 
     Raises:
         ValueError: there are fewer queries than classes.

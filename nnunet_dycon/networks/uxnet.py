@@ -42,9 +42,14 @@ class Architecture:
     nonlin_kwargs: dict[str, Any]
 
     def residual_block(self, stage: int, input_channels: int, stride: Sequence[int] | int = 1) -> nn.Module:
-        """Build a residual block: two convolutions with norm and a skip connection.
+        """Build a residual block of two convolutions with the kernel size and output channels of a stage.
 
         Where necessary, the skip connection is pooled by the stride and projected to the output's number of channels.
+
+        Args:
+            stage: index of the stage in the plans.
+            input_channels: the number of channels of the block's input.
+            stride: the stride of the first convolution.
         """
         return BasicBlockD(
             self.conv_op, input_channels, self.features_per_stage[stage], self.kernel_sizes[stage], stride,

@@ -12,7 +12,10 @@ DISCOVERY = Path(__file__).parents[1] / "discovery"  # the folder that nnUNet_ex
 
 
 def require_nnunet() -> None:
-    """Raise UsageError unless nnU-Net 2.8.0 or newer is installed; older versions ignore nnUNet_extTrainer."""
+    """Raise UsageError unless nnU-Net 2.8.0 or newer is installed.
+
+    Older versions ignore nnUNet_extTrainer, the environment variable for folders with external trainers.
+    """
     try:
         version = metadata.version("nnunetv2")
     except metadata.PackageNotFoundError:

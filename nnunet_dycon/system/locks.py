@@ -31,8 +31,9 @@ class Lock:
     20 seconds. Another process takes over the lock in these cases, in which the holder has probably ended:
 
     - Both processes are in the same PID namespace of the same host, and the holder no longer exists.
-    - Both belong to the same job, on different hosts or in different containers, and the job was restarted: its restart
-      count differs, or no heartbeat arrives within 45 seconds.
+    - Both belong to the same job of a scheduler, such as Slurm, or of torchrun, but run on different hosts or in
+      different containers. A restart of the job is assumed, because its restart count differs or no heartbeat arrives
+      within 45 seconds.
     - The heartbeat is older than 10 minutes, and the holder is not known to be running. The age is the difference from
       the modification time of a new file in the same folder, so the clocks of the hosts need not agree.
 
@@ -105,7 +106,7 @@ class Lock:
         return True
 
     def close(self) -> None:
-        """Release the lock if it is held. May be called repeatedly."""
+        """Release the lock if this object holds it, and stop the heartbeat. May be called repeatedly."""
         self._stopped.set()
         with suppress(OSError):  # a lock that cannot be removed is taken over later
             if self._owner and _read(self.file).get("token") == self._owner["token"]:
@@ -217,8 +218,9 @@ def _this_process() -> dict[str, Any]:
         - "token": a random ID of this call.
         - "host", "pid": host name and process ID.
         - "process_table", "started": results of `_process_table` and `_start_of`.
-        - "job": the job ID of the scheduler or torchrun, with the task number if there is one; None without a job.
-        - "restart": the restart counts of Slurm and torchrun, as text; None for each that is not set.
+        - "job": the job ID of the scheduler or torchrun, followed by the task number if there is one, such as "4711/0";
+          None without a job.
+        - "restart": a list with the restart counts of Slurm and torchrun, such as ["1", None]. None means not set.
     """
     job = next((value for name in _JOB_VARIABLES if (value := os.environ.get(name)) not in (None, "", "none")), None)
     pid = os.getpid()
@@ -234,7 +236,7 @@ def _this_process() -> dict[str, Any]:
 
 
 def _process_table() -> str | None:
-    """Return the host's boot ID and the inode of this process's PID namespace as text; None if they cannot be read.
+    """Return "BOOT_ID/INODE", the host's boot ID and the inode of this process's PID namespace; None if unreadable.
 
     Two processes with equal results see the same PIDs. Containers have their own PID namespace.
     """
@@ -258,7 +260,7 @@ def _start_of(pid: int) -> str | None:
 
 
 def _is_running(lock: Mapping[str, Any]) -> bool | None:
-    """Return whether the holder of a lock is running; None if /proc hides it since it belongs to another user.
+    """Return whether the holder of a lock is running; None if it is a process of another user that /proc hides.
 
     Args:
         lock: content of the lock file of a process in the same PID namespace as this process.

@@ -91,7 +91,7 @@ def _link(file: Path | str, link: Path) -> None:
 
 
 def set_aside(folder: Path, log: Callable[[str], None]) -> None:
-    """Rename the checkpoints of an earlier training, so that no later training resumes from them.
+    """Rename the checkpoints of an earlier training to "earlier_" + name, so that no later training resumes from them.
 
     Args:
         folder: output folder of the fold.
@@ -111,7 +111,8 @@ def find_readable(filename: str, log: Callable[[str], None], lock: Callable[[], 
     Args:
         filename: checkpoint to try first.
         log: called with a line for each damaged checkpoint.
-        lock: called on rank 0 before the search, so that no other training writes a newer checkpoint afterwards.
+        lock: function that locks the fold for this training. It is called on rank 0 before the search, so that no other
+            training writes a newer checkpoint afterwards.
 
     Raises:
         Damaged: no checkpoint is readable.
@@ -245,7 +246,8 @@ def save_for_prediction(
 ) -> None:
     """Write a checkpoint for prediction with the weights of a network other than the student.
 
-    The rest is copied from a checkpoint of the student, except the state that only training requires.
+    The other entries are copied from a checkpoint of the student. The optimizer state and this package's training state
+    are left out.
 
     Args:
         filename: file to write.

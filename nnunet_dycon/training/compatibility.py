@@ -21,7 +21,9 @@ _REMEDY = "Use nnU-Net's default or residual-encoder plans."
 
 
 def check_data(plans: dict, batch_size: int, dataset_json: dict) -> None:
-    """Raise UserError on all ranks if dataset.json is faulty, or if the batch cannot be divided among the ranks.
+    """Raise UserError on all ranks if dataset.json is invalid or the batch cannot be divided evenly among the ranks.
+
+    The checks of dataset.json are those of `check_dataset_json`.
 
     Args:
         plans: content of the plans file.
@@ -94,7 +96,8 @@ def deep_supervision_off(trainer: nnUNetTrainer) -> Iterator[None]:
 def stage_nearest_to_stride_8(trainer: nnUNetTrainer) -> FeatureStage:
     """Return the encoder stage of the trainer's network whose total stride is nearest to 8.
 
-    The total stride is the factor by which the image is downsampled, see `nearest_stage`.
+    The total stride is the factor by which the image is downsampled, as geometric mean over the axes; see
+    `nearest_stage`.
 
     Raises:
         NotSupported: the network has no encoder with stages.

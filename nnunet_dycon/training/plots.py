@@ -28,7 +28,10 @@ def draw_curves(folder: Path, curves: dict[str, list[float]], log: Callable[[str
 
 @in_default_style
 def draw_progress(curves: dict[str, list[float]], file: Path) -> None:
-    """Write a plot of all curves over the epochs: loss terms, schedules, pseudo-labels, and time per step.
+    """Write a plot with four panels of curves over the epochs.
+
+    The panels show the loss terms, the schedules (such as the ramp-up factor), statistics of the pseudo-labels (such as
+    the fraction of foreground), and the time per step.
 
     Args:
         curves: name -> one value per epoch, as in `EpochRecorder.curves`.

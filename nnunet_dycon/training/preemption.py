@@ -23,8 +23,8 @@ class StopRequest:
     """A handler of SIGTERM that records the signal, so that the training can finish its step and write a checkpoint.
 
     Attributes:
-        can_wait: whether the process continues after SIGTERM until its training step is finished. If False, SIGTERM
-            ends the process at once. Set to True when training starts.
+        can_wait: whether the process continues after SIGTERM until its training step is finished. If False (the
+            initial value), SIGTERM ends the process at once. The trainer sets it to True when training starts.
         is_made: whether SIGTERM was received and recorded.
     """
 

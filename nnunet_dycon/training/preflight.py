@@ -34,16 +34,19 @@ class TrainingLock:
         self._unlabeled, self._use, self._log = unlabeled, unlabeled.use(f"the training in {folder}"), log
 
     def acquire(self) -> None:
-        """Take the lock of the fold, unless it is held.
+        """Take the lock of the fold; do nothing if this object already holds it.
 
         Raises:
-            UserError: another training of this fold is running.
+            UserError: another training of this fold is running, or the lock file cannot be written.
         """
         with explained(OSError, f"{self._fold.file} cannot be written; change the owner or permissions of its folder"):
             self._fold.acquire()
 
     def keep_unlabeled(self) -> None:
-        """Take the lock of the unlabeled cases; log a warning if their folder cannot be written to."""
+        """Take a lock that prevents other processes from replacing the folder of the preprocessed unlabeled cases.
+
+        Several trainings can hold such a lock at the same time. If the lock file cannot be written, log a warning.
+        """
         try:
             self._use.acquire()
         except OSError as error:
@@ -53,12 +56,12 @@ class TrainingLock:
             )
 
     def check(self) -> None:
-        """Raise UserError if another process has taken over a lock."""
+        """Raise UserError if another process has taken over one of the two locks."""
         self._fold.check()
         self._use.check()
 
     def close(self) -> None:
-        """Release both locks if they are held."""
+        """Release those of the two locks that this object holds."""
         self._use.close()
         self._fold.close()
 
@@ -76,8 +79,9 @@ def check_cases(
             None to take no lock.
 
     Raises:
-        UserError: a case is missing, damaged or both labeled and unlabeled, a label is not in dataset.json, the fold
-            has no valid split, or the fingerprint is outdated.
+        UserError: a case is missing, damaged, or both labeled and unlabeled; the preprocessed unlabeled cases are
+            outdated; a label value is not in dataset.json; the fold has too few cases to split, or splits_final.json
+            is invalid; nnU-Net's fingerprint was not extracted from the current labeled cases.
     """
     labeled = labeled_identifiers(folder, unlabeled.arguments)
     check_split(folder, labeled, fold)

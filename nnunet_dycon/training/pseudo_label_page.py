@@ -22,9 +22,10 @@ _CASES = 3
 
 
 def draw(trainer: nnUNetTrainer, method: Method, unlabeled: UnlabeledCases) -> None:
-    """Write pseudo-labels of the epoch that has just ended to pseudo_labels_epoch_XXXX.png in the output folder.
+    """Plot the pseudo-labels of at most 3 unlabeled cases after an epoch.
 
-    Write nothing if the method makes no pseudo-labels or if checkpoints are disabled. A failure is logged as a warning.
+    The plot is pseudo_labels_epoch_XXXX.png in the output folder, where XXXX is the number of the epoch. No plot is
+    written if the method makes no pseudo-labels or if checkpoints are disabled. A failure is logged as a warning.
 
     Args:
         trainer: trainer after the end of an epoch.

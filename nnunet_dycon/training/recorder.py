@@ -44,12 +44,12 @@ class Epoch:
         return [line for line in lines if line] + [f"seconds a step: {seconds}"]
 
     def log(self, loggers: Iterable[Any], log: Callable[[str], None]) -> None:
-        """Log all values.
+        """Log `values` to nnU-Net's loggers, and `lines` to the training log.
 
         Args:
-            loggers: nnU-Net's additional loggers. nnU-Net's local logger must not be among them, since it accepts only
-                nnU-Net's own curves.
-            log: called with each line of `lines`.
+            loggers: nnU-Net's additional loggers, such as that of Weights & Biases. nnU-Net's local logger must not be
+                among them, since it accepts only nnU-Net's own curves.
+            log: function that writes a line to the training log.
         """
         for name, value in self.values.items():
             for logger in loggers:
@@ -74,7 +74,7 @@ class EpochRecorder:
         self._timer = StepTimer(device)
 
     def mark(self, part: str) -> None:
-        """End the current part of a step, which gets the name `part`, such as "backward", and start the next part."""
+        """Record that a part of the step has ended: the part named `part`, such as "backward". The next part starts."""
         self._timer.mark(part)
 
     def end(self, number: int, outputs: Sequence[Values]) -> Epoch:
@@ -114,7 +114,7 @@ def replace_lost(outputs: Sequence[Values]) -> list[Values]:
 
 
 def mean_over_ranks(values: Values) -> Values:
-    """Return the mean of each value over all ranks."""
+    """Return the mean of each value over all ranks. Ranks with a non-finite value are left out of its mean."""
     if number_of_ranks() == 1:
         return values
     ranks: list[Any] = [None] * number_of_ranks()
@@ -149,7 +149,7 @@ class StepTimer:
         self._marks = [("", self._now())]
 
     def mark(self, part: str) -> None:
-        """End the current part of a step, which gets the name `part`, and start the next part."""
+        """Record that a part of the step has ended: the part named `part`, such as "backward". The next part starts."""
         self._marks.append((part, self._now()))
 
     def totals(self) -> dict[str, float]:

@@ -14,9 +14,9 @@ class TrainingLength:
     num_val_iterations_per_epoch: int = 50
 
     def apply_to(self, trainer: nnUNetTrainer) -> None:
-        """Set the attributes of nnU-Net's trainer that have the same names.
+        """Copy the numbers of epochs and iterations to the attributes of the same names of nnU-Net's trainer.
 
-        It must be called after nnU-Net's __init__, which sets these attributes to nnU-Net's defaults.
+        Call it after nnU-Net's __init__, which sets these attributes to nnU-Net's defaults.
         """
         trainer.num_epochs = self.num_epochs
         trainer.num_iterations_per_epoch = self.num_iterations_per_epoch

@@ -85,13 +85,14 @@ def optimize_with_network(
 
 
 class GuardedStep:
-    """Backward pass, gradient clipping, and optimizer step unless loss or gradient norm is not finite.
+    """Backward pass and optimizer step that updates the weights only if loss and gradient norm are finite.
 
-    The docstring of the module defines when a step without an update is "lost".
+    `backward` computes and clips the gradients; `update` runs the optimizer step. The docstring of the module defines
+    when a step without an update is "lost".
 
     Args:
-        log: called on rank 0 with a line for each lost step; other ranks print the line. If the cause is a non-finite
-            loss, ranks with a finite loss report nothing.
+        log: function that logs a line for each lost step on rank 0; other ranks print the line. If the loss is not
+            finite on some ranks, the other ranks report nothing.
     """
 
     def __init__(self, log: Callable[[str], None]) -> None:

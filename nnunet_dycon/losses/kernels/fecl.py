@@ -13,7 +13,8 @@ _BLOCK_ENTRIES = {"cpu": 2**20, "cuda": 2**22}
 def blocks_of_anchors(embedding: torch.Tensor) -> Iterator[slice]:
     """Yield slices that divide the N patches of an embedding (B, N, D) into blocks of anchors.
 
-    The size R of a block depends on B and N, to limit the memory of its similarities to all patches, (B, R, N).
+    The losses compare the R patches of a block, the anchors, with all N patches of their image. R depends on B and N,
+    to limit the memory of the similarities, (B, R, N).
     """
     batch, patches, _ = embedding.shape
     entries = _BLOCK_ENTRIES.get(embedding.device.type, 2**20)
@@ -25,7 +26,7 @@ def blocks_of_anchors(embedding: torch.Tensor) -> Iterator[slice]:
 class FeCL(KeptGradient):
     """Autograd function of `fecl_loss` for L2-normalised embeddings, with a hand-written gradient.
 
-    For the arguments see `_Block`; ``constants`` is the tuple (temperature, gamma, top_k).
+    The arguments of ``apply`` are the tensors of `_Block` in the same order, and the tuple (temperature, gamma, top_k).
     """
 
     @staticmethod

@@ -11,7 +11,8 @@ _SMALLEST_DISTANCE = 1e-6
 class FeCLReleased(KeptGradient):
     r"""Autograd function of `fecl_released_loss` for L2-normalised embeddings, with a hand-written gradient.
 
-    The argument ``constants`` is the tuple (temperature, gamma, cross_threshold, cross_weight).
+    The arguments of ``apply`` are the student's embeddings (B, N, D), the teacher's embeddings of the same shape or
+    None, the labels (B, N), and the tuple (temperature, gamma, cross_threshold, cross_weight).
 
     The symbols d, m, N, P and S are those of `fecl_released_loss`. In addition, :math:`E_{ik} = e^{S_{ik} - m_k}`,
     :math:`n_i` is the sum of E over the negatives of i, and :math:`\ell_{ik}` is the contribution of the pair i, k to

@@ -14,7 +14,7 @@ _BLOCK_ENTRIES = {"cpu": 2**18, "cuda": 2**23}
 
 
 class UnCL(torch.autograd.Function):
-    """Autograd function of `uncl_loss` with a hand-written gradient."""
+    """Autograd function of `uncl_loss` with the same arguments. The gradient, for the student only, is hand-written."""
 
     @staticmethod
     def forward(ctx, student_logits, teacher_logits, beta, entropy_weight, sigmoid):
