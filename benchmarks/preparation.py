@@ -88,11 +88,11 @@ class DataSet:
 
 
 def split(protocol: Path, labeled: LabeledSet) -> dict[str, list[str]]:
-    """Return the case identifiers of a labeled set, as `nnunet_dycon convert --split` reads them.
+    """Return the content of a split file for `nnunet_dycon convert --split`.
 
     Args:
         protocol: a JSON file with the lists training (in the order of labeling), val and test.
-        labeled: the labeled set.
+        labeled: selects the training cases that are labeled; the other ones are unlabeled.
 
     Returns:
         "labeled", "unlabeled", "val" and "test" -> case identifiers.

@@ -83,9 +83,11 @@ def read(
     Args:
         table: CSV of `benchmarks.comparison`.
         which: set of cases: "val", "unlabeled" or "test".
-        draws: draws of labeled cases to read; None for all. The upper bound is always read.
+        draws: numbers of the random selections of labeled cases to read; None for all. The upper bound is always read,
+            since it uses all labels.
         trials: whether to also read methods with changed settings.
-        terms: values of the columns "plans", "iterations" and "precision" that runs must have; None for any.
+        terms: values of the columns "plans", "iterations" and "precision" that select runs; with None or without a
+            value, all are read, but must have the same one.
 
     Returns:
         (number of labeled cases, method, weights) -> scores. "weights" is the scored network: "student", "teacher" or
@@ -232,7 +234,7 @@ def compared(group: Group, drawn: PairedBootstrap | None, key: tuple[str, str]) 
     Args:
         group: (method, weights) -> scores, for one number of labeled cases.
         drawn: result of `bootstrap`. With None, the difference has no interval and "gap closed" is empty.
-        key: method and weights.
+        key: method and weights of the entry of `group`.
     """
     if _LOWER not in group or key == _LOWER:
         return "", ""
@@ -246,9 +248,10 @@ def compared(group: Group, drawn: PairedBootstrap | None, key: tuple[str, str]) 
 
 
 def without_most_influential(group: Group, key: tuple[str, str]) -> str:
-    """Return the difference of Dice to the lower bound without the case whose removal changes it most.
+    """Return the gain of a method after the case is removed whose removal changes the gain most.
 
-    The result is text, such as "+0.0239". It is empty for the lower bound itself, and in groups without it.
+    The gain is the mean Dice minus that of the lower bound. It is returned as text, such as "+0.0239". The text is
+    empty for the lower bound itself, and in groups without it.
 
     Args:
         group: (method, weights) -> scores, for one number of labeled cases.

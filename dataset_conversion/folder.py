@@ -126,7 +126,7 @@ def plan(
     training = []
     for case, images_of_case in sorted(cases.items()):
         files = tuple(file for _, file in files_of.get(case, ()))
-        training.append(Case(case, images_of_case, files[0] if files else None, files[1:]))
+        training.append(Case(case, images_of_case, files[0] if files else None, other_labels=files[1:]))
     return Plan(data_set, tuple(training), warnings=tuple(warnings))
 
 

@@ -212,10 +212,10 @@ def read_h5_mask(
     spacing: tuple[float, float, float],
     axes: str = "xyz",
 ) -> sitk.Image:
-    """Read the dataset "label" of an h5 file; see `read_h5` for `spacing` and `axes`.
+    """Read the label map of a case, the dataset "label" of an h5 file; see `read_h5` for `spacing` and `axes`.
 
-    If functools.partial sets `spacing` and `axes`, the function can be used as `writer.DataSet.read_label`; `images`
-    and `report` are unused.
+    If functools.partial sets these two, the function has the signature of `writer.DataSet.read_label`. `images` and
+    `report` are part of this signature, but not used.
     """
     return read_h5(path, "label", spacing, axes)
 

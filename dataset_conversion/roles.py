@@ -39,8 +39,8 @@ class Case:
     identifier: str
     images: tuple[Path, ...]
     label: Path | None = None
-    other_labels: tuple[Path, ...] = ()
     facts: Mapping[str, object] = field(default_factory=dict)
+    other_labels: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)

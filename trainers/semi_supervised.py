@@ -67,7 +67,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     def check_compatibility(cls, plans: dict, configuration: str, dataset_json: dict) -> None:
         """Raise NotSupported or UserError if plans or dataset.json fail a check in the module `compatibility`."""
         planned = PlansManager(plans).get_configuration(configuration)
-        compatibility.check_data(plans, planned.batch_size, dataset_json)
+        compatibility.check_data(plans, planned, dataset_json)
         compatibility.refuse_cascade(cls.__name__, configuration, planned)
         if cls.build_network_architecture is nnUNetTrainer.build_network_architecture:
             compatibility.refuse_planned_network(cls.__name__, planned.network_arch_class_name)

@@ -66,14 +66,16 @@ def _label_faults(labels: dict[str, tuple[int, ...]], content: dict) -> Iterator
     ignore = labels.get("ignore")
     if ignore is not None and ignore != (max(values),):
         yield f'the label "ignore" is {ignore[0]}, but must have the highest value; change it and the label files'
-    regions = {name: its for name, its in labels.items() if name not in ("background", "ignore") and its != (0,)}
-    if not regions:
+    if not _foreground(labels):
         yield '"labels" has no label except background'
-    if any(len(its) > 1 for its in regions.values()):
-        yield from _region_faults(regions, content.get("regions_class_order"))
+    yield from region_faults(labels, content.get("regions_class_order"))
 
 
-def _region_faults(regions: dict[str, tuple[int, ...]], order: Any) -> Iterator[str]:
+def _foreground(labels: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    return {name: its for name, its in labels.items() if name not in ("background", "ignore") and its != (0,)}
+
+
+def region_faults(labels: dict[str, tuple[int, ...]], order: Any) -> Iterator[str]:
     """Yield the first fault of "regions_class_order" and its remedy as text; yield nothing if it is correct.
 
     This list contains one label value for each region. nnU-Net writes this value to the predicted voxels of the region.
@@ -82,9 +84,13 @@ def _region_faults(regions: dict[str, tuple[int, ...]], order: Any) -> Iterator[
     regions than the prediction.
 
     Args:
-        regions: name -> label values of each region except background and ignore, in the order of dataset.json.
+        labels: name -> values of each label or region, in the order of dataset.json. Without regions nothing is
+            yielded.
         order: the content of "regions_class_order", which may be of any type.
     """
+    regions = _foreground(labels)
+    if all(len(its) == 1 for its in regions.values()):
+        return
     if not (isinstance(order, list) and len(order) == len(regions) and all(map(_is_label, order))):
         yield f'"regions_class_order" is {order}, but must have one value for each of the {len(regions)} regions'
         return

@@ -16,6 +16,7 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 from scipy.ndimage import find_objects
 
+from nnunet_dycon.data.dataset_json import region_faults
 from nnunet_dycon.data.image_reading import (
     Grid,
     Reader,
@@ -266,6 +267,8 @@ def _read_task(reference: Path, prediction: Path, chosen: Sequence[int] | None) 
                 f'{file}: cannot read "labels" ({type(error).__name__}: {error}); repair the file, or remove it and '
                 "give the values with -l"
             ) from error
+    for fault in region_faults(declared, content.get("regions_class_order")):
+        _warn(f"{file}: {fault}. The scores of these predictions are therefore too low")
     if file_ending not in (*VOLUME_ENDINGS, *Tiff3DIO.supported_file_endings):
         raise UserError(
             f"{file}: {file_ending} files have no spacing; convert references and predictions to one of "

@@ -114,9 +114,10 @@ class Ranking:
     """Cases, ranked by expected Dice: an estimate from the probabilities, without ground truth.
 
     Attributes:
-        rows: one dict per case, lowest expected Dice first. The keys are "case", those of `DEFINITIONS`, and
-            "expected_dice_per_label", a dict from label name to expected Dice (see `Measures.dice_per_label`).
-            "mutual_information_nats" and "member_dice" are omitted if only one folder was given.
+        rows: one dict per case, lowest expected Dice first. The keys are "case", the measures in `DEFINITIONS`, such
+            as "expected_dice", and "expected_dice_per_label", a dict from label name to expected Dice. The measures
+            that compare several predictions of a case, "mutual_information_nats" and "member_dice", are missing if
+            only one folder of predictions was ranked.
     """
 
     rows: tuple[dict[str, Any], ...]

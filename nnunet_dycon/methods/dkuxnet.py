@@ -131,7 +131,7 @@ class DKUXNet(Method):
 
 
 def _twice(targets: Targets) -> Targets:
-    """Return nnU-Net's targets for a batch of all weak, then all strong views: each tensor repeated along axis 0."""
+    """Repeat nnU-Net's targets along the batch axis, for a batch of the weak views and then the strong views."""
     if isinstance(targets, list):
         return [torch.cat([level, level]) for level in targets]
     return torch.cat([targets, targets])

@@ -13,27 +13,36 @@ from nnunet_dycon.components.defaults import nearest_stage
 from nnunet_dycon.components.ema_teacher import unwrap
 from nnunet_dycon.components.features import FeatureStage
 from nnunet_dycon.data.dataset_json import check_dataset_json
-from nnunet_dycon.errors import NotSupported
+from nnunet_dycon.errors import NotSupported, UserError
 from nnunet_dycon.system.distributed import on_rank_zero, require_even_batch
 from nnunet_dycon.system.environment import nnunet_folder
 
 _REMEDY = "Use nnU-Net's default or residual-encoder plans."
 
 
-def check_data(plans: dict, batch_size: int, dataset_json: dict) -> None:
-    """Raise UserError on all ranks if dataset.json is invalid or the batch cannot be divided evenly among the ranks.
+def check_data(plans: dict, configuration: ConfigurationManager, dataset_json: dict) -> None:
+    """Raise UserError on all ranks if nnU-Net cannot train on the data set with a configuration.
 
-    The checks of dataset.json are those of `check_dataset_json`.
+    The reasons are an invalid dataset.json (see `check_dataset_json`), a batch that cannot be divided evenly among the
+    ranks, and images so small that a patch has an axis of one voxel or the network has a single stage.
 
     Args:
         plans: content of the plans file.
-        batch_size: batch size of the configuration.
+        configuration: the configuration in the plans.
         dataset_json: content of dataset.json.
     """
 
     def check() -> None:
-        require_even_batch(batch_size)
+        require_even_batch(configuration.batch_size)
         check_dataset_json(dataset_json, nnunet_folder("nnUNet_preprocessed") / plans["dataset_name"] / "dataset.json")
+        patch, stages = configuration.patch_size, configuration.network_arch_init_kwargs.get("n_stages", 2)
+        if min(patch) <= 1 or stages < 2:
+            size = " x ".join(map(str, patch))
+            raise UserError(
+                f"the images are too small for this configuration: patches of {size} voxels, a network of {stages} "
+                f"stage{'s' * (stages != 1)}; nnU-Net needs at least 2 voxels along each axis and 2 stages. Train "
+                "another configuration, or plan with a finer spacing"
+            )
 
     on_rank_zero(check)
 

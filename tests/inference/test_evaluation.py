@@ -3,11 +3,14 @@
 import csv
 import json
 import math
+import shutil
 from dataclasses import replace
 
+import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import tifffile
 from monai.metrics import compute_average_surface_distance, compute_hausdorff_distance
 
 from nnunet_dycon.cli import main
@@ -391,3 +394,92 @@ def test_labels_that_were_rescaled_are_rounded(folders):
         volume = sitk.ReadImage(str(file), sitk.sitkFloat64)
         sitk.WriteImage(volume * 0.99995, str(file))
     assert evaluate_folder(*folders).rows == expected
+
+
+def disc(radius: int, shape=(64, 64)) -> np.ndarray:
+    y, x = np.indices(shape)
+    return ((y - 32) ** 2 + (x - 32) ** 2 < radius**2).astype(np.uint8)
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """Return a function that writes a reference and a prediction and returns the scores of the label."""
+
+    def scores(reference, prediction, ending=".nii.gz", **dataset):
+        folders = [tmp_path / name for name in ("reference", "prediction")]
+        for folder, volume in zip(folders, (reference, prediction)):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            if isinstance(volume, sitk.Image):
+                sitk.WriteImage(volume, str(folder / f"a{ending}"))
+            else:
+                volume(folder / f"a{ending}")
+        content = {"channel_names": {"0": "MRI"}, "labels": {"background": 0, "a": 1}, "file_ending": ending}
+        (folders[1] / "dataset.json").write_text(json.dumps(content | dataset))
+        (row,) = evaluate_folder(*folders).rows
+        return {metric: row[metric] for metric in METRICS}
+
+    return scores
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_volumes_of_one_slice_are_scored_in_2d(pair, capsys, axis):
+    images = [sitk.GetImageFromArray(disc(radius)) for radius in (20, 25)]
+    expected = pair(*images)
+    assert "one slice" not in capsys.readouterr().err
+    assert expected["asd_mm_symmetric"] > 4
+    volumes = [sitk.GetImageFromArray(np.expand_dims(disc(radius), axis)) for radius in (20, 25)]
+    assert pair(*volumes) == expected
+    assert "volumes of one slice are scored in 2D" in capsys.readouterr().err
+
+
+def test_prediction_with_turned_axes_at_the_same_position_is_reoriented(pair, capsys):
+    odd = np.zeros((10, 12, 14), np.uint8)
+    odd[2:5, 4:9, 6:12] = 1
+    reference = sitk.GetImageFromArray(odd)
+    reference.SetSpacing((0.5, 1.0, 2.0))
+    shifted = sitk.GetImageFromArray(np.roll(odd, 1, 0))
+    shifted.CopyInformation(reference)
+    expected = pair(reference, shifted)
+    assert 0.5 < expected["dice"] < 1
+    assert pair(reference, sitk.DICOMOrient(shifted, "PIR")) == expected
+    assert "origin or direction differ" not in capsys.readouterr().err
+
+
+def test_sheared_nifti_is_read_with_nibabel(pair):
+    affine = np.array([[1, 0, 0.03, 0], [0, 1, 0, 0], [0, 0, 2, 0], [0, 0, 0, 1.0]])
+
+    def write_sheared(mask):
+        def write(file):
+            image = nibabel.Nifti1Image(mask.T, affine)
+            image.set_sform(affine, 1)
+            image.set_qform(None, 0)
+            nibabel.save(image, file)
+
+        return write
+
+    masks = [np.stack([disc(radius)] * 3) for radius in (20, 25)]
+    scores = pair(*map(write_sheared, masks))
+    assert scores["dice"] == pytest.approx(2 * masks[0].sum() / (masks[0].sum() + masks[1].sum()))
+
+
+def test_tiff_volumes_have_the_spacing_of_their_json_files(pair):
+    def write_tiff(mask):
+        def write(file):
+            tifffile.imwrite(file, np.stack([mask] * 9), photometric="minisblack")
+            file.with_suffix(".json").write_text(json.dumps({"spacing": [5.0, 2.0, 2.0]}))
+
+        return write
+
+    scores = pair(write_tiff(disc(20)), write_tiff(disc(25)), ending=".tif")
+    assert scores["hd95_mm_max_directed"] == pytest.approx(2 * 5, abs=1)
+
+
+def test_region_order_that_contradicts_its_regions_is_a_warning(pair, capsys):
+    mask = sitk.GetImageFromArray(np.stack([disc(20)] * 3))
+    labels = {"background": 0, "a": [1, 2]}
+    pair(mask, mask, labels=labels, regions_class_order=[1])
+    assert "regions_class_order" not in capsys.readouterr().err
+    pair(mask, mask, labels=labels, regions_class_order=[3])
+    printed = capsys.readouterr().err
+    assert 'dataset.json: "regions_class_order" is [3], so nnU-Net stores predictions of label 1' in printed

@@ -9,7 +9,7 @@ from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from torch import nn
 
 from nnunet_dycon.components.features import FeatureStage
-from nnunet_dycon.errors import NotSupported
+from nnunet_dycon.errors import NotSupported, UserError
 from nnunet_dycon.training import compatibility
 
 
@@ -92,3 +92,31 @@ def test_network_without_deep_supervision_raises_if_the_trainer_uses_it():
     message = "nnUNetTrainerX requires deep supervision, but the network Conv3d has none"
     with pytest.raises(NotSupported, match=message), compatibility.deep_supervision_off(nnUNetTrainerX(network)):
         pass
+
+
+DATASET = {"channel_names": {"0": "MRI"}, "labels": {"background": 0, "organ": 1}, "file_ending": ".nii.gz"}
+
+
+def configuration(patch_size=(16, 16, 16), stages=3):
+    network = {"n_stages": stages}
+    return SimpleNamespace(batch_size=2, patch_size=list(patch_size), network_arch_init_kwargs=network)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"patch_size": (1, 48)}, "patches of 1 x 48 voxels, a network of 3 stages; nnU-Net needs"),
+        ({"patch_size": (7, 7, 7), "stages": 1}, "patches of 7 x 7 x 7 voxels, a network of 1 stage; nnU-Net needs"),
+    ],
+)
+def test_images_that_are_too_small_raise(monkeypatch, tmp_path, settings, message):
+    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path))
+    compatibility.check_data({"dataset_name": "Dataset001_A"}, configuration(), DATASET)
+    with pytest.raises(UserError, match=message):
+        compatibility.check_data({"dataset_name": "Dataset001_A"}, configuration(**settings), DATASET)
+
+
+def test_invalid_dataset_json_raises(monkeypatch, tmp_path):
+    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path))
+    with pytest.raises(UserError, match=r"Dataset001_A/dataset.json: \"labels\" must contain"):
+        compatibility.check_data({"dataset_name": "Dataset001_A"}, configuration(), DATASET | {"labels": {"organ": 1}})
