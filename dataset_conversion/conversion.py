@@ -101,7 +101,7 @@ def convert(
     if source.is_file():
         raise UserError(f"{source} is a file, but -i takes a folder; unpack an archive first, with tar -xf or unzip")
     if not source.is_dir():
-        raise UserError(f"the source folder {source} does not exist; name the download with -i")
+        raise UserError(f"the source folder {source} does not exist; give the path of the downloaded folder with -i")
     chosen = None if protocol is None else published(converter, protocol)
     plan_source: Callable[..., Plan] = import_module(f"nnunet_dycon.dataset_conversion.{converter}").plan
     warnings = check_source(source)

@@ -107,7 +107,7 @@ def plan(
     read_label: Callable[..., sitk.Image] = read_mask
     if labels and "" not in labels:
         if foreground:
-            raise UsageError("--foreground names values of label files; omit it with --masks NAME=PATTERN")
+            raise UsageError("--foreground cannot be combined with --masks NAME=PATTERN, which already names the labels; omit --foreground")
         names = {"background": 0, **{key: number for number, key in enumerate(labels, 1)}}
         values = {number: number for number in range(len(names))}
         numbered = ([(list(names).index(key), file) for key, file in files] for files in files_of.values())
@@ -147,7 +147,7 @@ def _mask_patterns(masks: str | Sequence[str] | None) -> dict[str, str]:
         raise UsageError(f"--masks {next(entry for entry in given if entry not in named)}: give NAME=PATTERN for each")
     patterns = dict(_named(entry, "--masks") for entry in named)
     if len(patterns) < len(named) or patterns.keys() & {"background", "ignore"}:
-        raise UsageError('--masks: name each label once, and neither "background" nor "ignore"')
+        raise UsageError('--masks: give each name only once, and not the names "background" and "ignore"')
     return patterns
 
 

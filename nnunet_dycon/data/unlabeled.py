@@ -509,7 +509,7 @@ def _preprocess_case(job: tuple[UnlabeledCases, list[Path], list[list], str]) ->
         if not np.isfinite(image).all() or image.min() == image.max():
             are_valid = False
             raise ValueError(
-                "its intensities cannot be normalized; their unit is probably not that of the labeled cases"
+                "its intensities cannot be normalized; they probably have another unit than those of the labeled cases"
             )
         appearance["intensities"] = intensities_of(image, unlabeled.plans, unlabeled.configuration)
         # nnU-Net computes this segmentation from the image: -1 outside of its nonzero region. If the image is

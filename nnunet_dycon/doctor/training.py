@@ -152,7 +152,7 @@ def check_supported(trainer: type[SemiSupervisedTrainer], unlabeled: UnlabeledCa
         NotSupported: the trainer does not support them. `examine` turns this into a finding with status FAIL.
     """
     trainer.check_compatibility(unlabeled.plans.plans, unlabeled.configuration_name, unlabeled.dataset_json)
-    yield Finding("trainer", OK, f"{trainer.__name__} trains {unlabeled.configuration_name}")
+    yield Finding("trainer", OK, f"{trainer.__name__} can train {unlabeled.configuration_name}")
 
 
 def check_labeled(training: Training) -> Iterator[Finding]:
