@@ -107,7 +107,9 @@ def plan(
     read_label: Callable[..., sitk.Image] = read_mask
     if labels and "" not in labels:
         if foreground:
-            raise UsageError("--foreground cannot be combined with --masks NAME=PATTERN, which already names the labels; omit --foreground")
+            raise UsageError(
+                "--foreground cannot be combined with --masks NAME=PATTERN, which already names the labels; omit it"
+            )
         names = {"background": 0, **{key: number for number, key in enumerate(labels, 1)}}
         values = {number: number for number in range(len(names))}
         numbered = ([(list(names).index(key), file) for key, file in files] for files in files_of.values())

@@ -68,7 +68,9 @@ def check_source(folder: Path) -> list[str]:
     for header in (entry for entry in entries if entry.suffix.lower() in (".nhdr", ".mhd") and entry.is_file()):
         for voxels in _files_of_voxels(header):
             if not (header.parent / voxels).resolve().is_relative_to(root):
-                raise UserError(f"{header} names the file {voxels}, which is outside of {folder}; move this file next to the header")
+                raise UserError(
+                    f"{header} names the file {voxels}, which is outside of {folder}; move this file next to the header"
+                )
     found = (
         (broken, "link leads to a file that does not exist and is not used",
          "links lead to files that do not exist and are not used"),

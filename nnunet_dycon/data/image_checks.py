@@ -46,7 +46,8 @@ def check_file(file: Path) -> None:
         return  # reading it raises an error with the reason
     spacing = _stored_spacing(file, image)
     if not (np.isfinite(spacing).all() and min(spacing) > 0):
-        raise ValueError(f"the spacing in its header, {' x '.join(f'{length:g}' for length in spacing)}, is not finite and positive")
+        shown = " x ".join(f"{length:g}" for length in spacing)
+        raise ValueError(f"the spacing in its header, {shown}, is not finite and positive")
     voxels = np.asanyarray(image.dataobj.get_unscaled())
     if voxels.dtype.kind == "f" and not np.isfinite(voxels).all():
         raise ValueError("it has NaN or infinite voxels")

@@ -4,6 +4,7 @@ Each case has one of four roles: labeled, unlabeled, val or test. The role follo
 is imagesTr, imagesUn, imagesVal or imagesTs.
 """
 
+import json
 import os
 from collections import defaultdict
 from collections.abc import Iterator
@@ -28,7 +29,6 @@ from nnunet_dycon.data.image_reading import (
 from nnunet_dycon.dataset_conversion.writer import FOLDERS
 from nnunet_dycon.doctor.findings import FAIL, NOTE, OK, WARNING, Finding, as_finding, examine
 from nnunet_dycon.errors import UserError, counted, first_line, some
-from nnunet_dycon.system.files import read_json
 from nnunet_dycon.system.processes import map_cases
 
 _HELD_OUT = ("val", "test")
@@ -132,7 +132,7 @@ def _grid_or_reason(file: Path, reader: Reader) -> Grid | str:
 def _read_dataset_json(file: Path) -> dict:
     remedy = f"write it as described in {FORMAT}"
     try:
-        content = read_json(file)
+        content = json.loads(file.read_text())  # as nnU-Net, which cannot read other encodings
     except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read ({error}); {remedy}") from None
     check_dataset_json(content, file)

@@ -133,7 +133,7 @@ def test_header_without_spacing_is_an_error(ct, capsys):
     file.unlink()
     (ct / "zero_0000.nii.gz").write_bytes(bytes(content))
     assert main(["preprocess_unlabeled", "-d", "903", "-np", "1"]) == 1
-    assert "zero_0000.nii.gz (the spacing in its header is 0.5 x 0 x 2)" in capsys.readouterr().err
+    assert "zero_0000.nii.gz (the spacing in its header, 0.5 x 0 x 2, is not" in capsys.readouterr().err
 
 
 def test_files_with_another_ending_are_named(ct, capsys):

@@ -272,9 +272,9 @@ def test_case_is_converted_again_if_one_of_its_masks_has_changed(organs, target)
     ("masks", "message"),
     [
         (["{case}/liver.nii.gz", "spleen={case}/spleen.nii.gz"], "--masks {case}/liver.nii.gz: give NAME=PATTERN"),
-        (["a={case}/liver.nii.gz", "a={case}/spleen.nii.gz"], "--masks: name each label once"),
-        (["ignore={case}/liver.nii.gz", "a={case}/spleen.nii.gz"], "--masks: name each label once"),
-        (["a={case}/liver.nii.gz", "--foreground", "a=1"], "--foreground names values of label files; omit it"),
+        (["a={case}/liver.nii.gz", "a={case}/spleen.nii.gz"], "--masks: give each name only once"),
+        (["ignore={case}/liver.nii.gz", "a={case}/spleen.nii.gz"], "--masks: give each name only once"),
+        (["a={case}/liver.nii.gz", "--foreground", "a=1"], "--foreground cannot be combined with --masks"),
     ],
 )
 def test_invalid_names_of_masks_raise(organs, raw, capsys, masks, message):
