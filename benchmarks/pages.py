@@ -221,16 +221,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if a page would change")
     check = parser.parse_args().check
-    stale = []
+    out_of_date = []
     for page in sorted(PAGES.rglob("*.md")):
         text = page.read_text()
         if (new := filled(text)) != text:
-            stale.append(page)
+            out_of_date.append(page)
             if not check:
                 page.write_text(new)
-    for page in stale:
+    for page in out_of_date:
         print(page.relative_to(PAGES.parent), "differs from its results; run: make tables" if check else "written")
-    return int(bool(stale) and check)
+    return int(bool(out_of_date) and check)
 
 
 if __name__ == "__main__":

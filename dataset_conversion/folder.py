@@ -108,7 +108,8 @@ def plan(
     if labels and "" not in labels:
         if foreground:
             raise UsageError(
-                "--foreground cannot be combined with --masks NAME=PATTERN, which already names the labels; omit it"
+                "--foreground cannot be combined with --masks NAME=PATTERN, which already names the labels; omit "
+                "--foreground"
             )
         names = {"background": 0, **{key: number for number, key in enumerate(labels, 1)}}
         values = {number: number for number in range(len(names))}
@@ -264,7 +265,7 @@ def _label_values(foreground: Sequence[str]) -> tuple[dict[str, int | tuple[int,
                     "contain, such as lesion=1"
                 )
             if values.get(int(text), new) != new:
-                raise UsageError(f"--foreground: value {int(text)} is named twice; name it once")
+                raise UsageError(f"--foreground: value {int(text)} is given to two labels; give it to only one")
             values[int(text)] = new
         if names.setdefault(name, new) != new:
             raise UsageError(f"--foreground: {name} is named twice; join its values: {name}=1,2")

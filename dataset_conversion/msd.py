@@ -245,7 +245,7 @@ def _read_images(paths: tuple[Path, ...], report: CaseReport, channels: Sequence
     if len(images) != len(channels):
         raise UserError(
             f"{paths[0]}: number of channels: {len(images)} in the file, {len(channels)} in dataset.json "
-            f'({", ".join(channels)}); correct "modality" in dataset.json or leave the case out'
+            f'({", ".join(channels)}); correct "modality" in dataset.json or move the case out of the source folder'
         )
     return images
 
@@ -257,5 +257,8 @@ def _read_label(path: Path, images: Sequence[sitk.Image], report: CaseReport) ->
     if array.dtype.kind != "f":
         return label
     if (wrong := array[abs(array - np.rint(array)) > LABEL_TOLERANCE]).size:
-        raise UserError(f"{path}: label value {wrong[0]:g} is not an integer; repair the file or leave the case out")
+        raise UserError(
+            f"{path}: label value {wrong[0]:g} is not an integer; repair the file or move the case out of the source "
+            "folder"
+        )
     return sitk.Round(label)

@@ -69,7 +69,8 @@ def check_source(folder: Path) -> list[str]:
         for voxels in _files_of_voxels(header):
             if not (header.parent / voxels).resolve().is_relative_to(root):
                 raise UserError(
-                    f"{header} names the file {voxels}, which is outside of {folder}; move this file next to the header"
+                    f"{header} names the file {voxels}, which is outside of {folder}; move this file next to the "
+                    "header and correct its path there, or move the case out of the source folder"
                 )
     found = (
         (broken, "link leads to a file that does not exist and is not used",
@@ -111,7 +112,10 @@ def read_volume(path: Path, report: CaseReport | None = None) -> sitk.Image:
         report = report or CaseReport()
         image = _read_series(path, report) if path.is_dir() else _read_file(path, report)
     if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
-        raise UserError(f"{path}: expected a 3D volume with one value per voxel; convert it or leave the case out")
+        raise UserError(
+            f"{path}: expected a 3D volume with one value per voxel; convert it or move the case out of the source "
+            "folder"
+        )
     return image
 
 
@@ -120,7 +124,10 @@ def read_3d_or_4d(path: Path) -> list[sitk.Image]:
     with reading_errors(path), _keeping_locale():
         image = _read_file(path, CaseReport())
     if image.GetDimension() not in (3, 4) or image.GetNumberOfComponentsPerPixel() != 1:
-        raise UserError(f"{path}: expected a 3D or 4D image with one value per voxel; repair it or leave the case out")
+        raise UserError(
+            f"{path}: expected a 3D or 4D image with one value per voxel; repair it or move the case out of the source "
+            "folder"
+        )
     if image.GetDimension() == 3:
         return [image]
     return [image[:, :, :, channel] for channel in range(image.GetSize()[3])]
@@ -158,7 +165,9 @@ class NamedMasks:
         for value, file in self.files[path]:
             mask = read_volume(file)
             if found := difference(first, mask):
-                raise UserError(f"{path} and {file} differ in {found}; repair the files or leave the case out")
+                raise UserError(
+                    f"{path} and {file} differ in {found}; repair the files or move the case out of the source folder"
+                )
             inside = sitk.GetArrayViewFromImage(mask) != 0
             if overlap := np.count_nonzero(labels[inside]):
                 report.warnings.append(f"{overlap} voxels of {file} are also in a mask before it; they get this label")
@@ -188,7 +197,9 @@ def read_h5(path: Path, key: str, spacing: tuple[float, float, float], axes: str
     with reading_errors(path), h5py.File(path, "r") as file:
         data = file[key]
         if not (isinstance(data, h5py.Dataset) and data.ndim == 3 and data.size and data.dtype.kind in "biuf"):
-            raise UserError(f"{path}: expected a 3D volume in {key!r}; replace it or leave the case out")
+            raise UserError(
+                f"{path}: expected a 3D volume in {key!r}; replace it or move the case out of the source folder"
+            )
         array = data[()].astype(_type_of_simpleitk(data.dtype), copy=False)
     image = sitk.GetImageFromArray(array.T if axes == "xyz" else array)  # SimpleITK's order is (z, y, x)
     image.SetSpacing(spacing)
@@ -275,7 +286,7 @@ def reading_errors(path: Path) -> Iterator[None]:
         reason = (
             lines[-1] if lines and isinstance(error, RuntimeError) else first_line(error)
         )  # SimpleITK prepends a trace
-        raise UserError(f"cannot read {path}: {reason}; replace it or leave the case out") from None
+        raise UserError(f"cannot read {path}: {reason}; replace it or move the case out of the source folder") from None
 
 
 @contextmanager
@@ -352,7 +363,7 @@ def _read_series(folder: Path, report: CaseReport) -> sitk.Image:
     """
     series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
     if not series:
-        raise UserError(f"{folder} has no readable DICOM series; replace it or leave the case out")
+        raise UserError(f"{folder} has no readable DICOM series; replace it or move the case out of the source folder")
     if len(series) > 1:
         raise UserError(f"{folder}: expected one DICOM series, found {len(series)}; keep one of them")
     files = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series[0])
@@ -390,7 +401,7 @@ def _sorted_by_position(files: Sequence[str]) -> list[str]:
         if abs(step - usual) > _Z_TOLERANCE * usual:
             raise UserError(
                 f"{names} are {step:g} mm apart, others {usual:g} mm: a slice is missing or displaced; replace "
-                "the series or leave the case out"
+                "the series or move the case out of the source folder"
             )
     return files
 

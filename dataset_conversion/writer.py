@@ -108,7 +108,7 @@ def write_dataset(
     dataset_id = _id_of(folder)
     partial_folder = folder.with_name(f".{folder.name}.partial")  # nnU-Net ignores names that do not begin with Dataset
     # One lock for all names of an ID, of which nnU-Net accepts one.
-    lock = Lock(folder.with_name(f".Dataset{dataset_id:03d}.lock"), f"another conversion to dataset ID {dataset_id}")
+    lock = Lock(folder.with_name(f".Dataset{dataset_id:03d}.lock"), f"a conversion to dataset ID {dataset_id}")
     with _writing_errors("cannot write into nnUNet_raw", "change its permissions or free disk space"):
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
@@ -248,7 +248,9 @@ def _write_cases(
         listed = "; ".join(list(faults.values())[:_FAULTS_SHOWN])
         if others := list(faults)[_FAULTS_SHOWN:]:
             listed += f"; also {', '.join(others)}"
-        raise UserError(f"{len(faults)} of {len(jobs)} cases cannot be converted, the others are kept: {listed}")
+        raise UserError(
+            f"{len(faults)} of {len(jobs)} cases cannot be converted (the others are kept for the next run): {listed}"
+        )
     return {case.identifier: _recorded(folder, role, case) or {} for role, case in jobs}
 
 
@@ -323,11 +325,15 @@ def _read_images(data_set: DataSet, case: Case, report: CaseReport) -> list[sitk
     for path, image in zip(case.images, data_set.read_images(case.images, report), strict=True):
         array = sitk.GetArrayViewFromImage(image)
         if array.dtype.kind == "f" and not np.isfinite(array).all():
-            raise UserError(f"{path}: the image has NaN or infinite voxels; repair it or leave the case out")
-        if array.min() == array.max():
             raise UserError(
-                f"{path}: all voxels have the same value, at least on the voxel grid of the first channel; repair the "
-                "file or leave the case out"
+                f"{path}: the image has NaN or infinite voxels; repair it or move the case out of the source folder"
+            )
+        if array.min() == array.max():
+            # Some converters resample the other channels to the grid of the first one.
+            where = " on the voxel grid of the first channel: the image is empty or does not overlap with it"
+            raise UserError(
+                f"{path}: all voxels have the same value{where if images else ''}; repair the file or move the case "
+                "out of the source folder"
             )
         if images:
             _require_same_grid(case.images[0], images[0], path, image)
@@ -371,7 +377,9 @@ def _require_same_grid(first_file: Path, first: sitk.Image, file: Path, image: s
     All files of a case are written with the header of its first channel, so nnU-Net could not detect a difference.
     """
     if found := difference(first, image):
-        raise UserError(f"{first_file} and {file} differ in {found}; repair the files or leave the case out")
+        raise UserError(
+            f"{first_file} and {file} differ in {found}; repair the files or move the case out of the source folder"
+        )
 
 
 def _mapped(label: sitk.Image, label_values: Mapping[int, int], file: Path) -> sitk.Image:
@@ -380,7 +388,10 @@ def _mapped(label: sitk.Image, label_values: Mapping[int, int], file: Path) -> s
     found = np.unique(array).tolist()
     if not set(found) <= set(label_values):
         shown, expected = (", ".join(f"{value:.7g}" for value in values) for values in (found[:10], label_values))
-        raise UserError(f"{file}: label values {shown}, but only {expected} are known; repair it or leave the case out")
+        raise UserError(
+            f"{file}: label values {shown}, but only {expected} are known; repair it or move the case out of the "
+            "source folder"
+        )
     mapped = np.zeros(array.shape, np.uint8)
     for value in found:
         mapped[array == value] = label_values[value]

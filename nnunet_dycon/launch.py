@@ -118,8 +118,9 @@ def _own_device(kind: str) -> torch.device:
     """
     if "LOCAL_RANK" not in os.environ:
         raise UsageError(
-            "nnunet_dycon.launch must be started by torchrun; run, with the arguments of nnUNetv2_train: torchrun "
-            "--nproc-per-node 2 -m nnunet_dycon.launch 101 3d_fullres 0 -tr nnUNetTrainerDyCON, see docs/distributed.md"
+            "nnunet_dycon.launch was not started by torchrun; start it with torchrun, followed by the arguments of "
+            "nnUNetv2_train, such as: torchrun --nproc-per-node 2 -m nnunet_dycon.launch 101 3d_fullres 0 "
+            "-tr nnUNetTrainerDyCON; see docs/distributed.md"
         )
     if kind == "cpu":
         return torch.device("cpu")

@@ -132,7 +132,9 @@ def launched(monkeypatch):
 
 def test_error_without_torchrun_contains_the_command(launched):
     line = launched()
-    assert line.startswith("nnunet_dycon: error: nnunet_dycon.launch must be started by torchrun; run, with the")
+    assert line.startswith(
+        "nnunet_dycon: error: nnunet_dycon.launch was not started by torchrun; start it with torchrun"
+    )
     assert "torchrun --nproc-per-node 2 -m nnunet_dycon.launch 101" in line
     assert "\n" not in line
 

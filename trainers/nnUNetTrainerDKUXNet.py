@@ -27,9 +27,10 @@ class nnUNetTrainerDKUXNet(UXNetTraining, SemiSupervisedTrainer):
         super().check_compatibility(plans, configuration, dataset_json)
         labels = PlansManager(plans).get_label_manager(dataset_json)
         if labels.has_regions and labels.num_segmentation_heads == 1:
+            # All queries would belong to a single region, so the query distribution would be constant.
             raise NotSupported(
-                f"{cls.__name__} cannot train on a single region: all queries would belong to it, so the query "
-                "distribution would be constant. Define it as a label instead of a region in dataset.json."
+                f"{cls.__name__} needs at least two classes or regions, but dataset.json defines a single region; "
+                "define it as a label instead"
             )
 
     @classmethod
@@ -53,7 +54,7 @@ class nnUNetTrainerDKUXNet(UXNetTraining, SemiSupervisedTrainer):
                 supervision.
         """
         if not self.enable_deep_supervision:
-            raise NotSupported(f"{type(self).__name__} needs deep supervision; do not disable enable_deep_supervision")
+            raise NotSupported(f"{type(self).__name__} needs deep supervision; leave enable_deep_supervision = True")
         super().initialize()
         self._queries = FeatureTap(unwrap(self.network), "kmax")
 

@@ -74,7 +74,9 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
     def build_method(self, network: nn.Module, supervision: Supervision) -> Method:
         """Build the method, which computes the loss of each training step; see `nnunet_dycon.methods`."""
-        raise NotImplementedError(f"{type(self).__name__} builds no method; use one of its subclasses")
+        raise NotImplementedError(
+            f"{type(self).__name__} is a base class and cannot be trained; choose a trainer of: nnunet_dycon list"
+        )
 
     def feature_stage(self) -> FeatureStage:
         """Return the network stage whose output is used as features; by default the stage with stride nearest to 8."""
@@ -224,7 +226,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             self.initialize()
         with checkpoints.fitting(filename_or_checkpoint):
             super().load_checkpoint(filename_or_checkpoint)
-            checkpoints.load_method_state(self.method, own["method"], filename_or_checkpoint)
+            checkpoints.load_method_state(self.method, own["method"], filename_or_checkpoint, type(self).__name__)
         self._recorder.curves, self._resumed_settings = own["curves"], own["settings"]
 
     def companions(self) -> dict[str, tuple[str, nn.Module]]:

@@ -108,8 +108,8 @@ def _split(volume: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
     spatial = volume.shape[1:]
     if any(size % cells for size, cells in zip(spatial, grid)):
         raise ValueError(
-            f"a grid of {tuple(grid)} cells does not divide a volume of {tuple(spatial)} voxels; each size must "
-            "be a multiple of the number of cells"
+            f"a volume of {tuple(spatial)} voxels cannot be divided into a grid of {tuple(grid)} cells; along each "
+            "axis the number of voxels must be a multiple of the number of cells"
         )
     return volume.reshape(len(volume), *(n for size, cells in zip(spatial, grid) for n in (cells, size // cells)))
 

@@ -81,7 +81,10 @@ class Method(nn.Module):
         The logits have no gradient.
         """
         if self.teacher is None:
-            raise NotImplementedError(f"{type(self).__name__} has no teacher; override label() or set labeler to None")
+            raise NotImplementedError(
+                f"{type(self).__name__} has no teacher whose pseudo-labels could be plotted; define a method label() "
+                "that returns the logits of another network, or set labeler = None in the class to omit the plots"
+            )
         return self.teacher(images).logits[0]
 
     def before_first_step(self) -> None:

@@ -21,7 +21,7 @@ def exponential_decay(progress: float, start: float, end: float) -> float:
     [5.0, 1.5811, 0.5]
     """
     if not (start > 0 and end > 0):
-        raise ValueError(f"start and end must be positive, got {start} and {end}")
+        raise ValueError(f"start and end of the exponential decay must be positive, got {start} and {end}")
     return float(start * (end / start) ** _clamped(progress))
 
 
@@ -49,9 +49,9 @@ def sigmoid_rampup(progress: float, start: float = 0.0, end: float = 1.0, steepn
     [0.0067, 0.2865, 1.0, 1.0]
     """
     if end < start:
-        raise ValueError(f"end must not be less than start, got start={start} and end={end}")
+        raise ValueError(f"end of the sigmoid ramp-up must not be less than its start, got start={start} and end={end}")
     if steepness < 0:
-        raise ValueError(f"steepness must not be negative, got {steepness}")
+        raise ValueError(f"steepness of the sigmoid ramp-up must not be negative, got {steepness}")
     progress = _clamped(progress)
     if progress >= end:
         return 1.0

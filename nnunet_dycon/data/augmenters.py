@@ -58,8 +58,8 @@ class Workers(NonDetMultiThreadedAugmenter):
             self._wait_for_request()
             if not self._is_ending() or self._latest is None:
                 raise UserError(
-                    "a process that prepares batches was killed, perhaps for lack of memory; unless a line above gives "
-                    "the reason, lower nnUNet_n_proc_DA; resume with --c"
+                    "a process that prepares batches was killed, probably for lack of memory (see the lines above); "
+                    "set the environment variable nnUNet_n_proc_DA to a smaller number, and resume with --c"
                 ) from None
         return self._latest
 

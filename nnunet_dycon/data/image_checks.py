@@ -103,7 +103,9 @@ def _vtk_header(file: Path) -> int:
     with file.open("rb") as content:
         lines = list(itertools.islice(content, 20))
     if b"ASCII\n" in lines:
-        raise ValueError("its voxels are stored as text, so missing voxels cannot be detected; convert it to binary")
+        raise ValueError(
+            "its voxels are stored as text (ASCII); missing voxels cannot be detected; save it with binary encoding"
+        )
     last = next((number for number, line in enumerate(lines) if line.startswith(b"LOOKUP_TABLE")), -1)
     return sum(map(len, lines[: last + 1]))
 
@@ -143,8 +145,13 @@ def check_unit(spacing: Sequence[float], usual_spacing: Sequence[float]) -> None
         raise ValueError(f"its spacing {tuple(spacing)} is not finite and positive")
     scale = np.exp(np.log(spacing).mean() - np.log(usual_spacing).mean())
     if not 1 / _SPACING_SCALE < scale < _SPACING_SCALE:
-        shown = " x ".join(f"{length:g}" for length in spacing)
+        shown = " x ".join(_without_exponent(length, 6) for length in spacing)
         raise ValueError(
-            f"its voxels of {shown} mm are {scale:.2g} times as long as those of the labeled cases, so the unit of "
-            "the header is probably not mm"
+            f"its spacing, {shown} mm, is {_without_exponent(scale, 2)} times that of the labeled cases; its unit is "
+            "probably not mm"
         )
+
+
+def _without_exponent(number: float, digits: int) -> str:
+    """Return a number, rounded to significant digits, as text without an exponent, such as "1000" and not "1e+03"."""
+    return np.format_float_positional(number, precision=digits, unique=False, fractional=False, trim="-")

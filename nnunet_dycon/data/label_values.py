@@ -9,7 +9,7 @@ import blosc2
 import numpy as np
 
 from nnunet_dycon.data.dataset_json import label_values
-from nnunet_dycon.errors import UserError, explained, some
+from nnunet_dycon.errors import UserError, counted, explained
 from nnunet_dycon.system.files import replacing
 from nnunet_dycon.system.processes import map_cases
 
@@ -40,10 +40,10 @@ def check_label_values(folder: Path, cases: Iterable[str], dataset_json: dict, n
     unknown = {case: sorted(values - known) for case, values in found.items() if values - known}
     if unknown:
         cases_and_values = [f"{case} ({', '.join(map(str, values))})" for case, values in unknown.items()]
+        one, many = (f"{verb} label values that dataset.json does not name" for verb in ("has", "have"))
         raise UserError(
-            f"{folder}: {len(unknown)} labeled cases have label values that dataset.json does not name: "
-            f"{some(cases_and_values)}; correct the label files or add the values to dataset.json, and run "
-            "nnUNetv2_plan_and_preprocess again with --clean"
+            f"{folder}: {counted(cases_and_values, f'labeled case {one}', f'labeled cases {many}')}; correct the label "
+            "files or add the values to dataset.json, and run nnUNetv2_plan_and_preprocess again with --clean"
         )
     values = set().union(*found.values()) if found else set()
     if not values - {0, dataset_json["labels"].get("ignore")}:

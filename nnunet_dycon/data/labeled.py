@@ -13,7 +13,7 @@ from nnunetv2.preprocessing.resampling.default_resampling import compute_new_sha
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
-from nnunet_dycon.errors import UserError, explained
+from nnunet_dycon.errors import UserError, counted, explained
 
 # Resampling functions of nnU-Net that give the shape of compute_new_shape.
 _RESAMPLING = ("resample_data_or_seg_to_shape", "resample_torch_fornnunet", "resample_torch_simple")
@@ -36,7 +36,9 @@ def labeled_identifiers(folder: Path, arguments: str) -> set[str]:
     try:
         dataset_class = infer_dataset_class(str(folder))
     except (AssertionError, KeyError):
-        raise UserError(f"{folder} has no cases, or files in several formats; {remedy}") from None
+        raise UserError(
+            f"{folder} has no preprocessed cases, or files of several formats (such as .npz and .b2nd); {remedy}"
+        ) from None
     return set(dataset_class.get_identifiers(str(folder)))
 
 
@@ -68,9 +70,10 @@ def check_split(folder: Path, labeled: set[str], fold: int | Literal["all"]) -> 
     train, val = splits[fold]
     absent = sorted((train | val) - labeled, key=str)
     if absent:
+        among = "among the preprocessed labeled cases"
         raise UserError(
-            f"{file}: fold {fold} lists {len(absent)} cases that are not among the preprocessed labeled cases, such as "
-            f"{absent[0]}; {remedy} (do not list cases of imagesUn: they are always used for training)"
+            f"{file}: fold {fold} lists {counted(absent, f'case that is not {among}', f'cases that are not {among}')}; "
+            f"{remedy} (do not list cases of imagesUn: they are always used for training)"
         )
     if not (train and val):
         raise UserError(f"{file} has no cases to {'validate' if train else 'train'} on in fold {fold}; {remedy}")
@@ -108,16 +111,16 @@ def check_fingerprint(base: Path, plans: PlansManager, configuration_name: str, 
     clean = f"nnUNetv2_plan_and_preprocess -d {dataset_id} --clean"
     if planned.total() != labeled.total():
         raise UserError(
-            f"{file} was extracted from {planned.total()} cases, which are not the current {labeled.total()} labeled "
-            f"cases; run: {clean}"
+            f"the labeled cases have changed since {file} was made (then {planned.total()} cases, now "
+            f"{labeled.total()}); run: {clean}"
         )
     is_default = configuration.configuration["preprocessor_name"] == "DefaultPreprocessor"
     resampling = configuration.configuration["resampling_fn_data"]
     # Others can keep the original shape, such as nnU-Net's planners without resampling.
     if planned != labeled and is_default and resampling in _RESAMPLING:
         raise UserError(
-            f"the preprocessed labeled cases in {folder} do not have the shapes that {file.name} and the plans imply; "
-            f"if the plans were changed by hand, run: nnUNetv2_preprocess -d {dataset_id}; otherwise run: {clean}"
+            f"the preprocessed labeled cases in {folder} are out of date: their shapes do not match {file.name} and "
+            f"the plans; run: {clean} (or, if the plans were changed by hand: nnUNetv2_preprocess -d {dataset_id})"
         )
 
 

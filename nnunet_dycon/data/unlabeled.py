@@ -1,4 +1,4 @@
-"""Preprocessing of unlabeled cases, and a manifest file to detect that preprocessed cases are outdated.
+"""Preprocessing of unlabeled cases, and a manifest file to detect that preprocessed cases are out of date.
 
 nnUNet_raw/DatasetXXX/imagesUn is preprocessed into nnUNet_preprocessed/DatasetXXX/<data_identifier>_unlabeled, by
 nnU-Net's own preprocessor with the plans of the labeled cases. The manifest, manifest.json in that folder, contains a
@@ -136,6 +136,17 @@ class UnlabeledCases:
         return f"remove {self.folder.name}, and run: nnunet_dycon preprocess_unlabeled {self.arguments}"
 
     @property
+    def update_remedy(self) -> str:
+        """What to do if the folder of preprocessed unlabeled cases is out of date: "run: COMMAND".
+
+        If the plans were changed by hand, the labeled cases must be preprocessed first, with the same plans.
+        """
+        return (
+            f"run: nnunet_dycon preprocess_unlabeled {self.arguments} (if the plans were changed by hand, first run: "
+            f"nnUNetv2_preprocess {self.arguments})"
+        )
+
+    @property
     def labeled_remedy(self) -> str:
         """What to do if a preprocessed labeled case cannot be read: "run: COMMAND"."""
         return f"run: nnUNetv2_preprocess {self.arguments}"
@@ -180,7 +191,7 @@ class UnlabeledCases:
             if (holder := Lock(file, "").holder()) is not None:
                 raise UserError(
                     f"{self.folder} is used by a training ({holder}) and cannot be replaced; wait until it has ended, "
-                    f"or stop it, and run again. If it cannot be running, delete {file}"
+                    f"or stop it, and run again. If it is certainly not running any more, delete the lock file {file}"
                 )
             file.unlink(missing_ok=True)
 
@@ -225,9 +236,11 @@ class UnlabeledCases:
         """
         both = sorted(labeled & unlabeled)
         if both:
+            found = counted(both, "case is both labeled and unlabeled", "cases are both labeled and unlabeled")
+            them = "it" if len(both) == 1 else "them"
             raise UserError(
-                f"{len(both)} cases are both labeled and unlabeled, such as {both[0]}; remove them from {self.raw}, "
-                f"or from imagesTr and labelsTr and run: nnUNetv2_plan_and_preprocess -d {self.dataset_id} --clean"
+                f"{found}; either remove {them} from {self.raw}, or remove {them} from imagesTr and labelsTr and then "
+                f"run: nnUNetv2_plan_and_preprocess -d {self.dataset_id} --clean"
             )
 
     def fault(self) -> str | None:
@@ -274,7 +287,7 @@ class UnlabeledCases:
             num_processes: number of worker processes; 1 uses this process.
 
         Raises:
-            UserError: the existing folder is outdated or incomplete, or preprocessing failed. The message names the
+            UserError: the existing folder is out of date or incomplete, or preprocessing failed. The message names the
                 reason and what to do.
         """
         if self.folder.is_dir() and self.fault() is None:
@@ -284,10 +297,7 @@ class UnlabeledCases:
                 print(f"preprocessing the unlabeled cases into {self.folder}")
                 self.build(num_processes, lock)
             elif (fault := self.fault()) is not None:
-                raise UserError(
-                    f"{self.folder} is stale: {fault}; run: nnunet_dycon preprocess_unlabeled {self.arguments}"
-                    f" (and nnUNetv2_preprocess {self.arguments} if the plans were changed by hand)"
-                )
+                raise UserError(f"{self.folder} is out of date: {fault}; {self.update_remedy}")
 
     def remarks(self) -> list[str]:
         """Return the warnings that preprocessing has stored in manifest.json, such as on a suspicious spacing."""
@@ -345,8 +355,9 @@ class UnlabeledCases:
         if faults:
             # Report all faults at once, since each build may take hours. Completed cases are kept for the next one.
             shown = "; ".join(faults[:_FAULTS_SHOWN]) + ("; ..." if len(faults) > _FAULTS_SHOWN else "")
+            noun, them = "case" if len(cases) == 1 else "cases", "it" if len(faults) == 1 else "them"
             raise UserError(
-                f"{len(faults)} of {len(cases)} unlabeled cases cannot be used; repair or remove them: {shown}"
+                f"{len(faults)} of {len(cases)} unlabeled {noun} cannot be used; repair or remove {them}: {shown}"
             )
 
         remarks = self._remarks(partial, cases)
@@ -538,8 +549,9 @@ def _preprocess_case(job: tuple[UnlabeledCases, list[Path], list[list], str]) ->
         names, reason = ", ".join(map(str, suspects)), " ".join(str(error).split()) or type(error).__name__
         if are_valid or isinstance(error, MemoryError):
             raise UserError(
-                f"{names}: cannot be preprocessed ({reason}); free disk space in {Path(output).parent.parent}, or use "
-                "less memory with fewer processes, -np 1, and run again: completed cases are kept"
+                f"{names}: cannot be preprocessed ({reason}); free disk space in {Path(output).parent.parent}, or save "
+                "memory with -np 1 (a single process) of nnunet_dycon preprocess_unlabeled, and run again: completed "
+                "cases are kept"
             ) from None
         return f"{names} ({reason})"
     return None

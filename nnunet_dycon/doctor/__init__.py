@@ -100,7 +100,7 @@ def diagnose(question: Question) -> Iterator[Finding]:
             "fix the problems reported above; if there are none, plan and preprocess again, and if that does not help, "
             "report this error as an issue of nnunet_dycon"
         )
-        yield Finding("data set", FAIL, f"the checks of the data set failed with an error ({named(error)})", remedy)
+        yield Finding("data set", FAIL, f"the check ended with an unexpected error ({named(error)})", remedy)
 
 
 def _diagnose_dataset(question: Question, name_or_id: str) -> Iterator[Finding]:

@@ -153,7 +153,7 @@ def examine_raw(folder: Path, preprocessed: frozenset[str]) -> Iterator[Finding]
     if not folder.is_dir():
         message = f"{folder} does not exist"
         if preprocessed >= {"labeled", "unlabeled"}:
-            yield Finding("raw data", NOTE, f"{message}; all cases are preprocessed, so it is not needed")
+            yield Finding("raw data", NOTE, f"{message}; all cases are preprocessed, so the raw data are not needed")
         else:
             yield Finding("raw data", FAIL, message, "copy the data set there, or correct nnUNet_raw")
         return
@@ -187,7 +187,8 @@ def check_files(raw: RawDataset) -> Iterator[Finding]:
         yield Finding(
             "raw data",
             NOTE,
-            'labeled files are not checked, because dataset.json lists them under "dataset"',
+            "the files of the labeled cases are not checked, because dataset.json lists their paths itself (entry "
+            '"dataset")',
         )
         return
     for role in ("labeled", "unlabeled"):
@@ -235,7 +236,8 @@ def check_names(raw: RawDataset) -> Iterator[Finding]:
             message = counted(both, f"case is in {folders}", f"cases are in {folders}")
             yield Finding("case names", status, message, "remove each of them from one of the two folders")
     if not found:
-        yield Finding("case names", OK, "no case is in more than one of imagesTr, imagesUn, imagesVal and imagesTs")
+        folders = "imagesTr, imagesUn, imagesTs and, if it exists, imagesVal"
+        yield Finding("case names", OK, f"no case is in more than one of the image folders ({folders})")
 
 
 def check_headers(raw: RawDataset) -> Iterator[Finding]:

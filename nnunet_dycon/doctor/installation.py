@@ -249,8 +249,8 @@ def existing_part(folder: Path) -> Path:
 def check_ext_trainer() -> Iterator[Finding]:
     """Check that each folder in nnUNet_extTrainer exists, and is not a source folder of nnunet_dycon.
 
-    nnU-Net imports the modules in these folders to find a trainer. It would import the modules of a source folder a
-    second time under other names, and worker processes could not find their classes. The folder that
+    nnU-Net imports the modules in these folders to find a trainer. It would load the modules of a source folder
+    twice, the second time under other names, and worker processes could not find their classes. The folder that
     `nnunet_dycon trainers_path` prints is allowed: its single module is written for nnU-Net's look-up of trainers.
 
     Yield one finding for each folder.
@@ -265,7 +265,7 @@ def check_ext_trainer() -> Iterator[Finding]:
         elif folder in harmful:
             yield Finding(
                 name, WARNING,
-                f"{entry} is {harmful[folder]}: nnU-Net would import its modules a second time under other "
+                f"{entry} is {harmful[folder]}: nnU-Net would load its modules twice, the second time under other "
                 "names, and worker processes could not find their classes",
                 f"use {_DISCOVERY} instead, the output of `nnunet_dycon trainers_path`",
             )  # fmt: skip

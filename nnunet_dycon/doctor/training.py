@@ -23,7 +23,7 @@ from nnunet_dycon.data.unlabeled import UnlabeledCases
 from nnunet_dycon.doctor.dataset import label_names
 from nnunet_dycon.doctor.findings import FAIL, NOTE, OK, WARNING, Finding, examine
 from nnunet_dycon.doctor.installation import GIB, existing_part
-from nnunet_dycon.errors import UnknownTrainer, UserError, some
+from nnunet_dycon.errors import UnknownTrainer, UserError, counted, some
 from nnunet_dycon.inference.model_folders import trainer_class
 from nnunet_dycon.registry import TRAINERS
 from nnunet_dycon.system.environment import nnunet_folder
@@ -197,7 +197,11 @@ def check_labeled(training: Training) -> Iterator[Finding]:
         message = f"no labeled case has a voxel with the label {' or '.join(map(str, absent))} of dataset.json"
         yield Finding("labeled", WARNING, message, "check the label files; the network cannot learn this label")
     if not found:
-        yield Finding("labeled", OK, f"{len(labeled)} cases in {folder}")
+        yield Finding("labeled", OK, f"{_cases(len(labeled))} in {folder}")
+
+
+def _cases(number: int) -> str:
+    return f"{number} case{'s' * (number != 1)}"
 
 
 def _is_complete(folder: Path, case: str) -> bool:
@@ -231,11 +235,12 @@ def check_unlabeled(training: Training) -> Iterator[Finding]:
         message = f"{len(cases)} unlabeled cases are not preprocessed yet; training preprocesses them when it starts"
         yield Finding("unlabeled", NOTE, message, f"to preprocess them now, {command}")
     elif (fault := unlabeled.fault()) is not None:
-        yield Finding("unlabeled", FAIL, f"{unlabeled.folder} is stale: {fault}", command)
+        message = f"{unlabeled.folder} is out of date: {fault}"
+        yield Finding("unlabeled", FAIL, message, unlabeled.update_remedy)
     else:
         identifiers = unlabeled.identifiers()
         unlabeled.check_not_labeled(training.labeled, set(identifiers))
-        yield Finding("unlabeled", OK, f"{len(identifiers)} cases in {unlabeled.folder}")
+        yield Finding("unlabeled", OK, f"{_cases(len(identifiers))} in {unlabeled.folder}")
         for remark in unlabeled.remarks():
             yield Finding("unlabeled", WARNING, remark, f"correct or remove the images in {unlabeled.raw}")
     yield from _check_leftovers(unlabeled)
@@ -286,7 +291,8 @@ def check_folds(training: Training) -> Iterator[Finding]:
             remedy = f"if this is not intended, remove them from train or val in {file}"
             yield Finding("split", WARNING, message, remedy)
         elif absent := sorted(labeled - train - val):
-            yield Finding("split", NOTE, f"fold {fold} does not use these labeled cases: {some(absent)}")
+            unused = counted(absent, "labeled case", "labeled cases")
+            yield Finding("split", NOTE, f"fold {fold} does not use {unused}")
     yield Finding("split", OK, f"{len(splits)} folds in {file}")
 
 
@@ -401,6 +407,7 @@ def check_memory(trainer: type[SemiSupervisedTrainer], training: Training) -> It
     half = f"-gpu_memory_target {total * labeled / (labeled + unlabeled) / len(students):.0f}"
     yield Finding(
         "GPU memory", WARNING, f"{message}; the GPU has {total:.0f} GiB",
-        f"run: nnUNetv2_plan_experiment -d {cases.dataset_id} {half} -overwrite_plans_name NAME, "
-        "preprocess, and train with -p NAME; or train a subclass with unlabeled_batch_size=1",
+        f"plan a smaller network: nnUNetv2_plan_experiment -d {cases.dataset_id} {half} -overwrite_plans_name NAME; "
+        f"then nnUNetv2_preprocess -d {cases.dataset_id} -plans_name NAME -c {cases.configuration_name}, and train "
+        "with -p NAME; or train a subclass with unlabeled_batch_size=1",
     )  # fmt: skip

@@ -81,7 +81,10 @@ def parse_methods(texts: Sequence[str]) -> dict[str, tuple[Path, ...]]:
             raise UsageError(f"-pred: {name} is given twice; separate its seeds by commas: {name}=FOLDER,FOLDER")
         methods[name] = tuple(map(Path, folders))
     if len(methods) < 2:
-        raise UsageError(f"-pred: only one method, {some(list(methods))}; give the baseline first, then the others")
+        raise UsageError(
+            f"-pred names only one method ({some(list(methods))}), but a comparison needs at least two; give the "
+            "baseline first, then the others"
+        )
     return methods
 
 
@@ -121,7 +124,7 @@ def compare_folders(
     if not comparison.labels:
         raise UserError(
             f"{reference}: no case has a score in all prediction folders, so nothing can be compared; check that the "
-            "references contain the labels"
+            "references contain the labels to be scored"
         )
     return comparison
 

@@ -125,8 +125,8 @@ def _other_checkpoint(model: Path, folds: Sequence[str]) -> str:
         if all((model / f"fold_{fold}" / name).is_file() for fold in folds):
             return name
     raise UserError(
-        f"{model}: neither {SECOND} nor {TEACHER} exists in all of the folds {', '.join(folds)}: either the model was "
-        "trained with one network, or its training has not finished; choose other folds with -f, or predict with "
+        f"{model}: neither {SECOND} nor {TEACHER} exists in all of the folds {', '.join(folds)}; if a training has not "
+        "finished, finish it or choose other folds with -f; if the model was trained with one network, predict with "
         "nnUNetv2_predict"
     )
 

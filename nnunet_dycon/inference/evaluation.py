@@ -320,12 +320,16 @@ def _match(reference: Path, prediction: Path, file_ending: str) -> list[tuple[st
         for folder in (reference, prediction)
     )
     if not references:
-        raise UserError(f"{reference}: no references *{file_ending}; check the folder, and file_ending in dataset.json")
-    if missing := references - predictions:
-        count = f"{len(missing)} of {len(references)}"
         raise UserError(
-            f"{count} references of {reference} have no prediction in {prediction}: "
-            f"{_enumerate(missing)}; predict them, or move these references to another folder"
+            f"{reference} has no reference files *{file_ending}; check the folder, and file_ending in dataset.json"
+        )
+    if missing := references - predictions:
+        count = f"{len(missing)} of {len(references)} reference{'s' * (len(references) != 1)}"
+        one, many = ("has", "it", "this reference"), ("have", "them", "these references")
+        verb, them, these = one if len(missing) == 1 else many
+        raise UserError(
+            f"{count} of {reference} {verb} no prediction in {prediction}: {_enumerate(missing)}; predict {them}, or "
+            f"move {these} to another folder"
         )
     if extra := predictions - references:
         _warn(f"{prediction}: not scored because they have no reference: {len(extra)} predictions: {_enumerate(extra)}")

@@ -83,8 +83,8 @@ def _export_fold(model: Path, output: Path, fold: str, name: str) -> None:
         _plan_second_network(model / "plans.json", output / "plans.json", configuration)
     elif builder is not nnUNetTrainer.build_network_architecture:
         raise UserError(
-            f"{source / name}: {trainer} builds a network of its own, which nnU-Net cannot build without this package; "
-            "predict with nnUNetv2_predict and nnUNet_extTrainer instead"
+            f"{source / name} cannot be exported, because nnU-Net cannot build the network of {trainer} without this "
+            "package; predict with it in place: set nnUNet_extTrainer and run nnUNetv2_predict"
         )
     _copy(source, target, _OF_FOLD + (_SCORES_OF_FOLD if name == STUDENT else ()))
     torch.save(

@@ -62,8 +62,8 @@ def load_checkpoint(file: Path) -> dict:
             )
         others = ", ".join(sorted(other.name for other in file.parent.glob("*.pth"))) or "none"
         raise UserError(
-            f"{file} does not exist (existing checkpoints: {others}); if training has not finished, finish it, choose "
-            "other folds with -f, or choose another checkpoint with -chk"
+            f"{file} does not exist (existing checkpoints: {others}); choose one with -chk, choose other folds with "
+            "-f, or finish the training"
         )
     unreadable = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, AttributeError, ImportError)
     with explained(unreadable, f"{file} cannot be loaded; choose another checkpoint with -chk"):

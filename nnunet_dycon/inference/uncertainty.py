@@ -36,7 +36,7 @@ from nnunet_dycon.data.image_reading import (
     reoriented_grid,
     write_like,
 )
-from nnunet_dycon.errors import UsageError, UserError, explained
+from nnunet_dycon.errors import UsageError, UserError, counted, explained
 from nnunet_dycon.inference.tables import aligned, as_csv, as_json, write_texts
 from nnunet_dycon.system.files import VOLUME_ENDINGS, require_whole
 from nnunet_dycon.system.processes import map_cases
@@ -93,8 +93,8 @@ def rank_predictions(folders: Sequence[Path], output: Path, *, num_processes: in
         raise UsageError("-i: a folder is given twice; give each folder once")
     if output.exists() and any(output.samefile(folder) for folder in folders):
         raise UsageError(
-            f"-o {output} is one of the input folders, where nnU-Net would treat the maps as predictions; choose "
-            "another folder"
+            f"-o {output} is one of the input folders, and nnU-Net would treat the uncertainty maps in it as "
+            "predictions; choose another folder"
         )
     cases = _cases(folders)
     task = _Task.of(folders[0], cases[0])
@@ -405,9 +405,9 @@ def _cases(folders: Sequence[Path]) -> list[str]:
         if not cases:
             raise UserError(f"{folder} has no probabilities CASE.npz; run nnUNetv2_predict with --save_probabilities")
         if differing := sorted(cases ^ found[0]):
+            found_once = counted(differing, *(f"{verb} in only one of the two folders" for verb in ("is", "are")))
             raise UserError(
-                f"{folders[0]} and {folder} contain different cases: {len(differing)} are in only one of both, for "
-                f"example {differing[0]}; predict the same images into both"
+                f"{folders[0]} and {folder} contain different cases: {found_once}; predict the same images into both"
             )
     return sorted(found[0])
 
@@ -436,8 +436,9 @@ def _rank_case(case: str, folders: Sequence[Path], output: Path, task: _Task) ->
         members.append(_read_probabilities(file, task))
         if members[-1].shape != members[0].shape:
             raise UserError(
-                f"{file} has the shape (K, Z, Y, X) {members[-1].shape}, but {folders[0] / file.name} has "
-                f"{members[0].shape}; predict the same images into both folders, with models of the same labels"
+                f"{file} has the shape {members[-1].shape} (classes or regions, Z, Y, X), but "
+                f"{folders[0] / file.name} has {members[0].shape}; predict the same images into both folders, with "
+                "models of the same labels"
             )
         segmentation = task.as_predicted(stored, grid)
         if members[-1].shape[1:] != segmentation.shape:
@@ -482,9 +483,12 @@ def _read_probabilities(file: Path, task: _Task) -> np.ndarray:
             probabilities = content["probabilities"]
     found = len(_of_labels(probabilities, task.label_space))
     if task.labels and len(task.labels) != found:
+        labels = len(task.labels)
+        required = f"{labels + 1} (background and {labels} label{'s' * (labels != 1)})"
+        if task.label_space.sigmoid:
+            required = f"{labels} (one for each region)"
         raise UserError(
-            f"{file} has {len(probabilities)} channels, but dataset.json has {len(task.labels)} labels in addition to "
-            "the background; predict again"
+            f"{file} has {len(probabilities)} channels, but dataset.json requires {required}; predict again"
         )
     for z in _slabs(probabilities):
         if (fault := task.fault(probabilities[:, z])) is not None:

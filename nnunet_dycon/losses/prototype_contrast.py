@@ -126,7 +126,8 @@ def prototype_contrast_loss(
     if not fits or not len(labels) == len(valid) == len(anchors) or len(present) != len(prototypes):
         raise ValueError(
             "anchors must be (M, F), labels and valid (M,), prototypes (K, F) and present (K,), got "
-            f"{[tuple(tensor.shape) for tensor in (anchors, labels, valid, prototypes, present)]}"
+            f"anchors {tuple(anchors.shape)}, labels {tuple(labels.shape)}, valid {tuple(valid.shape)}, "
+            f"prototypes {tuple(prototypes.shape)} and present {tuple(present.shape)}"
         )
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")

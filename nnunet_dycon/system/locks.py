@@ -81,7 +81,7 @@ class Lock:
             elif not wait:
                 raise UserError(
                     f"{self.file.parent}: {self._work} is running ({_described(holder)}); wait until it has ended, or "
-                    f"stop it. If it cannot be running, delete {self.file}"
+                    f"stop it. If it is certainly not running any more, delete the lock file {self.file}"
                 )
             else:
                 if not announced:
@@ -121,8 +121,8 @@ class Lock:
             return  # the storage may return
         if other is not None and other != self._owner["token"]:
             raise UserError(
-                f"{self.file.parent}: {self._work} has started elsewhere ({_described(_read(self.file))}) while this "
-                "process did not respond; this one ends and writes nothing more"
+                f"{self.file.parent}: another process ({_described(_read(self.file))}) has taken over {self._work}, "
+                "because this one did not respond for a while; this process ends and writes nothing more"
             )
 
     def holder(self) -> str | None:

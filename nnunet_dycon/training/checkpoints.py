@@ -191,20 +191,24 @@ def method_state(method: nn.Module) -> dict[str, dict]:
     return {name: unwrap(child).state_dict() for name, child in method.named_children()}
 
 
-def load_method_state(method: nn.Module, state: dict[str, dict], filename: Path | str) -> None:
+def load_method_state(method: nn.Module, state: dict[str, dict], filename: Path | str, trainer_name: str) -> None:
     """Load the state dict of each child module of a semi-supervised method, such as the EMA teacher.
 
     Args:
         method: the `Method` of the training, which is changed in place.
         state: a state returned by `method_state`.
         filename: name of the checkpoint, for the error message.
+        trainer_name: name of the trainer class that resumes from the checkpoint, for the error message.
 
     Raises:
         UserError: the state of a child module is missing.
     """
     for name, child in method.named_children():
         if name not in state:
-            raise UserError(f"{filename} contains no state of the method's {name}, so it cannot be resumed; {_REMEDY}")
+            raise UserError(
+                f"{filename} lacks the saved state of the module {name}, which {trainer_name} needs to resume; "
+                f"{_REMEDY}"
+            )
         unwrap(child).load_state_dict(state[name])
 
 

@@ -17,7 +17,7 @@ from nnunet_dycon.errors import NotSupported, UserError
 from nnunet_dycon.system.distributed import on_rank_zero, require_even_batch
 from nnunet_dycon.system.environment import nnunet_folder
 
-_REMEDY = "Use nnU-Net's default or residual-encoder plans."
+_REMEDY = "use nnU-Net's default or residual-encoder plans"
 
 
 def check_data(plans: dict, configuration: ConfigurationManager, dataset_json: dict) -> None:
@@ -76,8 +76,9 @@ def refuse_planned_network(trainer: str, class_name: str) -> None:
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     if parameters and "deep_supervision" not in parameters and not takes_any:
         raise NotSupported(
-            f"{trainer} cannot train {class_name.rpartition('.')[2]}: it has neither deep supervision nor an encoder "
-            f"with stages, whose features are required. {_REMEDY}"
+            f"{trainer} cannot train {class_name.rpartition('.')[2]}: networks in the plans must support deep "
+            "supervision, and this one does not (methods that use features also require an encoder with stages); "
+            f"{_REMEDY}"
         )
 
 
@@ -94,7 +95,7 @@ def deep_supervision_off(trainer: nnUNetTrainer) -> Iterator[None]:
     network = unwrap(trainer.network)
     if not hasattr(getattr(network, "decoder", None), "deep_supervision"):
         raise NotSupported(
-            f"{type(trainer).__name__} requires deep supervision, but the network {type(network).__name__} has none. "
+            f"{type(trainer).__name__} requires deep supervision, but the network {type(network).__name__} has none; "
             f"{_REMEDY}"
         )
     trainer.set_deep_supervision_enabled(False)
@@ -116,7 +117,7 @@ def stage_nearest_to_stride_8(trainer: nnUNetTrainer) -> FeatureStage:
     if not hasattr(encoder, "stages"):
         raise NotSupported(
             f"{type(trainer).__name__} requires features of encoder.stages, but the network {type(network).__name__} "
-            f"has none. {_REMEDY}"
+            f"has none; {_REMEDY}"
         )
     index = nearest_stage(trainer.configuration_manager.pool_op_kernel_sizes)
     return FeatureStage(f"encoder.stages.{index}", encoder.output_channels[index])

@@ -80,7 +80,7 @@ def check_cases(
 
     Raises:
         UserError: a case is missing, damaged, or both labeled and unlabeled; the preprocessed unlabeled cases are
-            outdated; a label value is not in dataset.json; the fold has too few cases to split, or splits_final.json
+            out of date; a label value is not in dataset.json; the fold has too few cases to split, or splits_final.json
             is invalid; nnU-Net's fingerprint was not extracted from the current labeled cases.
     """
     labeled = labeled_identifiers(folder, unlabeled.arguments)

@@ -83,7 +83,7 @@ def test_fractions_are_relative_to_annotated_voxels():
 
 
 def test_grid_that_does_not_divide_the_volume_raises():
-    with pytest.raises(ValueError, match="does not divide"):
+    with pytest.raises(ValueError, match="cannot be divided into a grid"):
         pool_to_patches(torch.zeros(1, 7, 8), (2, 2))
 
 

@@ -48,10 +48,10 @@ def test_schedules_return_python_floats():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: exponential_decay(0.5, 0.0, 1.0), "must be positive"),
-        (lambda: exponential_decay(0.5, 1.0, -1.0), "must be positive"),
-        (lambda: sigmoid_rampup(0.5, start=0.6, end=0.4), "end must not be less than start"),
-        (lambda: sigmoid_rampup(0.5, steepness=-1), "steepness must not be negative"),
+        (lambda: exponential_decay(0.5, 0.0, 1.0), "exponential decay must be positive"),
+        (lambda: exponential_decay(0.5, 1.0, -1.0), "exponential decay must be positive"),
+        (lambda: sigmoid_rampup(0.5, start=0.6, end=0.4), "end of the sigmoid ramp-up must not be less than its start"),
+        (lambda: sigmoid_rampup(0.5, steepness=-1), "steepness of the sigmoid ramp-up must not be negative"),
     ],
 )
 def test_invalid_arguments_raise(call, message):

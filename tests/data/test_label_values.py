@@ -40,7 +40,7 @@ def test_values_of_all_cases_are_returned(folder):
 def test_values_that_dataset_json_does_not_name_are_an_error_with_their_cases(folder):
     write(folder, "a", 0, 1)
     write(folder, "b", 0, 4, 7)
-    with pytest.raises(UserError, match=r"1 labeled cases have label values .* does not name: b \(4, 7\); correct"):
+    with pytest.raises(UserError, match=r"1 labeled case has label values .* does not name: b \(4, 7\); correct"):
         check_label_values(folder, ["a", "b"], DATASET, 1)
 
 

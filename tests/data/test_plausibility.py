@@ -143,7 +143,7 @@ def test_files_with_another_ending_are_named(ct, capsys):
 
 
 def test_spacing_files_of_tiff_images_are_checked(tmp_path, monkeypatch, capsys):
-    """A missing file is a warning, and a changed, added or removed one makes the preprocessed cases stale."""
+    """A missing file is a warning, and a changed, added or removed one makes the preprocessed cases out of date."""
     make(tmp_path, "Dataset904_Tiff", ".tif", write_tiff)
     set_environment(monkeypatch, tmp_path)
     raw = tmp_path / "nnUNet_raw" / "Dataset904_Tiff" / "imagesUn"

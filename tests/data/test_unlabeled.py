@@ -1,4 +1,4 @@
-"""Tests of preprocessing of unlabeled cases: equal to nnU-Net's, resumed if interrupted, stale and invalid input."""
+"""Tests of preprocessing of unlabeled cases: equal to nnU-Net's, resumed, out of date, and invalid input."""
 
 import gzip
 import json
@@ -79,26 +79,26 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
-def test_changed_plans_make_the_folder_stale(base, change):
+def test_changed_plans_make_the_folder_out_of_date(base, change):
     change_plans(base, **change)
     cases = UnlabeledCases.of_dataset("901", "3d_fullres", "nnUNetPlans")
     assert cases.fault() == "the plans have changed"
     with pytest.raises(
-        UserError, match="is stale: the plans have changed; run: nnunet_dycon preprocess_unlabeled -d 901"
+        UserError, match="is out of date: the plans have changed; run: nnunet_dycon preprocess_unlabeled -d 901"
     ):
         cases.require(num_processes=1)
 
 
-def test_patch_size_and_batch_size_do_not_make_the_folder_stale(base):
+def test_patch_size_and_batch_size_do_not_make_the_folder_out_of_date(base):
     change_plans(base, patch_size=[16, 16, 16], batch_size=5)
     assert UnlabeledCases.of_dataset("901", "3d_fullres", "nnUNetPlans").fault() is None
 
 
-def test_changed_images_make_the_folder_stale_until_preprocess_unlabeled_is_run(cases, images):
+def test_changed_images_make_the_folder_out_of_date_until_preprocess_unlabeled_is_run(cases, images):
     image, _ = tiny_volume(99)
     write_volume(image, images / "scan_new_0000.nii.gz")
     assert "have changed" in cases.fault()
-    with pytest.raises(UserError, match="is stale"):
+    with pytest.raises(UserError, match="is out of date"):
         cases.require(num_processes=1)
     assert main(["preprocess_unlabeled", "-d", "901", "-np", "1"]) == 0
     assert cases.fault() is None
@@ -132,7 +132,7 @@ def test_preprocessed_folder_is_used_without_raw_images(cases, images, monkeypat
 def test_damaged_folder_is_reported_and_rebuilt_by_preprocess_unlabeled(cases, damage, fault):
     damage(cases)
     assert cases.fault() == fault
-    with pytest.raises(UserError, match="is stale"):
+    with pytest.raises(UserError, match="is out of date"):
         cases.require(num_processes=1)
     preprocess_unlabeled("901", "3d_fullres")
     assert cases.fault() is None
@@ -204,15 +204,13 @@ def test_images_are_exactly_zero_outside_the_nonzero_region(base, images):
     assert (data[~outside] != 0).mean() > 0.99
 
 
-def test_stale_fingerprint_raises(base, images):
+def test_fingerprint_that_is_out_of_date_raises(base, images):
     """A label was removed after planning, but the fingerprint still contains statistics of this label."""
     folder = base / "nnUNetPlans_3d_fullres"
     for file in folder.glob("case_04*"):
         file.unlink()
     shutil.rmtree(base / "nnUNetPlans_3d_fullres_unlabeled")
-    message = (
-        r"fingerprint.json was extracted from 5 cases, which are not the current 4 .*and_preprocess -d 901 --clean"
-    )
+    message = r"fingerprint.json was made \(then 5 cases, now 4\); run: .*and_preprocess -d 901 --clean"
     with pytest.raises(UserError, match=message):
         preprocess_unlabeled("901", "3d_fullres")
 
@@ -248,11 +246,11 @@ BAD_IMAGES = {
     ),
     "also labeled": (
         lambda d: shutil.copy(d / "scan_00_0000.nii.gz", d / "case_02_0000.nii.gz"),
-        "1 cases are both labeled and unlabeled, such as case_02; remove them from",
+        "1 case is both labeled and unlabeled: case_02; either remove it from",
     ),
     "truncated": (
         lambda d: (d / "scan_02_0000.nii.gz").write_bytes((d / "scan_02_0000.nii.gz").read_bytes()[:5000]),
-        r"1 of 4 unlabeled cases cannot be used; repair or remove them: .*scan_02_0000.nii.gz \(Compressed file ended",
+        r"1 of 4 unlabeled cases cannot be used; repair or remove it: .*scan_02_0000.nii.gz \(Compressed file ended",
     ),
     "not gzip": (
         lambda d: (d / "scan_02_0000.nii.gz").write_bytes(b"no image"),
@@ -280,11 +278,11 @@ BAD_IMAGES = {
     ),
     "metres for millimetres": (
         lambda d: write_volume(tiny_volume(1)[0], d / "scan_02_0000.nii.gz", spacing=(0.001, 0.001, 0.001)),
-        r"scan_02_0000.nii.gz \(its voxels of 0.001 x 0.001 x 0.001 mm are 0.001 times as long as",
+        r"scan_02_0000.nii.gz \(its spacing, 0.001 x 0.001 x 0.001 mm, is 0.001 times that of",
     ),
     "micrometres for millimetres": (
         lambda d: write_volume(tiny_volume(1)[0], d / "scan_02_0000.nii.gz", spacing=(1e3, 1e3, 1e3)),
-        r"scan_02_0000.nii.gz \(its voxels of 1000 x 1000 x 1000 mm are 1e\+03 times as long as",
+        r"scan_02_0000.nii.gz \(its spacing, 1000 x 1000 x 1000 mm, is 1000 times that of",
     ),
     "four dimensions": (
         lambda d: write_volume(np.stack([tiny_volume(1)[0]] * 3), d / "scan_02_0000.nii.gz", spacing=(1, 1, 1, 1)),
@@ -366,7 +364,7 @@ def test_folder_that_is_up_to_date_may_be_read_only(cases, monkeypatch):
 def test_invalid_images_raise_and_keep_the_old_folder(cases, images, capsys, damage, message):
     before = {file.name: file.read_bytes() for file in cases.folder.iterdir()}
     damage(images)
-    change_plans(cases.folder.parent, resampling_fn_data_kwargs=LINEAR)  # to make the folder stale
+    change_plans(cases.folder.parent, resampling_fn_data_kwargs=LINEAR)  # to make the folder out of date
     capsys.readouterr()
     assert main(["preprocess_unlabeled", "-d", "901", "-np", "1"]) == 1
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("nnunet_dycon: error:")]

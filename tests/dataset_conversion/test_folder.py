@@ -158,7 +158,7 @@ def test_labels_without_image_are_reported(source, target, capsys):
         (["--channel", T1, "--name", "my data"], "--name 'my data'"),
         (["--channel", T1, "--foreground", "tumor"], "expected NAME="),
         (["--channel", T1, "--foreground", "tumor=x"], "'x' is not an integer"),
-        (["--channel", T1, "--foreground", "a=1", "--foreground", "b=1"], "value 1 is named twice"),
+        (["--channel", T1, "--foreground", "a=1", "--foreground", "b=1"], "value 1 is given to two labels"),
         (["--channel", T1, "--foreground", "a=1", "--foreground", "a=2"], "a is named twice"),
         (["--channel", T1, "--foreground", "background=1"], "at least one label"),
         (["--channel", T1, "--foreground", "ignore=9", "--foreground", "a=1"], 'give the label "ignore" last'),

@@ -432,7 +432,7 @@ BAD_FLOAT[4, 2, 5] = 1.5
         ("imagesTr/a", sitk.Compose(image(), image()), "expected a 3D or 4D image with one value per voxel; repair it"),
         ("labelsTr/a", volume(0, 2), "expected a 3D volume with one value per voxel"),
         ("labelsTr/a", label((1, 3)), "label values 0, 1, 3, but only 0, 1, 2 are known"),
-        ("labelsTr/a", BAD_FLOAT, "label value 1.5 is not an integer; repair the file or leave the case out"),
+        ("labelsTr/a", BAD_FLOAT, "label value 1.5 is not an integer; repair the file or move the case out"),
         ("labelsTr/a", label(origin=(1, 2, 4)), "differ in origin"),
     ],
 )  # fmt: skip

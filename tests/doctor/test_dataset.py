@@ -118,8 +118,8 @@ FAULTS = {
     "no unlabeled cases": (no_unlabeled, "raw data", FAIL, "no unlabeled cases", "put the unlabeled images there"),
     "two roles": (in_two_folders, "case names", FAIL, "1 case is in imagesTr and imagesUn: case_02", "from one of"),
     "two roles, held out": (held_out_and_unlabeled, "case names", WARNING, "imagesUn and imagesTs: scan_02", "from"),
-    "m": (in_meters, "headers", FAIL, "scan_00_0000.nii.gz, scan_01_0000.nii.gz: its voxels of 0.001", "repair"),
-    "cm, held out": (held_out_in_cm, "headers", WARNING, "imagesTs: test_00_0000.nii.gz: its voxels of 0.1", "repair"),
+    "m": (in_meters, "headers", FAIL, "scan_00_0000.nii.gz, scan_01_0000.nii.gz: its spacing, 0.001", "repair"),
+    "cm, held out": (held_out_in_cm, "headers", WARNING, "imagesTs: test_00_0000.nii.gz: its spacing, 0.1", "repair"),
     "4D": (four_dimensional, "headers", FAIL, "scan_00_0000.nii.gz: 2 channels or time", "repair or remove"),
     "color": (colored, "headers", FAIL, "scan_00_0000.nii.gz: 3 values per voxel", "repair or remove"),
     "not an image": (not_an_image, "headers", WARNING, "case_00_0000.nii.gz: cannot be read", "repair or remove"),
@@ -144,7 +144,7 @@ def test_fault_is_reported_with_its_remedy(raw, doctor, find, break_it, check, s
     code, findings = doctor("-d 901 -f 0")
     find(findings, check, status, message, remedy)
     assert not [finding for finding in findings if "the check itself failed" in finding.message]
-    # A new image in imagesUn makes the preprocessed unlabeled cases stale.
+    # A new image in imagesUn makes the preprocessed unlabeled cases out of date.
     assert code == (status == FAIL or break_it is unlabeled_copy_of_labeled)
 
 

@@ -193,6 +193,6 @@ def test_subclass_outside_the_package_is_checked_in_full(tiny, doctor, find, mon
     (tmp_path / "mine.py").write_text(OWN)
     monkeypatch.setenv("nnUNet_extTrainer", f"{tmp_path}:{DISCOVERY}")
     code, findings = doctor("-d 901 -f 0 -tr nnUNetTrainerMine")
-    find(findings, "trainer", OK, "nnUNetTrainerMine trains 3d_fullres")
+    find(findings, "trainer", OK, "nnUNetTrainerMine can train 3d_fullres")
     find(findings, "GPU memory", NOTE, "2 labeled and 2 unlabeled patches")
     assert code == 0

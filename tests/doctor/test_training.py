@@ -56,7 +56,7 @@ def no_fingerprint(base: Path) -> None:
     (base / "dataset_fingerprint.json").unlink()
 
 
-def stale_fingerprint(base: Path) -> None:
+def fingerprint_out_of_date(base: Path) -> None:
     for file in (base / FOLDER).glob("case_04*"):
         file.unlink()
 
@@ -70,7 +70,7 @@ def unlabeled_not_preprocessed(base: Path) -> None:
     shutil.rmtree(base / f"{FOLDER}_unlabeled")
 
 
-def stale_unlabeled(base: Path) -> None:
+def unlabeled_out_of_date(base: Path) -> None:
     change_plans(base, spacing=[2.0, 1.0, 1.0])
 
 
@@ -116,21 +116,21 @@ FAULTS = {
     "no plans": (no_plans, "plans", FAIL, "nnUNetPlans.json does not exist", "nnUNetv2_plan_and_preprocess -d 901"),
     "useless plans": (useless_plans, "plans", FAIL, "has no configuration 3d_fullres", "plan again"),
     "not preprocessed": (not_preprocessed, "labeled", FAIL, "does not exist", "nnUNetv2_preprocess -d 901 -c 3d_full"),
-    "nothing preprocessed": (nothing_preprocessed, "labeled", FAIL, "has no cases", "nnUNetv2_preprocess -d 901"),
+    "nothing preprocessed": (nothing_preprocessed, "labeled", FAIL, "has no preprocessed cases", "nnUNetv2_prep"),
     "half": (half_preprocessed, "labeled", FAIL, "lacks files of case_01", "nnUNetv2_preprocess -d 901"),
     "no references": (no_references, "labeled", FAIL, "has no case_00, case_01, case_02 and 2 more", "nnUNet"),
     "no fingerprint": (no_fingerprint, "labeled", FAIL, "has no dataset_fingerprint.json", "-d 901 --clean"),
-    "stale fingerprint": (stale_fingerprint, "labeled", FAIL, "5 cases, which are not the current 4", "-d 901 --clean"),
+    "fingerprint": (fingerprint_out_of_date, "labeled", FAIL, "(then 5 cases, now 4)", "-d 901 --clean"),
     "relabeled": (relabeled, "labeled", WARNING, "5 cases are preprocessed, but labelsTr has 6; in only one: c", "-d"),
     "unlabeled": (unlabeled_not_preprocessed, "unlabeled", NOTE, "4 unlabeled cases are not prep", "ss_unlabeled -d"),
-    "stale": (stale_unlabeled, "unlabeled", FAIL, "the plans have changed", "preprocess_unlabeled -d 901 -c"),
-    "both": (labeled_and_unlabeled, "unlabeled", FAIL, "1 cases are both labeled and unlabeled", "remove them"),
+    "out of date": (unlabeled_out_of_date, "unlabeled", FAIL, "is out of date: the plans", "first run: nnUNetv2_pre"),
+    "both": (labeled_and_unlabeled, "unlabeled", FAIL, "1 case is both labeled and unlabeled", "remove it from"),
     "interrupted": (interrupted, "unlabeled", NOTE, "0123456789ab.partial is left from an interrupted", None),
-    "split of others": (splits((THREE, ["gone"])), "split", FAIL, "fold 0 lists 1 cases that are not", "fix it"),
+    "split of others": (splits((THREE, ["gone"])), "split", FAIL, "fold 0 lists 1 case that is not", "fix it"),
     "split of unlabeled": (splits((UNLABELED, TWO)), "split", FAIL, "fold 0 lists 4 cases that are not", "fix it"),
     "split that overlaps": (splits((THREE, THREE + TWO)), "split", WARNING, "trains and validates on case_00", "if"),
     "split without fold": (splits(), "split", WARNING, "has no fold 0; nnU-Net would train on a random 80 %", "choose"),
-    "split of some": (splits((THREE, TWO[:1])), "split", NOTE, "fold 0 does not use these labeled cases: case", None),
+    "split of some": (splits((THREE, TWO[:1])), "split", NOTE, "fold 0 does not use 1 labeled case: case_04", None),
     "trained": (trained("checkpoint_final.pth"), "results", NOTE, "contains a finished training; a new one", "add --c"),
     "interrupted training": (trained("checkpoint_latest.pth"), "results", NOTE, "0 contains a training", "add --c"),
 }  # fmt: skip
@@ -173,7 +173,7 @@ def test_a_supervised_trainer_needs_no_unlabeled_cases(base, doctor, find):
 def test_regions_are_supported(base, doctor, find):
     regions(base)
     code, findings = doctor("-d 901 -f 0")
-    find(findings, "trainer", OK, "nnUNetTrainerWeakToStrong trains 3d_fullres")
+    find(findings, "trainer", OK, "nnUNetTrainerWeakToStrong can train 3d_fullres")
     assert code == 0
 
 
@@ -193,7 +193,7 @@ def test_cascade_is_not_supported(base, doctor, find):
 
 def few(base: Path) -> None:
     """Reduce the labeled cases to 4, also in the fingerprint."""
-    stale_fingerprint(base)
+    fingerprint_out_of_date(base)
     file = base / "dataset_fingerprint.json"
     fingerprint = json.loads(file.read_text())
     for entry in ("shapes_after_crop", "spacings"):

@@ -259,7 +259,7 @@ def damaged(folder):
 @pytest.mark.parametrize(
     ("methods", "change", "code", "words"),
     [
-        ("base=base", None, 2, "one method, base; give the baseline first"),
+        ("base=base", None, 2, "only one method (base), but a comparison needs at least two; give"),
         ("base=base seed_0", None, 2, "-pred seed_0: use NAME=FOLDER"),
         ("base=base =seed_0", None, 2, "-pred =seed_0: use NAME=FOLDER"),
         ("base=base a=seed_0,", None, 2, "-pred a=seed_0,: use NAME=FOLDER"),
@@ -269,7 +269,7 @@ def damaged(folder):
         ("base=base a=seed_0,./seed_0", None, 2, "seed_0 is given twice, for a and a"),
         ("base=base a=labelsTs", None, 2, "references and predictions are the same folder: labelsTs"),
         ("base=base a=nowhere", None, 1, "nowhere: no such folder; check the path"),
-        ("base=base a=seed_0", remove_a_case, 1, "have no prediction in seed_0: case_3; predict them"),
+        ("base=base a=seed_0", remove_a_case, 1, "has no prediction in seed_0: case_3; predict it"),
         ("base=base a=seed_0", other_size, 1, "seed_0/case_3.nii.gz and its reference"),
         ("base=base a=seed_0", other_spacing, 1, "differ in spacing"),
         ("base=base a=seed_0", other_labels, 1, "base and seed_0 have different labels (organ=1; tumor=1); copy"),

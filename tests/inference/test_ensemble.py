@@ -135,7 +135,7 @@ FAULTS = {
     remove_plans: (2, "is not a model folder: plans.json is missing"),
     no_images: (2, "has no images CASE_XXXX.nii.gz; give their folder with -i"),
     no_channel: (1, "is not named CASE_XXXX.nii.gz, as nnU-Net requires; rename it"),
-    another_channel: (1, "test_00 in .* has the channels 0001, but"),
+    another_channel: (1, "test_00 in .* has the files 0001, but"),
     cut_image: (1, "cannot predict .*images"),
 }
 

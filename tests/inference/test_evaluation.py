@@ -265,7 +265,7 @@ def test_invalid_folders_are_errors(folders, tmp_path):
     for pair, message in (
         ((reference, tmp_path / "nowhere"), "no such folder"),
         ((tmp_path / "nowhere", prediction), "no such folder"),
-        ((empty, prediction), "no references"),
+        ((empty, prediction), "no reference files"),
         ((reference, empty), "-l"),
         ((prediction, prediction), "same folder"),
     ):

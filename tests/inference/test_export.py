@@ -173,7 +173,7 @@ def test_custom_trainer_is_found_through_nnunet_ext_trainer(model, tmp_path, mon
 def test_network_that_nnunet_cannot_build_is_an_error(model, tmp_path, monkeypatch, capsys):
     own = staticmethod(lambda *arguments, **options: nnUNetTrainer.build_network_architecture(*arguments, **options))
     monkeypatch.setattr(trainer_class(TRAINER), "build_network_architecture", own)
-    assert f"{TRAINER} builds a network of its own" in refusal(capsys, "-m", model, "-o", tmp_path / "vanilla")
+    assert f"nnU-Net cannot build the network of {TRAINER}" in refusal(capsys, "-m", model, "-o", tmp_path / "vanilla")
     assert list(tmp_path.iterdir()) == [tmp_path / "tiny"]  # no partial output
 
 
@@ -188,7 +188,7 @@ def test_unfinished_fold_is_an_error_and_can_be_excluded(model, tmp_path, capsys
     (model / "fold_1" / "checkpoint_latest.pth").touch()
     line = refusal(capsys, "-m", model, "-o", tmp_path / "vanilla", *option)
     assert "fold_1" in line
-    assert "not finished" in line
+    assert "finish the training" in line
     assert "checkpoint_latest.pth" in line
     assert export("-m", model, "-o", tmp_path / "vanilla", "-f", 0, *option) == 0
 

@@ -218,7 +218,7 @@ def test_invalid_predictions_of_regions_are_reported(of_regions, capsys):
     assert rank("-i", folder) == 0
     assert "differs from the segmentation of highest probability" in capsys.readouterr().err
     save(folder, "case", sigmoid(0, 3))
-    assert "3 channels, but dataset.json has 2 labels" in refusal(capsys, "-i", folder)
+    assert "3 channels, but dataset.json requires 2 (one for each region)" in refusal(capsys, "-i", folder)
     save(folder, "case", sigmoid(0, 2) + 0.5)
     assert "probabilities are not all between 0 and 1" in refusal(capsys, "-i", folder)
     (folder / "dataset.json").unlink()
@@ -370,7 +370,7 @@ def test_invalid_folders_are_errors(tmp_path, capsys):
     a.mkdir()
     assert "--save_probabilities" in refusal(capsys, "-i", a)
     save(a, "case", softmax(0))
-    assert "nnU-Net would treat the maps as predictions" in refusal(capsys, "-i", a, "-o", a)
+    assert "nnU-Net would treat the uncertainty maps in it as predictions" in refusal(capsys, "-i", a, "-o", a)
     assert "a folder is given twice" in refusal(capsys, "-i", a, a)
     (a / "dataset.json").write_text('{"labels": {"organ": "x"}}')
     assert "dataset.json does not define labels in nnU-Net's format" in refusal(capsys, "-i", a)
@@ -400,7 +400,7 @@ def test_files_of_different_predictions_are_errors(tmp_path, capsys):
     assert "case.nii.gz does not exist" in refusal(capsys, "-i", tmp_path)
     save(tmp_path, "case", softmax(0))
     declare(tmp_path, {"organ": 1})
-    assert "3 channels, but dataset.json has 1 labels in addition to the background" in refusal(capsys, "-i", tmp_path)
+    assert "3 channels, but dataset.json requires 2 (background and 1 label)" in refusal(capsys, "-i", tmp_path)
 
 
 def test_invalid_probabilities_are_errors(tmp_path, capsys):

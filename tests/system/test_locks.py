@@ -122,7 +122,9 @@ def test_a_training_whose_lock_was_taken_over_ends(tmp_path):
     held = lock(tmp_path)
     held.acquire()
     written_by(tmp_path)
-    with pytest.raises(UserError, match=r"a training of this fold has started elsewhere \(host node7, process 1\)"):
+    with pytest.raises(
+        UserError, match=r"another process \(host node7, process 1\) has taken over a training of this fold"
+    ):
         held.check()
     held.close()
     assert (tmp_path / LOCK).is_file()  # of the other training

@@ -124,7 +124,7 @@ def with_primus(base: type[SemiSupervisedTrainer], deep_supervision: bool) -> ty
 @pytest.mark.parametrize("base", [nnUNetTrainerDyCON, nnUNetTrainerDyCONCoTraining])
 def test_primus_raises_for_methods_that_require_features(base, tiny):
     """All layers of nnU-Net's transformer have the same resolution, so it has no encoder with stages."""
-    message = "but the network Primus has none. Use nnU-Net's default or residual-encoder plans"
+    message = "but the network Primus has none; use nnU-Net's default or residual-encoder plans"
     with pytest.raises(NotImplementedError, match=message):
         make_trainer(with_primus(base, deep_supervision=False)).initialize()
 
@@ -158,7 +158,7 @@ def test_plans_of_primus_raise(base, name):
     message = (
         "needs .* but the plans for .*Primus lack them"
         if has_own_network
-        else "cannot train Primus: it has neither deep"
+        else "cannot train Primus: networks in the plans"
     )
     with pytest.raises(NotImplementedError, match=message) as refused:
         make_trainer(trainer_class(name)).run_training()
@@ -194,7 +194,7 @@ def test_training_that_was_overtaken_writes_no_checkpoint(tiny, monkeypatch):
             trainer.save_checkpoint(str(lock.with_name("checkpoint_latest.pth"))),
         ),
     )
-    with pytest.raises(SystemExit, match=r"a training of this fold has started elsewhere .host node7"):
+    with pytest.raises(SystemExit, match=r"another process \(host node7, .*\) has taken over a training of this fold"):
         trainer.run_training()
     assert not list(Path(trainer.output_folder).glob("*.pth"))
     assert lock.is_file()  # that of the other training

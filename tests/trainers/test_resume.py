@@ -178,15 +178,15 @@ CHECKPOINTS = {
     ),
     "no teacher": (
         remove_teacher,
-        "latest.pth contains no state of the method's teacher, so it cannot be resumed; start from its weights with",
+        "latest.pth lacks the saved state of the module teacher, which .* needs to resume; start from its weights with",
     ),
     "no head": (
         remove_head,
-        "latest.pth contains no state of the method's head, so it cannot be resumed; start from its",
+        "latest.pth lacks the saved state of the module head, which .* needs to resume; start from its",
     ),
     "no second network": (
         remove_second,
-        "latest.pth contains no state of the method's second, so it cannot be resumed; start from its weights with",
+        "latest.pth lacks the saved state of the module second, which .* needs to resume; start from its weights with",
         nnUNetTrainerUGPL,
     ),
     "another second network": (

@@ -205,7 +205,7 @@ def test_stop_that_also_ends_the_workers_writes_a_checkpoint(monkeypatch, is_sto
         assert end.value.code == EXIT_CODE
         assert (Path(trainer.output_folder) / "checkpoint_latest.pth").is_file()
     else:
-        assert "a process that prepares batches was killed, perhaps for lack of memory" in str(end.value.code)
+        assert "a process that prepares batches was killed, probably for lack of memory" in str(end.value.code)
 
 
 def interrupted_with_checkpoints() -> Path:

@@ -76,7 +76,7 @@ def test_single_region_raises_for_dkuxnet_only(small):
     description = json.loads(file.read_text())
     description |= {"labels": {"background": 0, "all": [1, 2]}, "regions_class_order": [1]}
     file.write_text(json.dumps(description))
-    with pytest.raises(NotImplementedError, match="nnUNetTrainerDKUXNet cannot train on a single region") as refused:
+    with pytest.raises(NotImplementedError, match="nnUNetTrainerDKUXNet needs at least two classes") as refused:
         make_trainer(nnUNetTrainerDKUXNet)
     assert "\n" not in refused.value.code
     make_trainer(nnUNetTrainerUXNet)
@@ -158,4 +158,4 @@ def test_nnunet_predicts_with_the_network(small, trainer_class):
 def test_export_to_plain_nnunet_raises_for_other_networks(small, capsys):
     _, model = save_model(nnUNetTrainerUXNet, small / PREPROCESSED)
     assert main(["export_vanilla", "-m", str(model), "-o", str(small / "vanilla")]) == 1
-    assert "nnUNetTrainerUXNet builds a network of its own" in capsys.readouterr().err
+    assert "nnU-Net cannot build the network of nnUNetTrainerUXNet" in capsys.readouterr().err

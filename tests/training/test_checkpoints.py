@@ -157,7 +157,7 @@ def method() -> nn.Module:
 
 def test_state_of_each_module_of_a_method_is_restored():
     one, other = method(), method()
-    checkpoints.load_method_state(other, checkpoints.method_state(one), "file")
+    checkpoints.load_method_state(other, checkpoints.method_state(one), "file", "nnUNetTrainerX")
     torch.testing.assert_close(other.state_dict(), one.state_dict(), rtol=0, atol=0)
 
 
@@ -171,10 +171,10 @@ def test_missing_state_of_a_module_raises():
     state = checkpoints.method_state(method())
     del state["head"]
     message = (
-        "latest.pth contains no state of the method's head, so it cannot be resumed; start from its weights with -pre"
+        "latest.pth lacks the saved state of the module head, which nnUNetTrainerX needs to resume; start from its wei"
     )
     with pytest.raises(UserError, match=message):
-        checkpoints.load_method_state(method(), state, "latest.pth")
+        checkpoints.load_method_state(method(), state, "latest.pth", "nnUNetTrainerX")
 
 
 def test_state_of_another_shape_raises():
@@ -184,7 +184,7 @@ def test_state_of_another_shape_raises():
         pytest.raises(UserError, match=r"latest.pth does not fit the networks; perhaps the plans have changed; start"),
         checkpoints.fitting("latest.pth"),
     ):
-        checkpoints.load_method_state(method(), state, "latest.pth")
+        checkpoints.load_method_state(method(), state, "latest.pth", "nnUNetTrainerX")
 
 
 def test_companions_are_written_and_the_previous_checkpoint_is_removed(latest):

@@ -34,7 +34,7 @@ class TakesAnything(nn.Module):
 
 
 def test_network_of_plans_without_deep_supervision_raises():
-    message = "nnUNetTrainerX cannot train Primus: it has neither deep supervision nor an encoder with stages"
+    message = "nnUNetTrainerX cannot train Primus: networks in the plans must support deep supervision"
     with pytest.raises(NotSupported, match=message):
         compatibility.refuse_planned_network("nnUNetTrainerX", f"{Primus.__module__}.Primus")
 
@@ -71,7 +71,7 @@ def test_stage_with_stride_nearest_to_8(compiled):
 
 
 def test_network_without_stages_raises():
-    message = "nnUNetTrainerX requires features of encoder.stages, but the network Conv3d has none. Use nnU-Net's"
+    message = "nnUNetTrainerX requires features of encoder.stages, but the network Conv3d has none; use nnU-Net's"
     with pytest.raises(NotSupported, match=message):
         compatibility.stage_nearest_to_stride_8(nnUNetTrainerX(nn.Conv3d(1, 1, 1)))
 

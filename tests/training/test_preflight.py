@@ -84,29 +84,29 @@ FAULTS = {
     "no unlabeled cases": (remove_unlabeled, "no unlabeled cases: .*imagesUn"),
     "labeled and unlabeled": (
         rename_labeled_to_unlabeled,
-        "1 cases are both labeled and unlabeled, such as scan_00; remove",
+        "1 case is both labeled and unlabeled: scan_00; either remove it from",
     ),
     "too few for a split": (few_labeled, "4 labeled cases are too few for nnU-Net's split into 5 folds, .*fold 'all'"),
     "fold not in the split": (few_splits, "fold 0 does not exist: 4 labeled cases are too few .*; train on all"),
-    "stale fingerprint": (
+    "fingerprint out of date": (
         lost_label,
-        "fingerprint.json was extracted from 5 cases, which are not the current 4 .* -d 901 --clean",
+        r"fingerprint.json was made \(then 5 cases, now 4\); run: .* -d 901 --clean",
     ),
-    "stale": (
+    "out of date": (
         other_plans,
-        "is stale: the plans have changed; run: nnunet_dycon preprocess_unlabeled -d 901 -c 3d_full",
+        "is out of date: the plans have changed; run: nnunet_dycon preprocess_unlabeled -d 901 -c 3d_full",
     ),
     "labeled cases of other plans": (
         other_spacing,
-        "labeled cases in .*nnUNetPlans_3d_fullres do not have the shapes .* by hand, run: nnUNetv2_preprocess -d 901",
+        "cases in .*nnUNetPlans_3d_fullres are out of date: their shapes .* by hand: nnUNetv2_preprocess -d 901",
     ),
     "split of absent cases": (
         write_split({"train": ["case_00", "gone"], "val": ["case_01"]}),
-        r"splits_final.json: fold 0 lists 1 cases that are not among the preprocessed labeled cases, such as gone",
+        r"splits_final.json: fold 0 lists 1 case that is not among the preprocessed labeled cases: gone",
     ),
     "split of unlabeled cases": (
         write_split({"train": ["case_00"], "val": ["scan_00"]}),
-        r"fold 0 lists 1 cases .*, such as scan_00; fix it, remove it .* \(do not list cases of imagesUn",
+        r"fold 0 lists 1 case .*: scan_00; fix it, remove it .* \(do not list cases of imagesUn",
     ),
     "split without validation": (
         write_split({"train": ["case_00"], "val": []}),
@@ -126,7 +126,7 @@ FAULTS = {
     ),
     "empty unlabeled case": (
         lambda base, raw: (base / "nnUNetPlans_3d_fullres_unlabeled" / "scan_01.b2nd").write_bytes(b""),
-        "is stale: scan_01.b2nd is missing or empty; run: nnunet_dycon preprocess_unlabeled -d 901",
+        "is out of date: scan_01.b2nd is missing or empty; run: nnunet_dycon preprocess_unlabeled -d 901",
     ),
     "manifest without files": (
         lambda base, raw: (base / "nnUNetPlans_3d_fullres_unlabeled" / "manifest.json").write_text(
@@ -134,16 +134,16 @@ FAULTS = {
                 json.loads((base / "nnUNetPlans_3d_fullres_unlabeled" / "manifest.json").read_text()) | {"files": None}
             )
         ),
-        "is stale: manifest.json is damaged; run: nnunet_dycon preprocess_unlabeled -d 901",
+        "is out of date: manifest.json is damaged; run: nnunet_dycon preprocess_unlabeled -d 901",
     ),
     "damaged split": (damage_split, "splits_final.json is not a list of splits .*; fix it, remove it"),
     "damaged manifest": (
         damage_manifest,
-        "is stale: manifest.json is damaged; run: nnunet_dycon preprocess_unlabeled -d 901",
+        "is out of date: manifest.json is damaged; run: nnunet_dycon preprocess_unlabeled -d 901",
     ),
     "damaged unlabeled image": (
         bad_image,
-        r"1 of 4 unlabeled cases cannot be used; repair or remove them: .*imagesUn/scan_01_0000.nii.gz \(Compressed",
+        r"1 of 4 unlabeled cases cannot be used; repair or remove it: .*imagesUn/scan_01_0000.nii.gz \(Compressed",
     ),
     "not preprocessed": (not_preprocessed, "does not exist; run: nnUNetv2_preprocess -d 901"),
 }
