@@ -2,8 +2,7 @@
 
 Tensors on "cuda:0" of FakeTensorMode have a shape and a device but no content, so no GPU is needed. Operations whose
 result depends on content raise an error, such as ``.item()``, ``nonzero`` and indexing with a boolean mask; on a GPU,
-they would make the host wait. The gradient engine of PyTorch needs a device, so only forward passes are computed, and the
-hand-written gradients are called directly.
+they would make the host wait. PyTorch's engine for gradients needs a device, so the forward pass is tested.
 """
 
 from dataclasses import fields, is_dataclass, replace
@@ -12,20 +11,19 @@ from unittest.mock import patch
 import pytest
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorMode,
-)
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
+from nnunet_dycon.components import mixing
 from nnunet_dycon.data.loader import to_batches
-from nnunet_dycon.losses.kernels import fecl, fecl_released, uncl
+from nnunet_dycon.errors import NotSupported
+from nnunet_dycon.trainers import trainer_class
 from tests.trainers.test_matrix import METHODS
 from tests.trainers.test_matrix import start as start  # a fixture
 
 CUDA = torch.device("cuda", 0)
+NEEDS_DEEP_SUPERVISION = {"nnUNetTrainerDKUXNet"}
 
 
 class NoTransferToHost(TorchDispatchMode):
@@ -41,8 +39,16 @@ class NoTransferToHost(TorchDispatchMode):
 
 
 @pytest.fixture
-def fake_cuda():
+def fake_cuda(monkeypatch):
     """Enter FakeTensorMode, with a GPU that is available according to PyTorch."""
+    boxes = mixing.random_boxes
+
+    def boxes_on_cuda(number, spatial, side, device):
+        with _disable_current_modes():  # their positions are drawn on the host
+            drawn = boxes(number, spatial, side, torch.device("cpu"))
+        return on_cuda(drawn)
+
+    monkeypatch.setattr(mixing, "random_boxes", boxes_on_cuda)
     available = patch("torch.cuda.is_available", lambda: True)
     amp = patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
     with FakeTensorMode() as mode, available, amp:
@@ -75,24 +81,57 @@ def move_batch(batch):
     return replace(batch, **moved)
 
 
-SPACES = ["many classes", "ignore label", "regions", "regions, ignore label"]
+def without_deep_supervision(base):
+    """Return a trainer with one output, which nnU-Net's users get from subclasses like this one."""
+
+    class OneOutput(base):
+        def initialize(self):
+            self.enable_deep_supervision = False
+            super().initialize()
+
+    OneOutput.__name__ = OneOutput.__qualname__ = base.__name__
+    return OneOutput
 
 
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("label_space", ["ignore label", "regions, ignore label"])
+# Without ignore label: with it, nnU-Net's loss itself waits for the number of annotated voxels.
+@pytest.mark.parametrize("label_space", ["many classes", "regions"])
 @pytest.mark.parametrize("deep_supervision", [True, False], ids=["deep supervision", "one output"])
-def test_forward_pass_on_a_gpu_needs_no_host(start, fake_cuda, monkeypatch, name, label_space, deep_supervision):
-    with torch.utils._python_dispatch._disable_current_modes():
+@pytest.mark.parametrize("name", METHODS)
+def test_forward_pass_on_a_gpu_does_not_wait_for_it(start, fake_cuda, monkeypatch, name, label_space, deep_supervision):
+    with _disable_current_modes():
+        if not deep_supervision:
+            one_output = without_deep_supervision(trainer_class(name))
+            monkeypatch.setattr("tests.trainers.test_matrix.trainer_class", lambda name: one_output)
+            if name in NEEDS_DEEP_SUPERVISION:
+                with pytest.raises(NotSupported):
+                    start(name, label_space, "3d_fullres")
+                return
         trainer = start(name, label_space, "3d_fullres")
         labeled, unlabeled = to_batches(next(trainer.dataloader_train), torch.device("cpu"))
-    if not deep_supervision:
-        pytest.skip("")
     move(trainer.network)
     move(trainer.method)
     batches = [move_batch(batch) for batch in (labeled, unlabeled)]
     with NoTransferToHost(), torch.autocast("cuda"):
         terms = trainer.method(trainer._student, *batches, 0.5)
-    tensors = {name: value for name, value in terms.items() if isinstance(value, torch.Tensor)}
-    assert {value.device for value in tensors.values()} == {CUDA}
-    assert {value.dtype for value in tensors.values()} <= {torch.float32, torch.bool}
-    trainer.method.after_optimizer_step()
+        trainer.method.after_optimizer_step()
+    tensors = [value for value in terms.values() if isinstance(value, torch.Tensor)]
+    assert terms["loss"].dtype == torch.float32
+    assert {value.device for value in tensors} == {CUDA}
+    assert {value.shape for value in tensors} == {torch.Size([])}
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda x: x.sum().item(),
+        lambda x: x[x > 0],
+        lambda x: x.nonzero(),
+        lambda x: x.cpu(),
+        lambda x: x + torch.zeros(3),
+    ],
+    ids=["item", "boolean index", "nonzero", "copy to the host", "mixed devices"],
+)
+def test_waiting_for_the_gpu_and_mixed_devices_are_detected(fake_cuda, wait):
+    x = torch.zeros(3, device=CUDA)
+    with pytest.raises((RuntimeError, AssertionError)), NoTransferToHost():
+        wait(x)
