@@ -2,7 +2,8 @@
 
 Tensors on "cuda:0" of FakeTensorMode have a shape and a device but no content, so no GPU is needed. Operations whose
 result depends on content raise an error, such as ``.item()``, ``nonzero`` and indexing with a boolean mask; on a GPU,
-they would make the host wait. PyTorch's engine for gradients needs a device, so the forward pass is tested.
+they would make the host wait. PyTorch's engine for gradients needs a device, so only forward passes are tested, and
+hand-written gradients by a direct call.
 """
 
 from dataclasses import fields, is_dataclass, replace
@@ -18,6 +19,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from nnunet_dycon.components import mixing
 from nnunet_dycon.data.loader import to_batches
 from nnunet_dycon.errors import NotSupported
+from nnunet_dycon.losses.kernels.uncl import UnCL
+from nnunet_dycon.networks.kmax import _Respond
 from nnunet_dycon.trainers import trainer_class
 from tests.trainers.test_matrix import METHODS
 from tests.trainers.test_matrix import start as start  # a fixture
@@ -135,3 +138,41 @@ def test_waiting_for_the_gpu_and_mixed_devices_are_detected(fake_cuda, wait):
     x = torch.zeros(3, device=CUDA)
     with pytest.raises((RuntimeError, AssertionError)), NoTransferToHost():
         wait(x)
+
+
+class Context:
+    """The part of autograd's context that the hand-written gradients use."""
+
+    def save_for_backward(self, *tensors: torch.Tensor) -> None:
+        self.saved_tensors = tensors
+
+
+def volume(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.zeros(*shape, dtype=dtype, device=CUDA)
+
+
+GRADIENTS = {
+    "UnCL": (UnCL, lambda: (volume(2, 3, 8, 8, 8), volume(2, 3, 8, 8, 8), 1.0, 0.5, False)),
+    "UnCL of regions": (UnCL, lambda: (volume(2, 3, 8, 8, 8), volume(2, 3, 8, 8, 8), 1.0, 0.5, True)),
+    "UnCL in half precision": (
+        UnCL,
+        lambda: (*(volume(2, 3, 8, 8, 8, dtype=torch.float16) for _ in range(2)), 1.0, 0.5, False),
+    ),
+    "kMaX": (_Respond, lambda: (volume(2, 6, 50), volume(2, 4, 6), volume(2, 4, 3), [2, 1, 1])),
+    "kMaX in half precision": (
+        _Respond, lambda: (volume(2, 6, 50, dtype=torch.float16), volume(2, 4, 6), volume(2, 4, 3), [2, 1, 1]),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("function", "arguments"), GRADIENTS.values(), ids=GRADIENTS)
+def test_hand_written_gradients_on_a_gpu_do_not_wait_for_it(fake_cuda, function, arguments):
+    inputs, context = arguments(), Context()
+    with NoTransferToHost(), torch.no_grad(), torch.autocast("cuda"):
+        outputs = function.forward(context, *inputs)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        gradients = function.backward(context, *map(torch.ones_like, outputs))
+    assert {output.dtype for output in outputs} == {torch.float32}
+    for gradient, value in zip(gradients, inputs):
+        if gradient is not None:
+            assert (gradient.shape, gradient.dtype, gradient.device) == (value.shape, value.dtype, CUDA)
