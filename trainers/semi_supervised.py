@@ -74,9 +74,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
     def build_method(self, network: nn.Module, supervision: Supervision) -> Method:
         """Build the method, which computes the loss of each training step; see `nnunet_dycon.methods`."""
-        raise NotImplementedError(
-            f"{type(self).__name__} is a base class and cannot be trained; choose a trainer of: nnunet_dycon list"
-        )
+        raise NotImplementedError(f"{type(self).__name__} is a base class; choose a trainer from: nnunet_dycon list")
 
     def feature_stage(self) -> FeatureStage:
         """Return the network stage whose output is used as features; by default the stage with stride nearest to 8."""
@@ -189,8 +187,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     @ends_in_one_line()
     def run_training(self) -> None:
         """Run nnU-Net's training. On SIGTERM, finish the step, write a checkpoint and exit."""
-        is_spawned = self.is_ddp and not torch.distributed.is_torchelastic_launched()
-        with self._stop_request.listening(is_spawned), closing(self._lock):
+        listening = self._stop_request.listening(self.is_ddp and not torch.distributed.is_torchelastic_launched())
+        with listening, closing(self._lock), preflight.out_of_memory_explained(self):
             super().run_training()
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:

@@ -1,11 +1,13 @@
 """Preflight checks, which find errors in data and settings before a training starts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from os.path import samestat
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
@@ -134,14 +136,36 @@ def describe_batch(trainer: nnUNetTrainer, cases: dict[str, list[str]]) -> str:
         trainer: an initialized semi-supervised trainer.
         cases: "labeled" and "unlabeled" -> identifiers of these cases.
     """
-    labeled, unlabeled = trainer.batch_size, trainer.unlabeled_batch_size
-    planned = trainer.configuration_manager.batch_size  # for all GPUs together
-    memory = trainer.activation_memory_factor * (labeled + unlabeled) / planned
     steps = trainer.num_epochs * trainer.num_iterations_per_epoch
     return (
         f"{len(cases['labeled'])} labeled and {len(cases['unlabeled'])} unlabeled cases. Each of the {steps} steps "
-        f"trains on {labeled} labeled and {unlabeled} unlabeled patches: about {memory:.3g} times the memory that the "
-        f"plans were made for. To reduce it: nnUNetv2_plan_experiment with -gpu_memory_target at 1/{memory:.3g} of the "
-        "GPU's memory and a new -overwrite_plans_name, preprocess, and train with -p; or train a subclass with "
-        "unlabeled_batch_size=1."
+        f"trains on {trainer.batch_size} labeled and {trainer.unlabeled_batch_size} unlabeled patches: about "
+        f"{_memory_factor(trainer):.3g} times the memory that the plans were made for. {_memory_remedy(trainer)}."
     )
+
+
+def _memory_factor(trainer: nnUNetTrainer) -> float:
+    """Return the expected memory of a training step, relative to that of nnU-Net's own trainer with the same plans."""
+    planned = trainer.configuration_manager.batch_size  # for all GPUs together
+    return trainer.activation_memory_factor * (trainer.batch_size + trainer.unlabeled_batch_size) / planned
+
+
+def _memory_remedy(trainer: nnUNetTrainer) -> str:
+    return (
+        f"To reduce it: nnUNetv2_plan_experiment with -gpu_memory_target at 1/{_memory_factor(trainer):.3g} of the "
+        "GPU's memory and a new -overwrite_plans_name, preprocess, and train with -p; or train a subclass with "
+        "unlabeled_batch_size=1"
+    )
+
+
+@contextmanager
+def out_of_memory_explained(trainer: nnUNetTrainer) -> Iterator[None]:
+    """Replace an error for lack of GPU memory in the context by a UserError with a remedy.
+
+    Args:
+        trainer: the semi-supervised trainer, whose batch size and plans determine the remedy.
+    """
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        raise UserError(f"the GPU has too little memory ({first_line(error)}). {_memory_remedy(trainer)}") from error

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from nnunet_dycon.methods import MeanTeacher
+from nnunet_dycon.trainers import trainer_class
 from nnunet_dycon.trainers.nnUNetTrainerDyCON import nnUNetTrainerDyCON
 from nnunet_dycon.trainers.semi_supervised import SemiSupervisedTrainer
 from tests.tiny import UNLABELED
@@ -134,3 +136,21 @@ def test_features_are_released_after_the_step(tiny):
     trainer.train_step(next(trainer.dataloader_train))
     assert trainer._tap.take() is None
     assert trainer.method.teacher._tap.take() is None
+
+
+def test_lack_of_gpu_memory_ends_in_one_line_with_a_remedy(tiny, monkeypatch):
+    """The remedy is that of the first lines of the log."""
+
+    def fail(self, *arguments):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    monkeypatch.setattr(MeanTeacher, "forward", fail)
+    trainer = make_trainer(deterministic(trainer_class("nnUNetTrainerMeanTeacher"), 1))
+    with pytest.raises(SystemExit) as stopped:
+        trainer.run_training()
+    line = stopped.value.code
+    assert line.startswith("nnunet_dycon: error: the GPU has too little memory (CUDA out of memory. Tried to allocate")
+    assert "\n" not in line
+    remedy = line[line.index("To reduce it:") :]
+    assert "-gpu_memory_target at 1/" in remedy
+    assert remedy in Path(trainer.log_file).read_text()
