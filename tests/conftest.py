@@ -10,7 +10,7 @@ import torch
 
 from nnunet_dycon.data.unlabeled import preprocess_unlabeled
 from nnunet_dycon.trainers import trainer_class
-from tests.processes import NNUNETV2_PREDICT, run_command
+from tests.processes import NNUNETV2_PREDICT, run_command, use_forkserver
 from tests.tiny import plan_and_preprocess, set_environment, write_raw_dataset
 from tests.tiny_network import labeled_batch, unlabeled_batch
 from tests.trainers.training import make_trainer
@@ -32,6 +32,14 @@ def pytest_collection_modifyitems(config, items):
 def one_thread():
     """Use one thread: sums are reproducible, and parallel tests do not compete for cores."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fast_workers():
+    """Start worker processes without importing nnU-Net anew, which takes ten seconds each."""
+    with pytest.MonkeyPatch.context() as patch:
+        use_forkserver(patch)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -85,7 +93,7 @@ def tiny_predictions(trained_tiny) -> dict[str, Path]:
     images = trained_tiny / "nnUNet_raw" / "Dataset901_Tiny" / "imagesTs"
     folders = {name: trained_tiny / name for name in ("student", "teacher")}
     predict = ["-d", "901", "-c", "3d_fullres", "-f", "0", "-tr", "nnUNetTrainerDyCON_smoke", "-i", images]
-    predict += ["--save_probabilities", "-device", "cpu", "-npp", "0", "-nps", "0"]
+    predict += ["--save_probabilities", "-device", "cpu", "-npp", "0", "-nps", "0", "--disable_tta"]
     with pytest.MonkeyPatch.context() as patch:
         set_environment(patch, trained_tiny)
         for name, checkpoint in (("student", "checkpoint_final.pth"), ("teacher", "checkpoint_final_teacher.pth")):

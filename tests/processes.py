@@ -10,17 +10,40 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
+FORK_WORKERS = """
+import multiprocessing
+from tests import processes
+multiprocessing.get_context = lambda method=None: processes._forkserver
+"""
 _ROOT = str(Path(__file__).parents[1])
 NNUNETV2_TRAIN = "from nnunetv2.run.run_training import run_training_entry as main; main()"
 NNUNETV2_PREDICT = "from nnunetv2.inference.predict_from_raw_data import predict_entry_point as main; main()"
 
-_forkserver = multiprocessing.get_context("forkserver")
+
+class _Process(multiprocessing.context.ForkServerProcess):
+    """A process with the environment variables of its parent, as with spawn."""
+
+    def __init__(self, *arguments, **options) -> None:
+        super().__init__(*arguments, **options)
+        self._environment = dict(os.environ)
+
+    def run(self) -> None:
+        os.environ.clear()
+        os.environ.update(self._environment)
+        super().run()
+
+
+class _Context(multiprocessing.context.ForkServerContext):
+    Process = _Process
+
+
+_forkserver = _Context()
 # Only nnU-Net: the processes import our package themselves, by the path that a test gives them.
 _forkserver.set_forkserver_preload(["nnunetv2.run.run_training", "nnunetv2.inference.predict_from_raw_data"])
 
 
 def use_forkserver(patch: pytest.MonkeyPatch) -> None:
-    """Let nnU-Net create its worker processes, which it would spawn, by forking the process that has imported it."""
+    """Let worker processes, which would be spawned, be forks of the process that has imported nnU-Net."""
     patch.setattr(multiprocessing, "get_context", lambda method=None: _forkserver)
 
 
@@ -47,7 +70,7 @@ def run_python(
 
 def run_command(command: str, *arguments: object, cwd: Path | None = None, **environment: str) -> str:
     """Run a command of nnU-Net, given by one of the constants above; return what it prints, or fail if it fails."""
-    result = run_python(command, *arguments, cwd=cwd, environment=os.environ | environment)
+    result = run_python(f"{FORK_WORKERS}\n{command}", *arguments, cwd=cwd, environment=os.environ | environment)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return result.stdout
 
@@ -62,7 +85,8 @@ def _run(code: str, arguments: list[str], cwd: str, environment: dict[str, str],
     os.chdir(cwd)
     sys.argv = ["-c", *arguments]
     path = environment.get("PYTHONPATH", "").split(os.pathsep)
-    sys.path[:] = ["", *filter(None, path), *(entry for entry in sys.path if entry not in ("", _ROOT))]
+    # The checkout comes last, only for the package tests.
+    sys.path[:] = ["", *filter(None, path), *(entry for entry in sys.path if entry not in ("", _ROOT)), _ROOT]
     for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
         del sys.modules[name]
     exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})

@@ -50,7 +50,20 @@ def test_train_predict_evaluate(tiny, elsewhere):
 
     raw = tiny / "nnUNet_raw" / "Dataset901_Tiny"
     out = elsewhere / "predicted"
-    predict = ("-d", "901", "-c", "3d_fullres", "-f", "0", "-tr", trainer, "-device", "cpu", "--save_probabilities")
+    predict = (
+        "-d",
+        "901",
+        "-c",
+        "3d_fullres",
+        "-f",
+        "0",
+        "-tr",
+        trainer,
+        "-device",
+        "cpu",
+        "--save_probabilities",
+        "--disable_tta",
+    )
     processes = ("-npp", "1", "-nps", "1")
     run(elsewhere, "nnUNetv2_predict", *predict, *processes, "-i", str(raw / "imagesTs"), "-o", str(out))
     for case in TEST:

@@ -13,7 +13,6 @@ from nnunetv2.utilities.dataset_name_id_conversion import convert_id_to_dataset_
 from scipy.ndimage import gaussian_filter
 
 import nnunet_dycon
-from tests.processes import use_forkserver
 
 LABELED = [f"case_{i:02d}" for i in range(5)]
 UNLABELED = [f"scan_{i:02d}" for i in range(4)]
@@ -68,7 +67,6 @@ def plan_and_preprocess(dataset_id: int) -> None:
         self.num_foreground_voxels_for_intensitystats = 10_000  # 10e7 take seconds per case
 
     with pytest.MonkeyPatch.context() as patch:
-        use_forkserver(patch)
         patch.setattr(DatasetFingerprintExtractor, "__init__", initialize_with_few_samples)
         _plan_and_preprocess(dataset_id)
 

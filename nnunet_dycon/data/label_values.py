@@ -19,7 +19,9 @@ _FEW_BYTES = 2**26  # up to this size, reading takes less time than starting pro
 _DAMAGE = (ValueError, KeyError, TypeError, EOFError, RuntimeError, OSError)
 
 
-def check_label_values(folder: Path, cases: Iterable[str], dataset_json: dict, num_processes: int) -> set[int]:
+def check_label_values(
+    folder: Path, cases: Iterable[str], dataset_json: dict, num_processes: int, stores: bool = True
+) -> set[int]:
     """Check the label values in preprocessed segmentations, and return the set of all values that occur.
 
     The value 0 (background) is included, but not the -1 with which nnU-Net marks voxels outside the nonzero region.
@@ -30,12 +32,13 @@ def check_label_values(folder: Path, cases: Iterable[str], dataset_json: dict, n
         cases: identifiers of the labeled cases.
         dataset_json: content of dataset.json.
         num_processes: number of worker processes.
+        stores: whether to store the values for the next call.
 
     Raises:
         UserError: a segmentation is missing, cannot be read, or has a value that is not in dataset.json; or no
             segmentation has a foreground voxel.
     """
-    found = values_of_cases(folder, cases, num_processes)
+    found = values_of_cases(folder, cases, num_processes, stores)
     known = label_values(dataset_json)
     unknown = {case: sorted(values - known) for case, values in found.items() if values - known}
     if unknown:
@@ -54,7 +57,7 @@ def check_label_values(folder: Path, cases: Iterable[str], dataset_json: dict, n
     return values
 
 
-def values_of_cases(folder: Path, cases: Iterable[str], num_processes: int) -> dict[str, set[int]]:
+def values_of_cases(folder: Path, cases: Iterable[str], num_processes: int, stores: bool = True) -> dict[str, set[int]]:
     """Return case identifier -> label values in the preprocessed segmentation of the case, except -1.
 
     Values that are not in dataset.json are returned, too. For the arguments, see `check_label_values`.
@@ -74,8 +77,9 @@ def values_of_cases(folder: Path, cases: Iterable[str], num_processes: int) -> d
         jobs = [files[case] for case in new]
         results = map_cases(_values, jobs, 1 if is_small else num_processes, "reading labels")
         known |= {case: [versions[case], sorted(values)] for case, values in zip(new, results)}
-        with suppress(OSError), replacing(cache) as partial_file:  # the folder may be read-only
-            partial_file.write_text(json.dumps({case: known[case] for case in files}))
+        if stores:
+            with suppress(OSError), replacing(cache) as partial_file:  # the folder may be read-only
+                partial_file.write_text(json.dumps({case: known[case] for case in files}))
     return {case: set(known[case][1]) for case in files}
 
 

@@ -57,8 +57,9 @@ def preprocess_unlabeled(
         UsageError: the data set, its plans or the configuration do not exist.
     """
     unlabeled = UnlabeledCases.of_dataset(dataset, configuration, plans_name)
-    if unlabeled.fault() is None:
-        return unlabeled.folder  # before locking, because the folder may be read-only
+    if unlabeled.fault() is None:  # before locking, because the folder may be read-only
+        unlabeled._remove_replaced()
+        return unlabeled.folder
     with unlabeled.locked() as lock:
         if unlabeled.fault() is not None:
             unlabeled.build(num_processes, lock)
@@ -373,6 +374,10 @@ class UnlabeledCases:
         os.rename(partial, self.folder)
         for case in cases:
             (self.folder / (case + _RECORD)).unlink()
+        self._remove_replaced()
+
+    def _remove_replaced(self) -> None:
+        """Remove folders that a newer one has replaced; a process that was killed can have left them."""
         for replaced in self.folder.parent.glob(f"{self.folder.name}.*{_REPLACED}"):
             shutil.rmtree(replaced, ignore_errors=True)
 

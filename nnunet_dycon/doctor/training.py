@@ -191,7 +191,7 @@ def check_labeled(training: Training) -> Iterator[Finding]:
         message = f"{len(labeled)} cases are preprocessed, but labelsTr has {len(raw)}; in only one: {some(differing)}"
         yield Finding("labeled", WARNING, message, clean)
     check_fingerprint(folder.parent, unlabeled.plans, unlabeled.configuration_name, unlabeled.dataset_id)
-    values = check_label_values(folder, labeled, unlabeled.dataset_json, min(8, os.cpu_count() or 1))
+    values = check_label_values(folder, labeled, unlabeled.dataset_json, min(8, os.cpu_count() or 1), stores=False)
     if absent := sorted(label_values(unlabeled.dataset_json) - values):
         found = True
         message = f"no labeled case has a voxel with the label {' or '.join(map(str, absent))} of dataset.json"

@@ -236,6 +236,7 @@ def test_empty_masks_are_excluded_from_val_and_test_by_default(tmp_path, target,
 real = pytest.mark.skipif(not (DATA / "isles22").is_dir(), reason="the real data next to the repository are missing")
 
 
+@pytest.mark.slow
 @real
 def test_real_cases(target, capsys):
     assert convert("isles22", DATA / "isles22", "--harmonize_adc") == 0
@@ -249,6 +250,7 @@ def test_real_cases(target, capsys):
     assert same_grid(written, sitk.ReadImage(str(native)))
 
 
+@pytest.mark.slow
 @real
 def test_real_flair_in_the_release_layout(tmp_path, target):
     for kind in ("dwi", "adc", "flair", "msk"):

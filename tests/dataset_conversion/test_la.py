@@ -304,6 +304,7 @@ def test_usage_errors_are_raised_before_conversion(nrrd_source, raw, tmp_path, m
 # Real data
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (DATA / "la_h5").is_dir(), reason="the real data next to the repository are missing")
 def test_real_h5(target, capsys):
     assert convert(DATA / "la_h5", "--labeled", 1) == 0
@@ -314,6 +315,7 @@ def test_real_h5(target, capsys):
             np.testing.assert_array_equal(read(target / folder / f"{identifier}_0000.nii.gz")[1], file["image"][()])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (DATA / "la_125mm").is_dir(), reason="the real data next to the repository are missing")
 def test_real_nrrd(target, split_file):
     labeled, unlabeled = "06SR5RBREL16DQ6M8LWS", "0RZDK210BSMWAA6467LU"

@@ -454,6 +454,7 @@ def test_labels_of_unlabeled_cases_are_never_opened(tmp_path, target):
     assert len(stems(target / "labelsTr")) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (DATA / "hippocampus").is_dir(), reason="the data next to the repository are missing")
 def test_real_hippocampus_task():
     found = plan(DATA / "hippocampus")

@@ -441,6 +441,7 @@ def test_h5_without_a_volume_raises(tmp_path, raw, capsys, image):
 # Real data
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (DATA / "pancreas_ct").is_dir(), reason="the real data next to the repository are missing")
 def test_real_case(target):
     assert convert("pancreas_ct", DATA / "pancreas_ct") == 0

@@ -16,7 +16,7 @@ from nnunet_dycon.cli import main
 from nnunet_dycon.trainers.nnUNetTrainerUGPL import nnUNetTrainerUGPL
 from tests.processes import NNUNETV2_PREDICT, run_command
 from tests.tiny import TEST, set_environment
-from tests.trainers.training import deterministic, make_trainer
+from tests.trainers.training import deterministic, draw_no_pictures, make_trainer
 
 MODEL = "nnUNet_results/Dataset901_Tiny/nnUNetTrainerUGPL__nnUNetPlans__3d_fullres"
 PAIR = ("checkpoint_final.pth", "checkpoint_final_second.pth")
@@ -31,6 +31,7 @@ def trained(tiny_root, tmp_path_factory) -> Path:
     short.__name__ = nnUNetTrainerUGPL.__name__
     with pytest.MonkeyPatch.context() as patch:
         set_environment(patch, root)
+        draw_no_pictures(patch)
         make_trainer(short).run_training()
     return root
 
@@ -64,7 +65,7 @@ def test_ensemble_is_the_mean_of_nnunets_predictions_with_both_networks(
     model, images, trained, tmp_path, monkeypatch, capsys
 ):
     out = tmp_path / "both"
-    assert predict_both("-m", model, "-i", images, "-o", out, "--save_probabilities") == 0
+    assert predict_both("-m", model, "-i", images, "-o", out, "--save_probabilities", "--disable_tta") == 0
     assert "wrote the mean of checkpoint_final.pth and checkpoint_final_second.pth" in capsys.readouterr().out
     assert "nnUNet_extTrainer" not in os.environ
     assert {file.name for file in out.iterdir()} == {"dataset.json", "plans.json"} | {
@@ -72,7 +73,7 @@ def test_ensemble_is_the_mean_of_nnunets_predictions_with_both_networks(
     }
     set_environment(monkeypatch, trained)
     predict = ["-d", "901", "-c", "3d_fullres", "-f", "all", "-tr", "nnUNetTrainerUGPL", "-i", images]
-    predict += ["--save_probabilities", "-device", "cpu", "-npp", "0", "-nps", "0"]
+    predict += ["--save_probabilities", "-device", "cpu", "-npp", "0", "-nps", "0", "--disable_tta"]
     for name in PAIR:
         run_command(NNUNETV2_PREDICT, *predict, "-chk", name, "-o", tmp_path / name)
     for case in TEST:
@@ -87,7 +88,8 @@ def test_ensemble_is_the_mean_of_nnunets_predictions_with_both_networks(
 def test_ensemble_uses_the_teacher_if_there_is_no_second_network(trained_tiny, tiny_predictions, tmp_path):
     model = trained_tiny / "nnUNet_results/Dataset901_Tiny/nnUNetTrainerDyCON_smoke__nnUNetPlans__3d_fullres"
     images, out = trained_tiny / "nnUNet_raw" / "Dataset901_Tiny" / "imagesTs", tmp_path / "both"
-    assert predict_both("-m", model, "-i", images, "-o", out, "--save_probabilities", "-f", 0) == 0
+    options = ("--save_probabilities", "--disable_tta", "-f", 0)
+    assert predict_both("-m", model, "-i", images, "-o", out, *options) == 0
     each = [np.load(folder / f"{TEST[0]}.npz")["probabilities"] for folder in tiny_predictions.values()]
     mean = np.load(out / f"{TEST[0]}.npz")["probabilities"]
     np.testing.assert_allclose(mean, np.mean(each, 0), atol=1e-3)

@@ -14,7 +14,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_dycon.cli import main
 from nnunet_dycon.trainers import trainer_class
-from tests.processes import run_python
+from tests.processes import FORK_WORKERS, run_python
 from tests.tiny import TEST, set_environment
 
 TRAINER = "nnUNetTrainerDyCON_smoke"
@@ -65,8 +65,9 @@ def edit(file: Path, **changes) -> None:
 
 
 def predict_with_plain_nnunet(entry_point: str, *arguments) -> None:
-    options = ("--save_probabilities", "-device", "cpu", "-npp", 0, "-nps", 0)
-    result = run_python(STOCK, entry_point, *arguments, *options)
+    # nnU-Net's predict_from_modelfolder has no sequential mode.
+    options = ("--save_probabilities", "-device", "cpu", "-npp", 1, "-nps", 1, "--disable_tta")
+    result = run_python(f"{FORK_WORKERS}\n{STOCK}", entry_point, *arguments, *options)
     assert result.returncode == 0, result.stderr[-3000:]
 
 

@@ -378,7 +378,7 @@ def test_invalid_folders_are_errors(tmp_path, capsys):
     assert "dataset.json does not define labels in nnU-Net's format" in refusal(capsys, "-i", a)
     (a / "dataset.json").unlink()
     save(b, "other", softmax(0))
-    assert "for example case" in refusal(capsys, "-i", a, b)
+    assert "folders: case, other; predict" in refusal(capsys, "-i", a, b)
     save(b, "case", softmax(0, shape=(3, 5, 6)))
     (b / "other.npz").unlink()
     assert "has (3, 4, 5, 6)" in refusal(capsys, "-i", a, b)
