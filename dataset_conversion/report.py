@@ -50,7 +50,8 @@ class CaseReport:
         """
         entry: dict[str, object] = {"role": role, "images": [str(path) for path in case.images]}
         if label is not None:
-            entry["label"] = str(case.label)
+            files = [str(file) for file in (case.label, *case.other_labels)]
+            entry["label"] = files if case.other_labels else files[0]
         first = images[0]
         entry |= {"size": first.GetSize(), "spacing_mm": first.GetSpacing(), "origin_mm": first.GetOrigin()}
         entry |= {"direction": first.GetDirection(), "types": [each.GetPixelIDTypeAsString() for each in images]}

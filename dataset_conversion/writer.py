@@ -160,7 +160,9 @@ def _write_dataset(
     finally:
         if partial_folder.is_dir() and not any((partial_folder / _RECORDS).glob("*")):
             shutil.rmtree(partial_folder, ignore_errors=True)  # nothing to resume
-    _print_summary(data_set, assignment, folder, len(folds), report["warnings"], notes)
+    # nnU-Net plans no 3D configuration for images of one slice.
+    configuration = "2d" if all(min(case.get("size", (2,))) == 1 for case in reports.values()) else "3d_fullres"
+    _print_summary(data_set, assignment, folder, len(folds), report["warnings"], notes, configuration)
     return folder
 
 
@@ -420,6 +422,7 @@ def _print_summary(
     folds: int,
     warnings: Sequence[str],
     notes: Sequence[str],
+    configuration: str,
 ) -> None:
     labeled, dataset_id = assignment.identifiers("labeled"), _id_of(folder)
     print(f"{data_set.name}: {assignment.rule}")
@@ -439,9 +442,9 @@ def _print_summary(
     if len(warnings) > _WARNINGS_SHOWN:
         print(f"warning: {len(warnings) - _WARNINGS_SHOWN} more in conversion_report.json")
     print(f"written to {folder}, with conversion_report.json and conversion_overlay.png; next:")
-    print(f"  nnUNetv2_plan_and_preprocess -d {dataset_id} -c 3d_fullres --verify_dataset_integrity")
+    print(f"  nnUNetv2_plan_and_preprocess -d {dataset_id} -c {configuration} --verify_dataset_integrity")
     if assignment.cases["unlabeled"]:
-        print(f"  nnunet_dycon preprocess_unlabeled -d {dataset_id} -c 3d_fullres")
+        print(f"  nnunet_dycon preprocess_unlabeled -d {dataset_id} -c {configuration}")
 
 
 @contextmanager

@@ -38,6 +38,7 @@ class _Context(multiprocessing.context.ForkServerContext):
 
 
 _forkserver = _Context()
+get_context = multiprocessing.get_context  # before `use_forkserver`
 # Only nnU-Net: the processes import our package themselves, by the path that a test gives them.
 _forkserver.set_forkserver_preload(["nnunetv2.run.run_training", "nnunetv2.inference.predict_from_raw_data"])
 

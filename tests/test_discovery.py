@@ -51,7 +51,7 @@ FEW = NAMES[::5]
 
 
 def test_trainers_are_found_in_this_environment(tmp_path):
-    result = run_python(CHECK.format(names=NAMES), tmp_path, True, nnUNet_extTrainer=trainers_path(tmp_path))
+    result = run_python(CHECK.format(names=NAMES), tmp_path, nnUNet_extTrainer=trainers_path(tmp_path))
     assert result.returncode == 0, result.stderr
     assert f"FOUND {len(NAMES)}" in result.stdout
 

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import SimpleITK as sitk
 
 from tests.processes import NNUNETV2_TRAIN, run_command
-from tests.tiny import TEST
+from tests.tiny import TEST, set_environment
 
 BIN = Path(sys.executable).parent
 RUN = "Dataset901_Tiny/{trainer}__nnUNetPlans__3d_fullres/fold_0"
@@ -43,11 +44,6 @@ def test_train_predict_evaluate(tiny, elsewhere):
     probabilities = np.load(next((folder / "validation").glob("*.npz")))["probabilities"]
     assert probabilities.shape == (3, 24, 32, 40)
 
-    (folder / "validation" / "summary.json").unlink()
-    run_command(NNUNETV2_TRAIN, *train, "--val", cwd=elsewhere)
-    assert (folder / "validation" / "summary.json").is_file()
-    assert "Training done" in run_command(NNUNETV2_TRAIN, *train, "--c", cwd=elsewhere)
-
     raw = tiny / "nnUNet_raw" / "Dataset901_Tiny"
     out = elsewhere / "predicted"
     predict = (
@@ -74,6 +70,19 @@ def test_train_predict_evaluate(tiny, elsewhere):
     assert "hd95_mm_max_directed" in printed
     with (out / "evaluation.csv").open() as file:
         assert {row["case"] for row in csv.DictReader(file)} == set(TEST)
+
+
+@pytest.mark.slow
+def test_validate_and_resume_a_finished_training(trained_tiny, tmp_path, elsewhere, monkeypatch):
+    root = tmp_path / "trained"
+    shutil.copytree(trained_tiny, root)
+    set_environment(monkeypatch, root)
+    train = ("901", "3d_fullres", "0", "-tr", "nnUNetTrainerDyCON_smoke", "-device", "cpu")
+    summary = root / "nnUNet_results" / RUN.format(trainer="nnUNetTrainerDyCON_smoke") / "validation" / "summary.json"
+    summary.unlink()
+    run_command(NNUNETV2_TRAIN, *train, "--val", cwd=elsewhere)
+    assert summary.is_file()
+    assert "Training done" in run_command(NNUNETV2_TRAIN, *train, "--c", cwd=elsewhere)
 
 
 def test_student_and_teacher_are_two_models(tiny_predictions):

@@ -7,6 +7,7 @@ and predict_uncertainty ranks predicted cases by uncertainty.
 import argparse
 import json
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from nnunet_dycon.cli.arguments import (
@@ -53,7 +54,7 @@ def _export_vanilla(arguments: argparse.Namespace) -> None:
     checkpoint = arguments.checkpoint or (TEACHER if arguments.teacher else STUDENT)
     folds = export_vanilla(arguments.model, arguments.output, folds=arguments.folds, checkpoint=checkpoint)
     print(f"wrote {arguments.output}; predict with:")
-    command = f"nnUNetv2_predict_from_modelfolder -m {arguments.output} -f {' '.join(folds)}"
+    command = f"nnUNetv2_predict_from_modelfolder -m {quote(str(arguments.output))} -f {' '.join(folds)}"
     print(f"  {command} -i IMAGES -o PREDICTIONS")
 
 

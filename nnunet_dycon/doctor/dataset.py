@@ -15,7 +15,9 @@ from itertools import combinations
 from pathlib import Path
 from statistics import geometric_mean, median
 
-from nnunet_dycon.data.dataset_json import FORMAT, check_dataset_json
+import numpy as np
+
+from nnunet_dycon.data.dataset_json import FORMAT, check_dataset_json, label_values
 from nnunet_dycon.data.image_checks import check_unit
 from nnunet_dycon.data.image_reading import (
     Grid,
@@ -23,12 +25,14 @@ from nnunet_dycon.data.image_reading import (
     hash_voxels,
     image_files,
     read_grid,
+    read_voxels,
     reader_class,
     unused_files,
 )
 from nnunet_dycon.dataset_conversion.writer import FOLDERS
 from nnunet_dycon.doctor.findings import FAIL, NOTE, OK, WARNING, Finding, as_finding, examine
 from nnunet_dycon.errors import UserError, counted, first_line, some
+from nnunet_dycon.system.label_maps import rounded
 from nnunet_dycon.system.processes import map_cases
 
 _HELD_OUT = ("val", "test")
@@ -167,6 +171,8 @@ def examine_raw(folder: Path, preprocessed: frozenset[str]) -> Iterator[Finding]
     if any(raw.cases.values()):
         yield from examine("headers", check_headers, raw)
         yield from examine("duplicates", check_duplicates, raw)
+    if "labeled" not in preprocessed:  # else the preprocessed labels are checked
+        yield from examine("labels", check_labels, raw)
 
 
 def check_files(raw: RawDataset) -> Iterator[Finding]:
@@ -209,6 +215,42 @@ def check_files(raw: RawDataset) -> Iterator[Finding]:
         number = raw.dataset_json["numTraining"]
         message = f"numTraining in dataset.json is {number}, but imagesTr has {len(images)} cases"
         yield Finding("raw data", WARNING, message, "correct dataset.json before planning")
+
+
+def check_labels(raw: RawDataset) -> Iterator[Finding]:
+    """Check the values in all files of labelsTr: each must be in dataset.json, and each label must occur.
+
+    Yield a finding for each problem, with the names of the files, or a single OK.
+    """
+    files = sorted((raw.folder / "labelsTr").glob(f"*{raw.ending}"))
+    if not files:
+        return
+    processes = 1 if len(files) <= _FEW_IMAGES else min(8, os.cpu_count() or 1)
+    found = list(map_cases(partial(_label_values, reader=raw.reader), files, processes, "reading labels"))
+    known = label_values(raw.dataset_json)
+    faults = defaultdict(list)
+    for file, values in zip(files, found):
+        if values is None:
+            faults["cannot be read"].append(file.name)
+        elif unknown := sorted(values - known):
+            shown = ", ".join(f"{value:g}" for value in unknown)
+            faults[f"label values that dataset.json does not name: {shown}"].append(file.name)
+    for fault, names in faults.items():
+        remedy = "repair these files, or add the values to dataset.json"
+        yield Finding("labels", FAIL, f"{raw.folder / 'labelsTr'}: {some(names)}: {fault}", remedy)
+    absent = sorted(known - set().union(*(values or set() for values in found)))
+    if absent:
+        message = f"no file of labelsTr has a voxel with the label {' or '.join(map(str, absent))} of dataset.json"
+        yield Finding("labels", WARNING, message, "check the label files; the network cannot learn this label")
+    if not (faults or absent):
+        yield Finding("labels", OK, f"{len(files)} files have the labels of dataset.json")
+
+
+def _label_values(file: Path, reader: Reader) -> set[float] | None:
+    try:
+        return set(np.unique(rounded(read_voxels(file, reader, is_label_map=True)[0])).tolist())
+    except Exception:  # of any reader
+        return None
 
 
 def label_names(folder: Path, ending: str) -> set[str]:

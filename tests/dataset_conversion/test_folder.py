@@ -217,6 +217,21 @@ def test_labels_of_other_names_are_an_error_with_a_hint(tmp_path, channel, masks
         found(tmp_path, channel, masks=masks)
 
 
+def test_commands_for_volumes_of_one_slice_name_the_2d_configuration(tmp_path, target, capsys):
+    for case in "ab":
+        write(tmp_path / "scans" / f"{case}.nii.gz", flat(case))
+    write(tmp_path / "scans" / "a_seg.nii.gz", with_grid_of(flat("a"), np.ones((1, 7, 6), np.uint8)))
+    assert convert("folder", tmp_path / "scans", "--channel", "CT={case}.nii.gz", "--masks", "{case}_seg.nii.gz") == 0
+    printed = capsys.readouterr().out
+    assert "nnUNetv2_plan_and_preprocess -d 101 -c 2d " in printed
+    assert "nnunet_dycon preprocess_unlabeled -d 101 -c 2d" in printed
+
+
+def flat(case):
+    voxels = np.random.default_rng(ord(case)).normal(size=(1, 7, 6)).astype(np.float32)
+    return sitk.GetImageFromArray(voxels)
+
+
 def ball(center: int) -> np.ndarray:
     mask = np.zeros(SHAPE[::-1], np.uint8)
     mask[center : center + 3, 2:5, 2:5] = 255

@@ -10,11 +10,22 @@ import torch
 from nnunet_dycon.cli import main
 from nnunet_dycon.doctor import installation
 from nnunet_dycon.doctor.findings import Finding
+from tests.processes import run_python
 
 
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture(autouse=True)
+def fast_look_up(monkeypatch):
+    """Run the look-up of trainers in a fork of a process that has imported nnU-Net."""
+
+    def run(command, **options):
+        return run_python(command[2], *command[3:])
+
+    monkeypatch.setattr(installation, "subprocess", SimpleNamespace(run=run))
 
 
 @pytest.fixture

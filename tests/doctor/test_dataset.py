@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import SimpleITK as sitk
 
@@ -160,6 +161,18 @@ def test_raw_faults_of_labeled_cases_fail_before_preprocessing(base, raw, doctor
     findings = doctor("-d 901")[1]
     find(findings, "raw data", FAIL, "1 case of imagesTr has no label in labelsTr: case_01")
     find(findings, "headers", FAIL, "case_00_0000.nii.gz: cannot be read")
+
+
+def test_label_files_are_checked_before_preprocessing(base, raw, doctor, find):
+    shutil.rmtree(base)
+    find(doctor("-d 901")[1], "labels", OK, "5 files have the labels of dataset.json")
+    write_volume(np.full((24, 32, 40), 4, np.uint8), raw / "labelsTr" / "case_00.nii.gz")
+    (raw / "labelsTr" / "case_01.nii.gz").write_text("no label")
+    rewrite(raw / "dataset.json", labels={"background": 0, "large": 1, "small": 2, "tiny": 3})
+    findings = doctor("-d 901")[1]
+    find(findings, "labels", FAIL, "case_00.nii.gz: label values that dataset.json does not name: 4", "repair")
+    find(findings, "labels", FAIL, "case_01.nii.gz: cannot be read", "repair")
+    find(findings, "labels", WARNING, "no file of labelsTr has a voxel with the label 3", "cannot learn")
 
 
 def test_preprocessed_cases_need_no_raw_data(raw, doctor, find, monkeypatch):

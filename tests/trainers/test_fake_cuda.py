@@ -98,7 +98,10 @@ def without_deep_supervision(base):
 
 # Without ignore label: with it, nnU-Net's loss itself waits for the number of annotated voxels.
 @pytest.mark.parametrize("label_space", ["many classes", "regions"])
-@pytest.mark.parametrize("deep_supervision", [True, False], ids=["deep supervision", "one output"])
+@pytest.mark.parametrize(
+    "deep_supervision",
+    [pytest.param(True, id="deep supervision"), pytest.param(False, id="one output", marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("name", METHODS)
 def test_forward_pass_on_a_gpu_does_not_wait_for_it(start, fake_cuda, monkeypatch, name, label_space, deep_supervision):
     with _disable_current_modes():

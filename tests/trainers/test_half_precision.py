@@ -21,7 +21,7 @@ def terms_of(trainer, labeled, unlabeled) -> dict[str, torch.Tensor]:
         return trainer.method(trainer._student, labeled, unlabeled, 0.5)
 
 
-@pytest.mark.parametrize("label_space", ["many classes", "regions"])
+@pytest.mark.parametrize("label_space", ["many classes", pytest.param("regions", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", METHODS)
 def test_loss_in_half_precision_equals_that_in_float32(start, monkeypatch, name, label_space):
     trainer = start(name, label_space, "3d_fullres")

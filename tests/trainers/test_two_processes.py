@@ -1,6 +1,7 @@
 """Tests of a training with two ranks, as with -num_gpus 2, but on the CPU with gloo."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import socket
@@ -18,6 +19,7 @@ from nnunet_dycon.data.unlabeled import UnlabeledCases
 from nnunet_dycon.registry import TRAINERS
 from nnunet_dycon.trainers import trainer_class
 from nnunet_dycon.trainers.semi_supervised import SemiSupervisedTrainer
+from tests import processes
 from tests.trainers.training import (
     METHODS,
     deterministic,
@@ -92,7 +94,8 @@ def train(rank: int, port: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def test_weights_of_all_methods_are_equal_on_both_ranks_also_after_a_lost_step(tiny, tmp_path, capfd):
+def test_weights_of_all_methods_are_equal_on_both_ranks_also_after_a_lost_step(tiny, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(multiprocessing, "get_context", processes.get_context)  # whose output capfd reads
     base = tiny / "nnUNet_preprocessed" / "Dataset901_Tiny"
     narrow(base)
     shutil.rmtree(base / "nnUNetPlans_3d_fullres_unlabeled")
