@@ -238,10 +238,15 @@ def hash_voxels(file: Path, reader: Reader) -> str | None:
     return hashlib.sha256(np.ascontiguousarray(voxels, np.float32).data).hexdigest()
 
 
-def _sitk_grid(file: Path) -> Grid:
+def _sitk_header(file: Path) -> sitk.ImageFileReader:
     header = sitk.ImageFileReader()
     header.SetFileName(str(file))
     header.ReadImageInformation()
+    return header
+
+
+def _sitk_grid(file: Path) -> Grid:
+    header = _sitk_header(file)
     if header.GetNumberOfComponents() > 1:
         raise ValueError(f"{header.GetNumberOfComponents()} values per voxel, as in a color image")
     size, spacing = header.GetSize(), tuple(map(abs, header.GetSpacing()))
@@ -276,9 +281,7 @@ def write_like(voxels: np.ndarray, like: Path, file: Path, reader: Reader) -> No
         nibabel.save(nibabel.Nifti1Image(voxels.T, nibabel.load(like).affine), file)  # type: ignore[attr-defined]
         return
     image = sitk.GetImageFromArray(voxels)
-    header = sitk.ImageFileReader()
-    header.SetFileName(str(like))
-    header.ReadImageInformation()
+    header = _sitk_header(like)
     image.SetSpacing(header.GetSpacing())
     image.SetOrigin(header.GetOrigin())
     image.SetDirection(header.GetDirection())

@@ -112,8 +112,9 @@ def compare_with_labeled(
                         f"axes in the order {orientation}")
                 + f"; labeled cases: {', '.join(sorted(known))}. Patches would be mirrored or turned; reorient them"
             )  # fmt: skip
-    labeled = [intensities_of(image, plans, configuration) for image in _labeled_images(preprocessed)]
-    if labeled and any(labeled):
+    if _CT not in configuration.normalization_schemes:
+        return warnings
+    if labeled := [intensities_of(image, plans, configuration) for image in _labeled_images(preprocessed)]:
         warnings += _intensity_warnings({case: its.intensities for case, its in unlabeled.items()}, labeled)
     return warnings
 

@@ -97,21 +97,24 @@ class RawDataset:
     def channels(self) -> int:
         return len(self.dataset_json["channel_names"])
 
+    @property
+    def images(self) -> list[Path]:
+        """The image files of all roles."""
+        return [file for cases in self.cases.values() for case in cases.values() for file in case]
+
     @cached_property
     def reader(self) -> Reader:
         """nnU-Net's reader of the images. Reading this property raises UserError if there is none."""
-        files = [file for cases in self.cases.values() for case in cases.values() for file in case]
-        for file in files[:_EXAMPLES]:  # some may be damaged
+        for file in self.images[:_EXAMPLES]:  # some may be damaged
             with suppress(UserError):
                 return reader_class(self.dataset_json, file)
-        raise UserError(f"none of nnU-Net's readers can read {some(files)}; repair or replace these images")
+        raise UserError(f"none of nnU-Net's readers can read {some(self.images)}; repair or replace these images")
 
     @cached_property
     def grids(self) -> dict[Path, Grid | str]:
         """Grids of the image files of all roles: file -> grid, or the reason why it cannot be read."""
-        files = [file for cases in self.cases.values() for case in cases.values() for file in case]
-        grids = map_cases(partial(_grid_or_reason, reader=self.reader), files, 1, "reading headers")
-        return dict(zip(files, grids))
+        grids = map_cases(partial(_grid_or_reason, reader=self.reader), self.images, 1, "reading headers")
+        return dict(zip(self.images, grids))
 
     def severity(self, role: str) -> str:
         """Return the status of a finding about faulty images: FAIL if training needs the images, else WARNING.

@@ -105,15 +105,20 @@ def test_a_training_without_torchrun_id_has_no_job(tmp_path, monkeypatch):
         lock(tmp_path).acquire()
 
 
+def wait_for(condition) -> None:
+    """Wait until a condition is true, at most about 5 seconds."""
+    for _ in range(500):
+        if condition():
+            break
+        time.sleep(0.01)
+
+
 def test_the_heartbeat_keeps_the_lock(tmp_path, monkeypatch):
     monkeypatch.setattr(locks, "HEARTBEAT_SECONDS", 0.01)
     held = lock(tmp_path)
     held.acquire()
     os.utime(tmp_path / LOCK, (0, 0))
-    for _ in range(500):
-        if (tmp_path / LOCK).stat().st_mtime > 0:
-            break
-        time.sleep(0.01)
+    wait_for(lambda: (tmp_path / LOCK).stat().st_mtime > 0)
     assert held._age() < 60
     held.close()
 
@@ -248,16 +253,10 @@ def test_storage_that_does_not_respond_for_a_while_does_not_end_the_work(tmp_pat
     held.check()
     monkeypatch.setattr(locks, "_read", read)
     os.utime(tmp_path / LOCK, (0, 0))
-    for _ in range(500):
-        if (tmp_path / LOCK).stat().st_mtime > 0:
-            break
-        time.sleep(0.01)
+    wait_for(lambda: (tmp_path / LOCK).stat().st_mtime > 0)
     assert held._age() < 60
     (tmp_path / LOCK).unlink()
-    for _ in range(500):
-        if (tmp_path / LOCK).exists():
-            break
-        time.sleep(0.01)
+    wait_for((tmp_path / LOCK).exists)
     held.check()
     held.close()
     assert not (tmp_path / LOCK).exists()
