@@ -7,8 +7,8 @@ import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_dycon.components.batches import StudentOutput
-from nnunet_dycon.components.ema_teacher import unwrap
 from nnunet_dycon.components.features import FeatureTap
+from nnunet_dycon.components.wrappers import unwrap
 from nnunet_dycon.errors import NotSupported
 from nnunet_dycon.methods import DKUXNet, DKUXNetSettings
 from nnunet_dycon.trainers.semi_supervised import SemiSupervisedTrainer

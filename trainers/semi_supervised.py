@@ -12,8 +12,8 @@ from torch import nn
 
 from nnunet_dycon.components.batches import StudentOutput
 from nnunet_dycon.components.defaults import unlabeled_patches
-from nnunet_dycon.components.ema_teacher import unwrap
 from nnunet_dycon.components.features import FeatureStage, FeatureTap
+from nnunet_dycon.components.wrappers import unwrap, with_fixed_shapes
 from nnunet_dycon.data import augmenters, loader
 from nnunet_dycon.data.unlabeled import UnlabeledCases
 from nnunet_dycon.errors import ends_in_one_line, explained
@@ -83,6 +83,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     def initialize(self) -> None:
         """Initialize as in nnU-Net, then build the method and add its trainable modules to the optimizer."""
         super().initialize()
+        self.network = with_fixed_shapes(self.network)
         with compatibility.deep_supervision_off(self):  # the teacher is a copy of the network and does not need it
             self.method = self.build_method(self.network, make_supervision(self))
         optimize_with_network(self.method, self.optimizer, self.device, self.is_ddp)

@@ -1,12 +1,9 @@
 """Base class of the co-training trainers, which train a second network."""
 
-from typing import Any
-
-import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 
-from nnunet_dycon.components.ema_teacher import unwrap
+from nnunet_dycon.components.wrappers import compiled, unwrap
 from nnunet_dycon.trainers.nnUNetTrainerSecondNetwork import nnUNetTrainerSecondNetwork, second_architecture
 from nnunet_dycon.trainers.semi_supervised import SemiSupervisedTrainer
 from nnunet_dycon.training import checkpoints
@@ -38,8 +35,7 @@ class TwoNetworksTrainer(SemiSupervisedTrainer):
             self.label_manager.num_segmentation_heads,
             self.enable_deep_supervision,
         ).to(self.device)
-        compiled: Any = torch.compile(network) if self._do_i_compile() else network
-        return compiled
+        return compiled(network) if self._do_i_compile() else network
 
     def companions(self) -> dict[str, tuple[str, nn.Module]]:
         return {checkpoints.SECOND: (self.second_network.__name__, unwrap(self.method.second))}

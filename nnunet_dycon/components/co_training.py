@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from nnunet_dycon.components.batches import LabeledBatch, StudentOutput, UnlabeledBatch
-from nnunet_dycon.components.ema_teacher import unwrap
 from nnunet_dycon.components.features import FeatureStage, FeatureTap
 from nnunet_dycon.components.method import Method, Student, Supervision, Terms
 from nnunet_dycon.components.schedules import sigmoid_rampup
+from nnunet_dycon.components.wrappers import unwrap
 
 OF_SECOND = "_second"  # suffix of the names of the second network's loss terms
 

@@ -7,23 +7,7 @@ from torch import nn
 
 from nnunet_dycon.components.batches import StudentOutput
 from nnunet_dycon.components.features import FeatureStage, FeatureTap, ProjectionHead
-
-
-def unwrap(module: nn.Module) -> nn.Module:
-    """Return the module inside the wrappers of DistributedDataParallel and torch.compile."""
-    return _unwrapped(module)[0]
-
-
-def _unwrapped(module: nn.Module) -> tuple[nn.Module, bool]:
-    """Return the unwrapped module (see `unwrap`), and whether it was compiled with torch.compile."""
-    is_compiled = False
-    while True:
-        if isinstance(module, nn.parallel.DistributedDataParallel):
-            module = module.module
-        elif (compiled := module._modules.get("_orig_mod")) is not None:
-            module, is_compiled = compiled, True
-        else:
-            return module, is_compiled
+from nnunet_dycon.components.wrappers import compiled, is_compiled, unwrap
 
 
 class EMATeacher(nn.Module):
@@ -62,14 +46,13 @@ class EMATeacher(nn.Module):
         super().__init__()
         if not 0 <= decay < 1:
             raise ValueError(f"decay must be in [0, 1), got {decay}")
-        student, is_compiled = _unwrapped(network)
         # Tuples keep the student and the compiled network from being registered as submodules of the teacher.
-        self._students = (student,) if head is None else (student, unwrap(head))
+        self._students = (unwrap(network),) if head is None else (unwrap(network), unwrap(head))
         self._averages = nn.ModuleList(map(deepcopy, self._students)).requires_grad_(False)
         self._decay = decay
         self.updates = 0  # number of updates so far
         self._tap = None if head is None or stage is None else FeatureTap(self.network, stage.name, always=True)
-        self._forward = (torch.compile(self.network) if is_compiled else self.network,)
+        self._forward = (compiled(self.network) if is_compiled(network) else self.network,)
         self.eval()
 
     @property

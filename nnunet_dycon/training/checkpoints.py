@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from nnunet_dycon import __version__
-from nnunet_dycon.components.ema_teacher import unwrap
+from nnunet_dycon.components.wrappers import unwrap
 from nnunet_dycon.errors import UserError, explained, first_line
 from nnunet_dycon.system.distributed import on_rank_zero
 from nnunet_dycon.system.files import replacing

@@ -10,8 +10,8 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from nnunet_dycon.components.defaults import nearest_stage
-from nnunet_dycon.components.ema_teacher import unwrap
 from nnunet_dycon.components.features import FeatureStage
+from nnunet_dycon.components.wrappers import unwrap
 from nnunet_dycon.data.dataset_json import check_dataset_json
 from nnunet_dycon.errors import NotSupported, UserError
 from nnunet_dycon.system.distributed import on_rank_zero, require_even_batch

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from nnunet_dycon.components.ema_teacher import EMATeacher, unwrap
+from nnunet_dycon.components.ema_teacher import EMATeacher
 from nnunet_dycon.components.features import FeatureStage, ProjectionHead
+from nnunet_dycon.components.wrappers import unwrap
 
 
 def batch_norm_network() -> nn.Module:
@@ -119,7 +120,7 @@ def test_compiled_student_is_unwrapped():
 def test_teacher_of_a_compiled_student_is_compiled(monkeypatch):
     compiled = []
 
-    def compile_eagerly(network):
+    def compile_eagerly(network, dynamic):
         def backend(graph, inputs):
             compiled.append(network)
             return graph.forward

@@ -16,8 +16,8 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import nn
 
 from nnunet_dycon.components.diagnostics import AGREEMENTS, FRACTIONS, terms_of_loss
-from nnunet_dycon.components.ema_teacher import unwrap
 from nnunet_dycon.components.label_space import ClassLabels, RegionLabels
+from nnunet_dycon.components.wrappers import unwrap
 from nnunet_dycon.data.loader import to_batches
 from nnunet_dycon.registry import TRAINERS
 from nnunet_dycon.trainers import trainer_class
