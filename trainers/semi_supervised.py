@@ -18,9 +18,8 @@ from nnunet_dycon.data import augmenters, loader
 from nnunet_dycon.data.unlabeled import UnlabeledCases
 from nnunet_dycon.errors import ends_in_one_line, explained
 from nnunet_dycon.methods import Method, Supervision
-from nnunet_dycon.system.distributed import on_any_rank, on_rank_zero
+from nnunet_dycon.system.distributed import on_any_rank, on_rank_zero, waiting_for_rank_zero
 from nnunet_dycon.system.environment import require_nnunet
-from nnunet_dycon.system.files import require_writable
 from nnunet_dycon.trainers import caveat_of
 from nnunet_dycon.training import checkpoints, compatibility, plots, preemption, preflight, pseudo_label_page
 from nnunet_dycon.training.recorder import EpochRecorder, replace_lost
@@ -83,7 +82,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     def initialize(self) -> None:
         """Initialize as in nnU-Net, then build the method and add its trainable modules to the optimizer."""
         super().initialize()
-        self.network = with_fixed_shapes(self.network)
+        self.network = with_fixed_shapes(self.network)  # type: ignore[has-type]
         with compatibility.deep_supervision_off(self):  # the teacher is a copy of the network and does not need it
             self.method = self.build_method(self.network, make_supervision(self))
         optimize_with_network(self.method, self.optimizer, self.device, self.is_ddp)
@@ -124,7 +123,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         """Check cases, split and settings, run nnU-Net's hook, and write settings and cases to nnunet_dycon.json."""
         on_rank_zero(self._check_before_training)
         is_new, folder = self._resumed_settings is None, Path(self.output_folder)
-        with explained(OSError, f"{folder}: a training file cannot be read or written; repair it or free disk space"):
+        with waiting_for_rank_zero(), preflight.file_errors_explained(folder):
             super().on_train_start()
             if self.local_rank == 0 and (is_new or not record_file(folder).is_file()):
                 write_record(folder, type(self).__name__, self.settings, self._cases)
@@ -137,7 +136,6 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
     def _check_before_training(self) -> None:
         folder = Path(self.output_folder)
-        require_writable(folder)
         self._lock.acquire()
         if self._resumed_settings is not None:
             current = {kind: getattr(self, kind) for kind in self.settings}
@@ -188,8 +186,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     @ends_in_one_line()
     def run_training(self) -> None:
         """Run nnU-Net's training. On SIGTERM, finish the step, write a checkpoint and exit."""
-        listening = self._stop_request.listening(self.is_ddp and not torch.distributed.is_torchelastic_launched())
-        with listening, closing(self._lock), preflight.out_of_memory_explained(self):
+        with self._stop_request.listening(self.is_ddp), closing(self._lock), preflight.out_of_memory_explained(self):
             super().run_training()
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
@@ -199,11 +196,12 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
     def on_epoch_end(self) -> None:
         """Run nnU-Net's hook and plot the curves. Plot pseudo-labels when checkpoint_latest.pth is written."""
-        super().on_epoch_end()
-        if self.local_rank == 0:
-            plots.draw_curves(Path(self.output_folder), self.curves, self.print_to_log_file)
-            if self.current_epoch % self.save_every == 0 and self.current_epoch < self.num_epochs:
-                pseudo_label_page.draw(self, self.method, self.unlabeled_cases)
+        with waiting_for_rank_zero():
+            super().on_epoch_end()
+            if self.local_rank == 0:
+                plots.draw_curves(Path(self.output_folder), self.curves, self.print_to_log_file)
+                if self.current_epoch % self.save_every == 0 and self.current_epoch < self.num_epochs:
+                    pseudo_label_page.draw(self, self.method, self.unlabeled_cases)
 
     @ends_in_one_line()
     def save_checkpoint(self, filename: str) -> None:
@@ -236,10 +234,11 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     @ends_in_one_line()
     def on_train_end(self) -> None:
         """Run nnU-Net's hook, then write a checkpoint of each network in `companions`, and plot pseudo-labels."""
-        super().on_train_end()
-        if self.local_rank == 0 and not self.disable_checkpointing:
-            checkpoints.save_companions(Path(self.output_folder), self.companions())
-            pseudo_label_page.draw(self, self.method, self.unlabeled_cases)
+        with waiting_for_rank_zero():
+            super().on_train_end()
+            if self.local_rank == 0 and not self.disable_checkpointing:
+                checkpoints.save_companions(Path(self.output_folder), self.companions())
+                pseudo_label_page.draw(self, self.method, self.unlabeled_cases)
         if on_any_rank(self._stop_request.is_made, self.device):
             preemption.end(self, "stopped by SIGTERM after the end of training; run its validation with --val")
 

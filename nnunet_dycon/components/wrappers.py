@@ -1,5 +1,7 @@
 """Wrappers of networks: DistributedDataParallel and torch.compile."""
 
+from typing import cast
+
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -21,8 +23,7 @@ def compiled(module: nn.Module) -> nn.Module:
     The student has one batch size, the teacher another one. By default, torch.compile takes the second one that it sees
     as a sign that batch sizes vary, and compiles a slower kernel for all batch sizes.
     """
-    wrapped: nn.Module = torch.compile(module, dynamic=False)
-    return wrapped
+    return cast(nn.Module, torch.compile(module, dynamic=False))
 
 
 def with_fixed_shapes(network: nn.Module) -> nn.Module:

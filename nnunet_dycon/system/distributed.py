@@ -1,15 +1,18 @@
 """Helpers for distributed training. In a training with a single process, they involve no communication."""
 
-from collections.abc import Callable
-from datetime import timedelta
-from typing import Any, TypeVar
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from time import sleep
+from typing import TypeVar
 
 import torch
 from torch import distributed as dist
+from torch.distributed import distributed_c10d
 
 from nnunet_dycon.errors import UserError
 
-_RANK_ZERO_TIMEOUT = timedelta(days=7)  # torch's default timeouts are 10 to 30 minutes
+_POLL_SECONDS = 0.1
 
 Result = TypeVar("Result")
 
@@ -24,34 +27,57 @@ def rank() -> int:
     return dist.get_rank() if number_of_ranks() > 1 else 0
 
 
-def on_rank_zero(work: Callable[[], Result]) -> Result:
-    """Call a function on rank 0 and return its result on all ranks.
+@contextmanager
+def waiting_for_rank_zero() -> Iterator[list]:
+    """Run a block on all ranks; the other ranks leave it only after rank 0 has left it.
 
-    All ranks must call on_rank_zero. It creates a process group with a timeout of 7 days, in which the other ranks wait
-    for rank 0; in the default process group they would time out after some minutes.
+    Rank 0 can thus write files for hours. In a collective operation, the other ranks would time out after some minutes.
+    They wait for a key in the store through which the ranks have found each other, so no process group for the CPU is
+    needed.
+
+    Yields:
+        A list. The other ranks receive the items that rank 0 has added to it; they must be JSON-serializable.
+
+    Raises:
+        SystemExit: on the other ranks, if the block raises an error on rank 0. It has no message, so that only rank 0
+            prints the error.
+    """
+    shared: list = []
+    if number_of_ranks() == 1:
+        yield shared
+        return
+    store = distributed_c10d._get_default_store()  # torch has no public function for it
+    call = store.add(f"nnunet_dycon/calls/{dist.get_rank()}", 1)  # the same number on all ranks
+    key, message = f"nnunet_dycon/done/{call}", "failed"
+    if dist.get_rank() == 0:
+        try:
+            yield shared
+            message = json.dumps(shared)
+        finally:  # also after an error, or the other ranks would wait
+            store.set(key, message)
+        return
+    yield shared
+    while not store.check([key]):
+        sleep(_POLL_SECONDS)  # unlike store.wait, it lets Python handle signals
+    if (received := store.get(key).decode()) == message:
+        raise SystemExit(1)
+    shared[:] = json.loads(received)
+
+
+def on_rank_zero(work: Callable[[], Result]) -> Result:
+    """Call a function on rank 0 and return its result on all ranks. All ranks must call on_rank_zero.
 
     Args:
-        work: a function without arguments. Its result must be picklable.
+        work: a function without arguments. Its result must be JSON-serializable.
 
     Raises:
         Exception: on rank 0, any error that `work` raises.
-        SystemExit: on the other ranks, if `work` raises an error on rank 0. It has no message, so that only rank 0
-            prints the error.
+        SystemExit: on the other ranks, if `work` raises an error on rank 0; see `waiting_for_rank_zero`.
     """
-    if number_of_ranks() == 1:
-        return work()
-    group: Any = dist.new_group(backend="gloo", timeout=_RANK_ZERO_TIMEOUT)
-    outcome: list = [None, False]
-    if dist.get_rank() == 0:
-        try:
-            outcome = [work(), True]
-        finally:  # also after an error, or the other ranks would wait
-            dist.broadcast_object_list(outcome, src=0, group=group)
-    else:
-        dist.broadcast_object_list(outcome, src=0, group=group)
-        if not outcome[1]:
-            raise SystemExit(1)
-    return outcome[0]
+    with waiting_for_rank_zero() as results:
+        if rank() == 0:
+            results.append(work())
+    return results[0]
 
 
 def all_reduce_max(values: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import distributed as dist
 
 from nnunet_dycon.data.augmenters import shut_down
-from nnunet_dycon.system.distributed import number_of_ranks
+from nnunet_dycon.system.distributed import waiting_for_rank_zero
 from nnunet_dycon.training.checkpoints import LATEST
 
 EXIT_CODE = 128 + signal.SIGTERM  # exit code of a process that was ended by SIGTERM
@@ -35,15 +35,16 @@ class StopRequest:
         self._process: int | None = None
 
     @contextmanager
-    def listening(self, is_spawned: bool = False) -> Iterator[None]:
+    def listening(self, is_ddp: bool = False) -> Iterator[None]:
         """Install the handler within a context, and restore the previous handler at its end.
 
+        The handler is not installed in processes of nnUNetv2_train -num_gpus. They receive SIGTERM when another rank
+        has failed. If they continued until the end of their step, they might wait for the failed rank forever.
+
         Args:
-            is_spawned: whether nnUNetv2_train -num_gpus has started this process. If so, the handler is not installed.
-                Such a process receives SIGTERM when another rank has failed. If it continued until the end of its step,
-                it might wait for the failed rank forever.
+            is_ddp: whether training is distributed, by -num_gpus or by torchrun.
         """
-        if not is_spawned:
+        if not is_ddp or dist.is_torchelastic_launched():
             self.listen()
         try:
             yield
@@ -86,10 +87,9 @@ def save_and_exit(trainer: nnUNetTrainer, curves: dict[str, list[float]], steps_
     for logged in (*trainer.logger.get_checkpoint().values(), *curves.values()):
         del logged[trainer.current_epoch :]
     trainer.current_epoch -= 1  # nnU-Net saves the number of the next epoch
-    trainer.save_checkpoint(str(Path(trainer.output_folder) / LATEST))
+    with waiting_for_rank_zero():  # an early exit makes torchrun kill rank 0 while it writes the checkpoint
+        trainer.save_checkpoint(str(Path(trainer.output_folder) / LATEST))
     trainer.current_epoch += 1
-    if number_of_ranks() > 1:
-        dist.barrier()  # an early exit makes torchrun kill rank 0 while it writes the checkpoint
     shut_down(trainer.dataloader_train, trainer.dataloader_val)
     saved = f"{LATEST} is written; resume with --c, which repeats this epoch"
     end(

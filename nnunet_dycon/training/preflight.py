@@ -1,7 +1,7 @@
 """Preflight checks, which find errors in data and settings before a training starts."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from os.path import samestat
 from pathlib import Path
@@ -66,6 +66,11 @@ class TrainingLock:
         """Release those of the two locks that this object holds."""
         self._use.close()
         self._fold.close()
+
+
+def file_errors_explained(folder: Path) -> AbstractContextManager:
+    """Return a context that turns an OSError of a file of a training in ``folder`` into a UserError with a remedy."""
+    return explained(OSError, f"{folder}: a training file cannot be read or written; repair it or free disk space")
 
 
 def check_cases(

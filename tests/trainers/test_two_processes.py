@@ -5,6 +5,9 @@ import multiprocessing
 import os
 import shutil
 import socket
+import sys
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +22,7 @@ from nnunet_dycon.data.unlabeled import UnlabeledCases
 from nnunet_dycon.registry import TRAINERS
 from nnunet_dycon.trainers import trainer_class
 from nnunet_dycon.trainers.semi_supervised import SemiSupervisedTrainer
+from nnunet_dycon.training import pseudo_label_page
 from tests import processes
 from tests.trainers.training import (
     METHODS,
@@ -56,11 +60,26 @@ def with_planted_nan(base: type[SemiSupervisedTrainer]) -> type[SemiSupervisedTr
     return PlantedNaN
 
 
+def files_opened_for_writing(folder: Path) -> set[str]:
+    """Return a set that receives the names of all files in a folder that this process opens for writing from now on."""
+    names = set()
+
+    def record(event: str, arguments: tuple) -> None:
+        if event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR):
+            file = Path(os.fsdecode(arguments[0])) if isinstance(arguments[0], str | bytes) else Path()
+            if folder in file.parents:
+                names.add(file.name)
+
+    sys.addaudithook(record)
+    return names
+
+
 def train(rank: int, port: int, folder: str) -> None:
     """Train all methods on one of two ranks, and write their weights, curves and EMA updates."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2, init_method=f"tcp://127.0.0.1:{port}")
     nnunet_module.DDP = ddp_on_cpu
+    opened = files_opened_for_writing(Path(os.environ["nnUNet_results"]))
     with pytest.MonkeyPatch.context() as patch:
         draw_no_pictures(patch)
         build = UnlabeledCases.build
@@ -80,6 +99,7 @@ def train(rank: int, port: int, folder: str) -> None:
             state = {"weights": unwrapped, "curves": trainer.curves, "updates": teacher and teacher.updates}
             state["warned"] = rank == 0 and "WARNING: step lost" in Path(trainer.log_file).read_text()
             torch.save(state, f"{folder}/{name}_{rank}.pth")
+    print(f"rank {rank} writes {sorted(opened)}")
     file = Path(os.environ["nnUNet_preprocessed"]) / "Dataset901_Tiny" / "nnUNetPlans.json"
     dist.barrier()
     if rank == 0:
@@ -94,19 +114,24 @@ def train(rank: int, port: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def test_weights_of_all_methods_are_equal_on_both_ranks_also_after_a_lost_step(tiny, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(multiprocessing, "get_context", processes.get_context)  # whose output capfd reads
     base = tiny / "nnUNet_preprocessed" / "Dataset901_Tiny"
     narrow(base)
     shutil.rmtree(base / "nnUNetPlans_3d_fullres_unlabeled")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(train, (port, str(tmp_path)), nprocs=2)
+    torch.multiprocessing.spawn(train, (free_port(), str(tmp_path)), nprocs=2)
     # Logged by the rank that has the case, not by the other one, whose gradients are not finite either.
     output = capfd.readouterr().out
     assert "rank 0 preprocesses" in output
     assert "rank 1 preprocesses" not in output
+    # nnU-Net writes these on each rank.
+    assert "rank 1 writes ['dataset.json', 'dataset_fingerprint.json', 'plans.json']\n" in output
     assert "rank 0 ends with nnunet_dycon: error: a batch of 3 cannot be divided evenly among 2 processes" in output
     assert "rank 1 ends with 1\n" in output
     assert output.count("rank 1: WARNING: step lost") == len(METHODS)
@@ -125,3 +150,30 @@ def test_weights_of_all_methods_are_equal_on_both_ranks_also_after_a_lost_step(t
         results = tiny / "nnUNet_results" / "Dataset901_Tiny" / f"{name}_deterministic__nnUNetPlans__3d_fullres"
         own = torch.load(results / "fold_all" / "checkpoint_final.pth", weights_only=False)["nnunet_dycon"]["method"]
         assert not any(key.startswith("module.") for state in own.values() for key in state)  # no wrapper
+
+
+def train_with_a_slow_page(rank: int, port: int) -> None:
+    """Train on one of two ranks, where rank 0 draws pages for longer than the timeout of collective operations."""
+    torch.set_num_threads(1)
+    address = f"tcp://127.0.0.1:{port}"
+    dist.init_process_group("gloo", rank=rank, world_size=2, init_method=address, timeout=timedelta(seconds=30))
+    nnunet_module.DDP = ddp_on_cpu
+    with pytest.MonkeyPatch.context() as patch:
+        draw_no_pictures(patch)
+        patch.setattr(pseudo_label_page, "draw", lambda *arguments: time.sleep(45))
+        patch.setattr(dist, "new_group", None)  # a group for the CPU cannot be made on every cluster
+        trainer = make_trainer(with_planted_nan(deterministic(trainer_class("nnUNetTrainerWeakToStrong"), 2)))
+        trainer.save_every = 1
+        trainer.run_training()
+    print(f"rank {rank} is done")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_ranks_wait_for_pages_longer_than_the_timeout_of_collective_operations(tiny, capfd, monkeypatch):
+    monkeypatch.setattr(multiprocessing, "get_context", processes.get_context)
+    narrow(tiny / "nnUNet_preprocessed" / "Dataset901_Tiny")
+    torch.multiprocessing.spawn(train_with_a_slow_page, (free_port(),), nprocs=2)
+    output = capfd.readouterr().out
+    assert "rank 0 is done" in output
+    assert "rank 1 is done" in output

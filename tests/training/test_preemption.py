@@ -50,7 +50,7 @@ def test_previous_handler_is_restored():
 
 def test_handler_is_not_installed_if_disabled():
     before = signal.getsignal(signal.SIGTERM)
-    with StopRequest().listening(is_spawned=True):
+    with StopRequest().listening(is_ddp=True):
         assert signal.getsignal(signal.SIGTERM) is before
 
 
