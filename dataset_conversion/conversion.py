@@ -208,8 +208,8 @@ def _about_copies(plan: Plan, assignment: Assignment) -> list[str]:
 
 
 def _roles_of_copies(plan: Plan, assignment: Assignment) -> dict[str, str]:
-    roles = {identifier: assignment.role_of(identifier) for identifier in plan.copies}
-    return {identifier: role for identifier, role in roles.items() if role is not None}
+    roles = assignment.roles
+    return {identifier: roles[identifier] for identifier in plan.copies if identifier in roles}
 
 
 def _with_roles(roles: Mapping[str, str]) -> str:

@@ -64,8 +64,10 @@ class Assignment:
     def identifiers(self, role: str) -> list[str]:
         return [case.identifier for case in self.cases[role]]
 
-    def role_of(self, identifier: str) -> str | None:
-        return next((role for role in self.cases if identifier in self.identifiers(role)), None)
+    @property
+    def roles(self) -> dict[str, str]:
+        """Case identifier -> role, for all cases with a role."""
+        return {identifier: role for role in self.cases for identifier in self.identifiers(role)}
 
 
 def assign_by_count(
@@ -101,7 +103,8 @@ def assign_by_count(
     chosen = tuple(candidates[:count])
     how = f"drawn with seed {seed}" if drawn else "the first in the published order"
     rule = "all labels kept" if count is None else f"labels of {count} of {available} training cases kept, {how}"
-    unlabeled = tuple(case for case in training if case not in chosen)
+    kept = {case.identifier for case in chosen}
+    unlabeled = tuple(case for case in training if case.identifier not in kept)
     warnings = []
     if without_label := [case.identifier for case in training if case.label is None]:
         one, many = "training case has no label and is unlabeled", "training cases have no label and are unlabeled"

@@ -238,7 +238,7 @@ def _write_cases(
         UserError: some cases cannot be converted.
     """
     jobs = [(role, case) for role in FOLDERS for case in assignment.cases[role]]
-    missing = [job for job in jobs if _recorded(folder, *job) is None]
+    missing = [(role, case) for role, case in jobs if not _is_converted(folder, role, case)]
     if len(missing) < len(jobs):
         print(f"{len(jobs) - len(missing)} of {len(jobs)} cases of an interrupted conversion are kept; resuming")
     write_case = partial(_write_case, data_set, folder)
@@ -253,26 +253,26 @@ def _write_cases(
         raise UserError(
             f"{len(faults)} of {len(jobs)} cases cannot be converted (the others are kept for the next run): {listed}"
         )
-    return {case.identifier: _recorded(folder, role, case) or {} for role, case in jobs}
+    return {case.identifier: _record(folder, case)["report"] for _, case in jobs}
 
 
-def _recorded(folder: Path, role: str, case: Case) -> dict[str, Any] | None:
-    """Return the entry for conversion_report.json of an already converted case; None if it must be converted.
+def _record(folder: Path, case: Case) -> dict[str, Any]:
+    """Return what `_write_case` recorded after the output: stamps of the source, and the entry of the report."""
+    return json.loads((folder / _RECORDS / f"{case.identifier}.json").read_text())
 
-    The entry is read from the record that `_write_case` wrote after the output. A case must be converted if it has no
-    record, or if its source files have changed since then.
-    """
+
+def _is_converted(folder: Path, role: str, case: Case) -> bool:
+    """Return whether a case has a record, and its source files have not changed since then."""
     try:
-        record = json.loads((folder / _RECORDS / f"{case.identifier}.json").read_text())
-        return record["report"] if record["made_from"] == _stamps(role, case) else None
+        return _record(folder, case)["made_from"] == _stamps(role, case)
     except (OSError, ValueError, KeyError):
-        return None
+        return False
 
 
 def _stamps(role: str, case: Case) -> list[list[object]]:
     """Return path, size in bytes and modification time in ns of each source file that is read for a case.
 
-    `_recorded` compares them with earlier ones to detect changed files. Label files are included only if
+    `_is_converted` compares them with earlier ones to detect changed files. Label files are included only if
     `FOLDERS` has a label folder for the role ("labeled", "unlabeled", "val" or "test"); otherwise they are never read.
     """
     label = (case.label, *case.other_labels) if case.label is not None and FOLDERS[role][1] is not None else ()
