@@ -26,6 +26,7 @@ import torch
 from benchmarks.measuring import machine, markdown, write
 from benchmarks.preparation import SUPERVISED, trainer_class
 from nnunet_dycon.registry import RECOMMENDED
+from nnunet_dycon.system.processes import peak_memory
 
 DATASET, CONFIGURATION, LABELED, PREPROCESSED, STEPS = "Dataset777_Many", "3d_fullres", 5, 200, 3
 
@@ -81,13 +82,6 @@ def repeat(work: Path, cases: int) -> None:
     (_, size), *_ = manifest["files"][first]
     manifest["files"] = {case: [[f"{case}_0000.nii.gz", size]] for case in sorted(names)}
     (folder / "manifest.json").write_text(json.dumps(manifest))
-
-
-def peak_memory() -> int:
-    """Return the peak resident memory of this process in bytes (Linux)."""
-    # resource.getrusage includes the memory that the parent process had when it started this one.
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def measure(name: str) -> dict[str, float]:

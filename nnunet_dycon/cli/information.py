@@ -13,6 +13,7 @@ from nnunet_dycon import __version__
 from nnunet_dycon.cli.arguments import (
     fold,
 )
+from nnunet_dycon.errors import UsageError
 from nnunet_dycon.registry import CONVERTERS, RECOMMENDED, TRAINERS, groups
 from nnunet_dycon.system.environment import DISCOVERY, require_nnunet
 from nnunet_dycon.trainers import LENGTHS
@@ -79,16 +80,39 @@ def add_doctor(commands: Any) -> None:
         "-f", dest="fold", type=fold, default=None, metavar="FOLD", help="fold, or all (default: check every fold)"
     )
     doctor.add_argument("--json", action="store_true", help="print JSON")
+    doctor.add_argument(
+        "--measure",
+        action="store_true",
+        help="with -d: also run some training steps of the trainer and of nnU-Net's own one, which takes some minutes, "
+        "and report seconds per step, memory, the bottleneck, and the time of 250 and 1000 epochs; if the memory does "
+        "not suffice, find a batch or plan for which it does",
+    )
+    doctor.add_argument(
+        "-device", choices=("cuda", "cpu", "mps"), default=None, help="for --measure; default: cuda if available"
+    )
     doctor.set_defaults(run=_doctor)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
     from nnunet_dycon.doctor import Question, run_doctor
 
+    device = arguments.device
+    if arguments.measure:
+        if arguments.dataset is None:
+            raise UsageError("--measure needs a data set; add -d ID")
+        device = device or _default_device()
+    elif device is not None:
+        raise UsageError("-device is for --measure; add --measure")
     question = Question(
-        arguments.trainer, arguments.dataset, arguments.configuration, arguments.plans_name, arguments.fold
+        arguments.trainer, arguments.dataset, arguments.configuration, arguments.plans_name, arguments.fold, device
     )
     return run_doctor(question, arguments.json)
+
+
+def _default_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def add_demo(commands: Any) -> None:

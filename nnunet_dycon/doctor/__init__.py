@@ -23,6 +23,8 @@ class Question:
         configuration: nnU-Net's configuration, such as "3d_fullres".
         plans_name: plans identifier (-p).
         fold: fold to check, a number or "all"; None to check every fold.
+        device: type of the device on which to measure some training steps: "cuda", "cpu" or "mps"; None to measure
+            nothing.
     """
 
     trainer: str
@@ -30,6 +32,7 @@ class Question:
     configuration: str = "3d_fullres"
     plans_name: str = "nnUNetPlans"
     fold: int | Literal["all"] | None = None
+    device: str | None = None
 
     @property
     def command(self) -> str:
@@ -46,7 +49,8 @@ def run_doctor(question: Question, as_json: bool = False) -> int:
         as_json: print one JSON object at the end, instead of a line of text per finding.
     """
     findings = []
-    for finding in _without_repetitions(diagnose(question)):
+    measurements: list[dict] = []
+    for finding in _without_repetitions(_diagnose_and_measure(question, measurements)):
         findings.append(finding)
         if not as_json:
             print(finding.as_text(), flush=True)
@@ -56,6 +60,8 @@ def run_doctor(question: Question, as_json: bool = False) -> int:
     if as_json:
         summary = {"command": command, "would_train": not counts[FAIL], **counts}
         result = {"version": __version__, "findings": [asdict(finding) for finding in findings], "summary": summary}
+        if question.device is not None:
+            result["measurements"] = measurements
         print(json.dumps(result, indent=2))
     else:
         verdict = "training would fail" if counts[FAIL] else "training should work"
@@ -63,6 +69,25 @@ def run_doctor(question: Question, as_json: bool = False) -> int:
         if question.dataset is None:
             print("To check a data set, too, add -d ID.")
     return 1 if counts[FAIL] else 0
+
+
+def _diagnose_and_measure(question: Question, measurements: list[dict]) -> Iterator[Finding]:
+    """Yield the findings of `diagnose`; if none is a FAIL and a device is given, measure some steps of the training."""
+    would_fail = False
+    for finding in diagnose(question):
+        would_fail |= finding.status == FAIL
+        yield finding
+    if question.device is None or question.dataset is None:
+        return
+    if would_fail:
+        yield Finding("speed", NOTE, "not measured, because training would fail")
+        return
+    from nnunet_dycon.data.unlabeled import UnlabeledCases, dataset_name
+    from nnunet_dycon.doctor.measurement import examine_speed
+
+    name = dataset_name(question.dataset)
+    cases = UnlabeledCases.of_dataset(name, question.configuration, question.plans_name)
+    yield from examine("speed", examine_speed, question.trainer, cases, question.fold, question.device, measurements)
 
 
 def _without_repetitions(findings: Iterator[Finding]) -> Iterator[Finding]:

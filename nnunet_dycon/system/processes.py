@@ -1,9 +1,11 @@
 """Parallel processing of cases in worker processes."""
 
 import multiprocessing
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -49,3 +51,15 @@ def map_cases(
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def peak_memory() -> int:
+    """Return the peak resident memory of this process in bytes.
+
+    Outside of Linux, it includes the memory of the process that started this one.
+    """
+    if (status := Path("/proc/self/status")).is_file():
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) * 1024
+    import resource  # does not exist on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

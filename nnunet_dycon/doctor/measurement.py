@@ -1,0 +1,340 @@
+"""Measurement of a few real training steps: time, memory and bottleneck, compared with nnU-Net's own trainer.
+
+Each trainer runs in a process of its own, with the user's plans and preprocessed cases, and a temporary folder for
+everything it writes. A smaller batch or plan is tried before it is recommended.
+"""
+
+import inspect
+import json
+import multiprocessing
+import os
+import re
+import statistics
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import redirect_stdout, suppress
+from dataclasses import asdict, dataclass, field, replace
+from importlib import import_module
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import perf_counter
+from typing import Any, Literal
+
+import torch
+from nnunetv2.experiment_planning.plan_and_preprocess_api import plan_experiments
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
+
+from nnunet_dycon.components.diagnostics import SECONDS
+from nnunet_dycon.data.unlabeled import UnlabeledCases
+from nnunet_dycon.doctor.findings import FAIL, OK, WARNING, Finding
+from nnunet_dycon.errors import ONE_LINE, UserError
+from nnunet_dycon.inference.model_folders import trainer_class
+from nnunet_dycon.system.environment import nnunet_folder
+from nnunet_dycon.system.processes import peak_memory
+from nnunet_dycon.trainers.semi_supervised import SemiSupervisedTrainer
+
+NNUNET = "nnUNetTrainer"
+_WARM_UP, _MIN_STEPS, _MAX_STEPS = 3, 3, 20
+_SECONDS = 30.0  # for the measured steps of a trainer, unless _MIN_STEPS take longer
+_SLOW_DATA = 0.2  # share of a step that waits for data, from which data loading is called the bottleneck
+_EPOCHS = (250, 1000)
+_NO_MEMORY = re.compile("out of memory|can't allocate memory", re.IGNORECASE)
+_SMALLER = (0.75, 0.5, 0.35)  # memory targets of the plans that are tried, relative to the default of their planner
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trainer to measure.
+
+    Attributes:
+        trainer: name of the trainer.
+        plans: content of the plans.
+        configuration: configuration in the plans.
+        dataset_json: content of dataset.json.
+        fold: fold to train.
+        device: type of the device: "cuda", "cpu" or "mps".
+        unlabeled_batch_size: number of unlabeled patches per step; None for the trainer's own.
+    """
+
+    trainer: str
+    plans: dict
+    configuration: str
+    dataset_json: dict
+    fold: int | Literal["all"]
+    device: str
+    unlabeled_batch_size: int | None = None
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The result of a `Run`.
+
+    Attributes:
+        trainer: name of the trainer.
+        device: name of the device.
+        labeled, unlabeled: number of patches per step.
+        seconds: median duration of a training step.
+        parts: part of a step -> mean duration in seconds; "data" is the wait for a batch.
+        first_step: duration of the first step, which includes torch.compile.
+        validation_step: median duration of a validation step in seconds.
+        bytes: peak memory, reserved by PyTorch on a GPU, or resident on a CPU.
+        steps: number of measured steps.
+        hours: number of epochs -> hours of training and validation steps.
+    """
+
+    trainer: str
+    device: str
+    labeled: int
+    unlabeled: int
+    seconds: float
+    parts: dict[str, float]
+    first_step: float
+    validation_step: float
+    bytes: int
+    steps: int
+    hours: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def as_text(self) -> str:
+        """One line with all values but the validation."""
+        total = sum(self.parts.values())
+        parts = ", ".join(f"{part} {share / total:.0%}" for part, share in self.parts.items())
+        hours = ", ".join(f"{epochs} epochs {_duration(number)}" for epochs, number in self.hours.items())
+        patches = f"{self.labeled} labeled" + (f" and {self.unlabeled} unlabeled" if self.unlabeled else "")
+        return (
+            f"{self.trainer} on {self.device}: {self.seconds:.3g} s per step of {patches} patches ({parts}; median of "
+            f"{self.steps} steps, the first took {self.first_step:.3g} s), {self.bytes / 2**30:.3g} GiB; {hours}"
+        )
+
+    @property
+    def bottleneck(self) -> str:
+        """The part of a step that takes longest; "data" if data loading takes a considerable part."""
+        if self.parts.get("data", 0) > _SLOW_DATA * sum(self.parts.values()):
+            return "data"
+        return max(self.parts, key=self.parts.__getitem__)
+
+
+def examine_speed(
+    trainer: str, unlabeled: UnlabeledCases, fold: int | Literal["all"] | None, device: str, results: list[dict]
+) -> Iterator[Finding]:
+    """Measure a trainer and nnU-Net's own one. If memory does not suffice, find a batch or plan for which it does.
+
+    Args:
+        trainer: name of the trainer.
+        unlabeled: the data set with its plans; its cases must be preprocessed.
+        fold: fold to train; None stands for all cases.
+        device: type of the device: "cuda", "cpu" or "mps".
+        results: list to which the measurements are appended, as dicts.
+    """
+    with TemporaryDirectory(prefix="nnunet_dycon_doctor_") as scratch:
+        environment = _scratch_folders(Path(scratch), unlabeled.plans.dataset_name)
+        run = Run(
+            trainer, unlabeled.plans.plans, unlabeled.configuration_name, unlabeled.dataset_json,
+            "all" if fold is None else fold, device,
+        )  # fmt: skip
+        own = _measured(run, environment)
+        if own is None:
+            yield Finding(
+                "speed", FAIL, f"{trainer}: the memory does not suffice", _that_fits(run, environment, unlabeled)
+            )
+        else:
+            results.append(asdict(own))
+            yield Finding("speed", OK, own.as_text)
+            yield _about_bottleneck(own)
+        if trainer == NNUNET:
+            return
+        usual = _measured(replace(run, trainer=NNUNET), environment)
+        if usual is None:
+            yield Finding("speed", WARNING, f"{NNUNET}: the memory does not suffice either")
+            return
+        results.append(asdict(usual))
+        ratio = "" if own is None else f"; {trainer} takes {own.seconds / usual.seconds:.2g} times as long per step"
+        yield Finding("speed", OK, f"{usual.as_text}{ratio}")
+
+
+def _about_bottleneck(own: Measurement) -> Finding:
+    if own.bottleneck != "data":
+        return Finding("speed", OK, f"the longest part of a step is {own.bottleneck}; data loading is fast enough")
+    share, processes = own.parts["data"] / sum(own.parts.values()), get_allowed_n_proc_DA()
+    message = f"a step waits for data {share:.0%} of its time, with {processes} processes that prepare batches"
+    remedy = "set the environment variable nnUNet_n_proc_DA to a larger number, up to the number of CPU cores, and "
+    return Finding("speed", WARNING, message, f"{remedy}put nnUNet_preprocessed on a local SSD")
+
+
+def _that_fits(run: Run, environment: dict[str, str], unlabeled: UnlabeledCases) -> str | None:
+    """Return the remedy for a lack of memory: a batch or plan that was tried successfully; None if none was found."""
+    for number in _fewer_patches(run):
+        smaller = _measured(replace(run, unlabeled_batch_size=number), environment)
+        if smaller is not None:
+            return (
+                f"train a subclass with unlabeled_batch_size={number} (tried: {smaller.bytes / 2**30:.3g} GiB, "
+                f"{smaller.seconds:.3g} s per step)"
+            )
+    planner, dataset_id = run.plans["experiment_planner_used"], unlabeled.dataset_id
+    for part in _SMALLER:
+        target, plans = _in_process(_plan, (dataset_id, planner, part), environment)
+        if run.configuration not in plans["configurations"]:
+            continue
+        name = plans["plans_name"]
+        # The images are those of the larger plans, resampled to the same spacing.
+        plans["configurations"][run.configuration]["data_identifier"] = unlabeled.configuration.data_identifier
+        smaller = _measured(replace(run, plans=plans), environment)
+        if smaller is not None:
+            return (
+                f"plan a smaller network: nnUNetv2_plan_experiment -d {dataset_id} -pl {planner} -gpu_memory_target "
+                f"{target:g} -overwrite_plans_name {name}; then nnUNetv2_preprocess -d {dataset_id} -plans_name {name} "
+                f"-c {run.configuration}, and train with -p {name} (tried: {smaller.bytes / 2**30:.3g} GiB, "
+                f"{smaller.seconds:.3g} s per step)"
+            )
+    return None
+
+
+def _fewer_patches(run: Run) -> Iterator[int]:
+    trainer = trainer_class(run.trainer)
+    if issubclass(trainer, SemiSupervisedTrainer):
+        default = run.plans["configurations"][run.configuration].get("batch_size", 2)
+        number = trainer.training_settings.unlabeled_batch_size or default
+        while number > 1:
+            number //= 2
+            yield number
+
+
+def _scratch_folders(scratch: Path, dataset: str) -> dict[str, str]:
+    """Return nnU-Net's variables for folders in ``scratch``: empty results, and links to the preprocessed data."""
+    original, linked = nnunet_folder("nnUNet_preprocessed") / dataset, scratch / "preprocessed" / dataset
+    linked.mkdir(parents=True)
+    for entry in original.iterdir():
+        if not entry.name.endswith(".lock"):
+            (linked / entry.name).symlink_to(entry.resolve())
+    (scratch / "results").mkdir()
+    return {
+        "nnUNet_preprocessed": str(linked.parent),
+        "nnUNet_results": str(scratch / "results"),
+        "nnUNet_wandb_enabled": "0",
+    }
+
+
+def _measured(run: Run, environment: dict[str, str]) -> Measurement | None:
+    """Return the result of a run in a new process; None if the memory did not suffice."""
+    print(f"measuring {run.trainer} on {run.device}", file=sys.stderr)
+    return _in_process(measure, (run,), environment)
+
+
+def _in_process(function, arguments: tuple, environment: dict[str, str]) -> Any:
+    """Call a function in a new process with environment variables; return None if it is killed for lack of memory."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool, suppress(BrokenProcessPool):
+        return pool.submit(_call, function, arguments, environment).result()
+    return None
+
+
+def _call(function, arguments: tuple, environment: dict[str, str]) -> Any:
+    os.environ |= environment
+    try:
+        with open(os.devnull, "w") as nothing, redirect_stdout(nothing):  # nnU-Net prints
+            return function(*arguments)
+    except SystemExit as end:  # of a trainer
+        raise UserError(str(end).removeprefix(ONE_LINE)) from None
+
+
+def _plan(dataset_id: int, planner: str, part: float) -> tuple[float, dict]:
+    """Plan with a part of the planner's default memory target, and return the new target in GB and the plans."""
+    planning = import_module("nnunetv2.experiment_planning")
+    planner_class = recursive_find_python_class(planning.__path__[0], planner, current_module=planning.__name__)
+    default = inspect.signature(planner_class.__init__).parameters["gpu_memory_target_in_gb"].default
+    target = round(part * default, 1)
+    os.environ["nnUNet_n_proc_DA"] = "1"  # nnU-Net's planner fails with 0
+    name = f"{planner_class.__name__}_{target:g}GB"
+    plan_experiments([dataset_id], planner, target, overwrite_plans_name=name)
+    folder = nnunet_folder("nnUNet_preprocessed")
+    return target, json.loads(next(folder.glob(f"Dataset{dataset_id:03d}_*/{name}.json")).read_text())
+
+
+def measure(run: Run) -> Measurement | None:
+    """Train some steps in this process and return their times and memory; None if the memory does not suffice."""
+    # As nnUNetv2_train.
+    torch.set_num_threads(multiprocessing.cpu_count() if run.device == "cpu" else 1)
+    chosen = trainer_class(run.trainer)
+    if run.unlabeled_batch_size is not None:
+        settings = replace(chosen.training_settings, unlabeled_batch_size=run.unlabeled_batch_size)
+        chosen = type(run.trainer, (chosen,), {"training_settings": settings})
+    plans = json.loads(json.dumps(run.plans)) | {"continue_training": False}
+    trainer = chosen(plans, run.configuration, run.fold, run.dataset_json, torch.device(run.device))
+    trainer.disable_checkpointing = True
+    try:
+        trainer.on_train_start()
+        return _measure_steps(trainer, run)
+    except (RuntimeError, MemoryError) as error:  # on a GPU OutOfMemoryError, else RuntimeError
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or _NO_MEMORY.search(str(error)):
+            return None
+        raise
+    finally:
+        for augmenter in (trainer.dataloader_train, trainer.dataloader_val):
+            getattr(augmenter, "_finish", lambda: None)()
+
+
+def _measure_steps(trainer: Any, run: Run) -> Measurement:
+    seconds: list[float] = []
+    outputs: list[dict] = []
+    parts = {"data": 0.0, "step": 0.0}
+    trainer.on_train_epoch_start()
+    begin, first = perf_counter(), 0.0
+    for step in range(_WARM_UP + _MAX_STEPS):
+        if step == _WARM_UP:
+            trainer.on_train_epoch_start()  # with new clocks
+            begin, outputs, parts = perf_counter(), [], dict.fromkeys(parts, 0.0)
+        start = perf_counter()
+        batch = next(trainer.dataloader_train)
+        loaded = perf_counter()
+        outputs.append(trainer.train_step(batch))  # ends with a copy from the GPU, that is, when the step is done
+        end = perf_counter()
+        parts["data"] += loaded - start
+        parts["step"] += end - loaded
+        if step == 0:
+            first = end - start
+        elif step >= _WARM_UP:
+            seconds.append(end - start)
+            if len(seconds) >= _MIN_STEPS and end - begin > _SECONDS:
+                break
+    if isinstance(trainer, SemiSupervisedTrainer):
+        trainer.on_train_epoch_end(outputs)
+        parts = {
+            name.removeprefix(SECONDS): curve[-1] for name, curve in trainer.curves.items() if name.startswith(SECONDS)
+        }
+    else:
+        parts = {part: total / len(seconds) for part, total in parts.items()}
+    validation = _validation_seconds(trainer)
+    per_epoch = statistics.median(seconds) * trainer.num_iterations_per_epoch
+    per_epoch += validation * trainer.num_val_iterations_per_epoch
+    return Measurement(
+        run.trainer, _device_name(trainer.device), trainer.batch_size, getattr(trainer, "unlabeled_batch_size", 0),
+        statistics.median(seconds), parts, first, validation, _peak_memory(trainer.device), len(seconds),
+        {epochs: epochs * per_epoch / 3600 for epochs in _EPOCHS},
+    )  # fmt: skip
+
+
+def _validation_seconds(trainer: Any) -> float:
+    trainer.on_validation_epoch_start()
+    seconds = []
+    for _ in range(3):  # the first one may compile
+        start = perf_counter()
+        with torch.no_grad():
+            trainer.validation_step(next(trainer.dataloader_val))
+        seconds.append(perf_counter() - start)
+    return statistics.median(seconds[1:])
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    return torch.mps.driver_allocated_memory() if device.type == "mps" else peak_memory()
+
+
+def _duration(hours: float) -> str:
+    return f"{hours:.2g} h" if hours < 48 else f"{hours / 24:.2g} days"
