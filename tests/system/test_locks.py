@@ -268,3 +268,14 @@ def test_acquire_of_a_held_lock_does_nothing(tmp_path):
     held.acquire()
     held.close()
     assert not list(tmp_path.iterdir())
+
+
+def test_storage_without_permissions_is_used(tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise PermissionError
+
+    monkeypatch.setattr(os, "chmod", refuse)
+    held = lock(tmp_path)
+    held.acquire()
+    held.check()
+    held.close()
