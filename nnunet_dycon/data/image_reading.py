@@ -25,6 +25,7 @@ from nnunet_dycon.errors import UserError
 
 Reader = type[BaseReaderWriter]
 
+_EXAMPLES = 10  # number of cases that are tried to find the number of channels per file
 _IN_FILE_ORDER = {SimpleITKIOWithReorient: SimpleITKIO, NibabelIOWithReorient: NibabelIO}
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # from the world coordinates of ITK to those of nibabel
 
@@ -72,8 +73,10 @@ def image_files(folder: Path, dataset_json: dict, role: str) -> dict[str, list[P
     names = dataset_json.get("channel_names", dataset_json.get("modality", {}))
     files_per_case = len(names)
     fewer = [files for files in found.values() if len(files) < len(names) and files[0].name.endswith(f"_0000{ending}")]
-    if fewer and _channels(fewer[0], dataset_json) == len(names):
-        files_per_case = len(fewer[0])
+    for files in fewer[:_EXAMPLES]:  # some may be damaged, or links to storage that is not mounted
+        if _channels(files, dataset_json) == len(names):
+            files_per_case = len(files)
+            break
     wanted = [f"{channel:04d}" for channel in range(files_per_case)]
     for case, files in found.items():
         channels = [file.name[len(case) + 1 : -len(ending)] for file in files]
