@@ -21,7 +21,7 @@ from nnunetv2.imageio.reader_writer_registry import (
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO, SimpleITKIOWithReorient
 from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 
-from nnunet_dycon.errors import UserError
+from nnunet_dycon.errors import UserError, explained
 
 Reader = type[BaseReaderWriter]
 
@@ -92,10 +92,10 @@ def image_files_by_case(folder: Path, ending: str) -> dict[str, list[Path]]:
     """Return case identifier -> all image files in a raw folder, sorted by channel.
 
     Raises:
-        UserError: a file name has no channel number.
+        UserError: a file name has no channel number, or the folder cannot be entered.
     """
     found: dict[str, list[Path]] = {}
-    for file in sorted(folder.glob(f"*{ending}")):
+    for file in files_with_ending(folder, ending):
         case, separator, channel = file.name[: -len(ending)].rpartition("_")
         if not (separator and case and len(channel) == 4 and channel.isdigit()):
             raise UserError(f"{file} is not named CASE_XXXX{ending}, as nnU-Net requires; rename it")
@@ -103,15 +103,31 @@ def image_files_by_case(folder: Path, ending: str) -> dict[str, list[Path]]:
     return found
 
 
+def files_with_ending(folder: Path, ending: str) -> list[Path]:
+    """Return the files in a raw folder with a name ending, sorted; an empty list if the folder does not exist.
+
+    Raises:
+        UserError: the folder cannot be entered.
+    """
+    return [file for file in _entries(folder) if file.name.endswith(ending)]
+
+
+def _entries(folder: Path) -> list[Path]:
+    with explained(PermissionError, f"{folder} cannot be entered; change its permissions"):
+        return sorted(folder.iterdir()) if folder.is_dir() else []
+
+
 def unused_files(folder: Path, ending: str) -> list[Path]:
     """Return the files in a raw folder that nnU-Net does not read because they do not have the given ending.
 
     The result does not include hidden files. If the ending is that of TIFF images, it does not include JSON files,
     since they contain the spacing.
+
+    Raises:
+        UserError: the folder cannot be entered.
     """
     used = (ending, ".json") if ending.lower() in Tiff3DIO.supported_file_endings else (ending,)
-    files = folder.iterdir() if folder.is_dir() else ()
-    return sorted(file for file in files if not file.name.startswith(".") and not file.name.endswith(used))
+    return [file for file in _entries(folder) if not file.name.startswith(".") and not file.name.endswith(used)]
 
 
 def spacing_file(image: Path) -> Path | None:

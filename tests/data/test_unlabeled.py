@@ -187,6 +187,17 @@ def test_preprocessing_killed_while_writing_a_case_repeats_this_case(cases, monk
     assert {file.name: file.read_bytes() for file in cases.folder.iterdir()} == before
 
 
+def test_folder_that_cannot_be_entered_is_named(base, images, monkeypatch):
+    shutil.rmtree(base / "nnUNetPlans_3d_fullres_unlabeled", ignore_errors=True)
+
+    def refuse(folder):
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(UserError, match=r"imagesUn cannot be entered; change its permissions"):
+        preprocess_unlabeled("901", "3d_fullres")
+
+
 def test_images_are_exactly_zero_outside_the_nonzero_region(base, images):
     """Resampling causes ringing at the border of the region, but the loader requires exact zeros."""
     image, _ = tiny_volume(50, shape=(30, 30, 30))
