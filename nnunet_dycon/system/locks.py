@@ -181,8 +181,12 @@ class Lock:
         except FileNotFoundError:
             return
         if _read(aside).get("token") != other.get("token"):  # another process was faster, and its lock was renamed
-            with suppress(FileExistsError):  # of a third process
+            try:
                 os.link(aside, self.file)
+            except FileExistsError:  # of a third process
+                pass
+            except OSError:  # the file system has no hard links
+                os.rename(aside, self.file)
             aside.unlink(missing_ok=True)
             return
         aside.unlink(missing_ok=True)

@@ -148,9 +148,15 @@ def test_without_hard_links(tmp_path, monkeypatch):
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr(os, "link", no_links)
-    lock(tmp_path).acquire()
+    first = lock(tmp_path)
+    first.acquire()
     with pytest.raises(UserError, match="running"):
         lock(tmp_path).acquire()
+    second = lock(tmp_path)
+    second._owner = {"token": "second"}
+    second._take_over({"token": "ended"}, "its process has ended")  # the first one was faster
+    first.check()
+    assert [file.name for file in tmp_path.iterdir()] == [LOCK]
 
 
 def _start(folder, barrier, results):
