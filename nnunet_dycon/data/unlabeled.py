@@ -20,6 +20,7 @@ import numpy as np
 from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id, maybe_convert_to_dataset_name
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
+from nnunet_dycon.data.dataset_json import check_dataset_json
 from nnunet_dycon.data.image_checks import check_file, check_image
 from nnunet_dycon.data.image_reading import image_files, image_files_by_case, spacing_file, unused_files
 from nnunet_dycon.data.labeled import check_fingerprint
@@ -85,16 +86,19 @@ class UnlabeledCases:
         """Create an instance from the files in nnUNet_preprocessed; see `preprocess_unlabeled` for the arguments.
 
         Raises:
-            UserError: the plans file or dataset.json is damaged.
+            UserError: the plans file or dataset.json is damaged, or dataset.json is invalid (see `check_dataset_json`).
             UsageError: the data set, its plans or the configuration do not exist.
         """
         preprocessed = nnunet_folder("nnUNet_preprocessed")
         name = dataset_name(dataset)
-        plans_file = preprocessed / name / f"{plans_name}.json"
-        plans, dataset_json = (_read_json(file, name) for file in (plans_file, preprocessed / name / "dataset.json"))
-        plans = PlansManager(plans)
-        if configuration not in plans.available_configurations:
-            available = ", ".join(plans.available_configurations)
+        plans_file, dataset_file = (preprocessed / name / f"{stem}.json" for stem in (plans_name, "dataset"))
+        content, dataset_json = (_read_json(file, name) for file in (plans_file, dataset_file))
+        check_dataset_json(dataset_json, dataset_file)
+        with explained((KeyError, TypeError, AttributeError), f"{plans_file} is damaged; plan again"):
+            plans = PlansManager(content)
+            configurations = plans.available_configurations
+        if configuration not in configurations:
+            available = ", ".join(configurations)
             remedy = f"choose from: {available}" if available else "plan again"
             raise UsageError(f"{plans_file} has no configuration {configuration}; {remedy}")
         return cls(plans, configuration, dataset_json)

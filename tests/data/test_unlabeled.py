@@ -187,6 +187,21 @@ def test_preprocessing_killed_while_writing_a_case_repeats_this_case(cases, monk
     assert {file.name: file.read_bytes() for file in cases.folder.iterdir()} == before
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("dataset.json", {"labels": {"background": 0, "organ": 1}}, '"file_ending" is None, but must start with a dot'),
+        ("dataset.json", [], "does not contain an object"),
+        ("nnUNetPlans.json", {}, "nnUNetPlans.json is damaged; plan again"),
+        ("nnUNetPlans.json", [], "nnUNetPlans.json is damaged; plan again"),
+    ],
+)
+def test_invalid_dataset_json_and_plans_are_errors(base, images, file, content, message):
+    (base / file).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=message):
+        preprocess_unlabeled("901", "3d_fullres")
+
+
 def test_folder_that_cannot_be_entered_is_named(base, images, monkeypatch):
     shutil.rmtree(base / "nnUNetPlans_3d_fullres_unlabeled", ignore_errors=True)
 
