@@ -322,8 +322,8 @@ class UnlabeledCases:
 
         Args:
             num_processes: number of worker processes; 1 uses this process.
-            lock: the acquired `lock`. Before it renames the temporary folder, build checks that no other process has
-                taken over the lock.
+            lock: the acquired `lock`. After each case, and before it renames the temporary folder, build checks that no
+                other process has taken over the lock.
 
         Raises:
             UserError: a training uses the folder, or images cannot be used. The message names these images. All other
@@ -356,7 +356,11 @@ class UnlabeledCases:
         missing = [case for case in cases if not _is_complete(partial / (case + _RECORD), files[case])]
         jobs = [(self, cases[case], files[case], str(partial / case)) for case in missing]
         title = f"preprocessing imagesUn, {self.configuration_name}"
-        faults = [fault for fault in map_cases(_preprocess_case, jobs, num_processes, title) if fault is not None]
+        faults = []
+        for fault in map_cases(_preprocess_case, jobs, num_processes, title):
+            lock.check()  # a process that has taken over the lock writes the same files
+            if fault is not None:
+                faults.append(fault)
         if faults:
             # Report all faults at once, since each build may take hours. Completed cases are kept for the next one.
             shown = "; ".join(faults[:_FAULTS_SHOWN]) + ("; ..." if len(faults) > _FAULTS_SHOWN else "")

@@ -169,6 +169,22 @@ def test_interrupted_preprocessing_resumes(cases, monkeypatch):
     assert not list(cases.folder.parent.glob("*.partial"))
 
 
+def test_preprocessing_ends_after_the_case_in_which_another_process_takes_over(cases, monkeypatch):
+    """Both would write the same files."""
+    shutil.rmtree(cases.folder)
+    done = []
+
+    def taken_over(job):
+        done.append(job)
+        cases.lock.file.write_text(json.dumps({"token": "other", "host": "node7", "pid": 1}))
+
+    monkeypatch.setattr(module, "_preprocess_case", taken_over)
+    with pytest.raises(UserError, match=r"another process \(host node7, process 1\) has taken over"):
+        preprocess_unlabeled("901", "3d_fullres")
+    assert len(done) == 1
+    cases.lock.file.unlink()
+
+
 def test_preprocessing_killed_while_writing_a_case_repeats_this_case(cases, monkeypatch):
     """Some files of the case exist, and blosc2 does not overwrite files."""
     before = {file.name: file.read_bytes() for file in cases.folder.iterdir()}

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
+from nnunet_dycon.dataset_conversion import writer
 from nnunet_dycon.dataset_conversion.folder import plan
 from nnunet_dycon.errors import UserError
 from tests.dataset_conversion.sources import (
@@ -494,6 +495,19 @@ def test_broken_links_and_closed_folders_are_named(source, target, capsys):
     assert f"warning: 3 links lead to files that do not exist and are not used: {source}/images/d_t1.nii.gz" in printed
     report = read_json(target, "conversion_report")
     assert any("3 links" in warning for warning in report["warnings"])
+
+
+def test_conversion_ends_after_the_case_in_which_another_process_takes_over(source, raw, capsys, monkeypatch):
+    done = []
+
+    def taken_over(data_set, folder, job):
+        done.append(job)
+        (raw / ".Dataset101.lock").write_text('{"token": "other", "host": "node7", "pid": 1}')
+
+    monkeypatch.setattr(writer, "_write_case", taken_over)
+    assert convert("folder", source, *BOTH) == 1
+    assert "another process (host node7, process 1) has taken over a conversion" in the_one_error(capsys)
+    assert len(done) == 1
 
 
 def test_name_in_another_encoding_is_printed_with_escapes(source, target, monkeypatch):
