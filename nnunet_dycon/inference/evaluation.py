@@ -274,7 +274,7 @@ def _read_task(reference: Path, prediction: Path, chosen: Sequence[int] | None) 
             f"{file}: {file_ending} files have no spacing; convert references and predictions to one of "
             f"{', '.join(VOLUME_ENDINGS)}"
         )
-    ignore = declared.get("ignore", (None,))[0]
+    ignore = next(iter(declared.get("ignore", ())), None)
     if chosen is not None:
         if any(value <= 0 or value == ignore for value in chosen):
             raise UsageError("-l: background and ignore label are not scored; give other values above 0")

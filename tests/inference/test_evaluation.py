@@ -259,6 +259,13 @@ def test_unknown_label_values_are_a_warning(folders, capsys, side):
     assert line.endswith(": 7")
 
 
+def test_empty_ignore_label_is_none(folders):
+    reference, prediction = folders
+    expected = evaluate_folder(reference, prediction, labels=[1]).rows
+    declare(prediction, {"organ": 1, "ignore": []})
+    assert evaluate_folder(reference, prediction, labels=[1]).rows == expected
+
+
 def test_nan_is_an_unknown_label_value(tmp_path, capsys):
     mask = box((1, 4), (2, 6), (2, 6))
     save(tmp_path / "labelsTr" / "a.nrrd", mask)
