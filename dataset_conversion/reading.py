@@ -58,16 +58,16 @@ def check_source(folder: Path) -> list[str]:
         be entered.
 
     Raises:
-        UserError: a header (.nhdr or .mhd) names a voxel data file outside of the folder.
+        UserError: a NRRD or MetaImage header names a voxel data file outside of the folder.
     """
     denied: list[str] = []
     entries = entries_below(folder, lambda error: denied.append(str(error.filename)))
     root = folder.resolve()
-    broken = [entry for entry in entries if not os.path.exists(entry)]
-    outside = [entry for entry in entries if entry.is_symlink() and not entry.resolve().is_relative_to(root)]
-    for header in (entry for entry in entries if entry.suffix.lower() in (".nhdr", ".mhd") and entry.is_file()):
+    broken = {entry for entry in entries if not os.path.exists(entry)}
+    outside = [entry for entry in entries if entry.is_symlink() and entry not in broken and not _is_below(root, entry)]
+    for header in (entry for entry in entries if entry.suffix.lower() in _CHECKED_ENDINGS and entry.is_file()):
         for voxels in _files_of_voxels(header):
-            if not (header.parent / voxels).resolve().is_relative_to(root):
+            if not _is_below(root, header.parent / voxels):
                 raise UserError(
                     f"{header} names the file {voxels}, which is outside of {folder}; move this file next to the "
                     "header and correct its path there, or move the case out of the source folder"
@@ -75,19 +75,30 @@ def check_source(folder: Path) -> list[str]:
     found = (
         (broken, "link leads to a file that does not exist and is not used",
          "links lead to files that do not exist and are not used"),
-        ([entry for entry in outside if entry not in broken], f"link leads out of {folder}; its target is used",
+        (outside, f"link leads out of {folder}; its target is used",
          f"links lead out of {folder}; their targets are used"),
         (denied, "folder cannot be entered and is not used", "folders cannot be entered and are not used"),
     )  # fmt: skip
     return [counted(sorted(map(str, names)), one, many) for names, one, many in found if names]
 
 
+def _is_below(root: Path, path: Path) -> bool:
+    return Path(os.path.realpath(path)).is_relative_to(root)  # Path.resolve raises an error for a link to itself
+
+
 def _files_of_voxels(header: Path) -> list[str]:
-    """Return the names of the voxel data files in a MetaImage (.mhd) or NRRD header (.nhdr), as written there."""
+    """Return the names of the voxel data files in the header of a MetaImage or NRRD file, as written there.
+
+    The list is empty if the voxels follow the header in the same file. SimpleITK also reads other files that .mha and
+    .nrrd files name.
+    """
     with header.open("rb") as content:
-        lines = [line.decode("latin-1").strip() for line in content.readlines(_HEADER_BYTES)]
-    key, separator = ("elementdatafile", "=") if header.suffix.lower() == ".mhd" else ("data file", ":")
+        lines = [line.decode("latin-1").strip() for line in content.read(_HEADER_BYTES).splitlines()]
+    is_meta_image = header.suffix.lower() in (".mha", ".mhd")
+    key, separator = ("elementdatafile", "=") if is_meta_image else ("data file", ":")
     for number, line in enumerate(lines):
+        if not line and not is_meta_image:
+            break  # the end of a NRRD header
         name, _, value = line.partition(separator)
         if name.strip().lower() in (key, key.replace(" ", "")):
             value = value.strip()
@@ -163,7 +174,7 @@ class NamedMasks:
         first = read_volume(path)
         labels = np.zeros(first.GetSize()[::-1], np.uint8)
         for value, file in self.files[path]:
-            mask = read_volume(file)
+            mask = first if file == path else read_volume(file)
             if found := difference(first, mask):
                 raise UserError(
                     f"{path} and {file} differ in {found}; repair the files or move the case out of the source folder"
@@ -367,10 +378,10 @@ def _read_series(folder: Path, report: CaseReport) -> sitk.Image:
     if len(series) > 1:
         raise UserError(f"{folder}: expected one DICOM series, found {len(series)}; keep one of them")
     files = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series[0])
-    if len(files) == 1:  # all slices in one file
-        return sitk.ReadImage(files[0])
     if unread := sorted({str(file) for file in folder.glob("*.dcm")} - set(files)):
         raise UserError(f"cannot read {unread[0]} as a slice of its series; replace or remove it")
+    if len(files) == 1:  # all slices in one file
+        return sitk.ReadImage(files[0])
     reader = sitk.ImageSeriesReader()
     reader.SetFileNames(_sorted_by_position(files))
     reader.MetaDataDictionaryArrayUpdateOn()

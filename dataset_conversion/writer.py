@@ -138,7 +138,7 @@ def _write_dataset(
         with _writing_errors(f"cannot write into {partial_folder}", "check the free disk space"):
             partial_folder.mkdir(exist_ok=True)
             _start_or_resume(partial_folder, data_set, assignment, source)
-        reports = _write_cases(data_set, assignment, partial_folder, num_processes)
+        reports = _write_cases(data_set, assignment, partial_folder, num_processes, lock)
         folds = cross_validation(assignment.identifiers("labeled"))
         report = report_on_all(data_set, assignment, source, reports, warnings)
         with _writing_errors(f"cannot write into {partial_folder}", "check the free disk space"):
@@ -221,7 +221,7 @@ def _start_or_resume(partial_folder: Path, data_set: DataSet, assignment: Assign
 
 
 def _write_cases(
-    data_set: DataSet, assignment: Assignment, folder: Path, num_processes: int
+    data_set: DataSet, assignment: Assignment, folder: Path, num_processes: int, lock: Lock
 ) -> dict[str, dict[str, Any]]:
     """Convert the cases without a complete output in the folder, and return the reports of all cases.
 
@@ -230,20 +230,25 @@ def _write_cases(
         assignment: roles of the cases.
         folder: hidden folder of the unfinished conversion, which may contain cases of an interrupted one.
         num_processes: number of processes that convert cases.
+        lock: the lock of the dataset ID, which this process holds.
 
     Returns:
         Identifier of the case -> its entry for conversion_report.json.
 
     Raises:
-        UserError: some cases cannot be converted.
+        UserError: some cases cannot be converted, or another process has taken over the lock.
     """
     jobs = [(role, case) for role in FOLDERS for case in assignment.cases[role]]
     missing = [(role, case) for role, case in jobs if not _is_converted(folder, role, case)]
     if len(missing) < len(jobs):
         print(f"{len(jobs) - len(missing)} of {len(jobs)} cases of an interrupted conversion are kept; resuming")
     write_case = partial(_write_case, data_set, folder)
+    faults = {}
     results = map_cases(write_case, missing, num_processes, f"converting {data_set.name}")
-    faults = {case.identifier: fault for fault, (_, case) in zip(results, missing) if fault}
+    for fault, (_, case) in zip(results, missing):
+        lock.check()  # a process that has taken over the lock writes the same files
+        if fault:
+            faults[case.identifier] = fault
     if len(faults) == 1:
         raise UserError(*faults.values())
     if faults:

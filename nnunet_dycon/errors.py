@@ -83,5 +83,9 @@ def counted(names: Sequence[object], one: str, many: str) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, or the name of the error's type if the message is empty."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """Return the first line of an error's message, or the name of the error's type if the message is empty.
+
+    The line in which SimpleITK names its source file is skipped.
+    """
+    lines = [line for line in str(error).strip().splitlines() if not line.startswith("Exception thrown in SimpleITK")]
+    return (lines or [type(error).__name__])[0]

@@ -4,6 +4,7 @@ Only the sub-command that is run imports torch and nnU-Net, so --help is fast.
 """
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -24,6 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         was closed.
     """
     argv = sys.argv[1:] if argv is None else argv
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for file names in another encoding, as on stderr
     try:
         arguments = build_parser(argv).parse_args(argv)
         return arguments.run(arguments) or 0

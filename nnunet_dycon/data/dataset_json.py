@@ -94,32 +94,33 @@ def region_faults(labels: dict[str, tuple[int, ...]], order: Any) -> Iterator[st
     if not (isinstance(order, list) and len(order) == len(regions) and all(map(_is_label, order))):
         yield f'"regions_class_order" is {order}, but must have one value for each of the {len(regions)} regions'
         return
+    if (misplaced := _misplaced(regions, order)) is not None:
+        yield (
+            '"regions_class_order" is {}, so nnU-Net stores predictions of label {} as {}, which is not in the same '
+            "regions; {}".format(order, *misplaced, _remedy(regions))
+        )
+
+
+def _misplaced(regions: dict[str, tuple[int, ...]], order: list[int]) -> tuple[int, int] | None:
+    """Return the first label that nnU-Net stores as a label of other regions, and that label; None if there is none.
+
+    Args:
+        regions: name -> label values of each region, in the order of dataset.json.
+        order: "regions_class_order".
+    """
     for label in sorted(set().union(*regions.values())):
         its_regions = [name for name, values in regions.items() if label in values]
         stored = order[list(regions).index(its_regions[-1])]
         if [name for name, values in regions.items() if stored in values] != its_regions:
-            yield (
-                f'"regions_class_order" is {order}, so nnU-Net stores predictions of label {label} as {stored}, which '
-                f"is not in the same regions; give each region a value that no later region contains, such as "
-                f"{_suggested(regions)}"
-            )
-            return
+            return label, stored
+    return None
 
 
-def _suggested(regions: dict[str, tuple[int, ...]]) -> list[int] | str:
-    """Return a valid "regions_class_order", such as [1, 2], or the remedy as text if there is none.
-
-    The remedy is to list larger regions first in "labels".
-
-    Args:
-        regions: name -> label values of each region, in the order of dataset.json.
-    """
-    order: list[int] = []
-    names = list(regions)
-    for number, name in enumerate(names):
+def _remedy(regions: dict[str, tuple[int, ...]]) -> str:
+    order, names = [], list(regions)
+    for number, values in enumerate(regions.values()):
         later = set().union(*(regions[other] for other in names[number + 1 :]))
-        own = [value for value in regions[name] if value not in later]
-        if not own:
-            return 'the regions in another order in "labels", larger ones first'
-        order.append(own[0])
-    return order
+        order.append(next((value for value in values if value not in later), values[0]))
+    if _misplaced(regions, order) is None:
+        return f"change it to {order}"
+    return 'list larger regions first in "labels", and add a region for the labels that overlapping regions share'

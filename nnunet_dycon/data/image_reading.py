@@ -21,10 +21,11 @@ from nnunetv2.imageio.reader_writer_registry import (
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO, SimpleITKIOWithReorient
 from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 
-from nnunet_dycon.errors import UserError
+from nnunet_dycon.errors import UserError, explained
 
 Reader = type[BaseReaderWriter]
 
+_EXAMPLES = 10  # number of cases that are tried to find the number of channels per file
 _IN_FILE_ORDER = {SimpleITKIOWithReorient: SimpleITKIO, NibabelIOWithReorient: NibabelIO}
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # from the world coordinates of ITK to those of nibabel
 
@@ -72,8 +73,10 @@ def image_files(folder: Path, dataset_json: dict, role: str) -> dict[str, list[P
     names = dataset_json.get("channel_names", dataset_json.get("modality", {}))
     files_per_case = len(names)
     fewer = [files for files in found.values() if len(files) < len(names) and files[0].name.endswith(f"_0000{ending}")]
-    if fewer and _channels(fewer[0], dataset_json) == len(names):
-        files_per_case = len(fewer[0])
+    for files in fewer[:_EXAMPLES]:  # some may be damaged, or links to storage that is not mounted
+        if _channels(files, dataset_json) == len(names):
+            files_per_case = len(files)
+            break
     wanted = [f"{channel:04d}" for channel in range(files_per_case)]
     for case, files in found.items():
         channels = [file.name[len(case) + 1 : -len(ending)] for file in files]
@@ -89,10 +92,10 @@ def image_files_by_case(folder: Path, ending: str) -> dict[str, list[Path]]:
     """Return case identifier -> all image files in a raw folder, sorted by channel.
 
     Raises:
-        UserError: a file name has no channel number.
+        UserError: a file name has no channel number, or the folder cannot be entered.
     """
     found: dict[str, list[Path]] = {}
-    for file in sorted(folder.glob(f"*{ending}")):
+    for file in files_with_ending(folder, ending):
         case, separator, channel = file.name[: -len(ending)].rpartition("_")
         if not (separator and case and len(channel) == 4 and channel.isdigit()):
             raise UserError(f"{file} is not named CASE_XXXX{ending}, as nnU-Net requires; rename it")
@@ -100,15 +103,31 @@ def image_files_by_case(folder: Path, ending: str) -> dict[str, list[Path]]:
     return found
 
 
+def files_with_ending(folder: Path, ending: str) -> list[Path]:
+    """Return the files in a raw folder with a name ending, sorted; an empty list if the folder does not exist.
+
+    Raises:
+        UserError: the folder cannot be entered.
+    """
+    return [file for file in _entries(folder) if file.name.endswith(ending)]
+
+
+def _entries(folder: Path) -> list[Path]:
+    with explained(PermissionError, f"{folder} cannot be entered; change its permissions"):
+        return sorted(folder.iterdir()) if folder.is_dir() else []
+
+
 def unused_files(folder: Path, ending: str) -> list[Path]:
     """Return the files in a raw folder that nnU-Net does not read because they do not have the given ending.
 
     The result does not include hidden files. If the ending is that of TIFF images, it does not include JSON files,
     since they contain the spacing.
+
+    Raises:
+        UserError: the folder cannot be entered.
     """
     used = (ending, ".json") if ending.lower() in Tiff3DIO.supported_file_endings else (ending,)
-    files = folder.iterdir() if folder.is_dir() else ()
-    return sorted(file for file in files if not file.name.startswith(".") and not file.name.endswith(used))
+    return [file for file in _entries(folder) if not file.name.startswith(".") and not file.name.endswith(used)]
 
 
 def spacing_file(image: Path) -> Path | None:

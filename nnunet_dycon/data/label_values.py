@@ -98,6 +98,9 @@ def _values(file: Path) -> set[int]:
                 voxels = content["seg"]
         else:
             voxels = blosc2.open(str(file), mode="r")[:]
-    voxels = voxels.astype(np.int32).ravel()
-    lowest = voxels.min()
-    return set((np.flatnonzero(np.bincount(voxels - lowest)) + lowest).tolist()) - {_OUTSIDE}
+    found: set[int] = set()
+    for z in range(voxels.shape[1]):  # bincount needs 8 bytes per voxel, too much for all slices at once
+        part = voxels[:, z].astype(np.int32).ravel()
+        lowest = part.min()
+        found.update((np.flatnonzero(np.bincount(part - lowest)) + lowest).tolist())
+    return found - {_OUTSIDE}

@@ -14,7 +14,7 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunet_dycon.data.image_reading import image_files, in_file_order, read_grid
-from nnunet_dycon.errors import counted
+from nnunet_dycon.errors import counted, explained
 
 _CT = "CTNormalization"
 _COMPARED = 10  # number of labeled cases that are compared
@@ -100,6 +100,9 @@ def compare_with_labeled(
         preprocessed: folder of the preprocessed labeled cases.
         raw: folder imagesTr, which need not exist.
         dataset_json: content of dataset.json.
+
+    Raises:
+        UserError: a preprocessed labeled case cannot be read.
     """
     warnings = _spacing_warnings(unlabeled, plans)
     reorients = in_file_order(plans.image_reader_writer_class) is not plans.image_reader_writer_class
@@ -150,7 +153,9 @@ def _labeled_orientations(raw: Path, plans: PlansManager, dataset_json: dict) ->
 
 def _labeled_images(folder: Path) -> Iterable[np.ndarray]:
     for file in [file for file in sorted(folder.glob("*.b2nd")) if not file.stem.endswith("_seg")][:_COMPARED]:
-        yield blosc2.open(str(file), mode="r")[:]
+        with explained(Exception, f"{file} cannot be read; remove its folder, and run nnUNetv2_preprocess again"):
+            image = blosc2.open(str(file), mode="r")[:]
+        yield image
 
 
 def _intensity_warnings(

@@ -20,6 +20,7 @@ import numpy as np
 from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id, maybe_convert_to_dataset_name
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
+from nnunet_dycon.data.dataset_json import check_dataset_json
 from nnunet_dycon.data.image_checks import check_file, check_image
 from nnunet_dycon.data.image_reading import image_files, image_files_by_case, spacing_file, unused_files
 from nnunet_dycon.data.labeled import check_fingerprint
@@ -85,16 +86,19 @@ class UnlabeledCases:
         """Create an instance from the files in nnUNet_preprocessed; see `preprocess_unlabeled` for the arguments.
 
         Raises:
-            UserError: the plans file or dataset.json is damaged.
+            UserError: the plans file or dataset.json is damaged, or dataset.json is invalid (see `check_dataset_json`).
             UsageError: the data set, its plans or the configuration do not exist.
         """
         preprocessed = nnunet_folder("nnUNet_preprocessed")
         name = dataset_name(dataset)
-        plans_file = preprocessed / name / f"{plans_name}.json"
-        plans, dataset_json = (_read_json(file, name) for file in (plans_file, preprocessed / name / "dataset.json"))
-        plans = PlansManager(plans)
-        if configuration not in plans.available_configurations:
-            available = ", ".join(plans.available_configurations)
+        plans_file, dataset_file = (preprocessed / name / f"{stem}.json" for stem in (plans_name, "dataset"))
+        content, dataset_json = (_read_json(file, name) for file in (plans_file, dataset_file))
+        check_dataset_json(dataset_json, dataset_file)
+        with explained((KeyError, TypeError, AttributeError), f"{plans_file} is damaged; plan again"):
+            plans = PlansManager(content)
+            configurations = plans.available_configurations
+        if configuration not in configurations:
+            available = ", ".join(configurations)
             remedy = f"choose from: {available}" if available else "plan again"
             raise UsageError(f"{plans_file} has no configuration {configuration}; {remedy}")
         return cls(plans, configuration, dataset_json)
@@ -321,8 +325,8 @@ class UnlabeledCases:
 
         Args:
             num_processes: number of worker processes; 1 uses this process.
-            lock: the acquired `lock`. Before it renames the temporary folder, build checks that no other process has
-                taken over the lock.
+            lock: the acquired `lock`. After each case, and before it renames the temporary folder, build checks that no
+                other process has taken over the lock.
 
         Raises:
             UserError: a training uses the folder, or images cannot be used. The message names these images. All other
@@ -355,7 +359,11 @@ class UnlabeledCases:
         missing = [case for case in cases if not _is_complete(partial / (case + _RECORD), files[case])]
         jobs = [(self, cases[case], files[case], str(partial / case)) for case in missing]
         title = f"preprocessing imagesUn, {self.configuration_name}"
-        faults = [fault for fault in map_cases(_preprocess_case, jobs, num_processes, title) if fault is not None]
+        faults = []
+        for fault in map_cases(_preprocess_case, jobs, num_processes, title):
+            lock.check()  # a process that has taken over the lock writes the same files
+            if fault is not None:
+                faults.append(fault)
         if faults:
             # Report all faults at once, since each build may take hours. Completed cases are kept for the next one.
             shown = "; ".join(faults[:_FAULTS_SHOWN]) + ("; ..." if len(faults) > _FAULTS_SHOWN else "")

@@ -22,6 +22,7 @@ from nnunet_dycon.data.image_checks import check_unit
 from nnunet_dycon.data.image_reading import (
     Grid,
     Reader,
+    files_with_ending,
     hash_voxels,
     image_files,
     read_grid,
@@ -31,7 +32,7 @@ from nnunet_dycon.data.image_reading import (
 )
 from nnunet_dycon.dataset_conversion.writer import FOLDERS
 from nnunet_dycon.doctor.findings import FAIL, NOTE, OK, WARNING, Finding, as_finding, examine
-from nnunet_dycon.errors import UserError, counted, first_line, some
+from nnunet_dycon.errors import UserError, counted, explained, first_line, some
 from nnunet_dycon.system.label_maps import rounded
 from nnunet_dycon.system.processes import map_cases
 
@@ -133,13 +134,14 @@ def _grid_or_reason(file: Path, reader: Reader) -> Grid | str:
     except ValueError as error:
         return first_line(error)
     except Exception as error:  # of any reader
-        return f"cannot be read ({first_line(error)})"
+        return f"cannot be read ({first_line(error).replace(str(file), '...')})"  # the same for several files
 
 
 def _read_dataset_json(file: Path) -> dict:
     remedy = f"write it as described in {FORMAT}"
     try:
-        content = json.loads(file.read_text())  # as nnU-Net, which cannot read other encodings
+        with explained(PermissionError, f"{file} cannot be read; change its permissions"):
+            content = json.loads(file.read_text())  # as nnU-Net, which cannot read other encodings
     except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read ({error}); {remedy}") from None
     check_dataset_json(content, file)
@@ -157,9 +159,10 @@ def examine_raw(folder: Path, preprocessed: frozenset[str]) -> Iterator[Finding]
         preprocessed: the roles ("labeled", "unlabeled") whose cases are preprocessed, so that training does not need
             their raw images.
     """
+    all_preprocessed = preprocessed >= {"labeled", "unlabeled"}
     if not folder.is_dir():
         message = f"{folder} does not exist"
-        if preprocessed >= {"labeled", "unlabeled"}:
+        if all_preprocessed:
             yield Finding("raw data", NOTE, f"{message}; all cases are preprocessed, so the raw data are not needed")
         else:
             yield Finding("raw data", FAIL, message, "copy the data set there, or correct nnUNet_raw")
@@ -167,7 +170,7 @@ def examine_raw(folder: Path, preprocessed: frozenset[str]) -> Iterator[Finding]
     try:
         raw = RawDataset.read(folder, preprocessed)
     except UserError as error:
-        yield as_finding("raw data", error)
+        yield as_finding("raw data", error, WARNING if all_preprocessed else FAIL)
         return
     yield from examine("raw data", check_files, raw)
     yield from examine("case names", check_names, raw)
@@ -188,8 +191,13 @@ def check_files(raw: RawDataset) -> Iterator[Finding]:
     yield Finding("raw data", OK, f"{raw.folder}: {counts}; {raw.channels} channel{'s' * (raw.channels > 1)}")
     for role, error in raw.misnamed.items():
         yield as_finding("raw data", error, raw.severity(role))
-    for folder in (raw.folder / name for folders in FOLDERS.values() for name in folders if name):
-        if unused := [file.name for file in unused_files(folder, raw.ending)]:
+    for role, folder in ((role, raw.folder / name) for role, names in FOLDERS.items() for name in names if name):
+        try:
+            unused = [file.name for file in unused_files(folder, raw.ending)]
+        except UserError as error:
+            yield as_finding("raw data", error, raw.severity(role))
+            continue
+        if unused:
             message = f"{folder}: nnU-Net reads only *{raw.ending}, so it does not use {some(unused)}"
             yield Finding("raw data", WARNING, message, "convert these files, or move them to another folder")
     if "dataset" in raw.dataset_json:
@@ -204,7 +212,10 @@ def check_files(raw: RawDataset) -> Iterator[Finding]:
         if not raw.cases[role] and role not in raw.misnamed:
             message = f"no {role} cases: {raw.folder / FOLDERS[role][0]} has no file *{raw.ending}"
             yield Finding("raw data", raw.severity(role), message, f"put the {role} images there")
-    images, labels = set(raw.cases["labeled"]), label_names(raw.folder, raw.ending)
+    try:
+        images, labels = set(raw.cases["labeled"]), label_names(raw.folder, raw.ending)
+    except UserError:  # reported above
+        return
     if bare := sorted(images - labels):
         one, many = (f"of imagesTr {verb} no label in labelsTr" for verb in ("has", "have"))
         message = counted(bare, f"case {one}", f"cases {many}")
@@ -225,7 +236,7 @@ def check_labels(raw: RawDataset) -> Iterator[Finding]:
 
     Yield a finding for each problem, with the names of the files, or a single OK.
     """
-    files = sorted((raw.folder / "labelsTr").glob(f"*{raw.ending}"))
+    files = files_with_ending(raw.folder / "labelsTr", raw.ending)
     if not files:
         return
     processes = 1 if len(files) <= _FEW_IMAGES else min(8, os.cpu_count() or 1)
@@ -262,8 +273,11 @@ def label_names(folder: Path, ending: str) -> set[str]:
     Args:
         folder: nnUNet_raw/DatasetXXX_Name.
         ending: file ending, such as ".nii.gz".
+
+    Raises:
+        UserError: labelsTr cannot be entered.
     """
-    return {file.name[: -len(ending)] for file in (folder / "labelsTr").glob(f"*{ending}")}
+    return {file.name[: -len(ending)] for file in files_with_ending(folder / "labelsTr", ending)}
 
 
 def check_names(raw: RawDataset) -> Iterator[Finding]:

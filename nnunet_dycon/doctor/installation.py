@@ -17,7 +17,7 @@ from pathlib import Path
 from nnunet_dycon import __version__, trainers
 from nnunet_dycon.doctor.findings import FAIL, NOTE, OK, WARNING, Finding, as_finding
 from nnunet_dycon.errors import ONE_LINE, UnknownTrainer, UserError, first_line
-from nnunet_dycon.system.environment import DISCOVERY
+from nnunet_dycon.system.environment import DISCOVERY, nnunet_folder
 from nnunet_dycon.system.files import require_writable
 
 GIB = 2**30
@@ -216,11 +216,21 @@ def check_folders() -> Iterator[Finding]:
         elif value.startswith("~"):
             message = f"{variable}={value}: the ~ was quoted, so the shell has not expanded it"
             yield Finding("folders", WARNING, message, f'run: export {variable}="$HOME{value[1:]}"')
+        elif (problem := _refusal(variable)) is not None:
+            yield as_finding("folders", problem, worst)
         elif not os.path.isabs(value):
             message = f"{variable}={value} is not absolute, so it depends on the current folder"
             yield Finding("folders", WARNING, message, f'run: export {variable}="{os.path.abspath(value)}"')
         else:
             yield _examine_folder(variable, Path(value), worst)
+
+
+def _refusal(variable: str) -> UserError | None:
+    try:
+        nnunet_folder(variable)
+    except UserError as error:
+        return error
+    return None
 
 
 def _examine_folder(variable: str, folder: Path, worst: str) -> Finding:

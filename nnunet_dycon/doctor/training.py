@@ -184,7 +184,9 @@ def check_labeled(training: Training) -> Iterator[Finding]:
         found = True
         message = f"{references} has no {some(unscored)}, so the validation at the end of training would fail"
         yield Finding("labeled", FAIL, message, again)
-    raw = label_names(unlabeled.raw.parent, ending) if os.environ.get("nnUNet_raw") else set()
+    raw = set()
+    with suppress(UserError):  # reported by examine_raw
+        raw = label_names(unlabeled.raw.parent, ending) if os.environ.get("nnUNet_raw") else set()
     if raw and raw != labeled:
         found = True
         differing = sorted(raw ^ labeled)

@@ -274,7 +274,7 @@ def _read_task(reference: Path, prediction: Path, chosen: Sequence[int] | None) 
             f"{file}: {file_ending} files have no spacing; convert references and predictions to one of "
             f"{', '.join(VOLUME_ENDINGS)}"
         )
-    ignore = declared.get("ignore", (None,))[0]
+    ignore = next(iter(declared.get("ignore", ())), None)
     if chosen is not None:
         if any(value <= 0 or value == ignore for value in chosen):
             raise UsageError("-l: background and ignore label are not scored; give other values above 0")
@@ -373,7 +373,7 @@ def _score_case(job: tuple[tuple[str, Path, Path], _Task]) -> tuple[list[dict[st
     remarks = []
     for file, array in zip(files, (reference, prediction), strict=True):
         if (unknown := np.unique(array[~np.isin(array, list(task.known))])).size:
-            shown = [int(value) if value == int(value) else value for value in unknown.tolist()]
+            shown = [int(value) if value % 1 == 0 else value for value in unknown.tolist()]
             remarks.append(f"{file}: unknown label values, scored as background: {_enumerate(shown)}")
     axes = _scored_axes(grid.shape)
     if len(axes) < 3 and not grid.is_2d:

@@ -2,7 +2,6 @@
 
 import io
 import json
-import pickle
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -65,9 +64,8 @@ def load_checkpoint(file: Path) -> dict:
             f"{file} does not exist (existing checkpoints: {others}); choose one with -chk, choose other folds with "
             "-f, or finish the training"
         )
-    unreadable = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, AttributeError, ImportError)
-    with explained(unreadable, f"{file} cannot be loaded; choose another checkpoint with -chk"):
-        checkpoint = read(file)
+    with explained(Exception, f"{file} cannot be loaded; choose another checkpoint with -chk"):
+        checkpoint = read(file)  # the type of the error depends on the damage
     if not isinstance(checkpoint, dict) or not checkpoint.keys() >= {"network_weights", "init_args", "trainer_name"}:
         raise UserError(f"{file} is not a checkpoint of nnU-Net; choose another with -chk")
     return checkpoint

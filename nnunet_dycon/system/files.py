@@ -10,12 +10,14 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from glob import escape
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
 from nnunet_dycon.errors import UsageError, UserError
+from nnunet_dycon.system.locks import Lock
 
 # UTF-32 first: its little-endian mark starts with that of UTF-16.
 _BYTE_ORDER_MARKS = (
@@ -62,12 +64,14 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """Yield a new temporary folder next to `folder`.
 
     At the end of the `with` block, rename the temporary folder to `folder`; after an error, remove it with its content.
+    A lock prevents two processes from writing the same folder at once.
 
     Args:
         folder: the folder to create, which may exist if it is empty.
 
     Raises:
         UsageError: `folder` exists and is not an empty folder, or it is a mount point.
+        UserError: another process is writing `folder`.
     """
     folder = folder.resolve()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
@@ -76,14 +80,20 @@ def new_folder(folder: Path) -> Iterator[Path]:
         )
     if os.path.ismount(folder):
         raise UsageError(f"{folder} is a mount point and cannot be replaced; name a new folder inside it with -o")
-    partial = folder.with_name(f".{folder.name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)  # remainder of a killed run
-        partial.mkdir(parents=True)
-        yield partial
-        os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.partial")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = Lock(folder.with_name(f".{folder.name}.lock"), f"a command that writes {folder.name}")
+    lock.acquire()
+    with closing(lock):
+        try:
+            for remainder in folder.parent.glob(f".{escape(folder.name)}.*.partial"):  # of a killed run
+                shutil.rmtree(remainder, ignore_errors=True)
+            partial.mkdir()
+            yield partial
+            lock.check()
+            os.replace(partial, folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def require_whole(file: Path) -> None:

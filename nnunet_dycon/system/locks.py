@@ -137,7 +137,8 @@ class Lock:
         try:
             with os.fdopen(descriptor, "w", encoding="utf-8") as content:
                 json.dump(self._owner, content)
-            os.chmod(name, 0o644 | self.file.parent.stat().st_mode & 0o020)  # group-writable if its folder is
+            with suppress(OSError):  # storage without permissions
+                os.chmod(name, 0o644 | self.file.parent.stat().st_mode & 0o020)  # group-writable if its folder is
             try:
                 os.link(name, self.file)
             except FileExistsError:  # on NFS also if the reply to a successful call was lost
@@ -180,8 +181,12 @@ class Lock:
         except FileNotFoundError:
             return
         if _read(aside).get("token") != other.get("token"):  # another process was faster, and its lock was renamed
-            with suppress(FileExistsError):  # of a third process
+            try:
                 os.link(aside, self.file)
+            except FileExistsError:  # of a third process
+                pass
+            except OSError:  # the file system has no hard links
+                os.rename(aside, self.file)
             aside.unlink(missing_ok=True)
             return
         aside.unlink(missing_ok=True)

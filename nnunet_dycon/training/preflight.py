@@ -38,11 +38,15 @@ class TrainingLock:
     def acquire(self) -> None:
         """Take the lock of the fold; do nothing if this object already holds it.
 
+        Then remove unfinished files, such as a checkpoint, which a killed training has left.
+
         Raises:
             UserError: another training of this fold is running, or the lock file cannot be written.
         """
         with explained(OSError, f"{self._fold.file} cannot be written; change the owner or permissions of its folder"):
             self._fold.acquire()
+            for unfinished in self._fold.file.parent.glob(".*.partial"):
+                unfinished.unlink(missing_ok=True)
 
     def keep_unlabeled(self) -> None:
         """Take a lock that prevents other processes from replacing the folder of the preprocessed unlabeled cases.

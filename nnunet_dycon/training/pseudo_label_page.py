@@ -33,21 +33,22 @@ def draw(trainer: nnUNetTrainer, method: Method, unlabeled: UnlabeledCases) -> N
         unlabeled: the preprocessed unlabeled cases.
     """
     if method.labeler is not None and not trainer.disable_checkpointing:
-        epoch, cases = trainer.current_epoch - 1, UnlabeledDataset(unlabeled.folder, unlabeled.identifiers())
+        epoch = trainer.current_epoch - 1
         file = Path(trainer.output_folder) / f"pseudo_labels_epoch_{epoch:04d}.png"
-        draw_or_warn(file, partial(draw_page, trainer, method, cases, epoch), trainer.print_to_log_file)
+        draw_or_warn(file, partial(draw_page, trainer, method, unlabeled, epoch), trainer.print_to_log_file)
 
 
-def draw_page(trainer: nnUNetTrainer, method: Method, cases: UnlabeledDataset, epoch: int, file: Path) -> None:
+def draw_page(trainer: nnUNetTrainer, method: Method, unlabeled: UnlabeledCases, epoch: int, file: Path) -> None:
     """Write a figure with the pseudo-labels of at most 3 complete unlabeled cases, the same ones in each epoch.
 
     Args:
         trainer: trainer whose plans and dataset.json configure the prediction.
         method: semi-supervised method whose `label` predicts the pseudo-labels.
-        cases: dataset of the unlabeled cases.
+        unlabeled: the preprocessed unlabeled cases.
         epoch: number of the epoch, for the title.
         file: PNG file to write.
     """
+    cases = UnlabeledDataset(unlabeled.folder, unlabeled.identifiers())
     predictor = nnUNetPredictor(
         tile_step_size=1.0,  # no overlap: a plot does not justify the time
         use_mirroring=False,

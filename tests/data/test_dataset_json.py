@@ -1,11 +1,12 @@
 """Tests of the checks of dataset.json."""
 
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from nnunet_dycon.data.dataset_json import check_dataset_json, dataset_json_faults
+from nnunet_dycon.data.dataset_json import check_dataset_json, dataset_json_faults, region_faults
 from nnunet_dycon.errors import UserError
 
 CLASSES = {
@@ -49,7 +50,7 @@ FAULTY = {
     ),
     "small region first": (
         {"labels": {"background": 0, "core": 2, "whole": [1, 2]}, "regions_class_order": [2, 1]},
-        "larger ones first",
+        "list larger regions first",
     ),
 }  # fmt: skip
 
@@ -89,3 +90,21 @@ def test_region_order_is_accepted_exactly_if_a_perfect_prediction_gets_a_dice_of
         is_perfect = all((np.isin(stored, v) == np.isin(reference, v)).all() for v in regions.values())
         content = CLASSES | {"labels": {"background": 0, **regions}, "regions_class_order": list(map(int, order))}
         assert is_perfect == (not list(dataset_json_faults(content))), order
+
+
+def test_suggested_region_order_is_accepted_or_none_is_suggested():
+    """Exhaustive over all pairs of regions with 2 of 3 labels, and a third region with one label."""
+    names, pairs = ("a", "b", "c"), ((1, 2), (1, 3), (2, 3))
+    suggested = 0
+    for first, second, third in product(pairs, pairs, ((1,), (2,), (3,))):
+        regions = dict(zip(names, (first, second, third)))
+        valid = [
+            list(order) for order in product(first, second, third) if not list(region_faults(regions, list(order)))
+        ]
+        (fault,) = region_faults(regions, [0, 0, 0])
+        if valid:
+            assert any(fault.endswith(f"change it to {order}") for order in valid), fault
+            suggested += 1
+        else:
+            assert "list larger regions first" in fault
+    assert suggested

@@ -195,3 +195,12 @@ def test_hash_depends_only_on_the_voxels(tmp_path):
     first, second, third = (hash_voxels(tmp_path / f"{name}.nii.gz", SimpleITKIO) for name in "abc")
     assert first == second is not None
     assert third is None
+
+
+def test_color_images_are_recognized_if_the_first_one_cannot_be_read(tmp_path):
+    (tmp_path / "a_0000.png").symlink_to(tmp_path / "gone.png")
+    io.imsave(tmp_path / "b_0000.png", np.zeros((8, 9, 3), np.uint8), check_contrast=False)
+    assert names(image_files(tmp_path, dataset(".png", "R", "G", "B"), "unlabeled")) == {
+        "a": ["a_0000.png"],
+        "b": ["b_0000.png"],
+    }

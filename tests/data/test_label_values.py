@@ -1,6 +1,7 @@
 """Tests of the check of label values in preprocessed segmentations."""
 
 import os
+import tracemalloc
 from pathlib import Path
 
 import blosc2
@@ -55,6 +56,17 @@ def test_damaged_segmentation_is_named(folder):
     (folder / "a_seg.b2nd").write_bytes(b"no array")
     with pytest.raises(UserError, match=r"a_seg.b2nd cannot be read"):
         check_label_values(folder, ["a"], DATASET, 1)
+
+
+def test_memory_is_limited_to_the_voxels_and_one_slice(folder):
+    voxels = np.zeros((1, 64, 128, 128), np.int8)
+    blosc2.asarray(voxels, urlpath=str(folder / "a_seg.b2nd"))
+    tracemalloc.start()
+    try:
+        assert label_values._values(folder / "a_seg.b2nd") == {0}
+        assert tracemalloc.get_traced_memory()[1] < 2 * voxels.nbytes
+    finally:
+        tracemalloc.stop()
 
 
 def test_only_changed_files_are_read_again(folder, monkeypatch):

@@ -10,7 +10,8 @@ import SimpleITK as sitk
 import tifffile
 
 from nnunet_dycon.cli import main
-from nnunet_dycon.data.unlabeled import UnlabeledCases
+from nnunet_dycon.data.unlabeled import UnlabeledCases, preprocess_unlabeled
+from nnunet_dycon.errors import UserError
 from tests.tiny import plan_and_preprocess, set_environment
 
 RNG = np.random.default_rng(0)
@@ -76,6 +77,16 @@ def ct(ct_root, tmp_path, monkeypatch) -> Path:
 def warnings_of_preprocessing(capsys, dataset: int = 903) -> list[str]:
     assert main(["preprocess_unlabeled", "-d", str(dataset), "-np", "1"]) == 0
     return [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+
+
+def test_damaged_labeled_case_is_named(ct):
+    folder = UnlabeledCases.of_dataset("903", "3d_fullres", "nnUNetPlans").folder.with_name("nnUNetPlans_3d_fullres")
+    file = folder / "case1.b2nd"
+    content = file.read_bytes()
+    middle = len(content) // 2
+    file.write_bytes(content[:middle] + bytes(500) + content[middle + 500 :])
+    with pytest.raises(UserError, match=r"case1.b2nd cannot be read; remove its folder, and run nnUNetv2_preprocess"):
+        preprocess_unlabeled("903", "3d_fullres")
 
 
 def test_similar_cases_have_no_warnings(ct, capsys):

@@ -169,6 +169,22 @@ def test_interrupted_preprocessing_resumes(cases, monkeypatch):
     assert not list(cases.folder.parent.glob("*.partial"))
 
 
+def test_preprocessing_ends_after_the_case_in_which_another_process_takes_over(cases, monkeypatch):
+    """Both would write the same files."""
+    shutil.rmtree(cases.folder)
+    done = []
+
+    def taken_over(job):
+        done.append(job)
+        cases.lock.file.write_text(json.dumps({"token": "other", "host": "node7", "pid": 1}))
+
+    monkeypatch.setattr(module, "_preprocess_case", taken_over)
+    with pytest.raises(UserError, match=r"another process \(host node7, process 1\) has taken over"):
+        preprocess_unlabeled("901", "3d_fullres")
+    assert len(done) == 1
+    cases.lock.file.unlink()
+
+
 def test_preprocessing_killed_while_writing_a_case_repeats_this_case(cases, monkeypatch):
     """Some files of the case exist, and blosc2 does not overwrite files."""
     before = {file.name: file.read_bytes() for file in cases.folder.iterdir()}
@@ -185,6 +201,32 @@ def test_preprocessing_killed_while_writing_a_case_repeats_this_case(cases, monk
     assert len(list(partial.glob("*.b2nd"))) == 2
     preprocess_unlabeled("901", "3d_fullres")
     assert {file.name: file.read_bytes() for file in cases.folder.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("dataset.json", {"labels": {"background": 0, "organ": 1}}, '"file_ending" is None, but must start with a dot'),
+        ("dataset.json", [], "does not contain an object"),
+        ("nnUNetPlans.json", {}, "nnUNetPlans.json is damaged; plan again"),
+        ("nnUNetPlans.json", [], "nnUNetPlans.json is damaged; plan again"),
+    ],
+)
+def test_invalid_dataset_json_and_plans_are_errors(base, images, file, content, message):
+    (base / file).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=message):
+        preprocess_unlabeled("901", "3d_fullres")
+
+
+def test_folder_that_cannot_be_entered_is_named(base, images, monkeypatch):
+    shutil.rmtree(base / "nnUNetPlans_3d_fullres_unlabeled", ignore_errors=True)
+
+    def refuse(folder):
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(UserError, match=r"imagesUn cannot be entered; change its permissions"):
+        preprocess_unlabeled("901", "3d_fullres")
 
 
 def test_images_are_exactly_zero_outside_the_nonzero_region(base, images):

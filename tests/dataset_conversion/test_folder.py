@@ -1,13 +1,17 @@
 """Tests of the folder converter: patterns, formats, label values, and invalid files."""
 
 import gzip
+import io
 import locale
+import os
+import sys
 
 import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
 
+from nnunet_dycon.dataset_conversion import writer
 from nnunet_dycon.dataset_conversion.folder import plan
 from nnunet_dycon.errors import UserError
 from tests.dataset_conversion.sources import (
@@ -21,6 +25,7 @@ from tests.dataset_conversion.sources import (
     stems,
     the_one_error,
     write,
+    write_dicom,
 )
 
 
@@ -299,11 +304,11 @@ def test_invalid_names_of_masks_raise(organs, raw, capsys, masks, message):
 
 
 def test_header_that_names_a_file_outside_of_the_source_raises(tmp_path, raw, capsys):
-    for ending in (".mhd", ".nhdr"):
+    for ending, written in ((".mhd", ".mhd"), (".mha", ".mhd"), (".nhdr", ".nhdr"), (".nrrd", ".nhdr")):
         folder = tmp_path / ending
-        write(folder / "outside" / f"a{ending}", image(0))
+        write(folder / "outside" / f"a{written}", image(0))
         (folder / "source").mkdir()
-        header = (folder / "outside" / f"a{ending}").read_text(encoding="latin-1")
+        header = (folder / "outside" / f"a{written}").read_text(encoding="latin-1")
         voxels = next((folder / "outside").glob("a.*raw*")).name
         (folder / "source" / f"a{ending}").write_text(header.replace(voxels, f"../outside/{voxels}"), "latin-1")
         assert convert("folder", folder / "source", "--channel", f"CT={{case}}{ending}") == 1
@@ -351,6 +356,16 @@ def test_dicom_file_with_all_slices_is_converted(tmp_path, target):
     assert convert("folder", tmp_path / "scans", "--channel", "CT={case}/CT/", "--masks", "{case}/seg.nii.gz") == 0
     written = sitk.ReadImage(str(target / "imagesTr" / "a_0000.nii.gz"))
     np.testing.assert_array_equal(sitk.GetArrayFromImage(written), sitk.GetArrayFromImage(stored))
+
+
+def test_dicom_slice_beside_damaged_ones_raises(tmp_path, raw, capsys):
+    folder = tmp_path / "scans" / "a"
+    write_dicom(folder, sitk.Cast(image(0, spacing=(1, 1, 2)), sitk.sitkInt16))
+    for file in sorted(folder.glob("*.dcm"))[1:]:
+        file.write_bytes(b"damaged")
+    write(tmp_path / "scans" / "a.nrrd", label())
+    assert convert("folder", tmp_path / "scans", "--channel", "CT={case}/", "--masks", "{case}.nrrd") == 1
+    assert f"cannot read {folder}/1-002.dcm as a slice of its series" in the_one_error(capsys)
 
 
 def label_voxels(like):
@@ -474,11 +489,34 @@ def test_truncated_uncompressed_nifti_raises(source, target, capsys):
 def test_broken_links_and_closed_folders_are_named(source, target, capsys):
     (source / "images" / "d_t1.nii.gz").symlink_to(source / "gone.nii.gz")
     (source / "masks" / "c.nrrd").symlink_to(source / "gone.nrrd")
+    (source / "masks" / "d.nrrd").symlink_to("d.nrrd")  # to itself
     assert convert("folder", source, *BOTH) == 0
     printed = capsys.readouterr().out
-    assert f"warning: 2 links lead to files that do not exist and are not used: {source}/images/d_t1.nii.gz" in printed
+    assert f"warning: 3 links lead to files that do not exist and are not used: {source}/images/d_t1.nii.gz" in printed
     report = read_json(target, "conversion_report")
-    assert any("2 links" in warning for warning in report["warnings"])
+    assert any("3 links" in warning for warning in report["warnings"])
+
+
+def test_conversion_ends_after_the_case_in_which_another_process_takes_over(source, raw, capsys, monkeypatch):
+    done = []
+
+    def taken_over(data_set, folder, job):
+        done.append(job)
+        (raw / ".Dataset101.lock").write_text('{"token": "other", "host": "node7", "pid": 1}')
+
+    monkeypatch.setattr(writer, "_write_case", taken_over)
+    assert convert("folder", source, *BOTH) == 1
+    assert "another process (host node7, process 1) has taken over a conversion" in the_one_error(capsys)
+    assert len(done) == 1
+
+
+def test_name_in_another_encoding_is_printed_with_escapes(source, target, monkeypatch):
+    os.symlink("gone", os.fsencode(source) + b"/M\xfcller.nii.gz")  # Latin-1
+    printed = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, "utf-8"))
+    assert convert("folder", source, *BOTH) == 0
+    sys.stdout.flush()
+    assert rb"is not used: %s/M\udcfcller.nii.gz" % os.fsencode(source) in printed.getvalue()
 
 
 def test_broken_links_are_named_with_the_error_that_they_cause(source, target, capsys):

@@ -108,9 +108,9 @@ def unlabeled_copy_of_labeled(raw: Path) -> None:
 
 # name: function that makes the fault, then check, status, message and remedy of its finding
 FAULTS = {
-    "no dataset.json": (no_json, "raw data", FAIL, "dataset.json cannot be read ([Errno 2]", "dataset_format.md"),
-    "damaged dataset.json": (damaged_json, "raw data", FAIL, "dataset.json cannot be read (", "dataset_format.md"),
-    "incomplete dataset.json": (incomplete_json, "raw data", FAIL, '"file_ending" is None, but', "dataset_format.md"),
+    "no dataset.json": (no_json, "raw data", WARNING, "dataset.json cannot be read ([Errno 2]", "dataset_format.md"),
+    "damaged dataset.json": (damaged_json, "raw data", WARNING, "dataset.json cannot be read (", "dataset_format.md"),
+    "incomplete dataset.json": (incomplete_json, "raw data", WARNING, '"file_ending" is None', "dataset_format.md"),
     "numTraining": (other_number, "raw data", WARNING, "dataset.json is 7, but imagesTr has 5 cases", "correct"),
     "misnamed": (misnamed, "raw data", FAIL, "scan_00.nii.gz is not named CASE_XXXX", "rename it"),
     "misnamed test": (misnamed_test, "raw data", WARNING, "test case test_00 in", "add or remove files"),
@@ -184,6 +184,33 @@ def test_preprocessed_cases_need_no_raw_data(raw, doctor, find, monkeypatch):
     code, findings = doctor("-d Dataset901_Tiny -f 0")
     assert code == 0
     assert {"labeled", "unlabeled"} <= {finding.check for finding in findings if finding.status == OK}
+
+
+@pytest.mark.parametrize("closed", ["", "imagesUn", "labelsTr"])
+def test_folder_that_cannot_be_entered_is_named_and_not_needed(raw, doctor, find, monkeypatch, closed):
+    def refusing(function):
+        def enter(path, *arguments, **options):
+            if path == raw / (closed or "dataset.json"):
+                raise PermissionError(13, "Permission denied", str(path))
+            return function(path, *arguments, **options)
+
+        return enter
+
+    name = "iterdir" if closed else "read_text"
+    monkeypatch.setattr(Path, name, refusing(getattr(Path, name)))
+    code, findings = doctor("-d 901 -f 0")
+    message = f"{raw / closed} cannot be entered" if closed else f"{raw}/dataset.json cannot be read"
+    find(findings, "raw data", WARNING, message, "change its permissions")
+    assert not [finding for finding in findings if "the check itself failed" in finding.message]
+    assert code == 0
+
+
+def test_missing_files_are_one_finding(raw, doctor, find):
+    for file in (raw / "imagesTr").iterdir():
+        file.unlink()
+        file.symlink_to("gone")
+    message = "case_00_0000.nii.gz, case_01_0000.nii.gz, case_02_0000.nii.gz and 2 more: cannot be read (sitk::ERROR"
+    find(doctor("-d 901")[1], "headers", WARNING, message)
 
 
 def test_only_images_of_equal_size_are_read(raw, doctor, find):

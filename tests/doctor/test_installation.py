@@ -27,6 +27,8 @@ FOLDERS = {
     "results in a file": ("nnUNet_results", "{file}/a", FAIL, "cannot be written to (Not a dir", "change"),
     "data in a file": ("nnUNet_preprocessed", "{file}/a", WARNING, "cannot be written to", "change"),
     "relative": ("nnUNet_results", "a", WARNING, "nnUNet_results=a is not absolute", 'nnUNet_results="/'),
+    "Windows line end": ("nnUNet_preprocessed", "{file}/a\r", FAIL, "has a Windows line end", "export nnUNet_pre"),
+    "quotes": ("nnUNet_raw", "'/a'", WARNING, "contains quotes", "export nnUNet_raw="),
     "quoted ~": ("nnUNet_results", "~/a", WARNING, "the ~ was quoted", 'nnUNet_results="$HOME/a"'),
 }
 SETTINGS = {

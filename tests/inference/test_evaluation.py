@@ -17,6 +17,7 @@ from nnunet_dycon.cli import main
 from nnunet_dycon.errors import UsageError, UserError
 from nnunet_dycon.inference.evaluation import METRICS, Evaluation, evaluate_folder, score
 from tests.inference.files import DIAGONAL, SHAPE, SPACING, declare, save
+from tests.tiny import write_volume
 
 DICE, JACCARD, HD95, ASD = METRICS
 
@@ -256,6 +257,23 @@ def test_unknown_label_values_are_a_warning(folders, capsys, side):
     (line,) = capsys.readouterr().err.splitlines()
     assert str(folders[side] / "case_b.nii.gz") in line
     assert line.endswith(": 7")
+
+
+def test_empty_ignore_label_is_none(folders):
+    reference, prediction = folders
+    expected = evaluate_folder(reference, prediction, labels=[1]).rows
+    declare(prediction, {"organ": 1, "ignore": []})
+    assert evaluate_folder(reference, prediction, labels=[1]).rows == expected
+
+
+def test_nan_is_an_unknown_label_value(tmp_path, capsys):
+    mask = box((1, 4), (2, 6), (2, 6))
+    save(tmp_path / "labelsTr" / "a.nrrd", mask)
+    write_volume(np.where(mask, 1, np.nan), tmp_path / "pred" / "a.nrrd", SPACING[::-1])
+    declare(tmp_path / "pred", {"organ": 1}, file_ending=".nrrd")
+    (row,) = evaluate_folder(tmp_path / "labelsTr", tmp_path / "pred").rows
+    assert row["dice"] == 1
+    assert "a.nrrd: unknown label values, scored as background: nan" in capsys.readouterr().err
 
 
 def test_invalid_folders_are_errors(folders, tmp_path):

@@ -194,9 +194,10 @@ def test_unfinished_fold_is_an_error_and_can_be_excluded(model, tmp_path, capsys
     assert export("-m", model, "-o", tmp_path / "vanilla", "-f", 0, *option) == 0
 
 
-def test_truncated_checkpoint_is_an_error(model, tmp_path, capsys):
+@pytest.mark.parametrize("damage", [lambda content: content[:5000], lambda _: b"0", lambda _: b"\x80\x02."])
+def test_damaged_checkpoint_is_an_error(model, tmp_path, capsys, damage):
     file = model / "fold_0" / "checkpoint_final.pth"
-    file.write_bytes(file.read_bytes()[:5000])
+    file.write_bytes(damage(file.read_bytes()))
     assert f"{file} cannot be loaded" in refusal(capsys, "-m", model, "-o", tmp_path / "vanilla")
 
 

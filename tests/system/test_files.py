@@ -7,7 +7,8 @@ from multiprocessing import get_context
 
 import pytest
 
-from nnunet_dycon.system.files import is_compressed, read_json, read_text, replacing, require_whole
+from nnunet_dycon.errors import UserError
+from nnunet_dycon.system.files import is_compressed, new_folder, read_json, read_text, replacing, require_whole
 
 CONTENT = {"labeled": ["Müller_01", "b"]}
 
@@ -85,3 +86,16 @@ def test_uncompressed_file_named_gz_is_whole_and_a_truncated_gzip_is_not(tmp_pat
     assert is_compressed(compressed)
     with pytest.raises(EOFError):
         require_whole(compressed)
+
+
+def test_two_writers_of_one_folder_do_not_mix_their_files(tmp_path):
+    """With a common temporary folder, the second one would delete the files of the first one."""
+    folder = tmp_path / "x"
+    (tmp_path / ".x.1.partial").mkdir()  # remainder of a killed run
+    with new_folder(folder) as partial:
+        (partial / "first").touch()
+        with pytest.raises(UserError, match="a command that writes x is running"), new_folder(folder):
+            pass
+        (partial / "second").touch()
+    assert sorted(entry.name for entry in folder.iterdir()) == ["first", "second"]
+    assert list(tmp_path.iterdir()) == [folder]

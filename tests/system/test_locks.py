@@ -148,9 +148,15 @@ def test_without_hard_links(tmp_path, monkeypatch):
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr(os, "link", no_links)
-    lock(tmp_path).acquire()
+    first = lock(tmp_path)
+    first.acquire()
     with pytest.raises(UserError, match="running"):
         lock(tmp_path).acquire()
+    second = lock(tmp_path)
+    second._owner = {"token": "second"}
+    second._take_over({"token": "ended"}, "its process has ended")  # the first one was faster
+    first.check()
+    assert [file.name for file in tmp_path.iterdir()] == [LOCK]
 
 
 def _start(folder, barrier, results):
@@ -268,3 +274,14 @@ def test_acquire_of_a_held_lock_does_nothing(tmp_path):
     held.acquire()
     held.close()
     assert not list(tmp_path.iterdir())
+
+
+def test_storage_without_permissions_is_used(tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise PermissionError
+
+    monkeypatch.setattr(os, "chmod", refuse)
+    held = lock(tmp_path)
+    held.acquire()
+    held.check()
+    held.close()

@@ -10,8 +10,9 @@ import pytest
 
 from nnunet_dycon.data.unlabeled import UnlabeledCases
 from nnunet_dycon.errors import UserError
+from nnunet_dycon.system.locks import Lock
 from nnunet_dycon.training import preflight
-from nnunet_dycon.training.preflight import check_cases, check_settings, describe_batch
+from nnunet_dycon.training.preflight import TrainingLock, check_cases, check_settings, describe_batch
 from tests.tiny import UNLABELED, few_labeled
 
 
@@ -231,3 +232,14 @@ def test_log_line_on_the_batch_and_its_memory():
     )
     assert "-gpu_memory_target at 1/1.5 " in line
     assert "unlabeled_batch_size=1" in line
+
+
+def test_unfinished_checkpoint_of_a_killed_training_is_removed(tmp_path):
+    """Its temporary name is not used again, so such files would fill the disk."""
+    for name in (".checkpoint_latest.pth.0123abcd.partial", "checkpoint_latest.pth"):
+        (tmp_path / name).touch()
+    unlabeled = SimpleNamespace(use=lambda work: Lock(tmp_path / "use.lock", work))
+    lock = TrainingLock(tmp_path, unlabeled, print)
+    lock.acquire()
+    lock.close()
+    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint_latest.pth"]

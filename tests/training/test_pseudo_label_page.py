@@ -57,9 +57,18 @@ def test_page_is_drawn_only_with_a_labeler_and_enabled_checkpoints(
         assert not drawn
     else:
         ((cases, epoch, file),) = drawn
-        assert cases.identifiers == ["a", "b"]
+        assert cases is unlabeled
         assert (epoch, file) == (49, tmp_path / "pseudo_labels_epoch_0049.png")
     assert not trainer.lines
+
+
+def test_unreadable_list_of_cases_logs_a_warning(trainer, tmp_path):
+    def fail():
+        raise FileNotFoundError("manifest.json")
+
+    method, unlabeled = SimpleNamespace(labeler="teacher"), SimpleNamespace(folder=tmp_path, identifiers=fail)
+    pseudo_label_page.draw(trainer, method, unlabeled)
+    assert trainer.lines == ["WARNING: pseudo_labels_epoch_0049.png could not be drawn: manifest.json"]
 
 
 def test_failed_page_logs_a_warning(trainer, unlabeled, monkeypatch):
