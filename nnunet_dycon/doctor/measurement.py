@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import statistics
 import sys
 from collections.abc import Iterator
@@ -203,24 +204,22 @@ def _fewer_patches(run: Run) -> Iterator[int]:
 
 
 def _scratch_folders(scratch: Path, dataset: str) -> dict[str, str]:
-    """Return nnU-Net's variables for folders in ``scratch``: empty results, and links to the preprocessed data."""
+    """Return nnU-Net's variables for a folder in ``scratch`` with links to the folders of the preprocessed data."""
     original, linked = nnunet_folder("nnUNet_preprocessed") / dataset, scratch / "preprocessed" / dataset
     linked.mkdir(parents=True)
     for entry in original.iterdir():
-        if not entry.name.endswith(".lock"):
+        if entry.is_dir():
             (linked / entry.name).symlink_to(entry.resolve())
-    (scratch / "results").mkdir()
-    return {
-        "nnUNet_preprocessed": str(linked.parent),
-        "nnUNet_results": str(scratch / "results"),
-        "nnUNet_wandb_enabled": "0",
-    }
+        elif entry.suffix == ".json":  # copied, since planning writes some
+            shutil.copyfile(entry, linked / entry.name)
+    return {"nnUNet_preprocessed": str(linked.parent), "nnUNet_wandb_enabled": "0"}
 
 
 def _measured(run: Run, environment: dict[str, str]) -> Measurement | None:
     """Return the result of a run in a new process; None if the memory did not suffice."""
     print(f"measuring {run.trainer} on {run.device}", file=sys.stderr)
-    return _in_process(measure, (run,), environment)
+    with TemporaryDirectory(prefix="nnunet_dycon_doctor_") as results:
+        return _in_process(measure, (run,), environment | {"nnUNet_results": results})
 
 
 def _in_process(function, arguments: tuple, environment: dict[str, str]) -> Any:
