@@ -64,7 +64,8 @@ def check_source(folder: Path) -> list[str]:
     entries = entries_below(folder, lambda error: denied.append(str(error.filename)))
     root = folder.resolve()
     broken = [entry for entry in entries if not os.path.exists(entry)]
-    outside = [entry for entry in entries if entry.is_symlink() and not entry.resolve().is_relative_to(root)]
+    links = [entry for entry in entries if entry.is_symlink() and entry not in broken]
+    outside = [entry for entry in links if not entry.resolve().is_relative_to(root)]
     for header in (entry for entry in entries if entry.suffix.lower() in (".nhdr", ".mhd") and entry.is_file()):
         for voxels in _files_of_voxels(header):
             if not (header.parent / voxels).resolve().is_relative_to(root):
@@ -75,7 +76,7 @@ def check_source(folder: Path) -> list[str]:
     found = (
         (broken, "link leads to a file that does not exist and is not used",
          "links lead to files that do not exist and are not used"),
-        ([entry for entry in outside if entry not in broken], f"link leads out of {folder}; its target is used",
+        (outside, f"link leads out of {folder}; its target is used",
          f"links lead out of {folder}; their targets are used"),
         (denied, "folder cannot be entered and is not used", "folders cannot be entered and are not used"),
     )  # fmt: skip
@@ -356,10 +357,11 @@ def _read_series(folder: Path, report: CaseReport) -> sitk.Image:
 
     Args:
         folder: folder with the slices as files.
-        report: report of the case, to which a warning is added if slices may be missing.
+        report: report of the case, to which a warning is added if slices may be missing, or if there are other files.
 
     Raises:
-        UserError: there is not exactly one series, a .dcm file is not part of it, or the slices are not equidistant.
+        UserError: there is not exactly one series, a .dcm file is not part of it, or the slices differ in size or are
+            not equidistant.
     """
     series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
     if not series:
@@ -367,10 +369,18 @@ def _read_series(folder: Path, report: CaseReport) -> sitk.Image:
     if len(series) > 1:
         raise UserError(f"{folder}: expected one DICOM series, found {len(series)}; keep one of them")
     files = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series[0])
-    if len(files) == 1:  # all slices in one file
-        return sitk.ReadImage(files[0])
-    if unread := sorted({str(file) for file in folder.glob("*.dcm")} - set(files)):
+    others = [file for file in sorted(folder.iterdir()) if str(file) not in files and file.is_file()]
+    others = [file for file in others if not file.name.startswith(".")]
+    if unread := [file for file in others if file.suffix.lower() == ".dcm"]:
         raise UserError(f"cannot read {unread[0]} as a slice of its series; replace or remove it")
+    if others:
+        one, many = (f"in {folder} {verb} not part of its DICOM series and not used" for verb in ("is", "are"))
+        report.warnings.append(counted([file.name for file in others], f"file {one}", f"files {many}"))
+    if len(files) == 1:  # all slices in one file
+        image = sitk.ReadImage(files[0])
+        if image.GetSize()[2] == 1:
+            report.warnings.append(f"{folder} has a single DICOM slice: the others may be missing")
+        return image
     reader = sitk.ImageSeriesReader()
     reader.SetFileNames(_sorted_by_position(files))
     reader.MetaDataDictionaryArrayUpdateOn()
@@ -380,12 +390,22 @@ def _read_series(folder: Path, report: CaseReport) -> sitk.Image:
 
 
 def _sorted_by_position(files: Sequence[str]) -> list[str]:
-    """Sort DICOM files by slice position; raise UserError for equal positions and for gaps between slices."""
+    """Sort DICOM files by slice position.
+
+    Raises:
+        UserError: slices differ in size or have the same position, or there are gaps between slices.
+    """
     reader = sitk.ImageFileReader()
-    places = {}
+    places, sizes = {}, {}
     for file in files:
         reader.SetFileName(file)
         reader.ReadImageInformation()
+        sizes[file] = reader.GetSize()
+        if sizes[file] != sizes[files[0]]:
+            raise UserError(
+                f"the slices {files[0]} and {Path(file).name} have {sizes[files[0]][:2]} and {sizes[file][:2]} pixels; "
+                "remove the one that is not part of the series"
+            )
         position, orientation = (
             np.array([float(number) for number in reader.GetMetaData(tag).split("\\")])
             for tag in (_POSITION, _ORIENTATION)
