@@ -83,5 +83,9 @@ def counted(names: Sequence[object], one: str, many: str) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, or the name of the error's type if the message is empty."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """Return the first line of an error's message, or the name of the error's type if the message is empty.
+
+    If the first line is the place in the source code that SimpleITK prepends, the second line is returned.
+    """
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[1] if len(lines) > 1 and lines[0].startswith("Exception thrown in SimpleITK") else lines[0]
