@@ -83,19 +83,19 @@ def plan(
     # Ignore hidden files; macOS creates them next to others.
     entries = [entry for entry in entries_below(source) if not entry.name.startswith(".")]
     named_masks = _mask_patterns(masks)
-    labels = {key: _matches(source, entries, pattern, "--masks") for key, pattern in named_masks.items()}
+    warnings: list[str] = []
+    labels = {key: _matches(source, entries, pattern, "--masks", warnings) for key, pattern in named_masks.items()}
     # A mask that is used as an image would leak its label into the unlabeled images.
     mask_files = {path for paths in labels.values() for path in paths.values()}
     images = [entry for entry in entries if entry not in mask_files]
     found = {
-        key: _matches(source, images, pattern, f"--channel {key}", excluded=mask_files)
+        key: _matches(source, images, pattern, f"--channel {key}", warnings, excluded=mask_files)
         for key, pattern in patterns.items()
     }
     cases = _cases(found)
     labeled = sorted(set().union(*labels.values()))
     if labeled and not set(labeled) & cases.keys():
         raise UserError(_no_common_case(labeled, sorted(cases)))
-    warnings = []
     if stray := sorted(set(labeled) - cases.keys()):
         warnings.append(counted(stray, "label has no image and is not used", "labels have no image and are not used"))
     for key, paths in labels.items():
@@ -179,7 +179,12 @@ def _named(entry: str, flag: str) -> tuple[str, str]:
 
 
 def _matches(
-    source: Path, entries: Sequence[Path], pattern: str, flag: str, excluded: Collection[Path] = ()
+    source: Path,
+    entries: Sequence[Path],
+    pattern: str,
+    flag: str,
+    warnings: list[str],
+    excluded: Collection[Path] = (),
 ) -> dict[str, Path]:
     """Return case -> the file that matches a pattern, or the folder if the pattern ends in a slash.
 
@@ -188,6 +193,7 @@ def _matches(
         entries: files and folders below the source that can match.
         pattern: pattern as described in the module's docstring.
         flag: command-line option of the pattern, for error messages.
+        warnings: list to which a warning about folders that match but cannot be used is appended.
         excluded: files that match --masks and are therefore not in `entries`. They are used only to explain the error
             if nothing matches.
 
@@ -203,12 +209,21 @@ def _matches(
     expression = re.compile(_regex(first) + r"(?P<case>[^/]+?)" + "(?P=case)".join(map(_regex, others)))
     fits = _holds_files if pattern.endswith("/") else Path.is_file
     found: dict[str, Path] = {}
+    unused: list[Path] = []
     for entry in entries:
-        if (match := expression.fullmatch(entry.relative_to(source).as_posix())) and fits(entry):
+        if match := expression.fullmatch(entry.relative_to(source).as_posix()):
+            if not fits(entry):
+                if entry.is_dir() and (pattern.endswith("/") or entry.suffix):
+                    unused.append(entry)
+                continue
             case = match["case"]
             if case in found:
                 raise UserError(f"{flag}: {found[case]} and {entry} are both for case {case}; delete or rename one")
             found[case] = entry
+    if unused:
+        wanted = "files directly in it" if pattern.endswith("/") else "a file"
+        one, many = f"folder matches {pattern} and is not used", f"folders match {pattern} and are not used"
+        warnings.append(counted(unused, *(f"{text}, since the pattern requires {wanted}" for text in (one, many))))
     if not found:
         kind = "folder" if pattern.endswith("/") else "file"
         if any(expression.fullmatch(entry.relative_to(source).as_posix()) for entry in excluded):
@@ -216,7 +231,8 @@ def _matches(
                 f"{flag}: every {kind} that matches {pattern} also matches --masks and is therefore not used as an "
                 "image; change the patterns so that they match different files"
             )
-        raise UserError(f"{flag}: no {kind} in {source} matches {pattern}; correct the pattern or -i")
+        reason = warnings.pop() if unused else f"no {kind} in {source} matches {pattern}"
+        raise UserError(f"{flag}: {reason}; correct the pattern or -i")
     return found
 
 

@@ -134,9 +134,9 @@ def _cases(root: Path, part: str, listed: object, warnings: list[str]) -> dict[s
         root: folder of the task.
         part: "Tr" or "Ts".
         listed: list of these cases in dataset.json; None if there is none.
-        warnings: list to which warnings are appended, about unused labels and differences from dataset.json.
+        warnings: list to which warnings are appended, about unused files and differences from dataset.json.
     """
-    images, labels = _volumes(root / f"images{part}"), _volumes(root / f"labels{part}")
+    images, labels = (_volumes(root / f"{kind}{part}", warnings) for kind in ("images", "labels"))
     if stray := sorted(labels.keys() - images.keys()):
         one, many = "has no image and is not used", "have no image and are not used"
         warnings.append(counted(stray, f"label in labels{part} {one}", f"labels in labels{part} {many}"))
@@ -151,14 +151,24 @@ def _cases(root: Path, part: str, listed: object, warnings: list[str]) -> dict[s
     return {name: Case(name, (path,), labels.get(name)) for name, path in images.items()}
 
 
-def _volumes(folder: Path) -> dict[str, Path]:
-    """Return case -> NIfTI file for all cases in a folder, or an empty dict if the folder does not exist."""
+def _volumes(folder: Path, warnings: list[str]) -> dict[str, Path]:
+    """Return case -> NIfTI file for all cases in a folder, or an empty dict if the folder does not exist.
+
+    Args:
+        folder: the folder.
+        warnings: list to which a warning is appended if the folder has other entries, except hidden ones.
+    """
     found: dict[str, Path] = {}
-    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+    entries = sorted(folder.iterdir()) if folder.is_dir() else ()
+    for file in entries:
         if (match := _FILE.fullmatch(file.name)) and file.is_file():
             if match["case"] in found:
                 raise UserError(f"{found[match['case']]} and {file} are both case {match['case']}; delete one of them")
             found[match["case"]] = file
+    others = {file for file in entries if file.exists() and not file.name.startswith(".")} - {*found.values()}
+    if names := sorted(file.name for file in others):
+        one, many = f"entry of {folder} is not a NIfTI file", f"entries of {folder} are not NIfTI files"
+        warnings.append(counted(names, f"{one} and is not used", f"{many} and are not used"))
     return found
 
 

@@ -367,10 +367,11 @@ def _read_series(folder: Path, report: CaseReport) -> sitk.Image:
 
     Args:
         folder: folder with the slices as files.
-        report: report of the case, to which a warning is added if slices may be missing.
+        report: report of the case, to which a warning is added if slices may be missing, or if there are other files.
 
     Raises:
-        UserError: there is not exactly one series, a .dcm file is not part of it, or the slices are not equidistant.
+        UserError: there is not exactly one series, a .dcm file is not part of it, or the slices differ in size or are
+            not equidistant.
     """
     series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
     if not series:
@@ -378,10 +379,18 @@ def _read_series(folder: Path, report: CaseReport) -> sitk.Image:
     if len(series) > 1:
         raise UserError(f"{folder}: expected one DICOM series, found {len(series)}; keep one of them")
     files = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series[0])
-    if unread := sorted({str(file) for file in folder.glob("*.dcm")} - set(files)):
+    others = [file for file in sorted(folder.iterdir()) if str(file) not in files and file.is_file()]
+    others = [file for file in others if not file.name.startswith(".")]
+    if unread := [file for file in others if file.suffix.lower() == ".dcm"]:
         raise UserError(f"cannot read {unread[0]} as a slice of its series; replace or remove it")
+    if others:
+        one, many = (f"in {folder} {verb} not part of its DICOM series and not used" for verb in ("is", "are"))
+        report.warnings.append(counted([file.name for file in others], f"file {one}", f"files {many}"))
     if len(files) == 1:  # all slices in one file
-        return sitk.ReadImage(files[0])
+        image = sitk.ReadImage(files[0])
+        if image.GetSize()[2] == 1:
+            report.warnings.append(f"{folder} has a single DICOM slice: the others may be missing")
+        return image
     reader = sitk.ImageSeriesReader()
     reader.SetFileNames(_sorted_by_position(files))
     reader.MetaDataDictionaryArrayUpdateOn()
@@ -391,12 +400,22 @@ def _read_series(folder: Path, report: CaseReport) -> sitk.Image:
 
 
 def _sorted_by_position(files: Sequence[str]) -> list[str]:
-    """Sort DICOM files by slice position; raise UserError for equal positions and for gaps between slices."""
+    """Sort DICOM files by slice position.
+
+    Raises:
+        UserError: slices differ in size or have the same position, or there are gaps between slices.
+    """
     reader = sitk.ImageFileReader()
-    places = {}
+    places, sizes = {}, {}
     for file in files:
         reader.SetFileName(file)
         reader.ReadImageInformation()
+        sizes[file] = reader.GetSize()
+        if sizes[file] != sizes[files[0]]:
+            raise UserError(
+                f"the slices {files[0]} and {Path(file).name} have {sizes[files[0]][:2]} and {sizes[file][:2]} pixels; "
+                "remove the one that is not part of the series"
+            )
         position, orientation = (
             np.array([float(number) for number in reader.GetMetaData(tag).split("\\")])
             for tag in (_POSITION, _ORIENTATION)

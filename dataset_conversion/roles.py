@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -242,12 +243,16 @@ def listed(text: str, allowed: Iterable[str], flag: str) -> list[str]:
 
 
 def _without_ending(entry: str, known: Collection[str]) -> str:
-    """Return the case identifier of an entry of a split file, such as "case1" for "case1.nii.gz".
+    """Return the case identifier of an entry of a split file, such as "case1" for "images/case1_0000.nii.gz".
 
-    The file ending is removed only if this gives a case in `known`, and `entry` itself is not in `known`.
+    Folders, the file ending and the channel number are removed only if this gives a case in `known`, and `entry` itself
+    is not in `known`.
     """
-    stripped = next((entry.removesuffix(ending) for ending in VOLUME_ENDINGS if entry.endswith(ending)), entry)
-    return stripped if stripped in known and entry not in known else entry
+    name = entry.replace("\\", "/").rpartition("/")[2]
+    ending = next((ending for ending in VOLUME_ENDINGS if name.lower().endswith(ending)), "")
+    name = name[: len(name) - len(ending)]
+    found = (each for each in (entry, name, re.sub(r"_\d{4}$", "", name)) if each in known)
+    return next(found, entry)
 
 
 def _read_split(split: Path) -> dict[str, list[str]]:

@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from nnunetv2.imageio.reader_writer_registry import LIST_OF_IO_CLASSES, recursive_find_reader_writer_by_name
+
 from nnunet_dycon.errors import UserError
 
 FORMAT = "https://github.com/MIC-DKFZ/nnUNet/blob/master/documentation/dataset_format.md"
@@ -12,8 +14,9 @@ FORMAT = "https://github.com/MIC-DKFZ/nnUNet/blob/master/documentation/dataset_f
 def check_dataset_json(content: Any, file: Path) -> None:
     """Raise UserError with all faults of dataset.json if nnU-Net cannot use it as intended.
 
-    The checked entries are "channel_names", "file_ending", "labels" and, for regions, "regions_class_order". With a
-    wrong "regions_class_order", nnU-Net would store predictions of a label as a label of other regions.
+    The checked entries are "channel_names", "file_ending", "overwrite_image_reader_writer", "labels" and, for regions,
+    "regions_class_order". With a wrong "regions_class_order", nnU-Net would store predictions of a label as a label of
+    other regions.
 
     Args:
         content: content of the file.
@@ -30,12 +33,17 @@ def dataset_json_faults(content: Any) -> Iterator[str]:
         return
     channels, labels = content.get("channel_names", content.get("modality")), content.get("labels")
     if not (
-        isinstance(channels, dict) and channels and list(channels) == [str(number) for number in range(len(channels))]
+        isinstance(channels, dict)
+        and channels
+        and list(channels) == [str(number) for number in range(len(channels))]
+        and all(isinstance(name, str) for name in channels.values())
     ):
         yield f'"channel_names" is {channels}, but must map "0", "1", ... to names, such as {{"0": "T1"}}'
     ending = content.get("file_ending")
     if not (isinstance(ending, str) and ending.startswith(".")):
         yield f'"file_ending" is {ending!r}, but must start with a dot, such as ".nii.gz"'
+    else:
+        yield from _reader_faults(ending, content.get("overwrite_image_reader_writer", "None"))
     if not (isinstance(labels, dict) and labels and all(map(_is_label, labels.values()))):
         yield f'"labels" is {labels}, but must map names to values, such as {{"background": 0, "tumor": 1}}'
         return
@@ -45,6 +53,19 @@ def dataset_json_faults(content: Any) -> Iterator[str]:
 def label_values(content: dict) -> set[int]:
     """Return the values of all labels in a valid dataset.json, including background and ignore label."""
     return {value for values in content["labels"].values() for value in _values(values)}
+
+
+def _reader_faults(ending: str, reader: Any) -> Iterator[str]:
+    """Yield a fault if nnU-Net has no reader for the file ending, or none of the given name ("None" if not set)."""
+    if reader == "None":
+        known = sorted({each for reader_class in LIST_OF_IO_CLASSES for each in reader_class.supported_file_endings})
+        if ending.lower() not in known:
+            yield f'"file_ending" is {ending!r}, but nnU-Net reads only {", ".join(known)}'
+        return
+    try:
+        recursive_find_reader_writer_by_name(reader)
+    except (RuntimeError, TypeError):
+        yield f'"overwrite_image_reader_writer" is {reader!r}, but nnU-Net has no reader of this name'
 
 
 def _is_label(value: Any) -> bool:

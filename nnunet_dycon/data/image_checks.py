@@ -31,33 +31,47 @@ def check_file(file: Path) -> None:
     Raises:
         EOFError, OSError, zlib.error: the file is empty, truncated or damaged. Truncated files are detected if they are
             gzip, NIfTI, GIPL or VTK files.
-        ValueError: a NIfTI file has a spacing that is not positive, or NaN or infinite voxels; or a VTK file stores its
-            voxels as text.
+        ValueError: a NIfTI file has a spacing that is not positive, or NaN, infinite or complex voxels; or a VTK file
+            stores its voxels as text.
     """
     require_whole(file)
     name = file.name.lower().removesuffix(".gz")
     if name.endswith((".gipl", ".vtk")):
         _require_all_voxels(file, _vtk_header(file) if name.endswith(".vtk") else _GIPL_HEADER)
-    if not name.endswith((".nii", ".hdr", ".img")):
+    if (image := check_stored_spacing(file)) is None:
         return
+    voxels = np.asanyarray(image.dataobj.get_unscaled())
+    if voxels.dtype.kind == "c":
+        raise ValueError("its voxels are complex numbers")
+    if voxels.dtype.kind == "f" and not np.isfinite(voxels).all():
+        raise ValueError("it has NaN or infinite voxels")
+
+
+def check_stored_spacing(file: Path) -> Any:
+    """Raise ValueError if the spacing in the header of a NIfTI file is not finite and positive.
+
+    nibabel and SimpleITK replace a spacing of 0 by 1 without a warning.
+
+    Returns:
+        The image, loaded with nibabel. None if the file is not a NIfTI file.
+    """
+    if not file.name.lower().removesuffix(".gz").endswith((".nii", ".hdr", ".img")):
+        return None
     try:
-        image: Any = _load_nifti(file)
+        image = _load_nifti(file)
     except ImageFileError:
-        return  # reading it raises an error with the reason
+        return None  # reading it raises an error with the reason
     spacing = _stored_spacing(file, image)
     if not (np.isfinite(spacing).all() and min(spacing) > 0):
         shown = " x ".join(f"{length:g}" for length in spacing)
         raise ValueError(f"the spacing in its header, {shown}, is not finite and positive")
-    voxels = np.asanyarray(image.dataobj.get_unscaled())
-    if voxels.dtype.kind == "f" and not np.isfinite(voxels).all():
-        raise ValueError("it has NaN or infinite voxels")
+    return image
 
 
 def _stored_spacing(file: Path, image: Any) -> np.ndarray:
     """Return the spacing as stored in the header of a NIfTI file, one value per spatial axis.
 
-    nibabel and SimpleITK replace a spacing of 0 by 1 without a warning. For an .img file, whose header is in another
-    file, the spacing from nibabel is returned.
+    For an .img file, whose header is in another file, the spacing from nibabel is returned.
 
     Args:
         file: path of the NIfTI file.

@@ -21,12 +21,13 @@ from nnunetv2.imageio.reader_writer_registry import (
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO, SimpleITKIOWithReorient
 from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 
+from nnunet_dycon.data.image_checks import check_file, check_stored_spacing
 from nnunet_dycon.errors import UserError, explained
 
 Reader = type[BaseReaderWriter]
 
-_EXAMPLES = 10  # number of cases that are tried to find the number of channels per file
 _IN_FILE_ORDER = {SimpleITKIOWithReorient: SimpleITKIO, NibabelIOWithReorient: NibabelIO}
+_EXAMPLES = 10  # number of cases that are tried to find the number of channels per file
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # from the world coordinates of ITK to those of nibabel
 
 
@@ -71,16 +72,20 @@ def image_files(folder: Path, dataset_json: dict, role: str) -> dict[str, list[P
     ending = dataset_json["file_ending"]
     found = image_files_by_case(folder, ending)
     names = dataset_json.get("channel_names", dataset_json.get("modality", {}))
-    files_per_case = len(names)
     fewer = [files for files in found.values() if len(files) < len(names) and files[0].name.endswith(f"_0000{ending}")]
-    for files in fewer[:_EXAMPLES]:  # some may be damaged, or links to storage that is not mounted
-        if _channels(files, dataset_json) == len(names):
-            files_per_case = len(files)
-            break
+    files_per_case = next(
+        (len(files) for files in fewer[:_EXAMPLES] if _channels(files, dataset_json) == len(names)), len(names)
+    )
     wanted = [f"{channel:04d}" for channel in range(files_per_case)]
     for case, files in found.items():
         channels = [file.name[len(case) + 1 : -len(ending)] for file in files]
         if channels != wanted:
+            number = _channels(files, dataset_json) if len(files) < len(wanted) else None
+            if number not in (None, len(files)):
+                raise UserError(
+                    f"{role} case {case} in {folder} has {number} channels, but dataset.json names {len(names)}; "
+                    "convert the images, or correct dataset.json"
+                )
             raise UserError(
                 f"{role} case {case} in {folder} has the files {', '.join(channels)}, but the {len(names)} channels in "
                 f"dataset.json require {', '.join(wanted)}; add or remove files"
@@ -92,10 +97,12 @@ def image_files_by_case(folder: Path, ending: str) -> dict[str, list[Path]]:
     """Return case identifier -> all image files in a raw folder, sorted by channel.
 
     Raises:
-        UserError: a file name has no channel number, or the folder cannot be entered.
+        UserError: a file name has no channel number or characters that cannot be printed, or the folder cannot be
+            entered.
     """
     found: dict[str, list[Path]] = {}
     for file in files_with_ending(folder, ending):
+        require_printable(file)
         case, separator, channel = file.name[: -len(ending)].rpartition("_")
         if not (separator and case and len(channel) == 4 and channel.isdigit()):
             raise UserError(f"{file} is not named CASE_XXXX{ending}, as nnU-Net requires; rename it")
@@ -115,6 +122,12 @@ def files_with_ending(folder: Path, ending: str) -> list[Path]:
 def _entries(folder: Path) -> list[Path]:
     with explained(PermissionError, f"{folder} cannot be entered; change its permissions"):
         return sorted(folder.iterdir()) if folder.is_dir() else []
+
+
+def require_printable(file: Path) -> None:
+    """Raise UserError if a file name has characters that cannot be printed; SimpleITK aborts if a name is not UTF-8."""
+    if not file.name.isprintable():
+        raise UserError(f"{file.parent} has the file name {file.name!r}, which cannot be printed; rename it")
 
 
 def unused_files(folder: Path, ending: str) -> list[Path]:
@@ -157,7 +170,7 @@ def reader_class(dataset_json: dict, example: Path, plans: dict | None = None) -
         plans: content of the plans; None if the data set has not been planned.
 
     Raises:
-        UserError: no reader can read the example.
+        UserError: nnU-Net has no reader of this name, or no reader can read the example.
     """
     try:
         if plans and "image_reader_writer" in plans:
@@ -165,6 +178,11 @@ def reader_class(dataset_json: dict, example: Path, plans: dict | None = None) -
         with _silence():  # it prints the errors of the readers that it tries
             return determine_reader_writer_from_dataset_json(dataset_json, str(example), verbose=False)
     except RuntimeError:
+        if plans and "image_reader_writer" in plans:
+            raise UserError(
+                f"the plans name the reader {plans['image_reader_writer']}, which this nnU-Net does not have; install "
+                "it, or plan again"
+            ) from None
         raise UserError(f"{example}: none of nnU-Net's readers can read it; repair or replace the file") from None
 
 
@@ -200,7 +218,7 @@ def is_turned(grid: Grid, target: Grid) -> bool:
     return same_size and coincide(turned, target)
 
 
-def read_grid(file: Path, reader: Reader) -> Grid:
+def read_grid(file: Path, reader: Reader, is_label_map: bool = False) -> Grid:
     """Return the number of channels, shape, spacing and affine of an image file.
 
     Only the header is read if the format has one.
@@ -208,12 +226,14 @@ def read_grid(file: Path, reader: Reader) -> Grid:
     Args:
         file: image or label map.
         reader: one of nnU-Net's readers. The grid is that of the file, even if the reader changes the orientation.
+        is_label_map: see `read_voxels`.
 
     Raises:
-        Exception: the file cannot be read, or its number of dimensions or of values per voxel is not supported. The
-            type depends on the reader.
+        Exception: the file cannot be read, or its spacing, number of dimensions or number of values per voxel is not
+            supported. The type depends on the reader.
     """
     reader = in_file_order(reader)
+    check_stored_spacing(file)
     if issubclass(reader, SimpleITKIO):
         return _sitk_grid(file)
     if issubclass(reader, NibabelIO):
@@ -222,7 +242,7 @@ def read_grid(file: Path, reader: Reader) -> Grid:
             raise ValueError(f"{image.ndim} dimensions instead of 3")
         spacing = tuple(map(float, image.header.get_zooms()[::-1]))
         return Grid(1, image.shape[::-1], spacing, image.affine if np.linalg.det(image.affine) else None)
-    return read_voxels(file, reader)[1]
+    return read_voxels(file, reader, is_label_map)[1]
 
 
 def read_voxels(file: Path, reader: Reader, is_label_map: bool = False) -> tuple[np.ndarray, Grid]:
@@ -246,11 +266,12 @@ def read_voxels(file: Path, reader: Reader, is_label_map: bool = False) -> tuple
 
 
 def hash_voxels(file: Path, reader: Reader) -> str | None:
-    """Return a SHA-256 hash of the voxel values as float32, or None if the file cannot be read.
+    """Return a SHA-256 hash of the voxel values as float32, or None if the file is damaged or cannot be read.
 
     The hash does not depend on the data type, the compression or the header of the file.
     """
     try:
+        check_file(file)
         voxels, _ = read_voxels(file, reader)
     except Exception:  # of any reader
         return None

@@ -16,18 +16,22 @@ from pathlib import Path
 from statistics import geometric_mean, median
 
 import numpy as np
+from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 
 from nnunet_dycon.data.dataset_json import FORMAT, check_dataset_json, label_values
-from nnunet_dycon.data.image_checks import check_unit
+from nnunet_dycon.data.image_checks import check_file, check_unit
 from nnunet_dycon.data.image_reading import (
     Grid,
     Reader,
+    coincide,
     files_with_ending,
     hash_voxels,
     image_files,
     read_grid,
     read_voxels,
     reader_class,
+    require_printable,
+    spacing_file,
     unused_files,
 )
 from nnunet_dycon.dataset_conversion.writer import FOLDERS
@@ -128,9 +132,9 @@ class RawDataset:
         return WARNING if role in _HELD_OUT or role in self.preprocessed else FAIL
 
 
-def _grid_or_reason(file: Path, reader: Reader) -> Grid | str:
+def _grid_or_reason(file: Path, reader: Reader, is_label_map: bool = False) -> Grid | str:
     try:
-        return read_grid(file, reader)
+        return read_grid(file, reader, is_label_map)
     except ValueError as error:
         return first_line(error)
     except Exception as error:  # of any reader
@@ -176,6 +180,7 @@ def examine_raw(folder: Path, preprocessed: frozenset[str]) -> Iterator[Finding]
     yield from examine("case names", check_names, raw)
     if any(raw.cases.values()):
         yield from examine("headers", check_headers, raw)
+        yield from examine("labels", check_label_grids, raw)
         yield from examine("duplicates", check_duplicates, raw)
     if "labeled" not in preprocessed:  # else the preprocessed labels are checked
         yield from examine("labels", check_labels, raw)
@@ -200,6 +205,13 @@ def check_files(raw: RawDataset) -> Iterator[Finding]:
         if unused:
             message = f"{folder}: nnU-Net reads only *{raw.ending}, so it does not use {some(unused)}"
             yield Finding("raw data", WARNING, message, "convert these files, or move them to another folder")
+    for role, cases in raw.cases.items():
+        sidecars = [file for files in cases.values() if (file := spacing_file(files[0])) is not None]
+        if sidecars and raw.reader is not Tiff3DIO:
+            continue  # nnU-Net reads no spacing of 2D images
+        if missing := [file.name for file in sidecars if not file.exists()]:
+            message = f"{raw.folder / FOLDERS[role][0]}: nnU-Net assumes a spacing of 1 mm without {some(missing)}"
+            yield Finding("raw data", WARNING, message, 'add these files, such as {"spacing": [2, 1, 1]} (Z, Y, X)')
     if "dataset" in raw.dataset_json:
         yield Finding(
             "raw data",
@@ -227,7 +239,7 @@ def check_files(raw: RawDataset) -> Iterator[Finding]:
             yield Finding("raw data", WARNING, message, "remove these labels, or add the images")
     elif raw.dataset_json["numTraining"] != len(images):
         number = raw.dataset_json["numTraining"]
-        message = f"numTraining in dataset.json is {number}, but imagesTr has {len(images)} cases"
+        message = f"numTraining in dataset.json is {number!r}, but imagesTr has {len(images)} cases"
         yield Finding("raw data", WARNING, message, "correct dataset.json before planning")
 
 
@@ -237,8 +249,10 @@ def check_labels(raw: RawDataset) -> Iterator[Finding]:
     Yield a finding for each problem, with the names of the files, or a single OK.
     """
     files = files_with_ending(raw.folder / "labelsTr", raw.ending)
-    if not files:
+    if not (files and raw.images):
         return
+    for file in files:
+        require_printable(file)
     processes = 1 if len(files) <= _FEW_IMAGES else min(8, os.cpu_count() or 1)
     found = list(map_cases(partial(_label_values, reader=raw.reader), files, processes, "reading labels"))
     known = label_values(raw.dataset_json)
@@ -254,7 +268,7 @@ def check_labels(raw: RawDataset) -> Iterator[Finding]:
         yield Finding("labels", FAIL, f"{raw.folder / 'labelsTr'}: {some(names)}: {fault}", remedy)
     absent = sorted(known - set().union(*(values or set() for values in found)))
     if absent:
-        message = f"no file of labelsTr has a voxel with the label {' or '.join(map(str, absent))} of dataset.json"
+        message = f"no file of labelsTr has a voxel with the label {some(absent)} of dataset.json"
         yield Finding("labels", WARNING, message, "check the label files; the network cannot learn this label")
     if not (faults or absent):
         yield Finding("labels", OK, f"{len(files)} files have the labels of dataset.json")
@@ -262,6 +276,7 @@ def check_labels(raw: RawDataset) -> Iterator[Finding]:
 
 def _label_values(file: Path, reader: Reader) -> set[float] | None:
     try:
+        check_file(file)  # SimpleITK reads NaN as 0
         return set(np.unique(rounded(read_voxels(file, reader, is_label_map=True)[0])).tolist())
     except Exception:  # of any reader
         return None
@@ -353,6 +368,28 @@ def _faults(files: list[Path], raw: RawDataset, usual_spacing: list[float] | Non
                 check_unit(grid.spacing, usual_spacing)
             except ValueError as error:
                 yield str(error), file
+
+
+def check_label_grids(raw: RawDataset) -> Iterator[Finding]:
+    """Check that the label of each labeled case has the voxel grid of its first image. Only headers are read.
+
+    nnU-Net reads the voxels and ignores positions, so it would train with labels that are flipped or shifted.
+    """
+    faults = defaultdict(list)
+    for case, (image, *_) in raw.cases["labeled"].items():
+        label, target = raw.folder / "labelsTr" / f"{case}{raw.ending}", raw.grids[image]
+        grid = _grid_or_reason(label, raw.reader, is_label_map=True) if label.exists() else None
+        if not (isinstance(grid, Grid) and isinstance(target, Grid)):
+            continue  # check_files, check_headers and check_labels report it
+        has_spacing = raw.reader is not Tiff3DIO or label.with_suffix(".json").exists()
+        same_spacing = not has_spacing or np.allclose(grid.spacing, target.spacing, rtol=1e-3, atol=0)
+        if grid.channels != 1 or grid.shape != target.shape:
+            faults[raw.severity("labeled"), "number of channels or size of the label"].append(label.name)
+        elif not (same_spacing and coincide(grid, target)):
+            faults[WARNING, "spacing, origin or directions of the label, which nnU-Net ignores,"].append(label.name)
+    for (status, what), names in faults.items():
+        message = f"{raw.folder / 'labelsTr'}: {some(names)}: {what} differ from the image"
+        yield Finding("labels", status, message, "resample these labels to the voxel grid of their images")
 
 
 def check_duplicates(raw: RawDataset) -> Iterator[Finding]:

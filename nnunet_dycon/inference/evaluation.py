@@ -17,6 +17,7 @@ from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 from scipy.ndimage import find_objects
 
 from nnunet_dycon.data.dataset_json import region_faults
+from nnunet_dycon.data.image_checks import check_file
 from nnunet_dycon.data.image_reading import (
     Grid,
     Reader,
@@ -26,10 +27,12 @@ from nnunet_dycon.data.image_reading import (
     read_voxels,
     reader_class,
     reoriented,
+    require_printable,
+    unused_files,
 )
-from nnunet_dycon.errors import UsageError, UserError, explained
+from nnunet_dycon.errors import UsageError, UserError, counted, explained, some
 from nnunet_dycon.inference.tables import aligned, as_csv, as_json, nan_to_none, write_texts
-from nnunet_dycon.system.files import VOLUME_ENDINGS, read_json, require_whole
+from nnunet_dycon.system.files import VOLUME_ENDINGS, read_json
 from nnunet_dycon.system.label_maps import rounded
 from nnunet_dycon.system.processes import map_cases
 
@@ -85,6 +88,8 @@ def match_folders(reference: Path, prediction: Path, *, labels: Sequence[int] | 
     task = _read_task(reference, prediction, labels)
     pairs = _match(reference, prediction, task.file_ending)
     task = replace(task, reader=_find_reader(task, pairs[0][1], prediction))
+    if task.file_ending in Tiff3DIO.supported_file_endings:
+        _warn_of_spacings([file for _, *files in pairs for file in files], task.reader)
     if shifted := [case for case, *files in pairs if not _same_placement(files[0], files[1], task.reader)]:
         count = f"{len(shifted)} of {len(pairs)} cases"
         _warn(f"scored although origin or direction differ from the reference: {count}: {_enumerate(shifted)}")
@@ -307,18 +312,38 @@ def _find_reader(task: _Task, reference: Path, prediction: Path) -> Reader:
         return reader_class(task.dataset_json, reference, read_json(plans) if plans.is_file() else None)
 
 
+def _warn_of_spacings(files: Sequence[Path], reader: Reader) -> None:
+    """Print a warning if TIFF label maps have no spacing: only nnU-Net's 3D reader reads one, from CASE.json."""
+    without = [file for file in files if reader is not Tiff3DIO or not file.with_suffix(".json").is_file()]
+    if without:
+        remedy = "; add CASE.json next to CASE.tif" if reader is Tiff3DIO else ""
+        _warn(
+            counted(
+                without,
+                "label map has no spacing, and is scored with 1 mm",
+                "label maps have no spacing, and are scored with 1 mm",
+            )
+            + remedy
+        )
+
+
 def _match(reference: Path, prediction: Path, file_ending: str) -> list[tuple[str, Path, Path]]:
     """Return the name, the reference file and the prediction file of each case, sorted by name.
 
-    Predictions without a reference cause a warning.
+    Predictions without a reference, and references with another file ending cause a warning.
 
     Raises:
-        UserError: there are no references, or a reference has no prediction.
+        UserError: there are no references, a reference has no prediction, or its name cannot be printed.
     """
     references, predictions = (
         {f.name.removesuffix(file_ending) for f in folder.glob(f"*{file_ending}") if not f.name.startswith(".")}
         for folder in (reference, prediction)
     )
+    for case in references | predictions:
+        require_printable(reference / case)
+    unused = [f.name for f in unused_files(reference, file_ending) if f.name.endswith(VOLUME_ENDINGS)]
+    if unused:
+        _warn(f"{reference}: only *{file_ending} is scored (file_ending in dataset.json), and not {some(unused)}")
     if not references:
         raise UserError(
             f"{reference} has no reference files *{file_ending}; check the folder, and file_ending in dataset.json"
@@ -401,7 +426,7 @@ def _scored_axes(shape: Sequence[int]) -> list[int]:
 
 def _read_grid(file: Path, reader: Reader) -> Grid:
     with _read_errors_as_user_errors(file):
-        grid = read_grid(file, reader)
+        grid = read_grid(file, reader, is_label_map=True)
     if grid.channels != 1:
         raise UserError(f"{file}: not a label map with 2 or 3 dimensions and one channel; replace the file")
     return grid
@@ -409,7 +434,7 @@ def _read_grid(file: Path, reader: Reader) -> Grid:
 
 def _read(file: Path, reader: Reader) -> tuple[np.ndarray, Grid]:
     with _read_errors_as_user_errors(file):
-        require_whole(file)
+        check_file(file)  # SimpleITK reads NaN as 0
         voxels, grid = read_voxels(file, reader, is_label_map=True)
     return rounded(voxels[0]), grid
 

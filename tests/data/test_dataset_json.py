@@ -17,6 +17,7 @@ CLASSES = {
 REGIONS = {"labels": {"background": 0, "whole": [1, 2, 3], "core": [2, 3], "enhancing": 3}}
 HEALTHY = {
     "classes": {},
+    "reader": {"file_ending": ".mgz", "overwrite_image_reader_writer": "NibabelIO"},
     "ignore label": {"labels": {"background": 0, "organ": 1, "ignore": 2}},
     "regions": REGIONS | {"regions_class_order": [1, 2, 3]},
     "region order of BraTS": {
@@ -30,6 +31,10 @@ HEALTHY = {
 }
 FAULTY = {
     "channel names reversed": ({"channel_names": {"T1": 0}}, '"channel_names" is {\'T1\': 0}, but must map "0", "1"'),
+    "channel name is a number": ({"channel_names": {"0": 0}}, '"channel_names" is {\'0\': 0}'),
+    "unknown ending": ({"file_ending": ".nii.gz "}, "\"file_ending\" is '.nii.gz ', but nnU-Net reads only .bmp"),
+    "unknown reader": ({"overwrite_image_reader_writer": "OtherIO"}, "is 'OtherIO', but nnU-Net has no reader"),
+    "reader is no name": ({"overwrite_image_reader_writer": None}, "is None, but nnU-Net has no reader"),
     "no channel names": ({"channel_names": {}}, '"channel_names" is {}' ),
     "channels from 1": ({"channel_names": {"1": "T1"}}, 'must map "0", "1"'),
     "labels reversed": ({"labels": {"0": "background", "1": "a"}}, "must map names to values"),

@@ -1,6 +1,7 @@
 """Tests of file names of cases and of grids, for all readers of nnU-Net."""
 
 import json
+import os
 from pathlib import Path
 
 import nibabel
@@ -197,10 +198,27 @@ def test_hash_depends_only_on_the_voxels(tmp_path):
     assert third is None
 
 
-def test_color_images_are_recognized_if_the_first_one_cannot_be_read(tmp_path):
-    (tmp_path / "a_0000.png").symlink_to(tmp_path / "gone.png")
-    io.imsave(tmp_path / "b_0000.png", np.zeros((8, 9, 3), np.uint8), check_contrast=False)
-    assert names(image_files(tmp_path, dataset(".png", "R", "G", "B"), "unlabeled")) == {
-        "a": ["a_0000.png"],
-        "b": ["b_0000.png"],
-    }
+def test_one_damaged_image_does_not_change_the_number_of_files_per_case(tmp_path):
+    (tmp_path / "a_0000.png").write_bytes(b"damaged")
+    io.imsave(tmp_path / "b_0000.png", np.zeros((8, 8, 3), np.uint8), check_contrast=False)
+    assert list(image_files(tmp_path, dataset(".png", "R", "G", "B"), "unlabeled")) == ["a", "b"]
+
+
+def test_wrong_number_of_channels_in_a_file_is_an_error(tmp_path):
+    io.imsave(tmp_path / "a_0000.png", np.zeros((8, 8, 4), np.uint8), check_contrast=False)
+    with pytest.raises(UserError, match=r"case a .* has 4 channels, but dataset.json names 3; convert"):
+        image_files(tmp_path, dataset(".png", "R", "G", "B"), "unlabeled")
+
+
+def test_names_that_cannot_be_printed_are_an_error(tmp_path):
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff_0000.nii.gz")).touch()
+    with pytest.raises(UserError, match="which cannot be printed; rename it"):
+        image_files(tmp_path, dataset(".nii.gz", "MR"), "unlabeled")
+
+
+def test_truncated_images_have_no_hash(tmp_path):
+    file = tmp_path / "a.nii.gz"
+    sitk.WriteImage(sitk.GetImageFromArray(VOXELS), str(file))
+    assert hash_voxels(file, SimpleITKIO) is not None
+    file.write_bytes(file.read_bytes()[:-20])
+    assert hash_voxels(file, SimpleITKIO) is None

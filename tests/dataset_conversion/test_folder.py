@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import json
 import locale
 import os
 import sys
@@ -557,3 +558,80 @@ def test_unknown_label_values_are_printed_in_full(source, target, capsys):
     write(source / "masks" / "a.nrrd", sitk.Cast(label(), sitk.sitkFloat32) * 1.0025)
     assert convert("folder", source, *BOTH) == 1
     assert "label values 0, 1.0025, but only 0, 1 are known" in the_one_error(capsys)
+
+
+def test_folders_that_cannot_be_used_are_named(tmp_path):
+    touch(tmp_path, "images/a.nii.gz", "images/b.nii.gz/content", "p1/CT/1.dcm", "p2/CT/deeper/1.dcm")
+    (warning,) = plan(tmp_path, channel=["CT=images/{case}.nii.gz"]).warnings
+    assert warning.startswith("1 folder matches images/{case}.nii.gz and is not used")
+    assert "b.nii.gz" in warning
+    (warning,) = plan(tmp_path, channel=["CT={case}/CT/"]).warnings
+    assert warning.startswith("1 folder matches {case}/CT/ and is not used, since the pattern requires files directly")
+    assert "p2/CT" in warning
+    with pytest.raises(UserError, match=r"1 folder matches p2/\{case\}/ and is not used"):
+        plan(tmp_path, channel=["CT=p2/{case}/"])
+
+
+def test_links_that_lead_to_themselves_are_reported(source, target, capsys):
+    (source / "images" / "d_t1.nii.gz").symlink_to("d_t1.nii.gz")
+    assert convert("folder", source, *BOTH) == 0
+    assert "1 link leads to a file that does not exist and is not used" in capsys.readouterr().out
+
+
+def test_complex_voxels_are_an_error(source, raw, capsys):
+    voxels = np.ones(SHAPE, np.complex64)
+    nibabel.save(nibabel.Nifti1Image(voxels, np.eye(4)), source / "images" / "a_t1.nii.gz")
+    assert convert("folder", source, *BOTH) == 1
+    assert "a_t1.nii.gz: its voxels are complex numbers" in the_one_error(capsys)
+
+
+SERIES = ("--channel", "CT={case}/CT/", "--masks", "{case}/seg.nii.gz")
+
+
+@pytest.fixture
+def series(tmp_path):
+    """Write a labeled case a and an unlabeled case b as DICOM series, with the files b/CT/s1.ima to s6.ima."""
+    scan = sitk.Cast(image(0, scale=1000), sitk.sitkInt16)
+    write_dicom(tmp_path / "scans" / "a" / "CT", scan)
+    write(tmp_path / "scans" / "a" / "seg.nii.gz", label())
+    scan = sitk.Cast(image(1, scale=1000), sitk.sitkInt16)
+    write_dicom(tmp_path / "scans" / "b" / "CT", scan, "s{}.ima.dcm", "1.2.4")
+    for file in (tmp_path / "scans" / "b" / "CT").iterdir():
+        file.rename(file.with_suffix(""))
+    return tmp_path / "scans"
+
+
+def test_files_outside_of_the_dicom_series_are_reported(series, target, capsys):
+    (series / "a" / "CT" / "._1-001.dcm").write_bytes(b"resource fork")
+    last = max((series / "b" / "CT").iterdir())
+    last.write_bytes(last.read_bytes()[:300])
+    assert convert("folder", series, *SERIES) == 0
+    assert f"is not part of its DICOM series and not used: {last.name}" in capsys.readouterr().out
+
+
+def test_damaged_slices_with_upper_case_ending_are_an_error(series, raw, capsys):
+    (series / "b" / "CT" / "x.DCM").write_bytes(b"damaged")
+    assert convert("folder", series, *SERIES) == 1
+    assert "x.DCM as a slice of its series" in the_one_error(capsys)
+
+
+def test_single_dicom_slice_is_reported(series, target, capsys):
+    for file in sorted((series / "b" / "CT").iterdir())[1:]:
+        file.unlink()
+    assert convert("folder", series, *SERIES) == 0
+    assert "has a single DICOM slice: the others may be missing" in capsys.readouterr().out
+
+
+def test_dicom_slices_of_different_size_are_an_error(series, raw, capsys):
+    other = sitk.Image((4, 7, 1), sitk.sitkInt16)
+    other.SetOrigin((1, 2, 40))
+    write_dicom(series / "b" / "CT", other, "other.dcm", "1.2.4")
+    assert convert("folder", series, *SERIES) == 1
+    assert "pixels; remove the one that is not part of the series" in the_one_error(capsys)
+
+
+@pytest.mark.parametrize("entry", ["a_0000.nii.gz", "images/a.nii.gz", "a.NII.GZ", "C:\\images\\a_0000.nii.gz", "a"])
+def test_split_files_may_contain_file_names(source, target, tmp_path, entry):
+    (tmp_path / "split.json").write_text(json.dumps({"labeled": [entry], "unlabeled": ["c"]}))
+    assert convert("folder", source, *BOTH, "--split", tmp_path / "split.json") == 0
+    assert read_json(target, "ssl_split")["labeled"] == ["a"]

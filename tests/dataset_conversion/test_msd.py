@@ -464,3 +464,13 @@ def test_real_hippocampus_task():
     np.testing.assert_array_equal(array(read), array(case.images[0]))
     values = set(np.unique(array(msd._read_label(case.label, [read], None))))
     assert values == {0, 1, 2}
+
+
+def test_files_and_folders_that_are_not_used_are_reported(tmp_path):
+    root = put_task(tmp_path)
+    (root / "imagesTr" / "d.nii.gz").mkdir()
+    (root / "labelsTr" / "d.nrrd").touch()
+    (root / "labelsTr" / ".d.nii.gz").touch()
+    images, labels = plan(root).warnings
+    assert images == f"1 entry of {root / 'imagesTr'} is not a NIfTI file and is not used: d.nii.gz"
+    assert labels == f"1 entry of {root / 'labelsTr'} is not a NIfTI file and is not used: d.nrrd"

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -123,7 +124,7 @@ FAULTS = {
     "cm, held out": (held_out_in_cm, "headers", WARNING, "imagesTs: test_00_0000.nii.gz: its spacing, 0.1", "repair"),
     "4D": (four_dimensional, "headers", FAIL, "scan_00_0000.nii.gz: 2 channels or time", "repair or remove"),
     "color": (colored, "headers", FAIL, "scan_00_0000.nii.gz: 3 values per voxel", "repair or remove"),
-    "not an image": (not_an_image, "headers", WARNING, "case_00_0000.nii.gz: cannot be read", "repair or remove"),
+    "not an image": (not_an_image, "headers", WARNING, "case_00_0000.nii.gz: it is neither a gzip", "repair or remove"),
     "test = labeled": (
         held_out_copy_of_labeled, "duplicates", WARNING,
         "1 image is the same in imagesTr and imagesTs: case_03 = new", "scores on training images are not valid",
@@ -160,7 +161,7 @@ def test_raw_faults_of_labeled_cases_fail_before_preprocessing(base, raw, doctor
     not_an_image(raw)
     findings = doctor("-d 901")[1]
     find(findings, "raw data", FAIL, "1 case of imagesTr has no label in labelsTr: case_01")
-    find(findings, "headers", FAIL, "case_00_0000.nii.gz: cannot be read")
+    find(findings, "headers", FAIL, "case_00_0000.nii.gz: it is neither a gzip")
 
 
 def test_label_files_are_checked_before_preprocessing(base, raw, doctor, find):
@@ -173,6 +174,22 @@ def test_label_files_are_checked_before_preprocessing(base, raw, doctor, find):
     find(findings, "labels", FAIL, "case_00.nii.gz: label values that dataset.json does not name: 4", "repair")
     find(findings, "labels", FAIL, "case_01.nii.gz: cannot be read", "repair")
     find(findings, "labels", WARNING, "no file of labelsTr has a voxel with the label 3", "cannot learn")
+
+
+def test_labels_on_another_grid_than_their_images_are_reported(raw, doctor, find):
+    label = sitk.ReadImage(str(raw / "labelsTr" / "case_00.nii.gz"))
+    sitk.WriteImage(sitk.DICOMOrient(label, "RAS"), str(raw / "labelsTr" / "case_00.nii.gz"))
+    write_volume(np.zeros((24, 32, 39), np.uint8), raw / "labelsTr" / "case_01.nii.gz")
+    findings = doctor("-d 901")[1]
+    find(findings, "labels", WARNING, "case_00.nii.gz: spacing, origin or directions of the label", "resample")
+    find(findings, "labels", WARNING, "case_01.nii.gz: number of channels or size of the label", "resample")
+
+
+def test_nan_in_labels_fails(base, raw, doctor, find):
+    shutil.rmtree(base)
+    nan = np.full((40, 32, 24), np.nan, np.float32)
+    nibabel.save(nibabel.Nifti1Image(nan, np.diag([-1.0, -1, 1, 1])), raw / "labelsTr" / "case_00.nii.gz")
+    find(doctor("-d 901")[1], "labels", FAIL, "case_00.nii.gz: cannot be read", "repair")
 
 
 def test_preprocessed_cases_need_no_raw_data(raw, doctor, find, monkeypatch):

@@ -287,7 +287,8 @@ def test_invalid_input_is_reported_before_scoring(folder, monkeypatch, capsys, m
     if change is not None:
         change(folder)
     assert compare("-pred", *methods.split()) == code
-    (line,) = capsys.readouterr().err.splitlines()
+    *warnings, line = capsys.readouterr().err.splitlines()
+    assert all("warning:" in warning for warning in warnings)
     assert line.startswith("nnunet_dycon: error: ")
     assert words in line
     assert not (folder / "comparison").exists()

@@ -493,6 +493,44 @@ def test_tiff_volumes_have_the_spacing_of_their_json_files(pair):
     assert scores["hd95_mm_max_directed"] == pytest.approx(2 * 5, abs=1)
 
 
+def test_tiff_without_spacing_is_a_warning(pair, capsys):
+    def write(file):
+        tifffile.imwrite(file, np.stack([disc(20)] * 9).astype(np.uint8), photometric="minisblack")
+
+    def write_with_spacing(file):
+        write(file)
+        file.with_suffix(".json").write_text(json.dumps({"spacing": [5.0, 2.0, 2.0]}))
+
+    pair(write, write, ending=".tif")
+    assert "2 label maps have no spacing, and are scored with 1 mm" in capsys.readouterr().err
+    with pytest.raises(UserError, match="differ in spacing"):
+        pair(write, write_with_spacing, ending=".tif")
+
+
+@pytest.mark.parametrize(("value", "pixdim", "message"), [(np.nan, 1, "NaN"), (1, 0, "0 x 1 x 1, is not finite")])
+def test_nifti_that_is_read_with_other_values_is_an_error(pair, value, pixdim, message):
+    def write(file):
+        image = nibabel.Nifti1Image(np.where(np.stack([disc(20)] * 3), value, 0).astype(np.float32), np.eye(4))
+        content = bytearray(image.to_bytes())
+        content[80:84] = np.float32(pixdim).tobytes()
+        file.write_bytes(content)
+
+    with pytest.raises(UserError, match=message):
+        pair(write, write, ending=".nii")
+
+
+def test_references_with_another_ending_are_a_warning(folders, capsys):
+    save(folders[0] / "case_x.nii", SMALL)
+    assert len(evaluate_folder(*folders).rows) == 6
+    assert "only *.nii.gz is scored (file_ending in dataset.json), and not case_x.nii" in capsys.readouterr().err
+
+
+def test_unknown_reader_of_the_plans_is_an_error(folders):
+    (folders[1] / "plans.json").write_text('{"image_reader_writer": "OtherIO"}')
+    with pytest.raises(UserError, match="the plans name the reader OtherIO"):
+        evaluate_folder(*folders)
+
+
 def test_region_order_that_contradicts_its_regions_is_a_warning(pair, capsys):
     mask = sitk.GetImageFromArray(np.stack([disc(20)] * 3))
     labels = {"background": 0, "a": [1, 2]}
