@@ -81,6 +81,11 @@ def add_doctor(commands: Any) -> None:
     )
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.add_argument(
+        "--skip_duplicates",
+        action="store_true",
+        help="do not search for images that are in two folders, which reads all images of equal size",
+    )
+    doctor.add_argument(
         "--measure",
         action="store_true",
         help="with -d: also run some training steps of the trainer and of nnU-Net's own one, which takes some minutes, "
@@ -104,8 +109,9 @@ def _doctor(arguments: argparse.Namespace) -> int:
     elif device is not None:
         raise UsageError("-device is for --measure; add --measure")
     question = Question(
-        arguments.trainer, arguments.dataset, arguments.configuration, arguments.plans_name, arguments.fold, device
-    )
+        arguments.trainer, arguments.dataset, arguments.configuration, arguments.plans_name, arguments.fold, device,
+        not arguments.skip_duplicates,
+    )  # fmt: skip
     return run_doctor(question, arguments.json)
 
 

@@ -3,7 +3,6 @@
 import gzip
 import itertools
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,17 +33,39 @@ def check_file(file: Path) -> None:
         ValueError: a NIfTI file has a spacing that is not positive, or NaN, infinite or complex voxels; or a VTK file
             stores its voxels as text.
     """
-    require_whole(file)
+    image = check_stored_spacing(file) if file.stat().st_size else None
+    is_float = image is not None and image.dataobj.dtype.kind in "fc"
+    content = None
+    if is_float and is_compressed(file):
+        with gzip.open(file) as opened:
+            content = opened.read()  # once for both checks
+        length = len(content)
+    else:
+        length = require_whole(file)
     name = file.name.lower().removesuffix(".gz")
     if name.endswith((".gipl", ".vtk")):
-        _require_all_voxels(file, _vtk_header(file) if name.endswith(".vtk") else _GIPL_HEADER)
-    if (image := check_stored_spacing(file)) is None:
+        _require_all_voxels(file, _vtk_header(file) if name.endswith(".vtk") else _GIPL_HEADER, length)
+    if image is None:
         return
-    voxels = np.asanyarray(image.dataobj.get_unscaled())
+    stored, count = image.dataobj, math.prod(image.shape)
+    if name.endswith(".nii"):  # the voxels of .hdr are in another file
+        _require_length(length, stored.offset + count * stored.dtype.itemsize)
+    if content is not None:
+        voxels = np.frombuffer(content, stored.dtype, count, stored.offset)
+    elif is_float or not name.endswith(".nii"):
+        voxels = np.asanyarray(stored.get_unscaled())
+    else:
+        return
     if voxels.dtype.kind == "c":
         raise ValueError("its voxels are complex numbers")
     if voxels.dtype.kind == "f" and not np.isfinite(voxels).all():
         raise ValueError("it has NaN or infinite voxels")
+
+
+def _require_length(found: int, expected: int) -> None:
+    """Raise EOFError if an image file contains fewer bytes than expected."""
+    if found < expected:
+        raise EOFError(f"it is truncated: expected {expected} bytes, found {found}")
 
 
 def check_stored_spacing(file: Path) -> Any:
@@ -94,22 +115,19 @@ def _load_nifti(file: Path) -> Any:
         raise ValueError("it is neither a gzip nor an uncompressed NIfTI file") from None
 
 
-def _require_all_voxels(file: Path, header: int) -> None:
+def _require_all_voxels(file: Path, header: int, length: int) -> None:
     """Raise EOFError if an image file contains fewer bytes than its header and all voxels require.
 
     Args:
         file: image file, which may be compressed by gzip. Its voxels must be stored without other compression.
         header: length of the header in bytes.
+        length: length of the decompressed file in bytes.
     """
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(file))
     reader.ReadImageInformation()
     voxel = sitk.GetArrayViewFromImage(sitk.Image((1, 1), reader.GetPixelID(), reader.GetNumberOfComponents())).nbytes
-    expected = header + math.prod(reader.GetSize()) * voxel
-    with gzip.open(file) if is_compressed(file) else file.open("rb") as content:
-        found = content.seek(0, os.SEEK_END)
-    if found < expected:
-        raise EOFError(f"it is truncated: expected {expected} bytes, found {found}")
+    _require_length(length, header + math.prod(reader.GetSize()) * voxel)
 
 
 def _vtk_header(file: Path) -> int:

@@ -25,6 +25,7 @@ class Question:
         fold: fold to check, a number or "all"; None to check every fold.
         device: type of the device on which to measure some training steps: "cuda", "cpu" or "mps"; None to measure
             nothing.
+        compares_images: whether to search for images that are in two folders, which reads all images of equal size.
     """
 
     trainer: str
@@ -33,6 +34,7 @@ class Question:
     plans_name: str = "nnUNetPlans"
     fold: int | Literal["all"] | None = None
     device: str | None = None
+    compares_images: bool = True
 
     @property
     def command(self) -> str:
@@ -142,5 +144,5 @@ def _diagnose_dataset(question: Question, name_or_id: str) -> Iterator[Finding]:
         planned = as_finding("plans", error)
     if os.environ.get("nnUNet_raw"):
         roles = frozenset() if isinstance(planned, Finding) else training.preprocessed_roles(planned)
-        yield from dataset.examine_raw(nnunet_folder("nnUNet_raw") / name, roles)
+        yield from dataset.examine_raw(nnunet_folder("nnUNet_raw") / name, roles, question.compares_images)
     yield from [planned] if isinstance(planned, Finding) else training.examine_training(planned)

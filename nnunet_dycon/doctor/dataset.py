@@ -155,13 +155,14 @@ def _read_dataset_json(file: Path) -> dict:
     return content
 
 
-def examine_raw(folder: Path, preprocessed: frozenset[str]) -> Iterator[Finding]:
+def examine_raw(folder: Path, preprocessed: frozenset[str], compares_images: bool = True) -> Iterator[Finding]:
     """Run all checks of a data set in nnUNet_raw, and yield their findings.
 
     Args:
         folder: nnUNet_raw/DatasetXXX_Name.
         preprocessed: the roles ("labeled", "unlabeled") whose cases are preprocessed, so that training does not need
             their raw images.
+        compares_images: whether to search for images that are in two folders.
     """
     all_preprocessed = preprocessed >= {"labeled", "unlabeled"}
     if not folder.is_dir():
@@ -181,7 +182,8 @@ def examine_raw(folder: Path, preprocessed: frozenset[str]) -> Iterator[Finding]
     if any(raw.cases.values()):
         yield from examine("headers", check_headers, raw)
         yield from examine("labels", check_label_grids, raw)
-        yield from examine("duplicates", check_duplicates, raw)
+        if compares_images:
+            yield from examine("duplicates", check_duplicates, raw)
     if "labeled" not in preprocessed:  # else the preprocessed labels are checked
         yield from examine("labels", check_labels, raw)
 

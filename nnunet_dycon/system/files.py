@@ -96,8 +96,8 @@ def new_folder(folder: Path) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def require_whole(file: Path) -> None:
-    """Raise an error if a file is empty, or if it is a truncated or damaged gzip file.
+def require_whole(file: Path) -> int:
+    """Return the length of a file in bytes after decompression; raise an error if it is empty or a damaged gzip file.
 
     SimpleITK does not detect a truncated file: it fills the rest of the image with arbitrary values.
 
@@ -106,12 +106,15 @@ def require_whole(file: Path) -> None:
         OSError: the file cannot be read, or the header or the checksum of a gzip file is wrong.
         zlib.error: the compressed data of a gzip file is damaged.
     """
-    if file.stat().st_size == 0:
+    length = file.stat().st_size
+    if length == 0:
         raise EOFError("the file is empty")
-    if is_compressed(file):
-        with gzip.open(file) as content:
-            while content.read(2**24):
-                pass
+    if not is_compressed(file):
+        return length
+    with gzip.open(file) as content:
+        while content.read(2**24):
+            pass
+        return content.tell()
 
 
 def is_compressed(file: Path) -> bool:

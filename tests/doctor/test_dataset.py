@@ -226,13 +226,21 @@ def test_missing_files_are_one_finding(raw, doctor, find):
     for file in (raw / "imagesTr").iterdir():
         file.unlink()
         file.symlink_to("gone")
-    message = "case_00_0000.nii.gz, case_01_0000.nii.gz, case_02_0000.nii.gz and 2 more: cannot be read (sitk::ERROR"
+    names = "case_00_0000.nii.gz, case_01_0000.nii.gz, case_02_0000.nii.gz and 2 more"
+    message = f"{names}: cannot be read ([Errno 2] No such file or directory"
     find(doctor("-d 901")[1], "headers", WARNING, message)
 
 
 def test_only_images_of_equal_size_are_read(raw, doctor, find):
     write_volume(tiny_volume(0, (20, 20, 20))[0], raw / "imagesTs" / "new_0000.nii.gz")
     find(doctor("-d 901")[1], "duplicates", OK, "(11 images of equal size were compared)")
+
+
+def test_images_are_not_compared_if_this_is_skipped(raw, doctor):
+    shutil.copy(raw / "imagesTr" / "case_00_0000.nii.gz", raw / "imagesTs" / "copy_0000.nii.gz")
+    checks = {finding.check for finding in doctor("-d 901 --skip_duplicates")[1]}
+    assert "headers" in checks
+    assert "duplicates" not in checks
 
 
 def test_at_most_three_cases_are_named(raw, doctor, find):
