@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
 from benchmarks.measuring import machine, markdown, summary, with_quartiles, write
+from benchmarks.pretended_gpu import half_precision
 from nnunet_dycon.networks import DKUXNet, UXNet
 
 IMAGES, CLASSES = 2, 2
@@ -70,16 +71,11 @@ def kept_bytes(name: str, features: list[int], patch: list[int]) -> int:
         kept[storage._cdata] = storage
         return tensor
 
-    before = torch.is_autocast_enabled("cuda")
     with FakeTensorMode(), torch.device("cuda"):
         network = build(name, features)
         images = torch.randn(IMAGES, 1, *patch)
-        torch.set_autocast_enabled("cuda", True)  # torch.autocast would require a GPU
-        try:
-            with saved_tensors_hooks(keep, lambda tensor: tensor):
-                network(images)
-        finally:
-            torch.set_autocast_enabled("cuda", before)
+        with half_precision(), saved_tensors_hooks(keep, lambda tensor: tensor):
+            network(images)
         for parameter in network.parameters():
             kept.pop(parameter.untyped_storage()._cdata, None)
         return sum(storage.nbytes() for storage in kept.values())

@@ -12,8 +12,8 @@ In a page, a table is between two comments. The first comment contains the kind 
 - trials TABLE LABELS: all methods, including those with changed settings, on val, unlabeled and test, with the labeled
   cases of draw 0;
 - looks: all evaluations on test in all CSVs, by date;
-- losses FILE, train_step FILE, loader FILE, networks FILE: measured times and memory, from a JSON file in
-  benchmarks/results;
+- losses FILE, train_step FILE, step_memory FILE, loader FILE, networks FILE, many_cases FILE: measured times and
+  memory, from a JSON file in benchmarks/results;
 - coverage FILE: coverage of the confidence intervals in simulations, from such a JSON file;
 - scaling: calculated times of a step on 1 to 64 GPUs.
 
@@ -31,7 +31,7 @@ from functools import cache
 from types import ModuleType
 from typing import Any
 
-from benchmarks import coverage, loader, losses, networks, report, scaling, train_step
+from benchmarks import coverage, loader, losses, many_cases, networks, report, scaling, step_memory, train_step
 from benchmarks.comparison import SETS
 from benchmarks.measuring import markdown
 from benchmarks.preparation import HERE, LOWER_BOUND, UNLABELED, UPPER_BOUND
@@ -127,6 +127,8 @@ MAKERS: dict[str, Callable[..., str]] = {
     "looks": looks,
     "losses": measured(losses),
     "train_step": measured(train_step),
+    "step_memory": measured(step_memory),
+    "many_cases": measured(many_cases),
     "loader": measured(loader),
     "networks": measured(networks),
     "coverage": measured(coverage),

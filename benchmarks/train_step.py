@@ -25,9 +25,8 @@ import torch
 from benchmarks.la import LEFT_ATRIUM
 from benchmarks.measuring import machine, markdown, summary, with_quartiles, write
 from benchmarks.preparation import SUPERVISED, LabeledSet, Preparation, add_arguments, trainer_class
-from nnunet_dycon.registry import RECOMMENDED, TRAINERS
+from nnunet_dycon.registry import TRAINERS
 
-MEASURED = [RECOMMENDED, "nnUNetTrainerDyCON", "nnUNetTrainerDyCON_adapted", "nnUNetTrainerUGPL"]
 LABELED, SAMPLES = LabeledSet(8), 4
 
 
@@ -46,18 +45,19 @@ def prepared(arguments: argparse.Namespace) -> tuple[Path, str]:
     return preparation.work / "nnUNet_preprocessed" / preparation.dataset(LABELED), preparation.plans
 
 
-def build(name: str, folder: Path, plans_name: str, device: str):
-    """Return a trainer that is ready for its first step, with `SAMPLES` samples per step (labeled and unlabeled).
+def build(name: str, folder: Path, plans_name: str, device: str, labeled: int | None = None):
+    """Return a trainer that is ready for its first step.
 
     Args:
         name: name of the trainer class.
         folder: nnUNet_preprocessed/DatasetXXX_NAME.
         plans_name: plans identifier.
         device: "cpu" or "cuda".
+        labeled: number of labeled patches per step; None for `SAMPLES` patches per step, labeled and unlabeled.
     """
     plans = json.loads((folder / f"{plans_name}.json").read_text()) | {"continue_training": False}
     is_supervised = name == SUPERVISED or TRAINERS[name].is_supervised
-    plans["configurations"]["3d_fullres"]["batch_size"] = SAMPLES if is_supervised else SAMPLES // 2
+    plans["configurations"]["3d_fullres"]["batch_size"] = labeled or (SAMPLES if is_supervised else SAMPLES // 2)
     dataset = json.loads((folder / "dataset.json").read_text())
     with contextlib.redirect_stdout(io.StringIO()):
         trainer = trainer_class(name)(plans, "3d_fullres", "all", dataset, torch.device(device))
@@ -126,7 +126,7 @@ def main() -> None:
     """Prepare the data if necessary, measure time and memory of the trainers, and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, replace(LEFT_ATRIUM, spacing=1.25, features=()))
-    parser.add_argument("--trainers", nargs="+", choices=TRAINERS, metavar="TRAINER", default=MEASURED)
+    parser.add_argument("--trainers", nargs="+", choices=TRAINERS, metavar="TRAINER", default=list(TRAINERS))
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--json", type=Path, help="file for the results as JSON")

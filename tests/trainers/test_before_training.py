@@ -13,6 +13,7 @@ from nnunet_dycon.trainers.nnUNetTrainerDyCON import nnUNetTrainerDyCON
 from nnunet_dycon.trainers.nnUNetTrainerDyCONCoTraining import nnUNetTrainerDyCONCoTraining
 from nnunet_dycon.trainers.nnUNetTrainerMeanTeacher import nnUNetTrainerMeanTeacher
 from nnunet_dycon.trainers.semi_supervised import SemiSupervisedTrainer
+from nnunet_dycon.training.preflight import TrainingLock
 from tests.processes import NNUNETV2_TRAIN, run_python
 from tests.tiny import few_labeled
 from tests.trainers.training import METHODS, deterministic, draw_no_pictures, make_trainer, narrow
@@ -33,7 +34,10 @@ def test_damaged_fingerprint_raises_before_training(base, name):
 def test_read_only_results_folder_raises(tiny):
     trainer = make_trainer(deterministic(nnUNetTrainerDyCON))
     trainer.output_folder = "/proc"  # not even root can create a file here
-    with pytest.raises(SystemExit, match=r"error: /proc cannot be written to \(.*\); change its owner or permissions"):
+    trainer._lock = TrainingLock(Path("/proc"), trainer.unlabeled_cases, print)
+    with pytest.raises(
+        SystemExit, match=r"/proc/.*lock cannot be written; change the owner or permissions of its folder"
+    ):
         trainer.on_train_start()
     assert trainer.network is None
 

@@ -6,17 +6,12 @@ they would make the host wait. PyTorch's engine for gradients needs a device, so
 hand-written gradients by a direct call.
 """
 
-from dataclasses import fields, is_dataclass, replace
-from unittest.mock import patch
-
 import pytest
 import torch
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
-from nnunet_dycon.components import mixing
+from benchmarks.pretended_gpu import CUDA, move, move_batch, pretended_gpu
 from nnunet_dycon.data.loader import to_batches
 from nnunet_dycon.errors import NotSupported
 from nnunet_dycon.losses.kernels.uncl import UnCL
@@ -25,7 +20,6 @@ from nnunet_dycon.trainers import trainer_class
 from tests.trainers.test_matrix import METHODS
 from tests.trainers.test_matrix import start as start  # a fixture
 
-CUDA = torch.device("cuda", 0)
 NEEDS_DEEP_SUPERVISION = {"nnUNetTrainerDKUXNet"}
 
 
@@ -42,46 +36,12 @@ class NoTransferToHost(TorchDispatchMode):
 
 
 @pytest.fixture
-def fake_cuda(monkeypatch):
+def fake_cuda():
     """Enter FakeTensorMode, with a GPU that is available according to PyTorch."""
-    boxes = mixing.random_boxes
-
-    def boxes_on_cuda(number, spatial, side, device):
-        with _disable_current_modes():  # their positions are drawn on the host
-            drawn = boxes(number, spatial, side, torch.device("cpu"))
-        return on_cuda(drawn)
-
-    monkeypatch.setattr(mixing, "random_boxes", boxes_on_cuda)
     available = patch("torch.cuda.is_available", lambda: True)
     amp = patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
-    with FakeTensorMode() as mode, available, amp:
-        yield mode
-
-
-def on_cuda(value):
-    """Return a fake tensor on the GPU with shape and type of a tensor; other values are returned unchanged."""
-    if not isinstance(value, torch.Tensor):
-        return value
-    return torch.empty(value.shape, dtype=value.dtype, device=CUDA)
-
-
-def move(module: nn.Module) -> None:
-    """Replace parameters and buffers of a module and its children by fake ones on the GPU."""
-    for child in module.modules():
-        for name, parameter in child._parameters.items():
-            if parameter is not None:
-                child._parameters[name] = nn.Parameter(on_cuda(parameter), requires_grad=parameter.requires_grad)
-        for name, buffer in child._buffers.items():
-            child._buffers[name] = on_cuda(buffer)
-
-
-def move_batch(batch):
-    """Return a copy of a batch (dataclass) with fake tensors on the GPU, also in lists and nested dataclasses."""
-    moved = {}
-    for field in fields(batch):
-        value = getattr(batch, field.name)
-        moved[field.name] = move_batch(value) if is_dataclass(value) else tree_map(on_cuda, value)
-    return replace(batch, **moved)
+    with pretended_gpu(), available, amp:
+        yield
 
 
 def without_deep_supervision(base):
