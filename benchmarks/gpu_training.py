@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,7 +38,7 @@ from nnunet_dycon.system.processes import peak_memory
 
 NAMES = (SUPERVISED, RECOMMENDED, "nnUNetTrainerDyCON")
 RECORD = "gpu_training.json"
-GRACE = 15  # seconds for a checkpoint at the end
+_GRACE = 20  # seconds for a checkpoint at the end
 _GROWTH = 3  # a round has at most this number of times the epochs before it, since each turn compiles again
 _MARGIN = 1.2  # for checkpoints, and epochs that take longer than before
 Turn = Callable[[str, int, float], None]
@@ -55,7 +56,6 @@ def train(name: str, until: int, arguments: argparse.Namespace) -> None:
     """
     from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # nnU-Net's own trainer leaves workers
     preparation, device = Preparation(arguments, LEFT_ATRIUM), torch.device(arguments.device)
     full_name = f"{name}_{arguments.epochs}epochs"
     trainer = get_trainer_from_args(
@@ -155,10 +155,11 @@ def main() -> None:
     parser.add_argument("--one", choices=NAMES, help=argparse.SUPPRESS)
     parser.add_argument("--until", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the processes of a training, too
     if arguments.one:
         train(arguments.one, arguments.until, arguments)
         return
-    deadline = time.monotonic() + arguments.seconds - GRACE
+    deadline = time.monotonic() + arguments.seconds - _GRACE
     preparation = Preparation(arguments, LEFT_ATRIUM)
     preparation.prepare([LABELED])
     environment = {**os.environ, **preparation.folders, "nnUNet_extTrainer": str(DISCOVERY)}
@@ -187,12 +188,13 @@ def main() -> None:
             errors[name] = f"exit code {code}" if (code := process.wait(seconds)) else None
         except subprocess.TimeoutExpired:
             errors[name] = f"stopped after {seconds:.0f} s"
-            process.terminate()  # semi-supervised trainers write a checkpoint
-            try:
-                process.wait(GRACE)
-            except subprocess.TimeoutExpired:
+        finally:
+            if process.poll() is None:
+                process.terminate()  # semi-supervised trainers write a checkpoint
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(_GRACE)
                 process.kill()
-        write_results()
+            write_results()
 
     write_results()
     alternate(NAMES, turn, lambda name: read_record(files[name])["seconds"], arguments.epochs, deadline)
