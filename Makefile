@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: test test-matrix tables lint lint-ruff lint-format lint-mypy lint-imports demo clean
+.PHONY: test test-matrix gpu-check tables lint lint-ruff lint-format lint-mypy lint-imports demo clean
 .DEFAULT_GOAL := test
 
 # Each test uses one thread, so that tests can run in parallel.
@@ -18,6 +18,19 @@ KEEP ?=
 
 test-matrix:
 	@KEEP="$(KEEP)" .ci/matrix $(MATRIX)
+
+# All checks that need a GPU, in at most MINUTES minutes: tests, benchmarks and trainings on the left atrium, see
+# benchmarks/README.md. DATA is not needed if WORK is prepared. A try without a GPU:
+# make gpu-check DATA=<la_125mm> DEVICE=cpu OPTIONS="--tiny --results <folder>"
+DATA ?=
+WORK ?= gpu_check
+MINUTES ?= 12
+DEVICE ?= cuda
+OPTIONS ?=
+
+gpu-check: $(INSTALLED)
+	$(BIN)/python -m benchmarks.gpu_check $(if $(DATA),--data "$(DATA)") --work "$(WORK)" --minutes $(MINUTES) \
+	  --device $(DEVICE) $(OPTIONS)
 
 # The tables in docs, from benchmarks/results.
 tables: $(INSTALLED)

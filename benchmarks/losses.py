@@ -210,8 +210,8 @@ def main() -> None:
         done = subprocess.run(command, capture_output=True, text=True)
         results[name] = json.loads(done.stdout) if done.returncode == 0 else {"error": done.stderr[-200:] or "killed"}
         print(f"{name}: {results[name]}", file=sys.stderr)
-    if arguments.json:
-        write(arguments.json, results)
+        if arguments.json:
+            write(arguments.json, results)
     print(as_markdown(results))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.trainers.nnunet_dycon_benchmark_trainers import commit
+from nnunet_dycon.system.files import replacing
 
 
 def machine(device: str) -> dict[str, str | int]:
@@ -44,7 +45,8 @@ def write(file: Path, results: dict, **about: object) -> None:
             repository, is added.
     """
     content = {"commit": commit(), **about, "results": results}
-    file.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    with replacing(file) as partial:
+        partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def summary(seconds: Sequence[float]) -> dict:

@@ -188,6 +188,7 @@ class Preparation:
     def prepare(self, labeled_sets: Iterable[LabeledSet]) -> None:
         """Write, plan and preprocess a data set for each labeled set. Finished steps are skipped.
 
+        A folder in which this is finished can be moved to another machine. Training needs its nnUNet_preprocessed only.
         A lock file prevents other processes from doing this at the same time.
         """
         self.work.mkdir(parents=True, exist_ok=True)
@@ -238,9 +239,9 @@ class Preparation:
         dataset = str(self.dataset_id(labeled))
         raw = self.raw(labeled)
         plans = self.work / "nnUNet_preprocessed" / raw.name / f"{self.plans}.json"
-        if not raw.is_dir():
-            self.data_set.write(self, labeled)
         if not plans.is_file():
+            if not raw.is_dir():
+                self.data_set.write(self, labeled)
             self.command("nnunetv2.experiment_planning.plan_and_preprocess_entrypoints:extract_fingerprint_entry",
                          "-d", dataset, "-np", "2")  # fmt: skip
             if is_upper_bound:

@@ -117,6 +117,7 @@ def peak_bytes(name: str, folder: Path, plans: str, repeats: int, warmup: int) -
     """
     take_steps({name: build(name, folder, plans, "cuda")}, repeats, warmup, "cuda")
     peak = torch.cuda.max_memory_allocated()
+    torch.compiler.reset()  # the limit of compilations of a function is that of a process
     gc.collect()
     torch.cuda.empty_cache()
     return peak
