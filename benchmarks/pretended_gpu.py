@@ -19,7 +19,7 @@ CUDA = torch.device("cuda", 0)
 
 @contextmanager
 def pretended_gpu() -> Iterator[None]:
-    """Enter FakeTensorMode. The positions of CutMix boxes are drawn on the host, as in a training, with real numbers."""
+    """Enter FakeTensorMode. The positions of CutMix boxes are real numbers, since they are drawn on the host."""
     boxes = mixing.random_boxes
 
     def boxes_on_cuda(number, spatial, side, device):

@@ -6,6 +6,8 @@ they would make the host wait. PyTorch's engine for gradients needs a device, so
 hand-written gradients by a direct call.
 """
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
