@@ -7,9 +7,9 @@ INSTALLED := $(VENV)/.installed
 .PHONY: test test-matrix gpu-check tables lint lint-ruff lint-format lint-mypy lint-imports demo clean
 .DEFAULT_GOAL := test
 
-# Each test uses one thread, so that tests can run in parallel.
+# Each test uses one thread, so that tests can run in parallel: one process more than cores, since some tests wait.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+	$(BIN)/python -m pytest -n $$(( $$(nproc) < 8 ? $$(nproc) + 1 : 8 )) --dist worksteal
 
 # The oldest versions that pyproject.toml allows, on the oldest Python, and what pip takes today on each. An environment
 # is made for each (6 GB, a few minutes), tested and removed: make test-matrix MATRIX=3.12-newest KEEP=1 keeps it.

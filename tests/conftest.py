@@ -1,12 +1,15 @@
 """Command-line options of the tests, and shared fixtures."""
 
+import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from nnunet_dycon.data.unlabeled import preprocess_unlabeled
 from nnunet_dycon.trainers import trainer_class
@@ -43,16 +46,38 @@ def fast_workers():
 
 
 @pytest.fixture(scope="session")
-def tiny_root(tmp_path_factory) -> Path:
+def built_once(tmp_path_factory) -> Callable[[str, Callable[[Path], None]], Path]:
+    """built_once(name, build) returns a folder that build(folder) fills; a single worker of pytest-xdist does so."""
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent  # of all workers
+
+    def run(name: str, build: Callable[[Path], None]) -> Path:
+        folder, done = base / name, base / f"{name}.done"
+        with FileLock(base / f"{name}.lock"):
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of a worker whose build failed
+                folder.mkdir()
+                build(folder)
+                done.touch()
+        return folder
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny_root(built_once) -> Path:
     """Return the parent of nnUNet_raw and nnUNet_preprocessed with Dataset901_Tiny. Tests must not change it."""
-    root = tmp_path_factory.mktemp("tiny")
-    with pytest.MonkeyPatch.context() as patch:
-        set_environment(patch, root)
-        write_raw_dataset(root / "nnUNet_raw" / "Dataset901_Tiny")
-        patch.setenv("nnUNet_n_proc_DA", "1")  # nnU-Net's planner fails with 0
-        plan_and_preprocess(901)
-        preprocess_unlabeled("901", "3d_fullres")
-    return root
+
+    def build(root: Path) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            set_environment(patch, root)
+            write_raw_dataset(root / "nnUNet_raw" / "Dataset901_Tiny")
+            patch.setenv("nnUNet_n_proc_DA", "1")  # nnU-Net's planner fails with 0
+            plan_and_preprocess(901)
+            preprocess_unlabeled("901", "3d_fullres")
+
+    return built_once("tiny", build)
 
 
 @pytest.fixture
@@ -75,30 +100,36 @@ def raw(tiny) -> Path:
 
 
 @pytest.fixture(scope="session")
-def trained_tiny(tiny_root, tmp_path_factory) -> Path:
+def trained_tiny(tiny_root, built_once) -> Path:
     """Return a copy of `tiny_root` with nnUNetTrainerDyCON_smoke trained on fold 0. Tests must not change it."""
-    root = tmp_path_factory.mktemp("trained") / "tiny"
-    shutil.copytree(tiny_root, root)
-    with pytest.MonkeyPatch.context() as patch:
-        set_environment(patch, root)
-        trainer = make_trainer(trainer_class("nnUNetTrainerDyCON_smoke"), fold=0)
-        trainer.run_training()
-        trainer.perform_actual_validation()
-    return root
+
+    def build(root: Path) -> None:
+        shutil.copytree(tiny_root, root, dirs_exist_ok=True)
+        with pytest.MonkeyPatch.context() as patch:
+            set_environment(patch, root)
+            trainer = make_trainer(trainer_class("nnUNetTrainerDyCON_smoke"), fold=0)
+            trainer.run_training()
+            trainer.perform_actual_validation()
+
+    return built_once("trained", build)
 
 
 @pytest.fixture(scope="session")
-def tiny_predictions(trained_tiny) -> dict[str, Path]:
+def tiny_predictions(trained_tiny, built_once) -> dict[str, Path]:
     """Return nnUNetv2_predict's folders for the test cases, by network, with probabilities. Do not change them."""
     images = trained_tiny / "nnUNet_raw" / "Dataset901_Tiny" / "imagesTs"
-    folders = {name: trained_tiny / name for name in ("student", "teacher")}
+    checkpoints = {"student": "checkpoint_final.pth", "teacher": "checkpoint_final_teacher.pth"}
     predict = ["-d", "901", "-c", "3d_fullres", "-f", "0", "-tr", "nnUNetTrainerDyCON_smoke", "-i", images]
     predict += ["--save_probabilities", "-device", "cpu", "-npp", "0", "-nps", "0", "--disable_tta"]
-    with pytest.MonkeyPatch.context() as patch:
-        set_environment(patch, trained_tiny)
-        for name, checkpoint in (("student", "checkpoint_final.pth"), ("teacher", "checkpoint_final_teacher.pth")):
-            run_command(NNUNETV2_PREDICT, *predict, "-chk", checkpoint, "-o", folders[name])
-    return folders
+
+    def build(folder: Path) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            set_environment(patch, trained_tiny)
+            for name, checkpoint in checkpoints.items():
+                run_command(NNUNETV2_PREDICT, *predict, "-chk", checkpoint, "-o", folder / name)
+
+    folder = built_once("predictions", build)
+    return {name: folder / name for name in checkpoints}
 
 
 @pytest.fixture(scope="session")
@@ -115,12 +146,14 @@ def source_copy(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def wheel(source_copy, tmp_path_factory) -> Path:
+def wheel(source_copy, built_once) -> Path:
     """Return the wheel for a regular installation."""
-    folder = tmp_path_factory.mktemp("wheel")
-    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", str(folder), str(source_copy)]
-    subprocess.run(build, check=True, capture_output=True)
-    return next(folder.glob("*.whl"))
+
+    def build(folder: Path) -> None:
+        command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", str(folder), str(source_copy)]
+        subprocess.run(command, check=True, capture_output=True)
+
+    return next(built_once("wheel", build).glob("*.whl"))
 
 
 @pytest.fixture

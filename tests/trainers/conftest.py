@@ -26,12 +26,14 @@ def train() -> Callable:
 
 
 @pytest.fixture(scope="session")
-def matrix_root(tiny_root, tmp_path_factory) -> Path:
+def matrix_root(tiny_root, built_once) -> Path:
     """Return the root of preprocessed data sets, one for each label space. Do not modify it."""
-    root = tmp_path_factory.mktemp("matrix")
     fingerprint = tiny_root / "nnUNet_preprocessed" / "Dataset901_Tiny" / "dataset_fingerprint.json"
-    with pytest.MonkeyPatch.context() as patch:
-        set_environment(patch, root)
-        patch.setenv("nnUNet_n_proc_DA", "1")  # nnU-Net's planner fails with 0
-        write_all(root, json.loads(fingerprint.read_text()))
-    return root
+
+    def build(root: Path) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            set_environment(patch, root)
+            patch.setenv("nnUNet_n_proc_DA", "1")  # nnU-Net's planner fails with 0
+            write_all(root, json.loads(fingerprint.read_text()))
+
+    return built_once("matrix", build)
