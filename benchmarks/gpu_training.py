@@ -39,6 +39,7 @@ from nnunet_dycon.system.processes import peak_memory
 NAMES = (SUPERVISED, RECOMMENDED, "nnUNetTrainerDyCON")
 RECORD = "gpu_training.json"
 _GRACE = 20  # seconds for a checkpoint at the end
+_IMPORTS = 10  # seconds before the start of main
 _GROWTH = 3  # a round has at most this number of times the epochs before it, since each turn compiles again
 _MARGIN = 1.2  # for checkpoints, and epochs that take longer than before
 Turn = Callable[[str, int, float], None]
@@ -159,7 +160,7 @@ def main() -> None:
     if arguments.one:
         train(arguments.one, arguments.until, arguments)
         return
-    deadline = time.monotonic() + arguments.seconds - _GRACE
+    deadline = time.monotonic() + arguments.seconds - _GRACE - _IMPORTS
     preparation = Preparation(arguments, LEFT_ATRIUM)
     preparation.prepare([LABELED])
     environment = {**os.environ, **preparation.folders, "nnUNet_extTrainer": str(DISCOVERY)}

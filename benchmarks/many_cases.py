@@ -44,8 +44,8 @@ def prepare(work: Path) -> None:
     from nnunet_dycon.demo.phantom import write_dataset
 
     raw = work / "nnUNet_raw" / DATASET
-    if raw.exists():
-        shutil.rmtree(work)
+    for folder in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        shutil.rmtree(work / folder / DATASET, ignore_errors=True)
     write_dataset(raw, 0, {"labeled": LABELED, "unlabeled": 1}, shape=(24, 24, 24), lesion_radii=(2, 4))
     source = next((raw / "imagesUn").iterdir())
     for number in range(PREPROCESSED):
@@ -124,7 +124,7 @@ def as_markdown(results: dict) -> str:
 def main() -> None:
     """Prepare the data, measure both trainers with each number of cases, and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="folder for the data, which is overwritten")
+    parser.add_argument("--work", type=Path, required=True, help="folder for the data; its data set 777 is overwritten")
     parser.add_argument("--cases", type=int, nargs="+", default=[100, 10_000], help="numbers of unlabeled cases")
     parser.add_argument("--json", type=Path, help="file for the results as JSON")
     parser.add_argument("--measure", help=argparse.SUPPRESS)  # trainer to measure in this process

@@ -39,6 +39,7 @@ def half_precision() -> Iterator[None]:
     try:
         yield
     finally:
+        torch.clear_autocast_cache()
         torch.set_autocast_enabled("cuda", before)
 
 

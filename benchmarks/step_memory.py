@@ -6,8 +6,9 @@ The plans are nnU-Net's default ones for the left atrium at 1.25 mm, with their 
 semi-supervised trainers, 2 unlabeled ones. A step with nnU-Net's autocast to 16 bits runs on fake tensors, which have
 a shape but no content.
 
-- activations: all tensors that the forward passes and losses save for the backward pass, without weights. Each storage
-  is counted once. It is most of the peak memory; temporary tensors are not included;
+- activations: all tensors that the forward passes and losses save for the backward pass, with the images and 16-bit
+  copies of the weights. Each storage is counted once. They are most of the peak memory; temporary tensors are not
+  included;
 - weights: parameters of all networks, with gradient and momentum of those that are trained.
 """
 

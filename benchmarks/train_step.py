@@ -59,6 +59,7 @@ def build(name: str, folder: Path, plans_name: str, device: str, labeled: int | 
     is_supervised = name == SUPERVISED or TRAINERS[name].is_supervised
     plans["configurations"]["3d_fullres"]["batch_size"] = labeled or (SAMPLES if is_supervised else SAMPLES // 2)
     dataset = json.loads((folder / "dataset.json").read_text())
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = False, True  # as nnUNetv2_train
     with contextlib.redirect_stdout(io.StringIO()):
         trainer = trainer_class(name)(plans, "3d_fullres", "all", dataset, torch.device(device))
         trainer.on_train_start()
@@ -132,6 +133,7 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--json", type=Path, help="file for the results as JSON")
     arguments = parser.parse_args()
+    torch._dynamo.config.recompile_limit = 64  # the networks of all trainers have the same code
     folder, plans = prepared(arguments)
     names = [SUPERVISED, *arguments.trainers]
     counts = arguments.repeats, arguments.warmup

@@ -282,7 +282,7 @@ def _stamps(role: str, case: Case) -> list[list[object]]:
     """
     label = (case.label, *case.other_labels) if case.label is not None and FOLDERS[role][1] is not None else ()
     files = [file for path in (*case.images, *label) for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
-    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    return [[str(file), status.st_size, status.st_mtime_ns] for file in files for status in [file.stat()]]
 
 
 def _write_case(data_set: DataSet, folder: Path, job: tuple[str, Case]) -> str | None:

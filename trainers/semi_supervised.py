@@ -79,6 +79,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         """Return the network stage whose output is used as features; by default the stage with stride nearest to 8."""
         return compatibility.stage_nearest_to_stride_8(self)
 
+    @preflight.with_memory_advice
     def initialize(self) -> None:
         """Initialize as in nnU-Net, then build the method and add its trainable modules to the optimizer."""
         super().initialize()
@@ -183,10 +184,10 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             preemption.save_and_exit(self, self.curves, self._step_in_epoch)
         return super().validation_step(batch)
 
-    @ends_in_one_line()
+    @preflight.with_memory_advice
     def run_training(self) -> None:
         """Run nnU-Net's training. On SIGTERM, finish the step, write a checkpoint and exit."""
-        with self._stop_request.listening(self.is_ddp), closing(self._lock), preflight.out_of_memory_explained(self):
+        with self._stop_request.listening(self.is_ddp), closing(self._lock):
             super().run_training()
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
@@ -212,7 +213,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         state = {"settings": self.settings, "method": checkpoints.method_state(self.method), "curves": self.curves}
         checkpoints.save_extended(filename, super().save_checkpoint, state)
 
-    @ends_in_one_line()
+    @preflight.with_memory_advice
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
         """Load a checkpoint with the modules of `self.method`. With --c, fall back to the newest readable one."""
         if self._continue_training:
@@ -242,7 +243,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         if on_any_rank(self._stop_request.is_made, self.device):
             preemption.end(self, "stopped by SIGTERM after the end of training; run its validation with --val")
 
-    @ends_in_one_line()
+    @preflight.with_memory_advice
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """Run nnU-Net's validation; raise an error with the file name if a case cannot be read."""
         with loader.naming_unreadable_cases(self):

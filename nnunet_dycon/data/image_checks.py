@@ -35,14 +35,13 @@ def check_file(file: Path) -> None:
     """
     image = check_stored_spacing(file) if file.stat().st_size else None
     is_float = image is not None and image.dataobj.dtype.kind in "fc"
-    content = None
-    if is_float and is_compressed(file):
+    name, content = file.name.lower().removesuffix(".gz"), None
+    if is_float and name.endswith(".nii") and is_compressed(file):
         with gzip.open(file) as opened:
             content = opened.read()  # once for both checks
         length = len(content)
     else:
         length = require_whole(file)
-    name = file.name.lower().removesuffix(".gz")
     if name.endswith((".gipl", ".vtk")):
         _require_all_voxels(file, _vtk_header(file) if name.endswith(".vtk") else _GIPL_HEADER, length)
     if image is None:

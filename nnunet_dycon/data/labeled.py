@@ -11,9 +11,11 @@ import blosc2
 import numpy as np
 from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+from nnunetv2.utilities.crossval_split import generate_crossval_split
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunet_dycon.errors import UserError, counted, explained
+from nnunet_dycon.system.files import replacing
 
 # Resampling functions of nnU-Net that give the shape of compute_new_shape.
 _RESAMPLING = ("resample_data_or_seg_to_shape", "resample_torch_fornnunet", "resample_torch_simple")
@@ -77,6 +79,26 @@ def check_split(folder: Path, labeled: set[str], fold: int | Literal["all"]) -> 
         )
     if not (train and val):
         raise UserError(f"{file} has no cases to {'validate' if train else 'train'} on in fold {fold}; {remedy}")
+
+
+def make_split(folder: Path, labeled: set[str]) -> None:
+    """Write nnU-Net's splits_final.json unless it exists.
+
+    nnU-Net itself writes it on all ranks at once, so that a rank or a second training could read an incomplete file.
+
+    Args:
+        folder: nnUNet_preprocessed/DatasetXXX/<data_identifier>.
+        labeled: identifiers of the cases in the folder.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    file = folder.parent / "splits_final.json"
+    if not file.is_file():
+        splits = generate_crossval_split(sorted(labeled), seed=12345, n_splits=5)  # as nnU-Net's trainer
+        problem = f"{file} cannot be written; change the owner or permissions of its folder, or train fold 'all'"
+        with explained(OSError, problem), replacing(file) as partial:
+            partial.write_text(json.dumps(splits, indent=4))
 
 
 def check_fingerprint(base: Path, plans: PlansManager, configuration_name: str, dataset_id: int) -> None:

@@ -272,11 +272,11 @@ class UnlabeledCases:
         if self._raw_is_there() and not _are_equal(files, _names_and_sizes(self._raw_files())):
             return f"the images in {self.raw} have changed"
         with os.scandir(self.folder) as entries:  # a single listing: on shared storage, each stat takes milliseconds
-            existing = {entry.name: entry for entry in entries}
+            existing = {entry.name for entry in entries}
         for case in files:
             image, *others = _case_files(case)
             absent = [name for name in (image, *others) if name not in existing]
-            if absent or not existing[image].stat().st_size:
+            if absent or not _size(self.folder / image):
                 return f"{(absent or [image])[0]} is missing or empty"
         return None
 

@@ -10,14 +10,14 @@ import multiprocessing
 import os
 import re
 import shutil
+import signal
 import statistics
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import redirect_stdout, suppress
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
+from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
@@ -30,7 +30,7 @@ from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 
 from nnunet_dycon.components.diagnostics import SECONDS
 from nnunet_dycon.data.unlabeled import UnlabeledCases
-from nnunet_dycon.doctor.findings import FAIL, OK, WARNING, Finding
+from nnunet_dycon.doctor.findings import FAIL, NOTE, OK, WARNING, Finding, named
 from nnunet_dycon.errors import ONE_LINE, UserError
 from nnunet_dycon.inference.model_folders import trainer_class
 from nnunet_dycon.system.environment import nnunet_folder
@@ -42,7 +42,7 @@ _WARM_UP, _MIN_STEPS, _MAX_STEPS = 3, 3, 20
 _SECONDS = 30.0  # for the measured steps of a trainer, unless _MIN_STEPS take longer
 _SLOW_DATA = 0.2  # share of a step that waits for data, from which data loading is called the bottleneck
 _EPOCHS = (250, 1000)
-_NO_MEMORY = re.compile("out of memory|can't allocate memory", re.IGNORECASE)
+_NO_MEMORY = re.compile("out of memory|can't allocate memory|ALLOC_FAILED", re.IGNORECASE)
 _SMALLER = (0.75, 0.5, 0.35)  # memory targets of the plans that are tried, relative to the default of their planner
 
 
@@ -130,8 +130,12 @@ def examine_speed(
         device: type of the device: "cuda", "cpu" or "mps".
         results: list to which the measurements are appended, as dicts.
     """
+    if issubclass(trainer_class(trainer), SemiSupervisedTrainer) and unlabeled.fault() is not None:
+        remedy = f"run: nnunet_dycon preprocess_unlabeled {unlabeled.arguments}"
+        yield Finding("speed", NOTE, "not measured, because the unlabeled cases are not preprocessed yet", remedy)
+        return
     with TemporaryDirectory(prefix="nnunet_dycon_doctor_") as scratch:
-        environment = _scratch_folders(Path(scratch), unlabeled.plans.dataset_name)
+        environment = _scratch_folders(Path(scratch), unlabeled)
         run = Run(
             trainer, unlabeled.plans.plans, unlabeled.configuration_name, unlabeled.dataset_json,
             "all" if fold is None else fold, device,
@@ -203,15 +207,16 @@ def _fewer_patches(run: Run) -> Iterator[int]:
             yield number
 
 
-def _scratch_folders(scratch: Path, dataset: str) -> dict[str, str]:
+def _scratch_folders(scratch: Path, unlabeled: UnlabeledCases) -> dict[str, str]:
     """Return nnU-Net's variables for a folder in ``scratch`` with links to the folders of the preprocessed data."""
-    original, linked = nnunet_folder("nnUNet_preprocessed") / dataset, scratch / "preprocessed" / dataset
+    original = unlabeled.folder.parent
+    linked = scratch / "preprocessed" / original.name
     linked.mkdir(parents=True)
-    for entry in original.iterdir():
-        if entry.is_dir():
-            (linked / entry.name).symlink_to(entry.resolve())
-        elif entry.suffix == ".json":  # copied, since planning writes some
-            shutil.copyfile(entry, linked / entry.name)
+    for name in (unlabeled.configuration.data_identifier, unlabeled.folder.name, "gt_segmentations"):
+        if (original / name).is_dir():
+            (linked / name).symlink_to((original / name).resolve())
+    for file in original.glob("*.json"):  # copied, since planning writes some
+        shutil.copyfile(file, linked / file.name)
     return {"nnUNet_preprocessed": str(linked.parent), "nnUNet_wandb_enabled": "0"}
 
 
@@ -223,19 +228,42 @@ def _measured(run: Run, environment: dict[str, str]) -> Measurement | None:
 
 
 def _in_process(function, arguments: tuple, environment: dict[str, str]) -> Any:
-    """Call a function in a new process with environment variables; return None if it is killed for lack of memory."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool, suppress(BrokenProcessPool):
-        return pool.submit(_call, function, arguments, environment).result()
-    return None
+    """Call a function in a new process with environment variables; return None if it is killed for lack of memory.
+
+    Raises:
+        UserError: the function raised an error, or the process ended without a result.
+    """
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send_result, args=(sender, function, arguments, environment))
+    process.start()
+    sender.close()
+    try:
+        result, error = receiver.recv()
+    except EOFError:  # the process has ended
+        result = None
+        error = None if _exit_code(process) == -signal.SIGKILL else f"it ended with exit code {process.exitcode}"
+    process.join()
+    if error is not None:
+        raise UserError(f"the training steps cannot be measured: {error}")
+    return result
 
 
-def _call(function, arguments: tuple, environment: dict[str, str]) -> Any:
+def _exit_code(process: Any) -> int | None:
+    process.join()
+    return process.exitcode
+
+
+def _send_result(sender: Connection, function, arguments: tuple, environment: dict[str, str]) -> None:
+    """Send (result, None), or (None, message of the error that was raised)."""
     os.environ |= environment
     try:
         with open(os.devnull, "w") as nothing, redirect_stdout(nothing):  # nnU-Net prints
-            return function(*arguments)
+            sender.send((function(*arguments), None))
     except SystemExit as end:  # of a trainer
-        raise UserError(str(end).removeprefix(ONE_LINE)) from None
+        sender.send((None, str(end).removeprefix(ONE_LINE)))
+    except Exception as error:
+        sender.send((None, named(error)))
 
 
 def _plan(dataset_id: int, planner: str, part: float) -> tuple[float, dict]:
@@ -255,6 +283,7 @@ def measure(run: Run) -> Measurement | None:
     """Train some steps in this process and return their times and memory; None if the memory does not suffice."""
     # As nnUNetv2_train.
     torch.set_num_threads(multiprocessing.cpu_count() if run.device == "cpu" else 1)
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = False, True
     chosen = trainer_class(run.trainer)
     if run.unlabeled_batch_size is not None:
         settings = replace(chosen.training_settings, unlabeled_batch_size=run.unlabeled_batch_size)

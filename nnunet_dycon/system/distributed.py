@@ -57,9 +57,13 @@ def waiting_for_rank_zero() -> Iterator[list]:
             store.set(key, message)
         return
     yield shared
-    while not store.check([key]):
-        sleep(_POLL_SECONDS)  # unlike store.wait, it lets Python handle signals
-    if (received := store.get(key).decode()) == message:
+    try:
+        while not store.check([key]):
+            sleep(_POLL_SECONDS)  # unlike store.wait, it lets Python handle signals
+        received = store.get(key).decode()
+    except dist.DistError:  # rank 0, which can hold the store, has ended
+        raise SystemExit(1) from None
+    if received == message:
         raise SystemExit(1)
     shared[:] = json.loads(received)
 

@@ -1,8 +1,9 @@
 """Preflight checks, which find errors in data and settings before a training starts."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict
+from functools import wraps
 from os.path import samestat
 from pathlib import Path
 from typing import Any, Literal
@@ -12,9 +13,9 @@ from nnunetv2.configuration import default_num_processes
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_dycon.data.label_values import check_label_values
-from nnunet_dycon.data.labeled import check_fingerprint, check_split, labeled_identifiers
+from nnunet_dycon.data.labeled import check_fingerprint, check_split, labeled_identifiers, make_split
 from nnunet_dycon.data.unlabeled import UnlabeledCases
-from nnunet_dycon.errors import UserError, explained, first_line
+from nnunet_dycon.errors import UserError, ends_in_one_line, explained, first_line
 from nnunet_dycon.system.locks import Lock
 
 
@@ -97,6 +98,8 @@ def check_cases(
     labeled = labeled_identifiers(folder, unlabeled.arguments)
     check_split(folder, labeled, fold)
     check_fingerprint(folder.parent, unlabeled.plans, unlabeled.configuration_name, unlabeled.dataset_id)
+    if fold != "all":
+        make_split(folder, labeled)
     check_label_values(folder, labeled, unlabeled.dataset_json, default_num_processes)
     unlabeled.require(default_num_processes)
     if lock is not None:
@@ -156,7 +159,10 @@ def describe_batch(trainer: nnUNetTrainer, cases: dict[str, list[str]]) -> str:
 def _memory_factor(trainer: nnUNetTrainer) -> float:
     """Return the expected memory of a training step, relative to that of nnU-Net's own trainer with the same plans."""
     planned = trainer.configuration_manager.batch_size  # for all GPUs together
-    return trainer.activation_memory_factor * (trainer.batch_size + trainer.unlabeled_batch_size) / planned
+    unlabeled = trainer.batch_size
+    with suppress(KeyError):  # before the cases are known
+        unlabeled = trainer.unlabeled_batch_size
+    return trainer.activation_memory_factor * (trainer.batch_size + unlabeled) / planned
 
 
 def _memory_remedy(trainer: nnUNetTrainer) -> str:
@@ -178,3 +184,14 @@ def out_of_memory_explained(trainer: nnUNetTrainer) -> Iterator[None]:
         yield
     except torch.cuda.OutOfMemoryError as error:
         raise UserError(f"the GPU has too little memory ({first_line(error)}). {_memory_remedy(trainer)}") from error
+
+
+def with_memory_advice(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a trainer's method that ends in one line with a remedy after a UserError or for lack of GPU memory."""
+
+    @wraps(method)
+    def wrapped(trainer: nnUNetTrainer, *arguments: Any, **options: Any) -> Any:
+        with ends_in_one_line(), out_of_memory_explained(trainer):
+            return method(trainer, *arguments, **options)
+
+    return wrapped

@@ -92,7 +92,7 @@ def test_caveat_of_dycon_equals_the_results():
     assert (float(stated[1]), int(stated[2])) == (round(difference, 3), len(cases))
 
 
-@pytest.mark.parametrize(("table", "cases"), [("la_3p5mm", 16), ("phantom", 60)])
+@pytest.mark.parametrize(("table", "cases"), [("la_3p5mm", 16), ("hippocampus", 40), ("phantom", 60)])
 def test_gains_in_the_readme_equal_the_results(table, cases):
     readme = " ".join((pages.PAGES.parent / "README.md").read_text().split())
     number = r"(\d\.\d+)"

@@ -2,6 +2,8 @@
 
 import json
 import os
+import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,7 +27,7 @@ def in_this_process(monkeypatch):
         with pytest.MonkeyPatch.context() as patch:
             for name, value in {**environment, "nnUNet_n_proc_DA": os.environ["nnUNet_n_proc_DA"]}.items():
                 patch.setenv(name, value)
-            return measurement._call(function, arguments, {})
+            return function(*arguments)
 
     monkeypatch.setattr(measurement, "_in_process", call)
     monkeypatch.setattr(measurement, "_WARM_UP", 1)
@@ -123,13 +125,30 @@ def test_nothing_is_measured_if_training_would_fail(tiny, no_look_up, capsys):
     assert finding["message"] == "not measured, because training would fail"
 
 
+def test_nothing_is_measured_before_the_unlabeled_cases_are_preprocessed(tiny, base, no_look_up, capsys):
+    (base / "nnUNetPlans_3d_fullres_unlabeled").rename(base / "nnUNetPlans_3d_fullres_unlabeled.partial")
+    before = modified(tiny)
+    (finding,) = about_speed(measured(capsys)[1])
+    assert finding["message"] == "not measured, because the unlabeled cases are not preprocessed yet"
+    assert finding["remedy"] == "run: nnunet_dycon preprocess_unlabeled -d 901 -c 3d_fullres"
+    assert modified(tiny) == before
+
+
 def test_a_process_that_is_killed_has_too_little_memory():
-    assert measurement._in_process(os._exit, (9,), {}) is None
+    assert measurement._in_process(signal.raise_signal, (signal.SIGKILL,), {}) is None
 
 
-def test_an_error_of_the_trainer_is_one_finding():
-    with pytest.raises(UserError, match="too few cases"):
-        measurement._call(exit, ("nnunet_dycon: error: too few cases",), {})
+@pytest.mark.parametrize(
+    ("function", "arguments", "message"),
+    [
+        (os._exit, (9,), "it ended with exit code 9"),
+        (sys.exit, ("nnunet_dycon: error: too few cases",), "measured: too few cases"),
+        (int, ("x",), "ValueError: invalid literal"),
+    ],
+)
+def test_other_errors_of_the_process_are_shown(function, arguments, message):
+    with pytest.raises(UserError, match=message):
+        measurement._in_process(function, arguments, {})
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 from dynamic_network_architectures.architectures.primus import Primus
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 
+from nnunet_dycon.data.labeled import make_split
 from nnunet_dycon.trainers import trainer_class
 from nnunet_dycon.trainers.nnUNetTrainerDyCON import nnUNetTrainerDyCON
 from nnunet_dycon.trainers.nnUNetTrainerDyCONCoTraining import nnUNetTrainerDyCONCoTraining
@@ -15,7 +17,7 @@ from nnunet_dycon.trainers.nnUNetTrainerMeanTeacher import nnUNetTrainerMeanTeac
 from nnunet_dycon.trainers.semi_supervised import SemiSupervisedTrainer
 from nnunet_dycon.training.preflight import TrainingLock
 from tests.processes import NNUNETV2_TRAIN, run_python
-from tests.tiny import few_labeled
+from tests.tiny import LABELED, few_labeled
 from tests.trainers.training import METHODS, deterministic, draw_no_pictures, make_trainer, narrow
 
 
@@ -211,3 +213,15 @@ def test_training_without_write_access_to_the_preprocessed_folder_logs_that_it_i
     trainer.run_training()
     log = "".join(file.read_text() for file in Path(trainer.output_folder).glob("training_log*"))
     assert "cannot be written to (denied); do not run nnunet_dycon preprocess_unlabeled -d 901 -c 3d_fullres" in log
+
+
+def test_split_is_that_of_nnunet(base):
+    file = base / "splits_final.json"
+    file.unlink(missing_ok=True)
+    trainer = make_trainer(deterministic(nnUNetTrainerDyCON), fold=0)
+    trainer.dataset_class = infer_dataset_class(trainer.preprocessed_dataset_folder)
+    trainer.do_split()
+    expected = file.read_text()
+    file.unlink()
+    make_split(base / "nnUNetPlans_3d_fullres", set(LABELED))
+    assert file.read_text() == expected

@@ -36,6 +36,8 @@ def compile_networks(monkeypatch):
 
             return compile_module(module, backend=backend or record, **options)
 
+        # Otherwise, networks would silently run without compilation beyond the limit.
+        monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
         monkeypatch.setattr(nnUNetTrainer, "_do_i_compile", lambda self: True)
         monkeypatch.setattr(torch, "compile", compile_with_backend)
         return graphs

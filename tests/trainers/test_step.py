@@ -7,6 +7,7 @@ import blosc2
 import numpy as np
 import pytest
 import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_dycon.methods import MeanTeacher
 from nnunet_dycon.trainers import trainer_class
@@ -154,3 +155,16 @@ def test_lack_of_gpu_memory_ends_in_one_line_with_a_remedy(tiny, monkeypatch):
     remedy = line[line.index("To reduce it:") :]
     assert "-gpu_memory_target at 1/" in remedy
     assert remedy in Path(trainer.log_file).read_text()
+
+
+@pytest.mark.parametrize("method", ["run_training", "initialize"])  # the latter with --c or pretrained weights
+def test_out_of_memory_while_networks_are_built_ends_in_one_line(tiny, monkeypatch, method):
+    def fail(self):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    trainer = make_trainer(deterministic(trainer_class("nnUNetTrainerMeanTeacher"), 1))
+    monkeypatch.setattr(nnUNetTrainer, "initialize", fail)
+    with pytest.raises(
+        SystemExit, match=r"the GPU has too little memory \(CUDA out of memory\.\)\. To reduce it: .*1/2 of"
+    ):
+        getattr(trainer, method)()
