@@ -118,11 +118,11 @@ def find_readable(filename: str, log: Callable[[str], None], lock: Callable[[], 
         Damaged: no checkpoint is readable.
     """
 
-    def find() -> Path:
+    def find() -> str:
         lock()
-        return _find_readable(Path(filename), log)
+        return str(_find_readable(Path(filename), log))
 
-    return str(on_rank_zero(find))
+    return on_rank_zero(find)
 
 
 def _find_readable(file: Path, log: Callable[[str], None]) -> Path:

@@ -159,10 +159,11 @@ def describe_batch(trainer: nnUNetTrainer, cases: dict[str, list[str]]) -> str:
 def _memory_factor(trainer: nnUNetTrainer) -> float:
     """Return the expected memory of a training step, relative to that of nnU-Net's own trainer with the same plans."""
     planned = trainer.configuration_manager.batch_size  # for all GPUs together
-    unlabeled = trainer.batch_size
-    with suppress(KeyError):  # before the cases are known
+    labeled = unlabeled = planned
+    with suppress(AttributeError, KeyError):  # before the trainer has a batch size and knows the cases
+        labeled = unlabeled = trainer.batch_size
         unlabeled = trainer.unlabeled_batch_size
-    return trainer.activation_memory_factor * (trainer.batch_size + unlabeled) / planned
+    return trainer.activation_memory_factor * (labeled + unlabeled) / planned
 
 
 def _memory_remedy(trainer: nnUNetTrainer) -> str:

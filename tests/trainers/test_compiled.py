@@ -36,24 +36,25 @@ def compile_networks(monkeypatch):
 
             return compile_module(module, backend=backend or record, **options)
 
-        # Otherwise, networks would silently run without compilation beyond the limit.
-        monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
         monkeypatch.setattr(nnUNetTrainer, "_do_i_compile", lambda self: True)
         monkeypatch.setattr(torch, "compile", compile_with_backend)
         return graphs
 
     torch._dynamo.reset()
-    yield run
+    # Otherwise, networks would silently run without compilation beyond the limit.
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        yield run
     torch._dynamo.reset()
 
 
 def step_of(trainer, batch) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
-    """Return the loss terms of a batch, and the gradients of the student."""
+    """Return the loss terms of a batch, and the gradients of the student; 0 for weights that are not used."""
     seed_everything(1)
     terms = trainer.method(trainer._student, *to_batches(batch, trainer.device), 0.5)
     trainer.optimizer.zero_grad()
     terms["loss"].backward()
-    return terms, [parameter.grad for parameter in trainer.network.parameters()]
+    parameters = trainer.network.parameters()
+    return terms, [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
 
 
 def eager_step(start, name: str) -> tuple[dict, tuple]:

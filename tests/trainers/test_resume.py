@@ -17,6 +17,7 @@ from nnunet_dycon.trainers.nnUNetTrainerDyCON import nnUNetTrainerDyCON
 from nnunet_dycon.trainers.nnUNetTrainerDyCON_adapted import nnUNetTrainerDyCON_adapted
 from nnunet_dycon.trainers.nnUNetTrainerMeanTeacher import nnUNetTrainerMeanTeacher
 from nnunet_dycon.trainers.nnUNetTrainerUGPL import nnUNetTrainerUGPL
+from nnunet_dycon.training import checkpoints
 from nnunet_dycon.training.checkpoints import KEY
 from tests.tiny import set_environment
 from tests.trainers.training import (
@@ -290,9 +291,15 @@ def test_full_disk_at_the_end_of_training_can_be_resumed(tiny, monkeypatch):
     short = deterministic(nnUNetTrainerDyCON, 1)
     first = make_trainer(short)
     teacher = Path(first.output_folder) / "checkpoint_final_teacher.pth"
-    teacher.with_name(f".{teacher.name}.00000000.partial").symlink_to("/dev/full")
-    with monkeypatch.context() as patch:
+    save = checkpoints.save_companions
+
+    def save_on_a_full_disk(*arguments):
+        teacher.with_name(f".{teacher.name}.00000000.partial").symlink_to("/dev/full")
         patch.setattr(uuid, "uuid4", lambda: UUID(int=0))
+        save(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "save_companions", save_on_a_full_disk)
         with pytest.raises(SystemExit, match=r"checkpoint_final_teacher.pth cannot be written.* --c"):
             first.run_training()
     second = make_trainer(short)
