@@ -211,19 +211,17 @@ def _matches(
     found: dict[str, Path] = {}
     unused: list[Path] = []
     for entry in entries:
-        if match := expression.fullmatch(entry.relative_to(source).as_posix()):
-            if not fits(entry):
-                if entry.is_dir() and (pattern.endswith("/") or entry.suffix):
-                    unused.append(entry)
-                continue
+        match = expression.fullmatch(entry.relative_to(source).as_posix())
+        if match and fits(entry):
             case = match["case"]
             if case in found:
                 raise UserError(f"{flag}: {found[case]} and {entry} are both for case {case}; delete or rename one")
             found[case] = entry
-    if unused:
-        wanted = "files directly in it" if pattern.endswith("/") else "a file"
-        one, many = f"folder matches {pattern} and is not used", f"folders match {pattern} and are not used"
-        warnings.append(counted(unused, *(f"{text}, since the pattern requires {wanted}" for text in (one, many))))
+        elif match and entry.is_dir() and (pattern.endswith("/") or entry.suffix):
+            unused.append(entry)
+    wanted = "files directly in it" if pattern.endswith("/") else "a file"
+    one, many = f"folder matches {pattern} and is not used", f"folders match {pattern} and are not used"
+    remark = counted(unused, *(f"{text}, since the pattern requires {wanted}" for text in (one, many)))
     if not found:
         kind = "folder" if pattern.endswith("/") else "file"
         if any(expression.fullmatch(entry.relative_to(source).as_posix()) for entry in excluded):
@@ -231,8 +229,10 @@ def _matches(
                 f"{flag}: every {kind} that matches {pattern} also matches --masks and is therefore not used as an "
                 "image; change the patterns so that they match different files"
             )
-        reason = warnings.pop() if unused else f"no {kind} in {source} matches {pattern}"
+        reason = remark if unused else f"no {kind} in {source} matches {pattern}"
         raise UserError(f"{flag}: {reason}; correct the pattern or -i")
+    if unused:
+        warnings.append(remark)
     return found
 
 

@@ -56,7 +56,7 @@ class CoTraining(Method):
         `mutual_losses` returns. `mutual_losses` may omit terms of weight 0.
 
         Args:
-            ramp: the ramp-up factor, from 0 to 1, by which the weights of ramped-up terms are multiplied.
+            ramp: the ramp-up factor, from 0 to 1, of the weights of ramped-up terms.
         """
         raise NotImplementedError
 

@@ -137,12 +137,12 @@ class UnlabeledCases:
 
     @property
     def remedy(self) -> str:
-        """What to do if a preprocessed unlabeled case cannot be read: "remove FOLDER, and run: COMMAND"."""
+        """The remedy for a preprocessed unlabeled case that cannot be read: "remove FOLDER, and run: COMMAND"."""
         return f"remove {self.folder.name}, and run: nnunet_dycon preprocess_unlabeled {self.arguments}"
 
     @property
     def update_remedy(self) -> str:
-        """What to do if the folder of preprocessed unlabeled cases is out of date: "run: COMMAND".
+        """The remedy for an outdated folder of preprocessed unlabeled cases: "run: COMMAND".
 
         If the plans were changed by hand, the labeled cases must be preprocessed first, with the same plans.
         """
@@ -153,7 +153,7 @@ class UnlabeledCases:
 
     @property
     def labeled_remedy(self) -> str:
-        """What to do if a preprocessed labeled case cannot be read: "run: COMMAND"."""
+        """The remedy for a preprocessed labeled case that cannot be read: "run: COMMAND"."""
         return f"run: nnUNetv2_preprocess {self.arguments}"
 
     @property

@@ -241,17 +241,13 @@ def _in_process(function, arguments: tuple, environment: dict[str, str]) -> Any:
     try:
         result, error = receiver.recv()
     except EOFError:  # the process has ended
+        process.join()
         result = None
-        error = None if _exit_code(process) == -signal.SIGKILL else f"it ended with exit code {process.exitcode}"
+        error = None if process.exitcode == -signal.SIGKILL else f"it ended with exit code {process.exitcode}"
     process.join()
     if error is not None:
         raise UserError(f"the training steps cannot be measured: {error}")
     return result
-
-
-def _exit_code(process: Any) -> int | None:
-    process.join()
-    return process.exitcode
 
 
 def _send_result(sender: Connection, function, arguments: tuple, environment: dict[str, str]) -> None:
@@ -304,35 +300,22 @@ def measure(run: Run) -> Measurement | None:
 
 
 def _measure_steps(trainer: Any, run: Run) -> Measurement:
-    seconds: list[float] = []
-    outputs: list[dict] = []
-    parts = {"data": 0.0, "step": 0.0}
     trainer.on_train_epoch_start()
-    begin, first = perf_counter(), 0.0
-    for step in range(_WARM_UP + _MAX_STEPS):
-        if step == _WARM_UP:
-            trainer.on_train_epoch_start()  # with new clocks
-            begin, outputs, parts = perf_counter(), [], dict.fromkeys(parts, 0.0)
-        start = perf_counter()
-        batch = next(trainer.dataloader_train)
-        loaded = perf_counter()
-        outputs.append(trainer.train_step(batch))  # ends with a copy from the GPU, that is, when the step is done
-        end = perf_counter()
-        parts["data"] += loaded - start
-        parts["step"] += end - loaded
-        if step == 0:
-            first = end - start
-        elif step >= _WARM_UP:
-            seconds.append(end - start)
-            if len(seconds) >= _MIN_STEPS and end - begin > _SECONDS:
-                break
+    first, *_ = [sum(_timed_step(trainer)[:2]) for _ in range(_WARM_UP)]
+    trainer.on_train_epoch_start()  # with new clocks
+    steps: list[tuple[float, float, dict]] = []
+    begin = perf_counter()
+    while len(steps) < _MAX_STEPS and (len(steps) < _MIN_STEPS or perf_counter() - begin <= _SECONDS):
+        steps.append(_timed_step(trainer))
+    waits, computations, outputs = zip(*steps)
+    seconds = [wait + computation for wait, computation in zip(waits, computations)]
     if isinstance(trainer, SemiSupervisedTrainer):
-        trainer.on_train_epoch_end(outputs)
+        trainer.on_train_epoch_end(list(outputs))
         parts = {
             name.removeprefix(SECONDS): curve[-1] for name, curve in trainer.curves.items() if name.startswith(SECONDS)
         }
     else:
-        parts = {part: total / len(seconds) for part, total in parts.items()}
+        parts = {"data": statistics.fmean(waits), "step": statistics.fmean(computations)}
     validation = _validation_seconds(trainer)
     per_epoch = statistics.median(seconds) * trainer.num_iterations_per_epoch
     per_epoch += validation * trainer.num_val_iterations_per_epoch
@@ -341,6 +324,15 @@ def _measure_steps(trainer: Any, run: Run) -> Measurement:
         statistics.median(seconds), parts, first, validation, _peak_memory(trainer.device), len(seconds),
         {epochs: epochs * per_epoch / 3600 for epochs in _EPOCHS},
     )  # fmt: skip
+
+
+def _timed_step(trainer: Any) -> tuple[float, float, dict]:
+    """Train one step. Return the seconds of waiting for the batch and of the step, and what the step returns."""
+    start = perf_counter()
+    batch = next(trainer.dataloader_train)
+    loaded = perf_counter()
+    output = trainer.train_step(batch)  # ends with a copy from the GPU, that is, when the step is done
+    return loaded - start, perf_counter() - loaded, output
 
 
 def _validation_seconds(trainer: Any) -> float:

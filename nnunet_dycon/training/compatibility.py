@@ -106,7 +106,7 @@ def deep_supervision_off(trainer: nnUNetTrainer) -> Iterator[None]:
 def stage_nearest_to_stride_8(trainer: nnUNetTrainer) -> FeatureStage:
     """Return the encoder stage of the trainer's network whose total stride is nearest to 8.
 
-    The total stride is the factor by which the image is downsampled, as geometric mean over the axes; see
+    The total stride is the downsampling factor of the image, as geometric mean over the axes; see
     `nearest_stage`.
 
     Raises:

@@ -1,7 +1,7 @@
 """Preflight checks, which find errors in data and settings before a training starts."""
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict
 from functools import wraps
 from os.path import samestat
@@ -174,25 +174,16 @@ def _memory_remedy(trainer: nnUNetTrainer) -> str:
     )
 
 
-@contextmanager
-def out_of_memory_explained(trainer: nnUNetTrainer) -> Iterator[None]:
-    """Replace an error for lack of GPU memory in the context by a UserError with a remedy.
-
-    Args:
-        trainer: the semi-supervised trainer, whose batch size and plans determine the remedy.
-    """
-    try:
-        yield
-    except torch.cuda.OutOfMemoryError as error:
-        raise UserError(f"the GPU has too little memory ({first_line(error)}). {_memory_remedy(trainer)}") from error
-
-
 def with_memory_advice(method: Callable[..., Any]) -> Callable[..., Any]:
     """Return a trainer's method that ends in one line with a remedy after a UserError or for lack of GPU memory."""
 
     @wraps(method)
     def wrapped(trainer: nnUNetTrainer, *arguments: Any, **options: Any) -> Any:
-        with ends_in_one_line(), out_of_memory_explained(trainer):
-            return method(trainer, *arguments, **options)
+        with ends_in_one_line():
+            try:
+                return method(trainer, *arguments, **options)
+            except torch.cuda.OutOfMemoryError as error:
+                message = f"the GPU has too little memory ({first_line(error)}). {_memory_remedy(trainer)}"
+                raise UserError(message) from error
 
     return wrapped
