@@ -27,8 +27,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from importlib import metadata
@@ -237,6 +237,16 @@ def _trained(result: dict) -> str:
     )
 
 
+@contextmanager
+def _exiting_on_sigterm() -> Iterator[None]:
+    """Context in which SIGTERM raises SystemExit, which also ends the processes of the current step."""
+    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
 def main() -> None:
     """Run all steps and print a table, or only one step in this process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -265,9 +275,9 @@ def main() -> None:
     elif arguments.device == "cuda" and not torch.cuda.is_available():
         parser.exit(2, _NO_CUDA)
     else:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the processes of the step, too
         deadline = time.monotonic() + 60 * arguments.minutes
-        rows = perform(steps(arguments), deadline, arguments.results, arguments.work / "gpu_check")
+        with _exiting_on_sigterm():
+            rows = perform(steps(arguments), deadline, arguments.results, arguments.work / "gpu_check")
         print(f"\n{markdown(('step', 'status', 'seconds', 'result'), rows)}")
         sys.exit(any(status != "ok" for _, status, *_ in rows))
 

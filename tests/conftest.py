@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -35,6 +36,14 @@ def pytest_collection_modifyitems(config, items):
 def one_thread():
     """Use one thread: sums are reproducible, and parallel tests do not compete for cores."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def same_sigterm_handler():
+    """Check that each test restores the handler of SIGTERM: later tests fork workers that are ended by this signal."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.fixture(scope="session", autouse=True)
