@@ -55,7 +55,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self.unlabeled_cases = UnlabeledCases(self.plans_manager, configuration, dataset_json)
         self.method: Method | None = None  # set by initialize
         self._resumed_settings: dict[str, dict] | None = None  # set by load_checkpoint
-        self._cases: dict[str, list[str]] = {}  # case identifiers by role; set by get_dataloaders
+        self._sparse: list[str] = []  # sparsely annotated cases of all folds; set by on_train_start
+        self._cases: loader.TrainingCases | None = None  # set by get_dataloaders
         self._step_in_epoch = 0
         self._recorder = EpochRecorder()
         self._guarded_step = GuardedStep(self.print_to_log_file)
@@ -106,7 +107,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     @property
     def unlabeled_batch_size(self) -> int:
         """Number of unlabeled patches per step and GPU."""
-        numbers = (len(self._cases[role]) for role in ("labeled", "unlabeled"))
+        numbers = len(self._cases.labeled.identifiers), len(self._cases.images.identifiers)
         return self.training_settings.unlabeled_batch_size or unlabeled_patches(self.batch_size, *numbers)
 
     @property
@@ -122,12 +123,12 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     @ends_in_one_line()
     def on_train_start(self) -> None:
         """Check cases, split and settings, run nnU-Net's hook, and write settings and cases to nnunet_dycon.json."""
-        on_rank_zero(self._check_before_training)
+        self._sparse = on_rank_zero(self._check_before_training)
         is_new, folder = self._resumed_settings is None, Path(self.output_folder)
         with waiting_for_rank_zero(), preflight.file_errors_explained(folder):
             super().on_train_start()
             if self.local_rank == 0 and (is_new or not record_file(folder).is_file()):
-                write_record(folder, type(self).__name__, self.settings, self._cases)
+                write_record(folder, type(self).__name__, self.settings, self._cases.identifiers)
         if is_new:
             self.method.before_first_step()  # here because pretrained weights are loaded after initialize
         self.logger.update_config(self.settings)
@@ -135,23 +136,22 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             self.print_to_log_file(line)
         self._stop_request.can_wait = True
 
-    def _check_before_training(self) -> None:
+    def _check_before_training(self) -> list[str]:
         folder = Path(self.output_folder)
         self._lock.acquire()
         if self._resumed_settings is not None:
             current = {kind: getattr(self, kind) for kind in self.settings}
             preflight.check_settings(self._resumed_settings, current, folder, self.print_to_log_file)
-        preflight.check_cases(Path(self.preprocessed_dataset_folder), self.fold, self.unlabeled_cases, self._lock)
+        labeled_folder = Path(self.preprocessed_dataset_folder)
+        sparse = preflight.check_cases(labeled_folder, self.fold, self.unlabeled_cases, self._lock)
         if self._resumed_settings is None and not self.disable_checkpointing:
             checkpoints.set_aside(folder, self.print_to_log_file)  # --c would prefer an earlier final checkpoint
+        return sparse
 
     def get_dataloaders(self):
         """Return the two augmenters: training (labeled and unlabeled patches) and validation (labeled patches)."""
-        labeled, validation = self.get_tr_and_val_datasets()
-        unlabeled = loader.UnlabeledDataset(self.unlabeled_cases.folder, self.unlabeled_cases.identifiers())
-        streams = {"labeled": labeled, "unlabeled": unlabeled, "validation": validation}
-        self._cases = {role: list(dataset.identifiers) for role, dataset in streams.items()}
-        loaders = loader.make_loaders(self, labeled, unlabeled, validation)
+        self._cases = loader.TrainingCases.of(self, self.get_tr_and_val_datasets(), self._sparse)
+        loaders = loader.make_loaders(self, self._cases)
         return augmenters.start(*loaders, self.device.type == "cuda", lambda: self._stop_request.is_made)
 
     def on_train_epoch_start(self) -> None:
@@ -202,7 +202,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             if self.local_rank == 0:
                 plots.draw_curves(Path(self.output_folder), self.curves, self.print_to_log_file)
                 if self.current_epoch % self.save_every == 0 and self.current_epoch < self.num_epochs:
-                    pseudo_label_page.draw(self, self.method, self.unlabeled_cases)
+                    pseudo_label_page.draw(self, self.method, self._cases)
 
     @ends_in_one_line()
     def save_checkpoint(self, filename: str) -> None:
@@ -239,7 +239,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             super().on_train_end()
             if self.local_rank == 0 and not self.disable_checkpointing:
                 checkpoints.save_companions(Path(self.output_folder), self.companions())
-                pseudo_label_page.draw(self, self.method, self.unlabeled_cases)
+                pseudo_label_page.draw(self, self.method, self._cases)
         if on_any_rank(self._stop_request.is_made, self.device):
             preemption.end(self, "stopped by SIGTERM after the end of training; run its validation with --val")
 

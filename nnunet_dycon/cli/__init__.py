@@ -59,6 +59,7 @@ def build_parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     data.add_convert(commands, argv)
     data.add_preprocess_unlabeled(commands)
+    data.add_sparsify(commands)
     information.add_trainers_path(commands)
     information.add_list(commands)
     scores.add_evaluate(commands)

@@ -1,4 +1,4 @@
-"""Sub-commands that prepare data: convert, preprocess_unlabeled."""
+"""Sub-commands that prepare data: convert, sparsify, preprocess_unlabeled."""
 
 import argparse
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ from nnunet_dycon.cli.arguments import (
     positive,
 )
 from nnunet_dycon.dataset_conversion.protocols import published_names
+from nnunet_dycon.errors import UsageError
 from nnunet_dycon.registry import CONVERTERS
 from nnunet_dycon.system.environment import require_nnunet
 
@@ -59,6 +60,45 @@ def _convert(arguments: argparse.Namespace) -> None:
     given = vars(arguments) | {"num_processes": num_processes(arguments)}
     del given["run"]
     convert(**given)
+
+
+def add_sparsify(commands: Any) -> None:
+    sparsify = commands.add_parser(
+        "sparsify",
+        help="write a copy of a data set with sparse annotation, to try out training with it",
+        description="Write a copy of a fully annotated data set in nnUNet_raw in which only some slices, or scribbles, "
+        "of labelsTr are annotated. All other voxels get nnU-Net's ignore label.",
+        epilog="example: nnunet_dycon sparsify -d 101 -o 102 --every 8",
+    )
+    sparsify.add_argument("-d", dest="dataset", required=True, metavar="ID", help="dataset ID or DatasetXXX_Name")
+    sparsify.add_argument("-o", dest="dataset_id", type=positive, required=True, metavar="ID", help="new dataset ID")
+    rule = sparsify.add_mutually_exclusive_group(required=True)
+    rule.add_argument("--every", type=positive, metavar="N", help="annotate every N-th slice, from slice N // 2")
+    rule.add_argument(
+        "--scribbles", action="store_true",
+        help="annotate a scribble for each connected region of a label, and of the background, in each slice: a piece "
+        "of the skeleton of the region",
+    )  # fmt: skip
+    sparsify.add_argument(
+        "--axis", type=int, choices=(0, 1, 2), default=None,
+        help="axis of the slices of --every, as nnU-Net reads the image: 0, 1 and 2 are Z, Y and X (default: 0)",
+    )  # fmt: skip
+    sparsify.add_argument(
+        "--seed", type=int, default=None, help="seed of the random pieces of --scribbles (default: 0)"
+    )
+    sparsify.add_argument("-np", dest="num_processes", type=positive, default=None, help=PROCESSES)
+    sparsify.set_defaults(run=_sparsify)
+
+
+def _sparsify(arguments: argparse.Namespace) -> None:
+    for option, value, other in (("--axis", arguments.axis, "--every"), ("--seed", arguments.seed, "--scribbles")):
+        if value is not None and arguments.scribbles == (other == "--every"):
+            raise UsageError(f"{option} is for {other}; remove it")
+    require_nnunet()
+    from nnunet_dycon.dataset_conversion.sparsify import Scribbles, Slices, sparsify
+
+    rule = Scribbles(arguments.seed or 0) if arguments.scribbles else Slices(arguments.every, arguments.axis or 0)
+    sparsify(arguments.dataset, arguments.dataset_id, rule, num_processes(arguments))
 
 
 def add_preprocess_unlabeled(commands: Any) -> None:

@@ -52,7 +52,21 @@ def dataset_json_faults(content: Any) -> Iterator[str]:
 
 def label_values(content: dict) -> set[int]:
     """Return the values of all labels in a valid dataset.json, including background and ignore label."""
-    return {value for values in content["labels"].values() for value in _values(values)}
+    return {value for values in values_by_name(content).values() for value in values}
+
+
+def values_by_name(content: dict) -> dict[str, tuple[int, ...]]:
+    """Return name -> values of each label or region in a valid dataset.json, including background and ignore label."""
+    return {name: _values(label) for name, label in content["labels"].items()}
+
+
+def ignore_label(content: dict) -> int | None:
+    """Return the value of the label "ignore" in a valid dataset.json, which marks voxels without annotation, or None.
+
+    >>> ignore_label({"labels": {"background": 0, "liver": 1, "ignore": 2}})
+    2
+    """
+    return _values(content["labels"]["ignore"])[0] if "ignore" in content["labels"] else None
 
 
 def _reader_faults(ending: str, reader: Any) -> Iterator[str]:

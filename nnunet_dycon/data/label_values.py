@@ -1,14 +1,15 @@
-"""Check of the label values in the preprocessed segmentations of labeled cases."""
+"""Number of voxels with each label in the preprocessed segmentations of labeled cases, and a check of the values."""
 
 import json
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
 import blosc2
 import numpy as np
 
-from nnunet_dycon.data.dataset_json import label_values
+from nnunet_dycon.data.dataset_json import ignore_label, label_values
 from nnunet_dycon.errors import UserError, counted, explained
 from nnunet_dycon.system.files import replacing
 from nnunet_dycon.system.processes import map_cases
@@ -21,26 +22,20 @@ _DAMAGE = (ValueError, KeyError, TypeError, EOFError, RuntimeError, OSError)
 
 def check_label_values(
     folder: Path, cases: Iterable[str], dataset_json: dict, num_processes: int, stores: bool = True
-) -> set[int]:
-    """Check the label values in preprocessed segmentations, and return the set of all values that occur.
-
-    The value 0 (background) is included, but not the -1 with which nnU-Net marks voxels outside the nonzero region.
+) -> dict[str, dict[int, int]]:
+    """Check the label values in preprocessed segmentations, and return `count_labels` of the cases.
 
     Args:
-        folder: nnUNet_preprocessed/DatasetXXX/<data_identifier>. The values of each case are stored in
-            <data_identifier>.label_values.json next to this folder, and computed again only for changed files.
-        cases: identifiers of the labeled cases.
+        folder, cases, num_processes, stores: see `count_labels`.
         dataset_json: content of dataset.json.
-        num_processes: number of worker processes.
-        stores: whether to store the values for the next call.
 
     Raises:
         UserError: a segmentation is missing, cannot be read, or has a value that is not in dataset.json; or no
             segmentation has a foreground voxel.
     """
-    found = values_of_cases(folder, cases, num_processes, stores)
+    counts = count_labels(folder, cases, num_processes, stores)
     known = label_values(dataset_json)
-    unknown = {case: sorted(values - known) for case, values in found.items() if values - known}
+    unknown = {case: sorted(found.keys() - known) for case, found in counts.items() if found.keys() - known}
     if unknown:
         cases_and_values = [f"{case} ({', '.join(map(str, values))})" for case, values in unknown.items()]
         one, many = (f"{verb} label values that dataset.json does not name" for verb in ("has", "have"))
@@ -48,19 +43,28 @@ def check_label_values(
             f"{folder}: {counted(cases_and_values, f'labeled case {one}', f'labeled cases {many}')}; correct the label "
             "files or add the values to dataset.json, and run nnUNetv2_plan_and_preprocess again with --clean"
         )
-    values = set().union(*found.values()) if found else set()
-    if not values - {0, dataset_json["labels"].get("ignore")}:
+    if not set().union(*counts.values()) - {0, ignore_label(dataset_json)}:
         raise UserError(
             f"{folder}: no labeled case has a foreground voxel; check the label files in labelsTr, and run "
             "nnUNetv2_plan_and_preprocess again with --clean"
         )
-    return values
+    return counts
 
 
-def values_of_cases(folder: Path, cases: Iterable[str], num_processes: int, stores: bool = True) -> dict[str, set[int]]:
-    """Return case identifier -> label values in the preprocessed segmentation of the case, except -1.
+def count_labels(
+    folder: Path, cases: Iterable[str], num_processes: int, stores: bool = True
+) -> dict[str, dict[int, int]]:
+    """Return case identifier -> label value -> number of voxels in the preprocessed segmentation of the case.
 
-    Values that are not in dataset.json are returned, too. For the arguments, see `check_label_values`.
+    Only values that occur in the case are keys. Values that are not in dataset.json are included, but not the -1 with
+    which nnU-Net marks voxels outside the nonzero region.
+
+    Args:
+        folder: nnUNet_preprocessed/DatasetXXX/<data_identifier>. The numbers are stored in
+            <data_identifier>.label_values.json next to this folder, and computed again only for changed files.
+        cases: identifiers of the labeled cases.
+        num_processes: number of worker processes.
+        stores: whether to store the numbers for the next call.
 
     Raises:
         UserError: a segmentation is missing or cannot be read.
@@ -68,19 +72,31 @@ def values_of_cases(folder: Path, cases: Iterable[str], num_processes: int, stor
     cache = folder.with_name(folder.name + _CACHE)
     known: dict[str, list] = {}
     with suppress(OSError, ValueError):
-        known = json.loads(cache.read_text())
+        stored = json.loads(cache.read_text())
+        known = {case: entry for case, entry in stored.items() if isinstance(entry[1], dict)}  # a list before 0.3
     files = {case: _segmentation(folder, case) for case in sorted(cases)}
     versions = {case: [file.stat().st_size, file.stat().st_mtime_ns] for case, file in files.items()}
     new = [case for case in files if case not in known or known[case][0] != versions[case]]
     if new:
         is_small = sum(versions[case][0] for case in new) < _FEW_BYTES
         jobs = [files[case] for case in new]
-        results = map_cases(_values, jobs, 1 if is_small else num_processes, "reading labels")
-        known |= {case: [versions[case], sorted(values)] for case, values in zip(new, results)}
+        results = map_cases(_count, jobs, 1 if is_small else num_processes, "reading labels")
+        known |= {case: [versions[case], found] for case, found in zip(new, results)}
         if stores:
             with suppress(OSError), replacing(cache) as partial_file:  # the folder may be read-only
                 partial_file.write_text(json.dumps({case: known[case] for case in files}))
-    return {case: set(known[case][1]) for case in files}
+    return {case: {int(value): number for value, number in known[case][1].items()} for case in files}
+
+
+def sparsely_annotated(counts: Mapping[str, Mapping[int, int]], dataset_json: dict) -> list[str]:
+    """Return the identifiers of cases with voxels that have the ignore label, that is, without annotation.
+
+    Args:
+        counts: result of `count_labels`.
+        dataset_json: content of dataset.json.
+    """
+    ignore = ignore_label(dataset_json)
+    return [case for case, found in counts.items() if ignore is not None and found.get(ignore)]
 
 
 def _segmentation(folder: Path, case: str) -> Path:
@@ -90,17 +106,20 @@ def _segmentation(folder: Path, case: str) -> Path:
     raise UserError(f"{folder} has no segmentation of {case}; preprocess again with nnUNetv2_preprocess")
 
 
-def _values(file: Path) -> set[int]:
-    """Return the values in a preprocessed segmentation (.b2nd or .npz), except -1 (outside the nonzero region)."""
+def _count(file: Path) -> dict[int, int]:
+    """Return label value -> number of voxels in a preprocessed segmentation (.b2nd or .npz), without the value -1."""
     with explained(_DAMAGE, f"{file} cannot be read; remove its folder, and run nnUNetv2_preprocess again"):
         if file.suffix == ".npz":
             with np.load(file) as content:
                 voxels = content["seg"]
         else:
             voxels = blosc2.open(str(file), mode="r")[:]
-    found: set[int] = set()
+    counts: Counter[int] = Counter()
     for z in range(voxels.shape[1]):  # bincount needs 8 bytes per voxel, too much for all slices at once
         part = voxels[:, z].astype(np.int32).ravel()
         lowest = part.min()
-        found.update((np.flatnonzero(np.bincount(part - lowest)) + lowest).tolist())
-    return found - {_OUTSIDE}
+        numbers = np.bincount(part - lowest)
+        found = np.flatnonzero(numbers)
+        counts.update(dict(zip((found + lowest).tolist(), numbers[found].tolist())))
+    del counts[_OUTSIDE]
+    return dict(counts)

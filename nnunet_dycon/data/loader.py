@@ -12,13 +12,16 @@ loader that cannot read a case returns a dict with the single key `FAULT` and th
 import multiprocessing
 import os
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from copy import copy
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import blosc2
+import numpy as np
 import torch
 from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
 from batchgenerators.utilities.file_and_folder_operations import load_pickle
@@ -35,23 +38,48 @@ FAULT = "fault"  # the only key of the dict that replaces a batch if a case cann
 
 
 class UnlabeledDataset:
-    """A dataset of preprocessed unlabeled cases. It reads images only, no segmentations or properties.
+    """A dataset of preprocessed images without labels. It reads no segmentations or properties.
 
     Args:
         folder: folder of the preprocessed cases.
         identifiers: identifiers of the cases.
+        remedy: last part of the error message on an image that cannot be read, such as a command to run.
     """
 
-    def __init__(self, folder: Path, identifiers: list[str]) -> None:
-        self.folder = str(folder)
-        self.identifiers = sorted(identifiers)
+    def __init__(self, folder: Path | str, identifiers: Iterable[str], remedy: str = _REMEDY) -> None:
+        self._sources = {case: (str(folder), remedy) for case in identifiers}
 
-    def load_image(self, identifier: str) -> blosc2.NDArray:
-        """Return the image (C, X, Y, Z) of a case; voxels are read from the file only when the array is indexed."""
+    @property
+    def identifiers(self) -> list[str]:
+        """Identifiers of the cases, sorted. nnU-Net's loader draws from them, all with the same probability."""
+        return sorted(self._sources)
+
+    def __or__(self, other: "UnlabeledDataset") -> "UnlabeledDataset":
+        """Return a dataset with the cases of both datasets."""
+        union = copy(self)
+        union._sources = self._sources | other._sources
+        return union
+
+    def image_file(self, identifier: str) -> str:
+        """Return the file with the image of a case. Labeled cases can have nnU-Net's older formats, .npy and .npz."""
+        stem = os.path.join(self._sources[identifier][0], identifier)
+        files = [stem + ending for ending in (".b2nd", ".npy", ".npz")]  # nnU-Net unpacks .npz to .npy
+        return next(filter(os.path.isfile, files), files[0])
+
+    def load_image(self, identifier: str) -> blosc2.NDArray | np.ndarray:
+        """Return the image (C, X, Y, Z) of a case; except for .npz, only the voxels that are indexed are read."""
+        file = self.image_file(identifier)
+        if file.endswith(".npz"):
+            return np.load(file)["data"]
+        if file.endswith(".npy"):
+            return np.load(file, mmap_mode="r")
         # As in nnU-Net's own dataset: memory mapping fails on Windows.
         mapping = {} if os.name == "nt" else {"mmap_mode": "r"}
-        file = os.path.join(self.folder, f"{identifier}.b2nd")
         return blosc2.open(urlpath=file, mode="r", dparams={"nthreads": 1}, **mapping)
+
+    def naming_unreadable_image(self, identifier: str) -> AbstractContextManager:
+        """Return a context that turns any error of reading the image of a case into a UserError with a remedy."""
+        return explained(Exception, f"{self.image_file(identifier)} cannot be read; {self._sources[identifier][1]}")
 
 
 def require_readable(folder: str, cases: Sequence[str], remedy: str) -> None:
@@ -155,14 +183,10 @@ class UnlabeledLoader(nnUNetDataLoader):
         arguments, options: further arguments of nnUNetDataLoader. `transforms` must be `TwoViews`, which returns a
             strongly and a weakly augmented view of a patch.
         mask_channels: for each channel, whether it is normalized within its nonzero region (use_mask_for_norm).
-        remedy: last part of the error message on a case that cannot be read, such as a command to run.
     """
 
-    def __init__(
-        self, data: UnlabeledDataset, *arguments, mask_channels: Sequence[bool] = (), remedy: str = _REMEDY, **options
-    ) -> None:
+    def __init__(self, data: UnlabeledDataset, *arguments, mask_channels: Sequence[bool] = (), **options) -> None:
         super().__init__(data, *arguments, **options)
-        self.remedy = remedy
         # With an ignore label, nnU-Net would look for annotated voxels, which unlabeled cases do not have.
         self.has_ignore = False
         self.masked = [channel for channel, masked in enumerate(mask_channels) if masked]
@@ -183,7 +207,7 @@ class UnlabeledLoader(nnUNetDataLoader):
         return ThreadpoolController()
 
     def _patch(self, key: str) -> torch.Tensor:
-        with explained(Exception, f"{os.path.join(self._data.folder, key)}.b2nd cannot be read; {self.remedy}"):
+        with self._data.naming_unreadable_image(key):
             image = self._data.load_image(key)
             lower, upper = self.get_bbox(image.shape[1:], force_fg=False, class_locations=None)
             box = [[first, last] for first, last in zip(lower, upper)]
@@ -199,7 +223,8 @@ class UnlabeledLoader(nnUNetDataLoader):
         nnU-Net stores this mask in the segmentation. During augmentation, it sets voxels outside to 0 in the channels
         that are normalized within their nonzero region (``self.masked``). Unlabeled cases have no stored segmentation,
         so the mask is computed from the image: a voxel is outside if all these channels are 0. Preprocessing ensures
-        that they are exactly 0 outside.
+        that they are exactly 0 outside. In images of labeled cases, resampling has blurred the border of the region, so
+        a few voxels next to the border count as inside.
 
         Args:
             patch: (C, *spatial), before augmentation.
@@ -250,16 +275,62 @@ def to_batches(batch: dict, device: torch.device) -> tuple[LabeledBatch, Unlabel
     )
 
 
-def make_loaders(
-    trainer: nnUNetTrainer, labeled: Any, unlabeled: UnlabeledDataset, validation: Any
-) -> tuple[TwoStreamLoader, LabeledLoader]:
+@dataclass(frozen=True)
+class TrainingCases:
+    """The datasets of a training.
+
+    Attributes:
+        labeled: nnU-Net's dataset of the labeled training cases.
+        unlabeled: the images of imagesUn.
+        sparse: the images of those labeled training cases that are sparsely annotated, without their annotation.
+        validation: nnU-Net's dataset of the validation cases.
+    """
+
+    labeled: Any
+    unlabeled: UnlabeledDataset
+    sparse: UnlabeledDataset
+    validation: Any
+
+    @classmethod
+    def of(cls, trainer: nnUNetTrainer, datasets: tuple[Any, Any], sparse: Iterable[str]) -> "TrainingCases":
+        """Create an instance for a semi-supervised trainer.
+
+        Args:
+            trainer: the trainer, whose unlabeled cases are used.
+            datasets: result of the trainer's get_tr_and_val_datasets, `labeled` and `validation`.
+            sparse: identifiers of all sparsely annotated cases; those that are not training cases are not used.
+
+        Raises:
+            UserError: there are neither unlabeled nor sparsely annotated training cases.
+        """
+        cases, (labeled, validation) = trainer.unlabeled_cases, datasets
+        reused = set(labeled.identifiers) & set(sparse)
+        unlabeled = UnlabeledDataset(cases.folder, cases.identifiers(), cases.remedy)
+        if not (unlabeled.identifiers or reused):
+            raise UserError(
+                f"no unlabeled cases: {cases.no_images}, and no training case of this fold is sparsely annotated; "
+                f"{cases.ways_to_add}"
+            )
+        images = UnlabeledDataset(trainer.preprocessed_dataset_folder, reused, cases.labeled_remedy)
+        return cls(labeled, unlabeled, images, validation)
+
+    @property
+    def images(self) -> UnlabeledDataset:
+        """All images from which unlabeled patches are drawn, each case with the same probability."""
+        return self.unlabeled | self.sparse
+
+    @property
+    def identifiers(self) -> dict[str, list[str]]:
+        """Role, such as "labeled" -> identifiers of the cases. Cases with the role "sparse" are labeled, too."""
+        return {role.name: list(getattr(self, role.name).identifiers) for role in fields(self)}
+
+
+def make_loaders(trainer: nnUNetTrainer, cases: TrainingCases) -> tuple[TwoStreamLoader, LabeledLoader]:
     """Return the loaders of training and validation, configured as in nnU-Net's get_dataloaders.
 
     Args:
         trainer: a semi-supervised trainer, whose plans, transforms, batch sizes and settings are used.
-        labeled: nnU-Net's dataset of the labeled training cases.
-        unlabeled: dataset of the unlabeled cases.
-        validation: nnU-Net's dataset of the validation cases.
+        cases: the datasets of the training.
     """
     plan, labels, scales = trainer.configuration_manager, trainer.label_manager, trainer._get_deep_supervision_scales()
     rotation, dummy_2d, initial_size, mirror_axes = trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
@@ -281,13 +352,14 @@ def make_loaders(
     }
     sizes = (initial_size, plan.patch_size, labels)
     unlabeled_loader = UnlabeledLoader(
-        unlabeled, trainer.unlabeled_batch_size, *sizes, transforms=views, mask_channels=plan.use_mask_for_norm,
-        remedy=trainer.unlabeled_cases.remedy,
+        cases.images, trainer.unlabeled_batch_size, *sizes, transforms=views, mask_channels=plan.use_mask_for_norm,
     )  # fmt: skip
     return (
-        TwoStreamLoader(labeled, trainer.batch_size, *sizes, transforms=views, unlabeled=unlabeled_loader, **options),
+        TwoStreamLoader(
+            cases.labeled, trainer.batch_size, *sizes, transforms=views, unlabeled=unlabeled_loader, **options
+        ),
         LabeledLoader(
-            validation, trainer.batch_size, plan.patch_size, plan.patch_size, labels,
+            cases.validation, trainer.batch_size, plan.patch_size, plan.patch_size, labels,
             transforms=trainer.get_validation_transforms(scales, **about_labels), **options,
         ),
     )  # fmt: skip

@@ -20,7 +20,7 @@ import numpy as np
 from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id, maybe_convert_to_dataset_name
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
-from nnunet_dycon.data.dataset_json import check_dataset_json
+from nnunet_dycon.data.dataset_json import check_dataset_json, ignore_label
 from nnunet_dycon.data.image_checks import check_file, check_image
 from nnunet_dycon.data.image_reading import image_files, image_files_by_case, spacing_file, unused_files
 from nnunet_dycon.data.labeled import check_fingerprint
@@ -223,9 +223,23 @@ class UnlabeledCases:
         """
         cases = image_files(self.raw, self.dataset_json, "unlabeled")
         if not cases:
-            ending = self.dataset_json["file_ending"]
-            raise UserError(f"no unlabeled cases: {self.raw} has no file *{ending}; put the unlabeled images there")
+            raise UserError(f"no unlabeled cases: {self.no_images}; {self.ways_to_add}")
         return cases
+
+    @property
+    def no_images(self) -> str:
+        """The problem that there are no unlabeled images, as part of a message."""
+        return f"{self.raw} has no file *{self.dataset_json['file_ending']}"
+
+    @property
+    def ways_to_add(self) -> str:
+        """The remedies for a data set without unlabeled cases."""
+        ignore = ignore_label(self.dataset_json)
+        label = 'a label "ignore" in dataset.json' if ignore is None else f'the label "ignore" ({ignore})'
+        return (
+            f"put unlabeled images there, or give the voxels without annotation in labelsTr {label} and preprocess "
+            "again: sparsely annotated cases are also used as unlabeled ones"
+        )
 
     def _raw_files(self) -> dict[str, list[Path]]:
         return image_files_by_case(self.raw, self.dataset_json["file_ending"])
@@ -280,6 +294,10 @@ class UnlabeledCases:
                 return f"{(absent or [image])[0]} is missing or empty"
         return None
 
+    def is_absent(self) -> bool:
+        """Return whether there are no unlabeled cases: no preprocessed ones, and no file in imagesUn."""
+        return not self.folder.is_dir() and not self._raw_is_there()
+
     def _raw_is_there(self) -> bool:
         if not os.environ.get("nnUNet_raw"):
             return False
@@ -312,7 +330,9 @@ class UnlabeledCases:
         return json.loads(self.manifest_file.read_text()).get("remarks", [])
 
     def identifiers(self) -> list[str]:
-        """Return the identifiers of the preprocessed cases, which manifest.json lists."""
+        """Return the identifiers of the preprocessed cases, which manifest.json lists; [] without their folder."""
+        if not self.folder.is_dir():
+            return []
         return sorted(json.loads(self.manifest_file.read_text())["files"])
 
     def build(self, num_processes: int, lock: Lock) -> None:

@@ -14,11 +14,12 @@ from functools import cached_property, partial
 from itertools import combinations
 from pathlib import Path
 from statistics import geometric_mean, median
+from typing import Any
 
 import numpy as np
 from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 
-from nnunet_dycon.data.dataset_json import FORMAT, check_dataset_json, label_values
+from nnunet_dycon.data.dataset_json import FORMAT, check_dataset_json, ignore_label, label_values
 from nnunet_dycon.data.image_checks import check_file, check_unit
 from nnunet_dycon.data.image_reading import (
     Grid,
@@ -35,6 +36,7 @@ from nnunet_dycon.data.image_reading import (
     unused_files,
 )
 from nnunet_dycon.dataset_conversion.writer import FOLDERS
+from nnunet_dycon.doctor.annotation import examine_annotation
 from nnunet_dycon.doctor.findings import FAIL, NOTE, OK, WARNING, Finding, as_finding, examine
 from nnunet_dycon.errors import UserError, counted, explained, first_line, some
 from nnunet_dycon.system.label_maps import rounded
@@ -225,6 +227,10 @@ def check_files(raw: RawDataset) -> Iterator[Finding]:
     for role in ("labeled", "unlabeled"):
         if not raw.cases[role] and role not in raw.misnamed:
             message = f"no {role} cases: {raw.folder / FOLDERS[role][0]} has no file *{raw.ending}"
+            if role == "unlabeled" and ignore_label(raw.dataset_json) is not None:
+                message += "; only the images of sparsely annotated cases can be used as unlabeled ones"
+                yield Finding("raw data", NOTE, message)
+                continue
             yield Finding("raw data", raw.severity(role), message, f"put the {role} images there")
     try:
         images, labels = set(raw.cases["labeled"]), label_names(raw.folder, raw.ending)
@@ -256,30 +262,34 @@ def check_labels(raw: RawDataset) -> Iterator[Finding]:
     for file in files:
         require_printable(file)
     processes = 1 if len(files) <= _FEW_IMAGES else min(8, os.cpu_count() or 1)
-    found = list(map_cases(partial(_label_values, reader=raw.reader), files, processes, "reading labels"))
+    found = list(map_cases(partial(_count_labels, reader=raw.reader), files, processes, "reading labels"))
     known = label_values(raw.dataset_json)
     faults = defaultdict(list)
-    for file, values in zip(files, found):
-        if values is None:
+    for file, counts in zip(files, found):
+        if counts is None:
             faults["cannot be read"].append(file.name)
-        elif unknown := sorted(values - known):
+        elif unknown := sorted(counts.keys() - known):
             shown = ", ".join(f"{value:g}" for value in unknown)
             faults[f"label values that dataset.json does not name: {shown}"].append(file.name)
     for fault, names in faults.items():
         remedy = "repair these files, or add the values to dataset.json"
         yield Finding("labels", FAIL, f"{raw.folder / 'labelsTr'}: {some(names)}: {fault}", remedy)
-    absent = sorted(known - set().union(*(values or set() for values in found)))
+    absent = sorted(known - set().union(*(counts or {} for counts in found)))
     if absent:
         message = f"no file of labelsTr has a voxel with the label {some(absent)} of dataset.json"
         yield Finding("labels", WARNING, message, "check the label files; the network cannot learn this label")
     if not (faults or absent):
         yield Finding("labels", OK, f"{len(files)} files have the labels of dataset.json")
+    if not faults:
+        yield from examine_annotation({file.name: counts or {} for file, counts in zip(files, found)}, raw.dataset_json)
 
 
-def _label_values(file: Path, reader: Reader) -> set[float] | None:
+def _count_labels(file: Path, reader: Reader) -> dict[Any, int] | None:
+    """Return label value -> number of voxels in a label file, or None if the file cannot be read."""
     try:
         check_file(file)  # SimpleITK reads NaN as 0
-        return set(np.unique(rounded(read_voxels(file, reader, is_label_map=True)[0])).tolist())
+        voxels = rounded(read_voxels(file, reader, is_label_map=True)[0])
+        return dict(zip(*(array.tolist() for array in np.unique(voxels, return_counts=True))))
     except Exception:  # of any reader
         return None
 

@@ -130,7 +130,8 @@ def examine_speed(
         device: type of the device: "cuda", "cpu" or "mps".
         results: list to which the measurements are appended, as dicts.
     """
-    if issubclass(trainer_class(trainer), SemiSupervisedTrainer) and unlabeled.fault() is not None:
+    is_missing = not unlabeled.is_absent() and unlabeled.fault() is not None
+    if issubclass(trainer_class(trainer), SemiSupervisedTrainer) and is_missing:
         remedy = f"run: nnunet_dycon preprocess_unlabeled {unlabeled.arguments}"
         yield Finding("speed", NOTE, "not measured, because the unlabeled cases are not preprocessed yet", remedy)
         return

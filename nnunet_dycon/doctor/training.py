@@ -17,9 +17,10 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from nnunet_dycon.components.defaults import unlabeled_patches
 from nnunet_dycon.data.dataset_json import label_values
 from nnunet_dycon.data.image_reading import read_grid
-from nnunet_dycon.data.label_values import check_label_values
+from nnunet_dycon.data.label_values import check_label_values, sparsely_annotated
 from nnunet_dycon.data.labeled import check_fingerprint, check_split, labeled_identifiers
 from nnunet_dycon.data.unlabeled import UnlabeledCases
+from nnunet_dycon.doctor.annotation import examine_annotation
 from nnunet_dycon.doctor.dataset import label_names
 from nnunet_dycon.doctor.findings import FAIL, NOTE, OK, WARNING, Finding, examine
 from nnunet_dycon.doctor.installation import GIB, existing_part
@@ -68,6 +69,24 @@ class Training:
     def labeled(self) -> set[str]:
         """Identifiers of the preprocessed labeled cases. Reading this property raises UserError if there are none."""
         return labeled_identifiers(self.labeled_folder, self.unlabeled.arguments)
+
+    @cached_property
+    def label_counts(self) -> dict[str, dict[int, int]]:
+        """Number of voxels with each label in each labeled case, see `count_labels`.
+
+        Reading this property raises UserError if `check_label_values` does.
+        """
+        processes = min(8, os.cpu_count() or 1)
+        return check_label_values(
+            self.labeled_folder, self.labeled, self.unlabeled.dataset_json, processes, stores=False
+        )
+
+    @property
+    def sparse(self) -> list[str]:
+        """Identifiers of the sparsely annotated cases; [] if the labels cannot be read."""
+        with suppress(UserError):  # reported by check_labeled
+            return sparsely_annotated(self.label_counts, self.unlabeled.dataset_json)
+        return []
 
     @property
     def output_folder(self) -> Path:
@@ -193,13 +212,14 @@ def check_labeled(training: Training) -> Iterator[Finding]:
         message = f"{len(labeled)} cases are preprocessed, but labelsTr has {len(raw)}; in only one: {some(differing)}"
         yield Finding("labeled", WARNING, message, clean)
     check_fingerprint(folder.parent, unlabeled.plans, unlabeled.configuration_name, unlabeled.dataset_id)
-    values = check_label_values(folder, labeled, unlabeled.dataset_json, min(8, os.cpu_count() or 1), stores=False)
-    if absent := sorted(label_values(unlabeled.dataset_json) - values):
+    found_values = set().union(*training.label_counts.values())
+    if absent := sorted(label_values(unlabeled.dataset_json) - found_values):
         found = True
         message = f"no labeled case has a voxel with the label {' or '.join(map(str, absent))} of dataset.json"
         yield Finding("labeled", WARNING, message, "check the label files; the network cannot learn this label")
     if not found:
         yield Finding("labeled", OK, f"{_cases(len(labeled))} in {folder}")
+    yield from examine_annotation(training.label_counts, unlabeled.dataset_json)
 
 
 def _cases(number: int) -> str:
@@ -226,11 +246,15 @@ def _is_complete(folder: Path, case: str) -> bool:
 def check_unlabeled(training: Training) -> Iterator[Finding]:
     """Check that the unlabeled cases are preprocessed and up to date, or can be preprocessed when training starts.
 
-    Also check that no case is both labeled and unlabeled. Yield a finding with the number of cases or the problem.
+    Also check that no case is both labeled and unlabeled. Yield a finding with the number of cases or the problem. If
+    labeled cases are sparsely annotated, unlabeled cases are not needed.
     """
     unlabeled = training.unlabeled
     command = f"run: nnunet_dycon preprocess_unlabeled {unlabeled.arguments}"
-    if not unlabeled.folder.is_dir():
+    if unlabeled.is_absent() and training.sparse:
+        message = f"{unlabeled.no_images}; only the images of sparsely annotated cases are used as unlabeled ones"
+        yield Finding("unlabeled", NOTE, message)
+    elif not unlabeled.folder.is_dir():
         cases = unlabeled.raw_cases()
         unlabeled.check_not_labeled(training.labeled, set(cases))
         require_writable(unlabeled.folder.parent)
@@ -385,7 +409,8 @@ def check_memory(trainer: type[SemiSupervisedTrainer], training: Training) -> It
     if unlabeled is None:
         unlabeled = labeled  # upper bound
         with suppress(UserError):  # reported by other checks
-            unlabeled = unlabeled_patches(labeled, len(training.labeled), len(cases.raw_cases()))
+            numbers = len(training.sparse), 0 if cases.is_absent() else len(cases.raw_cases())
+            unlabeled = unlabeled_patches(labeled, len(training.labeled), sum(numbers))
     patches = f"{labeled} labeled and {unlabeled} unlabeled patches"
     dimensions = len(configuration.patch_size)
     planned = [_PLANNED_FEATURE_MAPS.get(type(student).__name__, {}).get(dimensions) for student in students]

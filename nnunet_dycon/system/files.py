@@ -96,6 +96,16 @@ def new_folder(folder: Path) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
 
 
+def link_or_copy(file: Path | str, link: Path) -> None:
+    """Create a hard link to a file, or a copy if the file system does not support links; replace an existing `link`."""
+    link.unlink(missing_ok=True)
+    file = Path(file).resolve()  # of a symbolic link, the link itself would be linked
+    try:
+        os.link(file, link)
+    except OSError:
+        shutil.copyfile(file, link)
+
+
 def require_whole(file: Path) -> int:
     """Return the length of a file in bytes after decompression; raise an error if it is empty or a damaged gzip file.
 

@@ -4,8 +4,6 @@ A file is written completely or not at all. The additional state contains only t
 numbers, so that nnUNetv2_predict can load the file without this package.
 """
 
-import os
-import shutil
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +18,7 @@ from nnunet_dycon import __version__
 from nnunet_dycon.components.wrappers import unwrap
 from nnunet_dycon.errors import UserError, explained, first_line
 from nnunet_dycon.system.distributed import on_rank_zero
-from nnunet_dycon.system.files import replacing
+from nnunet_dycon.system.files import link_or_copy, replacing
 
 KEY = "nnunet_dycon"
 # Checkpoints of a finished training: the student, and the EMA teacher or the second network if there is one.
@@ -79,15 +77,7 @@ def save_extended(filename: Path | str, save: Callable[[str], None], state: dict
         torch.save(checkpoint, partial)
         if Path(filename).name == LATEST and Path(filename).is_file():
             with replacing(Path(filename).with_name(PREVIOUS)) as kept:
-                _link(filename, kept)
-
-
-def _link(file: Path | str, link: Path) -> None:
-    link.unlink(missing_ok=True)
-    try:
-        os.link(file, link)
-    except OSError:  # not supported by some file systems
-        shutil.copyfile(file, link)
+                link_or_copy(filename, kept)
 
 
 def set_aside(folder: Path, log: Callable[[str], None]) -> None:

@@ -90,7 +90,7 @@ def _plot(axes: Axes, curve: Sequence[float], label: str, **style) -> None:
 
 @dataclass(frozen=True)
 class PseudoLabel:
-    """A slice of an unlabeled case with its pseudo-label.
+    """A slice of an unlabeled or sparsely annotated case with its pseudo-label.
 
     Attributes:
         case: identifier of the case.
@@ -99,6 +99,8 @@ class PseudoLabel:
         image: preprocessed image of the slice, (Y, X).
         label: pseudo-label of the slice, (Y, X): the number of a class or region for each voxel, 0 for background.
         entropy: per-voxel entropy of the slice in nats, (Y, X).
+        annotation: labels of the annotated voxels of the slice, (Y, X), -1 for voxels without annotation; None for an
+            unlabeled case.
     """
 
     case: str
@@ -107,6 +109,7 @@ class PseudoLabel:
     image: np.ndarray
     label: np.ndarray
     entropy: np.ndarray
+    annotation: np.ndarray | None = None
 
 
 @in_default_style
@@ -119,7 +122,7 @@ def draw_pseudo_labels(
     title: str,
     file: Path,
 ) -> None:
-    """Write a plot with a row per case: image, pseudo-label and entropy.
+    """Write a plot with a row per case: image, annotation (if any case has one), pseudo-label and entropy.
 
     Args:
         cases: one slice per case.
@@ -130,23 +133,35 @@ def draw_pseudo_labels(
         title: title of the plot.
         file: PNG file to write.
     """
+    headings = {"image": "image", "annotation": "annotation (gray: none)"}
+    headings |= {"label": f"label of the {labeler}", "entropy": f"entropy of the {labeler}"}
+    if all(case.annotation is None for case in cases):
+        del headings["annotation"]
     heights = [2.7 * aspect * case.image.shape[0] / case.image.shape[1] for case in cases]
-    figure = new_figure(9.6, 1.2 + 0.1 * len(cases) + sum(heights))
-    rows = figure.subplots(len(cases), 3, squeeze=False, height_ratios=heights)
+    figure = new_figure(3.2 * len(headings), 1.2 + 0.1 * len(cases) + sum(heights))
+    rows = figure.subplots(len(cases), len(headings), squeeze=False, height_ratios=heights)
     figure.suptitle(title, fontsize=11)
-    for axes, heading in zip(rows[0], ("image", f"label of the {labeler}", f"entropy of the {labeler}")):
+    for axes, heading in zip(rows[0], headings.values()):
         axes.set_title(heading, fontsize=10)
     for row, case in zip(rows, cases):
+        panels = dict(zip(headings, row))
         darkest, brightest = np.percentile(case.image, (0.5, 99.5))
-        for axes in row[:2]:
+        for name, labels in (("image", None), ("annotation", case.annotation), ("label", case.label)):
+            if name not in panels:
+                continue
+            axes = panels[name]
             axes.imshow(case.image, cmap="gray", vmin=darkest, vmax=brightest, aspect=aspect)
-        for value in np.unique(case.label[case.label > 0]):
-            overlay(row[1], case.label == value, class_color(value))
-        heat = row[2].imshow(case.entropy, cmap="magma", vmin=0, vmax=highest_entropy, aspect=aspect)
+            if labels is not None:
+                axes.imshow(np.where(labels < 0, 1.0, np.nan), cmap="gray", vmax=2, alpha=0.6, aspect=aspect)
+                for value in np.unique(labels[labels > 0]):
+                    overlay(axes, labels == value, class_color(value))
+            elif name == "annotation":
+                axes.set_xlabel("unlabeled", fontsize=8)
+        heat = panels["entropy"].imshow(case.entropy, cmap="magma", vmin=0, vmax=highest_entropy, aspect=aspect)
         row[0].set_ylabel(f"{case.case}\nslice {case.index}, {case.foreground:.2%} foreground in the case", fontsize=8)
         for axes in row:
             axes.set(xticks=[], yticks=[])
-    figure.colorbar(heat, ax=rows[:, 2], label=f"nats, at most ln {math.exp(highest_entropy):.0f}", shrink=0.8)
+    figure.colorbar(heat, ax=rows[:, -1], label=f"nats, at most ln {math.exp(highest_entropy):.0f}", shrink=0.8)
     handles = [Patch(color=class_color(value), label=name) for value, name in enumerate(names) if value > 0]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6), fontsize=8)
     save(figure, file)

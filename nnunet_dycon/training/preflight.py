@@ -12,8 +12,9 @@ import torch
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-from nnunet_dycon.data.label_values import check_label_values
+from nnunet_dycon.data.label_values import check_label_values, sparsely_annotated
 from nnunet_dycon.data.labeled import check_fingerprint, check_split, labeled_identifiers, make_split
+from nnunet_dycon.data.loader import TrainingCases
 from nnunet_dycon.data.unlabeled import UnlabeledCases
 from nnunet_dycon.errors import UserError, ends_in_one_line, explained, first_line
 from nnunet_dycon.system.locks import Lock
@@ -80,8 +81,10 @@ def file_errors_explained(folder: Path) -> AbstractContextManager:
 
 def check_cases(
     folder: Path, fold: int | Literal["all"], unlabeled: UnlabeledCases, lock: TrainingLock | None = None
-) -> None:
+) -> list[str]:
     """Check labeled and unlabeled cases, and preprocess the unlabeled ones if necessary.
+
+    With sparsely annotated cases, whose images are also used as unlabeled ones, there can be no images in imagesUn.
 
     Args:
         folder: folder of the labeled cases, nnUNet_preprocessed/DatasetXXX/<data_identifier>.
@@ -89,6 +92,9 @@ def check_cases(
         unlabeled: the unlabeled cases.
         lock: the locks of the training; the lock of the unlabeled cases is taken after they have been preprocessed.
             None to take no lock.
+
+    Returns:
+        The identifiers of the sparsely annotated cases, of all folds.
 
     Raises:
         UserError: a case is missing, damaged, or both labeled and unlabeled; the preprocessed unlabeled cases are
@@ -100,7 +106,10 @@ def check_cases(
     check_fingerprint(folder.parent, unlabeled.plans, unlabeled.configuration_name, unlabeled.dataset_id)
     if fold != "all":
         make_split(folder, labeled)
-    check_label_values(folder, labeled, unlabeled.dataset_json, default_num_processes)
+    counts = check_label_values(folder, labeled, unlabeled.dataset_json, default_num_processes)
+    sparse = sparsely_annotated(counts, unlabeled.dataset_json)
+    if sparse and unlabeled.is_absent():
+        return sparse
     unlabeled.require(default_num_processes)
     if lock is not None:
         checked = unlabeled.folder.stat()
@@ -108,6 +117,7 @@ def check_cases(
         if not samestat(checked, unlabeled.folder.stat()):  # it was replaced before it was locked
             unlabeled.require(default_num_processes)
     unlabeled.check_not_labeled(labeled, set(unlabeled.identifiers()))
+    return sparse
 
 
 def check_settings(
@@ -141,17 +151,19 @@ def check_settings(
         log(f"WARNING: the resumed training had other settings: {', '.join(changed)}; the new ones are used")
 
 
-def describe_batch(trainer: nnUNetTrainer, cases: dict[str, list[str]]) -> str:
+def describe_batch(trainer: nnUNetTrainer, cases: TrainingCases) -> str:
     """Return a log line with the numbers of cases and patches, the expected GPU memory, and how to reduce it.
 
     Args:
         trainer: an initialized semi-supervised trainer.
-        cases: "labeled" and "unlabeled" -> identifiers of these cases.
+        cases: the datasets of the training.
     """
     steps = trainer.num_epochs * trainer.num_iterations_per_epoch
+    labeled, unlabeled, sparse = (len(cases.identifiers[role]) for role in ("labeled", "unlabeled", "sparse"))
+    reused = f" Sparsely annotated: {sparse} labeled; their images are also used as unlabeled ones." if sparse else ""
     return (
-        f"{len(cases['labeled'])} labeled and {len(cases['unlabeled'])} unlabeled cases. Each of the {steps} steps "
-        f"trains on {trainer.batch_size} labeled and {trainer.unlabeled_batch_size} unlabeled patches: about "
+        f"{labeled} labeled and {unlabeled} unlabeled cases.{reused} Each of the {steps} steps trains on "
+        f"{trainer.batch_size} labeled and {trainer.unlabeled_batch_size} unlabeled patches: about "
         f"{_memory_factor(trainer):.3g} times the memory that the plans were made for. {_memory_remedy(trainer)}."
     )
 

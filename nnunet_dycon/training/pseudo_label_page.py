@@ -1,8 +1,9 @@
-"""A PNG page with the pseudo-labels of a few unlabeled cases, to detect failures of a training early."""
+"""A PNG page with the pseudo-labels of a few cases, to detect failures of a training early."""
 
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,8 +13,7 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import nn
 
 from nnunet_dycon.components.label_space import LabelSpace
-from nnunet_dycon.data.loader import UnlabeledDataset
-from nnunet_dycon.data.unlabeled import UnlabeledCases
+from nnunet_dycon.data.loader import TrainingCases, UnlabeledDataset
 from nnunet_dycon.methods import Method
 from nnunet_dycon.system.pictures import draw_or_warn
 from nnunet_dycon.training.plots import PseudoLabel, draw_pseudo_labels
@@ -21,8 +21,8 @@ from nnunet_dycon.training.plots import PseudoLabel, draw_pseudo_labels
 _CASES = 3
 
 
-def draw(trainer: nnUNetTrainer, method: Method, unlabeled: UnlabeledCases) -> None:
-    """Plot the pseudo-labels of at most 3 unlabeled cases after an epoch.
+def draw(trainer: nnUNetTrainer, method: Method, cases: TrainingCases) -> None:
+    """Plot the pseudo-labels of at most 3 unlabeled or sparsely annotated cases after an epoch.
 
     The plot is pseudo_labels_epoch_XXXX.png in the output folder, where XXXX is the number of the epoch. No plot is
     written if the method makes no pseudo-labels or if checkpoints are disabled. A failure is logged as a warning.
@@ -30,25 +30,26 @@ def draw(trainer: nnUNetTrainer, method: Method, unlabeled: UnlabeledCases) -> N
     Args:
         trainer: trainer after the end of an epoch.
         method: semi-supervised method whose `label` predicts the pseudo-labels.
-        unlabeled: the preprocessed unlabeled cases.
+        cases: the datasets of the training.
     """
     if method.labeler is not None and not trainer.disable_checkpointing:
         epoch = trainer.current_epoch - 1
         file = Path(trainer.output_folder) / f"pseudo_labels_epoch_{epoch:04d}.png"
-        draw_or_warn(file, partial(draw_page, trainer, method, unlabeled, epoch), trainer.print_to_log_file)
+        draw_or_warn(file, partial(draw_page, trainer, method, cases, epoch), trainer.print_to_log_file)
 
 
-def draw_page(trainer: nnUNetTrainer, method: Method, unlabeled: UnlabeledCases, epoch: int, file: Path) -> None:
-    """Write a figure with the pseudo-labels of at most 3 complete unlabeled cases, the same ones in each epoch.
+def draw_page(trainer: nnUNetTrainer, method: Method, cases: TrainingCases, epoch: int, file: Path) -> None:
+    """Write a figure with the pseudo-labels of at most 3 complete cases, the same ones in each epoch.
+
+    At least one case is unlabeled and one is sparsely annotated, if there are such cases. The annotation is drawn, too.
 
     Args:
         trainer: trainer whose plans and dataset.json configure the prediction.
         method: semi-supervised method whose `label` predicts the pseudo-labels.
-        unlabeled: the preprocessed unlabeled cases.
+        cases: the datasets of the training.
         epoch: number of the epoch, for the title.
         file: PNG file to write.
     """
-    cases = UnlabeledDataset(unlabeled.folder, unlabeled.identifiers())
     predictor = nnUNetPredictor(
         tile_step_size=1.0,  # no overlap: a plot does not justify the time
         use_mirroring=False,
@@ -67,8 +68,11 @@ def draw_page(trainer: nnUNetTrainer, method: Method, unlabeled: UnlabeledCases,
     )
     height, width = trainer.configuration_manager.spacing[-2:]
     label_space, channels = method.supervision.label_space, trainer.label_manager.num_segmentation_heads
+    annotated = _spread(cases.sparse.identifiers, 1 if cases.unlabeled.identifiers else _CASES)
+    shown = [*_spread(cases.unlabeled.identifiers, _CASES - len(annotated)), *annotated]
+    annotations = {case: _annotation(trainer, cases.labeled, case) for case in annotated}
     draw_pseudo_labels(
-        [_predict(predictor, label_space, cases, case) for case in _spread(cases.identifiers)],
+        [_predict(predictor, label_space, cases.images, case, annotations.get(case)) for case in shown],
         label_names(trainer.dataset_json, trainer.label_manager),
         labeler=str(method.labeler).replace("_", " "),
         highest_entropy=label_space.highest_entropy(channels),
@@ -107,25 +111,50 @@ def label_names(dataset_json: dict, labels: LabelManager) -> list[str]:
     return ["background", *(names if labels.has_regions else sorted(names, key=values.__getitem__))]
 
 
-@torch.inference_mode()
-def _predict(predictor: nnUNetPredictor, label_space: LabelSpace, cases: UnlabeledDataset, case: str) -> PseudoLabel:
-    """Predict a complete case and return one slice with its image, pseudo-label and entropy.
+def _annotation(trainer: nnUNetTrainer, labeled: Any, case: str) -> torch.Tensor:
+    """Return the annotation of a labeled case, (X, Y, Z), with the label values of the plot.
 
-    The slice is the one with most foreground, or the middle slice if the case has no foreground.
+    Voxels without annotation have the value -1.
+
+    Args:
+        trainer: trainer with the label manager of the data set.
+        labeled: nnU-Net's dataset of the labeled training cases.
+        case: identifier of the case.
+    """
+    segmentation, labels = np.asarray(labeled.load_case(case)[1][0]), trainer.label_manager
+    shown = np.where(segmentation == labels.ignore_label, -1, 0)
+    for number, region in enumerate(labels.foreground_regions if labels.has_regions else labels.foreground_labels, 1):
+        shown[np.isin(segmentation, region)] = number
+    return torch.from_numpy(shown)
+
+
+@torch.inference_mode()
+def _predict(
+    predictor: nnUNetPredictor,
+    label_space: LabelSpace,
+    cases: UnlabeledDataset,
+    case: str,
+    annotation: torch.Tensor | None,
+) -> PseudoLabel:
+    """Predict a complete case and return one slice with its image, pseudo-label and entropy, and its annotation.
+
+    The slice is the one with most annotated foreground or, without annotation, with most predicted foreground. If there
+    is no foreground, it is the middle slice.
     """
     image = torch.from_numpy(cases.load_image(case)[:])
     logits = predictor.predict_sliding_window_return_logits(image)
     label = label_space.shown(logits[None])[0]
     foreground = (label > 0).sum((1, 2))
-    index = int(foreground.argmax()) if foreground.any() else len(foreground) // 2
+    visible = foreground if annotation is None else (annotation > 0).sum((1, 2))
+    index = int(visible.argmax()) if visible.any() else len(visible) // 2
     # Only for one slice: the entropy of a whole CT in float32 with many classes may exceed the memory.
     entropy = label_space.voxel_entropy(logits[None, :, index].float())[0]
     fraction = float(foreground.sum()) / label.numel()
-    slices = (image[0, index], label[index], entropy)
+    slices = (image[0, index], label[index], entropy, *(() if annotation is None else (annotation[index],)))
     return PseudoLabel(case, index, fraction, *(tensor.cpu().numpy() for tensor in slices))
 
 
-def _spread(identifiers: Sequence[str]) -> list[str]:
-    """Return at most three identifiers, evenly spaced from the first to the last."""
-    chosen = np.linspace(0, len(identifiers) - 1, min(_CASES, len(identifiers))).round().astype(int)
+def _spread(identifiers: Sequence[str], number: int) -> list[str]:
+    """Return at most ``number`` identifiers, evenly spaced from the first to the last."""
+    chosen = np.linspace(0, len(identifiers) - 1, min(number, len(identifiers))).round().astype(int)
     return [identifiers[index] for index in chosen]

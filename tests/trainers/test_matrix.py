@@ -151,6 +151,8 @@ def _check_label_space(trainer: SemiSupervisedTrainer, label_space: str) -> None
         assert found == RegionLabels(has_ignore_label=ignored)
     else:
         assert found == ClassLabels(ignore_label=LABEL_SPACES[label_space][1].get("ignore"))
+    cases = trainer._cases.identifiers
+    assert cases["sparse"] == (cases["labeled"] if ignored else [])
 
 
 def _check_terms(trainer: SemiSupervisedTrainer) -> None:

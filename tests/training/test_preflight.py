@@ -225,13 +225,16 @@ def test_log_line_on_the_batch_and_its_memory():
         batch_size=2, unlabeled_batch_size=1, configuration_manager=SimpleNamespace(batch_size=4),
         activation_memory_factor=2.0, num_epochs=10, num_iterations_per_epoch=25,
     )  # fmt: skip
-    line = describe_batch(trainer, {"labeled": ["a", "b", "c"], "unlabeled": ["d"]})
+    cases = {"labeled": ["a", "b", "c"], "unlabeled": ["d"], "sparse": []}
+    line = describe_batch(trainer, SimpleNamespace(identifiers=cases))
     assert line.startswith(
         "3 labeled and 1 unlabeled cases. Each of the 250 steps trains on 2 labeled and 1 unlabeled patches: about 1.5 "
         "times the memory"
     )
     assert "-gpu_memory_target at 1/1.5 " in line
     assert "unlabeled_batch_size=1" in line
+    line = describe_batch(trainer, SimpleNamespace(identifiers=cases | {"sparse": ["a", "c"]}))
+    assert "cases. Sparsely annotated: 2 labeled; their images are also used as unlabeled ones. Each" in line
 
 
 def test_unfinished_checkpoint_of_a_killed_training_is_removed(tmp_path):

@@ -40,41 +40,26 @@ def trainer(tmp_path) -> SimpleNamespace:
     )
 
 
-@pytest.fixture
-def unlabeled(tmp_path) -> SimpleNamespace:
-    return SimpleNamespace(folder=tmp_path, identifiers=lambda: ["b", "a"])
-
-
 @pytest.mark.parametrize(("labeler", "disabled"), [("teacher", False), (None, False), ("teacher", True)])
-def test_page_is_drawn_only_with_a_labeler_and_enabled_checkpoints(
-    trainer, unlabeled, tmp_path, monkeypatch, labeler, disabled
-):
+def test_page_is_drawn_only_with_a_labeler_and_enabled_checkpoints(trainer, tmp_path, monkeypatch, labeler, disabled):
     drawn = []
     monkeypatch.setattr(pseudo_label_page, "draw_page", lambda *arguments: drawn.append(arguments[2:]))
     trainer.disable_checkpointing = disabled
-    pseudo_label_page.draw(trainer, SimpleNamespace(labeler=labeler), unlabeled)
+    datasets = SimpleNamespace()
+    pseudo_label_page.draw(trainer, SimpleNamespace(labeler=labeler), datasets)
     if labeler is None or disabled:
         assert not drawn
     else:
         ((cases, epoch, file),) = drawn
-        assert cases is unlabeled
+        assert cases is datasets
         assert (epoch, file) == (49, tmp_path / "pseudo_labels_epoch_0049.png")
     assert not trainer.lines
 
 
-def test_unreadable_list_of_cases_logs_a_warning(trainer, tmp_path):
-    def fail():
-        raise FileNotFoundError("manifest.json")
-
-    method, unlabeled = SimpleNamespace(labeler="teacher"), SimpleNamespace(folder=tmp_path, identifiers=fail)
-    pseudo_label_page.draw(trainer, method, unlabeled)
-    assert trainer.lines == ["WARNING: pseudo_labels_epoch_0049.png could not be drawn: manifest.json"]
-
-
-def test_failed_page_logs_a_warning(trainer, unlabeled, monkeypatch):
+def test_failed_page_logs_a_warning(trainer, monkeypatch):
     def fail(*arguments):
         raise torch.OutOfMemoryError("no memory left")
 
     monkeypatch.setattr(pseudo_label_page, "draw_page", fail)
-    pseudo_label_page.draw(trainer, SimpleNamespace(labeler="teacher"), unlabeled)
+    pseudo_label_page.draw(trainer, SimpleNamespace(labeler="teacher"), SimpleNamespace())
     assert trainer.lines == ["WARNING: pseudo_labels_epoch_0049.png could not be drawn: no memory left"]

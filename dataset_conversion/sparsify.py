@@ -1,0 +1,200 @@
+"""Conversion of a fully annotated data set to one with sparse annotation: some slices, or scribbles.
+
+Voxels without annotation get nnU-Net's ignore label. This is meant for trying out training with sparse annotation.
+"""
+
+import json
+import zlib
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from skimage.measure import label as connected_regions
+from skimage.morphology import skeletonize
+
+from nnunet_dycon.data.dataset_json import check_dataset_json, ignore_label, label_values, values_by_name
+from nnunet_dycon.data.image_checks import check_file
+from nnunet_dycon.data.image_reading import Reader, files_with_ending, in_file_order, reader_class
+from nnunet_dycon.data.unlabeled import dataset_name
+from nnunet_dycon.dataset_conversion.roles import FOLDERS
+from nnunet_dycon.dataset_conversion.writer import new_dataset_folder
+from nnunet_dycon.errors import UserError, explained, first_line, some
+from nnunet_dycon.system.environment import nnunet_folder
+from nnunet_dycon.system.files import link_or_copy, new_folder, require_whole
+from nnunet_dycon.system.label_maps import rounded
+from nnunet_dycon.system.processes import map_cases
+
+_LABELS = "labelsTr"
+_FAULTS_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Slices:
+    """Annotation of every n-th slice.
+
+    Attributes:
+        every: n; the first annotated slice is number n // 2, counted from 0.
+        axis: axis of the array in nnU-Net's order (Z, Y, X) across which the slices are counted: 0, 1 or 2.
+    """
+
+    every: int
+    axis: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"Every{self.every}" + (f"Axis{self.axis}" if self.axis else "")
+
+    def __call__(self, labels: np.ndarray, case: str) -> np.ndarray:
+        """Return a mask (Z, Y, X) of the annotated voxels of a label map (Z, Y, X): at least one slice."""
+        number = labels.shape[self.axis]
+        mask = np.zeros(labels.shape, dtype=bool)
+        np.moveaxis(mask, self.axis, 0)[min(self.every, number) // 2 :: self.every] = True
+        return mask
+
+
+@dataclass(frozen=True)
+class Scribbles:
+    """Annotation by scribbles: in each slice, one for each connected region of a label, including background.
+
+    A scribble is a piece of the skeleton of the region: half of its pixels, those nearest to a random one of them.
+
+    Attributes:
+        seed: seed of the random pixels.
+    """
+
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"Scribbles{self.seed}" if self.seed else "Scribbles"
+
+    def __call__(self, labels: np.ndarray, case: str) -> np.ndarray:
+        """Return a mask (Z, Y, X) of the annotated voxels of a label map (Z, Y, X) of a case."""
+        rng = np.random.default_rng([self.seed, zlib.crc32(case.encode())])
+        mask = np.zeros(labels.shape, dtype=bool)
+        for plane, drawn in zip(labels, mask):
+            for value in np.unique(plane):
+                regions = connected_regions(plane == value)
+                skeleton = np.argwhere(skeletonize(plane == value))
+                regions_of_pixels = regions[tuple(skeleton.T)]
+                for region in np.unique(regions_of_pixels):
+                    pixels = skeleton[regions_of_pixels == region]
+                    distances = np.linalg.norm(pixels - rng.choice(pixels), axis=1)
+                    piece = pixels[np.argsort(distances, kind="stable")[: max(1, len(pixels) // 2)]]
+                    drawn[tuple(piece.T)] = True
+        return mask
+
+
+def sparsify(dataset: str, dataset_id: int, annotate: Slices | Scribbles, num_processes: int = 1) -> Path:
+    """Write a copy of a data set in nnUNet_raw, in which only some voxels of labelsTr are annotated.
+
+    The other voxels get the label "ignore", which is added to dataset.json. All other images and labels are the same:
+    hard links, or copies if the file system does not support links.
+
+    Args:
+        dataset: ID or name of a data set whose voxels are all annotated.
+        dataset_id: ID of the new data set.
+        annotate: the rule by which voxels are annotated.
+        num_processes: number of worker processes; 1 uses this process.
+
+    Returns:
+        The folder of the new data set, nnUNet_raw/DatasetXXX_Name, where Name is the old name and that of the rule.
+
+    Raises:
+        UserError: dataset.json or a label file is damaged or has an ignore label already.
+        UsageError: the data set does not exist, or the new ID is used.
+    """
+    source = nnunet_folder("nnUNet_raw") / dataset_name(dataset)
+    about = _read_dataset_json(source)
+    folder = new_dataset_folder(dataset_id, f"{source.name[len('Dataset000_') :]}_{annotate.name}")
+    files = files_with_ending(source / _LABELS, about["file_ending"])
+    if not files:
+        raise UserError(f"{source / _LABELS} has no file *{about['file_ending']}; name a data set with labels")
+    ignore = max(label_values(about)) + 1
+    reader = in_file_order(reader_class(about, files[0]))
+    with new_folder(folder) as partial_folder, explained(OSError, f"{folder} cannot be written; free disk space"):
+        (partial_folder / _LABELS).mkdir()
+        write = partial(_write_label, partial_folder / _LABELS, reader, label_values(about), ignore, annotate)
+        results = list(map_cases(write, files, num_processes, "writing labels"))
+        if faults := [result for result in results if isinstance(result, str)]:
+            raise UserError("; ".join(faults[:_FAULTS_SHOWN]) + ("; ..." if len(faults) > _FAULTS_SHOWN else ""))
+        for name in (name for pair in FOLDERS.values() for name in pair if name not in (None, _LABELS)):
+            _link_files(source / name, partial_folder / name)
+        if (splits := source / "splits_final.json").is_file():
+            link_or_copy(splits, partial_folder / splits.name)
+        about["labels"]["ignore"] = ignore
+        about["sparse_annotation"] = {"of": source.name, "rule": type(annotate).__name__.lower(), **vars(annotate)}
+        (partial_folder / "dataset.json").write_text(json.dumps(about, indent=4))
+    counts = (Counter(result) for result in results if not isinstance(result, str))
+    _print_summary(folder, sum(counts, Counter()), about)
+    return folder
+
+
+def _read_dataset_json(source: Path) -> dict:
+    file = source / "dataset.json"
+    with explained((OSError, ValueError), f"{file} cannot be read; write it again"):
+        about = json.loads(file.read_text())
+    check_dataset_json(about, file)
+    if ignore_label(about) is not None:
+        raise UserError(f"{file} has an ignore label already; name a data set whose voxels are all annotated")
+    if "dataset" in about:
+        raise UserError(
+            f'{file} lists the paths of its files (entry "dataset"), which is not supported; copy the files'
+        )
+    return about
+
+
+def _write_label(
+    folder: Path,
+    reader: Reader,
+    known: set[int],
+    ignore: int,
+    annotate: Callable[[np.ndarray, str], np.ndarray],
+    file: Path,
+) -> dict[int, int] | str:
+    """Write a sparse label map; return its label values with their numbers of voxels, or an error message.
+
+    Args:
+        folder: folder of the new label map.
+        reader: nnU-Net's reader of the label maps.
+        known: label values in dataset.json.
+        ignore: value of the voxels without annotation.
+        annotate: the rule by which voxels are annotated.
+        file: label map in which all voxels are annotated.
+    """
+    try:
+        check_file(file)
+        voxels, properties = reader().read_seg(str(file))
+    except Exception as error:  # of any reader
+        return f"{file} cannot be read ({first_line(error)}); repair it"
+    labels = rounded(voxels[0])
+    if unknown := sorted(set(np.unique(labels).tolist()) - known):
+        return f"{file} has label values that dataset.json does not name: {some([f'{value:g}' for value in unknown])}"
+    case = file.name.partition(".")[0]
+    sparse = np.where(annotate(labels, case), labels, ignore).astype(np.int16)
+    reader().write_seg(sparse, str(folder / file.name), properties)
+    require_whole(folder / file.name)  # SimpleITK does not detect a full disk
+    return dict(zip(*(array.tolist() for array in np.unique(sparse, return_counts=True))))
+
+
+def _link_files(source: Path, target: Path) -> None:
+    if source.is_dir():
+        target.mkdir()
+        for file in (file for file in source.iterdir() if file.is_file()):
+            link_or_copy(file, target / file.name)
+
+
+def _print_summary(folder: Path, total: Counter[int], about: dict) -> None:
+    dataset_id, voxels = int(folder.name[len("Dataset") :][:3]), total.total()
+    annotated = {name: sum(total[value] for value in its) for name, its in values_by_name(about).items()}
+    annotated.pop("ignore")
+    shares = ", ".join(f"{name} {number / voxels:.2g}" for name, number in annotated.items())
+    print(f"annotated share of all voxels: {1 - total[about['labels']['ignore']] / voxels:.2g} ({shares})")
+    for name, number in annotated.items():
+        if not number:
+            print(f"warning: no voxel of {name} is annotated, so the network cannot learn it; annotate more slices")
+    print(f"written to {folder}; next:")
+    print(f"  nnUNetv2_plan_and_preprocess -d {dataset_id}")
