@@ -21,16 +21,18 @@ import argparse
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from xml.etree import ElementTree
@@ -43,6 +45,7 @@ from benchmarks.preparation import HERE, Preparation, add_arguments
 from benchmarks.train_step import LABELED
 from nnunet_dycon.registry import RECOMMENDED
 from nnunet_dycon.system.files import replacing
+from nnunet_dycon.system.processes import exiting_on_sigterm
 
 _PACKAGES = (
     "nnunetv2", "torch", "triton", "numpy", "batchgenerators", "batchgeneratorsv2", "acvl-utils", "blosc2",
@@ -53,6 +56,9 @@ _NO_CUDA = (
     "try the script with --device cpu --tiny\n"
 )
 _GRACE = 10  # seconds between SIGTERM and SIGKILL
+_IMPORT_SECONDS = 60.0  # more than importing PyTorch and nnU-Net takes
+_FEWEST_MINUTES = 5  # with fewer, most steps are stopped before they have a result
+_ABSOLUTE_PATH = re.compile(r"(?<![\w/.])/(?:[^\s/:\"']+/)+([^\s/:\"']*)")
 _ENVIRONMENT, _DATA = "environment", "data"
 
 
@@ -66,6 +72,7 @@ class Step:
         command: arguments of Python. "{file}" is replaced by the path of the file to write, "{seconds}" by the limit.
         describe: function that returns a line of text from the result.
         read: function that returns the result from the content of the written file.
+        needs_data: whether the step is skipped if the step "data" has not succeeded.
     """
 
     name: str
@@ -73,29 +80,42 @@ class Step:
     command: Sequence[str]
     describe: Callable[[dict], str]
     read: Callable[[str], dict] = json.loads
+    needs_data: bool = False
 
 
-def perform(steps: Sequence[Step], deadline: float, results: Path, logs: Path) -> list[tuple[str, str, str, str]]:
+def perform(
+    steps: Sequence[Step], deadline: float, results: Path, logs: Path, about: dict
+) -> list[tuple[str, str, str, str]]:
     """Run the steps one after the other, write the result of each to gpu_NAME.json, and print a line for each.
+
+    A result of an earlier run with the status "ok" is kept if the step does not succeed again.
 
     Args:
         steps: the steps. The result of the first one, with device and versions, is added to all results.
         deadline: value of time.monotonic() at which the last step must end.
         results: folder of the results, which is created.
         logs: folder of the logs, which is created.
+        about: further entries of all results, such as the commit.
 
     Returns:
-        Name, status ("ok", "failed (exit code N)" or "stopped after N s"), seconds and description of each step.
+        Name, status ("ok", "failed (exit code N)", "stopped after N s" or "skipped"), seconds and description of each
+        step.
     """
     results.mkdir(parents=True, exist_ok=True)
     logs.mkdir(parents=True, exist_ok=True)
-    machine_and_versions: dict = {"device": None, "versions": None}
-    rows = []
+    about = {"device": None, "versions": None, **about}
+    rows: list[tuple[str, str, str, str]] = []
     for number, step in enumerate(steps, 1):
+        if step.needs_data and any(name == _DATA and status != "ok" for name, status, *_ in rows):
+            rows.append((step.name, "skipped", "0", "there is no data"))
+            print(f"[{number}/{len(steps)}] {step.name}: skipped; there is no data", flush=True)
+            continue
         start = time.monotonic()
         log, file = logs / f"{step.name}.log", logs / f"{step.name}.out"
         file.unlink(missing_ok=True)
         limit = max(1.0, step.fraction * (deadline - start))
+        if step is steps[0]:
+            limit = max(_IMPORT_SECONDS, limit)  # all results need it
         filled = [part.replace("{file}", str(file)).replace("{seconds}", f"{limit:.0f}") for part in step.command]
         status, seconds = run_limited([sys.executable, *filled], log, limit), time.monotonic() - start
         result, text = {}, ""
@@ -104,20 +124,35 @@ def perform(steps: Sequence[Step], deadline: float, results: Path, logs: Path) -
             text = step.describe(result)
         except (OSError, ValueError, KeyError, ElementTree.ParseError):
             status = "failed (no result)" if status == "ok" else status
-        if step is steps[0] and status == "ok":
-            machine_and_versions = result
+        if step is steps[0]:
+            about |= result
         if status != "ok":
-            lines = log.read_text(errors="replace").split("\n")
-            result = {**result, "last_lines_of_log": [line for line in lines if line.strip()][-10:]}
+            result = {**result, "last_lines_of_log": _last_lines(log)}
             text = "; ".join(filter(None, (text, f"see {log}")))
-        about = {"status": status, "step_seconds": seconds, "date": f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC"}
-        with replacing(results / f"gpu_{step.name}.json") as partial:
-            partial.write_text(
-                json.dumps({**result, **about, **machine_and_versions}, indent=1, ensure_ascii=False) + "\n"
-            )
+        when = f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC"
+        result = {**result, "status": status, "step_seconds": seconds, "date": when, **about}
+        written = results / f"gpu_{step.name}.json"
+        if status != "ok" and _is_ok(written):
+            text += f"; the earlier {written.name} is kept"
+        else:
+            with replacing(written) as partial_file:
+                partial_file.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
         print(f"[{number}/{len(steps)}] {step.name}: {status}, {seconds:.0f} s; {text}", flush=True)
         rows.append((step.name, status, f"{seconds:.0f}", text))
     return rows
+
+
+def _is_ok(result: Path) -> bool:
+    try:
+        return json.loads(result.read_text())["status"] == "ok"
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _last_lines(log: Path) -> list[str]:
+    """Return the last ten lines of a log, with only the names of files and folders instead of absolute paths."""
+    lines = [line for line in log.read_text(errors="replace").split("\n") if line.strip()]
+    return [_ABSOLUTE_PATH.sub(r"\1", line) for line in lines[-10:]]
 
 
 def run_limited(command: Sequence[str], log: Path, seconds: float) -> str:
@@ -164,7 +199,7 @@ def environment(device: str) -> dict:
     if device == "cuda":
         found["gpu_bytes"] = torch.cuda.get_device_properties(0).total_memory
         if command := shutil.which("nvidia-smi"):
-            query = [command, "--query-gpu=driver_version", "--format=csv,noheader"]
+            query = [command, "-i", "0", "--query-gpu=driver_version", "--format=csv,noheader"]
             found["driver"] = subprocess.run(query, capture_output=True, text=True).stdout.strip()
         found |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
     versions = {"python": platform.python_version()}
@@ -186,10 +221,21 @@ def prepare(arguments: argparse.Namespace) -> dict:
     }
 
 
-def counts(junit: str) -> dict[str, int]:
-    """Return the numbers "tests", "failures", "errors" and "skipped" from pytest's file of --junitxml."""
+def counts(junit: str, may_skip: bool = False) -> dict[str, int]:
+    """Return the numbers "tests", "failures", "errors" and "skipped" from pytest's file of --junitxml.
+
+    Args:
+        junit: content of the file.
+        may_skip: whether all tests may be skipped.
+
+    Raises:
+        ValueError: all tests were skipped.
+    """
     suite = next(ElementTree.fromstring(junit).iter("testsuite"))
-    return {name: int(suite.attrib[name]) for name in ("tests", "failures", "errors", "skipped")}
+    found = {name: int(suite.attrib[name]) for name in ("tests", "failures", "errors", "skipped")}
+    if found["skipped"] == found["tests"] and not may_skip:
+        raise ValueError("all tests were skipped")
+    return found
 
 
 def steps(arguments: argparse.Namespace) -> list[Step]:
@@ -209,17 +255,21 @@ def steps(arguments: argparse.Namespace) -> list[Step]:
     return [
         Step(_ENVIRONMENT, 0.1, [*own, _ENVIRONMENT], _machine),
         Step(_DATA, 0.5, [*own, _DATA], lambda its: f"{its['plans']}, patches {its['patch_size']}"),
-        Step("tests", 0.25, tests, lambda its: ", ".join(f"{count} {name}" for name, count in its.items()), counts),
-        Step("train_step", 0.5, train_step, _times),
-        Step("loader", 0.35, loader, _times),
+        Step("tests", 0.25, tests, _counted, partial(counts, may_skip=arguments.device != "cuda")),
+        Step("train_step", 0.5, train_step, _times, needs_data=True),
+        Step("loader", 0.35, loader, _times, needs_data=True),
         Step("losses", 0.5, losses, _times),
-        Step("training", 1.0, training, _trained),
+        Step("training", 1.0, training, _trained, needs_data=True),
     ]
 
 
 def _machine(result: dict) -> str:
     torch_version, nnunet_version = (result["versions"].get(name) for name in ("torch", "nnunetv2"))
     return f"{result['device']}, torch {torch_version}, nnunetv2 {nnunet_version}, commit {result['commit']}"
+
+
+def _counted(result: dict) -> str:
+    return ", ".join(f"{count} {name}" for name, count in result.items())
 
 
 def _times(result: dict) -> str:
@@ -235,16 +285,6 @@ def _trained(result: dict) -> str:
         + (f" of {statistics.median(its['seconds']):.3g} s" if its["seconds"] else "")
         for name, its in result["results"].items()
     )
-
-
-@contextmanager
-def _exiting_on_sigterm() -> Iterator[None]:
-    """Context in which SIGTERM raises SystemExit, which also ends the processes of the current step."""
-    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 def main() -> None:
@@ -263,6 +303,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--one", choices=(_ENVIRONMENT, _DATA), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.data is not None and not arguments.data.is_dir():
+        parser.error(f"--data: {arguments.data} is no folder")
     arguments.work = arguments.work.resolve()
     arguments.data = (arguments.data or arguments.work).resolve()
     if arguments.tiny:
@@ -275,9 +317,15 @@ def main() -> None:
     elif arguments.device == "cuda" and not torch.cuda.is_available():
         parser.exit(2, _NO_CUDA)
     else:
+        if arguments.minutes < _FEWEST_MINUTES:
+            print(f"warning: with less than {_FEWEST_MINUTES} minutes, most steps have no result; raise --minutes")
         deadline = time.monotonic() + 60 * arguments.minutes
-        with _exiting_on_sigterm():
-            rows = perform(steps(arguments), deadline, arguments.results, arguments.work / "gpu_check")
+        try:
+            with exiting_on_sigterm():
+                about, logs = {"commit": arguments.commit}, arguments.work / "gpu_check"
+                rows = perform(steps(arguments), deadline, arguments.results, logs, about)
+        except KeyboardInterrupt:
+            parser.exit(130, f"interrupted; the results of the finished steps are in {arguments.results}\n")
         print(f"\n{markdown(('step', 'status', 'seconds', 'result'), rows)}")
         sys.exit(any(status != "ok" for _, status, *_ in rows))
 

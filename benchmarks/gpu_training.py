@@ -66,7 +66,8 @@ def train(name: str, until: int, arguments: argparse.Namespace) -> None:
     trainer.num_val_iterations_per_epoch = max(1, arguments.iterations // 5)
     trainer.save_every = 1
     maybe_load_checkpoint(trainer, True, False)
-    torch.backends.cudnn.benchmark = True  # as nnUNetv2_train
+    torch.backends.cudnn.benchmark = True  # as nnUNetv2_train, like the number of threads
+    torch.set_num_threads(1 if device.type == "cuda" else os.cpu_count() or 1)
     file = Path(trainer.output_folder) / RECORD
     earlier_peak = read_record(file)["peak_bytes"]
     end_epoch = trainer.on_epoch_end

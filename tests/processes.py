@@ -91,3 +91,11 @@ def _run(code: str, arguments: list[str], cwd: str, environment: dict[str, str],
     for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
         del sys.modules[name]
     exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
+
+
+def is_running(process: int) -> bool:
+    """Return whether a process runs, and is not a zombie; requires /proc."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False

@@ -105,7 +105,10 @@ def _doctor(arguments: argparse.Namespace) -> int:
     if arguments.measure:
         if arguments.dataset is None:
             raise UsageError("--measure needs a data set; add -d ID")
-        device = device or _default_device()
+        require_nnunet()
+        from nnunet_dycon.inference.ensemble import choose_device
+
+        device = choose_device(device)
     elif device is not None:
         raise UsageError("-device is for --measure; add --measure")
     question = Question(
@@ -113,12 +116,6 @@ def _doctor(arguments: argparse.Namespace) -> int:
         not arguments.skip_duplicates,
     )  # fmt: skip
     return run_doctor(question, arguments.json)
-
-
-def _default_device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def add_demo(commands: Any) -> None:

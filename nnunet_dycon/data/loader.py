@@ -9,9 +9,7 @@ loader that cannot read a case returns a dict with the single key `FAULT` and th
 `nnunet_dycon.data.augmenters` then raises a UserError with this message in the main process.
 """
 
-import multiprocessing
 import os
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from copy import copy
@@ -32,6 +30,7 @@ from threadpoolctl import ThreadpoolController
 from nnunet_dycon.components.batches import LabeledBatch, UnlabeledBatch
 from nnunet_dycon.data.views import TwoViews, split_views, stronger
 from nnunet_dycon.errors import UserError, explained
+from nnunet_dycon.system.processes import end_with_parent
 
 _REMEDY = "preprocess it again"
 FAULT = "fault"  # the only key of the dict that replaces a batch if a case cannot be read; its value is the message
@@ -121,17 +120,6 @@ def naming_unreadable_cases(trainer: nnUNetTrainer) -> Iterator[None]:
         raise
 
 
-def _end_with_parent() -> None:
-    """End this process as soon as its parent process has ended; to be run in a thread.
-
-    Otherwise, the workers of a killed training would continue to run and to occupy memory.
-    """
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
 class LabeledLoader(nnUNetDataLoader):
     """nnU-Net's data loader, which returns an error message instead of a batch if a case cannot be read.
 
@@ -159,7 +147,7 @@ class LabeledLoader(nnUNetDataLoader):
         batchgenerators calls this method in each worker process at its start.
         """
         super().set_thread_id(thread_id)
-        threading.Thread(target=_end_with_parent, daemon=True).start()
+        end_with_parent()
 
     def get_indices(self) -> Sequence[str]:
         self._drawn = super().get_indices()

@@ -34,12 +34,14 @@ from nnunet_dycon.doctor.findings import FAIL, NOTE, OK, WARNING, Finding, named
 from nnunet_dycon.errors import ONE_LINE, UserError
 from nnunet_dycon.inference.model_folders import trainer_class
 from nnunet_dycon.system.environment import nnunet_folder
-from nnunet_dycon.system.processes import peak_memory
+from nnunet_dycon.system.processes import end_with_parent, exiting_on_sigterm, peak_memory
 from nnunet_dycon.trainers.semi_supervised import SemiSupervisedTrainer
 
 NNUNET = "nnUNetTrainer"
-_WARM_UP, _MIN_STEPS, _MAX_STEPS = 3, 3, 20
-_SECONDS = 30.0  # for the measured steps of a trainer, unless _MIN_STEPS take longer
+_WARM_UP, _MIN_STEPS, _MAX_STEPS = 3, 3, 100
+_SECONDS = 20.0  # for the measured steps of a trainer, unless _MIN_STEPS take longer
+_VALIDATION_STEPS = 3
+_WIDE = 0.25  # distance of the quartiles, relative to the median, from which the times are called unsteady
 _SLOW_DATA = 0.2  # share of a step that waits for data, from which data loading is called the bottleneck
 _EPOCHS = (250, 1000)
 _NO_MEMORY = re.compile("out of memory|can't allocate memory|ALLOC_FAILED", re.IGNORECASE)
@@ -78,10 +80,12 @@ class Measurement:
         device: name of the device.
         labeled, unlabeled: number of patches per step.
         seconds: median duration of a training step.
+        quartiles: first and third quartile of the duration of a training step.
         parts: part of a step -> mean duration in seconds; "data" is the wait for a batch.
         first_step: duration of the first step, which includes torch.compile.
         validation_step: median duration of a validation step in seconds.
-        bytes: peak memory, reserved by PyTorch on a GPU, or resident on a CPU.
+        bytes: peak memory: reserved by PyTorch on a GPU, or resident in the process without those that prepare batches
+            on a CPU.
         steps: number of measured steps.
         hours: number of epochs -> hours of training and validation steps.
     """
@@ -91,6 +95,7 @@ class Measurement:
     labeled: int
     unlabeled: int
     seconds: float
+    quartiles: tuple[float, float]
     parts: dict[str, float]
     first_step: float
     validation_step: float
@@ -100,15 +105,21 @@ class Measurement:
 
     @property
     def as_text(self) -> str:
-        """One line with all values but the validation."""
+        """One line with the main values."""
         total = sum(self.parts.values())
         parts = ", ".join(f"{part} {share / total:.0%}" for part, share in self.parts.items())
         hours = ", ".join(f"{epochs} epochs {_duration(number)}" for epochs, number in self.hours.items())
         patches = f"{self.labeled} labeled" + (f" and {self.unlabeled} unlabeled" if self.unlabeled else "")
         return (
-            f"{self.trainer} on {self.device}: {self.seconds:.3g} s per step of {patches} patches ({parts}; median of "
-            f"{self.steps} steps, the first took {self.first_step:.3g} s), {self.bytes / 2**30:.3g} GiB; {hours}"
+            f"{self.trainer} on {self.device}: {self.seconds:.3g} s per step of {patches} patches (quartiles "
+            f"{self.quartiles[0]:.3g} and {self.quartiles[1]:.3g} s, {self.steps} steps, the first took "
+            f"{self.first_step:.3g} s): {parts}; peak memory {self.bytes / 2**30:.3g} GiB; {hours}"
         )
+
+    @property
+    def is_unsteady(self) -> bool:
+        """Whether the durations of the steps differ much, such as on a machine with other load."""
+        return self.quartiles[1] - self.quartiles[0] > _WIDE * self.seconds
 
     @property
     def bottleneck(self) -> str:
@@ -135,7 +146,7 @@ def examine_speed(
         remedy = f"run: nnunet_dycon preprocess_unlabeled {unlabeled.arguments}"
         yield Finding("speed", NOTE, "not measured, because the unlabeled cases are not preprocessed yet", remedy)
         return
-    with TemporaryDirectory(prefix="nnunet_dycon_doctor_") as scratch:
+    with exiting_on_sigterm(), TemporaryDirectory(prefix="nnunet_dycon_doctor_") as scratch:
         environment = _scratch_folders(Path(scratch), unlabeled)
         run = Run(
             trainer, unlabeled.plans.plans, unlabeled.configuration_name, unlabeled.dataset_json,
@@ -159,6 +170,9 @@ def examine_speed(
         results.append(asdict(usual))
         ratio = "" if own is None else f"; {trainer} takes {own.seconds / usual.seconds:.2g} times as long per step"
         yield Finding("speed", OK, f"{usual.as_text}{ratio}")
+        if any(each is not None and each.is_unsteady for each in (own, usual)):
+            message = "the times of the steps differ much, so the results are rough"
+            yield Finding("speed", NOTE, message, "measure again when no other program uses the machine")
 
 
 def _about_bottleneck(own: Measurement) -> Finding:
@@ -181,11 +195,12 @@ def _that_fits(run: Run, environment: dict[str, str], unlabeled: UnlabeledCases)
             )
     planner, dataset_id = run.plans["experiment_planner_used"], unlabeled.dataset_id
     for part in _SMALLER:
-        target, plans = _in_process(_plan, (dataset_id, planner, part), environment)
-        if run.configuration not in plans["configurations"]:
+        planned = _in_process(_plan, (dataset_id, planner, part), environment)
+        if planned is None or run.configuration not in planned[1]["configurations"]:
             continue
+        target, plans = planned
         name = plans["plans_name"]
-        # The images are those of the larger plans, resampled to the same spacing.
+        # The images of the larger plans suffice for patches of any size.
         plans["configurations"][run.configuration]["data_identifier"] = unlabeled.configuration.data_identifier
         smaller = _measured(replace(run, plans=plans), environment)
         if smaller is not None:
@@ -241,11 +256,14 @@ def _in_process(function, arguments: tuple, environment: dict[str, str]) -> Any:
     sender.close()
     try:
         result, error = receiver.recv()
+        process.join()
     except EOFError:  # the process has ended
         process.join()
         result = None
         error = None if process.exitcode == -signal.SIGKILL else f"it ended with exit code {process.exitcode}"
-    process.join()
+    finally:
+        process.kill()  # of an interrupted measurement; its own processes end with it
+        process.join()
     if error is not None:
         raise UserError(f"the training steps cannot be measured: {error}")
     return result
@@ -253,6 +271,8 @@ def _in_process(function, arguments: tuple, environment: dict[str, str]) -> Any:
 
 def _send_result(sender: Connection, function, arguments: tuple, environment: dict[str, str]) -> None:
     """Send (result, None), or (None, message of the error that was raised)."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is sent to all processes; the parent ends this one
+    end_with_parent()
     os.environ |= environment
     try:
         with open(os.devnull, "w") as nothing, redirect_stdout(nothing):  # nnU-Net prints
@@ -291,8 +311,8 @@ def measure(run: Run) -> Measurement | None:
     try:
         trainer.on_train_start()
         return _measure_steps(trainer, run)
-    except (RuntimeError, MemoryError) as error:  # on a GPU OutOfMemoryError, else RuntimeError
-        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or _NO_MEMORY.search(str(error)):
+    except (RuntimeError, MemoryError, SystemExit) as error:
+        if _lacks_memory(error):
             return None
         raise
     finally:
@@ -300,7 +320,18 @@ def measure(run: Run) -> Measurement | None:
             getattr(augmenter, "_finish", lambda: None)()
 
 
+def _lacks_memory(error: BaseException | None) -> bool:
+    """Return whether an error, or one that caused it, is a lack of memory. A trainer turns it into a SystemExit."""
+    while error is not None:
+        is_named = isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error))  # on a CPU or MPS
+        if is_named or isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+            return True
+        error = error.__context__
+    return False
+
+
 def _measure_steps(trainer: Any, run: Run) -> Measurement:
+    _drain(trainer.dataloader_train)
     trainer.on_train_epoch_start()
     first, *_ = [sum(_timed_step(trainer)[:2]) for _ in range(_WARM_UP)]
     trainer.on_train_epoch_start()  # with new clocks
@@ -318,13 +349,21 @@ def _measure_steps(trainer: Any, run: Run) -> Measurement:
     else:
         parts = {"data": statistics.fmean(waits), "step": statistics.fmean(computations)}
     validation = _validation_seconds(trainer)
-    per_epoch = statistics.median(seconds) * trainer.num_iterations_per_epoch
+    lower, median, upper = statistics.quantiles(seconds, n=4, method="inclusive")
+    per_epoch = median * trainer.num_iterations_per_epoch
     per_epoch += validation * trainer.num_val_iterations_per_epoch
     return Measurement(
         run.trainer, _device_name(trainer.device), trainer.batch_size, getattr(trainer, "unlabeled_batch_size", 0),
-        statistics.median(seconds), parts, first, validation, _peak_memory(trainer.device), len(seconds),
+        median, (lower, upper), parts, first, validation, _peak_memory(trainer.device), len(seconds),
         {epochs: epochs * per_epoch / 3600 for epochs in _EPOCHS},
     )  # fmt: skip
+
+
+def _drain(augmenter: Any) -> None:
+    """Take all batches that were prepared in advance, since a step would not wait for them."""
+    # Augmenters with processes have two queues of this length, and each process holds a batch.
+    for _ in range(2 * getattr(augmenter, "num_cached", 0) + getattr(augmenter, "num_processes", 0)):
+        next(augmenter)
 
 
 def _timed_step(trainer: Any) -> tuple[float, float, dict]:
@@ -332,14 +371,16 @@ def _timed_step(trainer: Any) -> tuple[float, float, dict]:
     start = perf_counter()
     batch = next(trainer.dataloader_train)
     loaded = perf_counter()
-    output = trainer.train_step(batch)  # ends with a copy from the GPU, that is, when the step is done
+    # It waits for the GPU: at its end in nnU-Net's trainer, before the update of the weights in ours.
+    output = trainer.train_step(batch)
     return loaded - start, perf_counter() - loaded, output
 
 
 def _validation_seconds(trainer: Any) -> float:
     trainer.on_validation_epoch_start()
+    _drain(trainer.dataloader_val)
     seconds = []
-    for _ in range(3):  # the first one may compile
+    for _ in range(1 + _VALIDATION_STEPS):  # the first one may compile
         start = perf_counter()
         with torch.no_grad():
             trainer.validation_step(next(trainer.dataloader_val))
@@ -348,7 +389,10 @@ def _validation_seconds(trainer: Any) -> float:
 
 
 def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"cpu ({threads} thread{'s' * (threads != 1)})" if device.type == "cpu" else device.type
 
 
 def _peak_memory(device: torch.device) -> int:

@@ -105,10 +105,11 @@ def choose_device(wanted: str | None) -> str:
     """Return the requested device; for None, cuda if available, else cpu.
 
     Raises:
-        UsageError: cuda is requested, but not available.
+        UsageError: cuda or mps is requested, but not available.
     """
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise UsageError("no CUDA device is available; omit -device or use -device cpu")
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available.get(wanted or "cpu", True):
+        raise UsageError(f"no {str(wanted).upper()} device is available; omit -device or use -device cpu")
     return wanted or ("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -1,10 +1,14 @@
 """Parallel processing of cases in worker processes."""
 
 import multiprocessing
+import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -51,6 +55,37 @@ def map_cases(
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def exiting_on_sigterm() -> Iterator[None]:
+    """Context in which SIGTERM raises SystemExit, so that processes and folders of this process are cleaned up.
+
+    Only the main thread can change the handling of signals; in other threads nothing is changed.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def end_with_parent() -> None:
+    """Start a thread that ends this process as soon as its parent process has ended.
+
+    Otherwise, it would continue to run and to occupy memory after its parent was killed.
+    """
+
+    def wait_and_end() -> None:
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=wait_and_end, daemon=True).start()
 
 
 def peak_memory() -> int:

@@ -15,7 +15,8 @@ from benchmarks import gpu_check
 from benchmarks.gpu_check import Step, counts, perform, run_limited, steps
 from benchmarks.gpu_training import alternate
 
-ABOUT = {"device": "GPU", "versions": {"torch": "2.6"}, "commit": "abc"}
+COMMIT = {"commit": "abc"}
+ABOUT = {"device": "GPU", "versions": {"torch": "2.6"}}
 WRITE = "import sys, pathlib; pathlib.Path(sys.argv[1]).write_text(sys.argv[2]);"
 
 
@@ -47,9 +48,9 @@ def test_a_failed_or_stopped_step_does_not_stop_the_others(tmp_path, capsys):
         stand_in("failing", "raise SystemExit(3)", {"results": 1}),
         stand_in("hanging", "import time; time.sleep(60)", {"results": 2}, fraction=0.01),
         Step("silent", 0.9, ["-c", ""], str),
-        stand_in("last", "", {"results": 3, "commit": "of the copy"}),
+        stand_in("last", "", {"results": 3, "commit": "unknown"}),
     ]
-    rows = perform(performed, time.monotonic() + 100, tmp_path / "results", tmp_path / "logs")
+    rows = perform(performed, time.monotonic() + 100, tmp_path / "results", tmp_path / "logs", COMMIT)
     assert [row[:2] for row in rows] == [
         ("environment", "ok"),
         ("failing", "failed (exit code 3)"),
@@ -67,15 +68,48 @@ def test_a_failed_or_stopped_step_does_not_stop_the_others(tmp_path, capsys):
     ]
     written = {file.stem: json.loads(file.read_text()) for file in files}
     for its in written.values():
-        assert its.items() >= ABOUT.items()
+        assert its.items() >= (ABOUT | COMMIT).items()
     assert written["gpu_hanging"]["results"] == 2
     assert written["gpu_hanging"]["status"] == "stopped after 1 s"
 
 
 def test_result_of_an_earlier_run_is_not_used(tmp_path):
     (tmp_path / "silent.out").write_text("{}")
-    ((_, status, *_),) = perform([Step("silent", 0.9, ["-c", ""], str)], time.monotonic() + 100, tmp_path, tmp_path)
+    steps = [Step("silent", 0.9, ["-c", ""], str)]
+    ((_, status, *_),) = perform(steps, time.monotonic() + 100, tmp_path, tmp_path, COMMIT)
     assert status == "failed (no result)"
+
+
+def test_successful_result_is_not_replaced_by_that_of_a_stopped_step(tmp_path, capsys):
+    deadline = time.monotonic() + 100
+    for code in ("", "raise SystemExit(1)"):
+        environment = stand_in("environment", "", ABOUT)
+        perform([environment, stand_in("losses", code, {"results": code})], deadline, tmp_path, tmp_path, COMMIT)
+    written = json.loads((tmp_path / "gpu_losses.json").read_text())
+    assert (written["status"], written["results"]) == ("ok", "")
+    assert "failed (exit code 1)" in capsys.readouterr().out
+
+
+def test_device_and_versions_are_kept_if_their_step_is_stopped_after_its_result(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check, "_IMPORT_SECONDS", 1)
+    steps = [stand_in("environment", "import time; time.sleep(60)", ABOUT, 0), stand_in("losses", "", {})]
+    rows = perform(steps, time.monotonic() + 100, tmp_path, tmp_path, COMMIT)
+    assert [status for _, status, *_ in rows] == ["stopped after 1 s", "ok"]
+    assert json.loads((tmp_path / "gpu_losses.json").read_text()).items() >= (ABOUT | COMMIT).items()
+
+
+def test_steps_that_need_data_are_skipped_without_it(tmp_path, capsys):
+    steps = [stand_in("data", "raise SystemExit(1)", {}), Step("training", 0.9, ["-c", ""], str, needs_data=True)]
+    rows = perform(steps, time.monotonic() + 100, tmp_path, tmp_path, COMMIT)
+    assert [status for _, status, *_ in rows] == ["failed (exit code 1)", "skipped"]
+    assert "[2/2] training: skipped; there is no data" in capsys.readouterr().out
+
+
+def test_results_contain_no_absolute_paths(tmp_path):
+    code = "print('File \"/home/me/.venv/lib/torch/nn.py\", line 3: /data/LA is no folder'); raise SystemExit(1)"
+    perform([stand_in("failing", code, {})], time.monotonic() + 100, tmp_path, tmp_path, COMMIT)
+    (line,) = json.loads((tmp_path / "gpu_failing.json").read_text())["last_lines_of_log"]
+    assert line == 'File "nn.py", line 3: LA is no folder'
 
 
 def test_limits_are_fractions_of_the_time_left(tmp_path, monkeypatch):
@@ -90,9 +124,10 @@ def test_limits_are_fractions_of_the_time_left(tmp_path, monkeypatch):
 
     monkeypatch.setattr(gpu_check, "run_limited", run)
     monkeypatch.setattr(gpu_check, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(gpu_check, "_IMPORT_SECONDS", 12)
     performed = [Step("step", fraction, ["{seconds}"], str) for fraction in (0.1, 0.5, 1.0)]
-    perform(performed, 100, tmp_path, tmp_path)
-    assert limits == [10, 45, 80]
+    perform(performed, 100, tmp_path, tmp_path, COMMIT)
+    assert limits == [12, 45, 80]
 
 
 def test_time_limit_ends_the_processes_of_a_step(tmp_path):
@@ -157,6 +192,16 @@ def test_without_cuda_one_line_is_printed_before_any_work(monkeypatch, tmp_path,
 def test_counts_of_tests():
     suite = '<testsuites><testsuite errors="1" failures="2" skipped="3" tests="9"></testsuite></testsuites>'
     assert counts(suite) == {"tests": 9, "failures": 2, "errors": 1, "skipped": 3}
+    skipped = suite.replace('"9"', '"3"')
+    assert counts(skipped, may_skip=True)["skipped"] == 3
+    with pytest.raises(ValueError, match="all tests were skipped"):
+        counts(skipped)
+
+
+def test_missing_data_folder_is_refused(parsed, capsys):
+    with pytest.raises(IndexError):  # the check does not start
+        parsed("--data", "nowhere")
+    assert "--data: nowhere is no folder" in capsys.readouterr().err
 
 
 class Trainings:

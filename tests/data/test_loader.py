@@ -26,6 +26,7 @@ from nnunet_dycon.data.loader import (
     to_batches,
 )
 from nnunet_dycon.data.views import TwoViews, split_views, stronger
+from tests.processes import is_running
 from tests.tiny import LABELED, UNLABELED
 
 PATCH = (16, 24, 24)
@@ -217,13 +218,6 @@ def start_workers_and_die(connection) -> None:
     next(batches)
     connection.send([process.pid for process in batches._processes])
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-def is_running(process: int) -> bool:
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="requires /proc")
