@@ -77,7 +77,7 @@ def _plan_and_preprocess(dataset_id: int) -> None:
     plans_file = Path(os.environ["nnUNet_preprocessed"]) / convert_id_to_dataset_name(dataset_id) / "nnUNetPlans.json"
     plans = json.loads(plans_file.read_text())
     architecture = plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
-    architecture["features_per_stage"] = [8 * 2**i for i in range(architecture["n_stages"])]
+    architecture["features_per_stage"] = [4, 6, 8, *[8] * (architecture["n_stages"] - 3)]
     plans_file.write_text(json.dumps(plans, indent=2))
     preprocess([dataset_id], configurations=["3d_fullres"], num_processes=[1])
 
