@@ -1,18 +1,9 @@
 """All sub-commands of nnunet_dycon."""
 
+from nnunet_dycon.cli import build_parser
 from nnunet_dycon.registry import CONVERTERS
 
 COMMANDS = [
-    "convert",
+    *build_parser()._subparsers._group_actions[0].choices,
     *(f"convert {name}" for name in CONVERTERS),
-    "preprocess_unlabeled",
-    "trainers_path",
-    "list",
-    "evaluate",
-    "compare",
-    "export_vanilla",
-    "predict_both",
-    "predict_uncertainty",
-    "doctor",
-    "demo",
 ]

@@ -2,9 +2,13 @@
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import SimpleITK as sitk
 
 from nnunet_dycon.cli import build_parser
 from nnunet_dycon.registry import RECOMMENDED, TRAINERS
@@ -71,3 +75,16 @@ def test_commands_are_written_as_the_parser_wants_them(page):
 
 def test_the_two_commands_are_on_the_first_screen():
     assert {"make demo", "make test"} <= {line.split("#")[0].strip() for line in README.splitlines()[:25]}
+
+
+def test_script_for_scribbles_changes_the_values(tmp_path):
+    (script,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "sparse_annotations.md").read_text(), re.DOTALL)
+    voxels = np.array([[[0, 1, 2, 3]]], np.uint8)
+    image = sitk.GetImageFromArray(voxels)
+    image.SetSpacing((1, 2, 3))
+    (tmp_path / "scribbles").mkdir()
+    sitk.WriteImage(image, str(tmp_path / "scribbles" / "case.nii.gz"))
+    subprocess.run([sys.executable, "-c", script, "scribbles", "new/labelsTr", "3"], cwd=tmp_path, check=True)
+    changed = sitk.ReadImage(str(tmp_path / "new" / "labelsTr" / "case.nii.gz"))
+    assert sitk.GetArrayFromImage(changed).tolist() == [[[3, 1, 2, 0]]]
+    assert changed.GetSpacing() == (1, 2, 3)

@@ -11,7 +11,8 @@ import pytest
 import torch
 from batchgenerators.utilities.file_and_folder_operations import load_pickle, write_pickle
 
-from nnunet_dycon.data.loader import UnlabeledDataset
+from nnunet_dycon.components.batches import StudentOutput
+from nnunet_dycon.data.loader import UnlabeledDataset, to_batches
 from nnunet_dycon.errors import UserError
 from nnunet_dycon.registry import RECOMMENDED
 from nnunet_dycon.trainers import trainer_class
@@ -21,7 +22,7 @@ from nnunet_dycon.training import pseudo_label_page
 from nnunet_dycon.training.run_record import record_file
 from tests.tiny import set_environment
 from tests.trainers.label_spaces import dataset_of
-from tests.trainers.training import deterministic, draw_no_pictures, make_trainer, seed_everything
+from tests.trainers.training import METHODS, deterministic, draw_no_pictures, make_trainer, seed_everything
 
 CASES, SCANS = ["case_00", "case_01", "case_02"], ["scan_00", "scan_01"]
 
@@ -161,6 +162,36 @@ def test_without_any_unlabeled_voxel_both_ways_are_named(sparse_root):
     )
     with pytest.raises(SystemExit, match=message):
         start(sparse_root)
+
+
+# Mixing by copy-paste exchanges voxels between labeled and unlabeled images.
+_WITHOUT_COPY_PASTE = [name for name in METHODS if name != "nnUNetTrainerBCP"]
+_COMPARING = {"nnUNetTrainerUGPL", "nnUNetTrainerCPS", "nnUNetTrainerDyCONCoTraining"} | {
+    name for name in METHODS if name.startswith("nnUNetTrainerDyCON")
+}
+
+
+@pytest.mark.parametrize("name", _WITHOUT_COPY_PASTE)
+def test_methods_that_learn_from_ignored_voxels_of_labeled_patches(sparse_root, name):
+    """As in docs/sparse_annotations.md: only the terms that compare two predictions of all images."""
+    trainer = make_trainer(deterministic(trainer_class(name), 1), dataset=sparse_root.name)
+    trainer.on_train_start()
+    trainer.on_train_epoch_start()
+    trainer._lock.close()
+    outputs = []
+
+    def student(images: torch.Tensor) -> StudentOutput:
+        outputs.append(trainer._student(images))
+        outputs[-1].logits[0].retain_grad()
+        return outputs[-1]
+
+    labeled, unlabeled = to_batches(next(trainer.dataloader_train), trainer.device)
+    trainer.method(student, labeled, unlabeled, 1.0)["loss"].backward()
+    gradient = outputs[0].logits[0].grad[: len(labeled)]
+    ignored = (labeled.full_resolution == ignore_label(sparse_root)).expand_as(gradient)
+    assert 0 < ignored.float().mean() < 1
+    assert gradient[~ignored].any()
+    assert bool(gradient[ignored].any()) == (name in _COMPARING)
 
 
 def test_unreadable_image_is_named_with_the_remedy_for_labeled_cases(sparse_root):
