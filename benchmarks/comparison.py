@@ -27,7 +27,7 @@ import csv
 import hashlib
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from datetime import date
@@ -253,7 +253,7 @@ def _settings(trainer: str) -> set[str]:
     return {field.name for settings in found if settings for field in fields(settings)} - set(_BUDGET)
 
 
-def compare(data_set: DataSet, description: str | None) -> None:
+def compare(data_set: DataSet, description: str | None, argv: Sequence[str] | None = None) -> None:
     """Run the command line of a benchmark, such as `python -m benchmarks.la`.
 
     All requested runs whose scores are not in the CSV yet are trained, predicted and scored.
@@ -261,6 +261,7 @@ def compare(data_set: DataSet, description: str | None) -> None:
     Args:
         data_set: the data set of the benchmark.
         description: text of --help.
+        argv: the command-line arguments; None for those of this process.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, data_set)
@@ -282,7 +283,7 @@ def compare(data_set: DataSet, description: str | None) -> None:
                         "products on a CPU; bfloat16 is twice as fast on a CPU that supports it, and is emulated with "
                         "rounded float32 on others (default: %(default)s)")  # fmt: skip
     parser.add_argument("--jobs", type=int, default=1, help="number of parallel runs; on a CPU each uses one core")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     labeled_sets = [
         LabeledSet(labels, draw) for draw in getattr(arguments, "draws", [0]) for labels in arguments.labels
     ]

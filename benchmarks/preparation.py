@@ -51,16 +51,19 @@ class DataSet:
 
     Attributes:
         name: name in DatasetXXX_NAME.
-        table: name of the CSV in results, and of the JSON file in protocols if there is one, without ending.
+        table: name of the CSV in results, and of the JSON file in protocols if there is one, without ending. See also
+            `protocol`.
         first_id: offset of dataset IDs. With N labeled cases and draw K, the ID is 1000 K + first_id + N.
         labels: numbers of labeled cases with which methods can be compared, ascending.
         training_cases: number of training cases, which are all labeled for the upper bound.
-        spacing: default isotropic voxel spacing in mm.
+        spacing: default voxel spacing in mm.
         features: default number of features of each stage of the network, the last one repeated; empty for those of
             nnU-Net's plans.
         iterations: default number of training iterations.
         needs_data: whether the user must provide a folder with the data.
         draws: whether several draws of labeled cases are supported.
+        slice_spacing: voxel spacing along the first axis (Z) in mm, if it differs from that along the others.
+        protocol: name of the JSON file in protocols, if it differs from `table`.
     """
 
     name: str
@@ -73,6 +76,8 @@ class DataSet:
     iterations: int
     needs_data: bool = True
     draws: bool = False
+    slice_spacing: float | None = None
+    protocol: str | None = None
 
     @property
     def all_labeled(self) -> LabeledSet:
@@ -112,7 +117,7 @@ def add_arguments(parser: argparse.ArgumentParser, data_set: DataSet) -> None:
         )
     parser.add_argument("--work", type=Path, required=True, help="folder for data sets, models and logs")
     parser.add_argument(
-        "--spacing", type=float, default=data_set.spacing, help="isotropic voxel spacing in mm (default: %(default)s)"
+        "--spacing", type=float, default=data_set.spacing, help="voxel spacing in mm (default: %(default)s)"
     )
     parser.add_argument(
         "--features", type=int, nargs="*", default=list(data_set.features), help="features of each stage of the "
@@ -150,7 +155,10 @@ class Preparation:
         self.features: list[int] = arguments.features
         self.device: str = arguments.device
         width = f"_{'_'.join(map(str, self.features))}f" if self.features else ""
-        self.plans = f"nnUNetPlans_{self.spacing:g}mm{width}".replace(".", "p")
+        across = data_set.slice_spacing or self.spacing
+        self._target_spacing = [f"{each:g}" for each in (across, self.spacing, self.spacing)]  # Z, Y, X
+        thickness = "" if across == self.spacing else f"_z{across:g}mm"
+        self.plans = f"nnUNetPlans_{self.spacing:g}mm{thickness}{width}".replace(".", "p")
 
     @property
     def folders(self) -> dict[str, str]:
@@ -172,7 +180,7 @@ class Preparation:
     def convert(self, converter: str, labeled: LabeledSet, *options: str) -> None:
         """Write the raw data set of a labeled set with `nnunet_dycon convert`.
 
-        benchmarks/protocols/TABLE.json lists the cases, where TABLE is `DataSet.table`.
+        benchmarks/protocols/NAME.json lists the cases, where NAME is `DataSet.protocol` or `DataSet.table`.
 
         Args:
             converter: name of the converter, such as "la".
@@ -181,7 +189,8 @@ class Preparation:
         """
         file = self.work / "splits" / f"{self.dataset(labeled)}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(split(HERE / "protocols" / f"{self.data_set.table}.json", labeled), indent=1))
+        protocol = HERE / "protocols" / f"{self.data_set.protocol or self.data_set.table}.json"
+        file.write_text(json.dumps(split(protocol, labeled), indent=1))
         arguments = ["-i", str(self.data), "-d", str(self.dataset_id(labeled)), "--split", str(file), *options]
         self.command("nnunet_dycon.cli:main", "convert", converter, *arguments)
 
@@ -252,7 +261,7 @@ class Preparation:
                 shutil.copy(raw / "dataset.json", plans.parent)  # which planning would have done
             else:
                 self.command("nnunetv2.experiment_planning.plan_and_preprocess_entrypoints:plan_experiment_entry",
-                             "-d", dataset, "-overwrite_target_spacing", *[f"{self.spacing:g}"] * 3,
+                             "-d", dataset, "-overwrite_target_spacing", *self._target_spacing,
                              "-overwrite_plans_name", self.plans)  # fmt: skip
         if not is_upper_bound:
             self._narrow(plans)
@@ -262,7 +271,7 @@ class Preparation:
         if len(list((plans.parent / identifier).glob("*.pkl"))) < labeled.labels:
             entry = "nnunetv2.experiment_planning.plan_and_preprocess_entrypoints:preprocess_entry"
             self.command(entry, *which)
-        if not is_upper_bound:
+        if (raw / FOLDERS[UNLABELED][0]).is_dir():
             self.command("nnunet_dycon.cli:main", "preprocess_unlabeled", *which)
 
     def _narrow(self, file: Path) -> None:

@@ -1,7 +1,7 @@
 """Check of sparse annotations: the share of voxels that are annotated, for each label."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from nnunet_dycon.data.dataset_json import ignore_label, values_by_name
 from nnunet_dycon.data.label_values import sparsely_annotated
@@ -11,7 +11,9 @@ from nnunet_dycon.errors import counted
 _FEW_VOXELS = 50  # of a label in all cases; with fewer, a network hardly learns the label
 
 
-def examine_annotation(counts: Mapping[str, Mapping[int, int]], dataset_json: dict) -> Iterator[Finding]:
+def examine_annotation(
+    counts: Mapping[str, Mapping[int, int]], dataset_json: dict, spacing: Sequence[float] | None = None
+) -> Iterator[Finding]:
     """Check the annotation of a data set with an ignore label; yield nothing if all voxels are annotated.
 
     Yield a NOTE with the annotated share per label, and a WARNING for each problem: cases without any annotation, a
@@ -20,6 +22,7 @@ def examine_annotation(counts: Mapping[str, Mapping[int, int]], dataset_json: di
     Args:
         counts: case identifier -> label value -> number of voxels, as from `count_labels`.
         dataset_json: content of dataset.json.
+        spacing: spacing in mm to which the cases were resampled; None for cases that are not preprocessed.
     """
     ignore, sparse = ignore_label(dataset_json), sparsely_annotated(counts, dataset_json)
     if ignore is None or not sparse:
@@ -37,7 +40,14 @@ def examine_annotation(counts: Mapping[str, Mapping[int, int]], dataset_json: di
     )
     if empty := [case for case in sparse if not counts[case].keys() - {ignore}]:
         message = counted(empty, "labeled case has no annotation", "labeled cases have no annotation")
-        yield Finding("annotation", WARNING, message, "move them to imagesUn, and plan and preprocess with --clean")
+        remedy = "move them to imagesUn, and plan and preprocess with --clean"
+        if spacing is not None:
+            target = " x ".join(f"{length:.3g}" for length in spacing)
+            remedy += (
+                f"; if they have annotation in labelsTr, resampling to {target} mm has removed it: annotate thicker "
+                "strokes, or plan a finer spacing"
+            )
+        yield Finding("annotation", WARNING, message, remedy)
     if not named["background"]:
         message = "no voxel is annotated as background, so the network learns to predict foreground everywhere"
         yield Finding("annotation", WARNING, message, "also annotate some background")

@@ -219,7 +219,7 @@ def check_labeled(training: Training) -> Iterator[Finding]:
         yield Finding("labeled", WARNING, message, "check the label files; the network cannot learn this label")
     if not found:
         yield Finding("labeled", OK, f"{_cases(len(labeled))} in {folder}")
-    yield from examine_annotation(training.label_counts, unlabeled.dataset_json)
+    yield from examine_annotation(training.label_counts, unlabeled.dataset_json, unlabeled.configuration.spacing)
 
 
 def _cases(number: int) -> str:

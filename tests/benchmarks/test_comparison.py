@@ -15,6 +15,7 @@ import torch
 
 from benchmarks.comparison import COLUMNS, Benchmark, Run, compare
 from benchmarks.hippocampus import HIPPOCAMPUS
+from benchmarks.hippocampus_sparse import ANNOTATIONS
 from benchmarks.la import LEFT_ATRIUM
 from benchmarks.phantom import LESION_RADII, PHANTOMS, SEED, SHAPE
 from benchmarks.preparation import HERE, UPPER_BOUND, LabeledSet, Preparation, split, trainer_class
@@ -120,6 +121,30 @@ def test_references_of_unlabeled_cases_are_outside_of_the_training_data(monkeypa
     assert raw not in references.parents
     assert not unlabeled & {path.name for path in (raw / "labelsTr").iterdir()}
     assert preparation.references(LabeledSet(1), "val") == raw / "labelsVal"
+
+
+@pytest.mark.parametrize("annotation", ["sparse", "sparse_alone"])
+def test_sparse_data_sets_are_made_from_the_complete_one(monkeypatch, tmp_path, annotation):
+    commands = []
+
+    def run(preparation, entry_point, command, *arguments):
+        commands.append((command, arguments))
+        target = arguments[arguments.index("-o" if command == "sparsify" else "-d") + 1]
+        made = preparation.raw(LabeledSet(8))
+        assert str(preparation.dataset_id(LabeledSet(8))) == target
+        (made / "imagesUn").mkdir(parents=True)
+
+    monkeypatch.setattr(Preparation, "command", run)
+    chosen = ANNOTATIONS[annotation]
+    about = Namespace(work=tmp_path, data=tmp_path, spacing=2.0, features=[16], device="cpu")
+    preparation = Preparation(about, chosen)
+    chosen.write(preparation, LabeledSet(8))
+    assert [command for command, _ in commands] == ["convert", "sparsify"]
+    assert commands[1][1][:2] == ("-d", "508")
+    raw = preparation.raw(LabeledSet(8))
+    assert raw.name == f"Dataset{608 if annotation == 'sparse' else 708}_Hippocampus_Every8"
+    assert (raw / "imagesUn").is_dir() == (annotation == "sparse")
+    assert preparation.plans == "nnUNetPlans_2mm_z1mm_16f"
 
 
 def test_upper_bound_is_run_once_for_all_numbers_of_labels(monkeypatch, tmp_path):

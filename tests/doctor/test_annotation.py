@@ -41,6 +41,12 @@ def test_warnings(counts, message):
     assert warning.remedy
 
 
+def test_annotation_can_be_lost_by_resampling():
+    counts = {"a": {0: 500, 1: 60, 2: 60, 3: 380}, "b": {3: 1000}}
+    _, warning = examine_annotation(counts, CLASSES, [2.0, 0.75, 0.75])
+    assert "resampling to 2 x 0.75 x 0.75 mm has removed it" in warning.remedy
+
+
 def test_fifty_voxels_in_all_cases_suffice():
     (finding,) = examine_annotation({"a": {0: 9, 1: 25, 2: 50, 3: 9}, "b": {1: 25}}, CLASSES)
     assert finding.status == NOTE
