@@ -11,6 +11,7 @@ import tifffile
 
 from nnunet_dycon.cli import main
 from nnunet_dycon.data.unlabeled import UnlabeledCases, preprocess_unlabeled
+from nnunet_dycon.doctor import installation
 from nnunet_dycon.errors import UserError
 from tests.tiny import plan_and_preprocess, set_environment
 
@@ -101,7 +102,8 @@ CHANGES = {
 
 
 @pytest.mark.parametrize(("change", "message"), CHANGES.values(), ids=CHANGES)
-def test_other_units_of_ct_are_named(ct, capsys, change, message):
+def test_other_units_of_ct_are_named(ct, capsys, monkeypatch, change, message):
+    monkeypatch.setattr(installation, "check_look_up", lambda trainer: [])  # it imports nnU-Net in a new process
     write(change(scan()[0]), ct / "other_0000.nii.gz")
     (warning,) = warnings_of_preprocessing(capsys)
     assert warning.startswith(f"warning: 1 unlabeled case {message}: other, unlike in the labeled cases.")
