@@ -20,8 +20,8 @@ from nnunet_dycon.data.image_checks import check_file
 from nnunet_dycon.data.image_reading import Reader, files_with_ending, in_file_order, reader_class
 from nnunet_dycon.data.unlabeled import dataset_name
 from nnunet_dycon.dataset_conversion.roles import FOLDERS
-from nnunet_dycon.dataset_conversion.writer import new_dataset_folder
-from nnunet_dycon.errors import UserError, explained, first_line, some
+from nnunet_dycon.dataset_conversion.writer import new_dataset_folder, reserved, writing_errors
+from nnunet_dycon.errors import UsageError, UserError, explained, first_line, some
 from nnunet_dycon.system.environment import nnunet_folder
 from nnunet_dycon.system.files import link_or_copy, new_folder, require_whole
 from nnunet_dycon.system.label_maps import rounded
@@ -59,7 +59,7 @@ class Slices:
 class Scribbles:
     """Annotation by scribbles: in each slice, one for each connected region of a label, including background.
 
-    A scribble is a piece of the skeleton of the region: half of its pixels, those nearest to a random one of them.
+    A scribble is half of the skeleton of the region: the pixels that are nearest to a random one of them.
 
     Attributes:
         seed: seed of the random pixels.
@@ -108,16 +108,19 @@ def sparsify(dataset: str, dataset_id: int, annotate: Slices | Scribbles, num_pr
         UsageError: the data set does not exist, or the new ID is used.
     """
     source = nnunet_folder("nnUNet_raw") / dataset_name(dataset)
+    if not source.is_dir():
+        raise UsageError(f"{source} does not exist; copy the raw data there, or correct nnUNet_raw")
     about = _read_dataset_json(source)
-    folder = new_dataset_folder(dataset_id, f"{source.name[len('Dataset000_') :]}_{annotate.name}")
+    folder = new_dataset_folder(dataset_id, f"{source.name[len('Dataset000_') :]}_{annotate.name}", "-o")
     files = files_with_ending(source / _LABELS, about["file_ending"])
     if not files:
         raise UserError(f"{source / _LABELS} has no file *{about['file_ending']}; name a data set with labels")
     ignore = max(label_values(about)) + 1
     reader = in_file_order(reader_class(about, files[0]))
-    with new_folder(folder) as partial_folder, explained(OSError, f"{folder} cannot be written; free disk space"):
+    problem = f"cannot write {folder}"
+    with reserved(folder, "-o"), writing_errors(problem, "free disk space"), new_folder(folder) as partial_folder:
         (partial_folder / _LABELS).mkdir()
-        write = partial(_write_label, partial_folder / _LABELS, reader, label_values(about), ignore, annotate)
+        write = partial(_write_label, partial_folder / _LABELS, reader, about, ignore, annotate)
         results = list(map_cases(write, files, num_processes, "writing labels"))
         if faults := [result for result in results if isinstance(result, str)]:
             raise UserError("; ".join(faults[:_FAULTS_SHOWN]) + ("; ..." if len(faults) > _FAULTS_SHOWN else ""))
@@ -150,7 +153,7 @@ def _read_dataset_json(source: Path) -> dict:
 def _write_label(
     folder: Path,
     reader: Reader,
-    known: set[int],
+    about: dict,
     ignore: int,
     annotate: Callable[[np.ndarray, str], np.ndarray],
     file: Path,
@@ -160,7 +163,7 @@ def _write_label(
     Args:
         folder: folder of the new label map.
         reader: nnU-Net's reader of the label maps.
-        known: label values in dataset.json.
+        about: content of dataset.json.
         ignore: value of the voxels without annotation.
         annotate: the rule by which voxels are annotated.
         file: label map in which all voxels are annotated.
@@ -171,9 +174,9 @@ def _write_label(
     except Exception as error:  # of any reader
         return f"{file} cannot be read ({first_line(error)}); repair it"
     labels = rounded(voxels[0])
-    if unknown := sorted(set(np.unique(labels).tolist()) - known):
+    if unknown := sorted(set(np.unique(labels).tolist()) - label_values(about)):
         return f"{file} has label values that dataset.json does not name: {some([f'{value:g}' for value in unknown])}"
-    case = file.name.partition(".")[0]
+    case = file.name.removesuffix(about["file_ending"])
     sparse = np.where(annotate(labels, case), labels, ignore).astype(np.int16)
     reader().write_seg(sparse, str(folder / file.name), properties)
     require_whole(folder / file.name)  # SimpleITK does not detect a full disk
@@ -183,8 +186,11 @@ def _write_label(
 def _link_files(source: Path, target: Path) -> None:
     if source.is_dir():
         target.mkdir()
-        for file in (file for file in source.iterdir() if file.is_file()):
-            link_or_copy(file, target / file.name)
+        for file in source.iterdir():
+            if file.is_file():
+                link_or_copy(file, target / file.name)
+            elif not file.is_dir():
+                raise UserError(f"{file} is a broken link; repair or remove it")
 
 
 def _print_summary(folder: Path, total: Counter[int], about: dict) -> None:
@@ -193,6 +199,8 @@ def _print_summary(folder: Path, total: Counter[int], about: dict) -> None:
     annotated.pop("ignore")
     shares = ", ".join(f"{name} {number / voxels:.2g}" for name, number in annotated.items())
     print(f"annotated share of all voxels: {1 - total[about['labels']['ignore']] / voxels:.2g} ({shares})")
+    if not total[about["labels"]["ignore"]]:
+        print("warning: all voxels are annotated; choose a larger N or another --axis")
     for name, number in annotated.items():
         if not number:
             print(f"warning: no voxel of {name} is annotated, so the network cannot learn it; annotate more slices")

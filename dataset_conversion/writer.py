@@ -61,21 +61,31 @@ class DataSet:
     settings: Mapping[str, object] = field(default_factory=dict)  # options of the user, for the report
 
 
-def new_dataset_folder(dataset_id: int, name: str) -> Path:
-    """Return the path nnUNet_raw/DatasetXXX_Name without creating it; raise UsageError if the ID is already used."""
+def new_dataset_folder(dataset_id: int, name: str, option: str = "-d") -> Path:
+    """Return the path nnUNet_raw/DatasetXXX_Name without creating it; raise UsageError if the ID is already used.
+
+    Args:
+        dataset_id: the ID XXX.
+        name: the name after the ID.
+        option: the command-line option of the ID, for error messages.
+    """
     raw = nnunet_folder("nnUNet_raw")
     if not 1 <= dataset_id <= 999:
-        raise UsageError(f"the dataset ID must be between 1 and 999, got {dataset_id}; choose another with -d")
+        raise UsageError(f"the dataset ID must be between 1 and 999, got {dataset_id}; choose another with {option}")
     folder = raw / f"Dataset{dataset_id:03d}_{name}"
     if folder.exists():
-        raise UsageError(f"{folder} already exists and is not overwritten; choose another ID with -d or delete it")
+        raise UsageError(
+            f"{folder} already exists and is not overwritten; choose another ID with {option} or delete it"
+        )
     # nnU-Net raises an error if an ID has two names in these folders. Preprocessed data of the same name are rejected,
     # too: they may contain labels that the new split holds back.
     for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         root = Path(os.environ.get(variable) or raw)
         for other in sorted(root.glob(f"Dataset{dataset_id:03d}*")):
             if other.is_dir() and (other.name != folder.name or variable == "nnUNet_preprocessed"):
-                raise UsageError(f"dataset ID {dataset_id} is taken by {other}; choose another with -d or delete it")
+                raise UsageError(
+                    f"dataset ID {dataset_id} is taken by {other}; choose another with {option} or delete it"
+                )
     return folder
 
 
@@ -105,18 +115,35 @@ def write_dataset(
             next call.
     """
     _check_names(data_set, [case.identifier for cases in assignment.cases.values() for case in cases])
-    dataset_id = _id_of(folder)
     partial_folder = folder.with_name(f".{folder.name}.partial")  # nnU-Net ignores names that do not begin with Dataset
-    # One lock for all names of an ID, of which nnU-Net accepts one.
-    lock = Lock(folder.with_name(f".Dataset{dataset_id:03d}.lock"), f"a conversion to dataset ID {dataset_id}")
-    with _writing_errors("cannot write into nnUNet_raw", "change its permissions or free disk space"):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    with closing(lock):
-        new_dataset_folder(dataset_id, data_set.name)  # another conversion may have ended meanwhile
+    with reserved(folder) as lock:
         return _write_dataset(
             data_set, assignment, partial_folder, folder, source, num_processes, warnings, notes, lock
         )
+
+
+@contextmanager
+def reserved(folder: Path, option: str = "-d") -> Iterator[Lock]:
+    """Context in which no other conversion writes a dataset with the same ID; yields the lock of the ID.
+
+    Args:
+        folder: folder to write, a result of `new_dataset_folder`.
+        option: the command-line option of the ID, for error messages.
+
+    Raises:
+        UsageError: the ID is used.
+        UserError: another conversion to this ID is running, or nnUNet_raw cannot be written to.
+    """
+    dataset_id = _id_of(folder)
+    # One lock for all names of an ID, of which nnU-Net accepts one.
+    lock = Lock(folder.with_name(f".Dataset{dataset_id:03d}.lock"), f"a conversion to dataset ID {dataset_id}")
+    with writing_errors("cannot write into nnUNet_raw", "change its permissions or free disk space"):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    with closing(lock):
+        # Another conversion may have ended meanwhile.
+        new_dataset_folder(dataset_id, folder.name.removeprefix("Dataset")[4:], option)
+        yield lock
 
 
 def _write_dataset(
@@ -135,13 +162,13 @@ def _write_dataset(
     The caller must hold `lock`, the lock of the dataset ID.
     """
     try:
-        with _writing_errors(f"cannot write into {partial_folder}", "check the free disk space"):
+        with writing_errors(f"cannot write into {partial_folder}", "check the free disk space"):
             partial_folder.mkdir(exist_ok=True)
             _start_or_resume(partial_folder, data_set, assignment, source)
         reports = _write_cases(data_set, assignment, partial_folder, num_processes, lock)
         folds = cross_validation(assignment.identifiers("labeled"))
         report = report_on_all(data_set, assignment, source, reports, warnings)
-        with _writing_errors(f"cannot write into {partial_folder}", "check the free disk space"):
+        with writing_errors(f"cannot write into {partial_folder}", "check the free disk space"):
             _write_dataset_json(data_set, len(assignment.cases["labeled"]), partial_folder)
             files = {"splits_final": folds, "ssl_split": split_record(assignment), "conversion_report": report}
             for name, content in files.items():
@@ -317,7 +344,7 @@ def _write_case(data_set: DataSet, folder: Path, job: tuple[str, Case]) -> str |
     if label is not None:
         _write_image(label, folder / f"{label_folder}" / f"{case.identifier}{FILE_ENDING}")
     record = {"made_from": stamps, "report": report.of_case(role, case, images, label)}
-    with _writing_errors(f"cannot write into {folder}", "check the free disk space"):
+    with writing_errors(f"cannot write into {folder}", "check the free disk space"):
         _write_json(record, folder / _RECORDS / f"{case.identifier}.json")
     return None
 
@@ -372,7 +399,7 @@ def _read_label(
 
 
 def _write_image(image: sitk.Image, path: Path) -> None:
-    with _writing_errors(f"cannot write {path}", "check the free disk space"):
+    with writing_errors(f"cannot write {path}", "check the free disk space"):
         path.parent.mkdir(exist_ok=True)
         sitk.WriteImage(image, str(path), useCompression=True)
         require_whole(path)  # SimpleITK does not detect a full disk
@@ -453,7 +480,7 @@ def _print_summary(
 
 
 @contextmanager
-def _writing_errors(what: str, remedy: str) -> Iterator[None]:
+def writing_errors(what: str, remedy: str) -> Iterator[None]:
     """Re-raise write errors in a `with` block as a one-line UserError: "{what}: {reason}; {remedy}"."""
     try:
         yield

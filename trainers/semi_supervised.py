@@ -23,7 +23,7 @@ from nnunet_dycon.system.environment import require_nnunet
 from nnunet_dycon.trainers import caveat_of
 from nnunet_dycon.training import checkpoints, compatibility, plots, preemption, preflight, pseudo_label_page
 from nnunet_dycon.training.recorder import EpochRecorder, replace_lost
-from nnunet_dycon.training.run_record import record_file, write_record
+from nnunet_dycon.training.run_record import update_record
 from nnunet_dycon.training.settings import TrainingSettings
 from nnunet_dycon.training.step import GuardedStep, autocast, optimize_with_network
 from nnunet_dycon.training.supervision import make_supervision
@@ -127,8 +127,9 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         is_new, folder = self._resumed_settings is None, Path(self.output_folder)
         with waiting_for_rank_zero(), preflight.file_errors_explained(folder):
             super().on_train_start()
-            if self.local_rank == 0 and (is_new or not record_file(folder).is_file()):
-                write_record(folder, type(self).__name__, self.settings, self._cases.identifiers)
+            if self.local_rank == 0:
+                about = type(self).__name__, self.settings, self._cases.identifiers
+                update_record(folder, *about, is_new, self.print_to_log_file)
         if is_new:
             self.method.before_first_step()  # here because pretrained weights are loaded after initialize
         self.logger.update_config(self.settings)
@@ -142,8 +143,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         if self._resumed_settings is not None:
             current = {kind: getattr(self, kind) for kind in self.settings}
             preflight.check_settings(self._resumed_settings, current, folder, self.print_to_log_file)
-        labeled_folder = Path(self.preprocessed_dataset_folder)
-        sparse = preflight.check_cases(labeled_folder, self.fold, self.unlabeled_cases, self._lock)
+        sparse = preflight.check_cases(self.preprocessed_dataset_folder, self.fold, self.unlabeled_cases, self._lock)
         if self._resumed_settings is None and not self.disable_checkpointing:
             checkpoints.set_aside(folder, self.print_to_log_file)  # --c would prefer an earlier final checkpoint
         return sparse

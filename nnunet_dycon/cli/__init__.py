@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from nnunet_dycon import __version__
 from nnunet_dycon.cli import data, information, models, scores
 from nnunet_dycon.errors import UserError
+from nnunet_dycon.system.processes import exiting_on_sigterm
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,7 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # for file names in another encoding, as on stderr
     try:
         arguments = build_parser(argv).parse_args(argv)
-        return arguments.run(arguments) or 0
+        with exiting_on_sigterm():
+            return arguments.run(arguments) or 0
     except UserError as error:
         print(f"nnunet_dycon: error: {error}", file=sys.stderr)
         return error.exit_code

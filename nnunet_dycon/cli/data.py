@@ -9,6 +9,7 @@ from typing import Any
 from nnunet_dycon.cli.arguments import (
     PROCESSES,
     count_or_fraction,
+    not_negative,
     num_processes,
     positive,
 )
@@ -48,7 +49,9 @@ def _add_converter(parser: argparse.ArgumentParser, name: str) -> None:
     )  # fmt: skip
     if protocols := published_names(name):
         parser.add_argument("--protocol", choices=protocols, default=None, help="published split")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the random cases of --labeled (default: 0)")
+    parser.add_argument(
+        "--seed", type=not_negative, default=0, help="seed of the random cases of --labeled (default: 0)"
+    )
     parser.add_argument("-np", dest="num_processes", type=positive, default=None, help=PROCESSES)
     import_module(f"nnunet_dycon.dataset_conversion.{name}").add_options(parser)
     parser.set_defaults(run=_convert, converter=name)
@@ -73,19 +76,20 @@ def add_sparsify(commands: Any) -> None:
     sparsify.add_argument("-d", dest="dataset", required=True, metavar="ID", help="dataset ID or DatasetXXX_Name")
     sparsify.add_argument("-o", dest="dataset_id", type=positive, required=True, metavar="ID", help="new dataset ID")
     rule = sparsify.add_mutually_exclusive_group(required=True)
-    rule.add_argument("--every", type=positive, metavar="N", help="annotate every N-th slice, from slice N // 2")
+    rule.add_argument(
+        "--every", type=positive, metavar="N",
+        help="annotate every N-th slice, from slice N // 2; with fewer slices, the middle one",
+    )  # fmt: skip
     rule.add_argument(
         "--scribbles", action="store_true",
-        help="annotate a scribble for each connected region of a label, and of the background, in each slice: a piece "
-        "of the skeleton of the region",
+        help="annotate a scribble for each connected region of a label, and of the background, in each slice: half of "
+        "the skeleton of the region",
     )  # fmt: skip
     sparsify.add_argument(
         "--axis", type=int, choices=(0, 1, 2), default=None,
         help="axis of the slices of --every, as nnU-Net reads the image: 0, 1 and 2 are Z, Y and X (default: 0)",
     )  # fmt: skip
-    sparsify.add_argument(
-        "--seed", type=int, default=None, help="seed of the random pieces of --scribbles (default: 0)"
-    )
+    sparsify.add_argument("--seed", type=not_negative, default=None, help="seed of --scribbles (default: 0)")
     sparsify.add_argument("-np", dest="num_processes", type=positive, default=None, help=PROCESSES)
     sparsify.set_defaults(run=_sparsify)
 

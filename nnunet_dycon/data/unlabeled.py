@@ -295,8 +295,12 @@ class UnlabeledCases:
         return None
 
     def is_absent(self) -> bool:
-        """Return whether there are no unlabeled cases: no preprocessed ones, and no file in imagesUn."""
-        return not self.folder.is_dir() and not self._raw_is_there()
+        """Return whether there are no unlabeled cases: no preprocessed ones, and no image in imagesUn."""
+        return not self.folder.is_dir() and not (self.is_raw_reachable() and self._raw_files())
+
+    def is_raw_reachable(self) -> bool:
+        """Return whether the raw data set exists, so that its images can be listed."""
+        return bool(os.environ.get("nnUNet_raw")) and self.raw.parent.is_dir()
 
     def _raw_is_there(self) -> bool:
         if not os.environ.get("nnUNet_raw"):
@@ -320,6 +324,7 @@ class UnlabeledCases:
             return
         with self.locked() as lock:
             if not self.folder.is_dir():
+                self.raw_cases()  # raises an error if there are none
                 print(f"preprocessing the unlabeled cases into {self.folder}")
                 self.build(num_processes, lock)
             elif (fault := self.fault()) is not None:

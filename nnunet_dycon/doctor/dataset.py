@@ -274,7 +274,7 @@ def check_labels(raw: RawDataset) -> Iterator[Finding]:
     for fault, names in faults.items():
         remedy = "repair these files, or add the values to dataset.json"
         yield Finding("labels", FAIL, f"{raw.folder / 'labelsTr'}: {some(names)}: {fault}", remedy)
-    absent = sorted(known - set().union(*(counts or {} for counts in found)))
+    absent = sorted(known - {ignore_label(raw.dataset_json)} - set().union(*(counts or {} for counts in found)))
     if absent:
         message = f"no file of labelsTr has a voxel with the label {some(absent)} of dataset.json"
         yield Finding("labels", WARNING, message, "check the label files; the network cannot learn this label")

@@ -15,7 +15,7 @@ import torch
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 
 from nnunet_dycon.components.defaults import unlabeled_patches
-from nnunet_dycon.data.dataset_json import label_values
+from nnunet_dycon.data.dataset_json import ignore_label, label_values
 from nnunet_dycon.data.image_reading import read_grid
 from nnunet_dycon.data.label_values import check_label_values, sparsely_annotated
 from nnunet_dycon.data.labeled import check_fingerprint, check_split, labeled_identifiers
@@ -213,7 +213,8 @@ def check_labeled(training: Training) -> Iterator[Finding]:
         yield Finding("labeled", WARNING, message, clean)
     check_fingerprint(folder.parent, unlabeled.plans, unlabeled.configuration_name, unlabeled.dataset_id)
     found_values = set().union(*training.label_counts.values())
-    if absent := sorted(label_values(unlabeled.dataset_json) - found_values):
+    expected = label_values(unlabeled.dataset_json) - {ignore_label(unlabeled.dataset_json)}
+    if absent := sorted(expected - found_values):
         found = True
         message = f"no labeled case has a voxel with the label {' or '.join(map(str, absent))} of dataset.json"
         yield Finding("labeled", WARNING, message, "check the label files; the network cannot learn this label")

@@ -46,7 +46,7 @@ def map_cases(
         return
     # Spawn instead of fork, because forking a process with running torch threads can deadlock.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(num_processes, len(jobs)), mp_context=context) as pool:
+    with ProcessPoolExecutor(min(num_processes, len(jobs)), context, initializer=end_with_parent) as pool:
         try:
             yield from with_progress(pool.map(function, jobs))
         except BrokenProcessPool:

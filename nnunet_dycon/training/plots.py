@@ -152,7 +152,7 @@ def draw_pseudo_labels(
             axes = panels[name]
             axes.imshow(case.image, cmap="gray", vmin=darkest, vmax=brightest, aspect=aspect)
             if labels is not None:
-                axes.imshow(np.where(labels < 0, 1.0, np.nan), cmap="gray", vmax=2, alpha=0.6, aspect=aspect)
+                axes.imshow(np.where(labels < 0, 1.0, np.nan), cmap="gray", vmin=0, vmax=2, alpha=0.6, aspect=aspect)
                 for value in np.unique(labels[labels > 0]):
                     overlay(axes, labels == value, class_color(value))
             elif name == "annotation":

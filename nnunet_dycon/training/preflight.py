@@ -80,7 +80,7 @@ def file_errors_explained(folder: Path) -> AbstractContextManager:
 
 
 def check_cases(
-    folder: Path, fold: int | Literal["all"], unlabeled: UnlabeledCases, lock: TrainingLock | None = None
+    folder: Path | str, fold: int | Literal["all"], unlabeled: UnlabeledCases, lock: TrainingLock | None = None
 ) -> list[str]:
     """Check labeled and unlabeled cases, and preprocess the unlabeled ones if necessary.
 
@@ -101,6 +101,7 @@ def check_cases(
             out of date; a label value is not in dataset.json; the fold has too few cases to split, or splits_final.json
             is invalid; nnU-Net's fingerprint was not extracted from the current labeled cases.
     """
+    folder = Path(folder)
     labeled = labeled_identifiers(folder, unlabeled.arguments)
     check_split(folder, labeled, fold)
     check_fingerprint(folder.parent, unlabeled.plans, unlabeled.configuration_name, unlabeled.dataset_id)
@@ -161,6 +162,8 @@ def describe_batch(trainer: nnUNetTrainer, cases: TrainingCases) -> str:
     steps = trainer.num_epochs * trainer.num_iterations_per_epoch
     labeled, unlabeled, sparse = (len(cases.identifiers[role]) for role in ("labeled", "unlabeled", "sparse"))
     reused = f" Sparsely annotated: {sparse} labeled; their images are also used as unlabeled ones." if sparse else ""
+    if not (unlabeled or trainer.unlabeled_cases.is_raw_reachable()):
+        reused += " WARNING: imagesUn could not be searched, since the raw data set does not exist; check nnUNet_raw."
     return (
         f"{labeled} labeled and {unlabeled} unlabeled cases.{reused} Each of the {steps} steps trains on "
         f"{trainer.batch_size} labeled and {trainer.unlabeled_batch_size} unlabeled patches: about "

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,6 +18,33 @@ _VERSIONS_OF = ("nnunetv2", "torch", "batchgeneratorsv2", "numpy")
 def record_file(folder: Path) -> Path:
     """Return the path of nnunet_dycon.json, the record of a training run, in the output folder of a fold."""
     return folder / "nnunet_dycon.json"
+
+
+def update_record(
+    folder: Path,
+    trainer: str,
+    settings: dict[str, dict],
+    cases: dict[str, list[str]],
+    is_new: bool,
+    log: Callable[[str], None],
+) -> None:
+    """Write nnunet_dycon.json for a new training, or if a resumed training has other cases, which is logged.
+
+    Args:
+        folder, trainer, settings, cases: see `write_record`.
+        is_new: whether the training starts anew.
+        log: called with a warning for each role whose cases have changed.
+    """
+    recorded: dict = {}
+    if not is_new:
+        with suppress(OSError, ValueError, KeyError):
+            recorded = json.loads(record_file(folder).read_text())["cases"]
+    changed = [role for role, its in cases.items() if recorded.get(role, its) != its]
+    for role in changed:
+        before, now = len(recorded[role]), len(cases[role])
+        log(f"WARNING: the cases have changed since this training started: {role} {before}, now {now}")
+    if changed or not recorded:
+        write_record(folder, trainer, settings, cases)
 
 
 def write_record(folder: Path, trainer: str, settings: dict[str, dict], cases: dict[str, list[str]]) -> None:

@@ -10,9 +10,12 @@ import SimpleITK as sitk
 from nnunetv2.imageio.natural_image_reader_writer import NaturalImage2DIO
 from scipy.ndimage import label as connected_regions
 from skimage.io import imsave
+from skimage.morphology import skeletonize
 
 from nnunet_dycon.cli import main
+from nnunet_dycon.dataset_conversion import sparsify as module
 from nnunet_dycon.dataset_conversion.sparsify import Scribbles, Slices
+from nnunet_dycon.system.locks import Lock
 from tests.tiny import LABELED, TEST, UNLABELED, tiny_volume, write_raw_dataset
 
 IGNORE = 3
@@ -44,7 +47,7 @@ def test_every_nth_slice_is_annotated_and_at_least_one(size, every, annotated, a
     assert np.flatnonzero(mask.all((1, 2))).tolist() == np.flatnonzero(mask.any((1, 2))).tolist() == annotated
 
 
-def test_each_region_of_a_slice_has_one_thin_connected_scribble():
+def test_each_region_of_a_slice_has_half_of_its_skeleton():
     _, labels = tiny_volume(0)
     labels[12, 2:9, 2:6] = 1  # a second region of the same label
     mask = Scribbles()(labels, "a")
@@ -54,9 +57,9 @@ def test_each_region_of_a_slice_has_one_thin_connected_scribble():
             found, number = connected_regions(plane == value, np.ones((3, 3)))
             regions += number
             for region in range(1, number + 1):
-                scribble = drawn & (found == region)
-                assert connected_regions(scribble, np.ones((3, 3)))[1] >= 1
-                assert scribble.sum() <= 0.5 * max(2, (found == region).sum())
+                scribble, skeleton = drawn & (found == region), skeletonize(plane == value) & (found == region)
+                assert not (scribble & ~skeleton).any()
+                assert scribble.sum() == max(1, skeleton.sum() // 2)
     assert regions > len(labels)
     assert mask.mean() < 0.1
 
@@ -183,6 +186,44 @@ def use_new_id(source: Path) -> None:
     (source.parent / "Dataset902_Other").mkdir()
 
 
+def break_link(source: Path) -> None:
+    (source / "imagesTr" / "case_00_0000.nii.gz").unlink()
+    (source / "imagesTr" / "case_00_0000.nii.gz").symlink_to("nowhere")
+
+
+def test_no_annotation_is_removed_from_single_slices(source, capsys):
+    assert sparsify("--every", "1") == 0
+    assert "warning: all voxels are annotated" in capsys.readouterr().out
+
+
+def test_full_disk_and_missing_permission_are_one_line(source, capsys, monkeypatch):
+    def fail(file):
+        raise EOFError("the file is empty")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "require_whole", fail)
+        assert sparsify("--every", "8") == 1
+    assert "the file is empty; free disk space" in capsys.readouterr().err
+    monkeypatch.setattr(Lock, "acquire", lambda self: Path("/proc/x").touch())
+    assert sparsify("--every", "8") == 1
+    assert "cannot write into nnUNet_raw" in capsys.readouterr().err
+    assert [folder.name for folder in source.parent.iterdir()] == [source.name]
+
+
+def test_a_second_copy_to_the_same_id_waits_for_no_name(source, capsys):
+    lock = Lock(source.parent / ".Dataset902.lock", "a conversion to dataset ID 902")
+    lock.acquire()
+    assert sparsify("--scribbles") == 1
+    assert "a conversion to dataset ID 902" in capsys.readouterr().err
+    lock.close()
+
+
+def test_negative_seed_is_refused(source, capsys):
+    with pytest.raises(SystemExit):
+        sparsify("--scribbles", "--seed", "-1")
+    assert "at least 0" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
@@ -190,7 +231,8 @@ def use_new_id(source: Path) -> None:
         (unknown_label, "case_01.nii.gz has label values that dataset.json does not name: 7"),
         (add_ignore_label, "has an ignore label already"),
         (remove_labels, "has no file *.nii.gz"),
-        (use_new_id, "dataset ID 902 is taken by"),
+        (use_new_id, "choose another with -o or delete it"),
+        (break_link, "case_00_0000.nii.gz is a broken link"),
     ],
 )
 def test_faults_are_named_and_leave_nothing_behind(source, capsys, fault, message):

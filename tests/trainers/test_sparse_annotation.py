@@ -79,6 +79,14 @@ def test_data_sets_without_imagesun_are_trained(sparse_root, monkeypatch, config
     assert "3 labeled and 0 unlabeled cases. Sparsely annotated: 3 labeled; their images are" in log.read_text()
 
 
+def test_files_that_are_no_images_do_not_count_as_unlabeled_cases(sparse_root):
+    remove_unlabeled(sparse_root)
+    folder = sparse_root.parents[1] / "nnUNet_raw" / sparse_root.name / "imagesUn"
+    folder.mkdir()
+    (folder / ".DS_Store").touch()
+    assert start(sparse_root)._cases.identifiers["unlabeled"] == []
+
+
 def test_all_images_are_drawn_alike(sparse_root, monkeypatch):
     annotate_completely(sparse_root, "case_02")
     trainer = start(sparse_root)
@@ -152,7 +160,7 @@ def test_validation_cases_are_not_used(sparse_root):
         start(sparse_root, 0)
 
 
-def test_without_any_unlabeled_voxel_both_ways_are_named(sparse_root):
+def test_without_any_unlabeled_voxel_both_ways_are_named(sparse_root, capsys):
     for case in CASES:
         annotate_completely(sparse_root, case)
     remove_unlabeled(sparse_root)
@@ -160,8 +168,10 @@ def test_without_any_unlabeled_voxel_both_ways_are_named(sparse_root):
         r"no unlabeled cases: .*imagesUn has no file \*.nii.gz; put unlabeled images there, or give the voxels without "
         r"annotation in labelsTr the label \"ignore\" \(3\)"
     )
+    capsys.readouterr()
     with pytest.raises(SystemExit, match=message):
         start(sparse_root)
+    assert "preprocessing the unlabeled cases" not in capsys.readouterr().out
 
 
 # Mixing by copy-paste exchanges voxels between labeled and unlabeled images.

@@ -224,6 +224,7 @@ def test_log_line_on_the_batch_and_its_memory():
     trainer = SimpleNamespace(
         batch_size=2, unlabeled_batch_size=1, configuration_manager=SimpleNamespace(batch_size=4),
         activation_memory_factor=2.0, num_epochs=10, num_iterations_per_epoch=25,
+        unlabeled_cases=SimpleNamespace(is_raw_reachable=lambda: False),
     )  # fmt: skip
     cases = {"labeled": ["a", "b", "c"], "unlabeled": ["d"], "sparse": []}
     line = describe_batch(trainer, SimpleNamespace(identifiers=cases))
@@ -235,6 +236,9 @@ def test_log_line_on_the_batch_and_its_memory():
     assert "unlabeled_batch_size=1" in line
     line = describe_batch(trainer, SimpleNamespace(identifiers=cases | {"sparse": ["a", "c"]}))
     assert "cases. Sparsely annotated: 2 labeled; their images are also used as unlabeled ones. Each" in line
+    assert "WARNING" not in line
+    line = describe_batch(trainer, SimpleNamespace(identifiers=cases | {"unlabeled": [], "sparse": ["a"]}))
+    assert "WARNING: imagesUn could not be searched" in line
 
 
 def test_unfinished_checkpoint_of_a_killed_training_is_removed(tmp_path):
