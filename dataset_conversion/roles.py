@@ -157,7 +157,7 @@ def assign_by_protocol(
     not_scored: Mapping[str, str],
     left_out_before: Mapping[str, str],
 ) -> Assignment:
-    """Assign the roles of a published split; the first `labeled` training cases keep their label.
+    """Assign the roles of a published split: the first `labeled` training cases are labeled, the others unlabeled.
 
     Cases of the protocol that are missing in the source lead to a warning. Val and test cases without a label are left
     out.
@@ -167,7 +167,8 @@ def assign_by_protocol(
         protocol: the published split.
         labeled: number or fraction of the training cases that keep their label; None keeps all labels.
         not_scored: identifier -> reason, for cases to exclude from val and test.
-        left_out_before: identifier -> reason, for cases that the source has but that are never used.
+        left_out_before: identifier -> reason, for cases of the source that the converter never uses. They are not in
+            `cases`, and their absence leads to no warning.
     """
     known = {case.identifier: case for case in cases}
     left_out = {key: f"{_NOT_LISTED} of protocol {protocol.name}" for key in known}

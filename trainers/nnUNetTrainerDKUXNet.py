@@ -47,7 +47,7 @@ class nnUNetTrainerDKUXNet(UXNetTraining, SemiSupervisedTrainer):
     def initialize(self) -> None:
         """Initialize like `SemiSupervisedTrainer`, then register a hook that stores the student's query distribution.
 
-        The query distribution is a second class distribution of each voxel, predicted by the mask transformer.
+        In addition to the segmentation, the mask transformer predicts for each voxel the probabilities of its queries.
 
         Raises:
             NotSupported: deep supervision is off. The assignment of voxels to queries is trained only with deep

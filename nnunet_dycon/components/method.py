@@ -67,8 +67,8 @@ class Method(nn.Module):
             output: the student's output for a batch that starts with the labeled images.
             labeled: the labeled batch.
             mix: the mixture of labeled and unlabeled images that was applied to the batch; None without mixing. With
-                copy-paste, the loss is computed on all voxels of the batch that come from labeled images. In all other
-                cases, it is computed on the labeled images only.
+                copy-paste, the loss covers exactly the voxels that come from labeled images, also those pasted into
+                unlabeled images. Without mixing, and with CutMix, it covers the labeled images.
         """
         if mix is None or not mix.cuts_labeled:
             return self.supervision.loss(output[: len(labeled)].logits, labeled.targets)
@@ -76,9 +76,9 @@ class Method(nn.Module):
         return self.supervision.weighted_loss(output.logits, mix.only_labeled(target), mix.only_labeled(known.float()))
 
     def label(self, images: torch.Tensor) -> torch.Tensor:
-        """Return the logits (B, K, *spatial) of the network named by `labeler` for images (B, C, *spatial).
+        """Return the logits (B, K, *spatial) from which pseudo-labels of images (B, C, *spatial) are made.
 
-        The logits have no gradient.
+        They are the output of the network that the attribute `labeler` names, such as "teacher", without gradient.
         """
         if self.teacher is None:
             raise NotImplementedError(

@@ -33,7 +33,10 @@ class Mixture:
         self.truth[:labeled] = True
 
     def __call__(self, of_labeled: torch.Tensor, of_unlabeled: torch.Tensor) -> torch.Tensor:
-        """Return the mixed batch of volumes, (B', [C,] *spatial).
+        """Mix volumes of the labeled and the unlabeled images, and return the mixed volumes, (B', [C,] *spatial).
+
+        It is called once for the images, once for the label maps, and so on; all are mixed in the same way. B' is
+        L + U or, with copy-paste, twice the larger of L and U.
 
         Args:
             of_labeled: (L, [C,] *spatial), volumes such as images or label maps of the L labeled images.

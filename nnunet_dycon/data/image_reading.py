@@ -97,7 +97,7 @@ def image_files_by_case(folder: Path, ending: str) -> dict[str, list[Path]]:
     """Return case identifier -> all image files in a raw folder, sorted by channel.
 
     Raises:
-        UserError: a file name has no channel number or characters that cannot be printed, or the folder cannot be
+        UserError: a file name lacks a channel number or contains unprintable characters, or the folder cannot be
             entered.
     """
     found: dict[str, list[Path]] = {}

@@ -224,10 +224,12 @@ class UnlabeledLoader(nnUNetDataLoader):
 
 
 class TwoStreamLoader(LabeledLoader):
-    """A loader of labeled and unlabeled patches, with a strong and a weak view (`TwoViews`) of each patch.
+    """A loader whose batches contain labeled and unlabeled patches, each in a strong and a weak view (`TwoViews`).
+
+    For the format of a batch see `generate_train_batch`.
 
     Args:
-        arguments, options: arguments of `LabeledLoader`, for the labeled patches.
+        arguments, options: positional and keyword arguments of `LabeledLoader`, which draws the labeled patches.
         unlabeled: the loader of unlabeled patches.
         transforms: the augmentation of labeled patches, which returns both views.
     """

@@ -228,12 +228,12 @@ class UnlabeledCases:
 
     @property
     def no_images(self) -> str:
-        """The problem that there are no unlabeled images, as part of a message."""
+        """Part of an error message: imagesUn contains no images."""
         return f"{self.raw} has no file *{self.dataset_json['file_ending']}"
 
     @property
     def ways_to_add(self) -> str:
-        """The remedies for a data set without unlabeled cases."""
+        """Part of an error message: how to add unlabeled cases to a data set that has none."""
         ignore = ignore_label(self.dataset_json)
         label = 'a label "ignore" in dataset.json' if ignore is None else f'the label "ignore" ({ignore})'
         return (

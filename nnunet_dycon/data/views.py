@@ -12,10 +12,10 @@ from batchgeneratorsv2.transforms.utils.random import RandomTransform
 class TwoViews:
     """A wrapper of nnU-Net's training transforms that returns a strong and a weak view of a patch.
 
-    The spatial and mirror transforms of batchgeneratorsv2 are applied to ``image`` and ``regression_target`` with the
-    same parameters; intensity transforms change only ``image``. So a copy of the image, passed as
-    ``regression_target``, becomes the weak view. Both views have the same geometry, and the only additional cost is one
-    interpolation.
+    The weak view has the same geometry as the strong view, but no intensity transforms. To obtain it, the wrapper
+    passes a copy of the image as ``regression_target``: batchgeneratorsv2 applies the spatial and mirror transforms
+    with the same parameters to ``image`` and ``regression_target``, and intensity transforms only to ``image``. The
+    additional cost is one interpolation.
 
     Args:
         transforms: nnU-Net's training transforms.

@@ -119,7 +119,7 @@ class RawDataset:
 
     @cached_property
     def grids(self) -> dict[Path, Grid | str]:
-        """Grids of the image files of all roles: file -> grid, or the reason why it cannot be read."""
+        """Voxel grids of all image files: file -> grid or, if the file cannot be read, the reason as text."""
         grids = map_cases(partial(_grid_or_reason, reader=self.reader), self.images, 1, "reading headers")
         return dict(zip(self.images, grids))
 

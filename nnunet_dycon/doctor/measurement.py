@@ -132,12 +132,15 @@ class Measurement:
 def examine_speed(
     trainer: str, unlabeled: UnlabeledCases, fold: int | Literal["all"] | None, device: str, results: list[dict]
 ) -> Iterator[Finding]:
-    """Measure a trainer and nnU-Net's own one. If memory does not suffice, find a batch or plan for which it does.
+    """Measure the time per step and the memory of a trainer and, for comparison, of nnU-Net's own trainer.
+
+    If the memory does not suffice, try fewer unlabeled patches per step and then smaller plans, and recommend the first
+    that fits. Yield the results as findings.
 
     Args:
         trainer: name of the trainer.
         unlabeled: the data set with its plans; its cases must be preprocessed.
-        fold: fold to train; None stands for all cases.
+        fold: number of the fold to train, or "all"; None is the same as "all".
         device: type of the device: "cuda", "cpu" or "mps".
         results: list to which the measurements are appended, as dicts.
     """

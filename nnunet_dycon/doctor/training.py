@@ -177,13 +177,14 @@ def check_supported(trainer: type[SemiSupervisedTrainer], unlabeled: UnlabeledCa
 def check_labeled(training: Training) -> Iterator[Finding]:
     """Check that labeled cases are preprocessed completely, and that none were added or removed since planning.
 
-    The preprocessed cases must be the same as those in labelsTr and in nnU-Net's dataset fingerprint. The folder
+    The preprocessed cases must be the same as those in labelsTr. The folder
     gt_segmentations must contain the reference segmentation of each case, which nnU-Net's validation after training
     needs. Each label of dataset.json must occur in a case. Yield one finding for each problem, or a single OK.
 
     Raises:
-        UserError: there are no preprocessed cases, the fingerprint contains other cases, or a preprocessed segmentation
-            cannot be read or has a value that is not in dataset.json.
+        UserError: a problem after which the other checks are not possible: there are no preprocessed cases, their
+            number or shapes are not those of the fingerprint, or a preprocessed segmentation cannot be read or has a
+            value that is not in dataset.json.
     """
     unlabeled, folder, labeled = training.unlabeled, training.labeled_folder, training.labeled
     again = f"run: nnUNetv2_preprocess {unlabeled.arguments}"

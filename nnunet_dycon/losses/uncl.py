@@ -9,9 +9,9 @@ from nnunet_dycon.losses.kernels.uncl import UnCL
 def uncl_reference(
     student_logits: torch.Tensor, teacher_logits: torch.Tensor, beta: float, entropy_weight: float = 1.0
 ) -> torch.Tensor:
-    """Return the UnCL of DyCON (Eq. 1) for classes, written as in the paper; for the arguments see `uncl_loss`.
+    """Return UnCL, written as in Eq. 1 of the DyCON paper. Tests compare the faster `uncl_loss` with this function.
 
-    Tests compare `uncl_loss`, which is faster, with this function.
+    It supports only classes, not regions. For the arguments see `uncl_loss`.
     """
     p_s, h_s = softmax_and_entropy(student_logits)
     p_t, h_t = softmax_and_entropy(teacher_logits.detach())

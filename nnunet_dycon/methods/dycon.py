@@ -86,7 +86,7 @@ class DyCONTerms:
             label_space: whether logits are of classes or regions.
             logits: (B, C, *spatial), the student's logits.
             teacher_logits: (B, C, *spatial), the logits of the teacher or peer.
-            beta: β of `uncl_loss`, from the method `beta`.
+            beta: β of `uncl_loss` at this point of the training, as returned by `DyCONTerms.beta`.
         """
         return uncl_loss(logits, teacher_logits, beta, entropy_weight=self.entropy_weight, sigmoid=label_space.sigmoid)
 

@@ -29,11 +29,10 @@ def rank() -> int:
 
 @contextmanager
 def waiting_for_rank_zero() -> Iterator[list]:
-    """Run a block on all ranks; the other ranks leave it only after rank 0 has left it.
+    """Context manager for all ranks: at its end, the other ranks wait until rank 0 has left the block, even for hours.
 
-    Rank 0 can thus write files for hours. In a collective operation, the other ranks would time out after some minutes.
-    They wait for a key in the store through which the ranks have found each other, so no process group for the CPU is
-    needed.
+    They do not wait in a barrier, which would time out after some minutes and need a process group for the CPU. They
+    wait for a key in the store through which the ranks have found each other.
 
     Yields:
         A list. The other ranks receive the items that rank 0 has added to it; they must be JSON-serializable.

@@ -113,7 +113,7 @@ def overlay(axes: Axes, mask: np.ndarray, color: str) -> None:
 
 
 def outline(axes: Axes, mask: np.ndarray, color: str) -> None:
-    """Draw the outline of a binary mask (Y, X); draw nothing if the mask is empty, full, or only one pixel wide."""
+    """Draw the outline of a binary mask (Y, X); draw nothing if the mask is empty or full, or if Y or X is 1."""
     if min(mask.shape) > 1 and mask.any() and not mask.all():  # otherwise matplotlib raises or warns
         axes.contour(mask, [0.5], colors=color, linewidths=1.1)
 
