@@ -9,6 +9,7 @@ In a page, a table is between two comments. The first comment contains the kind 
 
 - results TABLE LABELS: all trainers with their default settings, lower bound and upper bound. TABLE is the name of a
   CSV in benchmarks/results without its ending, LABELS the number of labeled cases;
+- pooled LABELS TABLE ...: the same trainers, with the mean difference over the tables, which have equal weights;
 - trials TABLE LABELS: all methods, including those with changed settings, on val, unlabeled and test, with the labeled
   cases of draw 0;
 - looks: all evaluations on test in all CSVs, by date;
@@ -35,6 +36,7 @@ from benchmarks import coverage, loader, losses, many_cases, networks, report, s
 from benchmarks.comparison import SETS
 from benchmarks.measuring import markdown
 from benchmarks.preparation import HERE, LOWER_BOUND, UNLABELED, UPPER_BOUND
+from nnunet_dycon.inference.statistics import pooled_difference, pooled_share_of_gap
 
 RESULTS = HERE / "results"
 PAGES = HERE.parent / "docs"
@@ -77,6 +79,40 @@ def results(table: str, labels: str) -> str:
             last = (*report.compared(tested, drawn, key), without, report.over_runs(tested[key].hd95_mm, 1))
         rows.append((_name(key[0]), *(_dice(sets[which], key) for which in SETS), *last))
     return _without_empty_columns(columns, rows)
+
+
+def pooled(labels: str, *tables: str) -> str:
+    """Return the Markdown table of the differences of Dice to the lower bound on the test cases of several data sets.
+
+    - a column per data set: the difference, and the number of runs in brackets;
+    - mean: the mean of these differences, with 95 % interval;
+    - gap closed: this mean as a fraction of the mean gap between upper and lower bound, with 95 % interval.
+
+    It contains the methods that are in all tables, and the column "gap closed" only if the upper bound is.
+
+    Args:
+        labels: number of labeled cases.
+        tables: names of the CSVs, without their ending.
+    """
+    groups = [students(table, "test", trials=False)[int(labels)] for table in tables]
+    bootstraps = [report.bootstrap(group, seed) for seed, group in enumerate(groups)]
+    drawn = [each for each in bootstraps if each is not None]
+    if len(drawn) < len(groups):
+        raise ValueError("a data set has only one run of each method; leave it out")
+    common = set.intersection(*map(set, groups)) - {report.LOWER}
+    means = {key: pooled_difference(drawn, key, report.LOWER) for key in common}
+    rows = []
+    for key in sorted(common, key=lambda key: (key == report.UPPER, means[key].value)):
+        each = [
+            f"{group[key].dice.mean() - group[report.LOWER].dice.mean():+.4f} ({len(group[key].dice)})"
+            for group in groups
+        ]
+        share = ""
+        if report.UPPER in common - {key}:
+            closed = pooled_share_of_gap(drawn, key, report.LOWER, report.UPPER)
+            share = "undefined" if closed is None else report.with_interval(closed, ".0%")
+        rows.append((_name(key[0]), *each, report.with_interval(means[key], "+.4f"), share))
+    return _without_empty_columns(("method", *tables, "mean", "gap closed"), rows)
 
 
 def trials(table: str, labels: str) -> str:
@@ -123,6 +159,7 @@ def measured(module: ModuleType) -> Callable[[str], str]:
 
 MAKERS: dict[str, Callable[..., str]] = {
     "results": results,
+    "pooled": pooled,
     "trials": trials,
     "looks": looks,
     "losses": measured(losses),

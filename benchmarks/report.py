@@ -51,7 +51,7 @@ from nnunet_dycon.inference.statistics import (
 )
 from nnunet_dycon.system.pictures import Panel, draw_paired_scores
 
-_LOWER, _UPPER = (LOWER_BOUND, "student"), (UPPER_BOUND, "student")
+LOWER, UPPER = (LOWER_BOUND, "student"), (UPPER_BOUND, "student")
 TERMS = ("plans", "iterations", "precision")  # must be equal for runs that are compared
 
 
@@ -188,7 +188,7 @@ def groups(scores: dict[tuple[int, str, str], Scores]) -> dict[int, Group]:
     return {labels: group | upper for labels, group in sorted(found.items())}
 
 
-def bootstrap(group: Group) -> PairedBootstrap | None:
+def bootstrap(group: Group, seed: int = 0) -> PairedBootstrap | None:
     """Return the `PairedBootstrap` of the Dice of all methods in a group.
 
     Its keys are (method, weights). The standard deviation between runs is pooled over the student networks of all
@@ -196,13 +196,14 @@ def bootstrap(group: Group) -> PairedBootstrap | None:
 
     Args:
         group: (method, weights) -> scores, for one number of labeled cases.
+        seed: seed of the random numbers; another one for each group whose bootstraps are pooled.
     """
     # The teacher is nearly equal to the student, and the upper bound has other labels, so both are excluded.
     pooled = [its.dice for (method, weights), its in group.items() if weights == "student" and method != UPPER_BOUND]
     noise = pooled_seed_noise(pooled)
     if noise is None:
         return None
-    return PairedBootstrap({key: its.dice for key, its in group.items()}, noise, np.random.default_rng(0))
+    return PairedBootstrap({key: its.dice for key, its in group.items()}, noise, np.random.default_rng(seed))
 
 
 def as_markdown(scores: dict[tuple[int, str, str], Scores]) -> str:
@@ -236,15 +237,15 @@ def compared(group: Group, drawn: PairedBootstrap | None, key: tuple[str, str]) 
         drawn: result of `bootstrap`. With None, the difference has no interval and "gap closed" is empty.
         key: method and weights of the entry of `group`.
     """
-    if _LOWER not in group or key == _LOWER:
+    if LOWER not in group or key == LOWER:
         return "", ""
     if drawn is None:
-        return f"{group[key].dice.mean() - group[_LOWER].dice.mean():+.4f}", ""
-    difference = _with_interval(drawn.difference(key, _LOWER), "+.4f")
-    if _UPPER not in group or key == _UPPER:
+        return f"{group[key].dice.mean() - group[LOWER].dice.mean():+.4f}", ""
+    difference = with_interval(drawn.difference(key, LOWER), "+.4f")
+    if UPPER not in group or key == UPPER:
         return difference, ""
-    closed = drawn.share_of_gap(key, _LOWER, _UPPER)
-    return difference, "undefined" if closed is None else _with_interval(closed, ".0%")
+    closed = drawn.share_of_gap(key, LOWER, UPPER)
+    return difference, "undefined" if closed is None else with_interval(closed, ".0%")
 
 
 def without_most_influential(group: Group, key: tuple[str, str]) -> str:
@@ -257,12 +258,13 @@ def without_most_influential(group: Group, key: tuple[str, str]) -> str:
         group: (method, weights) -> scores, for one number of labeled cases.
         key: method and weights.
     """
-    if _LOWER not in group or key == _LOWER:
+    if LOWER not in group or key == LOWER:
         return ""
-    return f"{leave_one_out(case_differences(group[key].dice, group[_LOWER].dice)).without:+.4f}"
+    return f"{leave_one_out(case_differences(group[key].dice, group[LOWER].dice)).without:+.4f}"
 
 
-def _with_interval(estimate: Estimate, form: str) -> str:
+def with_interval(estimate: Estimate, form: str) -> str:
+    """Return "value [low, high]" in a format such as "+.4f"."""
     return f"{estimate.value:{form}} [{estimate.low:{form}}, {estimate.high:{form}}]"
 
 
@@ -287,10 +289,10 @@ def draw(group: Group, file: Path) -> None:
         group: (method, weights) -> scores, for one number of labeled cases. It must contain the lower bound.
         file: PNG file to write.
     """
-    lower = group[_LOWER].dice.mean(0)
+    lower = group[LOWER].dice.mean(0)
     panels = []
     for (method, weights), its in group.items():
-        if (method, weights) != _LOWER:
+        if (method, weights) != LOWER:
             runs = f"{len(its.dice)} run" + "s" * (len(its.dice) > 1)
             name = method.replace(":", "\n").replace(",", "\n")
             panels.append(Panel(f"{name}\n{weights}, {runs}", {"Dice": (lower, its.dice.mean(0))}))
@@ -323,7 +325,7 @@ def main() -> None:
     pictures: Path = arguments.output or arguments.table.parent
     pictures.mkdir(parents=True, exist_ok=True)
     for labels, group in groups(scores).items():
-        if _LOWER in group and len(group) > 1:
+        if LOWER in group and len(group) > 1:
             draw(group, pictures / f"{arguments.table.stem}_{labels}_{arguments.set}.png")
 
 

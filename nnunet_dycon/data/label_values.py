@@ -73,7 +73,7 @@ def count_labels(
     known: dict[str, list] = {}
     with suppress(OSError, ValueError):
         stored = json.loads(cache.read_text())
-        known = {case: entry for case, entry in stored.items() if isinstance(entry[1], dict)}  # a list before 0.3
+        known = {case: entry for case, entry in stored.items() if isinstance(entry[1], dict)}  # a list in 0.1
     files = {case: _segmentation(folder, case) for case in sorted(cases)}
     versions = {case: [file.stat().st_size, file.stat().st_mtime_ns] for case, file in files.items()}
     new = [case for case in files if case not in known or known[case][0] != versions[case]]

@@ -235,10 +235,10 @@ class UnlabeledCases:
     def ways_to_add(self) -> str:
         """Part of an error message: how to add unlabeled cases to a data set that has none."""
         ignore = ignore_label(self.dataset_json)
-        label = 'a label "ignore" in dataset.json' if ignore is None else f'the label "ignore" ({ignore})'
+        label = 'an ignore label ("ignore" in dataset.json)' if ignore is None else f"the ignore label {ignore}"
         return (
-            f"put unlabeled images there, or give the voxels without annotation in labelsTr {label} and preprocess "
-            "again: sparsely annotated cases are also used as unlabeled ones"
+            f"put unlabeled images there, or mark voxels without annotation in labelsTr with {label} and preprocess "
+            "again: the images of such cases are also used as unlabeled ones"
         )
 
     def _raw_files(self) -> dict[str, list[Path]]:

@@ -254,7 +254,8 @@ def check_unlabeled(training: Training) -> Iterator[Finding]:
     unlabeled = training.unlabeled
     command = f"run: nnunet_dycon preprocess_unlabeled {unlabeled.arguments}"
     if unlabeled.is_absent() and training.sparse:
-        message = f"{unlabeled.no_images}; only the images of sparsely annotated cases are used as unlabeled ones"
+        missing = unlabeled.no_images if unlabeled.is_raw_reachable() else "the raw data set does not exist"
+        message = f"{missing}; only the images of sparsely annotated cases are used as unlabeled ones"
         yield Finding("unlabeled", NOTE, message)
     elif not unlabeled.folder.is_dir():
         cases = unlabeled.raw_cases()

@@ -143,9 +143,49 @@ class PairedBootstrap(Generic[Key]):
         return self._estimate(value, (self.draws[method] - self.draws[lower]) / gap)
 
     def _estimate(self, value: float, draws: np.ndarray) -> Estimate:
-        tail = 50 * (1 - self.level)
-        low, high = np.percentile(draws, (tail, 100 - tail))
-        return Estimate(float(value), float(low), float(high))
+        return _estimate(value, draws, self.level)
+
+
+def _estimate(value: float, draws: np.ndarray, level: float) -> Estimate:
+    tail = 50 * (1 - level)
+    low, high = np.percentile(draws, (tail, 100 - tail))
+    return Estimate(float(value), float(low), float(high))
+
+
+def pooled_difference(data_sets: Sequence[PairedBootstrap[Key]], method: Key, baseline: Key) -> Estimate:
+    """Return the mean over data sets of the difference between a method and the baseline, with confidence interval.
+
+    All data sets have the same weight. The interval is that of these data sets, not of others.
+
+    Args:
+        data_sets: the bootstrap of each data set, with independent generators and the same numbers of draws.
+        method: the method, which all data sets have.
+        baseline: the baseline.
+    """
+    values, draws = _differences(data_sets, method, baseline)
+    return _estimate(values.mean(), draws.mean(0), data_sets[0].level)
+
+
+def pooled_share_of_gap(
+    data_sets: Sequence[PairedBootstrap[Key]], method: Key, lower: Key, upper: Key
+) -> Estimate | None:
+    """Return the mean of method - lower over data sets, divided by that of upper - lower, with confidence interval.
+
+    None if the interval of the mean gap, upper - lower, is not entirely above 0. For the arguments see
+    `pooled_difference` and `PairedBootstrap.share_of_gap`.
+    """
+    if pooled_difference(data_sets, upper, lower).low <= 0:
+        return None
+    (values, draws), (gaps, gap_draws) = (_differences(data_sets, key, lower) for key in (method, upper))
+    return _estimate(values.mean() / gaps.mean(), draws.mean(0) / gap_draws.mean(0), data_sets[0].level)
+
+
+def _differences(
+    data_sets: Sequence[PairedBootstrap[Key]], method: Key, baseline: Key
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the differences (data sets,) between two methods, and their draws (data sets, draws)."""
+    values = np.array([each.means[method] - each.means[baseline] for each in data_sets])
+    return values, np.array([each.draws[method] - each.draws[baseline] for each in data_sets])
 
 
 def case_differences(method: np.ndarray, baseline: np.ndarray) -> np.ndarray:

@@ -16,6 +16,7 @@ from benchmarks.comparison import COLUMNS, Benchmark, Run
 from benchmarks.la import LEFT_ATRIUM
 from benchmarks.preparation import LOWER_BOUND, SUPERVISED, UPPER_BOUND, LabeledSet, trainer_class
 from benchmarks.report import as_markdown, bootstrap, read
+from nnunet_dycon.inference.statistics import pooled_difference, pooled_share_of_gap
 from nnunet_dycon.registry import DYCON_CAVEAT, RECOMMENDED, TRAINERS
 
 RESULTS = sorted(pages.RESULTS.glob("*.csv"))
@@ -104,6 +105,25 @@ def test_gains_in_the_readme_equal_the_results(table, cases):
     estimate = bootstrap(group).difference((RECOMMENDED, "student"), (LOWER_BOUND, "student"))
     for text, value in zip(stated.groups(), (estimate.value, estimate.low, estimate.high)):
         assert float(text) == pytest.approx(value, abs=0.51 * 10 ** (2 - len(text)))
+
+
+def test_pooled_gain_in_the_readme_equals_the_results():
+    readme = " ".join((pages.PAGES.parent / "README.md").read_text().split())
+    stated = re.search(r"Mean of left atrium and hippocampus, .*?: \+(.*?) \(95 % CI (.*?) to (.*?)\), (\d+) %", readme)
+    groups = [pages.students(table, "test", trials=False)[4] for table in ("la_3p5mm", "hippocampus")]
+    drawn = [bootstrap(group, seed) for seed, group in enumerate(groups)]
+    recommended, lower, upper = ((name, "student") for name in (RECOMMENDED, LOWER_BOUND, UPPER_BOUND))
+    mean, share = pooled_difference(drawn, recommended, lower), pooled_share_of_gap(drawn, recommended, lower, upper)
+    assert [float(text) for text in stated.groups()] == [
+        *(round(value, 3) for value in (mean.value, mean.low, mean.high)),
+        round(100 * share.value),
+    ]
+
+
+def test_data_sets_with_one_run_are_not_pooled(monkeypatch):
+    monkeypatch.setattr(pages.report, "bootstrap", lambda group, seed: None)
+    with pytest.raises(ValueError, match="only one run"):
+        pages.pooled("4", "la_3p5mm")
 
 
 @pytest.mark.parametrize("page", sorted(pages.PAGES.rglob("*.md")), ids=lambda page: page.name)

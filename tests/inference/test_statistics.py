@@ -15,7 +15,9 @@ from nnunet_dycon.inference.statistics import (
     case_differences,
     holm,
     leave_one_out,
+    pooled_difference,
     pooled_seed_noise,
+    pooled_share_of_gap,
     signed_rank,
     tally,
 )
@@ -88,6 +90,26 @@ def test_closed_fraction_of_the_gap_of_known_scores():
     sd = math.sqrt(1 + 0.25**2 + 0.75**2) * 1e-4 / 0.04
     assert (share.high - share.low) / 2 == pytest.approx(2.086 * sd, rel=0.05)  # t with 20 degrees of freedom
     assert drawn.share_of_gap("method", "lower", "equal") is None
+
+
+def test_pooled_difference_and_share_of_the_gap_of_independent_data_sets():
+    gains, sds, drawn = (0.03, 0.01), (2e-3, 1e-3), []
+    for seed, (gain, sd) in enumerate(zip(gains, sds)):
+        scores = {"lower": BASE[None], "method": BASE[None] + gain, "upper": BASE[None] + 0.05}
+        drawn.append(PairedBootstrap(scores, SeedNoise(sd, 10**6), np.random.default_rng(seed)))
+    mean = pooled_difference(drawn, "method", "lower")
+    assert mean.value == pytest.approx(0.02)
+    sd = math.sqrt(2 * (sds[0] ** 2 + sds[1] ** 2)) / 2  # both means of a difference have noise
+    assert (mean.high - mean.low) / 2 == pytest.approx(1.96 * sd, rel=0.05)
+    share = pooled_share_of_gap(drawn, "method", "lower", "upper")
+    assert share.value == pytest.approx(0.02 / 0.05)
+    assert share.low < 0.4 < share.high
+    one = pooled_difference(drawn[:1], "method", "lower")
+    assert one == drawn[0].difference("method", "lower")
+    assert pooled_share_of_gap(drawn[:1], "method", "lower", "upper") == drawn[0].share_of_gap(
+        "method", "lower", "upper"
+    )
+    assert pooled_share_of_gap(drawn, "method", "upper", "lower") is None
 
 
 @pytest.mark.parametrize("number", [6, 16, 60])

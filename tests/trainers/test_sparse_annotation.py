@@ -165,8 +165,8 @@ def test_without_any_unlabeled_voxel_both_ways_are_named(sparse_root, capsys):
         annotate_completely(sparse_root, case)
     remove_unlabeled(sparse_root)
     message = (
-        r"no unlabeled cases: .*imagesUn has no file \*.nii.gz; put unlabeled images there, or give the voxels without "
-        r"annotation in labelsTr the label \"ignore\" \(3\)"
+        r"no unlabeled cases: .*imagesUn has no file \*.nii.gz; put unlabeled images there, or mark voxels without "
+        r"annotation in labelsTr with the ignore label 3 and preprocess again"
     )
     capsys.readouterr()
     with pytest.raises(SystemExit, match=message):
