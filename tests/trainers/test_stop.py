@@ -272,7 +272,7 @@ def test_unreadable_case_raises_and_the_file_is_named(base, monkeypatch, kind, p
     folder, ending, remedy = CASES[kind]
     trainer = make_trainer(Base)
     # The preflight checks would already detect damaged properties, but not all other files.
-    monkeypatch.setattr(preflight, "check_cases", lambda *arguments: None)
+    monkeypatch.setattr(preflight, "check_cases", lambda *arguments: [])
     named = {file for file in (base / f"nnUNetPlans_{folder}").glob("*[0-9]" + ending)}
     for file in named:
         damage(file)
