@@ -32,7 +32,7 @@ import torch
 from benchmarks.comparison import ITERATIONS_PER_EPOCH
 from benchmarks.hippocampus import HIPPOCAMPUS
 from benchmarks.la import LEFT_ATRIUM
-from benchmarks.measuring import machine, write
+from benchmarks.measuring import machine, markdown, write
 from benchmarks.phantom import PHANTOMS
 from benchmarks.preparation import LabeledSet, Preparation, add_arguments, trainer_class
 from nnunet_dycon.components.batches import StudentOutput
@@ -45,6 +45,7 @@ from nnunet_dycon.training.step import autocast
 
 DATA_SETS = {"hippocampus": HIPPOCAMPUS, "la": LEFT_ATRIUM, "phantom": PHANTOMS}
 TRAINERS = ("nnUNetTrainerDyCON", "nnUNetTrainerDyCON_adapted")
+_TERMS = {"consistency": "UnCL, consistency", "entropy": "UnCL, entropy", "fecl": "FeCL"}
 _COLORS = {"supervised": "black", "consistency": "#1c7ed6", "entropy": "#e8590c", "fecl": "#1faa59"}
 
 
@@ -152,6 +153,32 @@ def _spread(embedding: torch.Tensor) -> dict[str, float]:
     shares = values / values.sum()
     rank = torch.special.entr(shares).sum().exp()
     return {"embedding_cosine": (cosines / (number * (number - 1))).mean().item(), "embedding_rank": rank.item()}
+
+
+def as_markdown(results: dict[str, list[dict]]) -> str:
+    """Return a Markdown table with a row per trainer and term.
+
+    - relative norm: norm of the weighted gradient, divided by that of the supervised loss;
+    - cosine: of the angle to the supervised gradient.
+
+    Both are medians over all points after the ramp-up (ramp 1), with the quartiles in brackets.
+
+    Args:
+        results: name of the trainer -> points, see `measure`.
+    """
+    rows = []
+    for name, points in results.items():
+        ramped = [point["terms"] for point in points if point["ramp"] == 1] or [point["terms"] for point in points]
+        for term in (term for term in ramped[0] if term != "supervised"):
+            shares = [its[term]["weight"] * its[term]["norm"] / its["supervised"]["norm"] for its in ramped]
+            cosines = [its[term]["cosine"] for its in ramped]
+            rows.append((f"`{name}`", _TERMS[term], _quartiles(shares, ".1%"), _quartiles(cosines, "+.2f")))
+    return markdown(("trainer", "term", "relative norm", "cosine"), rows)
+
+
+def _quartiles(values: list[float], form: str) -> str:
+    low, median, high = np.percentile(values, (25, 50, 75))
+    return f"{median:{form}} [{low:{form}}, {high:{form}}]"
 
 
 @in_default_style

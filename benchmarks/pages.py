@@ -15,6 +15,7 @@ In a page, a table is between two comments. The first comment contains the kind 
 - looks: all evaluations on test in all CSVs, by date;
 - losses FILE, train_step FILE, step_memory FILE, loader FILE, networks FILE, many_cases FILE: measured times and
   memory, from a JSON file in benchmarks/results;
+- gradients FILE: gradients of the terms of DyCON, from such a JSON file;
 - coverage FILE: coverage of the confidence intervals in simulations, from such a JSON file;
 - scaling: calculated times of a step on 1 to 64 GPUs.
 
@@ -32,7 +33,18 @@ from functools import cache
 from types import ModuleType
 from typing import Any
 
-from benchmarks import coverage, loader, losses, many_cases, networks, report, scaling, step_memory, train_step
+from benchmarks import (
+    coverage,
+    gradients,
+    loader,
+    losses,
+    many_cases,
+    networks,
+    report,
+    scaling,
+    step_memory,
+    train_step,
+)
 from benchmarks.comparison import SETS
 from benchmarks.measuring import markdown
 from benchmarks.preparation import HERE, LOWER_BOUND, UNLABELED, UPPER_BOUND
@@ -168,6 +180,7 @@ MAKERS: dict[str, Callable[..., str]] = {
     "many_cases": measured(many_cases),
     "loader": measured(loader),
     "networks": measured(networks),
+    "gradients": measured(gradients),
     "coverage": measured(coverage),
     "scaling": lambda: scaling.as_markdown(scaling.Cluster()),
 }
