@@ -20,6 +20,9 @@ from tests.tiny_network import labeled_batch, unlabeled_batch
 from tests.trainers.training import make_trainer
 
 
+collect_ignore = ["one_thread"]  # its module would change this process
+
+
 def pytest_addoption(parser):
     parser.addoption("--runslow", action="store_true", help="run the tests marked slow, too")
 

@@ -10,12 +10,15 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
+# With one thread: nnU-Net takes as many as cores, and several processes would slow each other down.
 FORK_WORKERS = """
 import multiprocessing
 from tests import processes
+multiprocessing.cpu_count = lambda: 1
 multiprocessing.get_context = lambda method=None: processes._forkserver
 """
 _ROOT = str(Path(__file__).parents[1])
+ONE_THREAD = str(Path(__file__).with_name("one_thread"))  # for PYTHONPATH of other processes, with the same effect
 NNUNETV2_TRAIN = "from nnunetv2.run.run_training import run_training_entry as main; main()"
 NNUNETV2_PREDICT = "from nnunetv2.inference.predict_from_raw_data import predict_entry_point as main; main()"
 

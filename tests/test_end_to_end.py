@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from tests.processes import NNUNETV2_TRAIN, run_command
+from tests.processes import NNUNETV2_TRAIN, ONE_THREAD, run_command
 from tests.tiny import TEST, set_environment
 
 BIN = Path(sys.executable).parent
@@ -20,7 +20,11 @@ RUN = "Dataset901_Tiny/{trainer}__nnUNetPlans__3d_fullres/fold_0"
 
 def run(cwd: Path, *command: str, **environment: str) -> str:
     result = subprocess.run(
-        [str(BIN / command[0]), *command[1:]], cwd=cwd, env=os.environ | environment, capture_output=True, text=True
+        [str(BIN / command[0]), *command[1:]],
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": ONE_THREAD} | environment,
+        capture_output=True,
+        text=True,
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return result.stdout

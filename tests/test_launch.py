@@ -15,6 +15,7 @@ from nnunet_dycon.errors import UsageError
 from nnunet_dycon.launch import MARK, _own_device, _should_resume, main
 from nnunet_dycon.training.checkpoints import KEY
 from tests.launched.nnunet_dycon_test_trainers import EPOCHS, STEPS
+from tests.processes import ONE_THREAD
 from tests.trainers.training import narrow
 
 ROOT = Path(__file__).parents[1]
@@ -28,6 +29,7 @@ def results(tiny, monkeypatch) -> Path:
     folder = str(ROOT / "tests" / "launched")
     monkeypatch.setenv("nnUNet_extTrainer", os.pathsep.join([os.environ["nnUNet_extTrainer"], folder]))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PYTHONPATH", ONE_THREAD)
     return tiny / "nnUNet_results" / "Dataset901_Tiny"
 
 
