@@ -19,7 +19,6 @@ from tests.tiny import plan_and_preprocess, set_environment, write_raw_dataset
 from tests.tiny_network import labeled_batch, unlabeled_batch
 from tests.trainers.training import make_trainer
 
-
 collect_ignore = ["one_thread"]  # its module would change this process
 
 
