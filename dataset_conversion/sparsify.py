@@ -97,7 +97,7 @@ def sparsify(dataset: str, dataset_id: int, annotate: Slices | Scribbles, num_pr
     Args:
         dataset: ID or name of a data set whose voxels are all annotated.
         dataset_id: ID of the new data set.
-        annotate: the rule by which voxels are annotated.
+        annotate: the rule that selects the annotated voxels.
         num_processes: number of worker processes; 1 uses this process.
 
     Returns:
@@ -165,7 +165,7 @@ def _write_label(
         reader: nnU-Net's reader of the label maps.
         about: content of dataset.json.
         ignore: value of the voxels without annotation.
-        annotate: the rule by which voxels are annotated.
+        annotate: the rule that selects the annotated voxels.
         file: label map in which all voxels are annotated.
     """
     try:

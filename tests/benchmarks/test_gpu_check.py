@@ -14,6 +14,7 @@ import torch
 from benchmarks import gpu_check
 from benchmarks.gpu_check import Step, counts, perform, run_limited, steps
 from benchmarks.gpu_training import alternate
+from tests.processes import is_running
 
 COMMIT = {"commit": "abc"}
 ABOUT = {"device": "GPU", "versions": {"torch": "2.6"}}
@@ -136,17 +137,9 @@ def test_time_limit_ends_the_processes_of_a_step(tmp_path):
     assert run_limited([sys.executable, "-c", f"{code}; import time; time.sleep(60)"], log, 2) == "stopped after 2 s"
     process = int(log.read_text())
     deadline = time.monotonic() + 10
-    while _is_running(process) and time.monotonic() < deadline:
+    while is_running(process) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not _is_running(process)
-
-
-def _is_running(process: int) -> bool:
-    try:
-        with open(f"/proc/{process}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+    assert not is_running(process)
 
 
 @pytest.mark.parametrize("options", [[], ["--device", "cpu", "--tiny"]], ids=["default", "tiny"])
