@@ -15,7 +15,6 @@
 import argparse
 import json
 import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -34,7 +33,7 @@ from benchmarks.train_step import LABELED
 from nnunet_dycon.registry import RECOMMENDED
 from nnunet_dycon.system.environment import DISCOVERY
 from nnunet_dycon.system.files import replacing
-from nnunet_dycon.system.processes import peak_memory
+from nnunet_dycon.system.processes import exiting_on_sigterm, peak_memory
 
 NAMES = (SUPERVISED, RECOMMENDED, "nnUNetTrainerDyCON")
 RECORD = "gpu_training.json"
@@ -145,6 +144,7 @@ def alternate(
                 remaining.remove(name)
 
 
+@exiting_on_sigterm()  # ends the processes of a training, too
 def main() -> None:
     """Prepare the data if necessary, train for the given time, and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -157,7 +157,6 @@ def main() -> None:
     parser.add_argument("--one", choices=NAMES, help=argparse.SUPPRESS)
     parser.add_argument("--until", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the processes of a training, too
     if arguments.one:
         train(arguments.one, arguments.until, arguments)
         return
