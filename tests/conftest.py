@@ -13,11 +13,11 @@ import torch
 from filelock import FileLock
 
 from nnunet_dycon.data.unlabeled import preprocess_unlabeled
-from nnunet_dycon.trainers import trainer_class
-from tests.processes import NNUNETV2_PREDICT, run_command, use_forkserver
+from tests.processes import NNUNETV2_PREDICT, run_command, run_script, use_forkserver
 from tests.tiny import plan_and_preprocess, set_environment, write_raw_dataset
 from tests.tiny_network import labeled_batch, unlabeled_batch
-from tests.trainers.training import make_trainer
+
+TRAIN = ("901", "3d_fullres", "0", "-tr", "nnUNetTrainerDyCON_smoke", "-device", "cpu")  # arguments of nnUNetv2_train
 
 collect_ignore = ["one_thread"]  # its module would change this process
 
@@ -118,9 +118,7 @@ def trained_tiny(tiny_root, built_once) -> Path:
         shutil.copytree(tiny_root, root, dirs_exist_ok=True)
         with pytest.MonkeyPatch.context() as patch:
             set_environment(patch, root)
-            trainer = make_trainer(trainer_class("nnUNetTrainerDyCON_smoke"), fold=0)
-            trainer.run_training()
-            trainer.perform_actual_validation()
+            run_script("nnUNetv2_train", *TRAIN, "--npz", nnUNet_n_proc_DA="1")
 
     return built_once("trained", build)
 
@@ -128,19 +126,19 @@ def trained_tiny(tiny_root, built_once) -> Path:
 @pytest.fixture(scope="session")
 def tiny_predictions(trained_tiny, built_once) -> dict[str, Path]:
     """Return nnUNetv2_predict's folders for the test cases, by network, with probabilities. Do not change them."""
-    images = trained_tiny / "nnUNet_raw" / "Dataset901_Tiny" / "imagesTs"
-    checkpoints = {"student": "checkpoint_final.pth", "teacher": "checkpoint_final_teacher.pth"}
+    images = str(trained_tiny / "nnUNet_raw" / "Dataset901_Tiny" / "imagesTs")
     predict = ["-d", "901", "-c", "3d_fullres", "-f", "0", "-tr", "nnUNetTrainerDyCON_smoke", "-i", images]
-    predict += ["--save_probabilities", "-device", "cpu", "-npp", "0", "-nps", "0", "--disable_tta"]
+    predict += ["--save_probabilities", "-device", "cpu", "--disable_tta"]
 
     def build(folder: Path) -> None:
         with pytest.MonkeyPatch.context() as patch:
             set_environment(patch, trained_tiny)
-            for name, checkpoint in checkpoints.items():
-                run_command(NNUNETV2_PREDICT, *predict, "-chk", checkpoint, "-o", folder / name)
+            run_script("nnUNetv2_predict", *predict, "-npp", "1", "-nps", "1", "-o", str(folder / "student"))
+            teacher = ("-chk", "checkpoint_final_teacher.pth", "-npp", "0", "-nps", "0", "-o", folder / "teacher")
+            run_command(NNUNETV2_PREDICT, *predict, *teacher)
 
     folder = built_once("predictions", build)
-    return {name: folder / name for name in checkpoints}
+    return {name: folder / name for name in ("student", "teacher")}
 
 
 @pytest.fixture(scope="session")

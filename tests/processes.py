@@ -79,6 +79,23 @@ def run_command(command: str, *arguments: object, cwd: Path | None = None, **env
     return result.stdout
 
 
+def run_script(command: str, *arguments: str, cwd: Path | None = None, **environment: str) -> str:
+    """Run a command that pip has installed, as in a terminal; return what it prints, or fail if it fails.
+
+    The current folder is a new one by default: a command must work outside the repository.
+    """
+    with TemporaryDirectory() as elsewhere:
+        result = subprocess.run(
+            [str(Path(sys.executable).with_name(command)), *arguments],
+            cwd=cwd or elsewhere,
+            env=os.environ | {"PYTHONPATH": ONE_THREAD} | environment,
+            capture_output=True,
+            text=True,
+        )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return result.stdout
+
+
 def _run(code: str, arguments: list[str], cwd: str, environment: dict[str, str], files: list[str]) -> None:
     for descriptor, file in zip((1, 2), files):
         opened = os.open(file, os.O_WRONLY | os.O_CREAT)
