@@ -38,6 +38,7 @@ from typing import Any
 from filelock import FileLock
 
 from benchmarks.preparation import (
+    DRAWS,
     HERE,
     LOWER_BOUND,
     SUPERVISED,
@@ -270,10 +271,10 @@ def compare(data_set: DataSet, description: str | None, argv: Sequence[str] | No
     parser.add_argument("--methods", nargs="+", required=True, help="lower_bound, upper_bound, and names of trainers")
     parser.add_argument("--labels", type=int, nargs="+", choices=data_set.labels, default=[data_set.labels[-1]])
     if data_set.draws:
-        draw_help = (
-            "labeled sets: 0 for the protocol's first cases, other numbers are seeds of random sets (default: 0)"
+        draw_help = "labeled sets: 0 for the protocol's first cases, 1 to 4 are seeds of random sets (default: 0)"
+        parser.add_argument(
+            "--draw", dest="draws", type=int, nargs="+", choices=DRAWS, default=[0], metavar="K", help=draw_help
         )
-        parser.add_argument("--draw", dest="draws", type=int, nargs="+", default=[0], metavar="K", help=draw_help)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--sets", nargs="+", choices=SETS, default=["val"], help="default: val")
     parser.add_argument("--weights", choices=("all", "student"), default="all", help="weights of a run to score: all "

@@ -30,6 +30,7 @@ LOWER_BOUND, UPPER_BOUND = (
 SUPERVISED = "nnUNetTrainer"  # trainer of both bounds
 UNLABELED = "unlabeled"  # role of training cases, and name of a set for scoring
 SCORED = ("val", "test")  # held-out cases of a protocol
+DRAWS = range(5)  # of the labeled cases
 
 
 class LabeledSet(NamedTuple):
@@ -53,7 +54,8 @@ class DataSet:
         name: name in DatasetXXX_NAME.
         table: name of the CSV in results, and of the JSON file in protocols if there is one, without ending. See also
             `protocol`.
-        first_id: offset of dataset IDs. With N labeled cases and draw K, the ID is 1000 K + first_id + N.
+        first_id: offset of dataset IDs. With N labeled cases and draw K, the ID is first_id + 20 K + N. nnU-Net accepts
+            IDs up to 999, so there are 5 draws.
         labels: numbers of labeled cases with which methods can be compared, ascending.
         training_cases: number of training cases, which are all labeled for the upper bound.
         spacing: default voxel spacing in mm.
@@ -167,7 +169,7 @@ class Preparation:
 
     def dataset_id(self, labeled: LabeledSet) -> int:
         """Return nnU-Net's dataset ID of a labeled set, such as 108 for 8 labeled cases of LA2018."""
-        return 1000 * labeled.draw + self.data_set.first_id + labeled.labels
+        return self.data_set.first_id + 20 * labeled.draw + labeled.labels
 
     def dataset(self, labeled: LabeledSet) -> str:
         """Return the dataset name of a labeled set, such as Dataset108_LA2018."""

@@ -15,13 +15,13 @@ import numpy as np
 from skimage.measure import label as connected_regions
 from skimage.morphology import skeletonize
 
-from nnunet_dycon.data.dataset_json import check_dataset_json, ignore_label, label_values, values_by_name
+from nnunet_dycon.data.dataset_json import ignore_label, label_values, read_dataset_json, values_by_name
 from nnunet_dycon.data.image_checks import check_file
 from nnunet_dycon.data.image_reading import Reader, files_with_ending, in_file_order, reader_class
 from nnunet_dycon.data.unlabeled import dataset_name
 from nnunet_dycon.dataset_conversion.roles import FOLDERS
 from nnunet_dycon.dataset_conversion.writer import new_dataset_folder, reserved, writing_errors
-from nnunet_dycon.errors import UsageError, UserError, explained, first_line, some
+from nnunet_dycon.errors import UserError, first_line, some
 from nnunet_dycon.system.environment import nnunet_folder
 from nnunet_dycon.system.files import link_or_copy, new_folder, require_whole
 from nnunet_dycon.system.label_maps import rounded
@@ -108,9 +108,11 @@ def sparsify(dataset: str, dataset_id: int, annotate: Slices | Scribbles, num_pr
         UsageError: the data set does not exist, or the new ID is used.
     """
     source = nnunet_folder("nnUNet_raw") / dataset_name(dataset)
-    if not source.is_dir():
-        raise UsageError(f"{source} does not exist; copy the raw data there, or correct nnUNet_raw")
-    about = _read_dataset_json(source)
+    about = read_dataset_json(source)
+    if ignore_label(about) is not None:
+        raise UserError(
+            f"{source / 'dataset.json'} has an ignore label already; name a data set whose voxels are all annotated"
+        )
     folder = new_dataset_folder(dataset_id, f"{source.name[len('Dataset000_') :]}_{annotate.name}", "-o")
     files = files_with_ending(source / _LABELS, about["file_ending"])
     if not files:
@@ -134,20 +136,6 @@ def sparsify(dataset: str, dataset_id: int, annotate: Slices | Scribbles, num_pr
     counts = (Counter(result) for result in results if not isinstance(result, str))
     _print_summary(folder, sum(counts, Counter()), about)
     return folder
-
-
-def _read_dataset_json(source: Path) -> dict:
-    file = source / "dataset.json"
-    with explained((OSError, ValueError), f"{file} cannot be read; write it again"):
-        about = json.loads(file.read_text())
-    check_dataset_json(about, file)
-    if ignore_label(about) is not None:
-        raise UserError(f"{file} has an ignore label already; name a data set whose voxels are all annotated")
-    if "dataset" in about:
-        raise UserError(
-            f'{file} lists the paths of its files (entry "dataset"), which is not supported; copy the files'
-        )
-    return about
 
 
 def _write_label(

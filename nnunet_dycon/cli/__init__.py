@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from nnunet_dycon import __version__
-from nnunet_dycon.cli import data, information, models, scores
+from nnunet_dycon.cli import data, information, models, rounds, scores
 from nnunet_dycon.errors import UserError
 from nnunet_dycon.system.processes import exiting_on_sigterm
 
@@ -69,6 +69,7 @@ def build_parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
     models.add_export_vanilla(commands)
     models.add_predict_both(commands)
     models.add_predict_uncertainty(commands)
+    rounds.add_pseudo_label(commands)
     information.add_doctor(commands)
     information.add_demo(commands)
     return parser

@@ -106,7 +106,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
         if arguments.dataset is None:
             raise UsageError("--measure needs a data set; add -d ID")
         require_nnunet()
-        from nnunet_dycon.inference.ensemble import choose_device
+        from nnunet_dycon.inference.prediction import choose_device
 
         device = choose_device(device)
     elif device is not None:

@@ -1,14 +1,36 @@
-"""Checks of the content of dataset.json."""
+"""Reading and checks of dataset.json."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from nnunetv2.imageio.reader_writer_registry import LIST_OF_IO_CLASSES, recursive_find_reader_writer_by_name
 
-from nnunet_dycon.errors import UserError
+from nnunet_dycon.errors import UsageError, UserError, explained
 
 FORMAT = "https://github.com/MIC-DKFZ/nnUNet/blob/master/documentation/dataset_format.md"
+
+
+def read_dataset_json(folder: Path) -> dict[str, Any]:
+    """Return the content of dataset.json in a folder of nnUNet_raw, for commands that copy its files.
+
+    Raises:
+        UsageError: the folder does not exist.
+        UserError: the file cannot be read, nnU-Net cannot use it (see `check_dataset_json`), or it lists the paths of
+            the images and labels, which then are not in the folder's sub-folders.
+    """
+    file = folder / "dataset.json"
+    if not folder.is_dir():
+        raise UsageError(f"{folder} does not exist; copy the raw data there, or correct nnUNet_raw")
+    with explained((OSError, ValueError), f"{file} cannot be read; write it again"):
+        content = json.loads(file.read_text())
+    check_dataset_json(content, file)
+    if "dataset" in content:
+        raise UserError(
+            f'{file} lists the paths of its files (entry "dataset"), which is not supported; copy the files'
+        )
+    return content
 
 
 def check_dataset_json(content: Any, file: Path) -> None:

@@ -23,7 +23,7 @@ from scipy.special import entr
 
 from nnunet_dycon.demo.phantom import write_dataset
 from nnunet_dycon.errors import UsageError, UserError
-from nnunet_dycon.inference.ensemble import choose_device
+from nnunet_dycon.inference.prediction import choose_device
 from nnunet_dycon.system.environment import DISCOVERY
 from nnunet_dycon.system.pictures import new_figure, outline, overlay
 from nnunet_dycon.trainers.nnUNetTrainerDemo import nnUNetTrainerDemo

@@ -1,19 +1,15 @@
 """Ensemble of two networks of a trained model, such as student and teacher: the mean of their probabilities."""
 
-import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from nnunetv2.ensembling.ensemble import ensemble_folders
-from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from nnunet_dycon.data.image_reading import image_files
 from nnunet_dycon.errors import UsageError, UserError, explained
 from nnunet_dycon.inference.model_folders import find_folds, load_checkpoint, read_json
-from nnunet_dycon.system.environment import DISCOVERY
+from nnunet_dycon.inference.prediction import check_step_size, choose_device, load_predictor, predict
 from nnunet_dycon.system.files import new_folder
 from nnunet_dycon.training.checkpoints import SECOND, STUDENT, TEACHER
 
@@ -60,57 +56,27 @@ def predict_both(
         UserError: a checkpoint is missing or damaged, an image is missing, or nnU-Net fails to predict.
     """
     chosen = find_folds(model, folds)
-    if not 0 < step_size <= 1:
-        raise UsageError(f"the step size (-step_size) must be above 0 and at most 1, got {step_size}")
+    check_step_size(step_size)
     pair = (STUDENT, _other_checkpoint(model, chosen))
     for fold in chosen:
         for name in pair:
             load_checkpoint(model / f"fold_{fold}" / name)
     dataset = read_json(model / "dataset.json")
-    if not image_files(images, dataset, "the"):
+    cases = image_files(images, dataset, "the")
+    if not cases:
         raise UsageError(f"{images} has no images CASE_XXXX{dataset['file_ending']}; give their folder with -i")
-    predictor = nnUNetPredictor(
-        tile_step_size=step_size, use_mirroring=mirroring, device=torch.device(choose_device(device)), allow_tqdm=False
-    )
+    device = choose_device(device)
     failed = f"cannot predict {images} into {output}; check the images and the free disk space"
     with explained(_FAILURES, failed), new_folder(output) as partial:
         members = [partial / Path(name).stem for name in pair]
         for name, folder in zip(pair, members):
-            with _discoverable():
-                use_folds = tuple(fold if fold == "all" else int(fold) for fold in chosen)
-                predictor.initialize_from_trained_model_folder(str(model), use_folds, name)
-            _predict(predictor, images, folder, num_processes)
+            predictor = load_predictor(model, chosen, name, device, step_size=step_size, mirroring=mirroring)
+            predict(predictor, cases, folder, num_processes, Path(name).stem)
         ensemble_folders([str(folder) for folder in members], str(partial), save_probabilities, max(1, num_processes))
         shutil.copy(members[0] / "plans.json", partial)
         for folder in members:
             shutil.rmtree(folder)
     return pair
-
-
-def _predict(predictor: nnUNetPredictor, images: Path, folder: Path, num_processes: int) -> None:
-    if num_processes == 0:
-        folder.mkdir()
-        predictor.predict_from_files_sequential(str(images), str(folder), save_probabilities=True)
-        return
-    predictor.predict_from_files(
-        str(images),
-        str(folder),
-        save_probabilities=True,
-        num_processes_preprocessing=num_processes,
-        num_processes_segmentation_export=num_processes,
-    )
-
-
-def choose_device(wanted: str | None) -> str:
-    """Return the requested device; for None, cuda if available, else cpu.
-
-    Raises:
-        UsageError: cuda or mps is requested, but not available.
-    """
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not available.get(wanted or "cpu", True):
-        raise UsageError(f"no {str(wanted).upper()} device is available; omit -device or use -device cpu")
-    return wanted or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _other_checkpoint(model: Path, folds: Sequence[str]) -> str:
@@ -130,21 +96,3 @@ def _other_checkpoint(model: Path, folds: Sequence[str]) -> str:
         "finished, finish it or choose other folds with -f; if the model was trained with one network, predict with "
         "nnUNetv2_predict"
     )
-
-
-@contextmanager
-def _discoverable() -> Iterator[None]:
-    """Add the folder of this package's trainers to nnUNet_extTrainer for the duration of a ``with`` block.
-
-    nnU-Net searches the folders in this environment variable for the class of a trainer. At the end of the block, the
-    earlier value is restored.
-    """
-    before = os.environ.get("nnUNet_extTrainer")
-    os.environ["nnUNet_extTrainer"] = os.pathsep.join(filter(None, (str(DISCOVERY), before)))
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["nnUNet_extTrainer"]
-        else:
-            os.environ["nnUNet_extTrainer"] = before

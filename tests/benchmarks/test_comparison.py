@@ -18,7 +18,7 @@ from benchmarks.hippocampus import HIPPOCAMPUS
 from benchmarks.hippocampus_sparse import ANNOTATIONS
 from benchmarks.la import LEFT_ATRIUM
 from benchmarks.phantom import LESION_RADII, PHANTOMS, SEED, SHAPE
-from benchmarks.preparation import HERE, UPPER_BOUND, LabeledSet, Preparation, split, trainer_class
+from benchmarks.preparation import DRAWS, HERE, UPPER_BOUND, LabeledSet, Preparation, split, trainer_class
 from benchmarks.trainers.nnunet_dycon_benchmark_trainers import RoundedProducts
 from nnunet_dycon.demo.phantom import phantom
 from tests.processes import run_python
@@ -63,10 +63,16 @@ def test_labeled_sets_are_nested_and_share_held_out_cases(data_set, draw):
     assert (splits[-1]["labeled"] == listed["training"]) == (draw == 0)
 
 
-def test_data_sets_of_labeled_sets_have_unique_ids(benchmark):
-    numbers = [benchmark.dataset_id(LabeledSet(labels, draw)) for labels in (4, 8, 55) for draw in (0, 1, 2)]
-    assert len(set(numbers)) == 9
-    assert benchmark.dataset(LabeledSet(4, 1)) == "Dataset1104_LA2018"
+def test_data_sets_of_labeled_sets_have_unique_ids_that_nnunet_accepts(benchmark, monkeypatch):
+    found = []
+    for data_set in (LEFT_ATRIUM, PHANTOMS, HIPPOCAMPUS, *ANNOTATIONS.values()):
+        monkeypatch.setattr(benchmark, "data_set", data_set)
+        sets = [LabeledSet(labels, draw) for labels in data_set.labels for draw in DRAWS]
+        found += [benchmark.dataset_id(labeled) for labeled in (*sets, data_set.all_labeled)]
+    assert len(set(found)) == len(found)
+    assert max(found) <= 999
+    monkeypatch.setattr(benchmark, "data_set", LEFT_ATRIUM)
+    assert benchmark.dataset(LabeledSet(4, 1)) == "Dataset124_LA2018"
 
 
 def write_rows(benchmark: Benchmark, run: Run, weights: list[str]) -> None:

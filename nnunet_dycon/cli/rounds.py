@@ -1,0 +1,94 @@
+"""Sub-commands that use a trained model to extend its data set: pseudo_label."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from nnunet_dycon.cli.arguments import FOLDS, MODEL, count_or_fraction, not_negative, positive
+from nnunet_dycon.system.environment import require_nnunet
+
+
+def add_pseudo_label(commands: Any) -> None:
+    label = commands.add_parser(
+        "pseudo_label",
+        help="write a data set in which predictions of the best unlabeled cases are labels, for self-training",
+        description="Predict imagesUn with all folds of one or several models, rate each case, and write a new data "
+        "set: annotated cases, the best predictions as labels of cases pseudo_CASE, and the other cases in imagesUn. "
+        "The validation cases of its five folds are always annotated cases. Plans are copied, so the networks of both "
+        "data sets have the same architecture. An interrupted call resumes if it is repeated.",
+        epilog="example: nnunet_dycon pseudo_label -d 101 -o 111 --keep 80%% "
+        "-m $nnUNet_results/Dataset101_LA2018/nnUNetTrainerWeakToStrong__nnUNetPlans__3d_fullres",
+    )
+    label.add_argument(
+        "-m", dest="models", type=Path, nargs="+", required=True, metavar="FOLDER",
+        help=f"{MODEL}; the probabilities of several models are averaged",
+    )  # fmt: skip
+    label.add_argument("-d", dest="dataset", required=True, metavar="ID", help="dataset ID or DatasetXXX_Name")
+    label.add_argument("-o", dest="dataset_id", type=positive, required=True, metavar="ID", help="new dataset ID")
+    label.add_argument("-f", dest="folds", nargs="+", default=None, metavar="FOLD", help=FOLDS)
+    label.add_argument(
+        "-chk", dest="checkpoint", default="checkpoint_final.pth", metavar="NAME",
+        help="checkpoint of each fold (default: checkpoint_final.pth)",
+    )  # fmt: skip
+    add_selection(label)
+    label.add_argument(
+        "--previous", default=None, metavar="ID",
+        help="data set of the previous round; cases whose predictions changed least between the rounds are kept",
+    )  # fmt: skip
+    label.add_argument(
+        "--rate_by", choices=("expected_dice", "member_dice", "previous_dice"), default=None,
+        help="rating of a case: the Dice to expect from the probabilities, the mean Dice between predictions of folds "
+        "and models, or the Dice to the prediction of --previous (default: previous_dice with --previous, else "
+        "expected_dice)",
+    )  # fmt: skip
+    label.add_argument(
+        "-p", dest="plans_name", default=None, metavar="PLANS", help="plans to copy (default: those of the first model)"
+    )
+    label.add_argument("--replan", action="store_true", help="copy no plans: plan the new data set anew")
+    add_prediction(label)
+    label.set_defaults(run=_pseudo_label)
+
+
+def add_selection(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--keep", type=count_or_fraction, default=0.8, metavar="N",
+        help="number or percentage of the unlabeled cases that get pseudo-labels (default: 80%%)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--confidence", type=float, default=None, metavar="P",
+        help="set voxels whose highest class probability is below P to the ignore label (default: keep all voxels)",
+    )  # fmt: skip
+
+
+def add_prediction(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-device", choices=("cuda", "cpu", "mps"), default=None, help="default: cuda if available")
+    parser.add_argument(
+        "-step_size", type=float, default=0.5, metavar="FRACTION",
+        help="step of the sliding window, as a fraction of the patch (default: 0.5)",
+    )  # fmt: skip
+    parser.add_argument("--disable_tta", action="store_true", help="predict without mirroring: faster, less accurate")
+    parser.add_argument(
+        "-np", dest="num_processes", type=not_negative, default=3,
+        help="processes for preprocessing and as many for export; 0: one case after the other (default: 3)",
+    )  # fmt: skip
+
+
+def _pseudo_label(arguments: argparse.Namespace) -> None:
+    require_nnunet()
+    from nnunet_dycon.self_training.pseudo_labels import Selection, pseudo_label
+
+    selection = Selection(arguments.keep, arguments.rate_by, arguments.previous, arguments.confidence)
+    pseudo_label(
+        arguments.models,
+        arguments.dataset,
+        arguments.dataset_id,
+        selection=selection,
+        folds=arguments.folds,
+        checkpoint=arguments.checkpoint,
+        plans_name=arguments.plans_name,
+        replan=arguments.replan,
+        device=arguments.device,
+        step_size=arguments.step_size,
+        mirroring=not arguments.disable_tta,
+        num_processes=arguments.num_processes,
+    )

@@ -1,0 +1,430 @@
+"""Pseudo-labels: predict the unlabeled cases, rate the predictions, and write a data set with the best of them."""
+
+import hashlib
+import json
+import math
+import pickle
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from nnunetv2.evaluation.evaluate_predictions import compute_metrics
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunet_dycon.data.dataset_json import read_dataset_json, values_by_name
+from nnunet_dycon.data.image_checks import check_file
+from nnunet_dycon.data.image_reading import image_files, read_grid, reader_class
+from nnunet_dycon.data.unlabeled import dataset_name
+from nnunet_dycon.dataset_conversion.writer import new_dataset_folder, reserved, writing_errors
+from nnunet_dycon.errors import UsageError, UserError, explained, some
+from nnunet_dycon.inference.model_folders import find_folds, load_checkpoint, read_json
+from nnunet_dycon.inference.prediction import check_step_size, choose_device, load_predictor, predict
+from nnunet_dycon.inference.uncertainty import rank_predictions
+from nnunet_dycon.self_training.page import draw_selection
+from nnunet_dycon.self_training.writing import PREDICTED, RECORD, Content, write_preprocessed, write_raw
+from nnunet_dycon.system.environment import nnunet_folder
+from nnunet_dycon.system.files import VOLUME_ENDINGS, replacing
+from nnunet_dycon.system.pictures import draw_or_warn
+from nnunet_dycon.system.processes import map_cases
+from nnunet_dycon.training.checkpoints import STUDENT
+
+EXPECTED_DICE, MEMBER_DICE, PREVIOUS_DICE = "expected_dice", "member_dice", "previous_dice"
+RATINGS = {
+    EXPECTED_DICE: "Dice to expect if the probabilities are calibrated",
+    MEMBER_DICE: "mean Dice between the predictions of two members of the ensemble (folds and models)",
+    PREVIOUS_DICE: "Dice between this prediction and that of the previous round",
+}
+_FAILURES = (OSError, RuntimeError, ValueError, KeyError, AssertionError, EOFError)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Options of `pseudo_label` that determine which predictions become labels.
+
+    Attributes:
+        keep: number of cases to keep (int), or their fraction of all unlabeled cases (float).
+        rate_by: the rating, a key of `RATINGS`; None for "previous_dice" if `previous` is given, else "expected_dice".
+        previous: ID or name of the data set of the previous round, a result of `pseudo_label`; None if there is none.
+        confidence: voxels below this confidence get the ignore label; None keeps all voxels. The confidence is the
+            highest class probability. For regions, it is the lowest of max(p, 1 - p) over the regions.
+    """
+
+    keep: int | float = 0.8
+    rate_by: str | None = None
+    previous: str | None = None
+    confidence: float | None = None
+
+    @property
+    def rating(self) -> str:
+        return self.rate_by or (PREVIOUS_DICE if self.previous else EXPECTED_DICE)
+
+    def number(self, cases: int) -> int:
+        """Return how many of a number of cases are kept: at least 1, at most all."""
+        wanted = math.floor(self.keep * cases + 0.5) if isinstance(self.keep, float) else self.keep
+        return min(max(1, wanted), cases)
+
+
+@dataclass(frozen=True)
+class _Member:
+    """One network of the ensemble: a fold of a model."""
+
+    model: Path
+    fold: str
+    checkpoint: str
+
+    @property
+    def file(self) -> Path:
+        return self.model / f"fold_{self.fold}" / self.checkpoint
+
+
+@dataclass(frozen=True)
+class _Prediction:
+    """How the unlabeled cases are predicted."""
+
+    device: str
+    step_size: float
+    mirroring: bool
+    num_processes: int
+
+
+def pseudo_label(
+    models: Sequence[Path],
+    dataset: str,
+    dataset_id: int,
+    *,
+    selection: Selection | None = None,
+    folds: Sequence[str] | None = None,
+    checkpoint: str = STUDENT,
+    plans_name: str | None = None,
+    replan: bool = False,
+    device: str | None = None,
+    step_size: float = 0.5,
+    mirroring: bool = True,
+    num_processes: int = 1,
+) -> Path:
+    """Write a data set in which predictions of the best unlabeled cases are labels, and print the next commands.
+
+    Each fold of each model predicts all cases of imagesUn with nnU-Net's predictor. The mean of their probabilities is
+    the pseudo-label. An interrupted call resumes with the cases that have not been predicted. The new data set has
+
+    - imagesTr and labelsTr: the annotated cases, and pseudo_CASE for each kept unlabeled case,
+    - imagesUn: the other unlabeled cases,
+    - pseudo_labels: the predictions of all unlabeled cases,
+    - pseudo_labels.json: models with checksums, options, and the ratings of all cases,
+    - pseudo_labels.png: the worst kept and the best dropped cases,
+    - in nnUNet_preprocessed: the plans (unless `replan`), and splits_final.json with five folds whose validation cases
+      are annotated cases.
+
+    A repeated call with the same arguments completes an unfinished data set and changes nothing in a finished one.
+
+    Args:
+        models: one or more of nnUNet_results/DatasetXXX_Name/TRAINER__PLANS__CONFIGURATION.
+        dataset: ID or name of the data set with annotated cases and imagesUn.
+        dataset_id: ID of the new data set.
+        selection: which cases and voxels get pseudo-labels; None for the defaults of `Selection`.
+        folds: folds of each model, such as "0" or "all"; None for every existing fold.
+        checkpoint: file name of the checkpoint in each fold.
+        plans_name: name of the plans to copy; None for the plans of the first model.
+        replan: whether the new data set is planned anew, so that no plans are copied.
+        device, step_size, mirroring, num_processes: as for `nnunet_dycon.inference.ensemble.predict_both`.
+
+    Returns:
+        The new folder nnUNet_raw/DatasetXXX_Name_PseudoLabels.
+
+    Raises:
+        UsageError: a data set, model, fold, or plans do not exist; the new ID is used; an option is out of range.
+        UserError: a file is damaged; the labels of a model differ from those of the data set; nnU-Net fails to predict.
+    """
+    selection = selection or Selection()
+    check_step_size(step_size)
+    how = _Prediction(choose_device(device), step_size, mirroring, num_processes)
+    source = nnunet_folder("nnUNet_raw") / dataset_name(dataset)
+    about = read_dataset_json(source)
+    cases = _unlabeled_cases(source, about)
+    members = [_Member(model, fold, checkpoint) for model in models for fold in find_folds(model, folds)]
+    _check_members(members, about)
+    _check_selection(selection, members, cases, about)
+    plans = None if replan else plans_name or read_json(models[0] / "plans.json")["plans_name"]
+    content = Content(source, about, cases, plans)
+    content.check()
+    request = _request(source, members, selection, content, how)
+    folder = nnunet_folder("nnUNet_raw") / f"Dataset{dataset_id:03d}_{source.name[len('Dataset000_') :]}_PseudoLabels"
+    if not _is_result(folder, request):
+        new_dataset_folder(dataset_id, folder.name[len("Dataset000_") :], "-o")
+        failed = f"cannot write {folder}"
+        with reserved(folder, "-o"), writing_errors(failed, "free disk space"):
+            _predict_and_write(content, members, selection, how, request, folder)
+    with writing_errors(f"cannot write the preprocessed folder of {folder.name}", "free disk space"):
+        write_preprocessed(content, folder)
+    shutil.rmtree(_unfinished(folder), ignore_errors=True)
+    _print_summary(folder, plans, selection)
+    return folder
+
+
+def _unlabeled_cases(source: Path, about: dict) -> dict[str, list[Path]]:
+    """Return case identifier -> image files of the unlabeled cases; raise an error if one cannot be predicted."""
+    cases = image_files(source / "imagesUn", about, "unlabeled")
+    if not cases:
+        raise UsageError(f"{source / 'imagesUn'} has no images; copy the unlabeled images there")
+    first = next(iter(cases.values()))[0]
+    if about["file_ending"] not in VOLUME_ENDINGS or read_grid(first, reader_class(about, first)).is_2d:
+        raise UsageError(f"{first} is not a volume with a spacing; pseudo-labels are supported for 3D images only")
+    for file in (file for files in cases.values() for file in files):
+        with explained(Exception, f"{file} is damaged; replace or remove it"):  # the type depends on the reader
+            check_file(file)
+    return cases
+
+
+def _check_members(members: Sequence[_Member], about: dict) -> None:
+    """Raise UserError if a checkpoint is damaged, or a model has other labels or channels than the data set."""
+    expected = (_labels(about), _channels(about))
+    for model in dict.fromkeys(member.model for member in members):
+        trained = read_json(model / "dataset.json")
+        if (_labels(trained), _channels(trained)) != expected:
+            raise UserError(
+                f"{model / 'dataset.json'} has other labels or another number of channels than the data set; choose a "
+                "model of the same task"
+            )
+    for member in members:
+        load_checkpoint(member.file)
+
+
+def _labels(about: dict) -> tuple[object, ...]:
+    names = {name: values for name, values in values_by_name(about).items() if name != "ignore"}
+    return names, list(about.get("regions_class_order", ()))
+
+
+def _channels(about: dict) -> int:
+    return len(about.get("channel_names", about.get("modality", {})))
+
+
+def _check_selection(selection: Selection, members: Sequence[_Member], cases: dict, about: dict) -> None:
+    lowest = 0.5 if _labels(about)[1] else 1 / len(_labels(about)[0])  # type: ignore[arg-type]
+    if selection.confidence is not None and not lowest < selection.confidence < 1:
+        raise UsageError(
+            f"--confidence must be above {lowest:.2g}, the lowest confidence of a voxel, and below 1, got "
+            f"{selection.confidence:g}"
+        )
+    if selection.rating == MEMBER_DICE and len(members) == 1:
+        raise UsageError("--rate_by member_dice requires several folds or models; add some, or remove the option")
+    if selection.rating == PREVIOUS_DICE:
+        if selection.previous is None:
+            raise UsageError("--rate_by previous_dice requires --previous; add it, or remove the option")
+        ending = about["file_ending"]
+        folder = _previous_folder(selection.previous)
+        if missing := sorted(cases.keys() - {file.name.removesuffix(ending) for file in folder.glob(f"*{ending}")}):
+            raise UsageError(
+                f"--previous {selection.previous}: {folder} lacks predictions of {some(missing)}; name a data set that "
+                "`nnunet_dycon pseudo_label` has written from the same unlabeled cases"
+            )
+
+
+def _previous_folder(dataset: str) -> Path:
+    return nnunet_folder("nnUNet_raw") / dataset_name(dataset) / PREDICTED
+
+
+def _request(
+    source: Path, members: Sequence[_Member], selection: Selection, content: Content, how: _Prediction
+) -> dict[str, Any]:
+    """Return all that determines the new data set, as JSON content. Equal requests give equal data sets."""
+    return {
+        "of": source.name,
+        "members": [
+            {
+                "model": "/".join(member.model.resolve().parts[-2:]),
+                "fold": member.fold,
+                "checkpoint": member.checkpoint,
+                "sha256": _sha256(member.file),
+            }
+            for member in members
+        ],
+        "keep": selection.keep,
+        "rated_by": selection.rating,
+        "previous": None if selection.previous is None else dataset_name(selection.previous),
+        "confidence": selection.confidence,
+        "plans": content.plans,
+        "step_size": how.step_size,
+        "mirroring": how.mirroring,
+        "files": content.digest(),
+    }
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as content:
+        digest = hashlib.sha256()
+        while block := content.read(2**24):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _is_result(folder: Path, request: dict[str, Any]) -> bool:
+    """Return whether a folder is the complete result of a request."""
+    try:
+        record = json.loads((folder / RECORD).read_text())
+        return all(record[name] == value for name, value in request.items())
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _unfinished(folder: Path) -> Path:
+    """Return the hidden folder for predictions, which is kept if the command is interrupted."""
+    return folder.with_name(f".{folder.name}.predictions")
+
+
+def _start_or_resume(work: Path, request: dict[str, Any]) -> None:
+    """Create the folder of the predictions; remove those of another request."""
+    file = work / "request.json"
+    text = json.dumps(request)
+    if not (file.is_file() and file.read_text() == text):
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
+        with replacing(file) as new:
+            new.write_text(text)
+
+
+def _predict_and_write(
+    content: Content,
+    members: Sequence[_Member],
+    selection: Selection,
+    how: _Prediction,
+    request: dict[str, Any],
+    folder: Path,
+) -> None:
+    work = _unfinished(folder)
+    _start_or_resume(work, request)
+    folders = [work / f"member_{number}" for number in range(len(members))]
+    for number, (member, predicted) in enumerate(zip(members, folders), 1):
+        title = f"predicting with network {number} of {len(members)}"
+        failed = f"cannot predict with {member.file}; check the images and the free disk space, and run again"
+        with explained(_FAILURES, failed):
+            predictor = load_predictor(
+                member.model,
+                [member.fold],
+                member.checkpoint,
+                how.device,
+                step_size=how.step_size,
+                mirroring=how.mirroring,
+            )
+            predict(predictor, content.cases, predicted, how.num_processes, title)
+    ending, confidence = content.about["file_ending"], selection.confidence
+    label = partial(_write_label, folders, work, ending, confidence, content.ignore_value)
+    workers = max(1, how.num_processes)
+    ignored = dict(zip(content.cases, map_cases(label, list(content.cases), workers, "writing pseudo-labels")))
+    ranking = rank_predictions(folders, work / "uncertainty", num_processes=workers)
+    rows = _rated(ranking.rows, selection, work / PREDICTED, content.about, workers)
+    for row in rows:
+        row["ignored_fraction"] = ignored[row["case"]]
+    record = {**request, "ratings": {name: RATINGS[name] for name in RATINGS if name in rows[0]}, "cases": rows}
+    kept = [row["case"] for row in rows if row["kept"]]
+    page = partial(draw_selection, rows, selection.rating, content, work)
+    draw_or_warn(work / "pseudo_labels.png", page, print)
+    write_raw(content, kept, record, work, folder, has_ignored=confidence is not None)
+
+
+def _write_label(
+    members: Sequence[Path], work: Path, ending: str, confidence: float | None, ignore: int, case: str
+) -> float:
+    """Write the pseudo-label of a case, and a second one with the ignore label if a confidence is given.
+
+    Args:
+        members: folders with nnU-Net's predictions of each member of the ensemble.
+        work: folder in which the files pseudo_labels/CASE and confident/CASE are written.
+        ending: file ending of label maps.
+        confidence: lowest confidence of voxels that are not ignored, or None.
+        ignore: value of the ignore label.
+        case: identifier of the case.
+
+    Returns:
+        The fraction of the voxels that got the ignore label.
+    """
+    plans = PlansManager(str(members[0] / "plans.json"))
+    labels = plans.get_label_manager(json.loads((members[0] / "dataset.json").read_text()))
+    mean: Any = 0
+    for member in members:
+        with np.load(member / f"{case}.npz") as file:
+            mean = mean + file["probabilities"].astype(np.float32) / len(members)
+    properties = pickle.loads((members[0] / f"{case}.pkl").read_bytes())
+    segmentation = np.asarray(labels.convert_probabilities_to_segmentation(mean))
+    writer = plans.image_reader_writer_class()
+    _write_segmentation(writer, segmentation, work / PREDICTED / f"{case}{ending}", properties)
+    if confidence is None:
+        return 0.0
+    sure = np.maximum(mean, 1 - mean).min(0) if labels.has_regions else mean.max(0)
+    masked = np.where(sure < confidence, ignore, segmentation)
+    _write_segmentation(writer, masked, work / "confident" / f"{case}{ending}", properties)
+    return float((sure < confidence).mean())
+
+
+def _write_segmentation(writer: Any, segmentation: np.ndarray, file: Path, properties: dict) -> None:
+    file.parent.mkdir(exist_ok=True)
+    writer.write_seg(segmentation.astype(np.int16), str(file), properties)
+    check_file(file)  # SimpleITK does not detect a full disk
+
+
+def _rated(
+    ranked: Sequence[dict[str, Any]], selection: Selection, predicted: Path, about: dict, num_processes: int
+) -> list[dict[str, Any]]:
+    """Return the rows of the ranking, best first, with the entries "rank", "kept" and, if asked for, "previous_dice".
+
+    Cases without a rating, which have no predicted foreground, are last. For equal ratings, the expected Dice decides,
+    then the name of the case.
+    """
+    rows = [{name: value for name, value in row.items() if name != "rank"} for row in ranked]
+    if selection.previous is not None:
+        dice = partial(_dice, predicted, _previous_folder(selection.previous), about)
+        names = [row["case"] for row in rows]
+        for row, value in zip(rows, map_cases(dice, names, num_processes, "comparing with the previous round")):
+            row[PREVIOUS_DICE] = value
+
+    def order(row: dict[str, Any]) -> tuple:
+        rating = row[selection.rating]
+        return rating is None, -(rating or 0.0), -row[EXPECTED_DICE], row["case"]
+
+    rows.sort(key=order)
+    kept = selection.number(len(rows))
+    return [{"rank": rank, "kept": rank <= kept, **row} for rank, row in enumerate(rows, 1)]
+
+
+def _dice(predicted: Path, previous: Path, about: dict, case: str) -> float | None:
+    """Return the Dice between two predictions of a case, mean over the labels that one of them has, or None."""
+    name = f"{case}{about['file_ending']}"
+    regions = [
+        values if len(values) > 1 else values[0]
+        for name, values in values_by_name(about).items()
+        if name != "ignore" and any(values)
+    ]
+    reader = reader_class(about, predicted / name)()
+    metrics = compute_metrics(str(previous / name), str(predicted / name), reader, regions)["metrics"]
+    values = [float(each["Dice"]) for each in metrics.values() if not np.isnan(each["Dice"])]
+    return sum(values) / len(values) if values else None
+
+
+def _print_summary(folder: Path, plans: str | None, selection: Selection) -> None:
+    record = json.loads((folder / RECORD).read_text())
+    rows, rating = record["cases"], record["rated_by"]
+    kept, dropped = ([row for row in rows if row["kept"] is is_kept] for is_kept in (True, False))
+    total = json.loads((folder / "dataset.json").read_text())["numTraining"]
+    print(f"annotated cases       {total - len(kept):4}")
+    for title, group in (("pseudo-labeled cases", kept), ("unlabeled cases", dropped)):
+        values = [row[rating] for row in group if row[rating] is not None]
+        span = f"  {rating} {min(values):.3f} to {max(values):.3f}" if values else ""
+        print(f"{title:21} {len(group):4}{span}")
+    if selection.confidence is not None:
+        share = sum(row["ignored_fraction"] for row in kept) / len(kept)
+        print(f"voxels with the ignore label in pseudo-labeled cases: {share:.1%}")
+    if empty := [row["case"] for row in kept if not row["predicted_ml"]]:
+        print(f"warning: no foreground is predicted in the kept cases {some(empty)}; lower --keep")
+    print(f"written to {folder}; see pseudo_labels.png and {RECORD} there. Next:")
+    dataset_id = int(folder.name[len("Dataset") :][:3])
+    if plans is None:
+        print(f"  nnUNetv2_plan_and_preprocess -d {dataset_id}")
+    else:
+        print(f"  nnUNetv2_preprocess -d {dataset_id} -c 3d_fullres -plans_name {plans}")
+    if dropped:
+        print(f"  nnunet_dycon preprocess_unlabeled -d {dataset_id}" + (f" -plans_name {plans}" if plans else ""))
+    option = f" -p {plans}" if plans and plans != "nnUNetPlans" else ""
+    print(f"  nnUNetv2_train {dataset_id} 3d_fullres 0{option}")

@@ -1,0 +1,190 @@
+"""Writing of a data set with pseudo-labels, in nnU-Net's format."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from nnunetv2.utilities.crossval_split import generate_crossval_split
+
+from nnunet_dycon import __version__
+from nnunet_dycon.data.dataset_json import ignore_label, label_values
+from nnunet_dycon.data.image_reading import files_with_ending, image_files
+from nnunet_dycon.errors import UsageError, UserError, explained, some
+from nnunet_dycon.system.environment import nnunet_folder
+from nnunet_dycon.system.files import link_or_copy, new_folder
+
+PREFIX = "pseudo_"  # of the identifiers of pseudo-labeled cases
+PREDICTED = "pseudo_labels"  # folder of the predictions of all unlabeled cases
+RECORD = "pseudo_labels.json"
+_FINGERPRINT, _SPLITS = "dataset_fingerprint.json", "splits_final.json"
+_FOLDS = 5
+
+
+@dataclass(frozen=True)
+class Content:
+    """Sources of the files of the new data set.
+
+    Attributes:
+        source: nnUNet_raw/DatasetXXX_Name with the annotated and the unlabeled cases.
+        about: content of its dataset.json.
+        cases: case identifier -> image files of the unlabeled cases.
+        plans: name of the plans to copy; None if the new data set is planned anew.
+    """
+
+    source: Path
+    about: dict[str, Any]
+    cases: Mapping[str, Sequence[Path]]
+    plans: str | None
+
+    @property
+    def preprocessed(self) -> Path:
+        return nnunet_folder("nnUNet_preprocessed") / self.source.name
+
+    @property
+    def annotated(self) -> list[str]:
+        """Identifiers of the annotated cases, sorted."""
+        ending = self.about["file_ending"]
+        return [file.name.removesuffix(ending) for file in files_with_ending(self.source / "labelsTr", ending)]
+
+    @property
+    def ignore_value(self) -> int:
+        """Value of the label "ignore" of the data set, or the value that it will have if it is added."""
+        existing = ignore_label(self.about)
+        return max(label_values(self.about)) + 1 if existing is None else existing
+
+    def check(self) -> None:
+        """Check the files that are copied.
+
+        Raises:
+            UsageError: there is no annotated case, plans or fingerprint do not exist, or a name would be used twice.
+            UserError: images of an annotated case are missing.
+        """
+        annotated = self.annotated
+        if not annotated:
+            raise UsageError(f"{self.source / 'labelsTr'} has no label files; pseudo-labels need annotated cases, too")
+        images = image_files(self.source / "imagesTr", self.about, "labeled")
+        if missing := sorted(set(annotated) - images.keys()):
+            raise UserError(f"{self.source / 'imagesTr'} has no images of {some(missing)}; copy them, or remove labels")
+        if taken := sorted(set(annotated) & {PREFIX + case for case in self.cases}):
+            raise UsageError(f"{self.source / 'labelsTr'} has the names of pseudo-labeled cases {some(taken)}; rename")
+        if self.plans is not None:
+            for name in (f"{self.plans}.json", _FINGERPRINT):
+                if not (self.preprocessed / name).is_file():
+                    raise UsageError(
+                        f"{self.preprocessed / name} does not exist; run nnUNetv2_plan_and_preprocess, name other "
+                        "plans with -p, or add --replan"
+                    )
+
+    def digest(self) -> str:
+        """Return a hash of names and sizes of all images and labels that are copied or predicted."""
+        folders = [sorted((self.source / name).iterdir()) for name in ("imagesTr", "labelsTr", "imagesUn")]
+        files = [(file.parent.name, file.name, file.stat().st_size) for file in chain(*folders) if file.is_file()]
+        return hashlib.sha256(json.dumps([files, self.about]).encode()).hexdigest()
+
+
+def write_raw(
+    content: Content, kept: Sequence[str], record: dict[str, Any], work: Path, folder: Path, *, has_ignored: bool
+) -> None:
+    """Write nnUNet_raw/DatasetXXX_Name_PseudoLabels under a temporary name, and rename it.
+
+    Images and annotated labels are hard links, or copies if the file system does not support links.
+
+    Args:
+        content: sources of the files.
+        kept: identifiers of the unlabeled cases that get their pseudo-label.
+        record: content of pseudo_labels.json.
+        work: folder with pseudo_labels/CASE, pseudo_labels.png and, if `has_ignored`, confident/CASE.
+        folder: the folder to write.
+        has_ignored: whether voxels of pseudo-labels have the ignore label.
+    """
+    ending = content.about["file_ending"]
+    chosen = set(kept)
+    with new_folder(folder) as partial:
+        for name in ("imagesTr", "labelsTr", "imagesUn", PREDICTED):
+            (partial / name).mkdir()
+        for file in chain(*image_files(content.source / "imagesTr", content.about, "labeled").values()):
+            link_or_copy(file, partial / "imagesTr" / file.name)
+        for case in content.annotated:
+            link_or_copy(content.source / "labelsTr" / f"{case}{ending}", partial / "labelsTr" / f"{case}{ending}")
+        for case, files in content.cases.items():
+            target, prefix = (partial / "imagesTr", PREFIX) if case in chosen else (partial / "imagesUn", "")
+            for file in files:
+                link_or_copy(file, target / f"{prefix}{file.name}")
+            link_or_copy(work / PREDICTED / f"{case}{ending}", partial / PREDICTED / f"{case}{ending}")
+        for case in kept:
+            label = work / ("confident" if has_ignored else PREDICTED) / f"{case}{ending}"
+            link_or_copy(label, partial / "labelsTr" / f"{PREFIX}{case}{ending}")
+        if (page := work / "pseudo_labels.png").is_file():
+            shutil.copy(page, partial)
+        about = content.about | {
+            "numTraining": len(content.annotated) + len(kept),
+            "pseudo_labels_of": content.source.name,
+        }
+        if has_ignored:
+            about["labels"] = about["labels"] | {"ignore": content.ignore_value}
+        splits = folds(content.annotated, [PREFIX + case for case in kept], _folds_of(content))
+        record = {"version": __version__, **record}
+        for name, value in (("dataset.json", about), (RECORD, record), (_SPLITS, splits)):
+            (partial / name).write_text(json.dumps(value, indent=4))
+
+
+def _folds_of(content: Content) -> list[dict[str, list[str]]]:
+    """Return the content of splits_final.json of the source, or an empty list if there is none."""
+    file = content.preprocessed / _SPLITS
+    if not file.is_file():
+        return []
+    with explained((OSError, ValueError), f"{file} cannot be read; repair or remove it"):
+        return json.loads(file.read_text())
+
+
+def folds(
+    annotated: Sequence[str], pseudo_labeled: Sequence[str], existing: Sequence[dict[str, list[str]]] = ()
+) -> list[dict[str, list[str]]]:
+    """Return the content of splits_final.json: five folds with only annotated cases for validation.
+
+    If the existing split has five folds with these annotated cases, its validation cases are kept. With fewer than five
+    annotated cases, each fold is validated on one of them, and some are used in several folds.
+
+    Args:
+        annotated: identifiers of the annotated cases.
+        pseudo_labeled: identifiers of the pseudo-labeled cases, which are used for training in all folds.
+        existing: splits_final.json of the source.
+    """
+    number = len(annotated)
+    validation = [sorted(set(split["val"]) & set(annotated)) for split in existing]
+    if len(validation) != _FOLDS or sorted(chain(*validation)) != sorted(annotated) or not all(validation):
+        if number < _FOLDS:
+            validation = [[sorted(annotated)[fold % number]] for fold in range(_FOLDS)]
+        else:
+            validation = [split["val"] for split in generate_crossval_split(sorted(annotated), n_splits=_FOLDS)]
+    return [
+        {"train": [*(case for case in sorted(annotated) if case not in val), *sorted(pseudo_labeled)], "val": list(val)}
+        for val in validation
+    ]
+
+
+def write_preprocessed(content: Content, folder: Path) -> None:
+    """Write nnUNet_preprocessed/DatasetXXX_Name_PseudoLabels with folds and plans, unless it exists.
+
+    Args:
+        content: sources of the files.
+        folder: the complete data set in nnUNet_raw.
+    """
+    target = nnunet_folder("nnUNet_preprocessed") / folder.name
+    if target.exists():
+        return
+    with new_folder(target) as partial:
+        shutil.copy(folder / _SPLITS, partial)
+        if content.plans is not None:
+            shutil.copy(folder / "dataset.json", partial)
+            shutil.copy(content.preprocessed / _FINGERPRINT, partial)
+            file = content.preprocessed / f"{content.plans}.json"
+            with explained(ValueError, f"{file} is damaged; plan again"):
+                plans = json.loads(file.read_text())
+            plans["dataset_name"] = folder.name
+            (partial / file.name).write_text(json.dumps(plans, indent=4))
