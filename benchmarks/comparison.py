@@ -1,19 +1,20 @@
 """Comparison of trainers: train and predict with nnU-Net's commands, and append the scores to a CSV.
 
-- The method lower_bound is nnUNetTrainer on the labeled cases. upper_bound is nnUNetTrainer on all training cases with
-  their labels; its plans are copied from the largest labeled set. All other methods are trainers listed by
-  `nnunet_dycon list`. Settings can be changed after a colon: nnUNetTrainerDyCON:uncl_weight=0.1,rampup=0.8
+- The method lower_bound is nnUNetTrainer on the labeled cases. The method upper_bound is nnUNetTrainer on all training
+  cases with their labels, with the plans of the largest number of labeled cases in `DataSet.labels`. All other methods
+  are trainers listed by `nnunet_dycon list`. Settings can be changed after a colon:
+  nnUNetTrainerDyCON:uncl_weight=0.1,rampup=0.8
 - The sets to score are val, unlabeled and test. The set unlabeled contains the unlabeled training cases, whose labels
   are used for scoring only. Choose settings on val and unlabeled. Score test only when all settings are final.
 - All runs have the same number of iterations, over which the learning rate decays to 0. The final checkpoint of the
-  student is scored, and that of the teacher or of the second network of co-training if there is one. Prediction uses
-  nnU-Net's test-time mirroring and no postprocessing.
-- Runs in the CSV are not repeated, so that an interrupted benchmark can be resumed.
+  student is scored. If there is a teacher or a second network (of co-training), its final checkpoint is scored, too.
+  Prediction uses nnU-Net's test-time mirroring and no postprocessing.
+- Scores that the CSV contains are not computed again. The same command therefore resumes an interrupted benchmark.
 
 The CSV has a row per run, scored network, case and label:
 
-- method, labels, draw, seed: the run. labels is the number of labeled cases. draw is 0 if they are the first ones of
-  the protocol, otherwise the seed with which they were drawn;
+- method, labels, draw, seed: the run. labels is the number of labeled cases. draw is 0 if they are the first cases of
+  the protocol (the list of cases in benchmarks/protocols), otherwise the seed with which they were drawn;
 - weights: the scored network: student, teacher or second;
 - set, case, label: what was scored: val, unlabeled or test, the name of the case, and the name of the label;
 - dice, hd95_mm: Dice, and 95th percentile of the Hausdorff distance in mm (the larger of both directions);
@@ -98,7 +99,7 @@ class Run:
 
 
 class Benchmark(Preparation):
-    """Working folder in which the runs of a comparison are trained and predicted, and the CSV with their scores.
+    """Working folder for the trainings and predictions of a comparison, and CSV for the scores.
 
     Args:
         arguments: parsed command line of `compare`.
@@ -115,9 +116,10 @@ class Benchmark(Preparation):
         self._writing = Lock()
 
     def name(self, run: Run) -> str:
-        """Return a readable and unique name of the trainer class of a run, which ends with a hash of its `declaration`.
+        """Return the name of the trainer class of a run.
 
-        Example: Benchmark_nnUNetTrainerDyCON_uncl_weight_i2000_s0_1a2b3c4d, with 2000 iterations and seed 0.
+        Example: Benchmark_nnUNetTrainerDyCON_uncl_weight_i2000_s0_1a2b3c4d, with the changed setting uncl_weight, 2000
+        iterations and seed 0. The hash of `declaration(run)` at the end makes the name unique.
         """
         settings = "".join(f"_{key}" for key in run.settings)
         number = hashlib.sha256(json.dumps(self.declaration(run), sort_keys=True).encode()).hexdigest()[:8]
@@ -133,9 +135,9 @@ class Benchmark(Preparation):
                 **budget}  # fmt: skip
 
     def declare(self, runs: Iterable[Run]) -> None:
-        """Add runs to runs.json in the working folder.
+        """Add runs to runs.json in the working folder, so that nnU-Net finds their trainer classes.
 
-        nnU-Net finds the trainer class of a run in benchmarks/trainers, which builds it from its entry in this file.
+        nnU-Net searches for them in benchmarks/trainers. A module there builds each class from its entry in runs.json.
         """
         file = self.work / "runs.json"
         with FileLock(f"{file}.lock"):  # several benchmarks may share a folder
@@ -147,7 +149,7 @@ class Benchmark(Preparation):
     def perform(self, run: Run) -> None:
         """Train a run unless its final checkpoint exists, then score its networks and append the scores to the CSV.
 
-        Only sets of cases that the CSV lacks for a network are predicted and scored, see `missing`.
+        Only the pairs of set and network that `missing` returns are predicted and scored.
         """
         name, dataset = self.name(run), str(self.dataset_id(run.labeled))
         raw = self.raw(run.labeled)
@@ -182,7 +184,7 @@ class Benchmark(Preparation):
                 training.
 
         Raises:
-            SystemExit: these settings differ from those with which the run would be trained now.
+            SystemExit: these settings differ from those of `run` with the current defaults of the trainer.
         """
         record = json.loads((folder / "benchmark.json").read_text())
         if run.trainer in TRAINERS:
@@ -203,7 +205,7 @@ class Benchmark(Preparation):
             run: the run.
             weights: the scored network: "student", "teacher" or "second".
             which: the set of the case: "val", "unlabeled" or "test".
-            case: names of the case and the label, and their scores: an entry of "cases" in `Evaluation.as_json()`.
+            case: an entry of "cases" in `Evaluation.as_json()`: name of the case, name of the label, and scores.
             commit: commit of the training.
         """
         scores = {"dice": round(case["dice"], 5), "hd95_mm": round(case["hd95_mm_max_directed"], 3)}
@@ -221,7 +223,7 @@ class Benchmark(Preparation):
         return key | {"plans": self.plans, "iterations": self.iterations, "precision": self.precision}
 
     def missing(self, run: Run) -> list[tuple[str, str]]:
-        """Return the pairs of set and network that --sets and --weights request but the CSV lacks for a run.
+        """Return the pairs (set, network) that --sets and --weights request and that are not in the CSV for a run.
 
         Example: [("val", "student"), ("test", "teacher")]. The upper bound has no pair with the set "unlabeled", since
         all its training cases are labeled.

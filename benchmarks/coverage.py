@@ -67,7 +67,7 @@ def simulate(
 
     Args:
         rng: random number generator.
-        seeds: number of seeds of each method.
+        seeds: for each method, its number of seeds.
         cases: number of cases.
         own: standard deviation of the effect of a method on a case, which all its seeds share.
         seed: standard deviation of the effect of a seed, which all cases share.
@@ -75,7 +75,7 @@ def simulate(
         draw: standard deviation of the effect of a draw of labeled cases. Seed s of each method has the same draw.
         skewed: whether the term `own` of all methods except 0 is lognormally distributed, with the same mean and
             standard deviation.
-        factor: number by which `seed` is multiplied for the methods 0 and 1.
+        factor: for methods 0 and 1, `seed` is multiplied by this number.
 
     Returns:
         Index of the method -> scores (seeds, cases).

@@ -3,14 +3,15 @@
     python -m benchmarks.gpu_check --data <la_125mm> --work <folder> --minutes 12
     python -m benchmarks.gpu_check --data <la_125mm> --work <folder> --device cpu --tiny --results <folder>
 
-The steps are environment, data (plans and preprocessing, if necessary), tests (`pytest -m gpu`), train_step, loader and
-losses (the benchmarks of these names), and training (`benchmarks.gpu_training`), which uses the time that is left.
+The steps are environment (device and versions), data (plans and preprocessing, if necessary), tests (`pytest -m gpu`),
+the benchmarks train_step, loader and losses, and training (`benchmarks.gpu_training`) for the remaining time.
 
-- Each step runs in a process of its own, with a limit that is a fraction of the time left. The next step starts also if
-  a step fails or is stopped at its limit. The log of a step is <work>/gpu_check/<step>.log.
-- After each step its result is written to <results>/gpu_<step>.json, with status, seconds, date, commit, device and
-  versions. The result of a stopped step contains what it has measured until then.
-- With --prepare only the data is prepared, which needs no GPU. <work>/nnUNet_preprocessed can then be moved to another
+- Each step runs in its own process. Its time limit is a fraction of the remaining time. If a step fails or is stopped
+  at its limit, the next step starts. Without data, train_step, loader and training are skipped. The log of a step is
+  <work>/gpu_check/<step>.log.
+- The result of each step is written to <results>/gpu_<step>.json, with status, seconds, date, commit, device and
+  versions. The result of a stopped step contains its measurements until then.
+- With --prepare, only the data is prepared, which needs no GPU. <work>/nnUNet_preprocessed can then be moved to another
   machine, where --data is not needed.
 - With --tiny, networks, images and numbers of steps are small enough for a CPU.
 
@@ -67,11 +68,12 @@ class Step:
     """A step of the check.
 
     Attributes:
-        name: name of the step, of its log and of its result file.
-        fraction: time limit of the step, as a fraction of the time left.
-        command: arguments of Python. "{file}" is replaced by the path of the file to write, "{seconds}" by the limit.
-        describe: function that returns a line of text from the result.
-        read: function that returns the result from the content of the written file.
+        name: name of the step, used in the names of its log and its result file.
+        fraction: time limit of the step, as a fraction of the remaining time.
+        command: arguments of the Python interpreter. "{file}" is replaced by the path of the file that the step must
+            write, "{seconds}" by the time limit.
+        describe: function that turns the result into a line of text.
+        read: function that turns the content of the written file into the result.
         needs_data: whether the step is skipped if the step "data" has not succeeded.
     """
 
@@ -88,7 +90,7 @@ def perform(
 ) -> list[tuple[str, str, str, str]]:
     """Run the steps one after the other, write the result of each to gpu_NAME.json, and print a line for each.
 
-    A result of an earlier run with the status "ok" is kept if the step does not succeed again.
+    If a step does not succeed, its file of an earlier run with the status "ok" is kept.
 
     Args:
         steps: the steps. The result of the first one, with device and versions, is added to all results.
@@ -98,8 +100,8 @@ def perform(
         about: further entries of all results, such as the commit.
 
     Returns:
-        Name, status ("ok", "failed (exit code N)", "stopped after N s" or "skipped"), seconds and description of each
-        step.
+        For each step: name, status ("ok", "failed (exit code N)", "failed (no result)", "stopped after N s" or
+        "skipped"), seconds, and description of the result.
     """
     results.mkdir(parents=True, exist_ok=True)
     logs.mkdir(parents=True, exist_ok=True)
@@ -161,7 +163,7 @@ def run_limited(command: Sequence[str], log: Path, seconds: float) -> str:
     Args:
         command: the command and its arguments. Its working folder is the root of the repository.
         log: file for the output.
-        seconds: time limit. After it, the processes have 10 s to end after SIGTERM.
+        seconds: time limit. At the limit, the processes get SIGTERM, and SIGKILL at most 10 s later.
 
     Returns:
         "ok", "failed (exit code N)" or "stopped after N s".
@@ -210,7 +212,12 @@ def environment(device: str) -> dict:
 
 
 def prepare(arguments: argparse.Namespace) -> dict:
-    """Plan and preprocess the data if necessary, and return the main entries of the plans."""
+    """Plan and preprocess the data if necessary.
+
+    Returns:
+        "plans" (plans identifier), and "features_per_stage", "spacing", "patch_size" and "batch_size" of the
+        configuration 3d_fullres.
+    """
     preparation = Preparation(arguments, LEFT_ATRIUM)
     preparation.prepare([LABELED])
     folder = preparation.work / "nnUNet_preprocessed" / preparation.dataset(LABELED)
@@ -222,14 +229,14 @@ def prepare(arguments: argparse.Namespace) -> dict:
 
 
 def counts(junit: str, may_skip: bool = False) -> dict[str, int]:
-    """Return the numbers "tests", "failures", "errors" and "skipped" from pytest's file of --junitxml.
+    """Return the numbers "tests", "failures", "errors" and "skipped" from a JUnit XML file (pytest --junitxml).
 
     Args:
         junit: content of the file.
         may_skip: whether all tests may be skipped.
 
     Raises:
-        ValueError: all tests were skipped.
+        ValueError: all tests were skipped, and `may_skip` is False.
     """
     suite = next(ElementTree.fromstring(junit).iter("testsuite"))
     found = {name: int(suite.attrib[name]) for name in ("tests", "failures", "errors", "skipped")}

@@ -1,15 +1,15 @@
-"""Trainings of nnU-Net's own trainer, the recommended one and DyCON in turns, for a limited time.
+"""Training of nnUNetTrainer, the recommended default and nnUNetTrainerDyCON in turns, for a limited time.
 
     python -m benchmarks.gpu_training --data <la_125mm> --work <folder> --device cuda --seconds 300 [--json FILE]
 
-- Data set: left atrium, 8 labeled and 47 unlabeled cases, fold 0. The pseudo Dice of an epoch, as nnU-Net logs it, is
-  that of patches of the labeled cases that fold 0 leaves out.
-- A turn is a new process that resumes from the last checkpoint, as with --c, and trains until an epoch. All trainers
-  train until the same epoch before the next round begins. A checkpoint is written in each epoch. A later call resumes,
-  too, and so does `nnUNetv2_train 108 3d_fullres 0 -tr <trainer>_50epochs -p <plans> --c`.
+- Data set: left atrium, 8 labeled and 47 unlabeled cases, fold 0. The pseudo Dice that nnU-Net logs in each epoch is
+  computed on patches of the labeled validation cases of fold 0.
+- In a turn, a new process resumes the training of one trainer from its last checkpoint, as with --c, and stops after a
+  given epoch. In a round of turns, all trainers train until the same epoch. A checkpoint is written in each epoch. A
+  later call resumes the trainings, and so does `nnUNetv2_train 108 3d_fullres 0 -tr <trainer>_50epochs -p <plans> --c`.
 - "seconds" are the times of the epochs, with validation and without checkpoints. The first epoch of a turn includes the
-  compilation of the network. "peak_bytes" is the peak memory allocated by PyTorch on a GPU, on a CPU the peak resident
-  memory of the process.
+  compilation of the network. "peak_bytes" is the peak memory: on a GPU the memory allocated by PyTorch, on a CPU the
+  resident memory of the process.
 """
 
 import argparse
@@ -45,13 +45,13 @@ Turn = Callable[[str, int, float], None]
 
 
 def train(name: str, until: int, arguments: argparse.Namespace) -> None:
-    """Train until an epoch in this process.
+    """Resume or start the training of a trainer in this process, and stop after a given epoch.
 
-    In each epoch, times, pseudo Dice and memory are written to the file `RECORD` in the output folder.
+    After each epoch, times, pseudo Dice and memory are written to the file `RECORD` in the output folder.
 
     Args:
         name: name of the trainer.
-        until: number of epochs after which to stop.
+        until: number of epochs after which to stop, including those of earlier turns.
         arguments: parsed command line.
     """
     from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
@@ -97,7 +97,11 @@ def train(name: str, until: int, arguments: argparse.Namespace) -> None:
 
 
 def read_record(file: Path) -> dict:
-    """Return "seconds" and "pseudo_dice" (lists with a value per epoch) and "peak_bytes" from a file of `train`."""
+    """Read the file that `train` writes; without a file, return empty lists and 0 bytes.
+
+    Returns:
+        "seconds" and "pseudo_dice" (lists with a value per epoch), and "peak_bytes".
+    """
     return json.loads(file.read_text()) if file.is_file() else {"seconds": [], "pseudo_dice": [], "peak_bytes": 0}
 
 
@@ -109,18 +113,19 @@ def alternate(
     deadline: float,
     now: Callable[[], float] = time.monotonic,
 ) -> None:
-    """Train in rounds, in each of which all trainers train until the same epoch, for as long as a round fits the time.
+    """Train in rounds until the trainings are complete or the remaining time is too short for a round.
 
-    The first round has one epoch. A trainer whose turn has trained no epoch has no further turn.
+    In a round, each trainer has a turn, and all train until the same epoch. The first round has one epoch. A trainer
+    that finishes no epoch in its turn has no further turns.
 
     Args:
         names: names of the trainers.
-        turn: function that trains; its arguments are the name, the number of epochs after which to stop, and the
-            number of seconds after which to stop in any case.
-        seconds_of: function that returns the times of all epochs of a training.
+        turn: function that trains in one turn. Its arguments are the name of the trainer, the number of epochs after
+            which to stop (including earlier turns), and the time limit in seconds.
+        seconds_of: function that returns the times of all finished epochs of a trainer in seconds.
         epochs: number of epochs of a complete training.
-        deadline: time at which the last turn must end.
-        now: clock.
+        deadline: value of `now()` at which the last turn must end.
+        now: clock in seconds.
     """
     remaining = list(names)
     startup = dict.fromkeys(remaining, 0.0)
@@ -213,7 +218,7 @@ def as_markdown(results: dict[str, dict]) -> str:
     - error: why the last turn ended early, if it did.
 
     Args:
-        results: name of the trainer -> result of `read_record`, with "error".
+        results: name of the trainer -> result of `read_record`, with the additional entry "error" (text or None).
     """
     rows = []
     for name, its in results.items():

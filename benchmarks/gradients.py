@@ -2,9 +2,10 @@
 
     python -m benchmarks.gradients hippocampus --data <Task04_Hippocampus> --work <folder> --json FILE --picture FILE
 
-The trainers are trained as in the comparison of the data set. Every 20 steps, before the step, the gradient of each
-term with respect to the student's network is computed separately. UnCL has two terms: the consistency, which is
-weighted by the uncertainty, and the entropy. The JSON file contains for each trainer a list of these points, with
+The trainers are trained as in `benchmarks.comparison`. The gradient of each loss term with respect to the student's
+parameters is computed separately, every 20 steps (--every), before the step. UnCL has two terms: the consistency,
+which is weighted by the uncertainty, and the entropy. For each trainer, the JSON file contains a list of these
+measurements (points). A point has the entries:
 
 - step, ramp: the step, and the ramp-up factor of the unsupervised terms;
 - terms: name -> "value" (unweighted), "weight" (with ramp-up), "norm" (of the gradient, unweighted), and "cosine" (of
@@ -12,11 +13,12 @@ weighted by the uncertainty, and the entropy. The JSON file contains for each tr
 - student_entropy, teacher_entropy: mean over the voxels, in nats;
 - distance: mean of the squared distance between the probabilities of student and teacher;
 - uncertainty_weight: mean of the weight 2 / (e^(βH_s) + e^(βH_t)) of the consistency; 1 if all voxels are certain;
-- embedding_cosine, embedding_rank: mean cosine of pairs of different patches of an image, and effective rank of the
-  embeddings of FeCL: exp of the entropy of the normalized singular values, at most the number of dimensions.
+- embedding_cosine: mean cosine between the FeCL embeddings of two different patches of an image;
+- embedding_rank: effective rank of these embeddings: exp of the entropy of their normalized singular values, at most
+  the number of dimensions.
 
-The entropies, the distance and the uncertainty weight are means over all images or, if unlabeled images are mixed, over
-the labeled ones.
+The entropies, the distance and the uncertainty weight are means over all images. If unlabeled images are mixed, they
+are means over the labeled images only.
 """
 
 import argparse
@@ -50,7 +52,7 @@ _COLORS = {"supervised": "black", "consistency": "#1c7ed6", "entropy": "#e8590c"
 
 
 def train(name: str, preparation: Preparation, labeled: LabeledSet, arguments: argparse.Namespace) -> list[dict]:
-    """Train a DyCON trainer and return the points described above.
+    """Train a DyCON trainer and return the measured points, whose entries the module docstring describes.
 
     Args:
         name: name of the trainer.
@@ -89,7 +91,7 @@ def train(name: str, preparation: Preparation, labeled: LabeledSet, arguments: a
 
 
 def measure(trainer: SemiSupervisedTrainer, batch: dict) -> dict[str, Any]:
-    """Return one of the points described above, without its step, for a batch of the loader."""
+    """Return the point for a batch of the loader: the entries that the module docstring describes, except "step"."""
     method = trainer.method
     found: dict[str, Any] = {}
     hooks = [
@@ -145,7 +147,7 @@ def _gradient(loss: torch.Tensor, parameters: list[torch.Tensor]) -> torch.Tenso
 
 
 def _spread(embedding: torch.Tensor) -> dict[str, float]:
-    """Return "embedding_cosine" and "embedding_rank" of embeddings (B, N, D)."""
+    """Return "embedding_cosine" and "embedding_rank" (see module docstring) of embeddings (B, N, D)."""
     unit = torch.nn.functional.normalize(embedding.float(), dim=-1)
     number = unit.shape[1]
     cosines = (unit @ unit.transpose(1, 2)).sum((1, 2)) - number
@@ -158,10 +160,11 @@ def _spread(embedding: torch.Tensor) -> dict[str, float]:
 def as_markdown(results: dict[str, list[dict]]) -> str:
     """Return a Markdown table with a row per trainer and term.
 
-    - relative norm: norm of the weighted gradient, divided by that of the supervised loss;
-    - cosine: of the angle to the supervised gradient.
+    - relative norm: norm of the weighted gradient of the term, divided by that of the supervised loss;
+    - cosine: cosine of the angle between these two gradients.
 
-    Both are medians over all points after the ramp-up (ramp 1), with the quartiles in brackets.
+    Both are medians over the points after the ramp-up (ramp 1), or over all points if there are none, with the
+    quartiles in brackets.
 
     Args:
         results: name of the trainer -> points, see `measure`.
@@ -183,7 +186,10 @@ def _quartiles(values: list[float], form: str) -> str:
 
 @in_default_style
 def draw(results: dict[str, list[dict]], file: Path) -> None:
-    """Write a figure with a row per trainer: weighted gradient norms, cosines, UnCL, and embeddings over the steps.
+    """Write a figure with a row per trainer and four plots over the steps.
+
+    The plots show the weighted gradient norms, the cosines to the supervised gradient, entropies and distance of
+    student and teacher, and the mean cosine of the embeddings.
 
     Args:
         results: name of the trainer -> points, see `measure`.
@@ -216,7 +222,7 @@ def draw(results: dict[str, list[dict]], file: Path) -> None:
 
 
 def _smooth(values: list[float], width: int = 5) -> np.ndarray:
-    """Return the moving median."""
+    """Return the moving median over `width` values (odd), with the first and last values repeated at the ends."""
     padded = np.pad(values, width // 2, mode="edge")
     return np.median(np.lib.stride_tricks.sliding_window_view(padded, width), axis=1)
 

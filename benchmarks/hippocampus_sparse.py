@@ -8,11 +8,11 @@ The data set and the CSV depend on --annotation:
 - sparse (hippocampus_sparse.csv): every 8th slice of the labeled cases is annotated, and there are unlabeled cases.
   lower_bound is nnU-Net's own trainer with the ignore label.
 - sparse_alone (hippocampus_sparse_alone.csv): the same labeled cases without unlabeled cases.
-- complete (hippocampus_complete.csv): the same labeled cases with all slices annotated. Here, lower_bound is the upper
-  bound of both others.
+- complete (hippocampus_complete.csv): the same labeled cases with all slices annotated, and the unlabeled cases. The
+  method lower_bound on these data is the upper bound for sparse and sparse_alone.
 
-Across the slices the images are not resampled: at 2 mm, nnU-Net's resampling of labels would remove annotated slices of
-1 mm.
+The slices are 1 mm thick. The images are not resampled across the slices: nnU-Net's resampling of labels to 2 mm would
+remove annotated slices.
 """
 
 import argparse

@@ -2,11 +2,11 @@
 
     python -m benchmarks.losses [--device cuda] [--json FILE]
 
-- Each entry of `CASES`, a loss with the size of its inputs, is measured in a separate process. Forward and backward
-  passes in float32 are repeated. Times of a forward and a backward pass together are medians, with the quartiles in
-  brackets; the first pass is a warm-up.
-- Memory is the peak memory of the passes in addition to their inputs: on a CPU resident memory of the process, on a GPU
-  memory allocated by PyTorch.
+- Each entry of `CASES`, a loss with the size of its inputs, is measured in a separate process.
+- Time is the time of a forward and backward pass in float32. Times are medians over repeated passes, with the quartiles
+  in brackets; the first pass is a warm-up.
+- Memory is the peak memory of the passes, without their inputs. On a CPU, it is the resident memory of the process; on
+  a GPU, the memory allocated by PyTorch.
 - The plain implementations are FeCL with N × N matrices of all pairs of patches (`dense_fecl`), and UnCL as in the
   released code of DyCON (`released_uncl`).
 """
@@ -61,8 +61,8 @@ def dense_fecl(embedding, patch_labels, *, teacher_embedding, anchor_entropy, ga
 def released_uncl(student_logits, teacher_logits):
     """Return the uncertainty-aware consistency loss (UnCL) as in the released code of DyCON, with β = `BETA`.
 
-    By broadcasting, the released code adds the entropies of each image to the squared differences of all images in the
-    batch. The mean is the same as if they were added to those of the same image only.
+    The released code adds the entropies of each image to the squared differences of all images in the batch, because
+    of broadcasting. This does not change the mean: it is the same as with the squared differences of the same image.
 
     Args:
         student_logits: (B, C, *spatial).

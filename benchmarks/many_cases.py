@@ -2,13 +2,12 @@
 
     python -m benchmarks.many_cases --work <folder> [--cases 100 10000] [--json FILE]
 
-The data set has 5 labeled phantoms of 24 x 24 x 24 voxels. One preprocessed unlabeled case and its image are repeated
-by hard links, so that the number of files, not their size, is what grows. Each measurement runs in its own process, on
-the CPU with one thread:
+The data set has 5 labeled phantoms of 24 x 24 x 24 voxels. Further unlabeled cases are hard links to the files of one
+case, so only the number of files grows. Each trainer is measured in its own process, on the CPU with one thread:
 
 - start-up: seconds from the construction of the trainer to its first batch, without the import of nnU-Net;
-- memory: peak resident memory of the process until then;
-- epoch: seconds of an epoch of 3 steps, after a first one;
+- memory: peak resident memory of the process until the first batch;
+- epoch: seconds of the second epoch, which has 3 steps like the first one;
 - preprocessing: seconds of `preprocess_unlabeled` per case, with one process, for 200 cases.
 """
 
@@ -37,7 +36,10 @@ def environment(work: Path) -> dict[str, str]:
 
 
 def prepare(work: Path) -> None:
-    """Write, plan and preprocess the data set with `PREPROCESSED` unlabeled cases, and note the seconds per case."""
+    """Write, plan and preprocess the data set with `PREPROCESSED` unlabeled cases.
+
+    The seconds of `preprocess_unlabeled` per case are written to the file seconds_per_case in `work`.
+    """
     from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments, preprocess
 
     from nnunet_dycon.data.unlabeled import preprocess_unlabeled
@@ -66,7 +68,10 @@ def prepare(work: Path) -> None:
 
 
 def repeat(work: Path, cases: int) -> None:
-    """Change the number of unlabeled cases by hard links to the files of the first one, and the manifest with it."""
+    """Change the number of unlabeled cases to `cases`, and adapt the manifest of the preprocessed cases.
+
+    Added cases are hard links to the files of the first case. Surplus cases are deleted.
+    """
     raw = work / "nnUNet_raw" / DATASET / "imagesUn"
     folder = next((work / "nnUNet_preprocessed" / DATASET).glob("*_unlabeled"))
     names = {f"many_{number:05d}" for number in range(cases)}
@@ -85,7 +90,11 @@ def repeat(work: Path, cases: int) -> None:
 
 
 def measure(name: str) -> dict[str, float]:
-    """Return start-up, memory and seconds per epoch of a trainer, measured in this process."""
+    """Measure a trainer with the class name `name` in this process, as the module docstring describes.
+
+    Returns:
+        "startup" (seconds), "bytes" (peak resident memory) and "epoch" (seconds).
+    """
     torch.set_num_threads(1)
     trainer_type = trainer_class(name)
     base = Path(os.environ["nnUNet_preprocessed"]) / DATASET
@@ -111,7 +120,11 @@ def measure(name: str) -> dict[str, float]:
 
 
 def as_markdown(results: dict) -> str:
-    """Return a Markdown table with a row per trainer and number of unlabeled cases."""
+    """Return a Markdown table with a row per trainer and number of unlabeled cases.
+
+    Args:
+        results: "trainings" -> name of the trainer -> number of unlabeled cases -> result of `measure`.
+    """
     rows = [
         [name, cases, f"{its['startup']:.1f}", f"{its['bytes'] / 2**20:.0f}", f"{its['epoch']:.1f}"]
         for name, by_cases in results["trainings"].items()

@@ -9,7 +9,8 @@ In a page, a table is between two comments. The first comment contains the kind 
 
 - results TABLE LABELS: all trainers with their default settings, lower bound and upper bound. TABLE is the name of a
   CSV in benchmarks/results without its ending, LABELS the number of labeled cases;
-- pooled LABELS TABLE ...: the same trainers, with the mean difference over the tables, which have equal weights;
+- pooled LABELS TABLE ...: for the same trainers, the difference to the lower bound in each of several CSVs and its mean
+  over these CSVs, with equal weights;
 - trials TABLE LABELS: all methods, including those with changed settings, on val, unlabeled and test, with the labeled
   cases of draw 0;
 - looks: all evaluations on test in all CSVs, by date;
@@ -19,7 +20,7 @@ In a page, a table is between two comments. The first comment contains the kind 
 - coverage FILE: coverage of the confidence intervals in simulations, from such a JSON file;
 - scaling: calculated times of a step on 1 to 64 GPUs.
 
-With --check nothing is written, and the exit code is 1 if a page is out of date.
+With --check, nothing is written, and the exit code is 1 if a page is out of date.
 """
 
 import argparse
@@ -100,7 +101,8 @@ def pooled(labels: str, *tables: str) -> str:
     - mean: the mean of these differences, with 95 % interval;
     - gap closed: this mean as a fraction of the mean gap between upper and lower bound, with 95 % interval.
 
-    It contains the methods that are in all tables, and the column "gap closed" only if the upper bound is.
+    The rows are the methods that are in all CSVs, except the lower bound. The column "gap closed" is included only if
+    the upper bound is in all CSVs.
 
     Args:
         labels: number of labeled cases.
@@ -187,7 +189,7 @@ MAKERS: dict[str, Callable[..., str]] = {
 
 
 def filled(text: str) -> str:
-    """Return the text of a page with the content of each table replaced by that made from the current results.
+    """Return the text of a page in which all tables are made from the current results.
 
     Args:
         text: the Markdown text of the page, with the comments that the module docstring describes.

@@ -52,20 +52,20 @@ class DataSet:
 
     Attributes:
         name: name in DatasetXXX_NAME.
-        table: name of the CSV in results, and of the JSON file in protocols if there is one, without ending. See also
-            `protocol`.
+        table: name of the CSV in benchmarks/results, without ending. The JSON file in benchmarks/protocols, if there is
+            one, has the same name unless `protocol` is given.
         first_id: offset of dataset IDs. With N labeled cases and draw K, the ID is first_id + 20 K + N. nnU-Net accepts
             IDs up to 999, so there are 5 draws.
-        labels: numbers of labeled cases with which methods can be compared, ascending.
+        labels: numbers of labeled cases that can be selected for a comparison, ascending.
         training_cases: number of training cases, which are all labeled for the upper bound.
         spacing: default voxel spacing in mm.
-        features: default number of features of each stage of the network, the last one repeated; empty for those of
-            nnU-Net's plans.
+        features: default numbers of features of the network's stages. All further stages get the last number. If empty,
+            the numbers of nnU-Net's plans are used.
         iterations: default number of training iterations.
         needs_data: whether the user must provide a folder with the data.
         draws: whether several draws of labeled cases are supported.
         slice_spacing: voxel spacing along the first axis (Z) in mm, if it differs from that along the others.
-        protocol: name of the JSON file in protocols, if it differs from `table`.
+        protocol: name of the JSON file in benchmarks/protocols, if it differs from `table`.
     """
 
     name: str
@@ -199,8 +199,8 @@ class Preparation:
     def prepare(self, labeled_sets: Iterable[LabeledSet]) -> None:
         """Write, plan and preprocess a data set for each labeled set. Finished steps are skipped.
 
-        A folder in which this is finished can be moved to another machine. Training needs its nnUNet_preprocessed only.
-        A lock file prevents other processes from doing this at the same time.
+        The prepared working folder can be moved to another machine. Training needs only its folder nnUNet_preprocessed.
+        A lock file prevents other processes from preparing the same working folder at the same time.
         """
         self.work.mkdir(parents=True, exist_ok=True)
         with FileLock(self.work / "prepare.lock"):
@@ -219,9 +219,10 @@ class Preparation:
         return LabeledSet(self.data_set.labels[-1])
 
     def prepare_references(self, labeled_sets: Iterable[LabeledSet]) -> None:
-        """Copy the labels of the unlabeled cases of labeled sets to folders that no training reads (see `references`).
+        """Copy the labels of unlabeled cases, for scoring, to one folder per labeled set (see `references`).
 
-        The labels are those of the upper bound's raw data set, which is written if necessary.
+        No training reads these folders. The labels are copied from the raw data set of the upper bound, which is
+        written if necessary.
         """
         with FileLock(self.work / "prepare.lock"):
             everything = self.raw(self.data_set.all_labeled)

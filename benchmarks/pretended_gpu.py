@@ -1,4 +1,4 @@
-"""A pretended GPU: tensors on "cuda:0" with a shape and a data type but no content, for which no GPU is needed."""
+"""Imitation of a GPU by fake tensors on "cuda:0", which have a shape and a data type but no content."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +19,11 @@ CUDA = torch.device("cuda", 0)
 
 @contextmanager
 def pretended_gpu() -> Iterator[None]:
-    """Enter FakeTensorMode. The positions of CutMix boxes are real numbers, since they are drawn on the host."""
+    """Use FakeTensorMode in a `with` block, except for drawing CutMix boxes.
+
+    `random_boxes` needs the content of its tensors. It therefore runs on real CPU tensors, and its result is replaced
+    by a fake tensor on the GPU.
+    """
     boxes = mixing.random_boxes
 
     def boxes_on_cuda(number, spatial, side, device):
@@ -33,7 +37,7 @@ def pretended_gpu() -> Iterator[None]:
 
 @contextmanager
 def half_precision() -> Iterator[None]:
-    """Autocast to 16 bits as on a GPU; torch.autocast itself requires one."""
+    """Autocast to 16 bits as on a GPU in a `with` block. Unlike torch.autocast, it requires no GPU."""
     before = torch.is_autocast_enabled("cuda")
     torch.set_autocast_enabled("cuda", True)
     try:

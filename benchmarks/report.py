@@ -18,13 +18,13 @@ last row of each group. The columns are:
   "undefined" if the interval of the gap is not entirely above 0;
 - scored and commit: the dates of scoring, and the commits at which the runs were trained.
 
-A run is one seed. With several draws of labeled cases, a run is the mean over the seeds of one draw, since seeds of the
-same draw are not independent. All methods must then have the same draws. Select them with --draws.
+With one draw of labeled cases, a run is one seed. With several draws, a run is the mean over the seeds of one draw,
+since seeds of the same draw are not independent. All methods must then have the same draws. Select them with --draws.
 
-The 95 % intervals are computed by `nnunet_dycon.inference.statistics.PairedBootstrap`. It resamples the cases, the same
-ones for all methods, and adds the variation between runs. The standard deviation between runs is pooled over the
-students of all methods with the same number of labeled cases, except the upper bound. Without a second run there are no
-intervals. Intervals on a set on which settings were chosen are too optimistic.
+The 95 % intervals are computed by `nnunet_dycon.inference.statistics.PairedBootstrap`. It resamples the cases, with the
+same cases for all methods, and adds random noise for the variation between runs. The standard deviation between runs is
+pooled over the students of all methods with the same number of labeled cases, except the upper bound. If none of these
+students has two runs, there are no intervals. If settings were chosen on a set, the intervals on it are too optimistic.
 
 Methods with changed settings (after a colon) are shown only with --trials.
 """
@@ -62,8 +62,8 @@ class Scores:
     Attributes:
         dice: (runs, cases), Dice, mean over labels. Cases are sorted by name.
         hd95_mm: (runs, cases), HD95 in mm, mean over labels.
-        draws: draws of labeled cases. With one draw, runs are its seeds; with several, runs are means over seeds, one
-            per draw.
+        draws: draws of labeled cases. With one draw, each run is a seed. With several draws, each run is the mean over
+            the seeds of one draw.
         commits: commits at which the runs were trained.
         scored: dates of scoring.
     """
@@ -83,11 +83,10 @@ def read(
     Args:
         table: CSV of `benchmarks.comparison`.
         which: set of cases: "val", "unlabeled" or "test".
-        draws: numbers of the random selections of labeled cases to read; None for all. The upper bound is always read,
-            since it uses all labels.
+        draws: draws of labeled cases to read; None for all. The upper bound is always read, since it uses all labels.
         trials: whether to also read methods with changed settings.
-        terms: values of the columns "plans", "iterations" and "precision" that select runs; with None or without a
-            value, all are read, but must have the same one.
+        terms: "plans", "iterations" and "precision" of the runs to read, as text. If one of them is None or not given,
+            it is not used as a filter, but must be the same in all runs.
 
     Returns:
         (number of labeled cases, method, weights) -> scores. "weights" is the scored network: "student", "teacher" or
@@ -192,11 +191,11 @@ def bootstrap(group: Group, seed: int = 0) -> PairedBootstrap | None:
     """Return the `PairedBootstrap` of the Dice of all methods in a group.
 
     Its keys are (method, weights). The standard deviation between runs is pooled over the student networks of all
-    methods except the upper bound. Return None if no such student has two runs.
+    methods except the upper bound. If none of these students has two runs, None is returned.
 
     Args:
         group: (method, weights) -> scores, for one number of labeled cases.
-        seed: seed of the random numbers; another one for each group whose bootstraps are pooled.
+        seed: seed of the random numbers. To pool the bootstraps of several groups, use a different seed for each.
     """
     # The teacher is nearly equal to the student, and the upper bound has other labels, so both are excluded.
     pooled = [its.dice for (method, weights), its in group.items() if weights == "student" and method != UPPER_BOUND]
@@ -249,10 +248,10 @@ def compared(group: Group, drawn: PairedBootstrap | None, key: tuple[str, str]) 
 
 
 def without_most_influential(group: Group, key: tuple[str, str]) -> str:
-    """Return the gain of a method after the case is removed whose removal changes the gain most.
+    """Return the gain of a method without the most influential case: the one whose removal changes the gain most.
 
-    The gain is the mean Dice minus that of the lower bound. It is returned as text, such as "+0.0239". The text is
-    empty for the lower bound itself, and in groups without it.
+    The gain is the mean Dice of the method minus that of the lower bound. It is returned as text, such as "+0.0239".
+    The text is empty for the lower bound itself, and in groups without it.
 
     Args:
         group: (method, weights) -> scores, for one number of labeled cases.

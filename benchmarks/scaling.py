@@ -7,14 +7,15 @@ machine:
 
 - **Computing** takes the time of a step on one GPU.
 - **Gradients** have G bytes, 4 bytes for each trained parameter. In a ring all-reduce, each GPU sends and receives
-  2 (N - 1) / N · G bytes. If N > n, the network of each machine transfers the same number of bytes, and its bandwidth
-  determines the time. Otherwise the bandwidth between the GPUs does. DDP overlaps the all-reduce with the backward
-  pass, except for the last bucket of 25 MB. The part that exceeds the backward pass, at least the time of the last
-  bucket, is added to the step. An EMA teacher is updated on each GPU and causes no traffic.
+  2 (N - 1) / N · G bytes. If N <= n, the bandwidth between the GPUs of a machine determines the time. If N > n, the
+  network of each machine transfers the same number of bytes, and its bandwidth determines the time. DDP overlaps the
+  all-reduce with the backward pass, except for the last bucket of 25 MB. The step takes longer by the part
+  of the all-reduce that exceeds the backward pass, and at least by the time of the last bucket. An EMA teacher is
+  updated on each GPU and causes no traffic.
 - **The loader** prepares a batch for each GPU on the cores of that GPU. Loader, storage and GPU work in parallel, so
   the step takes as long as the slowest of them.
-- **Reading**: all GPUs read patches from one storage, compressed to half of their 4 bytes per voxel, with the margin
-  that rotation needs (1.5 times the voxels of the patch). After the first epoch, machines that cache the data set in
+- **Reading**: all GPUs read patches from one storage. Compression halves the 4 bytes per voxel. With the margin for
+  rotation, 1.5 times the voxels of the patch are read. After the first epoch, machines that cache the data set in
   memory do not read.
 """
 
@@ -71,8 +72,8 @@ class Step:
         loader: time to prepare a batch for one GPU.
         reading: time to read the batches for all GPUs from the storage.
         seconds: time of the whole step, the longest of three parts: computing including `waited`, `loader`, `reading`.
-        bottleneck: the longest part: "loader", "reading", or for computing "GPU". It is "network" instead of "GPU" if
-            `waited` is more than 5 % of computing including `waited`.
+        bottleneck: the longest of these parts: "loader", "reading", or "GPU" for computing. If `waited` is more than
+            5 % of computing including `waited`, "network" is used instead of "GPU".
     """
 
     gpus: int

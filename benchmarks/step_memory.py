@@ -88,7 +88,9 @@ def main() -> None:
 
 
 def as_markdown(results: dict[str, dict[str, int]]) -> str:
-    """Return a Markdown table with a row per trainer: activations and weights in GB, and their sum over nnU-Net's.
+    """Return a Markdown table with a row per trainer: activations and weights in GB, and relative memory.
+
+    Relative memory is the sum of activations and weights, divided by that of nnUNetTrainer.
 
     Args:
         results: name of the trainer -> result of `memory_of`. It must contain nnUNetTrainer.

@@ -2,10 +2,11 @@
 
     python -m benchmarks.train_step --data <la_125mm> --work <folder> [--device cuda] [--json FILE]
 
-- The option --trainers selects trainers listed by `nnunet_dycon list`. Supervised trainers have 4 labeled samples, the
-  others 2 labeled and 2 unlabeled samples, with the same plans.
-- Time is the measured time of `train_step`, on batches that are loaded before. All trainers run alternately in one
-  process. Times are medians, with the quartiles in brackets; the first steps are a warm-up.
+- The option --trainers selects trainers listed by `nnunet_dycon list`. Supervised trainers have 4 labeled samples per
+  step, the others 2 labeled and 2 unlabeled ones. All use the same plans.
+- Time is the measured time of `train_step`, without loading: the batches are loaded before the measurement. All
+  trainers run alternately in one process. Times are medians, with the quartiles in brackets; the first steps are a
+  warm-up.
 - GPU memory is the peak memory that PyTorch allocates in these steps, measured for each trainer alone.
 - The size of the checkpoint is measured after the steps.
 """
@@ -53,7 +54,7 @@ def build(name: str, folder: Path, plans_name: str, device: str, labeled: int | 
         folder: nnUNet_preprocessed/DatasetXXX_NAME.
         plans_name: plans identifier.
         device: "cpu" or "cuda".
-        labeled: number of labeled patches per step; None for `SAMPLES` patches per step, labeled and unlabeled.
+        labeled: number of labeled patches per step; None for a total of `SAMPLES` labeled and unlabeled patches.
     """
     plans = json.loads((folder / f"{plans_name}.json").read_text()) | {"continue_training": False}
     is_supervised = name == SUPERVISED or TRAINERS[name].is_supervised
@@ -70,13 +71,13 @@ def build(name: str, folder: Path, plans_name: str, device: str, labeled: int | 
 def take_steps(trainers: dict, repeats: int, warmup: int, device: str) -> dict[str, dict]:
     """Measure the time of `train_step` of each trainer.
 
-    The trainers run alternately, on batches that are loaded before. On a GPU, PyTorch's peak memory statistics are
-    reset after the warm-up, so that they are those of the measured steps.
+    The trainers run alternately, on batches that are loaded before the measurement. On a GPU, PyTorch's peak memory
+    statistics are reset after the warm-up, so that they cover only the measured steps.
 
     Args:
         trainers: name -> trainer, see `build`.
         repeats: number of measured steps of each trainer.
-        warmup: number of steps of each trainer before these, which are not measured.
+        warmup: number of steps of each trainer before the measured ones.
         device: "cpu" or "cuda".
 
     Returns:

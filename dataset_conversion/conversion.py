@@ -34,7 +34,8 @@ class Plan:
         ordered: whether `training` has the order of a published list, whose first cases are the labeled ones.
         left_out: identifier -> reason, for cases that are never used.
         not_scored: identifier -> reason, for cases that are excluded from val and test of a protocol.
-        copies: identifiers of cases that are all copies of the same scan. The split leaks if they have different roles.
+        copies: identifiers of the cases that are copies of one scan, if there are any. The split leaks if these cases
+            have different roles.
         keep_copies: whether to use all copies although the split may leak.
         warnings: messages to print and to write into the report.
         notes: messages to print.

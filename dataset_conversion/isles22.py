@@ -77,7 +77,7 @@ def plan(
         keep_empty: keep cases with an empty mask in val and test of a protocol.
 
     Raises:
-        UserError: no case is found, a case lacks a modality, or two files are the same image or mask.
+        UserError: no case is found, or a case lacks a modality, has two files of one modality, or has two masks.
         UsageError: an option is invalid.
     """
     chosen = listed(modalities or ("dwi" if protocol else "dwi,adc"), MODALITIES, "--modalities")

@@ -7,9 +7,9 @@ Layouts that are read:
 
 - DICOM of TCIA in both forms, `Pancreas-CT/PANCREAS_0001/<study>/<series>/1-001.dcm` and
   `DOI/PANCREAS_0001/<uid>/<uid>/000000.dcm`, and NIfTI re-uploads, `PANCREAS_0001.nii.gz`. The labels are
-  `label0001.nii.gz`, anywhere below the source folder. According to their headers, DICOM and label have the same grid.
-  If the voxel array of one seems flipped, another tool has changed its axes. The converter aligns image and label by
-  their headers only.
+  `label0001.nii.gz`, anywhere below the source folder. The converter aligns image and label by their headers only.
+  According to the headers, a DICOM series and its label have the same grid. If their voxel arrays seem flipped
+  relative to each other, another tool has changed the axes of one of them.
 - h5 files of the community, already normalized and resampled: `image0001_norm.h5` (MC-Net), `0001.h5` or
   `pancreas_001.h5` (CoraNet, BCP), `PANCREAS_0001.h5` (DyCON). Their datasets `image` and `label` have the axes
   (x, y, z).
@@ -100,8 +100,8 @@ def plan(source: Path, *, protocol: Protocol | None = None, keep_duplicates: boo
         keep_duplicates: keep 0025 and 0070, which are copies of 0002.
 
     Raises:
-        UserError: no case or no label is found, a path does not name its case, two files are the same image or label,
-            or files with different preprocessing are mixed.
+        UserError: no case or no label is found, a path of DICOM files contains no case name such as PANCREAS_0001, a
+            case has two images or two labels, or files with different preprocessing are mixed.
     """
     entries = entries_below(source)
     native, labels, warnings = _native(entries)
@@ -161,7 +161,8 @@ def _native(entries: Sequence[Path]) -> tuple[dict[str, Path], dict[str, Path], 
         too few DICOM files, which are skipped.
 
     Raises:
-        UserError: a path does not name its case, or two files are the image or label of one case.
+        UserError: a path of DICOM files contains no case name such as PANCREAS_0001, or a case has two images or two
+            labels.
     """
     images: dict[str, Path] = {}
     labels: dict[str, Path] = {}
@@ -220,7 +221,7 @@ def _add(found: dict[str, Path], number: str, path: Path, what: str) -> None:
 
 
 def _read_label(path: Path, images: Sequence[sitk.Image], report: CaseReport) -> sitk.Image:
-    """Read a label, and reorient it to the image's grid if only the order or direction of the axes differs.
+    """Read a label, and reorient it to the image's grid if the grids differ only in the order or direction of the axes.
 
     A warning is added to the report if image and label are probably misaligned.
     """

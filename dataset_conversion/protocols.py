@@ -1,4 +1,4 @@
-"""Published splits (protocols), stored in published_splits as one JSON file each, with their known faults."""
+"""Published splits (protocols) and their known faults, one JSON file per split in the folder published_splits."""
 
 import json
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ class Protocol:
     """A published split.
 
     Attributes:
-        name: the value of --protocol.
+        name: name of the split, as given with --protocol.
         source: the publication of the split.
-        published_labeled: numbers of labeled cases in publications; the first cases of `train` are the labeled ones.
-        faults: known faults of the split or of its use in publications, which are printed as warnings.
+        published_labeled: numbers of labeled cases in publications. For the number N, these are the first N of `train`.
+        faults: known faults of the split, or of how publications use it. They are printed as warnings.
         train: identifiers of training cases in the published order.
-        val: identifiers of validation cases, for choosing settings.
+        val: identifiers of validation cases. Settings are chosen on these.
         test: identifiers of test cases.
     """
 

@@ -87,10 +87,10 @@ def _is_below(root: Path, path: Path) -> bool:
 
 
 def _files_of_voxels(header: Path) -> list[str]:
-    """Return the names of the voxel data files in the header of a MetaImage or NRRD file, as written there.
+    """Return the names of voxel data files as written in the header of a MetaImage or NRRD file.
 
-    The list is empty if the voxels follow the header in the same file. SimpleITK also reads other files that .mha and
-    .nrrd files name.
+    The list is empty if the voxels follow the header in the same file. This is usual for .mha and .nrrd files, but
+    their header can also name other files, which SimpleITK reads.
     """
     with header.open("rb") as content:
         lines = [line.decode("latin-1").strip() for line in content.read(_HEADER_BYTES).splitlines()]
@@ -154,8 +154,8 @@ class NamedMasks:
     """Reader of labels that are stored as one mask file each. Can be used as `writer.DataSet.read_label`.
 
     Attributes:
-        files: first mask file of a case -> (value, file) for each of its masks, in ascending order of the values. The
-            nonzero voxels of the file get this value in the converted label map.
+        files: first mask file of a case -> list of pairs (label value, mask file), in ascending order of label values.
+            Nonzero voxels of a mask file get its label value in the converted label map.
     """
 
     files: Mapping[Path, Sequence[tuple[int, Path]]]
@@ -220,10 +220,10 @@ def read_h5(path: Path, key: str, spacing: tuple[float, float, float], axes: str
 def read_h5_channels(
     paths: Sequence[Path], report: CaseReport, *, spacing: tuple[float, float, float], axes: str = "xyz"
 ) -> list[sitk.Image]:
-    """Read the dataset "image" of the h5 file of each channel; see `read_h5` for `spacing` and `axes`.
+    """Read each channel of a case from the dataset "image" of an h5 file; see `read_h5` for `spacing` and `axes`.
 
-    If functools.partial sets `spacing` and `axes`, the function can be used as `writer.DataSet.read_images`; `report`
-    is unused.
+    With `spacing` and `axes` set by functools.partial, the function can be used as `writer.DataSet.read_images`.
+    `report` is unused.
     """
     return [read_h5(path, "image", spacing, axes) for path in paths]
 
@@ -236,10 +236,10 @@ def read_h5_mask(
     spacing: tuple[float, float, float],
     axes: str = "xyz",
 ) -> sitk.Image:
-    """Read the label map of a case, the dataset "label" of an h5 file; see `read_h5` for `spacing` and `axes`.
+    """Read the label map of a case from the dataset "label" of an h5 file; see `read_h5` for `spacing` and `axes`.
 
-    If functools.partial sets these two, the function has the signature of `writer.DataSet.read_label`. `images` and
-    `report` are part of this signature, but not used.
+    With `spacing` and `axes` set by functools.partial, the function can be used as `writer.DataSet.read_label`.
+    `images` and `report` are unused.
     """
     return read_h5(path, "label", spacing, axes)
 
@@ -335,8 +335,8 @@ def _read_file(path: Path, report: CaseReport) -> sitk.Image:
 def _read_sheared(path: Path, report: CaseReport) -> sitk.Image:
     """Read a NIfTI file with non-perpendicular axes, and return it with perpendicular axes.
 
-    SimpleITK cannot represent non-perpendicular axes. The voxels are unchanged. So is the spacing, the only part of the
-    geometry that nnU-Net uses. The directions become the nearest perpendicular ones (polar decomposition), and the
+    SimpleITK cannot represent non-perpendicular axes. The voxel values and the spacing are unchanged; nnU-Net uses no
+    other part of the geometry. The directions are replaced by the nearest perpendicular ones (polar decomposition). The
     center of the image keeps its position.
 
     Args:
@@ -367,11 +367,11 @@ def _read_series(folder: Path, report: CaseReport) -> sitk.Image:
 
     Args:
         folder: folder with the slices as files.
-        report: report of the case, to which a warning is added if slices may be missing, or if there are other files.
+        report: report of the case. A warning is added if slices may be missing, or if the folder has other files.
 
     Raises:
-        UserError: there is not exactly one series, a .dcm file is not part of it, or the slices differ in size or are
-            not equidistant.
+        UserError: the folder does not have exactly one series, a .dcm file is not part of the series, or the slices
+            differ in size or are not equidistant.
     """
     series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
     if not series:

@@ -159,7 +159,7 @@ def draw_overlays(folder: Path, cases: Sequence[Case], data_set: "DataSet", file
 
 
 def slices_of(folder: Path, identifier: str) -> tuple[list[np.ndarray], int, np.ndarray, float]:
-    """Return the axial slice of a labeled case that has the most foreground; the middle slice for an empty label.
+    """Return one axial slice of a labeled case: the one with the most foreground, or the middle one of an empty label.
 
     Rows go from anterior to posterior and columns from the patient's right to left, as usual in radiology.
 
@@ -168,8 +168,8 @@ def slices_of(folder: Path, identifier: str) -> tuple[list[np.ndarray], int, np.
         identifier: name of the case.
 
     Returns:
-        The channels of the slice, each (Y, X); its index along z; its label (Y, X); and the height of a pixel divided
-        by its width.
+        The channels of the slice, each (Y, X); its index along z; its label (Y, X); and the ratio of pixel height to
+        pixel width.
     """
     label = sitk.DICOMOrient(sitk.ReadImage(str(folder / "labelsTr" / f"{identifier}.nii.gz")), "LPS")
     files = sorted((folder / "imagesTr").glob(f"{escape(identifier)}_[0-9][0-9][0-9][0-9].nii.gz"))

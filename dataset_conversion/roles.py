@@ -122,8 +122,8 @@ def assign_by_file(
     Args:
         cases: all cases of the source.
         split: the JSON file.
-        left_out: identifier -> reason, for cases that the source has but that are never used.
-        held_out: identifiers of the dataset's own test cases, which may be in the list test without having a label.
+        left_out: identifier -> reason, for cases of the source that the converter never uses.
+        held_out: identifiers of the dataset's own test cases. In the list test, only these may lack a label.
 
     Raises:
         UserError: the file is invalid, or a case in it is unknown, left out or lacks its label.
@@ -211,10 +211,10 @@ def split_record(assignment: Assignment) -> dict[str, object]:
 
 
 def cross_validation(labeled: Iterable[str]) -> list[dict[str, list[str]]]:
-    """Return the content of splits_final.json: nnU-Net's 5 folds, or one fold per case if there are fewer than 5.
+    """Return the content of splits_final.json: nnU-Net's 5 folds, or one fold per case with fewer than 5 cases.
 
-    Each fold is a dict with the identifiers of "train" and "val". A single case is used for both, because nnU-Net
-    requires at least one case for training and one for validation.
+    Each fold is a dict with the identifiers of "train" and "val". If there is only one labeled case, it is in both
+    lists, because nnU-Net requires at least one case for training and one for validation.
     """
     from nnunetv2.utilities.crossval_split import (
         generate_crossval_split,

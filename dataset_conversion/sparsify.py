@@ -36,8 +36,8 @@ class Slices:
     """Annotation of every n-th slice.
 
     Attributes:
-        every: n; the first annotated slice is number n // 2, counted from 0.
-        axis: axis of the array in nnU-Net's order (Z, Y, X) across which the slices are counted: 0, 1 or 2.
+        every: n; the first annotated slice has the index n // 2. With fewer than n slices, the middle one is annotated.
+        axis: axis along which the slices are counted, in nnU-Net's order (Z, Y, X): 0, 1 or 2.
     """
 
     every: int
@@ -48,7 +48,7 @@ class Slices:
         return f"Every{self.every}" + (f"Axis{self.axis}" if self.axis else "")
 
     def __call__(self, labels: np.ndarray, case: str) -> np.ndarray:
-        """Return a mask (Z, Y, X) of the annotated voxels of a label map (Z, Y, X): at least one slice."""
+        """Return a mask (Z, Y, X) of the annotated slices of a label map (Z, Y, X); `case` is unused."""
         number = labels.shape[self.axis]
         mask = np.zeros(labels.shape, dtype=bool)
         np.moveaxis(mask, self.axis, 0)[min(self.every, number) // 2 :: self.every] = True
@@ -57,12 +57,12 @@ class Slices:
 
 @dataclass(frozen=True)
 class Scribbles:
-    """Annotation by scribbles: in each slice, one for each connected region of a label, including background.
+    """Annotation by scribbles: one scribble per slice (Z) and connected region of a label, including background.
 
-    A scribble is half of the skeleton of the region: the pixels that are nearest to a random one of them.
+    A scribble is half of the pixels of the region's skeleton: those nearest to a random pixel of the skeleton.
 
     Attributes:
-        seed: seed of the random pixels.
+        seed: seed for drawing these random pixels.
     """
 
     seed: int = 0
@@ -72,7 +72,10 @@ class Scribbles:
         return f"Scribbles{self.seed}" if self.seed else "Scribbles"
 
     def __call__(self, labels: np.ndarray, case: str) -> np.ndarray:
-        """Return a mask (Z, Y, X) of the annotated voxels of a label map (Z, Y, X) of a case."""
+        """Return a mask (Z, Y, X) of the scribbles in a label map (Z, Y, X).
+
+        The random pixels depend on `seed` and on the name of the case, `case`.
+        """
         rng = np.random.default_rng([self.seed, zlib.crc32(case.encode())])
         mask = np.zeros(labels.shape, dtype=bool)
         for plane, drawn in zip(labels, mask):
@@ -91,8 +94,8 @@ class Scribbles:
 def sparsify(dataset: str, dataset_id: int, annotate: Slices | Scribbles, num_processes: int = 1) -> Path:
     """Write a copy of a data set in nnUNet_raw, in which only some voxels of labelsTr are annotated.
 
-    The other voxels get the label "ignore", which is added to dataset.json. All other images and labels are the same:
-    hard links, or copies if the file system does not support links.
+    The other voxels of labelsTr get the label "ignore", which is added to dataset.json. All images and the labels of
+    held-out cases are unchanged: hard links, or copies if the file system does not support links.
 
     Args:
         dataset: ID or name of a data set whose voxels are all annotated.
@@ -101,7 +104,7 @@ def sparsify(dataset: str, dataset_id: int, annotate: Slices | Scribbles, num_pr
         num_processes: number of worker processes; 1 uses this process.
 
     Returns:
-        The folder of the new data set, nnUNet_raw/DatasetXXX_Name, where Name is the old name and that of the rule.
+        The folder of the new data set, nnUNet_raw/DatasetXXX_NAME_RULE, such as Dataset005_Heart_Every8.
 
     Raises:
         UserError: dataset.json or a label file is damaged or has an ignore label already.

@@ -124,14 +124,14 @@ def write_dataset(
 
 @contextmanager
 def reserved(folder: Path, option: str = "-d") -> Iterator[Lock]:
-    """Context in which no other conversion writes a dataset with the same ID; yields the lock of the ID.
+    """Prevent other conversions to the same dataset ID in a `with` block; yield the lock of the ID.
 
     Args:
         folder: folder to write, a result of `new_dataset_folder`.
         option: the command-line option of the ID, for error messages.
 
     Raises:
-        UsageError: the ID is used.
+        UsageError: a dataset already uses the ID.
         UserError: another conversion to this ID is running, or nnUNet_raw cannot be written to.
     """
     dataset_id = _id_of(folder)
@@ -250,7 +250,7 @@ def _start_or_resume(partial_folder: Path, data_set: DataSet, assignment: Assign
 def _write_cases(
     data_set: DataSet, assignment: Assignment, folder: Path, num_processes: int, lock: Lock
 ) -> dict[str, dict[str, Any]]:
-    """Convert the cases without a complete output in the folder, and return the reports of all cases.
+    """Convert the cases that are not converted yet (see `_is_converted`), and return the reports of all cases.
 
     Args:
         data_set: properties of the dataset.
@@ -289,12 +289,16 @@ def _write_cases(
 
 
 def _record(folder: Path, case: Case) -> dict[str, Any]:
-    """Return what `_write_case` recorded after the output: stamps of the source, and the entry of the report."""
+    """Return the content of the file .records/IDENTIFIER.json of a converted case, which `_write_case` has written.
+
+    Its keys are "made_from" (result of `_stamps` for the source files) and "report" (entry of the case in
+    conversion_report.json).
+    """
     return json.loads((folder / _RECORDS / f"{case.identifier}.json").read_text())
 
 
 def _is_converted(folder: Path, role: str, case: Case) -> bool:
-    """Return whether a case has a record, and its source files have not changed since then."""
+    """Return whether a case was converted, and its source files have not changed since its conversion."""
     try:
         return _record(folder, case)["made_from"] == _stamps(role, case)
     except (OSError, ValueError, KeyError):
@@ -304,7 +308,7 @@ def _is_converted(folder: Path, role: str, case: Case) -> bool:
 def _stamps(role: str, case: Case) -> list[list[object]]:
     """Return path, size in bytes and modification time in ns of each source file that is read for a case.
 
-    `_is_converted` compares them with earlier ones to detect changed files. Label files are included only if
+    `_is_converted` compares them with those of the conversion to detect changed files. Label files are included only if
     `FOLDERS` has a label folder for the role ("labeled", "unlabeled", "val" or "test"); otherwise they are never read.
     """
     label = (case.label, *case.other_labels) if case.label is not None and FOLDERS[role][1] is not None else ()

@@ -171,8 +171,8 @@ def _load_checkpoint(
         is_restarted: whether torchrun has restarted the training.
         is_resume: whether the user has given --c.
         trainer: nnU-Net's trainer.
-        continue_training: nnU-Net's own decision whether to resume. It is replaced by that of `_should_resume`, except
-            with --val or if torchrun does not restart processes (--max-restarts 0).
+        continue_training: whether to resume, as passed by nnU-Net. This value is used only with --val, or if
+            torchrun does not restart processes (--max-restarts 0). Otherwise, the result of `_should_resume` is used.
         validation_only: whether the user has given --val, to run only the final validation.
         pretrained: file with pretrained weights, or None.
     """

@@ -26,8 +26,8 @@ _SMOKE = {"num_epochs": 2, "num_iterations_per_epoch": 5, "num_val_iterations_pe
 def _split(name: str) -> tuple[str, re.Match | None]:
     """Return a trainer's name without its length suffix, and the regex match of the full name.
 
-    "nnUNetTrainerBCP_50epochs" returns "nnUNetTrainerBCP" and a match whose group "epochs" is "50". The suffix _smoke
-    has no such number, so the group is None. The match is None if the name has no length suffix.
+    For "nnUNetTrainerBCP_50epochs", the result is "nnUNetTrainerBCP" and a match whose group "epochs" is "50". For a
+    name with the suffix _smoke, the group "epochs" is None. For a name without a length suffix, the match is None.
     """
     match = _LENGTH.fullmatch(name)
     return (match["trainer"] if match else name), match

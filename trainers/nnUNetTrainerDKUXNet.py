@@ -47,11 +47,12 @@ class nnUNetTrainerDKUXNet(UXNetTraining, SemiSupervisedTrainer):
     def initialize(self) -> None:
         """Initialize like `SemiSupervisedTrainer`, then register a hook that stores the student's query distribution.
 
-        In addition to the segmentation, the mask transformer predicts for each voxel the probabilities of its queries.
+        The mask transformer predicts it in addition to the segmentation: for each voxel, the probabilities of the
+        queries, summed over the queries of each class.
 
         Raises:
-            NotSupported: deep supervision is off. The assignment of voxels to queries is trained only with deep
-                supervision.
+            NotSupported: deep supervision is off. Without it, the layers that assign voxels to queries at the lower
+                resolutions are not trained.
         """
         if not self.enable_deep_supervision:
             raise NotSupported(f"{type(self).__name__} needs deep supervision; leave enable_deep_supervision = True")

@@ -1,7 +1,7 @@
 """Sub-commands that show or test the installation.
 
-trainers_path prints the folder to add to the variable nnUNet_extTrainer, list prints all trainers and data set
-converters, doctor checks everything that a training needs, and demo trains on a small generated data set.
+trainers_path prints the folder to add to the environment variable nnUNet_extTrainer, list prints all trainers and data
+set converters, doctor checks everything that a training needs, and demo trains on a small generated data set.
 """
 
 import argparse

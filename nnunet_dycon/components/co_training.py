@@ -20,10 +20,11 @@ class CoTraining(Method):
 
     .. math:: L = \sum_{s} \sum_k w_k(t)\, L_k(s, \bar{s})
 
-    The first sum is over both networks (students) s, the second sum is over the loss terms k. One of these terms is the
-    supervised loss, with weight 1. :math:`\bar{s}` is the other network, called the peer of s. It receives no gradient
-    from the loss of s. The input of both students is the same batch: the strongly augmented labeled images, then the
-    strongly augmented unlabeled images. There is no teacher.
+    The first sum is over both networks (students) s, the second sum is over the loss terms k. :math:`w_k(t)` is the
+    weight of the term :math:`L_k` at the training progress t. One of the terms is the supervised loss, with weight 1.
+    :math:`\bar{s}` is the other network, called the peer of s. The peer receives no gradient from the loss of s. The
+    input of both students is the same batch: the strongly augmented labeled images, then the strongly augmented
+    unlabeled images. There is no teacher.
 
     A subclass defines the `mutual_losses` and their `weights`. Its ``settings`` must have the field ``rampup``, the
     length of the ramp-up as a fraction of the training.
@@ -50,13 +51,13 @@ class CoTraining(Method):
         self._second_tap = None if stage is None else FeatureTap(unwrap(second), stage.name)
 
     def weights(self, ramp: float) -> dict[str, float]:
-        """Return the weight of each mutual loss term in the total loss, by the name of the term.
+        """Return a dict with the name of each mutual loss term and its weight in the total loss.
 
         Mutual losses train each network with the predictions of its peer. The dict has a weight for every term that
         `mutual_losses` returns. `mutual_losses` may omit terms of weight 0.
 
         Args:
-            ramp: the ramp-up factor, from 0 to 1, of the weights of ramped-up terms.
+            ramp: the ramp-up factor, from 0 to 1; the subclass multiplies the weights to ramp up by this factor.
         """
         raise NotImplementedError
 

@@ -30,8 +30,8 @@ def pseudo_label_diagnostics(
 
     Args:
         student: (B, *spatial), the student's label maps of unlabeled images.
-        teacher: (B, *spatial), the pseudo-labels: label maps predicted by the teacher, by the other network in
-            co-training, or from the weakly augmented view.
+        teacher: (B, *spatial), the pseudo-labels: label maps that are predicted by the teacher, by the other network
+            (in co-training), or by the student itself for the weakly augmented view.
         where: (B, *spatial), boolean, True for the voxels to use, such as the voxels from unlabeled images in a mixed
             batch; None for all voxels.
         agreement: the key of the Dice in the returned dict. It names the compared predictions: "student_teacher_dice",
@@ -80,7 +80,7 @@ def pseudo_region_diagnostics(
 
 
 def terms_of_loss(names: Iterable[str]) -> list[str]:
-    """Return the names of loss terms, such as "supervised", among the names of logged curves, in the same order.
+    """Select the names of loss terms, such as "supervised", from the names of logged curves; the order is kept.
 
     The other curves have a fixed name or prefix, defined in this module: the total loss ("loss"), schedules,
     diagnostics and computing times.

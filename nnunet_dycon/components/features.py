@@ -206,13 +206,13 @@ def patch_codes(
     background_fraction: float = 0.05,
     known: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return the most frequent combination of regions, encoded as an integer, in each cell of a feature grid.
+    """Return the region code of each cell of a feature grid, as `patch_labels` returns the class for classes.
 
-    This is `patch_labels` for regions. The integer is called region code, see `region_codes`. Voxels in any region are
+    A region code is an integer that encodes the regions of a voxel, see `region_codes`. Voxels in any region are
     foreground. As in `patch_labels`, the foreground fraction determines whether a cell is foreground, background or
     ignored. A foreground cell gets the most frequent code of its foreground voxels; in case of a tie, the lowest of
-    these codes. Unlike the result of a majority vote for each region, this combination of regions always occurs in the
-    cell.
+    these codes. So the combination of regions always occurs in the cell. A majority vote for each region could return
+    a combination that does not.
 
     Args:
         codes: (B, *spatial), integers, the region code of each voxel, 0 for background.

@@ -84,7 +84,8 @@ class LabelSpace:
     def confident_labels(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the labels that are predicted by logits (B, C, *spatial), and the probability of each label.
 
-        Both have the shape of labels. For regions, the probability is that of the prediction "inside" or "outside".
+        Both have the shape of labels. For regions, p is the sigmoid of the logit. The probability is p where the label
+        is True (inside the region), and 1 - p where it is False.
         """
         raise NotImplementedError
 
@@ -136,9 +137,9 @@ class LabelSpace:
         """Return the class of each of the N cells of a feature grid, (B, N) integers.
 
         The feature grid is the spatial grid of a feature map. The class of a cell depends on the fraction of foreground
-        voxels in the cell. It is `IGNORED_PATCH` (-1) if this fraction is between the two limits, or if less than half
-        of the voxels are annotated. See `patch_labels` for classes, and `patch_codes` for regions, where each
-        combination of regions is a class.
+        voxels in the cell. It is `IGNORED_PATCH` (-1) if this fraction is between ``background_fraction`` and
+        ``foreground_fraction``, or if less than half of the voxels are annotated. See `patch_labels` for classes, and
+        `patch_codes` for regions, where each combination of regions is a class.
 
         Args:
             labels: the labels of the voxels.

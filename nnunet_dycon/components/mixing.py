@@ -85,10 +85,10 @@ class Mixture:
 class CutMix(Mixture):
     """CutMix (arXiv:1905.04899) of unlabeled images; labeled images are unchanged.
 
-    A box of each unlabeled image is replaced by the same box of the previous unlabeled image in the batch (for the
-    first image, of the last one). If there is only one unlabeled image, its box is replaced by the same box of the last
-    labeled image. The voxels of this box count as labeled: ``truth`` is True, and no pseudo-labels are used. For the
-    arguments see `mixture`.
+    A box of each unlabeled image is replaced by the same box of the previous unlabeled image in the batch. The first
+    image gets the box of the last one. If there is only one unlabeled image, its box is replaced by the same box of the
+    last labeled image. The voxels of this box count as labeled: ``truth`` is True, and no pseudo-labels are used. For
+    the arguments see `mixture`.
     """
 
     def __init__(

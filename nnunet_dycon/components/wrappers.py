@@ -20,17 +20,19 @@ def is_compiled(module: nn.Module) -> bool:
 def compiled(module: nn.Module) -> nn.Module:
     """Return the module compiled with fixed shapes: the compiler runs once for each shape of the input.
 
-    The student has one batch size, the teacher another one. By default, torch.compile takes the second one that it sees
-    as a sign that batch sizes vary, and compiles a slower kernel for all batch sizes.
+    Student and teacher have different batch sizes. By default, torch.compile treats the batch size as dynamic as soon
+    as a second one occurs, and compiles a slower kernel for all batch sizes.
     """
     return cast(nn.Module, torch.compile(module, dynamic=False))
 
 
 def with_fixed_shapes(network: nn.Module) -> nn.Module:
-    """Return a network that nnU-Net has compiled, compiled as in `compiled` instead. Return others unchanged.
+    """Recompile a compiled network with fixed shapes, as in `compiled`, and return it.
+
+    A network that is not compiled is returned unchanged.
 
     Args:
-        network: network, possibly wrapped by DistributedDataParallel, whose inner module is replaced.
+        network: the network from nnU-Net. If it is wrapped by DistributedDataParallel, its inner module is replaced.
     """
     if not is_compiled(network):
         return network

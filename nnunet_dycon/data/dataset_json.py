@@ -37,8 +37,8 @@ def check_dataset_json(content: Any, file: Path) -> None:
     """Raise UserError with all faults of dataset.json if nnU-Net cannot use it as intended.
 
     The checked entries are "channel_names", "file_ending", "overwrite_image_reader_writer", "labels" and, for regions,
-    "regions_class_order". With a wrong "regions_class_order", nnU-Net would store predictions of a label as a label of
-    other regions.
+    "regions_class_order". With a wrong "regions_class_order", nnU-Net would write other regions than it predicts (see
+    `region_faults`).
 
     Args:
         content: content of the file.
@@ -92,7 +92,7 @@ def ignore_label(content: dict) -> int | None:
 
 
 def _reader_faults(ending: str, reader: Any) -> Iterator[str]:
-    """Yield a fault if nnU-Net has no reader for the file ending, or none of the given name ("None" if not set)."""
+    """Yield a fault if nnU-Net has no reader named ``reader`` or, for "None" (not set), none for the file ending."""
     if reader == "None":
         known = sorted({each for reader_class in LIST_OF_IO_CLASSES for each in reader_class.supported_file_endings})
         if ending.lower() not in known:
@@ -136,9 +136,9 @@ def region_faults(labels: dict[str, tuple[int, ...]], order: Any) -> Iterator[st
     """Yield the first fault of "regions_class_order" and its remedy as text; yield nothing if it is correct.
 
     This list contains one label value for each region. nnU-Net writes this value to the predicted voxels of the region.
-    A later region overwrites an earlier one. A voxel of label L is therefore written with the value of the last region
-    that contains L. This value must be contained in the same regions as L, or else the written label map has other
-    regions than the prediction.
+    A later region overwrites an earlier one. Voxels that are predicted as label L therefore get the value of the last
+    region that contains L. The order is correct if, for every L, this value is in the same regions as L. Otherwise the
+    written label map has other regions than the prediction.
 
     Args:
         labels: name -> values of each label or region, in the order of dataset.json. Without regions nothing is
@@ -159,7 +159,9 @@ def region_faults(labels: dict[str, tuple[int, ...]], order: Any) -> Iterator[st
 
 
 def _misplaced(regions: dict[str, tuple[int, ...]], order: list[int]) -> tuple[int, int] | None:
-    """Return the first label that nnU-Net stores as a label of other regions, and that label; None if there is none.
+    """Return the first label that nnU-Net writes as a label of other regions, and the value that it writes instead.
+
+    Return None if there is no such label. See `region_faults` for the reason.
 
     Args:
         regions: name -> label values of each region, in the order of dataset.json.

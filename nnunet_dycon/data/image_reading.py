@@ -133,8 +133,7 @@ def require_printable(file: Path) -> None:
 def unused_files(folder: Path, ending: str) -> list[Path]:
     """Return the files in a raw folder that nnU-Net does not read because they do not have the given ending.
 
-    The result does not include hidden files. If the ending is that of TIFF images, it does not include JSON files,
-    since they contain the spacing.
+    Hidden files are left out. For TIFF images, JSON files are left out, too, since they contain the spacing.
 
     Raises:
         UserError: the folder cannot be entered.
@@ -187,9 +186,9 @@ def reader_class(dataset_json: dict, example: Path, plans: dict | None = None) -
 
 
 def in_file_order(reader: Reader) -> Reader:
-    """Return the reader without reorientation for the same files, such as NibabelIO for NibabelIOWithReorient.
+    """Return the variant of a reader that does not reorient images, such as NibabelIO for NibabelIOWithReorient.
 
-    A reader that does not reorient images is returned unchanged.
+    A reader that does not reorient images is returned itself.
     """
     return _IN_FILE_ORDER.get(reader, reader)
 
@@ -221,7 +220,7 @@ def is_turned(grid: Grid, target: Grid) -> bool:
 def read_grid(file: Path, reader: Reader, is_label_map: bool = False) -> Grid:
     """Return the number of channels, shape, spacing and affine of an image file.
 
-    Only the header is read if the format has one.
+    Readers based on SimpleITK and nibabel read only the header; others, such as that of TIFF images, read all voxels.
 
     Args:
         file: image or label map.

@@ -23,11 +23,14 @@ _DAMAGE = (ValueError, KeyError, TypeError, EOFError, RuntimeError, OSError)
 def check_label_values(
     folder: Path, cases: Iterable[str], dataset_json: dict, num_processes: int, stores: bool = True
 ) -> dict[str, dict[int, int]]:
-    """Check the label values in preprocessed segmentations, and return `count_labels` of the cases.
+    """Check the label values in preprocessed segmentations, and return the number of voxels with each value.
 
     Args:
         folder, cases, num_processes, stores: see `count_labels`.
         dataset_json: content of dataset.json.
+
+    Returns:
+        Case identifier -> label value -> number of voxels, as from `count_labels`.
 
     Raises:
         UserError: a segmentation is missing, cannot be read, or has a value that is not in dataset.json; or no

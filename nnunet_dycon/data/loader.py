@@ -66,7 +66,7 @@ class UnlabeledDataset:
         return next(filter(os.path.isfile, files), files[0])
 
     def load_image(self, identifier: str) -> blosc2.NDArray | np.ndarray:
-        """Return the image (C, X, Y, Z) of a case; except for .npz, only the voxels that are indexed are read."""
+        """Return the image (C, *spatial) of a case. Voxels are read when they are indexed; for .npz, all at once."""
         file = self.image_file(identifier)
         if file.endswith(".npz"):
             return np.load(file)["data"]
@@ -77,14 +77,15 @@ class UnlabeledDataset:
         return blosc2.open(urlpath=file, mode="r", dparams={"nthreads": 1}, **mapping)
 
     def naming_unreadable_image(self, identifier: str) -> AbstractContextManager:
-        """Return a context that turns any error of reading the image of a case into a UserError with a remedy."""
+        """Return a context manager that raises UserError with a remedy if the image of a case cannot be read."""
         return explained(Exception, f"{self.image_file(identifier)} cannot be read; {self._sources[identifier][1]}")
 
 
 def require_readable(folder: str, cases: Sequence[str], remedy: str) -> None:
     """Raise UserError if a file of preprocessed labeled cases cannot be read.
 
-    All files are read completely. Cases in nnU-Net's older formats (.npz, .npy) are not checked.
+    All files of a case (image, segmentation and properties) are read completely. A folder in nnU-Net's older formats
+    (.npz, .npy) is not checked.
 
     Args:
         folder: folder of the preprocessed cases.
@@ -211,8 +212,8 @@ class UnlabeledLoader(nnUNetDataLoader):
         nnU-Net stores this mask in the segmentation. During augmentation, it sets voxels outside to 0 in the channels
         that are normalized within their nonzero region (``self.masked``). Unlabeled cases have no stored segmentation,
         so the mask is computed from the image: a voxel is outside if all these channels are 0. Preprocessing ensures
-        that they are exactly 0 outside. In images of labeled cases, resampling has blurred the border of the region, so
-        a few voxels next to the border count as inside.
+        that they are exactly 0 outside. This is not so for sparsely annotated cases, which are also used as unlabeled
+        ones: resampling has blurred the border of the region, so a few voxels next to the border count as inside.
 
         Args:
             patch: (C, *spatial), before augmentation.
@@ -287,7 +288,8 @@ class TrainingCases:
 
         Args:
             trainer: the trainer, whose unlabeled cases are used.
-            datasets: result of the trainer's get_tr_and_val_datasets, `labeled` and `validation`.
+            datasets: result of the trainer's get_tr_and_val_datasets: the datasets of the labeled training cases and
+                of the validation cases.
             sparse: identifiers of all sparsely annotated cases; those that are not training cases are not used.
 
         Raises:

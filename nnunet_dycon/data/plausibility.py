@@ -87,11 +87,11 @@ def compare_with_labeled(
 
     One warning is returned for each of the following that occurs in at least one unlabeled case:
 
-    - The spacing is exactly 1 mm, but the median spacing of the labeled cases is not.
-    - The orientation differs from that of all labeled cases (one warning per orientation). This is not checked if
-      nnU-Net's reader reorients images.
-    - The CT intensities vary much less than in up to 10 labeled cases.
-    - Many more CT intensities are at nnU-Net's upper clip limit than in these labeled cases.
+    - The spacing is exactly 1 mm, but the median spacing of the labeled cases is not close to 1 mm.
+    - No labeled case has the same orientation (one warning per orientation). This is not checked if nnU-Net's reader
+      reorients images.
+    - The CT intensities vary much less than in each of the compared labeled cases (the first 10 at most).
+    - Many more CT voxels are at nnU-Net's upper clip limit than in each of these labeled cases.
 
     Args:
         unlabeled: case identifier -> appearance.
@@ -139,8 +139,8 @@ def _spacing_warnings(unlabeled: Mapping[str, Appearance], plans: PlansManager) 
 def _labeled_orientations(raw: Path, plans: PlansManager, dataset_json: dict) -> set[str]:
     """Return the orientations of the labeled images, such as {"LPS"}.
 
-    Reading stops without an error at the first case that cannot be read or has no orientation. Without raw images, the
-    set is empty.
+    Reading stops without an error at the first case that cannot be read or has no orientation; the set then contains
+    only the orientations found before. Without raw images, it is empty.
     """
     found: set[str] = set()
     with suppress(Exception):  # raw images are not required

@@ -142,9 +142,9 @@ class UnlabeledCases:
 
     @property
     def update_remedy(self) -> str:
-        """The remedy for an outdated folder of preprocessed unlabeled cases: "run: COMMAND".
+        """The remedy for an outdated folder of preprocessed unlabeled cases: "run: COMMAND (if ..., first run: OTHER)".
 
-        If the plans were changed by hand, the labeled cases must be preprocessed first, with the same plans.
+        OTHER preprocesses the labeled cases, which is needed first if the plans were changed by hand.
         """
         return (
             f"run: nnunet_dycon preprocess_unlabeled {self.arguments} (if the plans were changed by hand, first run: "
@@ -247,7 +247,8 @@ class UnlabeledCases:
     def check_not_labeled(self, labeled: set[str], unlabeled: set[str]) -> None:
         """Raise UserError if a case is both labeled and unlabeled.
 
-        All unlabeled cases are used for training, so the score of an unlabeled validation case would be too optimistic.
+        All unlabeled cases are used for training. If a validation case were one of them, its score would be too
+        optimistic.
 
         Args:
             labeled: identifiers of the labeled cases.
@@ -335,7 +336,7 @@ class UnlabeledCases:
         return json.loads(self.manifest_file.read_text()).get("remarks", [])
 
     def identifiers(self) -> list[str]:
-        """Return the identifiers of the preprocessed cases, which manifest.json lists; [] without their folder."""
+        """Return the identifiers of the preprocessed cases from manifest.json; [] if their folder does not exist."""
         if not self.folder.is_dir():
             return []
         return sorted(json.loads(self.manifest_file.read_text())["files"])
@@ -343,19 +344,19 @@ class UnlabeledCases:
     def build(self, num_processes: int, lock: Lock) -> None:
         """Preprocess all unlabeled cases, and create or replace the folder of preprocessed cases.
 
-        The cases are written to a temporary folder, which is renamed when it is complete. A process that is killed at
-        any time leaves the previous folder, the new one, or a temporary folder in which the next build continues. That
-        build keeps the complete cases whose images still have the names and sizes recorded next to the case. If the
-        plans have changed, it starts again in a new temporary folder.
+        The cases are written to a temporary folder, which is renamed when it is complete. So the folder of preprocessed
+        cases is complete or absent, even if the process is killed. The next build then continues in the temporary
+        folder: it keeps the complete cases whose images still have the names and sizes recorded next to the case. If
+        the plans have changed, it starts again in a new temporary folder.
 
         Args:
             num_processes: number of worker processes; 1 uses this process.
-            lock: the acquired `lock`. After each case, and before it renames the temporary folder, build checks that no
-                other process has taken over the lock.
+            lock: the acquired `lock`. After each case, and before the temporary folder is renamed, this method checks
+                that no other process has taken over the lock.
 
         Raises:
-            UserError: a training uses the folder, or images cannot be used. The message names these images. All other
-                cases are kept for the next build.
+            UserError: a training uses the folder, or images cannot be used. The message names these images. The
+                preprocessed files of all other cases are kept for the next build.
         """
         self._check_replaceable()
         cases = self.raw_cases()
@@ -413,7 +414,7 @@ class UnlabeledCases:
         self._remove_replaced()
 
     def _remove_replaced(self) -> None:
-        """Remove folders that a newer one has replaced; a process that was killed can have left them."""
+        """Remove old folders of preprocessed cases that `build` has replaced, even those that a killed process left."""
         for replaced in self.folder.parent.glob(f"{self.folder.name}.*{_REPLACED}"):
             shutil.rmtree(replaced, ignore_errors=True)
 
@@ -484,7 +485,8 @@ def _names_and_sizes(cases: dict[str, list[Path]]) -> dict[str, list[list]]:
 def _spacing_entry(image: Path) -> list[list]:
     """Return [[file name, hash]] for the file with the spacing of a TIFF image, and [] for other formats.
 
-    The hash is "" if the file does not exist, and None if the folder of the image cannot be reached.
+    The hash is "" if only this file does not exist. It is None if the image does not exist, either, such as on storage
+    that is not mounted, or if the file cannot be read.
     """
     if (file := spacing_file(image)) is None:
         return []

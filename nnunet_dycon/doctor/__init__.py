@@ -25,7 +25,8 @@ class Question:
         fold: fold to check, a number or "all"; None to check every fold.
         device: type of the device on which to measure some training steps: "cuda", "cpu" or "mps"; None to measure
             nothing.
-        compares_images: whether to search for images that are in two folders, which reads all images of equal size.
+        compares_images: whether to search for images that occur in two folders. This search reads the voxels of all
+            images that have the same size as an image of another folder.
     """
 
     trainer: str
@@ -74,7 +75,14 @@ def run_doctor(question: Question, as_json: bool = False) -> int:
 
 
 def _diagnose_and_measure(question: Question, measurements: list[dict]) -> Iterator[Finding]:
-    """Yield the findings of `diagnose`; if none is a FAIL and a device is given, measure some steps of the training."""
+    """Yield the findings of `diagnose` and, if a device and a dataset are given, those of `examine_speed`.
+
+    If `diagnose` yields a FAIL, nothing is measured. A NOTE is yielded instead.
+
+    Args:
+        question: the arguments of the nnUNetv2_train call to check.
+        measurements: list to which the measurements are appended, as dicts.
+    """
     would_fail = False
     for finding in diagnose(question):
         would_fail |= finding.status == FAIL

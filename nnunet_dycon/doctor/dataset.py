@@ -295,14 +295,14 @@ def _count_labels(file: Path, reader: Reader) -> dict[Any, int] | None:
 
 
 def label_names(folder: Path, ending: str) -> set[str]:
-    """Return the names of the cases with a file in labelsTr.
+    """Return the names of the cases with a file in labelsTr; an empty set if labelsTr does not exist.
 
     Args:
         folder: nnUNet_raw/DatasetXXX_Name.
         ending: file ending, such as ".nii.gz".
 
     Raises:
-        UserError: labelsTr cannot be entered.
+        UserError: there is no permission to list the files of labelsTr.
     """
     return {file.name[: -len(ending)] for file in files_with_ending(folder / "labelsTr", ending)}
 
@@ -327,10 +327,14 @@ def check_names(raw: RawDataset) -> Iterator[Finding]:
 
 
 def check_headers(raw: RawDataset) -> Iterator[Finding]:
-    """Check the number of channels, the size and the unit of the spacing of each image.
+    """Check the number of channels, the size and the spacing of each image.
 
-    All files of a case together must have the number of channels in dataset.json. They must have the same size, and
-    their spacing must have the same unit as that of the labeled images. Only headers are read if the format has them.
+    - The channels of all files of a case must add up to the number of channels in dataset.json.
+    - All files of a case must have the same size.
+    - The unit of the spacing must be mm. It is probably wrong if the spacing differs from that of the labeled images by
+      a factor of 8 or more, see `check_unit`.
+
+    Only headers are read if the format has them.
 
     Yield one finding for each fault in each folder, with the names of the files. If there is none, yield one with the
     status OK.
@@ -354,13 +358,13 @@ def check_headers(raw: RawDataset) -> Iterator[Finding]:
 
 
 def _faults(files: list[Path], raw: RawDataset, usual_spacing: list[float] | None) -> Iterator[tuple[str, Path]]:
-    """Yield why training cannot use the images of a case, such as "no voxels", and the file.
+    """Yield the faults of a case's images that prevent training, as pairs (fault, file), such as ("no voxels", file).
 
     Args:
-        files: images of the case.
+        files: image files of the case.
         raw: the data set.
-        usual_spacing: list with one value, the spacing of the labeled images in mm (geometric mean over the axes of an
-            image, median over the images); None to omit the check of the unit.
+        usual_spacing: the spacing of the labeled images in mm, as a list with one value. For each image, this is the
+            geometric mean over the axes; over the images, it is the median. None to omit the check of the unit.
     """
     grids = {file: raw.grids[file] for file in files}
     for file, grid in grids.items():
@@ -383,9 +387,10 @@ def _faults(files: list[Path], raw: RawDataset, usual_spacing: list[float] | Non
 
 
 def check_label_grids(raw: RawDataset) -> Iterator[Finding]:
-    """Check that the label of each labeled case has the voxel grid of its first image. Only headers are read.
+    """Check that the label map of each labeled case has the same voxel grid as the case's image of the first channel.
 
-    nnU-Net reads the voxels and ignores positions, so it would train with labels that are flipped or shifted.
+    nnU-Net ignores the positions of voxels, so it trains with flipped or shifted label maps without an error. Only
+    headers are read. Yield one finding for each kind of fault.
     """
     faults = defaultdict(list)
     for case, (image, *_) in raw.cases["labeled"].items():

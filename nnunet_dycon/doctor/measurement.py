@@ -1,7 +1,8 @@
 """Measurement of a few real training steps: time, memory and bottleneck, compared with nnU-Net's own trainer.
 
 Each trainer runs in a process of its own, with the user's plans and preprocessed cases, and a temporary folder for
-everything it writes. A smaller batch or plan is tried before it is recommended.
+everything it writes. If the memory does not suffice, smaller batches and plans are measured, and the first that fits is
+recommended.
 """
 
 import inspect
@@ -78,16 +79,17 @@ class Measurement:
     Attributes:
         trainer: name of the trainer.
         device: name of the device.
-        labeled, unlabeled: number of patches per step.
-        seconds: median duration of a training step.
-        quartiles: first and third quartile of the duration of a training step.
+        labeled, unlabeled: number of labeled and of unlabeled patches per step.
+        seconds: median duration of a training step in seconds.
+        quartiles: first and third quartile of the duration of a training step in seconds.
         parts: part of a step -> mean duration in seconds; "data" is the wait for a batch.
-        first_step: duration of the first step, which includes torch.compile.
+        first_step: duration of the first step in seconds, which includes torch.compile.
         validation_step: median duration of a validation step in seconds.
-        bytes: peak memory: reserved by PyTorch on a GPU, or resident in the process without those that prepare batches
-            on a CPU.
+        bytes: memory in bytes. For "cuda", the peak of the memory reserved by PyTorch. For "cpu", the peak of the
+            resident memory of the training process, without the processes that prepare batches. For "mps", the memory
+            allocated by the driver at the end of the measurement.
         steps: number of measured steps.
-        hours: number of epochs -> hours of training and validation steps.
+        hours: number of epochs of a training -> estimated duration of its training and validation steps in hours.
     """
 
     trainer: str
@@ -118,12 +120,15 @@ class Measurement:
 
     @property
     def is_unsteady(self) -> bool:
-        """Whether the durations of the steps differ much, such as on a machine with other load."""
+        """Whether the durations of the steps differ much, for instance because other programs use the machine."""
         return self.quartiles[1] - self.quartiles[0] > _WIDE * self.seconds
 
     @property
     def bottleneck(self) -> str:
-        """The part of a step that takes longest; "data" if data loading takes a considerable part."""
+        """Name of the part of a step that limits the speed.
+
+        This is "data" if a step waits for data more than 20 % (_SLOW_DATA) of its time, else the longest part.
+        """
         if self.parts.get("data", 0) > _SLOW_DATA * sum(self.parts.values()):
             return "data"
         return max(self.parts, key=self.parts.__getitem__)
@@ -188,7 +193,15 @@ def _about_bottleneck(own: Measurement) -> Finding:
 
 
 def _that_fits(run: Run, environment: dict[str, str], unlabeled: UnlabeledCases) -> str | None:
-    """Return the remedy for a lack of memory: a batch or plan that was tried successfully; None if none was found."""
+    """Return the remedy for a run that lacks memory: a smaller batch or plan that fits; None if none fits.
+
+    Fewer unlabeled patches per step are measured first, then plans with a smaller memory target.
+
+    Args:
+        run: the run that lacks memory.
+        environment: the environment variables for the measurements, from `_scratch_folders`.
+        unlabeled: the data set with its plans.
+    """
     for number in _fewer_patches(run):
         smaller = _measured(replace(run, unlabeled_batch_size=number), environment)
         if smaller is not None:
@@ -227,7 +240,10 @@ def _fewer_patches(run: Run) -> Iterator[int]:
 
 
 def _scratch_folders(scratch: Path, unlabeled: UnlabeledCases) -> dict[str, str]:
-    """Return nnU-Net's variables for a folder in ``scratch`` with links to the folders of the preprocessed data."""
+    """Create a folder in ``scratch`` to use as nnUNet_preprocessed, and return the environment variables for it.
+
+    The folder contains links to the folders of the preprocessed data, and copies of the JSON files.
+    """
     original = unlabeled.folder.parent
     linked = scratch / "preprocessed" / original.name
     linked.mkdir(parents=True)
@@ -247,7 +263,12 @@ def _measured(run: Run, environment: dict[str, str]) -> Measurement | None:
 
 
 def _in_process(function, arguments: tuple, environment: dict[str, str]) -> Any:
-    """Call a function in a new process with environment variables; return None if it is killed for lack of memory.
+    """Call a function in a new process, and return its result; None if the process is killed, as for lack of memory.
+
+    Args:
+        function: function that can be pickled.
+        arguments: positional arguments for `function`.
+        environment: environment variables to set in the new process.
 
     Raises:
         UserError: the function raised an error, or the process ended without a result.
@@ -273,7 +294,13 @@ def _in_process(function, arguments: tuple, environment: dict[str, str]) -> Any:
 
 
 def _send_result(sender: Connection, function, arguments: tuple, environment: dict[str, str]) -> None:
-    """Send (result, None), or (None, message of the error that was raised)."""
+    """Call a function and send (its result, None), or (None, error message) if it raises an error.
+
+    This is the main function of the process that `_in_process` starts. For the other arguments see there.
+
+    Args:
+        sender: end of the pipe to the parent process.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is sent to all processes; the parent ends this one
     end_with_parent()
     os.environ |= environment
@@ -287,7 +314,13 @@ def _send_result(sender: Connection, function, arguments: tuple, environment: di
 
 
 def _plan(dataset_id: int, planner: str, part: float) -> tuple[float, dict]:
-    """Plan with a part of the planner's default memory target, and return the new target in GB and the plans."""
+    """Make plans with a smaller memory target, and return this target in GB and the plans.
+
+    Args:
+        dataset_id: ID of the data set.
+        planner: class name of nnU-Net's experiment planner.
+        part: the new memory target as a fraction of the planner's default.
+    """
     planning = import_module("nnunetv2.experiment_planning")
     planner_class = recursive_find_python_class(planning.__path__[0], planner, current_module=planning.__name__)
     default = inspect.signature(planner_class.__init__).parameters["gpu_memory_target_in_gb"].default
@@ -324,7 +357,10 @@ def measure(run: Run) -> Measurement | None:
 
 
 def _lacks_memory(error: BaseException | None) -> bool:
-    """Return whether an error, or one that caused it, is a lack of memory. A trainer turns it into a SystemExit."""
+    """Return whether an error, or an error during whose handling it was raised, is a lack of memory.
+
+    Trainers of this package can raise SystemExit while they handle a lack of memory.
+    """
     while error is not None:
         is_named = isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error))  # on a CPU or MPS
         if is_named or isinstance(error, (torch.OutOfMemoryError, MemoryError)):
@@ -363,14 +399,23 @@ def _measure_steps(trainer: Any, run: Run) -> Measurement:
 
 
 def _drain(augmenter: Any) -> None:
-    """Take all batches that were prepared in advance, since a step would not wait for them."""
+    """Discard the batches that were prepared in advance, so that measured steps wait for data as later in a training.
+
+    Args:
+        augmenter: nnU-Net's augmenter, an iterator of batches.
+    """
     # Augmenters with processes have two queues of this length, and each process holds a batch.
     for _ in range(2 * getattr(augmenter, "num_cached", 0) + getattr(augmenter, "num_processes", 0)):
         next(augmenter)
 
 
 def _timed_step(trainer: Any) -> tuple[float, float, dict]:
-    """Train one step. Return the seconds of waiting for the batch and of the step, and what the step returns."""
+    """Train one step.
+
+    Returns:
+        The duration of the wait for the batch in seconds, the duration of `train_step` in seconds, and the output of
+        `train_step`.
+    """
     start = perf_counter()
     batch = next(trainer.dataloader_train)
     loaded = perf_counter()

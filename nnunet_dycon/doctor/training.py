@@ -50,8 +50,8 @@ class Training:
     Attributes:
         trainer: the trainer's class; None if it is not semi-supervised, or cannot be found.
         trainer_name: name of the trainer (-tr).
-        unlabeled: the unlabeled cases. Its attributes for the plans, the configuration and dataset.json are also used
-            to check the labeled cases.
+        unlabeled: the unlabeled cases, with the plans, the configuration and dataset.json of the data set. The checks
+            of labeled cases use these three, too.
         fold: fold to check, a number or "all"; None to check every fold.
     """
 
@@ -141,8 +141,10 @@ def preprocessed_roles(training: Training) -> frozenset[str]:
 def examine_training(training: Training) -> Iterator[Finding]:
     """Run the checks of this module, and yield their findings.
 
-    Unlabeled cases are not checked for supervised trainers. If `training.trainer` is None, the disk space, the GPU
-    memory and the trainer's compatibility with the data set are not checked.
+    Some checks are omitted:
+
+    - unlabeled cases, if the trainer is a supervised trainer of this package (`is_supervised` in `TRAINERS`);
+    - disk space, GPU memory and the trainer's compatibility with the data set, if `training.trainer` is None.
     """
     trainer = training.trainer
     if trainer is not None:
@@ -292,6 +294,9 @@ def check_folds(training: Training) -> Iterator[Finding]:
 
     The fold must contain only preprocessed labeled cases, and no case may be in both the training and the validation
     list. Yield a finding for each problem, and one with the number of folds.
+
+    Raises:
+        UserError: nnU-Net cannot train a fold, see `check_split`.
     """
     folder, labeled = training.labeled_folder, training.labeled
     file = folder.parent / "splits_final.json"

@@ -318,8 +318,8 @@ class Comparison:
         """Count the cases whose reference does not contain a label.
 
         Returns:
-            "cases", the number of these cases; and "predicted", for each method a list with one number per seed: in how
-            many of these cases the label is predicted.
+            A dict with two entries. "cases" is the number of these cases. "predicted" maps the name of each method to
+            a list with one value per seed: the number of these cases in which the label is predicted.
         """
         empty = self._column(self.baseline, label, VOXELS[0])[0] == 0
         predicted = {
@@ -329,12 +329,13 @@ class Comparison:
         return {"cases": int(empty.sum()), "predicted": predicted}
 
     def _worst(self) -> dict[str, dict[str, list[dict[str, Any]]]]:
-        """Return, for each method, the cases with the largest losses of Dice to the baseline and with the lowest Dice.
+        """Return the worst cases of each method: those furthest below the baseline, and those with the lowest Dice.
 
         Returns:
-            "largest_losses" and "lowest_dice", which map the name of a method to up to 5 (SHOWN) rows, worst first. The
-            baseline is not in "largest_losses". The keys of a row are "case", "label" and "dice" (mean over seeds). In
-            "largest_losses", a row also contains "baseline" (its Dice) and "difference" (method minus baseline).
+            "largest_losses" (furthest below the baseline in Dice) and "lowest_dice". Each maps the name of a method to
+            up to 5 (SHOWN) rows, worst first. A row is a dict for one case and label, with the keys "case", "label" and
+            "dice" (mean over seeds). In "largest_losses", a row also contains "baseline" (the Dice of the baseline) and
+            "difference" (method minus baseline). The baseline itself is not a key of "largest_losses".
         """
         lowest: dict[str, list[dict[str, Any]]] = {name: [] for name in self.methods}
         losses: dict[str, list[dict[str, Any]]] = {name: [] for name in list(self.methods)[1:]}

@@ -32,8 +32,8 @@ def predict_both(
 
     For a model from co-training, these are the student and the second network that was trained with it. For other
     models, they are the student and its EMA teacher. Each network predicts like nnUNetv2_predict (sliding window,
-    mirroring, folds), and the softmax outputs are averaged like nnUNetv2_ensemble does. The probabilities of both
-    networks are stored in a temporary folder next to the output.
+    mirroring, folds). The probabilities of both networks are averaged like nnUNetv2_ensemble does. Before that, they
+    are stored in a temporary folder next to the output.
 
     Args:
         model: nnUNet_results/DatasetXXX_Name/TRAINER__PLANS__CONFIGURATION.

@@ -237,7 +237,9 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class MatchedFolders:
-    """Pairs of references and predictions that have the same voxel grid.
+    """Pairs of a reference and its prediction, which have the same size and spacing.
+
+    The order and direction of the axes can differ.
 
     Attributes:
         task: the labels and regions to score, and nnU-Net's reader of the files.
@@ -313,7 +315,14 @@ def _find_reader(task: _Task, reference: Path, prediction: Path) -> Reader:
 
 
 def _warn_of_spacings(files: Sequence[Path], reader: Reader) -> None:
-    """Print a warning if TIFF label maps have no spacing: only nnU-Net's 3D reader reads one, from CASE.json."""
+    """Print a warning if TIFF label maps have no spacing, because they are then scored with a spacing of 1 mm.
+
+    Only nnU-Net's reader of 3D TIFF images reads a spacing, from the file CASE.json next to CASE.tif.
+
+    Args:
+        files: the label maps.
+        reader: nnU-Net's reader of the label maps.
+    """
     without = [file for file in files if reader is not Tiff3DIO or not file.with_suffix(".json").is_file()]
     if without:
         remedy = "; add CASE.json next to CASE.tif" if reader is Tiff3DIO else ""
@@ -330,10 +339,10 @@ def _warn_of_spacings(files: Sequence[Path], reader: Reader) -> None:
 def _match(reference: Path, prediction: Path, file_ending: str) -> list[tuple[str, Path, Path]]:
     """Return the name, the reference file and the prediction file of each case, sorted by name.
 
-    Predictions without a reference, and references with another file ending cause a warning.
+    Predictions without a reference and references with another file ending are omitted with a warning.
 
     Raises:
-        UserError: there are no references, a reference has no prediction, or its name cannot be printed.
+        UserError: there are no references, a reference has no prediction, or a file name cannot be printed.
     """
     references, predictions = (
         {f.name.removesuffix(file_ending) for f in folder.glob(f"*{file_ending}") if not f.name.startswith(".")}
@@ -364,8 +373,8 @@ def _match(reference: Path, prediction: Path, file_ending: str) -> list[tuple[st
 def _same_placement(reference: Path, prediction: Path, reader: Reader) -> bool:
     """Return whether the voxels of a prediction and its reference have the same positions in mm.
 
-    The order and direction of the axes may differ between the two files. If a file does not store its position, only
-    size and spacing are compared, and the result is True.
+    The order and direction of the axes may differ between the two files. If a file does not store its position, return
+    True if size and spacing are equal.
 
     Raises:
         UserError: size or spacing differ.

@@ -42,8 +42,8 @@ def export_vanilla(
       of the source checkpoint added;
     - the files that nnUNetv2_export_model_to_zip requires.
 
-    Files with validation scores and postprocessing are copied only if nnU-Net's final checkpoint is exported, because
-    they were computed from its predictions.
+    Files with validation scores and postprocessing are copied only if `checkpoint` is checkpoint_final.pth, because
+    they were computed from the predictions of this checkpoint.
 
     Args:
         model: nnUNet_results/DatasetXXX_Name/TRAINER__PLANS__CONFIGURATION.

@@ -155,11 +155,12 @@ def _estimate(value: float, draws: np.ndarray, level: float) -> Estimate:
 def pooled_difference(data_sets: Sequence[PairedBootstrap[Key]], method: Key, baseline: Key) -> Estimate:
     """Return the mean over data sets of the difference between a method and the baseline, with confidence interval.
 
-    All data sets have the same weight. The interval is that of these data sets, not of others.
+    All data sets have the same weight. The interval holds for the mean over these data sets, not for other data sets.
 
     Args:
-        data_sets: the bootstrap of each data set, with independent generators and the same numbers of draws.
-        method: the method, which all data sets have.
+        data_sets: the bootstrap of each data set. All must contain both methods, have the same number of draws, and
+            use independent random number generators.
+        method: the method to compare with the baseline.
         baseline: the baseline.
     """
     values, draws = _differences(data_sets, method, baseline)
@@ -169,10 +170,10 @@ def pooled_difference(data_sets: Sequence[PairedBootstrap[Key]], method: Key, ba
 def pooled_share_of_gap(
     data_sets: Sequence[PairedBootstrap[Key]], method: Key, lower: Key, upper: Key
 ) -> Estimate | None:
-    """Return the mean of method - lower over data sets, divided by that of upper - lower, with confidence interval.
+    """Return (mean of method - lower) / (mean of upper - lower) over data sets, with confidence interval.
 
-    None if the interval of the mean gap, upper - lower, is not entirely above 0. For the arguments see
-    `pooled_difference` and `PairedBootstrap.share_of_gap`.
+    Return None if the interval of the denominator is not entirely above 0. For the arguments see `pooled_difference`
+    and `PairedBootstrap.share_of_gap`.
     """
     if pooled_difference(data_sets, upper, lower).low <= 0:
         return None
@@ -183,7 +184,7 @@ def pooled_share_of_gap(
 def _differences(
     data_sets: Sequence[PairedBootstrap[Key]], method: Key, baseline: Key
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the differences (data sets,) between two methods, and their draws (data sets, draws)."""
+    """Return the mean score of a method minus that of the baseline, (data sets,), and its draws, (data sets, draws)."""
     values = np.array([each.means[method] - each.means[baseline] for each in data_sets])
     return values, np.array([each.draws[method] - each.draws[baseline] for each in data_sets])
 

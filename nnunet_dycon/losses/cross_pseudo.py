@@ -29,15 +29,15 @@ def rectified_cross_pseudo_loss(
     penalised. This is the uncertainty-weighted pseudo-label loss of arXiv:2509.13084, in the form of Zheng and Yang
     (arXiv:2003.03773). Gradients flow through the cross-entropy, the weight and the divergence.
 
-    For regions with the sigmoid outputs p and q, the loss is the mean over voxels i and regions r of the same
-    expression for the two classes "outside" and "inside":
+    For regions, p and q are sigmoid outputs, and each region r has the two classes "outside" and "inside". The loss is
+    the mean of the same expression over voxels i and regions r, with
 
     .. math:: D_{ir} = q_{ir} \ln \frac{q_{ir}}{p_{ir}} + (1 - q_{ir}) \ln \frac{1 - q_{ir}}{1 - p_{ir}}, \qquad
         y_{ir} = [q_{ir} > 1/2]
 
     Deviations from the released code (AIPMLab/Semi-supervised-Segmentation):
 
-    - both networks are trained with this loss. The release always trains the same one, regardless of which network is
+    - both networks are trained with this loss. The release always trains the ResNet-34, regardless of which network is
       right;
     - the release does not support regions. A separate weight for each region is our choice.
 

@@ -16,11 +16,12 @@ _SMOOTH = 1e-5  # nnU-Net's
 def _dice(overlap: torch.Tensor, predicted: torch.Tensor, labeled: torch.Tensor, batch_dice: bool) -> torch.Tensor:
     """Return the soft Dice of each class or region from weighted sums over voxels.
 
-    The sums and the result have the shape (B, C), for each image and class (or region). With ``batch_dice`` their shape
-    is (C,): the arguments are sums over the batch of this rank, and the Dice is computed from the sums over all ranks.
+    Without ``batch_dice``, the sums are over the voxels of each image, and the sums and the result have the shape
+    (B, C) for C classes or regions. With ``batch_dice``, the sums are over the batch of this rank, and the shape is
+    (C,). This function then adds the sums of all ranks.
 
     Args:
-        overlap: sum of weight × predicted probability × label.
+        overlap: sum of weight × predicted probability × label (0 or 1).
         predicted: sum of weight × predicted probability.
         labeled: sum of weight × label.
         batch_dice: compute one Dice per class over the batch of all ranks.
@@ -108,8 +109,9 @@ def weighted_dice_bce_loss(
     with the sigmoid output p, the label y, the weight w of each voxel i and region r, and ε = 1e-5. The Dice is
     averaged over the pairs of image b and region r whose weights are not all 0.
 
-    If all weights are 1, this is nnU-Net's loss for regions. With ``summed`` and weights of 0 (ignored voxels) and 1,
-    it is nnU-Net's loss with the ignore label, except that nnU-Net counts a completely ignored image as a Dice of 1.
+    If all weights are 1, this is nnU-Net's loss for regions. If ``summed`` is set and the weights are 0 for ignored
+    voxels and 1 for the others, it is nnU-Net's loss with the ignore label (except that nnU-Net counts a completely
+    ignored image as a Dice of 1).
 
     Args:
         logits: (B, R, *spatial), before the sigmoid.
@@ -151,7 +153,7 @@ def weighted_dice_bce_loss(
 
 @dataclass(frozen=True)
 class WeightedDiceCELoss:
-    """`weighted_dice_ce_loss` over all resolutions of a network with deep supervision.
+    """Weighted sum of `weighted_dice_ce_loss` over the resolutions of a network with deep supervision.
 
     Attributes:
         level_weights: the weight of each resolution, highest resolution first.
@@ -176,7 +178,7 @@ class WeightedDiceCELoss:
 
 @dataclass(frozen=True)
 class WeightedDiceBCELoss:
-    """`weighted_dice_bce_loss` over all resolutions of a network with deep supervision.
+    """Weighted sum of `weighted_dice_bce_loss` over the resolutions of a network with deep supervision.
 
     Attributes:
         level_weights: the weight of each resolution, highest resolution first.

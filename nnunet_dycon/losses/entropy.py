@@ -22,7 +22,7 @@ def softmax_and_entropy(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
 
 @at_least_float32
 def softmax_entropy(logits: torch.Tensor) -> torch.Tensor:
-    """Return the entropy in nats of the softmax of logits (B, C, *spatial): (B, *spatial).
+    """Return the entropy in nats, (B, *spatial), of the softmax of logits (B, C, *spatial).
 
     >>> round(softmax_entropy(torch.zeros(1, 2, 1)).item(), 4)
     0.6931

@@ -27,8 +27,8 @@ def reliable_labels(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     r"""Return the joint pseudo-labels of two networks and a mask of the reliable ones.
 
-    The label of a voxel is the prediction of the network with the lower entropy H at this voxel. A label is reliable if
-    its entropy is among the lowest ``kept_fraction`` of its class in the batch:
+    The label y_i of voxel i is the prediction of the network with the lower entropy at this voxel, and H_i is this
+    entropy. A label is reliable if its entropy is among the lowest ``kept_fraction`` of its class in the batch:
 
     .. math:: H_i \le Q_{y_i}, \qquad Q_c = \text{the smallest } h \text{ with }
         \left|\{j : y_j = c, H_j \le h\}\right| \ge \text{kept\_fraction} \cdot \left|\{j : y_j = c\}\right|
@@ -40,8 +40,8 @@ def reliable_labels(
     - one threshold for each class, computed from the joint pseudo-labels of both networks. The release takes one
       percentile over all voxels for each network, which would keep almost only background voxels;
     - entropies are computed from probabilities; the release computes them from raw logits;
-    - any number of classes is supported. The release labels a voxel foreground if either network does, which is limited
-      to two classes;
+    - any number of classes is supported. The release supports two: it labels a voxel foreground if either network
+      does;
     - the release does not support regions.
 
     Args:
@@ -79,14 +79,14 @@ def reliable_labels(
 
 
 def _thresholds(entropy: torch.Tensor, labels: torch.Tensor, classes: int, kept_fraction: float) -> torch.Tensor:
-    """Return the entropy threshold Q of `reliable_labels` for each class, (C,).
+    """Return the entropy threshold Q of `reliable_labels` for each of C classes, (C,).
 
     The threshold of a class without voxels is arbitrary.
 
     Args:
         entropy: the entropy of each voxel; any shape.
         labels: the class of each voxel, integers of the same shape.
-        classes: the number of classes.
+        classes: C, the number of classes.
         kept_fraction: the fraction of the voxels of each class whose entropy is at most the threshold.
     """
     ascending, order = entropy.flatten().sort()
@@ -110,8 +110,8 @@ def entropy_filtered_loss(
     This is the entropy-filtered supervision of arXiv:2509.13084. For regions, R is the set of reliable pairs of voxel
     and region, and the binary cross-entropy is used.
 
-    Deviations from the released code: the release detaches the logits, so its term has no gradient. It also multiplies
-    the mean by N / |R| = 1 / ``kept_fraction``, which only rescales the term.
+    Deviations from the released code: the release detaches the logits, so its loss has no gradient. The release also
+    divides the loss by ``kept_fraction``, the fraction of reliable voxels, which only rescales it.
 
     Args:
         logits: (B, C, *spatial), before the softmax or sigmoid.

@@ -70,8 +70,8 @@ def fecl_loss(
     These are Eqs. 3-6 of DyCON (arXiv:2504.04566). The positives P(i) of an anchor patch i are the other patches of its
     image with the same label. The negatives N(i) are the patches of its image with a different label. The mean is over
     the anchors of the batch that have positives and negatives. Patches with the ignored label are neither anchors nor
-    positives nor negatives. The symbols are, with the cosine :math:`c_{ij} = z_i \cdot z_j` of the student's
-    L2-normalised embeddings z:
+    positives nor negatives. z are the student's L2-normalised embeddings, and :math:`c_{ij} = z_i \cdot z_j` is the
+    cosine of two of them. The other symbols are:
 
     - S, the similarity: :math:`S_{ij} = c_{ij} / \tau`;
     - F, the focal weights: :math:`F^+_{ik} = (1 - c^*_{ik})^\gamma e^{H(i)}` for positives and

@@ -24,7 +24,7 @@ def fecl_released_reference(
         z_t: (B, N, D), the teacher's L2-normalised embeddings.
         tau: the temperature τ.
         gamma: the exponent γ of the focal weight.
-        threshold: t, the cosine with a teacher's embedding above which a negative is penalised.
+        threshold: t; a negative is penalised if the cosine of its teacher embedding and the anchor's z exceeds t.
         cross_weight: λ, the weight of this penalty.
     """
     itself = torch.eye(z.shape[1], dtype=torch.bool)
@@ -53,26 +53,27 @@ def fecl_released_loss(
 ) -> torch.Tensor:
     r"""Return the contrastive loss of the released DyCON code (`FeCLoss` in utils/dycon_losses.py, commit 69c1384).
 
-    It compares the embeddings of patches, the cells of a feature grid:
+    The loss compares the embeddings of patches, the cells of a feature grid:
 
     .. math::
         L = \operatorname*{mean}_i \frac{1}{|P(i)|} \sum_{k \in P(i)} -(1 - d_{ik})^\gamma \log d_{ik}
             + \lambda \operatorname*{mean}_{i,\, q \in N(i):\, c^{st}_{iq} > t} -\log(1 - c^{st}_{iq}),
         \qquad d_{ik} = \frac{e^{S_{ik} - m_k}}{e^{S_{ik} - m_k} + \sum_{q \in N(i)} e^{S_{iq} - m_q}}
 
-    The first mean is over all patches i of the batch. The positives P(i) are the other patches of the image of i with
-    the label of i. The negatives N(i) are the patches of this image with a different label. The second mean is over all
-    pairs of a patch i and a negative q whose cosine exceeds t. The first term attracts positives and repels negatives.
-    The second term penalises negatives whose teacher embedding is too similar to i. With the L2-normalised embeddings z
-    of the student and :math:`z^t` of the teacher:
+    The first term attracts positives and repels negatives. Its mean is over all patches i of the batch, the anchors.
+    The positives P(i) are the other patches of the image of i with the label of i. The negatives N(i) are the patches
+    of this image with a different label. The second term penalises negatives whose teacher embedding is too similar to
+    the anchor. Its mean is over all pairs of an anchor i and a negative q whose cosine exceeds the threshold t. The
+    symbols are, for the L2-normalised embeddings z of the student and :math:`z^t` of the teacher:
 
-    - :math:`S_{ik} = z_i \cdot z_k / \tau` (0 for i = k) is the similarity, and :math:`m_k = \max_i S_{ik}` its maximum
-      over the anchors, without gradient. Since m is not the maximum over the patches of each sum, it does not cancel
-      from the fraction;
-    - :math:`c^{st}_{iq} = z_i \cdot z^t_q` is the cosine with the teacher's embedding. The release computes its
-      threshold t from the epoch: 0.3 + 0.2 exp(-5 (1 - epoch/1500)²).
+    - S, the similarity: :math:`S_{ik} = z_i \cdot z_k / \tau` for i ≠ k, and :math:`S_{ii} = 0`;
+    - m, the maximum of the similarity over anchors: :math:`m_k = \max_i S_{ik}`, without gradient. It differs between
+      the patches k and q, so it does not cancel from the fraction;
+    - :math:`c^{st}`, the cosine with the teacher's embedding: :math:`c^{st}_{iq} = z_i \cdot z^t_q`.
 
-    Deviations from the released code, all where it returns NaN:
+    The release computes the threshold t from the epoch: 0.3 + 0.2 exp(-5 (1 - epoch/1500)²).
+
+    Deviations from the released code, to avoid NaN and infinity:
 
     - a patch that is alone in its class adds 0 instead of 0/0;
     - the second term is 0 if no cosine is above t;

@@ -89,6 +89,6 @@ def mistake_region_loss(
 
 @torch.no_grad()
 def _confident_class(probabilities: torch.Tensor, confidence: float) -> torch.Tensor:
-    """Return the most probable class of each voxel if its probability reaches ``confidence``, else 0: (B, *spatial)."""
+    """Return (B, *spatial): the most probable class of each voxel, or 0 if its probability is below ``confidence``."""
     highest, label = probabilities.detach().max(1)
     return torch.where(highest >= confidence, label, 0)

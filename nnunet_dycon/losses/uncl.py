@@ -51,9 +51,10 @@ def uncl_loss(
     Deviations from the released code (commit 69c1384):
 
     - entropies are computed with log_softmax instead of log(p + 1e-6);
-    - the entropies are added voxel by voxel instead of broadcast over pairs of images, which has the same mean;
-    - neither paper nor code supports regions. To average the entropies over the regions is our choice. One region with
-      logit z gives the same loss as two classes with the logits 0 and z.
+    - the second term is added to the first voxel by voxel. The release adds them for all pairs of images, by
+      broadcasting. The mean is the same;
+    - neither paper nor code supports regions. The means over regions are our choice. One region with the logit z gives
+      the same loss as two classes with the logits 0 and z.
 
     `uncl_reference` computes the equation literally. This function uses `nnunet_dycon.losses.kernels.uncl`, which
     processes blocks of voxels.

@@ -17,7 +17,8 @@ projection head, second network.
 - ``method.labeler`` is the name of the network that predicts pseudo-labels, and ``method.label(images)`` returns its
   logits for plots. A method without a teacher overrides both, or sets ``labeler`` to None, which omits the plots.
 - ``method.uses_features`` is True if the method requires `StudentOutput.features` of the student.
-- ``supervision.label_space`` (a `LabelSpace`) provides the operations that differ between classes and regions.
+- ``method.supervision`` (a `Supervision`) contains the supervised losses and the label space. The `LabelSpace` provides
+  the operations that differ between classes and regions.
 """
 
 from nnunet_dycon.components.co_training import CoTraining

@@ -14,10 +14,11 @@ from nnunet_dycon.losses import consistency_loss, query_consistency_loss, query_
 
 @dataclass(frozen=True)
 class DKUXNetSettings:
-    """Settings of query distribution consistency, and the number of queries of its network DK-UXNet.
+    """Settings of the method `DKUXNet`, including the number of queries of its network.
 
-    The default of ``query_weight`` is that of the released code, which sums the query loss over voxels. Here the query
-    loss is a mean over voxels. The paper's other weights are not known to us.
+    The default of ``query_weight`` is the value in the released code, although the release sums the query loss over
+    voxels and we average it. The defaults of the two consistency weights are our choice, because the paper's values
+    are not known to us.
 
     Attributes:
         query_weight: the weight of the query loss, which compares query distributions with the ground truth.
@@ -63,7 +64,7 @@ class DKUXNet(Method):
     (Rows21/DK-UXNet, e268484) were available to us. The code contains the network and the query loss, but no second
     view, no consistency loss and no unlabeled images. The following are our choices:
 
-    - both branches are one network with shared weights; the paper describes two branches of one architecture;
+    - one network processes both views; the paper describes two network branches of the same architecture;
     - the two consistency terms, their weights and their direction from weak to strong;
     - the ramp-up.
 
@@ -131,7 +132,7 @@ class DKUXNet(Method):
 
 
 def _twice(targets: Targets) -> Targets:
-    """Repeat nnU-Net's targets along the batch axis, for a batch of the weak views and then the strong views."""
+    """Concatenate nnU-Net's targets with themselves along the batch axis, for a batch of weak, then strong views."""
     if isinstance(targets, list):
         return [torch.cat([level, level]) for level in targets]
     return torch.cat([targets, targets])

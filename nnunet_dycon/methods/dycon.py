@@ -37,9 +37,9 @@ class DyCONTerms:
         gamma: the exponent γ of the focal weights in FeCL; 0 omits the focal weights.
         top_k: the number of hard negatives of each anchor in FeCL: the negatives whose embedding by the teacher or peer
             is most similar to that of the anchor.
-        foreground_fraction: the smallest foreground fraction of a foreground patch in FeCL.
-        background_fraction: the largest foreground fraction of a background patch in FeCL. Patches with a fraction
-            between both are ignored.
+        foreground_fraction: a patch is foreground if at least this fraction of its annotated voxels is foreground.
+        background_fraction: a patch is background if at most this fraction of its annotated voxels is foreground. FeCL
+            ignores patches whose fraction is between the two limits.
     """
 
     uncl_weight: float = 0.5

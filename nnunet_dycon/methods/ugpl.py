@@ -79,7 +79,7 @@ class UGPL(CoTraining):
 
     - mistake, on labeled images: squared error where the confident predictions of both students differ;
     - cross, on all images: cross-entropy with the pseudo-labels of the other student (the peer), with a lower weight
-      where the KL divergence of both students is large;
+      where the KL divergence between the predictions of both students is large;
     - filtered, on unlabeled images: cross-entropy with the joint pseudo-labels of both students. An entropy filter
       keeps only the voxels of lowest entropy in each class;
     - contrast, on unlabeled images: contrastive loss between the voxels that the filter excludes and the class
@@ -176,10 +176,10 @@ class UGPL(CoTraining):
 
         Args:
             own: the student's output, labeled images first.
-            everywhere: label maps of all images: a single one for classes, or one per region. Labels are ground truth
-                for labeled images and pseudo-labels for unlabeled images. The mask of a map selects the voxels that
-                are averaged to prototypes.
-            drawn: for each of these maps, the sampled uncertain voxels of the unlabeled images.
+            everywhere: the label maps of labeled and unlabeled images: a list with one map for classes, or with one map
+                per region. Labels are ground truth for labeled images and pseudo-labels for unlabeled images. The
+                prototypes are means over the voxels in the mask of the map.
+            drawn: the sampled uncertain voxels of the unlabeled images, one entry for each map in ``everywhere``.
             half: the number of labeled images.
         """
         losses = []

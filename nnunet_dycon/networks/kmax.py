@@ -166,7 +166,7 @@ class KMaXLevel(nn.Module):
 @torch.no_grad()
 @torch.compiler.disable  # the compiler would unroll the loop
 def assign(embedded: torch.Tensor, kernels: torch.Tensor) -> torch.Tensor:
-    """Return for each voxel the index of the most similar query, (B, V), without gradient.
+    """Return the index of the most similar query for each voxel, (B, V), without gradient.
 
     The similarity is the dot product of a voxel's embedding and a query's kernel.
 
@@ -229,6 +229,9 @@ class _Respond(torch.autograd.Function):
 
         .. math:: \frac{\partial L}{\partial s_n} = r_n \left(a_n - \sum_m r_m a_m - \sum_g w_g\right)
             + \frac{r_n}{q_{g(n)}} w_{g(n)}, \qquad a_n = \sum_j c_{nj} u_j
+
+        The gradients with respect to k and z follow from it by the chain rule. The gradient with respect to
+        :math:`c_{nj}` is the sum of :math:`r_n u_j` over voxels.
         """
         embedded, kernels, classes = ctx.saved_tensors
         of_kernels, of_classes = torch.zeros_like(kernels), torch.zeros_like(classes)
@@ -262,18 +265,19 @@ class KMaXDecoder(nn.Module):
     k-means (argmax, without gradient). It then adds the mean of the assigned voxels to each query, and applies
     self-attention among the queries.
 
-    A head predicts logits of the K classes for each query. The segmentation logits of a voxel are the weighted mean of
-    these class logits. The weights are a softmax over all queries of their similarity to the voxel. The queries form K
-    groups, one per class. The query distribution of a voxel is the sum of the weights in each group.
+    A head predicts logits of the K classes for each query. A softmax of the similarities between a voxel and all
+    queries yields one weight for each query. The segmentation logits of the voxel are the weighted mean of the class
+    logits of the queries. The queries form K groups, one per class. The query distribution of the voxel is the sum of
+    the weights in each group.
 
-    Deviations from the released code of DK-UXNet (Rows21/DK-UXNet, e268484), which this network reproduces:
+    This decoder reproduces that of DK-UXNet. Deviations from its released code (Rows21/DK-UXNet, e268484):
 
     - the same number of queries (±1) for each class, instead of 16, 4 and 108 of 128 queries for background, organ and
       tumor;
     - segmentation logits and query distribution at every resolution, for deep supervision. The release computes them
-      only at the highest resolution. At lower resolutions of the release, embeddings and kernels (see `KMaXLevel`) only
-      determine the assignment of voxels, which has no gradient, so the layers that compute them are not trained.
-      Without deep supervision, the same holds here;
+      only at the highest resolution. At lower resolutions it uses embeddings and kernels (see `KMaXLevel`) only to
+      assign voxels to queries. This has no gradient, so the layers that compute them are not trained. Without deep
+      supervision, the same applies here;
     - updates at all resolutions except the highest, as in the variant UXNET of the release. Its variant DKUNET also
       skips the second highest;
     - layer norm for queries and the plans' norm for voxels, instead of batch norm;

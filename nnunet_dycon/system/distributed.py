@@ -29,17 +29,17 @@ def rank() -> int:
 
 @contextmanager
 def waiting_for_rank_zero() -> Iterator[list]:
-    """Context manager for all ranks: at its end, the other ranks wait until rank 0 has left the block, even for hours.
+    """Make the other ranks wait at the end of a ``with`` block until rank 0 has left the block, even for hours.
 
-    They do not wait in a barrier, which would time out after some minutes and need a process group for the CPU. They
-    wait for a key in the store through which the ranks have found each other.
+    All ranks must execute the block. A barrier is not used: it would time out after some minutes and require a process
+    group for the CPU. Instead, the other ranks wait for a key in the store of the default process group.
 
     Yields:
-        A list. The other ranks receive the items that rank 0 has added to it; they must be JSON-serializable.
+        A list. Rank 0 can add JSON-serializable items. After the block, the list has the same items on all ranks.
 
     Raises:
-        SystemExit: on the other ranks, if the block raises an error on rank 0. It has no message, so that only rank 0
-            prints the error.
+        SystemExit: on the other ranks, if the block raises an error on rank 0 or the store is no longer reachable. It
+            has no message, so that only rank 0 prints the error.
     """
     shared: list = []
     if number_of_ranks() == 1:

@@ -31,9 +31,9 @@ class Lock:
     20 seconds. Another process takes over the lock in these cases, in which the holder has probably ended:
 
     - Both processes are in the same PID namespace of the same host, and the holder no longer exists.
-    - Both belong to the same job of a scheduler, such as Slurm, or of torchrun, but run on different hosts or in
-      different containers. A restart of the job is assumed, because its restart count differs or no heartbeat arrives
-      within 45 seconds.
+    - Both processes belong to the same job of a scheduler (such as Slurm) or of torchrun, but run on different hosts or
+      in different containers, and the job has probably been restarted: the restart counts of the two processes differ,
+      or the holder renews no heartbeat within 45 seconds.
     - The heartbeat is older than 10 minutes, and the holder is not known to be running. The age is the difference from
       the modification time of a new file in the same folder, so the clocks of the hosts need not agree.
 
@@ -90,9 +90,9 @@ class Lock:
                 time.sleep(_POLL_SECONDS)
 
     def _is_silent(self) -> bool:
-        """Wait up to 45 seconds, in which two heartbeats are due, and return whether none arrives.
+        """Wait, and return whether the holder renews no heartbeat within 45 seconds, in which two are due.
 
-        Return False if the lock file is removed in the meantime.
+        Return False as soon as a heartbeat arrives or the lock file is removed.
         """
         try:
             last = self.file.stat().st_mtime_ns
@@ -126,7 +126,7 @@ class Lock:
             )
 
     def holder(self) -> str | None:
-        """Return host, process and job of the lock's holder as text; None if there is no holder, or it has ended."""
+        """Return host, process and job of the lock's holder as text; None if the lock has no running holder."""
         other, reason = self._state()
         return None if other is None or reason is not None else _described(other)
 
@@ -161,7 +161,7 @@ class Lock:
     def _state(self) -> tuple[dict[str, Any] | None, str | None]:
         """Return the content of the lock file, and the reason why this process may take over the lock.
 
-        Without a lock file, both are None. If the holder may be running, only the reason is None.
+        Return (None, None) if there is no lock file, and (content, None) if the holder may be running.
         """
         content, age = _read(self.file), self._age()
         return (None, None) if age is None else (content, _why_ended(content, age))
@@ -220,9 +220,10 @@ def _this_process() -> dict[str, Any]:
     """Return the content of a lock file that this process holds.
 
     Returns:
-        - "token": a random ID of this call.
+        - "token": a new random ID in each call.
         - "host", "pid": host name and process ID.
-        - "process_table", "started": results of `_process_table` and `_start_of`.
+        - "process_table": ID of the PID namespace, see `_process_table`.
+        - "started": start time of the process in ticks since boot, see `_start_of`.
         - "job": the job ID of the scheduler or torchrun, followed by the task number if there is one, such as "4711/0";
           None without a job.
         - "restart": a list with the restart counts of Slurm and torchrun, such as ["1", None]. None means not set.
@@ -255,7 +256,7 @@ def _process_table() -> str | None:
 def _start_of(pid: int) -> str | None:
     """Return the start time of a process in ticks since boot; None if it has ended or is hidden in /proc.
 
-    A zombie has ended. A process with the same PID but another start time is another process.
+    The result is also None for a zombie process. If two processes have had the same PID, their start times differ.
     """
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

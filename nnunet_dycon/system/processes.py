@@ -59,7 +59,7 @@ def map_cases(
 
 @contextmanager
 def exiting_on_sigterm() -> Iterator[None]:
-    """Context in which SIGTERM raises SystemExit, so that processes and folders of this process are cleaned up.
+    """Return a context in which SIGTERM raises SystemExit, to clean up worker processes and temporary folders.
 
     Only the main thread can change the handling of signals; in other threads nothing is changed.
     """

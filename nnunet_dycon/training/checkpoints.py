@@ -63,9 +63,8 @@ def save_extended(filename: Path | str, save: Callable[[str], None], state: dict
     Args:
         filename: file to write.
         save: nnUNetTrainer.save_checkpoint, bound to the trainer; writes nnU-Net's checkpoint to a given file.
-        state: the additional state, with the keys "settings" (a dict: name of a group, such as "method_settings" ->
-            dict of settings), "method" (the result of `method_state`) and "curves" (a dict: name -> one value per
-            epoch).
+        state: the additional state, a dict with three keys. "settings": name of a group, such as "method_settings" ->
+            dict of settings. "method": the result of `method_state`. "curves": name -> one value per epoch.
 
     Raises:
         UserError: the file cannot be written.
@@ -204,13 +203,13 @@ def load_method_state(method: nn.Module, state: dict[str, dict], filename: Path 
 
 @contextmanager
 def fitting(filename: Path | str) -> Iterator[None]:
-    """Return a context in which errors due to weights that do not fit the networks are replaced by a UserError.
+    """Return a context for loading weights; it raises UserError if they do not fit the networks.
 
     Args:
-        filename: the checkpoint that is loaded in the context, for the error message.
+        filename: the checkpoint with the weights, for the error message.
 
     Raises:
-        UserError: the weights do not fit.
+        UserError: loading the weights has raised RuntimeError, KeyError, ValueError or TypeError.
     """
     unfit = (RuntimeError, KeyError, ValueError, TypeError)
     with explained(unfit, f"{filename} does not fit the networks; perhaps the plans have changed; {_REMEDY}"):

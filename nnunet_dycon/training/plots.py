@@ -95,7 +95,7 @@ class PseudoLabel:
     Attributes:
         case: identifier of the case.
         index: index of the slice along the first axis.
-        foreground: fraction of the voxels of the whole case that are labeled as foreground.
+        foreground: fraction of the voxels of the whole case whose pseudo-label is foreground.
         image: preprocessed image of the slice, (Y, X).
         label: pseudo-label of the slice, (Y, X): the number of a class or region for each voxel, 0 for background.
         entropy: per-voxel entropy of the slice in nats, (Y, X).

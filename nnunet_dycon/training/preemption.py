@@ -38,8 +38,9 @@ class StopRequest:
     def listening(self, is_ddp: bool = False) -> Iterator[None]:
         """Install the handler within a context, and restore the previous handler at its end.
 
-        The handler is not installed in processes of nnUNetv2_train -num_gpus. They receive SIGTERM when another rank
-        has failed. If they continued until the end of their step, they might wait for the failed rank forever.
+        With nnUNetv2_train -num_gpus, the handler is not installed (with torchrun, it is). The processes of -num_gpus
+        receive SIGTERM when another rank has failed. If they continued until the end of their step, they might wait for
+        the failed rank forever.
 
         Args:
             is_ddp: whether training is distributed, by -num_gpus or by torchrun.
@@ -74,7 +75,8 @@ class StopRequest:
 def save_and_exit(trainer: nnUNetTrainer, curves: dict[str, list[float]], steps_done: int) -> NoReturn:
     """Write checkpoint_latest.pth with the current weights and exit. All ranks must call this after the same step.
 
-    A resumed run repeats the interrupted epoch, so the values that this epoch has already logged are removed.
+    A resumed run repeats the interrupted epoch. Values of this epoch are therefore removed from `curves` and from the
+    curves of nnU-Net's logger.
 
     Args:
         trainer: trainer in the middle of an epoch.

@@ -75,7 +75,7 @@ class TrainingLock:
 
 
 def file_errors_explained(folder: Path) -> AbstractContextManager:
-    """Return a context that turns an OSError of a file of a training in ``folder`` into a UserError with a remedy."""
+    """Return a context that replaces an OSError by a UserError, whose message contains ``folder`` and a remedy."""
     return explained(OSError, f"{folder}: a training file cannot be read or written; repair it or free disk space")
 
 
@@ -84,7 +84,7 @@ def check_cases(
 ) -> list[str]:
     """Check labeled and unlabeled cases, and preprocess the unlabeled ones if necessary.
 
-    With sparsely annotated cases, whose images are also used as unlabeled ones, there can be no images in imagesUn.
+    Images in imagesUn are optional if there are sparsely annotated cases, whose images are also used as unlabeled ones.
 
     Args:
         folder: folder of the labeled cases, nnUNet_preprocessed/DatasetXXX/<data_identifier>.
@@ -190,7 +190,10 @@ def _memory_remedy(trainer: nnUNetTrainer) -> str:
 
 
 def with_memory_advice(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a trainer's method that ends in one line with a remedy after a UserError or for lack of GPU memory."""
+    """Decorate a trainer's method so that a UserError or a lack of GPU memory exits with a one-line message.
+
+    For lack of GPU memory, the message contains ways to reduce the memory.
+    """
 
     @wraps(method)
     def wrapped(trainer: nnUNetTrainer, *arguments: Any, **options: Any) -> Any:

@@ -83,9 +83,9 @@ def draw_page(trainer: nnUNetTrainer, method: Method, cases: TrainingCases, epoc
 
 
 class _Labeler(nn.Module):
-    """A module for nnU-Net's predictor whose forward pass returns a method's logits for pseudo-labels.
+    """The network for nnU-Net's predictor: a forward pass returns the logits of a method's pseudo-labels.
 
-    The method is not a child module, so the predictor's call of eval() does not change the mode of its networks.
+    The method is not a child module. When the predictor calls eval(), the method's networks keep their mode.
     """
 
     def __init__(self, method: Method) -> None:
@@ -112,9 +112,10 @@ def label_names(dataset_json: dict, labels: LabelManager) -> list[str]:
 
 
 def _annotation(trainer: nnUNetTrainer, labeled: Any, case: str) -> torch.Tensor:
-    """Return the annotation of a labeled case, (X, Y, Z), with the label values of the plot.
+    """Return the annotation of a labeled case, (Z, Y, X), with the label values of the plot.
 
-    Voxels without annotation have the value -1.
+    The value of a voxel is the index of its class or region in the result of `label_names`. Voxels without annotation
+    have the value -1.
 
     Args:
         trainer: trainer with the label manager of the data set.

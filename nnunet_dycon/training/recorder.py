@@ -74,7 +74,7 @@ class EpochRecorder:
         self._timer = StepTimer(device)
 
     def mark(self, part: str) -> None:
-        """Record that a part of the step has ended: the part named `part`, such as "backward". The next part starts."""
+        """Record the end of the part of a step named `part`, such as "backward", and the start of the next part."""
         self._timer.mark(part)
 
     def end(self, number: int, outputs: Sequence[Values]) -> Epoch:
@@ -105,9 +105,10 @@ def mean_of_steps(outputs: Sequence[Values]) -> Values:
 
 
 def replace_lost(outputs: Sequence[Values]) -> list[Values]:
-    """Return the outputs of all steps, with the mean of the other steps in place of each step with a non-finite loss.
+    """Return the outputs of all steps; each output with a non-finite loss is replaced by the mean of the other steps.
 
-    Steps are not removed, since nnU-Net requires the same number of steps on all ranks.
+    If no loss is finite, the mean is over all steps. Steps are not removed, since nnU-Net requires the same number of
+    steps on all ranks.
     """
     mean = mean_of_steps(outputs)
     return [output if math.isfinite(output["loss"]) else mean for output in outputs]
@@ -149,7 +150,7 @@ class StepTimer:
         self._marks = [("", self._now())]
 
     def mark(self, part: str) -> None:
-        """Record that a part of the step has ended: the part named `part`, such as "backward". The next part starts."""
+        """Record the end of the part of a step named `part`, such as "backward", and the start of the next part."""
         self._marks.append((part, self._now()))
 
     def totals(self) -> dict[str, float]:

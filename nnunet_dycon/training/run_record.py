@@ -28,12 +28,12 @@ def update_record(
     is_new: bool,
     log: Callable[[str], None],
 ) -> None:
-    """Write nnunet_dycon.json for a new training, or if a resumed training has other cases, which is logged.
+    """Write nnunet_dycon.json if the training is new, its cases have changed, or the existing file is unreadable.
 
     Args:
         folder, trainer, settings, cases: see `write_record`.
-        is_new: whether the training starts anew.
-        log: called with a warning for each role whose cases have changed.
+        is_new: True for a new training, False for a resumed one.
+        log: called with a warning for each role (such as "labeled") whose cases have changed.
     """
     recorded: dict = {}
     if not is_new:

@@ -162,7 +162,7 @@ class GuardedStep:
     def _lose(self, cause: Cause, loss: float, cases: Sequence[str]) -> None:
         """Count a lost step (see the docstring of the module) and log it.
 
-        It is not logged if its cause is a non-finite loss and the loss of this rank is finite.
+        Nothing is logged if only other ranks have a non-finite loss.
 
         Raises:
             UserError: this is the tenth lost step in a row.

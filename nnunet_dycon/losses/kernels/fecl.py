@@ -26,7 +26,8 @@ def blocks_of_anchors(embedding: torch.Tensor) -> Iterator[slice]:
 class FeCL(KeptGradient):
     """Autograd function of `fecl_loss` for L2-normalised embeddings, with a hand-written gradient.
 
-    The arguments of ``apply`` are the tensors of `_Block` in the same order, and the tuple (temperature, gamma, top_k).
+    The arguments of ``apply`` are student, teacher, patch_labels, participates and entropy_weight, as described in
+    `_Block`, and the tuple (temperature, gamma, top_k).
     """
 
     @staticmethod
@@ -113,17 +114,19 @@ class _Block:
         return -(self.share * per_pair.sum(-1, keepdim=True)).sum()
 
     def add_gradient(self, gradient: torch.Tensor) -> None:
-        r"""Add the gradient of `loss` with respect to the student's embeddings in place to ``gradient``, (B, N, D).
+        r"""Add the gradient of `loss` with respect to the student's embeddings to ``gradient``, (B, N, D), in place.
 
         The symbols are those of `fecl_loss`; L is the sum over the anchors of the block. In addition, :math:`d_i` is
         the denominator of the fraction, :math:`\dot F` is the derivative of F with respect to the cosine c, and
-        :math:`a_i = \frac{1}{|P(i)|\, d_i} \sum_{k \in P(i)} F^+_{ik}`. The derivatives are
+        :math:`a_i = \frac{1}{|P(i)|\, d_i} \sum_{k \in P(i)} F^+_{ik}`. The derivatives with respect to the cosines
+        and the hard-negative term are
 
         .. math::
             \frac{\partial L}{\partial c_{ik}} &= -\frac{1}{|P(i)|} \left(\frac{F^+_{ik}}{\tau}
                 + \dot F^+_{ik} \log\frac{e^{S_{ik}}}{d_i}\right) + a_i \frac{e^{S_{ik}}}{\tau}, \quad k \in P(i) \\
             \frac{\partial L}{\partial c_{iq}} &= a_i \left(\dot F^-_{iq} (e^{S_{iq}} + h_i)
-                + F^-_{iq} \frac{e^{S_{iq}}}{\tau}\right), \quad q \in N(i)
+                + F^-_{iq} \frac{e^{S_{iq}}}{\tau}\right), \quad q \in N(i) \\
+            \frac{\partial L}{\partial h_i} &= a_i \sum_{q \in N(i)} F^-_{iq}
         """
         tau, student = self.temperature, self.student
         summed = torch.where(self.positive, self.positive_weight, 0.0).sum(-1, keepdim=True)

@@ -113,10 +113,10 @@ def _gradient_of_regions(student, teacher, beta, entropy_weight, scale) -> torch
 
 
 def _blocks(*volumes: torch.Tensor) -> Iterator[list[torch.Tensor]]:
-    """Yield lists with the same block of voxels, (B, C, voxels), of each volume (B, C, *spatial).
+    """Yield blocks of voxels: for each block a list with one tensor (B, C, voxels) per volume (B, C, *spatial).
 
-    The blocks of the first two volumes are upcast to at least float32. The other volumes must be contiguous: their
-    blocks are views, so values written to the blocks change the volumes.
+    The first two volumes are inputs. Their blocks are upcast to at least float32. The other volumes are outputs and
+    must be contiguous. Their blocks are views, so values written to a block are written to the volume.
     """
     first = volumes[0]
     flat = [volume.flatten(2) for volume in volumes]
