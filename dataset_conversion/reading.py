@@ -102,7 +102,7 @@ def _files_of_voxels(header: Path) -> list[str]:
         name, _, value = line.partition(separator)
         if name.strip().lower() in (key, key.replace(" ", "")):
             value = value.strip()
-            if value.upper().startswith("LIST"):
+            if value.upper().split()[:1] == ["LIST"]:  # in NRRD with a number after it
                 return [entry for entry in lines[number + 1 :] if entry]
             return [] if value.upper() == "LOCAL" else [value.split(" ")[0] if "%" in value else value]
     return []

@@ -2,6 +2,8 @@
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -58,21 +60,24 @@ def write_raw_dataset(folder: Path) -> None:
     (folder / "dataset.json").write_text(json.dumps(dataset))
 
 
-def plan_and_preprocess(dataset_id: int) -> None:
-    """Plan and preprocess like nnUNetv2_plan_and_preprocess, but with a narrow network."""
+@contextmanager
+def few_samples() -> Iterator[None]:
+    """Context in which fingerprints are extracted from few voxels: 10e7, nnU-Net's number, take seconds per case."""
     initialize = DatasetFingerprintExtractor.__init__
 
     def initialize_with_few_samples(self, *arguments, **options):
         initialize(self, *arguments, **options)
-        self.num_foreground_voxels_for_intensitystats = 10_000  # 10e7 take seconds per case
+        self.num_foreground_voxels_for_intensitystats = 10_000
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DatasetFingerprintExtractor, "__init__", initialize_with_few_samples)
-        _plan_and_preprocess(dataset_id)
+        yield
 
 
-def _plan_and_preprocess(dataset_id: int) -> None:
-    extract_fingerprints([dataset_id], num_processes=1, check_dataset_integrity=False)
+def plan_and_preprocess(dataset_id: int) -> None:
+    """Plan and preprocess like nnUNetv2_plan_and_preprocess, but with a narrow network."""
+    with few_samples():
+        extract_fingerprints([dataset_id], num_processes=1, check_dataset_integrity=False)
     plan_experiments([dataset_id])
     plans_file = Path(os.environ["nnUNet_preprocessed"]) / convert_id_to_dataset_name(dataset_id) / "nnUNetPlans.json"
     plans = json.loads(plans_file.read_text())

@@ -70,6 +70,7 @@ def build_parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
     models.add_predict_both(commands)
     models.add_predict_uncertainty(commands)
     rounds.add_pseudo_label(commands)
+    rounds.add_self_train(commands)
     information.add_doctor(commands)
     information.add_demo(commands)
     return parser

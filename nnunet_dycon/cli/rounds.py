@@ -1,10 +1,12 @@
-"""Sub-commands that use a trained model to extend its data set: pseudo_label."""
+"""Sub-commands that use a trained model to extend its data set: pseudo_label and self_train."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from nnunet_dycon.cli.arguments import FOLDS, MODEL, count_or_fraction, not_negative, positive
+from nnunet_dycon.registry import RECOMMENDED
 from nnunet_dycon.system.environment import require_nnunet
 
 
@@ -92,3 +94,65 @@ def _pseudo_label(arguments: argparse.Namespace) -> None:
         mirroring=not arguments.disable_tta,
         num_processes=arguments.num_processes,
     )
+
+
+def _ids(text: str) -> list[int]:
+    return [positive(part) for part in text.split(",")]
+
+
+def add_self_train(commands: Any) -> None:
+    chain = commands.add_parser(
+        "self_train",
+        help="train, pseudo-label the unlabeled cases, and train on the result, in one or more rounds",
+        description="Print and run all commands of self-training: nnUNetv2_train on the annotated data set, and for "
+        "each round `nnunet_dycon pseudo_label`, nnUNetv2_preprocess and nnUNetv2_train on the new data set. From the "
+        "second round on, the cases whose predictions changed least are kept. Finished trainings are used, and an "
+        "interrupted chain resumes if the call is repeated.",
+        epilog="example: nnunet_dycon self_train -d 101 -c 3d_fullres --ids 111,112 --folds all",
+    )
+    chain.add_argument("-d", dest="dataset", required=True, metavar="ID", help="dataset ID or DatasetXXX_Name")
+    chain.add_argument(
+        "-c", dest="configuration", default="3d_fullres", metavar="CONFIGURATION", help="default: 3d_fullres"
+    )
+    chain.add_argument(
+        "--ids", dest="dataset_ids", type=_ids, required=True, metavar="ID[,ID...]",
+        help="ID of the new data set of each round",
+    )  # fmt: skip
+    chain.add_argument("-tr", dest="trainer", default=RECOMMENDED, metavar="TRAINER", help="default: %(default)s")
+    chain.add_argument("-p", dest="plans", default="nnUNetPlans", metavar="PLANS", help="default: nnUNetPlans")
+    chain.add_argument(
+        "--folds", nargs="+", default=["0", "1", "2", "3", "4"], metavar="FOLD",
+        help="folds to train and to predict with, or all (default: 0 1 2 3 4)",
+    )  # fmt: skip
+    chain.add_argument("-num_gpus", type=positive, default=1, help="GPUs of each training (default: 1)")
+    add_selection(chain)
+    add_prediction(chain)
+    chain.add_argument("--dry_run", action="store_true", help="print the commands without running them")
+    chain.set_defaults(run=_self_train)
+
+
+def _self_train(arguments: argparse.Namespace) -> None:
+    require_nnunet()
+    from nnunet_dycon.inference.prediction import check_step_size, choose_device
+    from nnunet_dycon.self_training.chain import Training, self_train
+    from nnunet_dycon.self_training.pseudo_labels import Selection
+
+    check_step_size(arguments.step_size)
+    device = choose_device(arguments.device)
+    training = Training(
+        arguments.configuration, arguments.trainer, arguments.plans, tuple(arguments.folds), device, arguments.num_gpus
+    )
+    self_train(
+        arguments.dataset,
+        arguments.dataset_ids,
+        training,
+        selection=Selection(arguments.keep, confidence=arguments.confidence),
+        prediction=_prediction(arguments),
+        num_processes=arguments.num_processes,
+        is_dry_run=arguments.dry_run,
+    )
+
+
+def _prediction(arguments: argparse.Namespace) -> Sequence[str]:
+    step_size = [] if arguments.step_size == 0.5 else ["-step_size", str(arguments.step_size)]
+    return [*step_size, *(["--disable_tta"] if arguments.disable_tta else [])]

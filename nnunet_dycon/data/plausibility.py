@@ -162,14 +162,15 @@ def _intensity_warnings(
     unlabeled: Mapping[str, Collection[tuple[float, float]]],
     labeled: Sequence[Sequence[tuple[float, float]]],
 ) -> list[str]:
-    above, uniform = [], []
+    above: dict[str, None] = {}  # in the order of the cases
+    uniform: dict[str, None] = {}
     for case, channels in unlabeled.items():
         for channel, (high, spread) in enumerate(channels):
             highs, spreads = zip(*(its[channel] for its in labeled))
             if spread < _SPREAD_RATIO * min(spreads):
-                uniform.append(case)
+                uniform[case] = None
             elif high > max(highs) + _MORE_ABOVE:
-                above.append(case)
+                above[case] = None
     remedy = ", unlike in the labeled cases. Their intensities probably have another unit or offset; convert them to HU"
     range_of_labels = "most CT intensities above the range of the labels"
     found = (
@@ -177,7 +178,7 @@ def _intensity_warnings(
         (above, f"has {range_of_labels}", f"have {range_of_labels}"),
     )
     return [
-        counted(cases, f"unlabeled case {one}", f"unlabeled cases {many}") + remedy
+        counted(list(cases), f"unlabeled case {one}", f"unlabeled cases {many}") + remedy
         for cases, one, many in found
         if cases
     ]

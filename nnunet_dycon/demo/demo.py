@@ -26,6 +26,7 @@ from nnunet_dycon.errors import UsageError, UserError
 from nnunet_dycon.inference.prediction import choose_device
 from nnunet_dycon.system.environment import DISCOVERY
 from nnunet_dycon.system.pictures import new_figure, outline, overlay
+from nnunet_dycon.system.processes import find_command
 from nnunet_dycon.trainers.nnUNetTrainerDemo import nnUNetTrainerDemo
 
 DATASET = "Dataset900_Phantom"
@@ -269,7 +270,7 @@ class _Run:
             log = self.output / "logs" / f"{self.number:02d}_{name[-1].removeprefix('nnUNetv2_')}.log"
             log.parent.mkdir(exist_ok=True)
             with log.open("w", encoding="utf-8") as file:
-                exit_code = _stream([_find(command[0]), *command[1:]], self._environment(), file, report)
+                exit_code = _stream([find_command(command[0]), *command[1:]], self._environment(), file, report)
             if exit_code != 0:
                 for line in log.read_text(encoding="utf-8").splitlines()[-_LINES_AFTER_FAILURE:]:
                     print(_INDENT + line)
@@ -278,21 +279,6 @@ class _Run:
     def _environment(self) -> dict[str, str]:
         others = {name: value for name, value in os.environ.items() if not name.startswith("nnUNet_")}
         return {**others, **self.variables, "PYTHONUNBUFFERED": "1"}  # so that epochs are printed at once
-
-
-def _find(name: str) -> str:
-    """Return the path of a command in the folder of the Python interpreter or, if it is not there, in PATH.
-
-    Raises:
-        UserError: the command is in neither.
-    """
-    installed = Path(sys.executable).with_name(name)
-    found = str(installed) if installed.is_file() else shutil.which(name)
-    if found is None:
-        raise UserError(
-            f"the command {name} is neither in {installed.parent} nor in PATH; run: pip install nnunet-dycon"
-        )
-    return found
 
 
 def _stream(command: list[str], environment: dict[str, str], log: TextIO, report: Callable[[str], None] | None) -> int:

@@ -173,7 +173,7 @@ def examine_speed(
             return
         usual = _measured(replace(run, trainer=NNUNET), environment)
         if usual is None:
-            yield Finding("speed", WARNING, f"{NNUNET}: the memory does not suffice either")
+            yield Finding("speed", WARNING, f"{NNUNET}: the memory does not suffice" + " either" * (own is None))
             return
         results.append(asdict(usual))
         ratio = "" if own is None else f"; {trainer} takes {own.seconds / usual.seconds:.2g} times as long per step"

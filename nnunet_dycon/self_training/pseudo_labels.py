@@ -423,6 +423,7 @@ def _print_summary(folder: Path, plans: str | None, selection: Selection) -> Non
     if plans is None:
         print(f"  nnUNetv2_plan_and_preprocess -d {dataset_id}")
     else:
+        print(f"  nnUNetv2_extract_fingerprint -d {dataset_id}")
         print(f"  nnUNetv2_preprocess -d {dataset_id} -c 3d_fullres -plans_name {plans}")
     if dropped:
         print(f"  nnunet_dycon preprocess_unlabeled -d {dataset_id}" + (f" -plans_name {plans}" if plans else ""))

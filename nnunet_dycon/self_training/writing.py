@@ -21,7 +21,7 @@ from nnunet_dycon.system.files import link_or_copy, new_folder
 PREFIX = "pseudo_"  # of the identifiers of pseudo-labeled cases
 PREDICTED = "pseudo_labels"  # folder of the predictions of all unlabeled cases
 RECORD = "pseudo_labels.json"
-_FINGERPRINT, _SPLITS = "dataset_fingerprint.json", "splits_final.json"
+_SPLITS = "splits_final.json"
 _FOLDS = 5
 
 
@@ -61,7 +61,7 @@ class Content:
         """Check the files that are copied.
 
         Raises:
-            UsageError: there is no annotated case, plans or fingerprint do not exist, or a name would be used twice.
+            UsageError: there is no annotated case, the plans do not exist, or a name would be used twice.
             UserError: images of an annotated case are missing.
         """
         annotated = self.annotated
@@ -72,13 +72,11 @@ class Content:
             raise UserError(f"{self.source / 'imagesTr'} has no images of {some(missing)}; copy them, or remove labels")
         if taken := sorted(set(annotated) & {PREFIX + case for case in self.cases}):
             raise UsageError(f"{self.source / 'labelsTr'} has the names of pseudo-labeled cases {some(taken)}; rename")
-        if self.plans is not None:
-            for name in (f"{self.plans}.json", _FINGERPRINT):
-                if not (self.preprocessed / name).is_file():
-                    raise UsageError(
-                        f"{self.preprocessed / name} does not exist; run nnUNetv2_plan_and_preprocess, name other "
-                        "plans with -p, or add --replan"
-                    )
+        plans = self.preprocessed / f"{self.plans}.json"
+        if self.plans is not None and not plans.is_file():
+            raise UsageError(
+                f"{plans} does not exist; run nnUNetv2_plan_and_preprocess, name other plans with -p, or add --replan"
+            )
 
     def digest(self) -> str:
         """Return a hash of names and sizes of all images and labels that are copied or predicted."""
@@ -171,6 +169,8 @@ def folds(
 def write_preprocessed(content: Content, folder: Path) -> None:
     """Write nnUNet_preprocessed/DatasetXXX_Name_PseudoLabels with folds and plans, unless it exists.
 
+    The fingerprint is not copied: it must describe the labeled cases of the new data set.
+
     Args:
         content: sources of the files.
         folder: the complete data set in nnUNet_raw.
@@ -182,7 +182,6 @@ def write_preprocessed(content: Content, folder: Path) -> None:
         shutil.copy(folder / _SPLITS, partial)
         if content.plans is not None:
             shutil.copy(folder / "dataset.json", partial)
-            shutil.copy(content.preprocessed / _FINGERPRINT, partial)
             file = content.preprocessed / f"{content.plans}.json"
             with explained(ValueError, f"{file} is damaged; plan again"):
                 plans = json.loads(file.read_text())

@@ -1,7 +1,8 @@
-"""Parallel processing of cases in worker processes."""
+"""Worker processes for cases, signals, and the path of a command."""
 
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -86,6 +87,21 @@ def end_with_parent() -> None:
             os._exit(1)
 
     threading.Thread(target=wait_and_end, daemon=True).start()
+
+
+def find_command(name: str) -> str:
+    """Return the path of a command in the folder of the Python interpreter or, if it is not there, in PATH.
+
+    Raises:
+        UserError: the command is in neither.
+    """
+    installed = Path(sys.executable).with_name(name)
+    found = str(installed) if installed.is_file() else shutil.which(name)
+    if found is None:
+        raise UserError(
+            f"the command {name} is neither in {installed.parent} nor in PATH; run: pip install nnunet-dycon"
+        )
+    return found
 
 
 def peak_memory() -> int:

@@ -37,11 +37,11 @@ def update_record(
     """
     recorded: dict = {}
     if not is_new:
-        with suppress(OSError, ValueError, KeyError):
-            recorded = json.loads(record_file(folder).read_text())["cases"]
-    changed = [role for role, its in cases.items() if recorded.get(role, its) != its]
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            recorded = dict(json.loads(record_file(folder).read_text())["cases"])
+    changed = [role for role in cases if recorded and recorded.get(role, []) != cases[role]]
     for role in changed:
-        before, now = len(recorded[role]), len(cases[role])
+        before, now = len(recorded.get(role, [])), len(cases[role])
         log(f"WARNING: the cases have changed since this training started: {role} {before}, now {now}")
     if changed or not recorded:
         write_record(folder, trainer, settings, cases)

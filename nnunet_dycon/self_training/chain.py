@@ -1,0 +1,262 @@
+"""The chain of self-training: train, pseudo-label, train on the new data set, and so on, with commands of nnU-Net."""
+
+import json
+import os
+import shlex
+import subprocess
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from nnunet_dycon.data.unlabeled import dataset_name
+from nnunet_dycon.dataset_conversion.writer import new_dataset_folder
+from nnunet_dycon.errors import UsageError, UserError
+from nnunet_dycon.registry import RECOMMENDED, TRAINERS
+from nnunet_dycon.self_training.pseudo_labels import Selection
+from nnunet_dycon.self_training.writing import RECORD
+from nnunet_dycon.system.environment import DISCOVERY, nnunet_folder
+from nnunet_dycon.system.files import replacing
+from nnunet_dycon.system.locks import Lock
+from nnunet_dycon.system.processes import find_command
+from nnunet_dycon.trainers import registered_name
+from nnunet_dycon.training.checkpoints import LATEST, STUDENT
+
+_PREPROCESSED = "preprocessed_by_self_train.json"  # in nnUNet_preprocessed/DatasetXXX: finished configurations
+
+
+@dataclass(frozen=True)
+class Training:
+    """Options of nnUNetv2_train, the same in all rounds."""
+
+    configuration: str
+    trainer: str = RECOMMENDED
+    plans: str = "nnUNetPlans"
+    folds: tuple[str, ...] = ("0", "1", "2", "3", "4")
+    device: str = "cuda"
+    num_gpus: int = 1
+
+    def model(self, dataset: str) -> Path:
+        """Return nnUNet_results/DatasetXXX_Name/TRAINER__PLANS__CONFIGURATION."""
+        return nnunet_folder("nnUNet_results") / dataset / f"{self.trainer}__{self.plans}__{self.configuration}"
+
+    def command(self, dataset: str, fold: str, *options: str) -> list[str]:
+        command = ["nnUNetv2_train", _id(dataset), self.configuration, fold, "-tr", self.trainer, "-p", self.plans]
+        gpus = ["-num_gpus", str(self.num_gpus)] if self.num_gpus > 1 else []
+        return [*command, "-device", self.device, *gpus, *options]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command of the chain.
+
+    Attributes:
+        command: returns the name of the command and its arguments. It is called when the stage starts, since a training
+            is resumed or only validated if its folder has checkpoints.
+        is_done: returns whether the stage has been finished by an earlier call.
+        finish: called after the command.
+    """
+
+    command: Callable[[], list[str]]
+    is_done: Callable[[], bool] = lambda: False
+    finish: Callable[[], None] = field(default=lambda: None)
+
+
+def self_train(
+    dataset: str,
+    dataset_ids: Sequence[int],
+    training: Training,
+    *,
+    selection: Selection | None = None,
+    prediction: Sequence[str] = (),
+    num_processes: int = 1,
+    is_dry_run: bool = False,
+) -> None:
+    """Print and run all commands of self-training.
+
+    First, a model is trained on the data set. In each round, it predicts the unlabeled cases, the best predictions
+    become labels of a new data set, and a model is trained on this. The next round uses this model; from the second
+    round on, the cases whose predictions changed least since the previous round are kept. An interrupted chain is
+    resumed by the same call.
+
+    Args:
+        dataset: ID or name of the data set with annotated cases and imagesUn.
+        dataset_ids: ID of the new data set of each round.
+        training: options of all trainings.
+        selection: which cases and voxels get pseudo-labels; None for the defaults of `Selection`.
+        prediction: more arguments of `nnunet_dycon pseudo_label`, such as "--disable_tta".
+        num_processes: number of processes for preprocessing and for prediction.
+        is_dry_run: whether to only print the commands.
+
+    Raises:
+        UsageError: a data set or trainer does not exist, or an ID is used by another data set.
+        UserError: a command fails, or the same chain is running already.
+    """
+    selection = selection or Selection()
+    names = _names(dataset, dataset_ids)
+    _check(names, training, selection)
+    stages = _stages(names, training, selection, prediction, num_processes)
+    if is_dry_run:
+        for number, stage in enumerate(stages, 1):
+            print(f"[{number}/{len(stages)}] {shlex.join(stage.command())}")
+        return
+    lock = Lock(nnunet_folder("nnUNet_raw") / f".{names[-1]}.self_train.lock", f"self-training of {names[-1]}")
+    lock.acquire()
+    with closing(lock):
+        for number, stage in enumerate(stages, 1):
+            command = stage.command()
+            title = f"[{number}/{len(stages)}] {shlex.join(command)}"
+            if stage.is_done():
+                print(f"{title}\n  finished by an earlier call", flush=True)
+                continue
+            print(title, flush=True)
+            run(command)
+            stage.finish()
+    folds = " ".join(training.folds)
+    print("finished; predict with:")
+    print(f'  export nnUNet_extTrainer="{DISCOVERY}"')
+    print(f"  nnUNetv2_predict -d {_id(names[-1])} -c {training.configuration} -tr {training.trainer} "
+          f"-p {training.plans} -f {folds} -i IMAGES -o PREDICTIONS")  # fmt: skip
+
+
+def run(command: Sequence[str]) -> None:
+    """Run a command with this package's trainers in nnUNet_extTrainer; it ends if this process is interrupted.
+
+    Raises:
+        UserError: the command is not installed, or it fails.
+    """
+    trainers = os.pathsep.join(filter(None, (str(DISCOVERY), os.environ.get("nnUNet_extTrainer"))))
+    environment = os.environ | {"nnUNet_extTrainer": trainers}
+    with subprocess.Popen([find_command(command[0]), *command[1:]], env=environment) as process:
+        try:
+            process.wait()
+        except BaseException:
+            process.terminate()  # our trainers write a checkpoint and end
+            raise
+    if process.returncode != 0:
+        raise UserError(
+            f"{shlex.join(command)} failed with exit code {process.returncode}; fix the error above, and repeat the "
+            "call of self_train to resume"
+        )
+
+
+def _id(dataset: str) -> str:
+    return str(int(dataset[len("Dataset") :][:3]))
+
+
+def _names(dataset: str, dataset_ids: Sequence[int]) -> list[str]:
+    """Return the names of all data sets: that of the annotated cases, and one per round."""
+    source = dataset_name(dataset)
+    if len({int(_id(source)), *dataset_ids}) <= len(dataset_ids):
+        raise UsageError(f"--ids {','.join(map(str, dataset_ids))}: an ID is given twice or is that of {source}")
+    name = source[len("Dataset000_") :]
+    return [source, *(f"Dataset{number:03d}_{name}_PseudoLabels" for number in dataset_ids)]
+
+
+def _check(names: Sequence[str], training: Training, selection: Selection) -> None:
+    """Check everything that would stop a later round.
+
+    Raises:
+        UsageError: the source is not planned, the trainer needs unlabeled cases but none would remain, or an ID is used
+            by another data set.
+    """
+    source, *rounds = names
+    plans = nnunet_folder("nnUNet_preprocessed") / source / f"{training.plans}.json"
+    if not plans.is_file():
+        raise UsageError(f"{plans} does not exist; run: nnUNetv2_plan_and_preprocess -d {_id(source)}")
+    trainer = registered_name(training.trainer)
+    uses_unlabeled = trainer is not None and not TRAINERS[trainer].is_supervised
+    if uses_unlabeled and selection.keep == 1.0 and selection.confidence is None:
+        raise UsageError(
+            f"--keep 100% leaves no unlabeled cases for {training.trainer}; keep fewer, add --confidence, or use -tr "
+            "nnUNetTrainer"
+        )
+    for number, name in enumerate(rounds):
+        folder = nnunet_folder("nnUNet_raw") / name
+        if not folder.exists():
+            new_dataset_folder(int(_id(name)), name[len("Dataset000_") :], "--ids")
+        elif not _is_of_chain(folder, names[number], source, training, selection):
+            raise UsageError(
+                f"{folder} exists, but was not written by a chain with these options; choose other --ids, or delete it"
+            )
+
+
+def _is_of_chain(folder: Path, previous: str, source: str, training: Training, selection: Selection) -> bool:
+    """Return whether a data set in nnUNet_raw is that of a round of this chain.
+
+    Args:
+        folder: the data set of the round.
+        previous: name of the data set of the round before, on which the model is trained that predicts.
+        source: name of the data set with the annotated cases.
+        training, selection: options of the chain.
+    """
+    try:
+        record = json.loads((folder / RECORD).read_text())
+        models = {(member["model"], member["fold"]) for member in record["members"]}
+        options = (record["of"], record["keep"], record["confidence"], record["plans"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    model = "/".join(training.model(previous).parts[-2:])
+    expected = (source, selection.keep, selection.confidence, training.plans)
+    return options == expected and models == {(model, fold) for fold in training.folds}
+
+
+def _stages(
+    names: Sequence[str], training: Training, selection: Selection, prediction: Sequence[str], num_processes: int
+) -> list[Stage]:
+    source = names[0]
+    stages = _trainings(source, training)
+    keep = f"{selection.keep * 100:g}%" if isinstance(selection.keep, float) else str(selection.keep)
+    confidence = [] if selection.confidence is None else ["--confidence", str(selection.confidence)]
+    for number, (before, name) in enumerate(pairwise(names)):
+        label = ["nnunet_dycon", "pseudo_label", "-m", str(training.model(before)), "-f", *training.folds, "-d",
+                 _id(source), "-o", _id(name), "--keep", keep, *confidence, "-p", training.plans, "-device",
+                 training.device, "-np", str(num_processes), *prediction]  # fmt: skip
+        if number > 0:
+            label += ["--previous", _id(before)]
+        stages.append(Stage(lambda label=label: label))  # type: ignore[misc]  # repeated, it changes nothing
+        stages += _preprocessing(name, training, max(1, num_processes))
+        stages += _trainings(name, training)
+    return stages
+
+
+def _preprocessing(name: str, training: Training, num_processes: int) -> list[Stage]:
+    """Return the stages that extract the fingerprint, which training requires, and preprocess the labeled cases."""
+    folder = nnunet_folder("nnUNet_preprocessed") / name
+    processes = ["-np", str(num_processes)]
+    extract = ["nnUNetv2_extract_fingerprint", "-d", _id(name), *processes]
+    preprocess = ["nnUNetv2_preprocess", "-d", _id(name), "-plans_name", training.plans, "-c", training.configuration]
+
+    def finished(file: str) -> list[Any]:
+        try:
+            return list(json.loads((folder / file).read_text()))
+        except (OSError, ValueError):  # absent, or incomplete since the command was interrupted
+            return []
+
+    def finish() -> None:
+        with replacing(folder / _PREPROCESSED) as new:
+            new.write_text(json.dumps([*finished(_PREPROCESSED), entry]))
+
+    entry = [training.plans, training.configuration]
+    return [
+        Stage(lambda: [*extract, "--clean"], lambda: bool(finished("dataset_fingerprint.json"))),
+        Stage(lambda: [*preprocess, *processes], lambda: entry in finished(_PREPROCESSED), finish),
+    ]
+
+
+def _trainings(dataset: str, training: Training) -> list[Stage]:
+    """Return the stages that train all folds. A training is finished when nnU-Net has validated it."""
+
+    def stage(fold: str) -> Stage:
+        folder = training.model(dataset) / f"fold_{fold}"
+
+        def command() -> list[str]:
+            if (folder / STUDENT).is_file():
+                return training.command(dataset, fold, "--val")
+            return training.command(dataset, fold, *(["--c"] if (folder / LATEST).is_file() else []))
+
+        return Stage(command, lambda: (folder / "validation" / "summary.json").is_file())
+
+    return [stage(fold) for fold in training.folds]

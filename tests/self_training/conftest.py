@@ -1,0 +1,72 @@
+"""Fixtures of a model with two folds, and of predictions that need no network."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from nnunetv2.ensembling.ensemble import ensemble_folders
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+from nnunet_dycon.self_training import pseudo_labels
+from tests.tiny import set_environment
+
+MODEL = "nnUNet_results/Dataset901_Tiny/nnUNetTrainerDyCON_smoke__nnUNetPlans__3d_fullres"
+
+
+@pytest.fixture(scope="session")
+def root(trained_tiny, tmp_path_factory) -> Path:
+    """Return a root with a model of two folds, of which the second one is the teacher. Tests must not change it."""
+    root = tmp_path_factory.mktemp("pseudo") / "root"
+    shutil.copytree(trained_tiny, root)
+    shutil.copytree(root / MODEL / "fold_0", root / MODEL / "fold_1")
+    shutil.copy(root / MODEL / "fold_1" / "checkpoint_final_teacher.pth", root / MODEL / "fold_1/checkpoint_final.pth")
+    return root
+
+
+@pytest.fixture(scope="session")
+def predictions(root) -> list[Path]:
+    """Return the folders with the predictions of each fold by nnU-Net, and the one with their ensemble."""
+    images = str(root / "nnUNet_raw/Dataset901_Tiny/imagesUn")
+    folders = [root / "predicted" / name for name in ("0", "1", "mean")]
+    with pytest.MonkeyPatch.context() as patch:
+        set_environment(patch, root)
+        for fold, folder in enumerate(folders[:2]):
+            folder.mkdir(parents=True)
+            predictor = nnUNetPredictor(use_mirroring=False, device=torch.device("cpu"), allow_tqdm=False)
+            predictor.initialize_from_trained_model_folder(str(root / MODEL), (fold,))
+            predictor.predict_from_files_sequential(images, str(folder), save_probabilities=True)
+        ensemble_folders([str(folder) for folder in folders[:2]], str(folders[2]), True, 1)
+    return folders
+
+
+@pytest.fixture
+def own(root, tmp_path, monkeypatch) -> Path:
+    """Return a copy of `root` that the test may change; nnU-Net's variables point to it."""
+    copy = tmp_path / "own"
+    shutil.copytree(root, copy, ignore=shutil.ignore_patterns("predicted"))
+    set_environment(monkeypatch, copy)
+    return copy
+
+
+@pytest.fixture
+def copied(own, predictions, monkeypatch) -> list[str]:
+    """Copy the predictions instead of predicting; return the list of the predicted cases, with the number of the fold.
+
+    Like nnU-Net, write the segmentation after the probabilities.
+    """
+    predicted = []
+
+    def copy(predictor, cases, folder, num_processes, title):
+        folder.mkdir(exist_ok=True)
+        number = int(folder.name.removeprefix("member_"))
+        for name in ("dataset.json", "plans.json"):
+            shutil.copy(predictions[number] / name, folder)
+        for case in cases:
+            if not (folder / f"{case}.nii.gz").is_file():
+                for ending in (".npz", ".pkl", ".nii.gz"):
+                    shutil.copy(predictions[number] / f"{case}{ending}", folder)
+                predicted.append(f"{case}, {number}")
+
+    monkeypatch.setattr(pseudo_labels, "predict", copy)
+    return predicted
