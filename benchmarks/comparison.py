@@ -1,8 +1,8 @@
 """Comparison of trainers: train and predict with nnU-Net's commands, and append the scores to a CSV.
 
 - The method lower_bound is nnUNetTrainer on the labeled cases. The method upper_bound is nnUNetTrainer on all training
-  cases with their labels, with the plans of the largest number of labeled cases in `DataSet.labels`. All other methods
-  are trainers listed by `nnunet_dycon list`. Settings can be changed after a colon:
+  cases with their labels. Its plans are those for the largest number of labeled cases in `DataSet.labels`. All other
+  methods are trainers listed by `nnunet_dycon list`. Settings of a trainer can be changed after a colon:
   nnUNetTrainerDyCON:uncl_weight=0.1,rampup=0.8
 - The sets to score are val, unlabeled and test. The set unlabeled contains the unlabeled training cases, whose labels
   are used for scoring only. Choose settings on val and unlabeled. Score test only when all settings are final.
@@ -184,7 +184,8 @@ class Benchmark(Preparation):
                 training.
 
         Raises:
-            SystemExit: these settings differ from those of `run` with the current defaults of the trainer.
+            SystemExit: the settings in benchmark.json are not those that a new training of `run` would have, for
+                example because a default of the trainer has changed.
         """
         record = json.loads((folder / "benchmark.json").read_text())
         if run.trainer in TRAINERS:

@@ -72,9 +72,10 @@ def simulate(
         own: standard deviation of the effect of a method on a case, which all its seeds share.
         seed: standard deviation of the effect of a seed, which all cases share.
         residual: standard deviation of the effect that is different for each score.
-        draw: standard deviation of the effect of a draw of labeled cases. Seed s of each method has the same draw.
-        skewed: whether the term `own` of all methods except 0 is lognormally distributed, with the same mean and
-            standard deviation.
+        draw: standard deviation of the effect of a draw of labeled cases. Each seed has its own draw, which all methods
+            share.
+        skewed: whether the term `own` is lognormally distributed, with the same mean and standard deviation, for all
+            methods except method 0.
         factor: for methods 0 and 1, `seed` is multiplied by this number.
 
     Returns:

@@ -90,7 +90,7 @@ def perform(
 ) -> list[tuple[str, str, str, str]]:
     """Run the steps one after the other, write the result of each to gpu_NAME.json, and print a line for each.
 
-    If a step does not succeed, its file of an earlier run with the status "ok" is kept.
+    If a step does not succeed, and its gpu_NAME.json of an earlier run has the status "ok", this file is kept.
 
     Args:
         steps: the steps. The result of the first one, with device and versions, is added to all results.
@@ -295,7 +295,10 @@ def _trained(result: dict) -> str:
 
 
 def main() -> None:
-    """Run all steps and print a table, or only one step in this process."""
+    """Run all steps, each in its own process, and print a table.
+
+    With --prepare, only the data is prepared. With --one, only the step "environment" or "data" runs, in this process.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder of the data set; not needed if the data is prepared")
     add_arguments(parser, replace(LEFT_ATRIUM, spacing=1.25, features=(), needs_data=False))

@@ -61,8 +61,8 @@ def dense_fecl(embedding, patch_labels, *, teacher_embedding, anchor_entropy, ga
 def released_uncl(student_logits, teacher_logits):
     """Return the uncertainty-aware consistency loss (UnCL) as in the released code of DyCON, with β = `BETA`.
 
-    The released code adds the entropies of each image to the squared differences of all images in the batch, because
-    of broadcasting. This does not change the mean: it is the same as with the squared differences of the same image.
+    Because of broadcasting, the released code adds the entropies of each image to the squared differences of all images
+    in the batch. The mean is the same as if they were added to the squared differences of the same image only.
 
     Args:
         student_logits: (B, C, *spatial).
@@ -142,7 +142,8 @@ CASES: dict[str, tuple[Callable[[str], dict], Callable]] = {
 def measure(name: str, device: str, repeats: int) -> dict:
     """Measure forward and backward passes of one entry of `CASES`.
 
-    Run it in a new process for each entry, because the peak memory on a CPU is that of the process since its start.
+    Call this function in a new process for each entry, because the peak memory on a CPU is that of the process since
+    its start.
 
     Args:
         name: key of `CASES`.

@@ -3,9 +3,9 @@
     python -m benchmarks.networks [--features 32 64 128 256 320] [--patch 96 96 96] [--timed_patch 32 32 32]
 
 - The networks have one input channel, two classes, strides of 2 and deep supervision. A batch has two images.
-- Memory is the size of the tensors that the forward pass saves for the backward pass, without parameters. The patches
-  have the size --patch, with autocast to 16 bits. The memory is computed from the shapes of the tensors, without a GPU.
-  Each storage is counted once.
+- Memory is the size of the tensors that the forward pass saves for the backward pass, without parameters, for patches
+  of --patch with autocast to 16 bits. It is computed from the shapes of the tensors, without a GPU. Each storage is
+  counted once.
 - Time is the measured CPU time of a forward and backward pass with patches of --timed_patch in float32, with one
   thread. The networks are run alternately. Times are medians, with the quartiles in brackets; the first pass is a
   warm-up.

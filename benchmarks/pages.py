@@ -9,15 +9,15 @@ In a page, a table is between two comments. The first comment contains the kind 
 
 - results TABLE LABELS: all trainers with their default settings, lower bound and upper bound. TABLE is the name of a
   CSV in benchmarks/results without its ending, LABELS the number of labeled cases;
-- pooled LABELS TABLE ...: for the same trainers, the difference to the lower bound in each of several CSVs and its mean
-  over these CSVs, with equal weights;
+- pooled LABELS TABLE ...: for the same trainers, the difference of Dice to the lower bound on test in each of several
+  CSVs, and the mean of these differences with equal weights;
 - trials TABLE LABELS: all methods, including those with changed settings, on val, unlabeled and test, with the labeled
   cases of draw 0;
 - looks: all evaluations on test in all CSVs, by date;
 - losses FILE, train_step FILE, step_memory FILE, loader FILE, networks FILE, many_cases FILE: measured times and
   memory, from a JSON file in benchmarks/results;
-- gradients FILE: gradients of the terms of DyCON, from such a JSON file;
-- coverage FILE: coverage of the confidence intervals in simulations, from such a JSON file;
+- gradients FILE: gradients of the terms of DyCON, from a JSON file in benchmarks/results;
+- coverage FILE: coverage of the confidence intervals in simulations, from a JSON file in benchmarks/results;
 - scaling: calculated times of a step on 1 to 64 GPUs.
 
 With --check, nothing is written, and the exit code is 1 if a page is out of date.
@@ -101,12 +101,15 @@ def pooled(labels: str, *tables: str) -> str:
     - mean: the mean of these differences, with 95 % interval;
     - gap closed: this mean as a fraction of the mean gap between upper and lower bound, with 95 % interval.
 
-    The rows are the methods that are in all CSVs, except the lower bound. The column "gap closed" is included only if
-    the upper bound is in all CSVs.
+    The rows are the methods with default settings that are in all CSVs, except the lower bound. The column "gap closed"
+    is included only if the upper bound is in all CSVs.
 
     Args:
         labels: number of labeled cases.
         tables: names of the CSVs, without their ending.
+
+    Raises:
+        ValueError: a CSV has only one run of each method, or no method other than the lower bound is in all CSVs.
     """
     groups = [students(table, "test", trials=False)[int(labels)] for table in tables]
     bootstraps = [report.bootstrap(group, seed) for seed, group in enumerate(groups)]
@@ -217,8 +220,8 @@ def students(table: str, which: str, **chosen: Any) -> dict[int, report.Group]:
         chosen: further arguments of `report.read`.
 
     Returns:
-        Number of labeled cases -> (method, "student") -> scores, as from `report.groups`. It is empty if the table has
-        no scores of the set.
+        Number of labeled cases -> (method, "student") -> scores, the result of `report.groups` without other networks.
+        The dict is empty if the CSV has no scores of the set.
     """
     if not any(row["set"] == which for row in _rows(table)):
         return {}

@@ -176,8 +176,9 @@ def groups(scores: dict[tuple[int, str, str], Scores]) -> dict[int, Group]:
             network: "student", "teacher" or "second".
 
     Returns:
-        Number of labeled cases, ascending -> group. A group is a dict (method, weights) -> scores of the methods with
-        this number, sorted by ascending mean Dice, and of the upper bound, which is last and has no group of its own.
+        Number of labeled cases, ascending -> group. A group is a dict (method, weights) -> scores. It contains the
+        methods with this number, sorted by ascending mean Dice, and then the upper bound. The upper bound has no group
+        of its own.
     """
     upper = {(method, weights): its for (_, method, weights), its in scores.items() if method == UPPER_BOUND}
     found: dict[int, Group] = defaultdict(dict)
@@ -268,7 +269,9 @@ def with_interval(estimate: Estimate, form: str) -> str:
 
 
 def over_runs(values: np.ndarray, digits: int) -> str:
-    """Return "mean ± standard deviation" over runs of the mean score over cases; only the mean with a single run.
+    """Average the scores over cases, and return "mean ± standard deviation" over runs as text.
+
+    With a single run, only the mean is returned.
 
     Args:
         values: (runs, cases), scores.

@@ -157,7 +157,8 @@ def _mask_patterns(masks: str | Sequence[str] | None) -> dict[str, str]:
 def _no_common_case(labeled: Sequence[str], cases: Sequence[str]) -> str:
     """Return an error message for labels and images that have no case in common.
 
-    If the names of the cases match without nnU-Net's channel number ("_0000"), the message suggests a pattern with it.
+    If the names of images and labels differ only by nnU-Net's channel number ("_0000"), the message suggests adding the
+    number to a pattern.
 
     Args:
         labeled: names of the cases with labels.
@@ -193,7 +194,7 @@ def _matches(
         entries: files and folders below the source that can match.
         pattern: pattern as described in the module's docstring.
         flag: command-line option of the pattern, for error messages.
-        warnings: list to which a warning about folders that match but cannot be used is appended.
+        warnings: list to which a warning is appended if folders match the pattern but cannot be used.
         excluded: files that match --masks and are therefore not in `entries`. They are used only to explain the error
             if nothing matches.
 

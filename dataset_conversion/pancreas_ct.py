@@ -7,9 +7,9 @@ Layouts that are read:
 
 - DICOM of TCIA in both forms, `Pancreas-CT/PANCREAS_0001/<study>/<series>/1-001.dcm` and
   `DOI/PANCREAS_0001/<uid>/<uid>/000000.dcm`, and NIfTI re-uploads, `PANCREAS_0001.nii.gz`. The labels are
-  `label0001.nii.gz`, anywhere below the source folder. The converter aligns image and label by their headers only.
-  According to the headers, a DICOM series and its label have the same grid. If their voxel arrays seem flipped
-  relative to each other, another tool has changed the axes of one of them.
+  `label0001.nii.gz`, anywhere below the source folder. Image and label are aligned by their headers only. In the
+  original files, the headers of a DICOM series and of its label define the same grid. If the voxel arrays of image and
+  label seem flipped relative to each other, another tool has changed the axes of one of them.
 - h5 files of the community, already normalized and resampled: `image0001_norm.h5` (MC-Net), `0001.h5` or
   `pancreas_001.h5` (CoraNet, BCP), `PANCREAS_0001.h5` (DyCON). Their datasets `image` and `label` have the axes
   (x, y, z).
@@ -237,9 +237,9 @@ def _read_label(path: Path, images: Sequence[sitk.Image], report: CaseReport) ->
 def _check_intensities(image: sitk.Image, label: sitk.Image, report: CaseReport) -> None:
     """Add a warning to the report if image and label are probably misaligned because a header is wrong.
 
-    This is assumed in two cases: less than 90 % of the label is within -100 to 250 HU, or the intensities under the
-    label would be more uniform if the label were flipped. The first criterion alone does not suffice: it detects none
-    of the possible flips of PANCREAS_0001.
+    Misalignment is assumed in two cases: less than 90 % of the label is within -100 to 250 HU, or the intensities under
+    the label would be more uniform if the label were flipped. The first criterion alone does not suffice: it detects
+    none of the possible flips of PANCREAS_0001.
     """
     hounsfield = sitk.GetArrayViewFromImage(image)
     marked = np.nonzero(sitk.GetArrayViewFromImage(label))

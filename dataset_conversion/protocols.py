@@ -14,7 +14,8 @@ class Protocol:
     Attributes:
         name: name of the split, as given with --protocol.
         source: the publication of the split.
-        published_labeled: numbers of labeled cases in publications. For the number N, these are the first N of `train`.
+        published_labeled: numbers of labeled cases that publications use. With N labeled cases, the first N of `train`
+            are labeled.
         faults: known faults of the split, or of how publications use it. They are printed as warnings.
         train: identifiers of training cases in the published order.
         val: identifiers of validation cases. Settings are chosen on these.

@@ -54,8 +54,8 @@ def check_source(folder: Path) -> list[str]:
     """Check the links, permissions and detached headers in a source folder.
 
     Returns:
-        Warnings about links to files that do not exist or that are outside of the folder, and about folders that cannot
-        be entered.
+        Warnings about links to files that do not exist or are outside of the folder, and about folders that cannot be
+        entered.
 
     Raises:
         UserError: a NRRD or MetaImage header names a voxel data file outside of the folder.
@@ -154,8 +154,8 @@ class NamedMasks:
     """Reader of labels that are stored as one mask file each. Can be used as `writer.DataSet.read_label`.
 
     Attributes:
-        files: first mask file of a case -> list of pairs (label value, mask file), in ascending order of label values.
-            Nonzero voxels of a mask file get its label value in the converted label map.
+        files: first mask file of a case (its `Case.label`) -> pairs (label value, mask file) of all its masks, in
+            ascending order of label values. Nonzero voxels of a mask get the label value of its pair.
     """
 
     files: Mapping[Path, Sequence[tuple[int, Path]]]
@@ -245,7 +245,10 @@ def read_h5_mask(
 
 
 def _type_of_simpleitk(kind: np.dtype) -> np.dtype:
-    """Return the nearest data type that SimpleITK supports, in native byte order."""
+    """Return the data type, in native byte order, to which voxels of the type `kind` are converted for SimpleITK.
+
+    It is uint8 for booleans, float32 or float64 for floating-point numbers, and the same type for integers.
+    """
     if kind.kind == "b":
         return np.dtype(np.uint8)
     if kind.kind == "f":
@@ -400,10 +403,10 @@ def _read_series(folder: Path, report: CaseReport) -> sitk.Image:
 
 
 def _sorted_by_position(files: Sequence[str]) -> list[str]:
-    """Sort DICOM files by slice position.
+    """Sort the DICOM files of a series by slice position.
 
     Raises:
-        UserError: slices differ in size or have the same position, or there are gaps between slices.
+        UserError: slices differ in size, have the same position, or are not equidistant.
     """
     reader = sitk.ImageFileReader()
     places, sizes = {}, {}
@@ -437,9 +440,14 @@ def _sorted_by_position(files: Sequence[str]) -> list[str]:
 
 
 def _check_numbers(reader: sitk.ImageSeriesReader, slices: int, report: CaseReport) -> None:
-    """Add a warning to the report if the DICOM instance numbers are not consecutive from 0 or 1.
+    """Add a warning to the report if the DICOM instance numbers of a series are not consecutive from 0 or 1.
 
-    The first or last slice may then be missing. Nothing is checked if a slice has no number.
+    Such numbers indicate that the first or last slice may be missing. No warning is added if a slice has no number.
+
+    Args:
+        reader: reader that has read the series.
+        slices: number of slices in the series.
+        report: report of the case.
     """
     tags = [
         reader.GetMetaData(index, _NUMBER).strip() for index in range(slices) if reader.HasMetaDataKey(index, _NUMBER)

@@ -159,7 +159,7 @@ def draw_overlays(folder: Path, cases: Sequence[Case], data_set: "DataSet", file
 
 
 def slices_of(folder: Path, identifier: str) -> tuple[list[np.ndarray], int, np.ndarray, float]:
-    """Return one axial slice of a labeled case: the one with the most foreground, or the middle one of an empty label.
+    """Return the axial slice of a labeled case with the most foreground; without foreground, the middle slice.
 
     Rows go from anterior to posterior and columns from the patient's right to left, as usual in radiology.
 

@@ -211,10 +211,11 @@ def split_record(assignment: Assignment) -> dict[str, object]:
 
 
 def cross_validation(labeled: Iterable[str]) -> list[dict[str, list[str]]]:
-    """Return the content of splits_final.json: nnU-Net's 5 folds, or one fold per case with fewer than 5 cases.
+    """Return the content of splits_final.json for labeled cases with the given identifiers: nnU-Net's 5 folds.
 
-    Each fold is a dict with the identifiers of "train" and "val". If there is only one labeled case, it is in both
-    lists, because nnU-Net requires at least one case for training and one for validation.
+    If there are fewer than 5 cases, each case is the validation case of one fold. Each fold is a dict with the
+    identifiers of "train" and "val". A single labeled case is in both lists, because nnU-Net requires at least one case
+    for training and one for validation.
     """
     from nnunetv2.utilities.crossval_split import (
         generate_crossval_split,

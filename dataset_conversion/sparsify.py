@@ -57,9 +57,10 @@ class Slices:
 
 @dataclass(frozen=True)
 class Scribbles:
-    """Annotation by scribbles: one scribble per slice (Z) and connected region of a label, including background.
+    """Annotation by scribbles.
 
-    A scribble is half of the pixels of the region's skeleton: those nearest to a random pixel of the skeleton.
+    In each slice along Z, each connected region of each label, including background, has one scribble. The scribble is
+    half of the pixels of the region's skeleton: those nearest to a random pixel of the skeleton.
 
     Attributes:
         seed: seed for drawing these random pixels.
@@ -107,8 +108,9 @@ def sparsify(dataset: str, dataset_id: int, annotate: Slices | Scribbles, num_pr
         The folder of the new data set, nnUNet_raw/DatasetXXX_NAME_RULE, such as Dataset005_Heart_Every8.
 
     Raises:
-        UserError: dataset.json or a label file is damaged or has an ignore label already.
-        UsageError: the data set does not exist, or the new ID is used.
+        UserError: dataset.json is invalid or has an ignore label already, labelsTr is empty, a label file is damaged
+            or has label values that are not in dataset.json, or the new data set cannot be written.
+        UsageError: the data set does not exist, or the new ID is invalid or already used.
     """
     source = nnunet_folder("nnUNet_raw") / dataset_name(dataset)
     about = read_dataset_json(source)
@@ -149,15 +151,19 @@ def _write_label(
     annotate: Callable[[np.ndarray, str], np.ndarray],
     file: Path,
 ) -> dict[int, int] | str:
-    """Write a sparse label map; return its label values with their numbers of voxels, or an error message.
+    """Write a copy of a label map in which voxels without annotation have the ignore label.
 
     Args:
-        folder: folder of the new label map.
+        folder: folder of the copy, which gets the same file name.
         reader: nnU-Net's reader of the label maps.
         about: content of dataset.json.
         ignore: value of the voxels without annotation.
         annotate: the rule that selects the annotated voxels.
         file: label map in which all voxels are annotated.
+
+    Returns:
+        Label value -> number of voxels in the copy, or an error message if `file` cannot be read or has label values
+        that are not in dataset.json.
     """
     try:
         check_file(file)

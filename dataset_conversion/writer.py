@@ -41,7 +41,9 @@ _LONGEST_NAME = 255  # bytes, of common file systems
 class DataSet:
     """Properties that all cases of a dataset share.
 
-    `name`, `channel_names`, `labels`, `reference`, `license` and `regions_class_order` are written to dataset.json.
+    `name`, `channel_names`, `labels`, `reference` (source of the data, such as a URL), `license` and
+    `regions_class_order` are written to dataset.json. `label_values` maps the label values of the source to those of
+    dataset.json. `settings` are the user's options, which are written to conversion_report.json.
 
     `read_images(paths, report)` reads the paths in `Case.images`, and returns one image per channel.
     `read_label(path, images, report)` reads `Case.label`, and returns the label image; `images` are the channels of the
@@ -62,12 +64,15 @@ class DataSet:
 
 
 def new_dataset_folder(dataset_id: int, name: str, option: str = "-d") -> Path:
-    """Return the path nnUNet_raw/DatasetXXX_Name without creating it; raise UsageError if the ID is already used.
+    """Return the path nnUNet_raw/DatasetXXX_Name without creating it.
 
     Args:
         dataset_id: the ID XXX.
         name: the name after the ID.
         option: the command-line option of the ID, for error messages.
+
+    Raises:
+        UsageError: the ID is not between 1 and 999, or is already used.
     """
     raw = nnunet_folder("nnUNet_raw")
     if not 1 <= dataset_id <= 999:
@@ -221,9 +226,10 @@ def _check_names(data_set: DataSet, identifiers: Sequence[str]) -> None:
 
 
 def _start_or_resume(partial_folder: Path, data_set: DataSet, assignment: Assignment, source: Path) -> None:
-    """Delete the files in `partial_folder`, unless the conversion that wrote them can be resumed.
+    """Delete the files in `partial_folder` unless this conversion can resume from them.
 
-    It can be resumed if source, settings, roles and package version are the same.
+    Resuming requires that the interrupted conversion had the same source folder, name, channels, labels, options, roles
+    and package version.
     """
     settings = {
         "source": str(source.resolve()),
@@ -298,7 +304,13 @@ def _record(folder: Path, case: Case) -> dict[str, Any]:
 
 
 def _is_converted(folder: Path, role: str, case: Case) -> bool:
-    """Return whether a case was converted, and its source files have not changed since its conversion."""
+    """Return whether a case was converted, and its source files have not changed since then.
+
+    Args:
+        folder: hidden folder of the unfinished conversion.
+        role: role of the case, which determines whether its label files are source files (see `_stamps`).
+        case: the case.
+    """
     try:
         return _record(folder, case)["made_from"] == _stamps(role, case)
     except (OSError, ValueError, KeyError):
@@ -308,8 +320,8 @@ def _is_converted(folder: Path, role: str, case: Case) -> bool:
 def _stamps(role: str, case: Case) -> list[list[object]]:
     """Return path, size in bytes and modification time in ns of each source file that is read for a case.
 
-    `_is_converted` compares them with those of the conversion to detect changed files. Label files are included only if
-    `FOLDERS` has a label folder for the role ("labeled", "unlabeled", "val" or "test"); otherwise they are never read.
+    `_is_converted` compares the result with that recorded at the conversion, to detect changed files. Label files are
+    included for the roles "labeled", "val" and "test". For the role "unlabeled", they are never read.
     """
     label = (case.label, *case.other_labels) if case.label is not None and FOLDERS[role][1] is not None else ()
     files = [file for path in (*case.images, *label) for file in (sorted(path.iterdir()) if path.is_dir() else [path])]

@@ -1,4 +1,4 @@
-"""Distributed training with torchrun on one or several machines, with the arguments of nnUNetv2_train:
+r"""Distributed training with torchrun on one or several machines, with the arguments of nnUNetv2_train:
 
     torchrun --nnodes 2 --nproc-per-node 4 --max-restarts 3 --rdzv-backend c10d --rdzv-endpoint FIRST_NODE:29500 \
         -m nnunet_dycon.launch 101 3d_fullres 0 -tr nnUNetTrainerDyCON

@@ -1,4 +1,4 @@
-"""Trainers for `nnUNetv2_train -tr`, one class per file, and their variants with other lengths.
+"""Trainers for `nnUNetv2_train -tr`, one class per file, and variants of them with other numbers of epochs.
 
 `nnUNetTrainerX_50epochs` trains `nnUNetTrainerX` for 50 epochs instead of 1000, `nnUNetTrainerX_smoke` for 2 epochs of
 5 iterations. The classes of these variants are created on demand and stored as attributes of this module, so that there

@@ -47,8 +47,8 @@ class nnUNetTrainerDKUXNet(UXNetTraining, SemiSupervisedTrainer):
     def initialize(self) -> None:
         """Initialize like `SemiSupervisedTrainer`, then register a hook that stores the student's query distribution.
 
-        The mask transformer predicts it in addition to the segmentation: for each voxel, the probabilities of the
-        queries, summed over the queries of each class.
+        The mask transformer predicts this distribution in addition to the segmentation. Each query belongs to one
+        class. For each voxel and class, the distribution contains the sum of the probabilities of the class's queries.
 
         Raises:
             NotSupported: deep supervision is off. Without it, the layers that assign voxels to queries at the lower

@@ -215,7 +215,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
     @preflight.with_memory_advice
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
-        """Load a checkpoint with the modules of `self.method`. With --c, fall back to the newest readable one."""
+        """Load a checkpoint, including `self.method`. With --c, if it is damaged, load the newest readable one."""
         if self._continue_training:
             self._continue_training, log = False, self.print_to_log_file  # later calls load exactly the given file
             filename_or_checkpoint = checkpoints.find_readable(filename_or_checkpoint, log, self._lock.acquire)

@@ -12,7 +12,7 @@ from nnunet_dycon.training import checkpoints
 class TwoNetworksTrainer(SemiSupervisedTrainer):
     """Semi-supervised trainer with a second network from the same plans.
 
-    The network is the child module `second` of the semi-supervised method `self.method`.
+    The second network is the child module `second` of the semi-supervised method `self.method`.
     """
 
     second_network = nnUNetTrainerSecondNetwork

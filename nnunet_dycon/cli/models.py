@@ -1,7 +1,8 @@
 """Sub-commands for trained models and their predictions.
 
-export_vanilla exports a model to plain nnU-Net. predict_both predicts with the student and with the second network or
-the teacher of a model, and averages the probabilities. predict_uncertainty ranks predicted cases by uncertainty.
+export_vanilla exports a model to plain nnU-Net. predict_both averages the probabilities of two networks of a model: the
+student, and the second network or, if there is none, the teacher. predict_uncertainty ranks predicted cases by
+uncertainty.
 """
 
 import argparse

@@ -57,7 +57,8 @@ class CoTraining(Method):
         `mutual_losses` returns. `mutual_losses` may omit terms of weight 0.
 
         Args:
-            ramp: the ramp-up factor, from 0 to 1; the subclass multiplies the weights to ramp up by this factor.
+            ramp: the ramp-up factor, from 0 to 1. The subclass multiplies each weight that increases during the
+                ramp-up by this factor.
         """
         raise NotImplementedError
 

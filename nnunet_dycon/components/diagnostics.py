@@ -40,7 +40,7 @@ def pseudo_label_diagnostics(
     Returns:
         A dict with two entries. "pseudo_foreground" is the fraction of voxels whose pseudo-label is foreground.
         ``agreement`` is the micro-averaged Dice: all foreground classes and images are counted together. It is NaN if
-        there is no foreground in both label maps.
+        neither the pseudo-labels nor the student's label maps contain foreground.
     """
     voxels: int | torch.Tensor = teacher.numel()
     if where is not None:
@@ -67,9 +67,10 @@ def pseudo_region_diagnostics(
         agreement: as in `pseudo_label_diagnostics`.
 
     Returns:
-        A dict with two entries. "pseudo_foreground" is the fraction of voxels in any pseudo-labeled region.
-        ``agreement`` is the mean Dice over the regions; the Dice of a region is computed over all images together.
-        Regions that are empty in both predictions are left out; NaN if all are.
+        A dict with two entries. "pseudo_foreground" is the fraction of voxels that are in at least one region of the
+        pseudo-labels. ``agreement`` is the mean Dice over the regions; the Dice of a region is computed over all images
+        together. A region that is empty in both ``student`` and ``teacher`` is left out of the mean. If all regions are
+        left out, the mean is NaN.
     """
     voxels: int | torch.Tensor = teacher[:, 0].numel()
     if where is not None:

@@ -206,13 +206,13 @@ def patch_codes(
     background_fraction: float = 0.05,
     known: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return the region code of each cell of a feature grid, as `patch_labels` returns the class for classes.
+    """Return the region code of each cell of a feature grid: the counterpart of `patch_labels` for regions.
 
-    A region code is an integer that encodes the regions of a voxel, see `region_codes`. Voxels in any region are
-    foreground. As in `patch_labels`, the foreground fraction determines whether a cell is foreground, background or
-    ignored. A foreground cell gets the most frequent code of its foreground voxels; in case of a tie, the lowest of
-    these codes. So the combination of regions always occurs in the cell. A majority vote for each region could return
-    a combination that does not.
+    A region code is an integer that encodes the regions of a voxel, see `region_codes`. Voxels in at least one region
+    are foreground. As in `patch_labels`, the foreground fraction determines whether a cell is foreground, background
+    or ignored. A foreground cell gets the most frequent code of its foreground voxels; in case of a tie, the lowest of
+    these codes. So at least one voxel of the cell has this combination of regions. A majority vote for each region
+    could return a combination that no voxel has.
 
     Args:
         codes: (B, *spatial), integers, the region code of each voxel, 0 for background.

@@ -66,9 +66,9 @@ class Method(nn.Module):
         Args:
             output: the student's output for a batch that starts with the labeled images.
             labeled: the labeled batch.
-            mix: the mixture of labeled and unlabeled images that was applied to the batch; None without mixing. With
-                copy-paste, the loss covers exactly the voxels that come from labeled images, also those pasted into
-                unlabeled images. Without mixing, and with CutMix, it covers the labeled images.
+            mix: the mixture of labeled and unlabeled images that was applied to the batch; None without mixing. Without
+                mixing, and with CutMix, the loss is computed on the labeled images. With copy-paste, it is computed on
+                all voxels from labeled images, including the boxes that are pasted into unlabeled images.
         """
         if mix is None or not mix.cuts_labeled:
             return self.supervision.loss(output[: len(labeled)].logits, labeled.targets)

@@ -86,9 +86,10 @@ class CutMix(Mixture):
     """CutMix (arXiv:1905.04899) of unlabeled images; labeled images are unchanged.
 
     A box of each unlabeled image is replaced by the same box of the previous unlabeled image in the batch. The first
-    image gets the box of the last one. If there is only one unlabeled image, its box is replaced by the same box of the
-    last labeled image. The voxels of this box count as labeled: ``truth`` is True, and no pseudo-labels are used. For
-    the arguments see `mixture`.
+    image gets the box of the last one. For the arguments see `mixture`.
+
+    A single unlabeled image gets the box of the last labeled image instead. Only in this case, the voxels of the box
+    come from a labeled image: ``truth`` is True for them, and no pseudo-labels are used.
     """
 
     def __init__(

@@ -34,9 +34,9 @@ class Workers(NonDetMultiThreadedAugmenter):
 
     It raises UserError (an error that the user can fix) if a case cannot be read or if a worker was killed.
 
-    There is one exception: a job scheduler stops a training by sending SIGTERM to all of its processes. The workers end
-    at once, but the main process still finishes its training step, so that all ranks stop after the same step. If no
-    batch is left for this step, the augmenter returns the previous batch again instead of raising an error.
+    No error is raised if a job scheduler stops the training by sending SIGTERM to all of its processes. The workers
+    then end at once, but the main process still finishes its training step, so that all ranks stop after the same step.
+    If no batch is left for this step, the augmenter returns the previous batch again.
 
     Args:
         arguments, options: positional and keyword arguments of NonDetMultiThreadedAugmenter.

@@ -13,12 +13,12 @@ FORMAT = "https://github.com/MIC-DKFZ/nnUNet/blob/master/documentation/dataset_f
 
 
 def read_dataset_json(folder: Path) -> dict[str, Any]:
-    """Return the content of dataset.json in a folder of nnUNet_raw, for commands that copy its files.
+    """Return the content of dataset.json in a folder of nnUNet_raw, for commands that copy the files of the data set.
 
     Raises:
         UsageError: the folder does not exist.
-        UserError: the file cannot be read, nnU-Net cannot use it (see `check_dataset_json`), or it lists the paths of
-            the images and labels, which then are not in the folder's sub-folders.
+        UserError: dataset.json cannot be read, or nnU-Net cannot use it (see `check_dataset_json`), or it has the entry
+            "dataset", with which images and labels can be in any folder.
     """
     file = folder / "dataset.json"
     if not folder.is_dir():
@@ -83,7 +83,7 @@ def values_by_name(content: dict) -> dict[str, tuple[int, ...]]:
 
 
 def ignore_label(content: dict) -> int | None:
-    """Return the value of the label "ignore" in a valid dataset.json, which marks voxels without annotation, or None.
+    """Return the value of the ignore label (voxels without annotation) in a valid dataset.json; None if not defined.
 
     >>> ignore_label({"labels": {"background": 0, "liver": 1, "ignore": 2}})
     2
@@ -92,7 +92,12 @@ def ignore_label(content: dict) -> int | None:
 
 
 def _reader_faults(ending: str, reader: Any) -> Iterator[str]:
-    """Yield a fault if nnU-Net has no reader named ``reader`` or, for "None" (not set), none for the file ending."""
+    """Yield a fault as text if nnU-Net has no reader for the images.
+
+    Args:
+        ending: the file ending in dataset.json. It is checked only if ``reader`` is "None".
+        reader: the name of the reader in dataset.json; "None" if dataset.json names no reader.
+    """
     if reader == "None":
         known = sorted({each for reader_class in LIST_OF_IO_CLASSES for each in reader_class.supported_file_endings})
         if ending.lower() not in known:
@@ -135,10 +140,10 @@ def _foreground(labels: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]
 def region_faults(labels: dict[str, tuple[int, ...]], order: Any) -> Iterator[str]:
     """Yield the first fault of "regions_class_order" and its remedy as text; yield nothing if it is correct.
 
-    This list contains one label value for each region. nnU-Net writes this value to the predicted voxels of the region.
-    A later region overwrites an earlier one. Voxels that are predicted as label L therefore get the value of the last
-    region that contains L. The order is correct if, for every L, this value is in the same regions as L. Otherwise the
-    written label map has other regions than the prediction.
+    The list contains one label value for each region. nnU-Net writes this value to the predicted voxels of the region.
+    A later region overwrites an earlier one. Voxels that are predicted as label L therefore get the value V of the last
+    region that contains L. The list is correct if, for every L, the regions that contain V are those that contain L.
+    Otherwise the regions of the written label map differ from the predicted regions.
 
     Args:
         labels: name -> values of each label or region, in the order of dataset.json. Without regions nothing is
@@ -159,9 +164,9 @@ def region_faults(labels: dict[str, tuple[int, ...]], order: Any) -> Iterator[st
 
 
 def _misplaced(regions: dict[str, tuple[int, ...]], order: list[int]) -> tuple[int, int] | None:
-    """Return the first label that nnU-Net writes as a label of other regions, and the value that it writes instead.
+    """Return (L, V) for the lowest label L that nnU-Net writes as a value V of other regions, or None if there is none.
 
-    Return None if there is no such label. See `region_faults` for the reason.
+    L and V are explained in `region_faults`.
 
     Args:
         regions: name -> label values of each region, in the order of dataset.json.

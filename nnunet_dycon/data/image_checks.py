@@ -23,7 +23,7 @@ _GIPL_HEADER = 256  # bytes
 
 
 def check_file(file: Path) -> None:
-    """Raise an exception with the reason if SimpleITK might read wrong voxels or spacing from a file without an error.
+    """Raise an exception if a file has a fault for which SimpleITK may return wrong voxels or spacing without an error.
 
     For example, SimpleITK fills truncated images with arbitrary values, and reads NaN in NIfTI files as 0.
 

@@ -51,7 +51,7 @@ class Grid:
 
     @property
     def is_2d(self) -> bool:
-        """Whether the image has two axes, that is, a spacing along Z of at least 999 times that along Y and X."""
+        """Whether the image is 2D: its spacing along Z is at least 999 times the larger of the two other spacings."""
         return self.spacing[0] >= 999 * max(self.spacing[1:])
 
 
@@ -111,7 +111,7 @@ def image_files_by_case(folder: Path, ending: str) -> dict[str, list[Path]]:
 
 
 def files_with_ending(folder: Path, ending: str) -> list[Path]:
-    """Return the files in a raw folder with a name ending, sorted; an empty list if the folder does not exist.
+    """Return the files in a raw folder whose names end with ``ending``, sorted; [] if the folder does not exist.
 
     Raises:
         UserError: the folder cannot be entered.
@@ -125,7 +125,10 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def require_printable(file: Path) -> None:
-    """Raise UserError if a file name has characters that cannot be printed; SimpleITK aborts if a name is not UTF-8."""
+    """Raise UserError if a file name has unprintable characters, such as bytes that are not UTF-8.
+
+    SimpleITK aborts the process if a file name is not UTF-8.
+    """
     if not file.name.isprintable():
         raise UserError(f"{file.parent} has the file name {file.name!r}, which cannot be printed; rename it")
 

@@ -60,7 +60,10 @@ class UnlabeledDataset:
         return union
 
     def image_file(self, identifier: str) -> str:
-        """Return the file with the image of a case. Labeled cases can have nnU-Net's older formats, .npy and .npz."""
+        """Return the path of the image of a case.
+
+        The ending is .b2nd or, for labeled cases in nnU-Net's older formats, .npy or .npz.
+        """
         stem = os.path.join(self._sources[identifier][0], identifier)
         files = [stem + ending for ending in (".b2nd", ".npy", ".npz")]  # nnU-Net unpacks .npz to .npy
         return next(filter(os.path.isfile, files), files[0])
@@ -77,7 +80,10 @@ class UnlabeledDataset:
         return blosc2.open(urlpath=file, mode="r", dparams={"nthreads": 1}, **mapping)
 
     def naming_unreadable_image(self, identifier: str) -> AbstractContextManager:
-        """Return a context manager that raises UserError with a remedy if the image of a case cannot be read."""
+        """Return a context manager that replaces an exception while reading the image of a case by a UserError.
+
+        The message contains the file and the remedy.
+        """
         return explained(Exception, f"{self.image_file(identifier)} cannot be read; {self._sources[identifier][1]}")
 
 
@@ -211,9 +217,10 @@ class UnlabeledLoader(nnUNetDataLoader):
 
         nnU-Net stores this mask in the segmentation. During augmentation, it sets voxels outside to 0 in the channels
         that are normalized within their nonzero region (``self.masked``). Unlabeled cases have no stored segmentation,
-        so the mask is computed from the image: a voxel is outside if all these channels are 0. Preprocessing ensures
-        that they are exactly 0 outside. This is not so for sparsely annotated cases, which are also used as unlabeled
-        ones: resampling has blurred the border of the region, so a few voxels next to the border count as inside.
+        so the mask is computed from the image: a voxel is outside if all these channels are 0. `preprocess_unlabeled`
+        ensures that they are exactly 0 outside. The images of sparsely annotated cases, which are also used as
+        unlabeled ones, are preprocessed by nnU-Net. Its resampling blurs the border of the region, so a few voxels next
+        to the border count as inside.
 
         Args:
             patch: (C, *spatial), before augmentation.
@@ -313,7 +320,10 @@ class TrainingCases:
 
     @property
     def identifiers(self) -> dict[str, list[str]]:
-        """Role, such as "labeled" -> identifiers of the cases. Cases with the role "sparse" are labeled, too."""
+        """Identifiers of the cases in each dataset, with the keys "labeled", "unlabeled", "sparse" and "validation".
+
+        The cases in "sparse" are in "labeled", too.
+        """
         return {role.name: list(getattr(self, role.name).identifiers) for role in fields(self)}
 
 

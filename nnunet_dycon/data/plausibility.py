@@ -30,8 +30,8 @@ class Appearance:
     Attributes:
         spacing: spacing along Z, Y, X in mm, as stored in the file.
         orientation: direction of increasing x, y, z, such as "LPS"; None if the format has none.
-        intensities: for each CT channel: the fraction of voxels at the upper limit to which nnU-Net clips, and the
-            standard deviation after its normalization.
+        intensities: for each CT channel, the fraction of voxels at nnU-Net's upper clip limit, and the standard
+            deviation of the normalized intensities.
     """
 
     spacing: tuple[float, ...]
@@ -87,7 +87,7 @@ def compare_with_labeled(
 
     One warning is returned for each of the following that occurs in at least one unlabeled case:
 
-    - The spacing is exactly 1 mm, but the median spacing of the labeled cases is not close to 1 mm.
+    - The spacing is exactly 1 mm, but the two smallest median spacings of the labeled cases are not both close to 1 mm.
     - No labeled case has the same orientation (one warning per orientation). This is not checked if nnU-Net's reader
       reorients images.
     - The CT intensities vary much less than in each of the compared labeled cases (the first 10 at most).

@@ -485,8 +485,8 @@ def _names_and_sizes(cases: dict[str, list[Path]]) -> dict[str, list[list]]:
 def _spacing_entry(image: Path) -> list[list]:
     """Return [[file name, hash]] for the file with the spacing of a TIFF image, and [] for other formats.
 
-    The hash is "" if only this file does not exist. It is None if the image does not exist, either, such as on storage
-    that is not mounted, or if the file cannot be read.
+    The hash is "" if the file does not exist, but the image does. It is None if neither exists, such as on storage that
+    is not mounted, or if the file cannot be read.
     """
     if (file := spacing_file(image)) is None:
         return []

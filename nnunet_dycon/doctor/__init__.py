@@ -81,7 +81,7 @@ def _diagnose_and_measure(question: Question, measurements: list[dict]) -> Itera
 
     Args:
         question: the arguments of the nnUNetv2_train call to check.
-        measurements: list to which the measurements are appended, as dicts.
+        measurements: output list, to which the fields of each `Measurement` are appended as a dict.
     """
     would_fail = False
     for finding in diagnose(question):

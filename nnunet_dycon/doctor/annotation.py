@@ -22,8 +22,8 @@ def examine_annotation(
     Args:
         counts: case identifier -> label value -> number of voxels, as from `count_labels`.
         dataset_json: content of dataset.json.
-        spacing: spacing in mm to which the cases were resampled; None for cases that are not preprocessed. It is only
-            named in a remedy: resampling can remove thin annotations.
+        spacing: spacing in mm to which the cases were resampled; None for cases that are not preprocessed. It is used
+            only in the remedy for cases without annotation, because resampling can remove thin annotations.
     """
     ignore, sparse = ignore_label(dataset_json), sparsely_annotated(counts, dataset_json)
     if ignore is None or not sparse:

@@ -111,7 +111,7 @@ class RawDataset:
 
     @cached_property
     def reader(self) -> Reader:
-        """nnU-Net's reader of the images. Reading this property raises UserError if there is none."""
+        """nnU-Net's reader of the images. Reading this property raises UserError if no reader can read them."""
         for file in self.images[:_EXAMPLES]:  # some may be damaged
             with suppress(UserError):
                 return reader_class(self.dataset_json, file)
@@ -252,9 +252,11 @@ def check_files(raw: RawDataset) -> Iterator[Finding]:
 
 
 def check_labels(raw: RawDataset) -> Iterator[Finding]:
-    """Check the values in all files of labelsTr: each must be in dataset.json, and each label must occur.
+    """Check the voxel values in all files of labelsTr.
 
-    Yield a finding for each problem, with the names of the files, or a single OK.
+    Each value must be in dataset.json. Each label of dataset.json, except the ignore label, must occur in at least one
+    file. Yield a finding for each problem, with the names of the affected files, or a single OK. If all files are
+    readable and have no unknown values, yield the findings of `examine_annotation`, too.
     """
     files = files_with_ending(raw.folder / "labelsTr", raw.ending)
     if not (files and raw.images):
@@ -331,8 +333,8 @@ def check_headers(raw: RawDataset) -> Iterator[Finding]:
 
     - The channels of all files of a case must add up to the number of channels in dataset.json.
     - All files of a case must have the same size.
-    - The unit of the spacing must be mm. It is probably wrong if the spacing differs from that of the labeled images by
-      a factor of 8 or more, see `check_unit`.
+    - The spacing must be in mm. If it differs from the spacing of the labeled images by a factor of 8 or more, the unit
+      is probably wrong, see `check_unit`.
 
     Only headers are read if the format has them.
 
@@ -363,8 +365,8 @@ def _faults(files: list[Path], raw: RawDataset, usual_spacing: list[float] | Non
     Args:
         files: image files of the case.
         raw: the data set.
-        usual_spacing: the spacing of the labeled images in mm, as a list with one value. For each image, this is the
-            geometric mean over the axes; over the images, it is the median. None to omit the check of the unit.
+        usual_spacing: list with one value in mm: the median, over the labeled images, of the geometric mean of an
+            image's spacing. The spacing of the case is compared with this value. None to omit this check.
     """
     grids = {file: raw.grids[file] for file in files}
     for file, grid in grids.items():

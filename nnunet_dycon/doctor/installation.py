@@ -259,8 +259,8 @@ def existing_part(folder: Path) -> Path:
 def check_ext_trainer() -> Iterator[Finding]:
     """Check that each folder in nnUNet_extTrainer exists, and is not a source folder of nnunet_dycon.
 
-    nnU-Net imports the modules in these folders to find a trainer. It would load the modules of a source folder
-    twice, the second time under other names, and worker processes could not find their classes. The folder that
+    nnU-Net imports the modules in these folders to find a trainer. It would import the modules of a source folder a
+    second time, under other names. Worker processes could not find the classes in these second copies. The folder that
     `nnunet_dycon trainers_path` prints is allowed: its single module is written for nnU-Net's look-up of trainers.
 
     Yield one finding for each folder.
@@ -333,8 +333,8 @@ print(json.dumps({
 def check_look_up(trainer: str) -> Iterator[Finding]:
     """Check that nnU-Net finds the trainer, by running the look-up of nnUNetv2_train in a separate process.
 
-    Yield a FAIL if the trainer is not found, a WARNING if nnU-Net finds another class with this name or one that is not
-    semi-supervised, else an OK.
+    Yield a FAIL if the trainer is not found. Yield a WARNING if nnU-Net finds another class with the same name, or if
+    the trainer is not semi-supervised. Otherwise, yield an OK.
 
     Args:
         trainer: name of the trainer (-tr).

@@ -60,7 +60,7 @@ class Run:
         dataset_json: content of dataset.json.
         fold: fold to train.
         device: type of the device: "cuda", "cpu" or "mps".
-        unlabeled_batch_size: number of unlabeled patches per step; None for the trainer's own.
+        unlabeled_batch_size: number of unlabeled patches per step; None for the trainer's default.
     """
 
     trainer: str
@@ -107,7 +107,7 @@ class Measurement:
 
     @property
     def as_text(self) -> str:
-        """One line with the main values."""
+        """One line of text: duration of a step, percentage of each part, memory, estimated duration of a training."""
         total = sum(self.parts.values())
         parts = ", ".join(f"{part} {share / total:.0%}" for part, share in self.parts.items())
         hours = ", ".join(f"{epochs} epochs {_duration(number)}" for epochs, number in self.hours.items())
@@ -144,10 +144,11 @@ def examine_speed(
 
     Args:
         trainer: name of the trainer.
-        unlabeled: the data set with its plans; its cases must be preprocessed.
+        unlabeled: the unlabeled cases and the plans of the data set. If a semi-supervised trainer is given and these
+            cases are not preprocessed, nothing is measured, and a NOTE is yielded.
         fold: number of the fold to train, or "all"; None is the same as "all".
         device: type of the device: "cuda", "cpu" or "mps".
-        results: list to which the measurements are appended, as dicts.
+        results: output list, to which the fields of each `Measurement` are appended as a dict.
     """
     is_missing = not unlabeled.is_absent() and unlabeled.fault() is not None
     if issubclass(trainer_class(trainer), SemiSupervisedTrainer) and is_missing:
@@ -240,9 +241,10 @@ def _fewer_patches(run: Run) -> Iterator[int]:
 
 
 def _scratch_folders(scratch: Path, unlabeled: UnlabeledCases) -> dict[str, str]:
-    """Create a folder in ``scratch`` to use as nnUNet_preprocessed, and return the environment variables for it.
+    """Create a temporary nnUNet_preprocessed in ``scratch``, and return environment variables for measurements.
 
-    The folder contains links to the folders of the preprocessed data, and copies of the JSON files.
+    The new folder contains links to the preprocessed data of the data set, and copies of its JSON files. The variables
+    are nnUNet_preprocessed, with the path of the new folder, and nnUNet_wandb_enabled, with the value 0.
     """
     original = unlabeled.folder.parent
     linked = scratch / "preprocessed" / original.name
@@ -263,7 +265,9 @@ def _measured(run: Run, environment: dict[str, str]) -> Measurement | None:
 
 
 def _in_process(function, arguments: tuple, environment: dict[str, str]) -> Any:
-    """Call a function in a new process, and return its result; None if the process is killed, as for lack of memory.
+    """Call a function in a new process, and return its result.
+
+    Return None if the process is killed by SIGKILL, which the operating system sends if the memory does not suffice.
 
     Args:
         function: function that can be pickled.
@@ -271,7 +275,7 @@ def _in_process(function, arguments: tuple, environment: dict[str, str]) -> Any:
         environment: environment variables to set in the new process.
 
     Raises:
-        UserError: the function raised an error, or the process ended without a result.
+        UserError: the function raised an error, or the process ended in another way without a result.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
@@ -296,10 +300,11 @@ def _in_process(function, arguments: tuple, environment: dict[str, str]) -> Any:
 def _send_result(sender: Connection, function, arguments: tuple, environment: dict[str, str]) -> None:
     """Call a function and send (its result, None), or (None, error message) if it raises an error.
 
-    This is the main function of the process that `_in_process` starts. For the other arguments see there.
+    This is the main function of the process that `_in_process` starts.
 
     Args:
         sender: end of the pipe to the parent process.
+        function, arguments, environment: the arguments of `_in_process`.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is sent to all processes; the parent ends this one
     end_with_parent()
@@ -357,9 +362,9 @@ def measure(run: Run) -> Measurement | None:
 
 
 def _lacks_memory(error: BaseException | None) -> bool:
-    """Return whether an error, or an error during whose handling it was raised, is a lack of memory.
+    """Return whether an error, or an error in its chain of `__context__`, reports a lack of memory.
 
-    Trainers of this package can raise SystemExit while they handle a lack of memory.
+    The chain matters because trainers of this package can raise SystemExit while they handle an out-of-memory error.
     """
     while error is not None:
         is_named = isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error))  # on a CPU or MPS
@@ -399,7 +404,9 @@ def _measure_steps(trainer: Any, run: Run) -> Measurement:
 
 
 def _drain(augmenter: Any) -> None:
-    """Discard the batches that were prepared in advance, so that measured steps wait for data as later in a training.
+    """Discard the batches that were prepared in advance.
+
+    With these batches, the first measured steps would wait less for data than later steps of a training.
 
     Args:
         augmenter: nnU-Net's augmenter, an iterator of batches.

@@ -72,9 +72,10 @@ class Training:
 
     @cached_property
     def label_counts(self) -> dict[str, dict[int, int]]:
-        """Number of voxels with each label in each labeled case, see `count_labels`.
+        """Voxel counts: labeled case -> label value -> number of voxels, see `count_labels`.
 
-        Reading this property raises UserError if `check_label_values` does.
+        Reading this property raises UserError if there are no preprocessed labeled cases, if a segmentation cannot be
+        read or has a value that is not in dataset.json, or if no segmentation has a foreground voxel.
         """
         processes = min(8, os.cpu_count() or 1)
         return check_label_values(
@@ -170,7 +171,8 @@ def check_supported(trainer: type[SemiSupervisedTrainer], unlabeled: UnlabeledCa
     """Check that the trainer supports the configuration and the label space of the data set; yield an OK.
 
     Raises:
-        NotSupported: the trainer does not support them. `examine` turns this into a finding with status FAIL.
+        NotSupported: the trainer does not support the configuration or the label space. `examine` converts this error
+            to a finding with status FAIL.
     """
     trainer.check_compatibility(unlabeled.plans.plans, unlabeled.configuration_name, unlabeled.dataset_json)
     yield Finding("trainer", OK, f"{trainer.__name__} can train {unlabeled.configuration_name}")
@@ -179,14 +181,17 @@ def check_supported(trainer: type[SemiSupervisedTrainer], unlabeled: UnlabeledCa
 def check_labeled(training: Training) -> Iterator[Finding]:
     """Check that labeled cases are preprocessed completely, and that none were added or removed since planning.
 
-    The preprocessed cases must be the same as those in labelsTr. The folder
-    gt_segmentations must contain the reference segmentation of each case, which nnU-Net's validation after training
-    needs. Each label of dataset.json must occur in a case. Yield one finding for each problem, or a single OK.
+    - The preprocessed cases must be the same as those in labelsTr.
+    - The folder gt_segmentations must contain the reference segmentation of each case, which nnU-Net's validation after
+      training needs.
+    - Each label of dataset.json, except the ignore label, must occur in at least one case.
+
+    Yield one finding for each problem, or a single OK; then yield the findings of `examine_annotation`.
 
     Raises:
-        UserError: a problem after which the other checks are not possible: there are no preprocessed cases, their
-            number or shapes are not those of the fingerprint, or a preprocessed segmentation cannot be read or has a
-            value that is not in dataset.json.
+        UserError: there are no preprocessed cases; their number or shapes differ from the fingerprint; a preprocessed
+            segmentation cannot be read or has a value that is not in dataset.json; or no segmentation has a foreground
+            voxel. The remaining checks are then omitted.
     """
     unlabeled, folder, labeled = training.unlabeled, training.labeled_folder, training.labeled
     again = f"run: nnUNetv2_preprocess {unlabeled.arguments}"

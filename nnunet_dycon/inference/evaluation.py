@@ -180,10 +180,11 @@ class Evaluation:
         return {label: _reduce([r for r in self.rows if r["label"] == label], statistic) for label in self.labels}
 
     def count_empty(self, masks: int) -> dict[str, int]:
-        """Return for each label the number of cases in which one or both masks (reference, prediction) are empty.
+        """Return label -> number of cases with one or two empty masks, as selected by ``masks``.
 
         Args:
-            masks: number of empty masks in the cases to count: 1 for exactly one of the two, 2 for both.
+            masks: 1 to count cases in which either the reference or the prediction is empty, but not both; 2 to count
+                cases in which both are empty.
         """
         found = [row["label"] for row in self.rows if sum(row[key] == 0 for key in VOXELS) == masks]
         return {label: found.count(label) for label in self.labels}

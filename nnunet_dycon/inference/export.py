@@ -107,7 +107,9 @@ def _export_fold(model: Path, output: Path, fold: str, name: str) -> None:
 
 
 def _plan_second_network(source: Path, target: Path, configuration: str) -> None:
-    """Write a copy of the plans from which nnU-Net builds the second network of co-training instead of the student.
+    """Write a copy of the plans in which the student's architecture is replaced by that of the second network.
+
+    From this copy, nnU-Net builds the second network of co-training.
 
     Args:
         source: the plans of the model.

@@ -84,7 +84,7 @@ def predict(
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Discard what nnU-Net prints: about ten lines per case."""
+    """Discard nnU-Net's output to stdout in a ``with`` block: about ten lines per case."""
     with open(os.devnull, "w") as nothing, redirect_stdout(nothing):
         yield
 

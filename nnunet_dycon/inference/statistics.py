@@ -78,16 +78,17 @@ class PairedBootstrap(Generic[Key]):
     - 2 to 5 seeds, 16 or 60 cases: 95 % to 97 %. With resampled seeds, the coverage is 86 % to 93 %.
     - 3 seeds, 16 cases, of which a few cause most of the difference: 92 %.
     - 3 seeds, 16 cases, a seed changes the score of each case independently: 99 %. The interval is too wide, because
-      such changes enter it twice: through the resampled cases and through the added noise.
+      it includes the variation between seeds twice: in the resampled cases and in the added noise.
 
     Assumptions:
 
     - All methods have the same standard deviation between seeds. If only two methods with equal numbers of seeds are
       given, their standard deviations may differ. If four of six methods have a quarter of the standard deviation of
       the two others, the coverage for the difference of these two is about 80 %.
-    - Runs are independent. Runs on the same random subset of labeled cases are not: pass one run per subset, averaged
-      over the seeds. If a subset changes the scores of all methods equally, the change is counted as noise of each
-      method, so intervals of differences are too wide.
+    - Runs are independent. Runs on the same random subset of labeled cases are not independent. If there are several
+      subsets, average the scores of each subset over its seeds, and pass one row of scores per subset. If a subset
+      changes the scores of all methods equally, the change is counted as noise of each method, so intervals of
+      differences are too wide.
     """
 
     def __init__(

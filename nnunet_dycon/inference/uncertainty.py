@@ -111,13 +111,13 @@ def rank_predictions(folders: Sequence[Path], output: Path, *, num_processes: in
 
 @dataclass(frozen=True)
 class Ranking:
-    """Cases, ranked by expected Dice: an estimate from the probabilities, without ground truth.
+    """Ranking of cases by expected Dice, which is estimated from the probabilities, without ground truth.
 
     Attributes:
-        rows: one dict per case, lowest expected Dice first. The keys are "case", the measures in `DEFINITIONS`, such
-            as "expected_dice", and "expected_dice_per_label", a dict from label name to expected Dice. The measures
-            that compare several predictions of a case, "mutual_information_nats" and "member_dice", are missing if
-            only one folder of predictions was ranked.
+        rows: one dict per case, lowest expected Dice first. The keys are "case", the keys of `DEFINITIONS`, such as
+            "rank" and "expected_dice", and "expected_dice_per_label" (label name -> expected Dice). If only one folder
+            of predictions was ranked, there are no keys "mutual_information_nats" and "member_dice", because they
+            compare the predictions in several folders.
     """
 
     rows: tuple[dict[str, Any], ...]
@@ -289,7 +289,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
 def _slabs(probabilities: np.ndarray) -> Iterator[slice]:
     """Return slices of axis Z that divide probabilities (K, Z, Y, X) into slabs, to limit the memory of computations.
 
-    A slab has at most `_VALUES_AT_A_TIME` array elements, or a thickness of one voxel.
+    A slab has at most `_VALUES_AT_A_TIME` array elements. If one plane already has more, each slab is one plane.
     """
     labels, depth, *plane = probabilities.shape
     thickness = max(1, _VALUES_AT_A_TIME // (labels * int(np.prod(plane))))
@@ -333,10 +333,10 @@ class _Task:
         return numbers if self.values is None else np.array((0, *self.values))[numbers]
 
     def fault(self, probabilities: np.ndarray) -> str | None:
-        """Return why an array (K, Z, Y, X) does not contain probabilities of the labels, or None if it does.
+        """Return None if an array (K, Z, Y, X) contains valid probabilities of the labels, else the fault as text.
 
-        The reason completes an error message such as "CASE.npz: probabilities do not sum to 1". NaN is not a
-        probability.
+        NaN is a fault. The text completes an error message, such as "do not sum to 1" in "CASE.npz: probabilities do
+        not sum to 1".
         """
         if self.label_space.sigmoid:
             return None if ((probabilities >= 0) & (probabilities <= 1)).all() else "are not all between 0 and 1"

@@ -37,8 +37,8 @@ def rectified_cross_pseudo_loss(
 
     Deviations from the released code (AIPMLab/Semi-supervised-Segmentation):
 
-    - both networks are trained with this loss. The release always trains the ResNet-34, regardless of which network is
-      right;
+    - both networks are trained with this loss. The release has a V-Net and a ResNet-34, and trains only the ResNet-34
+      with this loss, even where the ResNet-34 is right and the V-Net is wrong;
     - the release does not support regions. A separate weight for each region is our choice.
 
     Args:

@@ -107,8 +107,9 @@ def entropy_filtered_loss(
 
     .. math:: L = \frac{1}{|R|} \sum_{i \in R} -\ln p_{i y_i}
 
-    This is the entropy-filtered supervision of arXiv:2509.13084. For regions, R is the set of reliable pairs of voxel
-    and region, and the binary cross-entropy is used.
+    with the pseudo-label y_i of voxel i and the softmax output p. This is the entropy-filtered supervision of
+    arXiv:2509.13084. For regions, R is the set of reliable pairs of voxel and region, and the loss is the mean binary
+    cross-entropy over these pairs.
 
     Deviations from the released code: the release detaches the logits, so its loss has no gradient. The release also
     divides the loss by ``kept_fraction``, the fraction of reliable voxels, which only rescales it.

@@ -27,10 +27,10 @@ def _equation(
 def class_prototypes(
     features: torch.Tensor, labels: torch.Tensor, reliable: torch.Tensor, classes: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the mean feature of each class over its reliable voxels in the batch of all ranks, without gradient.
+    """Return the mean feature of each class over its reliable voxels on all ranks, without gradient.
 
     Args:
-        features: (B, F, *spatial), the feature vector of each voxel.
+        features: (B, F, *spatial), the feature vector of each voxel in the batch of this rank.
         labels: (B, *spatial), the class (label or pseudo-label) of each voxel, integers in [0, K).
         reliable: (B, *spatial), boolean, True for the voxels to average.
         classes: K, the number of classes.
@@ -93,14 +93,15 @@ def prototype_contrast_loss(
     it from the other prototypes. Only the anchors receive a gradient, because uncertain voxels should not change the
     prototypes, which are means of reliable voxels.
 
-    This replaces the feature alignment loss of arXiv:2509.13084. The released code
-    (AIPMLab/Semi-supervised-Segmentation) adds the distances of the anchors to their prototype and the distance between
-    the two prototypes. There, none of these distances has a gradient. Deviations:
+    The loss replaces the feature alignment loss of arXiv:2509.13084. The alignment loss in the released code
+    (AIPMLab/Semi-supervised-Segmentation) is the sum of the distances of the anchors to their prototype and the
+    distance between the two prototypes. In the released code, none of these distances has a gradient. Deviations:
 
     - the release *minimises* the distance between prototypes, which attracts the classes to each other. Here other
       prototypes repel an anchor;
     - any number of classes is supported;
-    - the loss does not become small if all features are equal: it is then ln K.
+    - if all features are equal, the loss is the logarithm of the number of prototypes, so such a collapse does not
+      minimise it. The distances in the release would be 0.
 
     Args:
         anchors: (M, F), features of M uncertain voxels.

@@ -1,8 +1,8 @@
 """Losses on the query distribution of a mask transformer.
 
 Queries are learned vectors, and each class has a group of queries. A softmax of a voxel's similarities to all queries
-yields one probability per query. The sums of these over the group of each class are the query distribution of the
-voxel; see `nnunet_dycon.networks.kmax`.
+yields one probability per query. These probabilities are summed over each group. The result is the query distribution
+of the voxel: one probability per class. See `nnunet_dycon.networks.kmax`.
 """
 
 import torch
@@ -39,9 +39,9 @@ def query_distribution_loss(
 
     .. math:: L_{qd} = -\frac{1}{N} \sum_{i=1}^{N} \ln q_{y_i i}, \qquad q_{ki} = \mathrm{softmax}_k(l_{ki})
 
-    The sum is over the N voxels i with a known class y. :math:`q_{ki}` is the query distribution: the probability of
-    the queries that belong to class k. A network that computes ln q can pass it as the logits l, because the softmax of
-    ln q is q. This is the query loss of DK-UXNet (arXiv:2311.12364).
+    The sum is over the N voxels i with a known class y. :math:`q_{ki}` is the query distribution of voxel i: the total
+    probability of the queries of class k. A network that computes ln q can pass it as the logits l, because the softmax
+    of ln q is q. This is the query loss of DK-UXNet (arXiv:2311.12364).
 
     For regions, there is one group of queries for each region and none for the background. q is a softmax over these
     groups, not a sigmoid. The target is the uniform distribution over the regions :math:`S_i` that contain voxel i.

@@ -11,7 +11,7 @@ def uncl_reference(
 ) -> torch.Tensor:
     """Return UnCL, written as in Eq. 1 of the DyCON paper. Tests compare the faster `uncl_loss` with this function.
 
-    It supports only classes, not regions. For the arguments see `uncl_loss`.
+    Unlike `uncl_loss`, this function supports only classes, not regions. For the arguments see `uncl_loss`.
     """
     p_s, h_s = softmax_and_entropy(student_logits)
     p_t, h_t = softmax_and_entropy(teacher_logits.detach())
@@ -51,8 +51,8 @@ def uncl_loss(
     Deviations from the released code (commit 69c1384):
 
     - entropies are computed with log_softmax instead of log(p + 1e-6);
-    - the second term is added to the first voxel by voxel. The release adds them for all pairs of images, by
-      broadcasting. The mean is the same;
+    - the second term of a voxel is added to the first term of the same voxel. In the release, broadcasting adds the
+      second term of each image to the first term of every image in the batch. The mean is the same;
     - neither paper nor code supports regions. The means over regions are our choice. One region with the logit z gives
       the same loss as two classes with the logits 0 and z.
 

@@ -132,7 +132,7 @@ class DKUXNet(Method):
 
 
 def _twice(targets: Targets) -> Targets:
-    """Concatenate nnU-Net's targets with themselves along the batch axis, for a batch of weak, then strong views."""
+    """Repeat nnU-Net's targets along the batch axis, for a batch of weak views followed by their strong views."""
     if isinstance(targets, list):
         return [torch.cat([level, level]) for level in targets]
     return torch.cat([targets, targets])

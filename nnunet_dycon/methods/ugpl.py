@@ -177,8 +177,9 @@ class UGPL(CoTraining):
         Args:
             own: the student's output, labeled images first.
             everywhere: the label maps of labeled and unlabeled images: a list with one map for classes, or with one map
-                per region. Labels are ground truth for labeled images and pseudo-labels for unlabeled images. The
-                prototypes are means over the voxels in the mask of the map.
+                per region. Labels are ground truth for labeled images and pseudo-labels for unlabeled images. The mask
+                of a map is True for the voxels from which prototypes are computed: those with a known label or a
+                reliable pseudo-label.
             drawn: the sampled uncertain voxels of the unlabeled images, one entry for each map in ``everywhere``.
             half: the number of labeled images.
         """

@@ -275,9 +275,9 @@ class KMaXDecoder(nn.Module):
     - the same number of queries (±1) for each class, instead of 16, 4 and 108 of 128 queries for background, organ and
       tumor;
     - segmentation logits and query distribution at every resolution, for deep supervision. The release computes them
-      only at the highest resolution. At lower resolutions it uses embeddings and kernels (see `KMaXLevel`) only to
-      assign voxels to queries. This has no gradient, so the layers that compute them are not trained. Without deep
-      supervision, the same applies here;
+      only at the highest resolution. At lower resolutions, the release uses embeddings and kernels (see `KMaXLevel`)
+      only to assign voxels to queries. The assignment has no gradient, so the layers for these embeddings and kernels
+      are not trained. Without deep supervision, the same applies to this decoder;
     - updates at all resolutions except the highest, as in the variant UXNET of the release. Its variant DKUNET also
       skips the second highest;
     - layer norm for queries and the plans' norm for voxels, instead of batch norm;

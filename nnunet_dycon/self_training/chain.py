@@ -1,4 +1,7 @@
-"""The chain of self-training: train, pseudo-label, train on the new data set, and so on, with commands of nnU-Net."""
+"""Self-training as a chain of commands: train, pseudo-label, train on the new data set, and so on.
+
+Each step of the chain is a command of nnU-Net or `nnunet_dycon pseudo_label`.
+"""
 
 import json
 import os
@@ -29,7 +32,16 @@ _PREPROCESSED = "preprocessed_by_self_train.json"  # in nnUNet_preprocessed/Data
 
 @dataclass(frozen=True)
 class Training:
-    """Options of nnUNetv2_train, the same in all rounds."""
+    """Options of nnUNetv2_train, the same in all rounds.
+
+    Attributes:
+        configuration: configuration in the plans, such as "3d_fullres".
+        trainer: name of the trainer.
+        plans: name of the plans.
+        folds: folds to train. The pseudo-labels are computed from the mean of their predictions.
+        device: device for training and prediction.
+        num_gpus: number of GPUs of each training.
+    """
 
     configuration: str
     trainer: str = RECOMMENDED
@@ -39,7 +51,11 @@ class Training:
     num_gpus: int = 1
 
     def model(self, dataset: str) -> Path:
-        """Return nnUNet_results/DatasetXXX_Name/TRAINER__PLANS__CONFIGURATION."""
+        """Return the folder nnUNet_results/DATASET/TRAINER__PLANS__CONFIGURATION of the model trained on a data set.
+
+        Args:
+            dataset: DATASET, the name DatasetXXX_Name.
+        """
         return nnunet_folder("nnUNet_results") / dataset / f"{self.trainer}__{self.plans}__{self.configuration}"
 
     def command(self, dataset: str, fold: str, *options: str) -> list[str]:
@@ -53,10 +69,10 @@ class Stage:
     """One command of the chain.
 
     Attributes:
-        command: returns the name of the command and its arguments. It is called when the stage starts, since a training
-            is resumed or only validated if its folder has checkpoints.
-        is_done: returns whether the stage has been finished by an earlier call.
-        finish: called after the command.
+        command: function that returns the command with its arguments. The function is called when the stage starts,
+            because the checkpoints at this time determine whether a training is started, resumed or only validated.
+        is_done: function that returns whether an earlier call has finished the stage, so that it can be skipped.
+        finish: function that is called after the command has succeeded, to record that the stage is finished.
     """
 
     command: Callable[[], list[str]]
@@ -76,22 +92,30 @@ def self_train(
 ) -> None:
     """Print and run all commands of self-training.
 
-    First, a model is trained on the data set. In each round, it predicts the unlabeled cases, the best predictions
-    become labels of a new data set, and a model is trained on this. The next round uses this model; from the second
-    round on, the cases whose predictions changed least since the previous round are kept. An interrupted chain is
-    resumed by the same call.
+    First, a model is trained on the data set. Each round then has three steps:
+
+    1. The latest model predicts the unlabeled cases.
+    2. The best predictions become labels of a new data set, see `pseudo_label`. In the first round, the predictions
+       with the highest expected Dice are the best. In later rounds, those that changed least since the previous round
+       are the best.
+    3. A model is trained on the new data set.
+
+    Call the function again with the same arguments to resume an interrupted chain.
 
     Args:
         dataset: ID or name of the data set with annotated cases and imagesUn.
-        dataset_ids: ID of the new data set of each round.
+        dataset_ids: ID of the new data set of each round; one round per ID.
         training: options of all trainings.
-        selection: which cases and voxels get pseudo-labels; None for the defaults of `Selection`.
+        selection: which cases and voxels get pseudo-labels; None for the defaults of `Selection`. Only the attributes
+            ``keep`` and ``confidence`` are used.
         prediction: more arguments of `nnunet_dycon pseudo_label`, such as "--disable_tta".
         num_processes: number of processes for preprocessing and for prediction.
         is_dry_run: whether to only print the commands.
 
     Raises:
-        UsageError: a data set or trainer does not exist, or an ID is used by another data set.
+        UsageError: the data set does not exist or has no plans; an ID is given twice, or is used by a data set that is
+            not of this chain; or the trainer requires unlabeled cases, but all would get pseudo-labels.
+        UnknownTrainer: the trainer was removed from this package.
         UserError: a command fails, or the same chain is running already.
     """
     selection = selection or Selection()
@@ -122,7 +146,9 @@ def self_train(
 
 
 def run(command: Sequence[str]) -> None:
-    """Run a command with this package's trainers in nnUNet_extTrainer; it ends if this process is interrupted.
+    """Run a command with the folder of this package's trainers added to nnUNet_extTrainer.
+
+    If this process is interrupted, the command receives SIGTERM.
 
     Raises:
         UserError: the command is not installed, or it fails.
@@ -147,7 +173,11 @@ def _id(dataset: str) -> str:
 
 
 def _names(dataset: str, dataset_ids: Sequence[int]) -> list[str]:
-    """Return the names of all data sets: that of the annotated cases, and one per round."""
+    """Return the names of all data sets: first that with the annotated cases, then the new one of each round.
+
+    Raises:
+        UsageError: the data set does not exist, or an ID is given twice or is that of the annotated cases.
+    """
     source = dataset_name(dataset)
     if len({int(_id(source)), *dataset_ids}) <= len(dataset_ids):
         raise UsageError(f"--ids {','.join(map(str, dataset_ids))}: an ID is given twice or is that of {source}")
@@ -156,11 +186,16 @@ def _names(dataset: str, dataset_ids: Sequence[int]) -> list[str]:
 
 
 def _check(names: Sequence[str], training: Training, selection: Selection) -> None:
-    """Check everything that would stop a later round.
+    """Check the data sets and the trainer before the first command, to prevent an error in a later round.
+
+    Args:
+        names: names of the data sets, see `_names`.
+        training, selection: options of the chain.
 
     Raises:
-        UsageError: the source is not planned, the trainer needs unlabeled cases but none would remain, or an ID is used
-            by another data set.
+        UsageError: the data set with the annotated cases has no plans; the trainer requires unlabeled cases, but all
+            cases would get pseudo-labels; or the ID of a round is used by a data set that is not of this chain.
+        UnknownTrainer: the trainer was removed from this package.
     """
     source, *rounds = names
     plans = nnunet_folder("nnUNet_preprocessed") / source / f"{training.plans}.json"
@@ -184,11 +219,12 @@ def _check(names: Sequence[str], training: Training, selection: Selection) -> No
 
 
 def _is_of_chain(folder: Path, previous: str, source: str, training: Training, selection: Selection) -> bool:
-    """Return whether a data set in nnUNet_raw is that of a round of this chain.
+    """Return whether an existing data set was written in a round of this chain, with the same options.
 
     Args:
-        folder: the data set of the round.
-        previous: name of the data set of the round before, on which the model is trained that predicts.
+        folder: the data set in nnUNet_raw.
+        previous: name of the data set on which the predicting model was trained: that of the previous round or, in the
+            first round, ``source``.
         source: name of the data set with the annotated cases.
         training, selection: options of the chain.
     """

@@ -16,13 +16,13 @@ _CASES = 3
 
 
 def draw_selection(rows: Sequence[dict[str, Any]], rating: str, content: Content, work: Path, file: Path) -> None:
-    """Write a figure with the 3 worst kept and the 3 best dropped cases: image, pseudo-label and entropy.
+    """Write a figure with the 3 worst kept and the 3 best dropped cases: image, pseudo-label and entropy of a slice.
 
     Args:
-        rows: ratings of all cases, best first, with the entries "case", "kept" and the rating.
-        rating: name of the rating that decides.
-        content: the unlabeled cases and their labels.
-        work: folder with pseudo_labels/CASE and uncertainty/CASE_entropy.
+        rows: one dict per case, best first, with the entries "case", "kept" (bool) and the rating.
+        rating: key of the rating by which the cases were ordered, for the titles.
+        content: the source of the images, and of the names of the labels.
+        work: folder with the predictions: the files pseudo_labels/CASE and uncertainty/CASE_entropy.
         file: PNG file to write.
     """
     kept, dropped = ([row for row in rows if row["kept"] is is_kept] for is_kept in (True, False))
@@ -47,7 +47,11 @@ def draw_selection(rows: Sequence[dict[str, Any]], rating: str, content: Content
 
 
 def _slice(row: dict[str, Any], rating: str, content: Content, work: Path, reader: Reader) -> PseudoLabel:
-    """Return the slice of a case with most predicted foreground or, without foreground, the middle slice."""
+    """Return the slice of a case with most predicted foreground or, without foreground, the middle slice.
+
+    Slices are along the first axis. The arguments are those of `draw_selection`, with ``row`` for one case and
+    ``reader`` for its files.
+    """
     case, ending = row["case"], content.about["file_ending"]
     files = (work / PREDICTED / f"{case}{ending}", work / "uncertainty" / f"{case}_entropy{ending}")
     image = read_voxels(content.cases[case][0], reader)[0][0]

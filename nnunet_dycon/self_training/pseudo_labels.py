@@ -47,8 +47,10 @@ class Selection:
 
     Attributes:
         keep: number of cases to keep (int), or their fraction of all unlabeled cases (float).
-        rate_by: the rating, a key of `RATINGS`; None for "previous_dice" if `previous` is given, else "expected_dice".
-        previous: ID or name of the data set of the previous round, a result of `pseudo_label`; None if there is none.
+        rate_by: rating by which the best cases are kept, a key of `RATINGS`. None for "previous_dice" if `previous` is
+            given, else "expected_dice".
+        previous: ID or name of the data set that `pseudo_label` wrote in the previous round, whose predictions are
+            compared with the new ones; None in the first round.
         confidence: voxels below this confidence get the ignore label; None keeps all voxels. The confidence is the
             highest class probability. For regions, it is the lowest of max(p, 1 - p) over the regions.
     """
@@ -83,7 +85,7 @@ class _Member:
 
 @dataclass(frozen=True)
 class _Prediction:
-    """How the unlabeled cases are predicted."""
+    """Options for the prediction of the unlabeled cases, see `pseudo_label`."""
 
     device: str
     step_size: float
@@ -106,10 +108,11 @@ def pseudo_label(
     mirroring: bool = True,
     num_processes: int = 1,
 ) -> Path:
-    """Write a data set in which predictions of the best unlabeled cases are labels, and print the next commands.
+    """Pseudo-label unlabeled cases, write a data set with the best of them, and print the next commands.
 
-    Each fold of each model predicts all cases of imagesUn with nnU-Net's predictor. The mean of their probabilities is
-    the pseudo-label. An interrupted call resumes with the cases that have not been predicted. The new data set has
+    Each fold of each model predicts all cases of imagesUn with nnU-Net's predictor. The pseudo-label of a case is the
+    segmentation that results from the mean of the predicted probabilities. The cases are rated, see
+    `Selection.rate_by`, and those with the highest ratings are kept. The new data set has
 
     - imagesTr and labelsTr: the annotated cases, and pseudo_CASE for each kept unlabeled case,
     - imagesUn: the other unlabeled cases,
@@ -119,7 +122,8 @@ def pseudo_label(
     - in nnUNet_preprocessed: the plans (unless `replan`), and splits_final.json with five folds whose validation cases
       are annotated cases.
 
-    A repeated call with the same arguments completes an unfinished data set and changes nothing in a finished one.
+    Repeat an interrupted call with the same arguments to resume with the cases that have not been predicted. A repeated
+    call changes nothing in a finished data set.
 
     Args:
         models: one or more of nnUNet_results/DatasetXXX_Name/TRAINER__PLANS__CONFIGURATION.
@@ -166,7 +170,16 @@ def pseudo_label(
 
 
 def _unlabeled_cases(source: Path, about: dict) -> dict[str, list[Path]]:
-    """Return case identifier -> image files of the unlabeled cases; raise an error if one cannot be predicted."""
+    """Return case identifier -> image files of the unlabeled cases, after checking that all can be predicted.
+
+    Args:
+        source: nnUNet_raw/DatasetXXX_Name.
+        about: content of its dataset.json.
+
+    Raises:
+        UsageError: imagesUn has no images, or the images are not volumes with a spacing.
+        UserError: an image file is damaged, or its name or channels do not match dataset.json.
+    """
     cases = image_files(source / "imagesUn", about, "unlabeled")
     if not cases:
         raise UsageError(f"{source / 'imagesUn'} has no images; copy the unlabeled images there")
@@ -180,7 +193,12 @@ def _unlabeled_cases(source: Path, about: dict) -> dict[str, list[Path]]:
 
 
 def _check_members(members: Sequence[_Member], about: dict) -> None:
-    """Raise UserError if a checkpoint is damaged, or a model has other labels or channels than the data set."""
+    """Raise UserError for a damaged checkpoint, or a model with other labels or number of channels than the data set.
+
+    Args:
+        members: networks of the ensemble.
+        about: content of the data set's dataset.json.
+    """
     expected = (_labels(about), _channels(about))
     for model in dict.fromkeys(member.model for member in members):
         trained = read_json(model / "dataset.json")
@@ -230,7 +248,10 @@ def _previous_folder(dataset: str) -> Path:
 def _request(
     source: Path, members: Sequence[_Member], selection: Selection, content: Content, how: _Prediction
 ) -> dict[str, Any]:
-    """Return all that determines the new data set, as JSON content. Equal requests give equal data sets."""
+    """Return the request: everything that determines the new data set, as JSON content.
+
+    The request is stored with the data set, so that a repeated call is recognized: equal requests give equal data sets.
+    """
     return {
         "of": source.name,
         "members": [
@@ -262,7 +283,7 @@ def _sha256(file: Path) -> str:
 
 
 def _is_result(folder: Path, request: dict[str, Any]) -> bool:
-    """Return whether a folder is the complete result of a request."""
+    """Return whether a folder is the finished data set of a request, see `_request`."""
     try:
         record = json.loads((folder / RECORD).read_text())
         return all(record[name] == value for name, value in request.items())
@@ -271,12 +292,21 @@ def _is_result(folder: Path, request: dict[str, Any]) -> bool:
 
 
 def _unfinished(folder: Path) -> Path:
-    """Return the hidden folder for predictions, which is kept if the command is interrupted."""
+    """Return the path of the hidden folder for the predictions of an unfinished data set.
+
+    An interrupted command does not remove the folder, so a repeated call can use it.
+
+    Args:
+        folder: the new data set in nnUNet_raw.
+    """
     return folder.with_name(f".{folder.name}.predictions")
 
 
 def _start_or_resume(work: Path, request: dict[str, Any]) -> None:
-    """Create the folder of the predictions; remove those of another request."""
+    """Prepare the folder ``work`` for the predictions of a request, see `_request`.
+
+    An existing folder is kept if it belongs to the same request, and is otherwise removed and created again.
+    """
     file = work / "request.json"
     text = json.dumps(request)
     if not (file.is_file() and file.read_text() == text):
@@ -328,18 +358,20 @@ def _predict_and_write(
 def _write_label(
     members: Sequence[Path], work: Path, ending: str, confidence: float | None, ignore: int, case: str
 ) -> float:
-    """Write the pseudo-label of a case, and a second one with the ignore label if a confidence is given.
+    """Write the pseudo-label of a case: the segmentation that results from the mean probabilities of the ensemble.
+
+    If a confidence is given, also write a copy in which voxels with a lower confidence have the ignore label.
 
     Args:
-        members: folders with nnU-Net's predictions of each member of the ensemble.
-        work: folder in which the files pseudo_labels/CASE and confident/CASE are written.
+        members: one folder per network of the ensemble, with the predicted probabilities and plans.json.
+        work: folder in which pseudo_labels/CASE and, if a confidence is given, the copy confident/CASE are written.
         ending: file ending of label maps.
-        confidence: lowest confidence of voxels that are not ignored, or None.
+        confidence: lowest confidence of voxels that are not ignored (`Selection.confidence`), or None.
         ignore: value of the ignore label.
         case: identifier of the case.
 
     Returns:
-        The fraction of the voxels that got the ignore label.
+        The fraction of the voxels that have the ignore label in the copy; 0 without a copy.
     """
     plans = PlansManager(str(members[0] / "plans.json"))
     labels = plans.get_label_manager(json.loads((members[0] / "dataset.json").read_text()))
@@ -368,10 +400,21 @@ def _write_segmentation(writer: Any, segmentation: np.ndarray, file: Path, prope
 def _rated(
     ranked: Sequence[dict[str, Any]], selection: Selection, predicted: Path, about: dict, num_processes: int
 ) -> list[dict[str, Any]]:
-    """Return the rows of the ranking, best first, with the entries "rank", "kept" and, if asked for, "previous_dice".
+    """Order the cases by rating, best first, and mark those to keep.
 
     Cases without a rating, which have no predicted foreground, are last. For equal ratings, the expected Dice decides,
     then the name of the case.
+
+    Args:
+        ranked: one dict per case, the rows of `nnunet_dycon.inference.uncertainty.Ranking`.
+        selection: the rating, the number of cases to keep and the data set of the previous round, if any.
+        predicted: folder of the pseudo-labels, to compare with those of the previous round.
+        about: content of dataset.json.
+        num_processes: number of processes for this comparison.
+
+    Returns:
+        The dicts, with the entries "rank" (1 for the best case), "kept" and, if there is a previous round,
+        "previous_dice".
     """
     rows = [{name: value for name, value in row.items() if name != "rank"} for row in ranked]
     if selection.previous is not None:
@@ -390,7 +433,15 @@ def _rated(
 
 
 def _dice(predicted: Path, previous: Path, about: dict, case: str) -> float | None:
-    """Return the Dice between two predictions of a case, mean over the labels that one of them has, or None."""
+    """Return the Dice between two predictions of a case, averaged over the labels in at least one of the predictions.
+
+    Background does not count as a label. Return None if both predictions contain only background.
+
+    Args:
+        predicted, previous: folders of the two predictions.
+        about: content of dataset.json.
+        case: identifier of the case.
+    """
     name = f"{case}{about['file_ending']}"
     regions = [
         values if len(values) > 1 else values[0]

@@ -53,15 +53,16 @@ class Content:
 
     @property
     def ignore_value(self) -> int:
-        """Value of the label "ignore" of the data set, or the value that it will have if it is added."""
+        """Value of the ignore label: that of the source, or a new value if the source has no ignore label."""
         existing = ignore_label(self.about)
         return max(label_values(self.about)) + 1 if existing is None else existing
 
     def check(self) -> None:
-        """Check the files that are copied.
+        """Check that the files to copy exist and that no name would be used twice.
 
         Raises:
-            UsageError: there is no annotated case, the plans do not exist, or a name would be used twice.
+            UsageError: there is no annotated case, the plans to copy do not exist, or an annotated case already has the
+                name pseudo_CASE of an unlabeled CASE.
             UserError: images of an annotated case are missing.
         """
         annotated = self.annotated
@@ -79,7 +80,7 @@ class Content:
             )
 
     def digest(self) -> str:
-        """Return a hash of names and sizes of all images and labels that are copied or predicted."""
+        """Return a hash of dataset.json, and of the names and sizes of all files in imagesTr, labelsTr and imagesUn."""
         folders = [sorted((self.source / name).iterdir()) for name in ("imagesTr", "labelsTr", "imagesUn")]
         files = [(file.parent.name, file.name, file.stat().st_size) for file in chain(*folders) if file.is_file()]
         return hashlib.sha256(json.dumps([files, self.about]).encode()).hexdigest()
@@ -94,11 +95,11 @@ def write_raw(
 
     Args:
         content: sources of the files.
-        kept: identifiers of the unlabeled cases that get their pseudo-label.
+        kept: identifiers of the unlabeled cases whose pseudo-labels become labels.
         record: content of pseudo_labels.json.
         work: folder with pseudo_labels/CASE, pseudo_labels.png and, if `has_ignored`, confident/CASE.
         folder: the folder to write.
-        has_ignored: whether voxels of pseudo-labels have the ignore label.
+        has_ignored: whether to use confident/CASE, in which some voxels have the ignore label, as labels.
     """
     ending = content.about["file_ending"]
     chosen = set(kept)
@@ -145,8 +146,9 @@ def folds(
 ) -> list[dict[str, list[str]]]:
     """Return the content of splits_final.json: five folds with only annotated cases for validation.
 
-    If the existing split has five folds with these annotated cases, its validation cases are kept. With fewer than five
-    annotated cases, each fold is validated on one of them, and some are used in several folds.
+    The validation cases of an existing split are kept if they divide all annotated cases among five folds. Otherwise,
+    the annotated cases are split anew. If there are fewer than five, each fold is validated on one case, and some cases
+    are used in several folds.
 
     Args:
         annotated: identifiers of the annotated cases.

@@ -38,8 +38,8 @@ def waiting_for_rank_zero() -> Iterator[list]:
         A list. Rank 0 can add JSON-serializable items. After the block, the list has the same items on all ranks.
 
     Raises:
-        SystemExit: on the other ranks, if the block raises an error on rank 0 or the store is no longer reachable. It
-            has no message, so that only rank 0 prints the error.
+        SystemExit: on the other ranks, if the block raises an error on rank 0 or the store is no longer reachable. The
+            SystemExit has no message, so that only rank 0 prints an error.
     """
     shared: list = []
     if number_of_ranks() == 1:
@@ -143,8 +143,8 @@ def ids_for_ddp(device: torch.device) -> list[int] | None:
 def require_even_batch(batch_size: int) -> None:
     """Raise UserError if a batch cannot be divided evenly among the ranks.
 
-    Otherwise, nnU-Net would give some ranks one patch more than others. The mean over ranks of a loss would then differ
-    from the mean over patches, and nnU-Net's batch Dice would fail because the shapes on the ranks differ.
+    For such a batch, nnU-Net would give some ranks one patch more than others. The mean over ranks of a loss would then
+    differ from the mean over patches, and nnU-Net's batch Dice would fail because the shapes on the ranks differ.
 
     Args:
         batch_size: number of patches in the batch of all ranks together.

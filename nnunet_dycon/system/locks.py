@@ -49,7 +49,9 @@ class Lock:
         self._stopped = threading.Event()
 
     def acquire(self, *, wait: bool = False) -> None:
-        """Create the lock file, or take over the one of a process that has ended, and start the heartbeat.
+        """Create the lock file and start the heartbeat; do nothing if this object already holds the lock.
+
+        The lock file of a process that has ended is replaced.
 
         Args:
             wait: if another process holds the lock, wait until it is free instead of raising an error.
@@ -90,9 +92,10 @@ class Lock:
                 time.sleep(_POLL_SECONDS)
 
     def _is_silent(self) -> bool:
-        """Wait, and return whether the holder renews no heartbeat within 45 seconds, in which two are due.
+        """Wait up to 45 seconds for a heartbeat of the holder, and return True if there is none.
 
-        Return False as soon as a heartbeat arrives or the lock file is removed.
+        A running holder renews the heartbeat twice in this time. Return False as soon as the heartbeat is renewed or
+        the lock file is removed.
         """
         try:
             last = self.file.stat().st_mtime_ns
@@ -217,7 +220,7 @@ class Lock:
 
 
 def _this_process() -> dict[str, Any]:
-    """Return the content of a lock file that this process holds.
+    """Return a description of this process, the content of its lock file.
 
     Returns:
         - "token": a new random ID in each call.

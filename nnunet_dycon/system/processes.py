@@ -1,4 +1,4 @@
-"""Worker processes for cases, signals, and the path of a command."""
+"""Processes: parallel processing of cases, exit on SIGTERM, peak memory, and the path of a command."""
 
 import multiprocessing
 import os
@@ -60,7 +60,9 @@ def map_cases(
 
 @contextmanager
 def exiting_on_sigterm() -> Iterator[None]:
-    """Return a context in which SIGTERM raises SystemExit, to clean up worker processes and temporary folders.
+    """Return a context in which SIGTERM raises SystemExit instead of ending the process at once.
+
+    `with` blocks can then end worker processes and remove temporary folders.
 
     Only the main thread can change the handling of signals; in other threads nothing is changed.
     """

@@ -63,8 +63,11 @@ def save_extended(filename: Path | str, save: Callable[[str], None], state: dict
     Args:
         filename: file to write.
         save: nnUNetTrainer.save_checkpoint, bound to the trainer; writes nnU-Net's checkpoint to a given file.
-        state: the additional state, a dict with three keys. "settings": name of a group, such as "method_settings" ->
-            dict of settings. "method": the result of `method_state`. "curves": name -> one value per epoch.
+        state: the additional state, a dict with three keys:
+
+            - "settings": dict, name of a group, such as "method_settings" -> dict of settings;
+            - "method": the result of `method_state`;
+            - "curves": dict, name of a curve -> one value per epoch.
 
     Raises:
         UserError: the file cannot be written.

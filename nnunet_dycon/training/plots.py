@@ -126,9 +126,9 @@ def draw_pseudo_labels(
 
     Args:
         cases: one slice per case.
-        names: names of the label values 0, 1, 2, ...; the first one is background.
+        names: names of the label values 0, 1, 2, ..., for the legend; the first one is background.
         labeler: name of the network that predicts the pseudo-labels, such as "teacher", for the headings.
-        highest_entropy: upper bound of the entropy of a voxel, in nats.
+        highest_entropy: highest possible entropy of a voxel in nats, the upper end of the color scale.
         aspect: height of a voxel in a slice, divided by its width.
         title: title of the plot.
         file: PNG file to write.

@@ -38,9 +38,9 @@ class StopRequest:
     def listening(self, is_ddp: bool = False) -> Iterator[None]:
         """Install the handler within a context, and restore the previous handler at its end.
 
-        With nnUNetv2_train -num_gpus, the handler is not installed (with torchrun, it is). The processes of -num_gpus
-        receive SIGTERM when another rank has failed. If they continued until the end of their step, they might wait for
-        the failed rank forever.
+        In distributed training, the handler is installed only with torchrun, not with nnUNetv2_train -num_gpus. The
+        processes of -num_gpus also receive SIGTERM when another rank has failed. If they continued until the end of
+        their step, they might wait for the failed rank forever.
 
         Args:
             is_ddp: whether training is distributed, by -num_gpus or by torchrun.

@@ -39,9 +39,11 @@ def draw(trainer: nnUNetTrainer, method: Method, cases: TrainingCases) -> None:
 
 
 def draw_page(trainer: nnUNetTrainer, method: Method, cases: TrainingCases, epoch: int, file: Path) -> None:
-    """Write a figure with the pseudo-labels of at most 3 complete cases, the same ones in each epoch.
+    """Write a figure with the pseudo-labels of at most 3 cases, one slice per case.
 
-    At least one case is unlabeled and one is sparsely annotated, if there are such cases. The annotation is drawn, too.
+    The image, the entropy and the annotation (if there is one) of the slice are drawn, too. The cases are the same in
+    each epoch. At least one is unlabeled and one is sparsely annotated, if there are such cases. Each case is predicted
+    completely, and `_predict` selects the slice.
 
     Args:
         trainer: trainer whose plans and dataset.json configure the prediction.
@@ -85,7 +87,7 @@ def draw_page(trainer: nnUNetTrainer, method: Method, cases: TrainingCases, epoc
 class _Labeler(nn.Module):
     """The network for nnU-Net's predictor: a forward pass returns the logits of a method's pseudo-labels.
 
-    The method is not a child module. When the predictor calls eval(), the method's networks keep their mode.
+    The method is not a child module, so its networks keep their mode when the predictor calls eval().
     """
 
     def __init__(self, method: Method) -> None:

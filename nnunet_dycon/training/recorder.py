@@ -44,11 +44,11 @@ class Epoch:
         return [line for line in lines if line] + [f"seconds a step: {seconds}"]
 
     def log(self, loggers: Iterable[Any], log: Callable[[str], None]) -> None:
-        """Log `values` to nnU-Net's loggers, and `lines` to the training log.
+        """Log `values` to nnU-Net's additional loggers, and `lines` to the training log.
 
         Args:
-            loggers: nnU-Net's additional loggers, such as that of Weights & Biases. nnU-Net's local logger must not be
-                among them, since it accepts only nnU-Net's own curves.
+            loggers: the additional loggers, such as that of Weights & Biases. nnU-Net's local logger must not be among
+                them, since it accepts only nnU-Net's own curves.
             log: function that writes a line to the training log.
         """
         for name, value in self.values.items():
@@ -105,10 +105,10 @@ def mean_of_steps(outputs: Sequence[Values]) -> Values:
 
 
 def replace_lost(outputs: Sequence[Values]) -> list[Values]:
-    """Return the outputs of all steps; each output with a non-finite loss is replaced by the mean of the other steps.
+    """Return the outputs of all steps; replace each output with a non-finite loss by the result of `mean_of_steps`.
 
-    If no loss is finite, the mean is over all steps. Steps are not removed, since nnU-Net requires the same number of
-    steps on all ranks.
+    This mean is over the steps with a finite loss or, if there are none, over all steps. Steps are not removed, since
+    nnU-Net requires the same number of steps on all ranks.
     """
     mean = mean_of_steps(outputs)
     return [output if math.isfinite(output["loss"]) else mean for output in outputs]

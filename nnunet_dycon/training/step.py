@@ -91,8 +91,8 @@ class GuardedStep:
     when a step without an update is "lost".
 
     Args:
-        log: function that logs a line for each lost step on rank 0; other ranks print the line. If the loss is not
-            finite on some ranks, the other ranks report nothing.
+        log: function that logs a line for each lost step. It is called on rank 0; other ranks print the line. If a
+            step is lost because of a non-finite loss, only the ranks with such a loss log or print the line.
     """
 
     def __init__(self, log: Callable[[str], None]) -> None:
@@ -160,9 +160,14 @@ class GuardedStep:
         return is_finite
 
     def _lose(self, cause: Cause, loss: float, cases: Sequence[str]) -> None:
-        """Count a lost step (see the docstring of the module) and log it.
+        """Count a lost step (see the docstring of the module) and log its cause, loss and cases.
 
-        Nothing is logged if only other ranks have a non-finite loss.
+        If the cause is a non-finite loss, ranks with a finite loss do not log the step.
+
+        Args:
+            cause: cause of the lost step, equal on all ranks.
+            loss: total loss on this rank.
+            cases: identifiers of the cases in this rank's batch.
 
         Raises:
             UserError: this is the tenth lost step in a row.
@@ -205,9 +210,9 @@ def _step(optimizer: torch.optim.Optimizer, grad_scaler: torch.amp.GradScaler | 
 
 
 def _skip(gradients: Gradients, grad_scaler: torch.amp.GradScaler | None) -> Cause | None:
-    """Return the cause if a step without an update is lost, or None if it is only skipped.
+    """Update the GradScaler after a step without a weight update; return the cause if the step is lost.
 
-    The GradScaler is updated. The docstring of the module defines "lost" and "skipped".
+    Return None if the step is only skipped. The docstring of the module defines "lost" and "skipped".
     """
     if grad_scaler is None:
         return Cause.DIVERGENCE if gradients.loss_is_finite else Cause.LOSS

@@ -127,6 +127,8 @@ class _Block:
             \frac{\partial L}{\partial c_{iq}} &= a_i \left(\dot F^-_{iq} (e^{S_{iq}} + h_i)
                 + F^-_{iq} \frac{e^{S_{iq}}}{\tau}\right), \quad q \in N(i) \\
             \frac{\partial L}{\partial h_i} &= a_i \sum_{q \in N(i)} F^-_{iq}
+
+        The gradient with respect to the embeddings follows from these by the chain rule.
         """
         tau, student = self.temperature, self.student
         summed = torch.where(self.positive, self.positive_weight, 0.0).sum(-1, keepdim=True)

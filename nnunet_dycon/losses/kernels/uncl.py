@@ -93,9 +93,10 @@ def _between_regions(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
 def _gradient_of_regions(student, teacher, beta, entropy_weight, scale) -> torch.Tensor:
     r"""Return the gradient of the loss with respect to the student's logits z of regions.
 
-    p and q are the sigmoid outputs of student and teacher. E and η are those of `_gradient_of_classes`. With
-    :math:`D = \frac{2}{R} \sum_r (p_r - q_r)^2` and the derivative :math:`h'(z) = -p (1 - p) z` of the binary entropy,
-    the gradient of the loss of one voxel is
+    p and q are the sigmoid outputs of student and teacher, and H is the binary entropy averaged over the R regions. E
+    and η are those of `_gradient_of_classes`. The binary entropy of a region has the derivative
+    :math:`-p_r (1 - p_r) z_r` with respect to z_r. With :math:`D = \frac{2}{R} \sum_r (p_r - q_r)^2`, the gradient of
+    the loss of one voxel is
 
     .. math::
         \frac{\partial L}{\partial z_r} = \frac{p_r (1 - p_r)}{R} \left[ \frac{4 (p_r - q_r)}{E}
