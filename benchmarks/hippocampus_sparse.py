@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 
 from benchmarks.comparison import compare
 from benchmarks.hippocampus import HIPPOCAMPUS, Hippocampus
-from benchmarks.preparation import LabeledSet, Preparation
+from benchmarks.preparation import UNLABELED, UPPER_BOUND, LabeledSet, Preparation
 from nnunet_dycon.dataset_conversion.writer import FOLDERS
 
 _EVERY = "8"
@@ -65,4 +65,6 @@ if __name__ == "__main__":
     chooser = argparse.ArgumentParser(add_help=False)
     chooser.add_argument("--annotation", choices=ANNOTATIONS, required=True)
     chosen, others = chooser.parse_known_args()
+    if chosen.annotation != "complete" and {UNLABELED, UPPER_BOUND} & set(others):
+        chooser.error(f"{UNLABELED} and {UPPER_BOUND} need completely annotated labels; use --annotation complete")
     compare(ANNOTATIONS[chosen.annotation], __doc__, others)

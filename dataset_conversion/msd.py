@@ -251,7 +251,7 @@ def _label_values(content: Mapping[str, Any], file: Path) -> tuple[dict[str, int
 
 
 def _read_images(paths: tuple[Path, ...], report: CaseReport, channels: Sequence[str]) -> list[sitk.Image]:
-    images = read_3d_or_4d(paths[0])
+    images = read_3d_or_4d(paths[0], report)
     if len(images) != len(channels):
         raise UserError(
             f"{paths[0]}: number of channels: {len(images)} in the file, {len(channels)} in dataset.json "

@@ -130,10 +130,15 @@ def read_volume(path: Path, report: CaseReport | None = None) -> sitk.Image:
     return image
 
 
-def read_3d_or_4d(path: Path) -> list[sitk.Image]:
-    """Read the channels of a file: the 3D images along the fourth axis of a 4D image, or a single 3D image."""
+def read_3d_or_4d(path: Path, report: CaseReport) -> list[sitk.Image]:
+    """Read the channels of a file: the 3D images along the fourth axis of a 4D image, or a single 3D image.
+
+    Args:
+        path: the file.
+        report: report of the case, for a warning about axes that are not perpendicular.
+    """
     with reading_errors(path), _keeping_locale():
-        image = _read_file(path, CaseReport())
+        image = _read_file(path, report)
     if image.GetDimension() not in (3, 4) or image.GetNumberOfComponentsPerPixel() != 1:
         raise UserError(
             f"{path}: expected a 3D or 4D image with one value per voxel; repair it or move the case out of the source "

@@ -124,8 +124,10 @@ def _own_device(kind: str) -> torch.device:
         )
     if kind == "cpu":
         return torch.device("cpu")
+    if kind != "cuda":
+        raise UsageError(f"-device {kind} is not supported with torchrun; use cuda or cpu, or run nnUNetv2_train")
     gpus = torch.cuda.device_count()
-    if kind != "cuda" or int(os.environ["LOCAL_RANK"]) >= gpus:
+    if int(os.environ["LOCAL_RANK"]) >= gpus:
         raise UsageError(
             f"{os.environ['LOCAL_WORLD_SIZE']} processes on a machine with {gpus} GPUs: each needs one; lower "
             "--nproc-per-node, check CUDA_VISIBLE_DEVICES, or train with -device cpu"

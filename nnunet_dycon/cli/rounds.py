@@ -1,7 +1,6 @@
 """Sub-commands that use a trained model to extend its data set: pseudo_label and self_train."""
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,11 +132,9 @@ def add_self_train(commands: Any) -> None:
 
 def _self_train(arguments: argparse.Namespace) -> None:
     require_nnunet()
-    from nnunet_dycon.inference.prediction import check_step_size, choose_device
+    from nnunet_dycon.inference.prediction import choose_device
     from nnunet_dycon.self_training.chain import Training, self_train
-    from nnunet_dycon.self_training.pseudo_labels import Selection
 
-    check_step_size(arguments.step_size)
     device = choose_device(arguments.device)
     training = Training(
         arguments.configuration, arguments.trainer, arguments.plans, tuple(arguments.folds), device, arguments.num_gpus
@@ -146,13 +143,10 @@ def _self_train(arguments: argparse.Namespace) -> None:
         arguments.dataset,
         arguments.dataset_ids,
         training,
-        selection=Selection(arguments.keep, confidence=arguments.confidence),
-        prediction=_prediction(arguments),
+        keep=arguments.keep,
+        confidence=arguments.confidence,
+        step_size=arguments.step_size,
+        mirroring=not arguments.disable_tta,
         num_processes=arguments.num_processes,
         is_dry_run=arguments.dry_run,
     )
-
-
-def _prediction(arguments: argparse.Namespace) -> Sequence[str]:
-    step_size = [] if arguments.step_size == 0.5 else ["-step_size", str(arguments.step_size)]
-    return [*step_size, *(["--disable_tta"] if arguments.disable_tta else [])]

@@ -112,10 +112,11 @@ class Measurement:
         parts = ", ".join(f"{part} {share / total:.0%}" for part, share in self.parts.items())
         hours = ", ".join(f"{epochs} epochs {_duration(number)}" for epochs, number in self.hours.items())
         patches = f"{self.labeled} labeled" + (f" and {self.unlabeled} unlabeled" if self.unlabeled else "")
+        peak = "" if self.device.startswith("mps") else "peak "
         return (
             f"{self.trainer} on {self.device}: {self.seconds:.3g} s per step of {patches} patches (quartiles "
             f"{self.quartiles[0]:.3g} and {self.quartiles[1]:.3g} s, {self.steps} steps, the first took "
-            f"{self.first_step:.3g} s): {parts}; peak memory {self.bytes / 2**30:.3g} GiB; {hours}"
+            f"{self.first_step:.3g} s): {parts}; {peak}memory {self.bytes / 2**30:.3g} GiB; {hours}"
         )
 
     @property

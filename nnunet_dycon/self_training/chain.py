@@ -14,12 +14,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from nnunet_dycon.data.dataset_json import read_dataset_json
+from nnunet_dycon.data.image_reading import image_files
 from nnunet_dycon.data.unlabeled import dataset_name
 from nnunet_dycon.dataset_conversion.writer import new_dataset_folder
 from nnunet_dycon.errors import UsageError, UserError
+from nnunet_dycon.inference.model_folders import trainer_class
+from nnunet_dycon.inference.prediction import check_step_size
 from nnunet_dycon.registry import RECOMMENDED, TRAINERS
 from nnunet_dycon.self_training.pseudo_labels import Selection
-from nnunet_dycon.self_training.writing import RECORD
+from nnunet_dycon.self_training.writing import RECORD, UNLABELED, Content
 from nnunet_dycon.system.environment import DISCOVERY, nnunet_folder
 from nnunet_dycon.system.files import replacing
 from nnunet_dycon.system.locks import Lock
@@ -65,6 +69,25 @@ class Training:
 
 
 @dataclass(frozen=True)
+class Labeling:
+    """Options of `nnunet_dycon pseudo_label`, the same in all rounds."""
+
+    selection: Selection
+    step_size: float
+    mirroring: bool
+
+    @property
+    def options(self) -> list[str]:
+        confidence = self.selection.confidence
+        return [
+            *("--keep", self.selection.keep_option),
+            *([] if confidence is None else ["--confidence", str(confidence)]),
+            *([] if self.step_size == 0.5 else ["-step_size", str(self.step_size)]),
+            *([] if self.mirroring else ["--disable_tta"]),
+        ]
+
+
+@dataclass(frozen=True)
 class Stage:
     """One command of the chain.
 
@@ -85,8 +108,10 @@ def self_train(
     dataset_ids: Sequence[int],
     training: Training,
     *,
-    selection: Selection | None = None,
-    prediction: Sequence[str] = (),
+    keep: int | float = 0.8,
+    confidence: float | None = None,
+    step_size: float = 0.5,
+    mirroring: bool = True,
     num_processes: int = 1,
     is_dry_run: bool = False,
 ) -> None:
@@ -106,22 +131,21 @@ def self_train(
         dataset: ID or name of the data set with annotated cases and imagesUn.
         dataset_ids: ID of the new data set of each round; one round per ID.
         training: options of all trainings.
-        selection: which cases and voxels get pseudo-labels; None for the defaults of `Selection`. Only the attributes
-            ``keep`` and ``confidence`` are used.
-        prediction: more arguments of `nnunet_dycon pseudo_label`, such as "--disable_tta".
+        keep, confidence: which cases and voxels get pseudo-labels, see `Selection`.
+        step_size, mirroring: how the unlabeled cases are predicted, see `pseudo_label`.
         num_processes: number of processes for preprocessing and for prediction.
         is_dry_run: whether to only print the commands.
 
     Raises:
         UsageError: the data set does not exist or has no plans; an ID is given twice, or is used by a data set that is
             not of this chain; or the trainer requires unlabeled cases, but all would get pseudo-labels.
-        UnknownTrainer: the trainer was removed from this package.
         UserError: a command fails, or the same chain is running already.
     """
-    selection = selection or Selection()
+    check_step_size(step_size)
     names = _names(dataset, dataset_ids)
-    _check(names, training, selection)
-    stages = _stages(names, training, selection, prediction, num_processes)
+    labeling = Labeling(Selection(keep, confidence=confidence), step_size, mirroring)
+    _check(names, training, labeling)
+    stages = _stages(names, training, labeling, num_processes)
     if is_dry_run:
         for number, stage in enumerate(stages, 1):
             print(f"[{number}/{len(stages)}] {shlex.join(stage.command())}")
@@ -185,73 +209,84 @@ def _names(dataset: str, dataset_ids: Sequence[int]) -> list[str]:
     return [source, *(f"Dataset{number:03d}_{name}_PseudoLabels" for number in dataset_ids)]
 
 
-def _check(names: Sequence[str], training: Training, selection: Selection) -> None:
+def _check(names: Sequence[str], training: Training, labeling: Labeling) -> None:
     """Check the data sets and the trainer before the first command, to prevent an error in a later round.
 
     Args:
         names: names of the data sets, see `_names`.
-        training, selection: options of the chain.
+        training, labeling: options of the chain.
 
     Raises:
-        UsageError: the data set with the annotated cases has no plans; the trainer requires unlabeled cases, but all
-            cases would get pseudo-labels; or the ID of a round is used by a data set that is not of this chain.
-        UnknownTrainer: the trainer was removed from this package.
+        UsageError: the data set with the annotated cases has no plans; the trainer does not exist; it requires
+            unlabeled cases, but all cases would get pseudo-labels; or the ID of a round is used by a data set that is
+            not of this chain.
     """
     source, *rounds = names
-    plans = nnunet_folder("nnUNet_preprocessed") / source / f"{training.plans}.json"
-    if not plans.is_file():
-        raise UsageError(f"{plans} does not exist; run: nnUNetv2_plan_and_preprocess -d {_id(source)}")
+    raw = nnunet_folder("nnUNet_raw") / source
+    about = read_dataset_json(raw)
+    content = Content(raw, about, image_files(raw / UNLABELED, about, "unlabeled"), training.plans)
+    content.check()
+    trainer_class(training.trainer)
     trainer = registered_name(training.trainer)
     uses_unlabeled = trainer is not None and not TRAINERS[trainer].is_supervised
-    if uses_unlabeled and selection.keep == 1.0 and selection.confidence is None:
+    selection, cases = labeling.selection, len(content.cases)
+    if uses_unlabeled and selection.number(cases) >= cases and selection.confidence is None:
         raise UsageError(
-            f"--keep 100% leaves no unlabeled cases for {training.trainer}; keep fewer, add --confidence, or use -tr "
-            "nnUNetTrainer"
+            f"--keep {selection.keep_option} leaves none of {cases} unlabeled cases for {training.trainer}; keep "
+            "fewer, add --confidence, or use -tr nnUNetTrainer"
         )
-    for number, name in enumerate(rounds):
+    for before, name in zip(names, rounds):
         folder = nnunet_folder("nnUNet_raw") / name
         if not folder.exists():
             new_dataset_folder(int(_id(name)), name[len("Dataset000_") :], "--ids")
-        elif not _is_of_chain(folder, names[number], source, training, selection):
+        elif not _is_of_chain(folder, before, content, training, labeling):
             raise UsageError(
-                f"{folder} exists, but was not written by a chain with these options; choose other --ids, or delete it"
+                f"{folder} exists, but was not written by a chain with these options and images; choose other --ids, "
+                "or delete it"
             )
 
 
-def _is_of_chain(folder: Path, previous: str, source: str, training: Training, selection: Selection) -> bool:
-    """Return whether an existing data set was written in a round of this chain, with the same options.
+def _is_of_chain(folder: Path, before: str, content: Content, training: Training, labeling: Labeling) -> bool:
+    """Return whether a data set in nnUNet_raw is that of a round of this chain.
 
     Args:
-        folder: the data set in nnUNet_raw.
-        previous: name of the data set on which the predicting model was trained: that of the previous round or, in the
-            first round, ``source``.
-        source: name of the data set with the annotated cases.
-        training, selection: options of the chain.
+        folder: the data set of the round.
+        before: name of the data set on which the model that predicts was trained.
+        content: annotated and unlabeled cases.
+        training, labeling: options of the chain.
     """
+    expected = {
+        "of": content.source.name,
+        "keep": labeling.selection.keep_option,
+        "confidence": labeling.selection.confidence,
+        "plans": training.plans,
+        "step_size": labeling.step_size,
+        "mirroring": labeling.mirroring,
+        "files": content.digest(),
+    }
+    model = "/".join(training.model(before).parts[-2:])
     try:
         record = json.loads((folder / RECORD).read_text())
-        models = {(member["model"], member["fold"]) for member in record["members"]}
-        options = (record["of"], record["keep"], record["confidence"], record["plans"])
+        networks = {(member["model"], member["fold"]) for member in record["members"]}
+        return networks == {(model, fold) for fold in training.folds} and expected.items() <= record.items()
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    model = "/".join(training.model(previous).parts[-2:])
-    expected = (source, selection.keep, selection.confidence, training.plans)
-    return options == expected and models == {(model, fold) for fold in training.folds}
 
 
-def _stages(
-    names: Sequence[str], training: Training, selection: Selection, prediction: Sequence[str], num_processes: int
-) -> list[Stage]:
+def _stages(names: Sequence[str], training: Training, labeling: Labeling, num_processes: int) -> list[Stage]:
+    """Return all stages of the chain.
+
+    Args:
+        names: names of the data sets, see `_names`.
+        training, labeling: options of the chain.
+        num_processes: number of processes for preprocessing and for prediction.
+    """
     source = names[0]
     stages = _trainings(source, training)
-    keep = f"{selection.keep * 100:g}%" if isinstance(selection.keep, float) else str(selection.keep)
-    confidence = [] if selection.confidence is None else ["--confidence", str(selection.confidence)]
     for number, (before, name) in enumerate(pairwise(names)):
         label = ["nnunet_dycon", "pseudo_label", "-m", str(training.model(before)), "-f", *training.folds, "-d",
-                 _id(source), "-o", _id(name), "--keep", keep, *confidence, "-p", training.plans, "-device",
-                 training.device, "-np", str(num_processes), *prediction]  # fmt: skip
-        if number > 0:
-            label += ["--previous", _id(before)]
+                 _id(source), "-o", _id(name), *labeling.options, "-p", training.plans, "-device", training.device,
+                 "-np", str(num_processes), *(["--previous", _id(before)] if number else [])]  # fmt: skip
         stages.append(Stage(lambda label=label: label))  # type: ignore[misc]  # repeated, it changes nothing
         stages += _preprocessing(name, training, max(1, num_processes))
         stages += _trainings(name, training)

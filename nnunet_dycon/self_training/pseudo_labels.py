@@ -64,6 +64,11 @@ class Selection:
     def rating(self) -> str:
         return self.rate_by or (PREVIOUS_DICE if self.previous else EXPECTED_DICE)
 
+    @property
+    def keep_option(self) -> str:
+        """The value of the option --keep, such as "80%" or "3"."""
+        return f"{self.keep * 100:g}%" if isinstance(self.keep, float) else str(self.keep)
+
     def number(self, cases: int) -> int:
         """Return how many of a number of cases are kept: at least 1, at most all."""
         wanted = math.floor(self.keep * cases + 0.5) if isinstance(self.keep, float) else self.keep
@@ -263,7 +268,7 @@ def _request(
             }
             for member in members
         ],
-        "keep": selection.keep,
+        "keep": selection.keep_option,
         "rated_by": selection.rating,
         "previous": None if selection.previous is None else dataset_name(selection.previous),
         "confidence": selection.confidence,

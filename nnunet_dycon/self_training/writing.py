@@ -21,6 +21,7 @@ from nnunet_dycon.system.files import link_or_copy, new_folder
 PREFIX = "pseudo_"  # of the identifiers of pseudo-labeled cases
 PREDICTED = "pseudo_labels"  # folder of the predictions of all unlabeled cases
 RECORD = "pseudo_labels.json"
+UNLABELED = "imagesUn"
 _SPLITS = "splits_final.json"
 _FOLDS = 5
 
@@ -81,7 +82,7 @@ class Content:
 
     def digest(self) -> str:
         """Return a hash of dataset.json, and of the names and sizes of all files in imagesTr, labelsTr and imagesUn."""
-        folders = [sorted((self.source / name).iterdir()) for name in ("imagesTr", "labelsTr", "imagesUn")]
+        folders = [sorted((self.source / name).iterdir()) for name in ("imagesTr", "labelsTr", UNLABELED)]
         files = [(file.parent.name, file.name, file.stat().st_size) for file in chain(*folders) if file.is_file()]
         return hashlib.sha256(json.dumps([files, self.about]).encode()).hexdigest()
 
@@ -104,14 +105,14 @@ def write_raw(
     ending = content.about["file_ending"]
     chosen = set(kept)
     with new_folder(folder) as partial:
-        for name in ("imagesTr", "labelsTr", "imagesUn", PREDICTED):
+        for name in ("imagesTr", "labelsTr", UNLABELED, PREDICTED):
             (partial / name).mkdir()
         for file in chain(*image_files(content.source / "imagesTr", content.about, "labeled").values()):
             link_or_copy(file, partial / "imagesTr" / file.name)
         for case in content.annotated:
             link_or_copy(content.source / "labelsTr" / f"{case}{ending}", partial / "labelsTr" / f"{case}{ending}")
         for case, files in content.cases.items():
-            target, prefix = (partial / "imagesTr", PREFIX) if case in chosen else (partial / "imagesUn", "")
+            target, prefix = (partial / "imagesTr", PREFIX) if case in chosen else (partial / UNLABELED, "")
             for file in files:
                 link_or_copy(file, target / f"{prefix}{file.name}")
             link_or_copy(work / PREDICTED / f"{case}{ending}", partial / PREDICTED / f"{case}{ending}")

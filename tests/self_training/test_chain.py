@@ -130,7 +130,7 @@ def test_dry_run_only_prints_the_commands(own, commands, capsys):
     assert sorted(own.rglob("*")) == before
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 12
-    assert "--keep 50% --confidence 0.7 -p nnUNetPlans -device cpu -np 0 --disable_tta --previous 911" in lines[7]
+    assert "--keep 50% --confidence 0.7 --disable_tta -p nnUNetPlans -device cpu -np 0 --previous 911" in lines[7]
 
 
 def foreign_data_set(own: Path) -> None:
@@ -143,7 +143,10 @@ BAD = [
     (lambda own: None, [], "911,911", "given twice"),
     (lambda own: None, [], "901", "is that of Dataset901_Tiny"),
     (lambda own: None, ["-p", "none"], "911", "none.json does not exist"),
-    (lambda own: None, ["--keep", "100%"], "911", "leaves no unlabeled cases"),
+    (lambda own: None, ["--keep", "100%"], "911", "--keep 100% leaves none of 4 unlabeled cases"),
+    (lambda own: None, ["--keep", "4"], "911", "--keep 4 leaves none of 4 unlabeled cases"),
+    (lambda own: None, ["-tr", "nnUNetTrainerDyCONN"], "911", "nnUNetTrainerDyCONN"),
+    (lambda own: None, ["-tr", "nnUNetTrainerDyCON_paper"], "911", "was removed"),
     (lambda own: None, ["-step_size", "2"], "911", "step size"),
 ]
 
@@ -157,11 +160,15 @@ def test_invalid_input_is_reported_in_one_line_before_work_starts(own, commands,
     assert commands == []
 
 
-def test_chain_with_other_options_is_refused(own, commands, capsys):
-    assert self_train(ids="911") == 0
-    capsys.readouterr()
-    assert self_train("--keep", "50%", ids="911") == 2
-    assert "was not written by a chain with these options" in capsys.readouterr().err
+def test_chain_with_other_options_or_images_is_refused(own, commands, capsys):
+    assert self_train("--keep", "1", ids="911") == 0
+    unlabeled = own / "nnUNet_raw" / NAMES[0] / "imagesUn"
+    for options in (["--keep", "1%"], ["--keep", "1", "-step_size", "0.9"], ["--keep", "1"]):
+        if options == ["--keep", "1"]:
+            shutil.copy(unlabeled / f"{UNLABELED[0]}_0000.nii.gz", unlabeled / "new_0000.nii.gz")
+        capsys.readouterr()
+        assert self_train(*options, ids="911") == 2
+        assert "was not written by a chain with these options" in capsys.readouterr().err
 
 
 def test_failing_command_is_named_and_environment_is_complete(tmp_path, monkeypatch):
