@@ -220,8 +220,8 @@ def students(table: str, which: str, **chosen: Any) -> dict[int, report.Group]:
         chosen: further arguments of `report.read`.
 
     Returns:
-        Number of labeled cases -> (method, "student") -> scores, the result of `report.groups` without other networks.
-        The dict is empty if the CSV has no scores of the set.
+        Number of labeled cases -> (method, "student") -> scores: as `report.groups`, but with the student only. The
+        dict is empty if the CSV has no scores of the set.
     """
     if not any(row["set"] == which for row in _rows(table)):
         return {}

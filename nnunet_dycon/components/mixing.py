@@ -18,8 +18,13 @@ MIXTURES = ("none", "cutmix", "copy_paste")
 class Mixture:
     """Base class of the mixtures, which combine labeled and unlabeled images into the student's batch.
 
-    This class itself only concatenates them: the labeled images, then the unlabeled images. For the arguments see
-    `mixture`.
+    This class itself only concatenates them: the labeled images, then the unlabeled images.
+
+    Args:
+        labeled: L, the number of labeled images in a batch.
+        unlabeled: U, the number of unlabeled images.
+        spatial: size of the images, such as (Z, Y, X).
+        device: the device of the images.
 
     Attributes:
         truth: (B', *spatial), boolean, True for voxels from a labeled image; B' is the size of the student's batch.

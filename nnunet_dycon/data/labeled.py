@@ -82,9 +82,10 @@ def check_split(folder: Path, labeled: set[str], fold: int | Literal["all"]) -> 
 
 
 def make_split(folder: Path, labeled: set[str]) -> None:
-    """Write nnU-Net's splits_final.json unless it exists.
+    """Write the splits_final.json that nnU-Net would write, unless the file exists.
 
-    nnU-Net itself writes it on all ranks at once, so that a rank or a second training could read an incomplete file.
+    To be called by one rank before nnU-Net's own code, which would write the file on all ranks at once, so that a rank
+    or a second training could read an incomplete file.
 
     Args:
         folder: nnUNet_preprocessed/DatasetXXX/<data_identifier>.

@@ -185,7 +185,10 @@ def pooled_share_of_gap(
 def _differences(
     data_sets: Sequence[PairedBootstrap[Key]], method: Key, baseline: Key
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the mean score of a method minus that of the baseline, (data sets,), and its draws, (data sets, draws)."""
+    """Return the mean score of a method minus that of the baseline, (data sets,).
+
+    Also return the same difference in each bootstrap draw, (data sets, draws).
+    """
     values = np.array([each.means[method] - each.means[baseline] for each in data_sets])
     return values, np.array([each.draws[method] - each.draws[baseline] for each in data_sets])
 

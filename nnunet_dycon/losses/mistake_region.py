@@ -28,7 +28,9 @@ def mistake_region_loss(
     confidence: float = 0.6,
     sigmoid: bool = False,
 ) -> torch.Tensor:
-    r"""Return the mean squared error over the mistake region, where the confident predictions of two networks differ.
+    r"""Return the mean squared error over the mistake region, where two networks predict different labels.
+
+    Here, a network predicts background wherever it is not confident.
 
     .. math::
         L = \frac{1}{|M|} \sum_{i \in M} \frac{1}{2} \lVert p_i - e_{y_i} \rVert^2, \qquad

@@ -247,11 +247,13 @@ def _check(names: Sequence[str], training: Training, labeling: Labeling) -> None
 
 
 def _is_of_chain(folder: Path, before: str, content: Content, training: Training, labeling: Labeling) -> bool:
-    """Return whether a data set in nnUNet_raw is that of a round of this chain.
+    """Return whether an existing data set was written by this chain: with the same models, options and images.
+
+    The models and options are read from its pseudo_labels.json.
 
     Args:
-        folder: the data set of the round.
-        before: name of the data set on which the model that predicts was trained.
+        folder: the existing data set in nnUNet_raw.
+        before: name of the data set on which the model was trained that predicted the pseudo-labels.
         content: annotated and unlabeled cases.
         training, labeling: options of the chain.
     """

@@ -150,3 +150,27 @@ def test_predict_both_averages_student_and_teacher(predictions, trained, images,
     of_both = np.load(tmp_path / "both" / "case_01.npz")["probabilities"]
     members = [np.load(folder / "case_01.npz")["probabilities"] for folder in predictions.values()]
     np.testing.assert_allclose(of_both, np.mean(members, 0, dtype=np.float32), atol=2e-3)
+
+
+def test_pseudo_labels_of_regions_are_the_mean_prediction(trained, tmp_path, monkeypatch):
+    root = tmp_path / "root"
+    shutil.copytree(trained, root)
+    set_environment(monkeypatch, root)
+    raw = root / "nnUNet_raw"
+    command = ["pseudo_label", "-m", str(root / MODEL), "-d", DATASET[7:10], "-o", "999", "--confidence", "0.6"]
+    assert main([*command, "-device", "cpu", "-np", "0", "--disable_tta"]) == 0
+    (result,) = raw.glob("Dataset999_*")
+    predicted = predict(root / MODEL, raw / DATASET / "imagesUn", tmp_path / "predicted")
+    labels = json.loads((result / "dataset.json").read_text())["labels"]
+    assert labels == json.loads((raw / DATASET / "dataset.json").read_text())["labels"]
+    for row in json.loads((result / "pseudo_labels.json").read_text())["cases"]:
+        file = f"{row['case']}.nii.gz"
+        expected = sitk.GetArrayFromImage(sitk.ReadImage(str(predicted / file)))
+        written = sitk.GetArrayFromImage(sitk.ReadImage(str(result / "pseudo_labels" / file)))
+        np.testing.assert_array_equal(written, expected)
+        if row["kept"]:
+            probabilities = np.load(predicted / f"{row['case']}.npz")["probabilities"]
+            expected[np.maximum(probabilities, 1 - probabilities).min(0) < 0.6] = labels["ignore"]
+            label = sitk.GetArrayFromImage(sitk.ReadImage(str(result / "labelsTr" / f"pseudo_{file}")))
+            np.testing.assert_array_equal(label, expected)
+    assert (result / "pseudo_labels.png").stat().st_size > 10_000

@@ -102,7 +102,9 @@ def _gradient_of_regions(student, teacher, beta, entropy_weight, scale) -> torch
         \frac{\partial L}{\partial z_r} = \frac{p_r (1 - p_r)}{R} \left[ \frac{4 (p_r - q_r)}{E}
             - \beta \left(\eta - \frac{D e^{\beta H(p)}}{E^2}\right) z_r \right]
 
-    The arguments are those of `_gradient_of_classes`, with R channels instead of C.
+    Args:
+        student, teacher, beta, entropy_weight, scale: as for `_gradient_of_classes`. The logits have the shape
+            (B, R, voxels), and so has the result.
     """
     p, entropy = _of_regions(student)
     q, teacher_entropy = _of_regions(teacher)
