@@ -1,9 +1,9 @@
 """Comparison of trainers: train and predict with nnU-Net's commands, and append the scores to a CSV.
 
 - The method lower_bound is nnUNetTrainer on the labeled cases. The method upper_bound is nnUNetTrainer on all training
-  cases with their labels. Its plans are those for the largest number of labeled cases in `DataSet.labels`. All other
-  methods are trainers listed by `nnunet_dycon list`. Settings of a trainer can be changed after a colon:
-  nnUNetTrainerDyCON:uncl_weight=0.1,rampup=0.8
+  cases with their labels. The plans of upper_bound are those for the largest number of labeled cases in
+  `DataSet.labels`. All other methods are trainers listed by `nnunet_dycon list`. Settings of a trainer can be changed
+  after a colon: nnUNetTrainerDyCON:uncl_weight=0.1,rampup=0.8
 - The sets to score are val, unlabeled and test. The set unlabeled contains the unlabeled training cases, whose labels
   are used for scoring only. Choose settings on val and unlabeled. Score test only when all settings are final.
 - All runs have the same number of iterations, over which the learning rate decays to 0. The final checkpoint of the
@@ -207,7 +207,7 @@ class Benchmark(Preparation):
             weights: the scored network: "student", "teacher" or "second".
             which: the set of the case: "val", "unlabeled" or "test".
             case: an entry of "cases" in `Evaluation.as_json()`: name of the case, name of the label, and scores.
-            commit: commit of the training.
+            commit: commit of this repository with which the run was trained, a result of `trained_by`.
         """
         scores = {"dice": round(case["dice"], 5), "hd95_mm": round(case["hd95_mm_max_directed"], 3)}
         key = {**self._key(run), "weights": weights, "set": which, "case": case["case"], "label": case["label"]}

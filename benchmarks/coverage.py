@@ -62,8 +62,8 @@ def simulate(
 
         case[c] + own[m, c] + draw[s] + seed[m, s] + residual[m, s, c]
 
-    The terms are independent normal random numbers with mean 0. The standard deviation of `case` is 0.1. Those of the
-    other terms are the arguments with the same names.
+    The terms are independent random numbers with mean 0, normally distributed except for `own` with `skewed`. The
+    standard deviation of `case` is 0.1. Those of the other terms are the arguments with the same names.
 
     Args:
         rng: random number generator.

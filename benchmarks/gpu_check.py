@@ -7,10 +7,10 @@ The steps are environment (device and versions), data (plans and preprocessing, 
 the benchmarks train_step, loader and losses, and training (`benchmarks.gpu_training`) for the remaining time.
 
 - Each step runs in its own process. Its time limit is a fraction of the remaining time. If a step fails or is stopped
-  at its limit, the next step starts. Without data, train_step, loader and training are skipped. The log of a step is
-  <work>/gpu_check/<step>.log.
+  at its limit, the next step starts. If the step data does not succeed, train_step, loader and training are
+  skipped. The log of a step is <work>/gpu_check/<step>.log.
 - The result of each step is written to <results>/gpu_<step>.json, with status, seconds, date, commit, device and
-  versions. The result of a stopped step contains its measurements until then.
+  versions. The result of a stopped step contains the measurements that the step had written until then.
 - With --prepare, only the data is prepared, which needs no GPU. <work>/nnUNet_preprocessed can then be moved to another
   machine, where --data is not needed.
 - With --tiny, networks, images and numbers of steps are small enough for a CPU.
@@ -101,7 +101,7 @@ def perform(
 
     Returns:
         For each step: name, status ("ok", "failed (exit code N)", "failed (no result)", "stopped after N s" or
-        "skipped"), seconds, and description of the result.
+        "skipped"), seconds as text, and description of the result.
     """
     results.mkdir(parents=True, exist_ok=True)
     logs.mkdir(parents=True, exist_ok=True)
@@ -192,10 +192,14 @@ def _signal(process: subprocess.Popen, number: signal.Signals) -> None:
 
 
 def environment(device: str) -> dict:
-    """Return the device, the driver, the versions of CUDA, Python and packages, and the system.
+    """Return a description of the device, the system and the installed versions.
 
     Args:
         device: "cpu" or "cuda".
+
+    Returns:
+        "device" (name), "system", "cpus" (number), and "versions" (of Python and packages). With "cuda" also
+        "gpu_bytes" (memory), "driver" (if nvidia-smi is found), "cuda" and "cudnn" (versions).
     """
     found: dict = {"device": machine(device)["device"], "system": platform.platform(), "cpus": os.cpu_count()}
     if device == "cuda":
@@ -213,6 +217,9 @@ def environment(device: str) -> dict:
 
 def prepare(arguments: argparse.Namespace) -> dict:
     """Plan and preprocess the data if necessary.
+
+    Args:
+        arguments: parsed command line with the arguments of `add_arguments`.
 
     Returns:
         "plans" (plans identifier), and "features_per_stage", "spacing", "patch_size" and "batch_size" of the

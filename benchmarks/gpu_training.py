@@ -7,9 +7,10 @@
 - In a turn, a new process resumes the training of one trainer from its last checkpoint, as with --c, and stops after a
   given epoch. In a round of turns, all trainers train until the same epoch. A checkpoint is written in each epoch. A
   later call resumes the trainings, and so does `nnUNetv2_train 108 3d_fullres 0 -tr <trainer>_50epochs -p <plans> --c`.
-- "seconds" are the times of the epochs, with validation and without checkpoints. The first epoch of a turn includes the
-  compilation of the network. "peak_bytes" is the peak memory: on a GPU the memory allocated by PyTorch, on a CPU the
-  resident memory of the process.
+- The JSON file contains "seconds", "pseudo_dice" and "peak_bytes" of each trainer. "seconds" are the times of the
+  epochs, with validation and without checkpoints. The first epoch of a turn includes the compilation of the network.
+  "peak_bytes" is the peak memory: on a GPU the memory allocated by PyTorch, on a CPU the resident memory of the
+  process.
 """
 
 import argparse
@@ -47,7 +48,8 @@ Turn = Callable[[str, int, float], None]
 def train(name: str, until: int, arguments: argparse.Namespace) -> None:
     """Resume or start the training of a trainer in this process, and stop after a given epoch.
 
-    After each epoch, times, pseudo Dice and memory are written to the file `RECORD` in the output folder.
+    After each epoch, times, pseudo Dice and memory are written to the file `RECORD` in the output folder. If the
+    training is not complete after the given epoch, the process exits with sys.exit.
 
     Args:
         name: name of the trainer.
@@ -115,8 +117,10 @@ def alternate(
 ) -> None:
     """Train in rounds until the trainings are complete or the remaining time is too short for a round.
 
-    In a round, each trainer has a turn, and all train until the same epoch. The first round has one epoch. A trainer
-    that finishes no epoch in its turn has no further turns.
+    In a round, each trainer has a turn, and all train until the same epoch. The first round has one epoch. A later
+    round has as many epochs as the remaining time allows, at most 3 times the number of epochs before it. If the time
+    is too short for one epoch of each trainer, there is no further round. A trainer that finishes no epoch in its turn
+    has no further turns.
 
     Args:
         names: names of the trainers.

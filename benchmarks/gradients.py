@@ -91,7 +91,15 @@ def train(name: str, preparation: Preparation, labeled: LabeledSet, arguments: a
 
 
 def measure(trainer: SemiSupervisedTrainer, batch: dict) -> dict[str, Any]:
-    """Return the point for a batch of the loader: the entries that the module docstring describes, except "step"."""
+    """Measure the gradients and outputs of one training step, without updating the weights.
+
+    Args:
+        trainer: a DyCON trainer whose training has started.
+        batch: a batch of its loader.
+
+    Returns:
+        A point: the entries that the module docstring describes, except "step".
+    """
     method = trainer.method
     found: dict[str, Any] = {}
     hooks = [
@@ -147,7 +155,7 @@ def _gradient(loss: torch.Tensor, parameters: list[torch.Tensor]) -> torch.Tenso
 
 
 def _spread(embedding: torch.Tensor) -> dict[str, float]:
-    """Return "embedding_cosine" and "embedding_rank" (see module docstring) of embeddings (B, N, D)."""
+    """Return "embedding_cosine" and "embedding_rank" (see module docstring) of embeddings (B, N, D) of N patches."""
     unit = torch.nn.functional.normalize(embedding.float(), dim=-1)
     number = unit.shape[1]
     cosines = (unit @ unit.transpose(1, 2)).sum((1, 2)) - number

@@ -32,8 +32,15 @@ TEMPERATURE, GAMMA, TOP_K, BETA = 0.6, 2.0, 5, 2.0
 def dense_fecl(embedding, patch_labels, *, teacher_embedding, anchor_entropy, gamma=GAMMA):
     """Return the focal entropy-aware contrastive loss (FeCL), computed with N × N matrices of all pairs of patches.
 
-    `nnunet_dycon.losses.fecl_loss` describes the loss and its arguments. Here ``temperature`` is `TEMPERATURE`,
-    ``top_k`` is `TOP_K`, and the ignored label is any negative number.
+    `nnunet_dycon.losses.fecl_loss` contains the equation. Here its temperature is `TEMPERATURE` and its ``top_k`` is
+    `TOP_K`.
+
+    Args:
+        embedding: (B, N, D), the student's embeddings of N patches.
+        patch_labels: (B, N), integers, the class of each patch; patches with negative labels are ignored.
+        teacher_embedding: (B, N, D), the teacher's embeddings.
+        anchor_entropy: (B, N), the entropy of each patch in nats.
+        gamma: exponent of the focal weights.
     """
     z, teacher = normalize(embedding, dim=-1), normalize(teacher_embedding, dim=-1)
     itself = torch.eye(z.shape[1], dtype=torch.bool, device=z.device)

@@ -38,7 +38,11 @@ def environment(work: Path) -> dict[str, str]:
 def prepare(work: Path) -> None:
     """Write, plan and preprocess the data set with `PREPROCESSED` unlabeled cases.
 
-    The seconds of `preprocess_unlabeled` per case are written to the file seconds_per_case in `work`.
+    An earlier data set is replaced. The seconds of `preprocess_unlabeled` per case are written to the file
+    seconds_per_case.
+
+    Args:
+        work: folder for the data and the file seconds_per_case.
     """
     from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments, preprocess
 
@@ -68,9 +72,14 @@ def prepare(work: Path) -> None:
 
 
 def repeat(work: Path, cases: int) -> None:
-    """Change the number of unlabeled cases to `cases`, and adapt the manifest of the preprocessed cases.
+    """Change the number of unlabeled cases, both in the raw and in the preprocessed data.
 
-    Added cases are hard links to the files of the first case. Surplus cases are deleted.
+    Added cases are hard links to the files of the first case. Surplus cases are deleted. manifest.json, the file in the
+    folder of the preprocessed unlabeled cases that lists their image files, is rewritten.
+
+    Args:
+        work: folder with the data that `prepare` wrote.
+        cases: new number of unlabeled cases, at least 1.
     """
     raw = work / "nnUNet_raw" / DATASET / "imagesUn"
     folder = next((work / "nnUNet_preprocessed" / DATASET).glob("*_unlabeled"))
@@ -121,6 +130,8 @@ def measure(name: str) -> dict[str, float]:
 
 def as_markdown(results: dict) -> str:
     """Return a Markdown table with a row per trainer and number of unlabeled cases.
+
+    The measured columns are start-up in s, peak memory in MiB, and epoch in s, see the module docstring.
 
     Args:
         results: "trainings" -> name of the trainer -> number of unlabeled cases -> result of `measure`.

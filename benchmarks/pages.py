@@ -7,12 +7,12 @@ In a page, a table is between two comments. The first comment contains the kind 
     <!-- results: la_3p5mm 4 -->
     <!-- end -->
 
-- results TABLE LABELS: all trainers with their default settings, lower bound and upper bound. TABLE is the name of a
-  CSV in benchmarks/results without its ending, LABELS the number of labeled cases;
-- pooled LABELS TABLE ...: for the same trainers, the difference of Dice to the lower bound on test in each of several
-  CSVs, and the mean of these differences with equal weights;
-- trials TABLE LABELS: all methods, including those with changed settings, on val, unlabeled and test, with the labeled
-  cases of draw 0;
+- results TABLE LABELS: scores of the lower bound, the upper bound, and all trainers with default settings. TABLE is the
+  name of a CSV in benchmarks/results without its ending, LABELS the number of labeled cases;
+- pooled LABELS TABLE ...: for the trainers with default settings, the difference of Dice to the lower bound on test in
+  each of several CSVs, and the mean of these differences with equal weights;
+- trials TABLE LABELS: Dice of all methods, including those with changed settings, on val, unlabeled and test. The
+  labeled cases are those of draw 0, the first ones of the protocol;
 - looks: all evaluations on test in all CSVs, by date;
 - losses FILE, train_step FILE, step_memory FILE, loader FILE, networks FILE, many_cases FILE: measured times and
   memory, from a JSON file in benchmarks/results;
@@ -59,7 +59,7 @@ Key = tuple[str, str]  # method and weights
 
 
 def results(table: str, labels: str) -> str:
-    """Return the Markdown table of all trainers with their default settings, lower bound and upper bound.
+    """Return the Markdown table of scores of the lower bound, all trainers with default settings, and the upper bound.
 
     All scores are those of the student network, not of a teacher or second network. Empty columns are left out.
 
@@ -133,7 +133,7 @@ def pooled(labels: str, *tables: str) -> str:
 
 
 def trials(table: str, labels: str) -> str:
-    """Return the Markdown table of all methods, including those with changed settings.
+    """Return the Markdown table of the Dice of all methods, including those with changed settings.
 
     The labeled cases are those of draw 0, the first ones of the protocol.
     The columns val, unlabeled and test contain the student's Dice on the set: mean ± standard deviation over runs, and
@@ -220,8 +220,8 @@ def students(table: str, which: str, **chosen: Any) -> dict[int, report.Group]:
         chosen: further arguments of `report.read`.
 
     Returns:
-        Number of labeled cases -> (method, "student") -> scores: as `report.groups`, but with the student only. The
-        dict is empty if the CSV has no scores of the set.
+        Number of labeled cases -> (method, "student") -> scores. Each inner dict also contains the upper bound, if it
+        was scored. The outer dict is empty if the CSV has no scores of the set.
     """
     if not any(row["set"] == which for row in _rows(table)):
         return {}

@@ -54,8 +54,8 @@ class DataSet:
         name: name in DatasetXXX_NAME.
         table: name of the CSV in benchmarks/results, without ending. The JSON file in benchmarks/protocols, if there is
             one, has the same name unless `protocol` is given.
-        first_id: offset of dataset IDs. With N labeled cases and draw K, the ID is first_id + 20 K + N. nnU-Net accepts
-            IDs up to 999, so there are 5 draws.
+        first_id: offset of dataset IDs. With N labeled cases and draw K, the ID is first_id + 20 K + N. K is at most 4,
+            so that all IDs are below 1000, as nnU-Net requires.
         labels: numbers of labeled cases that can be selected for a comparison, ascending.
         training_cases: number of training cases, which are all labeled for the upper bound.
         spacing: default voxel spacing in mm.
@@ -212,9 +212,9 @@ class Preparation:
 
     @property
     def _planned_for(self) -> LabeledSet:
-        """The labeled set with the largest number in `DataSet.labels`.
+        """The labeled set whose plans are also used for the upper bound.
 
-        Its plans are copied for the upper bound.
+        It is draw 0 with the largest number of labeled cases in `DataSet.labels`.
         """
         return LabeledSet(self.data_set.labels[-1])
 

@@ -93,8 +93,8 @@ def read(
         "second".
 
     Raises:
-        ValueError: there are no such runs, a score occurs twice, or runs differ in plans, iterations, precision, draws,
-            scored cases or labels.
+        ValueError: there are no such runs, a score occurs twice, runs differ in plans, iterations, precision, draws,
+            scored cases or labels, or `which` is "unlabeled" and there are several draws.
     """
     with table.open() as file:
         rows = [row for row in csv.DictReader(file) if row["set"] == which]

@@ -71,9 +71,10 @@ class Step:
         waited: the part of `exchange` that does not overlap with the backward pass.
         loader: time to prepare a batch for one GPU.
         reading: time to read the batches for all GPUs from the storage.
-        seconds: time of the whole step, the longest of three parts: computing including `waited`, `loader`, `reading`.
-        bottleneck: the longest of these parts: "loader", "reading", or "GPU" for computing. If `waited` is more than
-            5 % of computing including `waited`, "network" is used instead of "GPU".
+        seconds: time of the whole step: the maximum of `loader`, `reading`, and the GPU time. The GPU time is
+            `Cluster.gpu_seconds` plus `waited`.
+        bottleneck: "loader", "reading" or "GPU", whichever of these times is the maximum; "network" instead of "GPU" if
+            `waited` is more than 5 % of the GPU time.
     """
 
     gpus: int
@@ -115,8 +116,10 @@ def as_markdown(cluster: Cluster, numbers: tuple[int, ...] = (1, 2, 4, 8, 16, 32
     Nothing is measured. All times are in ms and calculated by `step`:
 
     - network MB per machine: bytes that the network of one machine transfers in each direction;
-    - all-reduce: all-reduce of the gradients; not overlapped: the part of it that is added to the step;
-    - loader: preparation of a batch for one GPU; reading: reading of the batches for all GPUs;
+    - all-reduce: all-reduce of the gradients;
+    - not overlapped: the part of the all-reduce that does not overlap with the backward pass, added to the step;
+    - loader: preparation of a batch for one GPU;
+    - reading: reading of the batches for all GPUs;
     - step: the whole step;
     - patches per second: throughput of all GPUs together;
     - scaling efficiency: time of a step on 1 GPU divided by the time on this number of GPUs;

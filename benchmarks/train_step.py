@@ -54,7 +54,8 @@ def build(name: str, folder: Path, plans_name: str, device: str, labeled: int | 
         folder: nnUNet_preprocessed/DatasetXXX_NAME.
         plans_name: plans identifier.
         device: "cpu" or "cuda".
-        labeled: number of labeled patches per step; None for a total of `SAMPLES` labeled and unlabeled patches.
+        labeled: number of labeled patches per step. None for `SAMPLES` patches in total: all labeled for a supervised
+            trainer, half of them unlabeled for a semi-supervised one.
     """
     plans = json.loads((folder / f"{plans_name}.json").read_text()) | {"continue_training": False}
     is_supervised = name == SUPERVISED or TRAINERS[name].is_supervised

@@ -26,7 +26,7 @@ class Plan:
     """Cases of a source folder and how to convert them, determined from the file names without opening images.
 
     Attributes:
-        data_set: properties of the dataset: how its cases are read and written.
+        data_set: properties of the dataset, including the functions that read its cases.
         training: training cases, sorted by name unless `ordered` is True.
         test: the dataset's own test cases, from its test folder or its list of test cases.
         unlisted: cases that the dataset's own lists do not contain. They are used only if a split file or a protocol
@@ -169,6 +169,12 @@ def _assign_without_copies(plan: Plan, labeled: int | float | None, seed: int) -
     Copies cause leakage if they have different roles. They also do if several of them are labeled, since
     cross-validation could train on one copy and validate on another. In both cases only the first copy is used, unless
     `plan.keep_copies` is set.
+
+    Args:
+        plan: cases of the source.
+        labeled: number of training cases that keep their label, or a float for a fraction of those with a label; None
+            keeps all labels.
+        seed: random seed for choosing the labeled cases.
     """
 
     def assign(cases: Plan) -> Assignment:

@@ -4,8 +4,8 @@ URL: none
 License: that of your data
 
 A pattern is a path relative to the source folder. `{case}` matches the name of the case, `*` any characters except a
-slash, and `**/` any folders. `{case}` may occur twice and then matches the same name. A pattern that ends in a slash
-matches folders with one DICOM series each.
+slash, and `**/` any number of folders. `{case}` may occur twice and then matches the same name. A pattern that ends in
+a slash matches folders with one DICOM series each.
 """
 
 import argparse
@@ -194,7 +194,8 @@ def _matches(
         entries: files and folders below the source that can match.
         pattern: pattern as described in the module's docstring.
         flag: command-line option of the pattern, for error messages.
-        warnings: list to which a warning is appended if folders match the pattern but cannot be used.
+        warnings: list to which a warning is appended if a folder matches a pattern for files, or if a matching folder
+            contains no files.
         excluded: files that match --masks and are therefore not in `entries`. They are used only to explain the error
             if nothing matches.
 

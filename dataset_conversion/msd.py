@@ -6,9 +6,10 @@ License: CC BY-SA 4.0
 A task is a folder with `imagesTr/<case>.nii.gz`, `labelsTr/<case>.nii.gz`, `imagesTs/<case>.nii.gz` (without labels)
 and `dataset.json`.
 
-- An image with several channels (Task01, Task05) is one 4D file (x, y, z, channel). dataset.json has their names.
-- dataset.json also has the label values and their names. nnU-Net requires consecutive values: the declared values are
-  renumbered 1, 2, ... in ascending order. A label called ignore comes last, as nnU-Net requires.
+- An image with several channels (Task01, Task05) is one 4D file (x, y, z, channel).
+- dataset.json has the names of the channels, and the label values and their names. nnU-Net requires consecutive values:
+  the declared values are renumbered 1, 2, ... in ascending order. A label called ignore comes last, as nnU-Net
+  requires.
 - dataset.json lists the cases, but some copies of a task lack files or have more. The files in the folders are
   converted, and differences from the lists are reported. The order of the lists has no meaning.
 - The archives contain an AppleDouble file `._<case>.nii.gz` next to each image. Hidden files are ignored.
@@ -132,9 +133,9 @@ def _cases(root: Path, part: str, listed: object, warnings: list[str]) -> dict[s
 
     Args:
         root: folder of the task.
-        part: "Tr" or "Ts".
-        listed: list of these cases in dataset.json; None if there is none.
-        warnings: list to which warnings are appended, about unused files and differences from dataset.json.
+        part: "Tr" for the training cases, or "Ts" for the test cases.
+        listed: list of the training or test cases in dataset.json; None if dataset.json has no such list.
+        warnings: list to which warnings are appended, about unused files and differences from this list.
     """
     images, labels = (_volumes(root / f"{kind}{part}", warnings) for kind in ("images", "labels"))
     if stray := sorted(labels.keys() - images.keys()):
@@ -261,7 +262,10 @@ def _read_images(paths: tuple[Path, ...], report: CaseReport, channels: Sequence
 
 
 def _read_label(path: Path, images: Sequence[sitk.Image], report: CaseReport) -> sitk.Image:
-    """Read a label; round floating point values, and raise UserError if one of them is not nearly an integer."""
+    """Read a label file, and round floating-point values; raise UserError if a value is not nearly an integer.
+
+    `images` and `report` are unused.
+    """
     label = read_volume(path)
     array = sitk.GetArrayViewFromImage(label)
     if array.dtype.kind != "f":

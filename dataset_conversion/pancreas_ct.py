@@ -7,9 +7,9 @@ Layouts that are read:
 
 - DICOM of TCIA in both forms, `Pancreas-CT/PANCREAS_0001/<study>/<series>/1-001.dcm` and
   `DOI/PANCREAS_0001/<uid>/<uid>/000000.dcm`, and NIfTI re-uploads, `PANCREAS_0001.nii.gz`. The labels are
-  `label0001.nii.gz`, anywhere below the source folder. Image and label are aligned by their headers only. In the
-  original files, the headers of a DICOM series and of its label define the same grid. If the voxel arrays of image and
-  label seem flipped relative to each other, another tool has changed the axes of one of them.
+  `label0001.nii.gz`, anywhere below the source folder. Labels are aligned to the images by the headers of the files
+  only. In the original files, a DICOM series and its label have headers that define the same grid. If a label is
+  flipped relative to its image, another tool has changed the axes of one of them.
 - h5 files of the community, already normalized and resampled: `image0001_norm.h5` (MC-Net), `0001.h5` or
   `pancreas_001.h5` (CoraNet, BCP), `PANCREAS_0001.h5` (DyCON). Their datasets `image` and `label` have the axes
   (x, y, z).
@@ -59,7 +59,8 @@ class _Family:
     """A family of h5 files: files that were preprocessed in the same way, recognized by their names.
 
     Attributes:
-        pattern: regular expression of the file names; its only matching group is the number of the case.
+        pattern: regular expression of the file names. It has one or more groups, of which one matches: the number of
+            the case.
         recipe: origin, cropping and spacing of the files, for the summary.
     """
 

@@ -156,10 +156,10 @@ def read_channels(paths: Sequence[Path], report: CaseReport) -> list[sitk.Image]
 
 @dataclass(frozen=True)
 class NamedMasks:
-    """Reader of labels that are stored as one mask file each. Can be used as `writer.DataSet.read_label`.
+    """Reader of cases with one mask file per label. Can be used as `writer.DataSet.read_label`.
 
     Attributes:
-        files: first mask file of a case (its `Case.label`) -> pairs (label value, mask file) of all its masks, in
+        files: first mask file of a case (`Case.label`) -> a pair (label value, mask file) for each mask of the case, in
             ascending order of label values. Nonzero voxels of a mask get the label value of its pair.
     """
 

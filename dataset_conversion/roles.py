@@ -81,8 +81,8 @@ def assign_by_count(
 
     Args:
         training: training cases; those without a label become unlabeled.
-        labeled: number of labeled cases. A float is a fraction of the cases with a label, rounded to at least one
-            case. None keeps all labels.
+        labeled: number of labeled cases. A float is a fraction of the cases with a label; the result is rounded, and
+            is at least 1. None keeps all labels.
         ordered: whether `training` is in the published order, so that no cases are drawn.
         seed: random seed of the draw.
         test: cases with the role "test", which may lack a label.
@@ -165,10 +165,15 @@ def assign_by_protocol(
     Args:
         cases: all cases of the source.
         protocol: the published split.
-        labeled: number or fraction of the training cases that keep their label; None keeps all labels.
+        labeled: number of training cases that keep their label, or a float for a fraction of those with a label; None
+            keeps all labels.
         not_scored: identifier -> reason, for cases to exclude from val and test.
         left_out_before: identifier -> reason, for cases of the source that the converter never uses. They are not in
             `cases`, and their absence leads to no warning.
+
+    Raises:
+        UserError: no training case has a label.
+        UsageError: there are fewer labels than requested.
     """
     known = {case.identifier: case for case in cases}
     left_out = {key: f"{_NOT_LISTED} of protocol {protocol.name}" for key in known}

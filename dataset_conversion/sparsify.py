@@ -1,6 +1,7 @@
 """Conversion of a fully annotated data set to one with sparse annotation: some slices, or scribbles.
 
-Voxels without annotation get nnU-Net's ignore label. This is meant for trying out training with sparse annotation.
+Voxels without annotation get nnU-Net's ignore label. The result is meant for trying out training with sparse
+annotation.
 """
 
 import json

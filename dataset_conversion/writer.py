@@ -129,7 +129,7 @@ def write_dataset(
 
 @contextmanager
 def reserved(folder: Path, option: str = "-d") -> Iterator[Lock]:
-    """Prevent other conversions to the same dataset ID in a `with` block; yield the lock of the ID.
+    """Prevent other conversions to the same dataset ID during a `with` block; yield the lock of the ID.
 
     Args:
         folder: folder to write, a result of `new_dataset_folder`.
@@ -164,7 +164,10 @@ def _write_dataset(
 ) -> Path:
     """Write the dataset to the hidden folder `partial_folder`, rename it to `folder`, and print a summary.
 
-    The caller must hold `lock`, the lock of the dataset ID.
+    The caller must hold `lock`, the lock of the dataset ID. For the other arguments see `write_dataset`.
+
+    Returns:
+        `folder`.
     """
     try:
         with writing_errors(f"cannot write into {partial_folder}", "check the free disk space"):
@@ -497,7 +500,12 @@ def _print_summary(
 
 @contextmanager
 def writing_errors(what: str, remedy: str) -> Iterator[None]:
-    """Re-raise write errors in a `with` block as a one-line UserError: "{what}: {reason}; {remedy}"."""
+    """Re-raise write errors in a `with` block as a one-line UserError: "{what}: {reason}; {remedy}".
+
+    Args:
+        what: the problem, such as "cannot write FILE".
+        remedy: what the user can do, such as "check the free disk space".
+    """
     try:
         yield
     except (OSError, RuntimeError, EOFError) as error:

@@ -72,7 +72,7 @@ def some(names: Sequence[object], limit: int = 3) -> str:
 
 
 def counted(names: Sequence[object], one: str, many: str) -> str:
-    """Return the number of names and the first 3 of them, such as "2 cases have no mask: a, b".
+    """Return the number of names and the first 3 of them as text, such as "2 cases have no mask: a, b".
 
     Args:
         names: the names to count and to list, such as names of cases.

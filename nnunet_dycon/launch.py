@@ -173,8 +173,8 @@ def _load_checkpoint(
         is_restarted: whether torchrun has restarted the training.
         is_resume: whether the user has given --c.
         trainer: nnU-Net's trainer.
-        continue_training: whether to resume, as passed by nnU-Net. This value is used only with --val, or if
-            torchrun does not restart processes (--max-restarts 0). Otherwise, the result of `_should_resume` is used.
+        continue_training: nnU-Net's argument, whether to resume. It is used unchanged with --val, or if torchrun does
+            not restart processes (--max-restarts 0). Otherwise, the result of `_should_resume` replaces it.
         validation_only: whether the user has given --val, to run only the final validation.
         pretrained: file with pretrained weights, or None.
     """

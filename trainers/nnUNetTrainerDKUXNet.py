@@ -16,7 +16,10 @@ from nnunet_dycon.trainers.uxnet_training import UXNetTraining
 
 
 class nnUNetTrainerDKUXNet(UXNetTraining, SemiSupervisedTrainer):
-    """DK-UXNet: query distribution consistency (arXiv:2311.12364); see `nnunet_dycon.methods.dkuxnet`."""
+    """DK-UXNet: query distribution consistency (arXiv:2311.12364); see `nnunet_dycon.methods.dkuxnet`.
+
+    The loss on unlabeled images is the consistency of a mask transformer's outputs between a weak and a strong view.
+    """
 
     network_class = "nnunet_dycon.networks.DKUXNet"
     activation_memory_factor = 4.5  # two views and the mask transformer; measured in docs/cost.md
@@ -47,8 +50,8 @@ class nnUNetTrainerDKUXNet(UXNetTraining, SemiSupervisedTrainer):
     def initialize(self) -> None:
         """Initialize like `SemiSupervisedTrainer`, then register a hook that stores the student's query distribution.
 
-        The mask transformer predicts this distribution in addition to the segmentation. Each query belongs to one
-        class. For each voxel and class, the distribution contains the sum of the probabilities of the class's queries.
+        The mask transformer predicts this distribution in addition to the segmentation. For each voxel, it computes the
+        probabilities of all learned queries, and sums them over the queries of each class.
 
         Raises:
             NotSupported: deep supervision is off. Without it, the layers that assign voxels to queries at the lower

@@ -13,7 +13,7 @@ class nnUNetTrainerUGPL(TwoNetworksTrainer):
     def feature_stage(self) -> FeatureStage:
         """Return the stage whose features the contrastive loss uses: the decoder stage at full resolution.
 
-        It has the same name in both networks.
+        The stage has the same name in both networks of co-training.
         """
         architecture = self.configuration_manager.network_arch_init_kwargs
         return FeatureStage(f"decoder.stages.{architecture['n_stages'] - 2}", architecture["features_per_stage"][0])

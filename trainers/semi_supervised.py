@@ -73,7 +73,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             compatibility.refuse_planned_network(cls.__name__, planned.network_arch_class_name)
 
     def build_method(self, network: nn.Module, supervision: Supervision) -> Method:
-        """Build the method, which computes the loss of each training step; see `nnunet_dycon.methods`."""
+        """Build the method, which computes the loss of a step; `network` is the student. See `nnunet_dycon.methods`."""
         raise NotImplementedError(f"{type(self).__name__} is a base class; choose a trainer from: nnunet_dycon list")
 
     def feature_stage(self) -> FeatureStage:
@@ -215,7 +215,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
     @preflight.with_memory_advice
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
-        """Load a checkpoint, including `self.method`. With --c, if it is damaged, load the newest readable one."""
+        """Load a checkpoint, including `self.method`. With --c, load the newest readable one if this one is damaged."""
         if self._continue_training:
             self._continue_training, log = False, self.print_to_log_file  # later calls load exactly the given file
             filename_or_checkpoint = checkpoints.find_readable(filename_or_checkpoint, log, self._lock.acquire)
@@ -228,7 +228,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self._recorder.curves, self._resumed_settings = own["curves"], own["settings"]
 
     def companions(self) -> dict[str, tuple[str, nn.Module]]:
-        """Return all networks except the student: checkpoint name -> (name of the trainer that builds it, network)."""
+        """Return the networks except the student: checkpoint name -> (name of the network's trainer class, network)."""
         teacher = self.method.teacher
         return {} if teacher is None else {checkpoints.TEACHER: (type(self).__name__, teacher.network)}
 

@@ -1,4 +1,8 @@
-"""Sub-commands that prepare data: convert, sparsify, preprocess_unlabeled."""
+"""Sub-commands that prepare data.
+
+convert converts a public data set to nnU-Net's raw format. sparsify writes a copy of a data set with sparse annotation.
+preprocess_unlabeled preprocesses the images in imagesUn.
+"""
 
 import argparse
 from collections.abc import Sequence

@@ -1,4 +1,8 @@
-"""Sub-commands that use a trained model to extend its data set: pseudo_label and self_train."""
+"""Sub-commands for self-training, in which predictions of unlabeled cases become labels of a new data set.
+
+pseudo_label writes the new data set. self_train runs all commands: training, and in each round pseudo_label and a
+training on the new data set.
+"""
 
 import argparse
 from pathlib import Path

@@ -35,7 +35,7 @@ class LabeledBatch:
 
     @property
     def full_resolution(self) -> torch.Tensor:
-        """The target at full resolution, (B, T, *spatial): one label map (T = 1) or T binary maps, one per region."""
+        """The target at full resolution, (B, T, *spatial), with the T channels that ``targets`` describes."""
         return self.targets[0] if isinstance(self.targets, list) else self.targets
 
 

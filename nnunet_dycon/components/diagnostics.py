@@ -63,8 +63,8 @@ def pseudo_region_diagnostics(
     Args:
         student: (B, R, *spatial), boolean, the student's regions in unlabeled images.
         teacher: (B, R, *spatial), boolean, the pseudo-labels.
-        where: (B, *spatial), as in `pseudo_label_diagnostics`.
-        agreement: as in `pseudo_label_diagnostics`.
+        where: (B, *spatial), boolean, True for the voxels to use; None for all voxels.
+        agreement: the key of the Dice in the returned dict, see `pseudo_label_diagnostics`.
 
     Returns:
         A dict with two entries. "pseudo_foreground" is the fraction of voxels that are in at least one region of the

@@ -217,9 +217,10 @@ def patch_codes(
     Args:
         codes: (B, *spatial), integers, the region code of each voxel, 0 for background.
         grid: the number of cells along each spatial axis.
-        foreground_fraction: as in `patch_labels`.
-        background_fraction: as in `patch_labels`.
-        known: as in `patch_labels`.
+        foreground_fraction: the smallest foreground fraction of a foreground cell.
+        background_fraction: the largest foreground fraction of a background cell.
+        known: (B, *spatial), boolean, False for voxels that are not annotated, whose code must be 0. None if all voxels
+            are annotated.
 
     Returns:
         (B, N) integers: the code of each of the N cells, 0 for background, or `IGNORED_PATCH` (-1).
@@ -247,15 +248,16 @@ def _classed(
 ) -> torch.Tensor:
     """Classify each of the N cells as foreground, background or ignored, and return the labels (B, N).
 
-    The label is ``largest`` for foreground, 0 for background, and `IGNORED_PATCH` for ignored cells. The criteria are
-    described in `patch_labels`.
+    The label is ``largest`` for foreground, 0 for background, and `IGNORED_PATCH` for ignored cells. A cell is ignored
+    if its foreground fraction, relative to its annotated voxels, is between the two thresholds, or if less than half of
+    its voxels are annotated.
 
     Args:
         foreground: (B, N), the foreground fraction of each cell, relative to all voxels of the cell.
         largest: (B, N), the label of each cell in case it is a foreground cell.
         annotated: (B, N), the annotated fraction of each cell; None if all voxels are annotated.
-        foreground_fraction: as in `patch_labels`.
-        background_fraction: as in `patch_labels`.
+        foreground_fraction: the smallest foreground fraction of a foreground cell.
+        background_fraction: the largest foreground fraction of a background cell.
     """
     if annotated is not None:
         foreground = foreground / annotated.clamp(min=1e-6)

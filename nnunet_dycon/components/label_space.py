@@ -22,7 +22,7 @@ class ClassMap(NamedTuple):
     """A map of mutually exclusive classes.
 
     Attributes:
-        labels: (B, *spatial), integers.
+        labels: (B, *spatial), integers, the class of each voxel.
         mask: (B, *spatial), boolean, True for the voxels to use, for example in a loss.
         classes: the number of classes, including background.
     """
@@ -64,27 +64,37 @@ class LabelSpace:
         raise NotImplementedError
 
     def split(self, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Split nnU-Net's target (B, T, *spatial) into labels and a boolean mask of the shape of the labels.
+        """Split nnU-Net's target into labels and a boolean mask of the same shape.
 
-        The mask is False at voxels with the ignore label. The labels of these voxels are 0.
+        Labels are (B, *spatial) integers for classes, (B, R, *spatial) booleans for R regions. The mask is False at
+        voxels with the ignore label. The labels of these voxels are 0.
+
+        Args:
+            target: (B, T, *spatial), a label map (T = 1) for classes; for regions one channel per region and, if the
+                data set has an ignore label, a last channel that marks ignored voxels.
         """
         raise NotImplementedError
 
     def truth(self, labeled: LabeledBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the ground truth of a labeled batch at full resolution: labels, and the mask of annotated voxels.
 
-        The mask has the shape of the labels. Voxels with the ignore label are not annotated; their labels are 0.
+        Both are (B, *spatial) for classes, (B, R, *spatial) for R regions. Voxels with the ignore label are not
+        annotated; their labels are 0.
         """
         return self.split(labeled.full_resolution)
 
     def labels(self, logits: torch.Tensor) -> torch.Tensor:
-        """Return the labels that are predicted by logits (B, C, *spatial)."""
+        """Return the labels that are predicted by logits (B, C, *spatial).
+
+        They are (B, *spatial) integers for classes, (B, R, *spatial) booleans for R regions.
+        """
         raise NotImplementedError
 
     def confident_labels(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the labels that are predicted by logits (B, C, *spatial), and the probability of each label.
 
-        Both have the shape of labels. For regions, p is the sigmoid of the logit. The probability is p where the label
+        Labels and probabilities are (B, *spatial) for classes, (B, R, *spatial) for R regions. For classes, the
+        probability is the maximum of the softmax. For regions, with p the sigmoid of the logit, it is p where the label
         is True (inside the region), and 1 - p where it is False.
         """
         raise NotImplementedError
@@ -142,7 +152,7 @@ class LabelSpace:
         `patch_codes` for regions, where each combination of regions is a class.
 
         Args:
-            labels: the labels of the voxels.
+            labels: (B, *spatial) integers for classes, (B, R, *spatial) booleans for R regions.
             known: boolean, of the same shape, False for voxels that are not annotated.
             grid: the number of cells along each spatial axis.
             channels: the number of channels of the logits, which is the number of classes or regions.
@@ -160,8 +170,14 @@ class LabelSpace:
     ) -> dict[str, torch.Tensor]:
         """Return a dict with the foreground fraction of pseudo-labels and their Dice with the student's labels.
 
-        For the arguments and the keys see `pseudo_label_diagnostics` (classes) or `pseudo_region_diagnostics`
-        (regions).
+        The keys are "pseudo_foreground" and the value of ``agreement``. See `pseudo_label_diagnostics` for classes and
+        `pseudo_region_diagnostics` for regions.
+
+        Args:
+            student: the student's labels, (B, *spatial) integers for classes, (B, R, *spatial) booleans for R regions.
+            teacher: the pseudo-labels, of the same shape.
+            where: (B, *spatial), boolean, True for the voxels to use; None for all voxels.
+            agreement: the key of the Dice.
         """
         raise NotImplementedError
 
@@ -258,14 +274,14 @@ class RegionLabels(LabelSpace):
         return logits > 0, logits.float().abs().sigmoid()
 
     def voxel_entropy(self, logits: torch.Tensor) -> torch.Tensor:
-        """Return the binary entropy of each voxel in nats, averaged over regions, (B, *spatial)."""
+        """Return the binary entropy in nats, averaged over regions, (B, *spatial), from logits (B, R, *spatial)."""
         return sigmoid_entropy(logits).mean(1)
 
     def highest_entropy(self, channels: int) -> float:
         return math.log(2)
 
     def shown(self, logits: torch.Tensor) -> torch.Tensor:
-        """Return one label per voxel for plots, (B, *spatial) integers, 0 for background.
+        """Return one label per voxel for plots, (B, *spatial) integers, from logits (B, R, *spatial); 0 is background.
 
         Regions are numbered from 1. If several regions contain a voxel, its label is the highest of their numbers. In
         nnU-Net's order of regions, inner regions follow outer ones, so inner regions stay visible.

@@ -22,9 +22,9 @@ class Supervision:
 
     Attributes:
         loss: nnU-Net's loss, called with a list of logits (highest resolution first) and nnU-Net's targets.
-        weighted_loss: the same loss with a weight for each label, for pseudo-labels and mixed images. It is called with
-            a list of logits (highest resolution first), and labels and weights at full resolution; see
-            `LabelSpace.weighted_loss`.
+        weighted_loss: the same loss with weights, for pseudo-labels and mixed images. It is called with a list of
+            logits (highest resolution first), labels and weights. Labels and weights have the full resolution and the
+            shape (B, *spatial) for classes or (B, R, *spatial) for R regions; see `LabelSpace.weighted_loss`.
         label_space: `ClassLabels` or `RegionLabels`.
     """
 
@@ -34,9 +34,10 @@ class Supervision:
 
 
 class Method(nn.Module):
-    """Base class of the semi-supervised methods. `forward` computes the loss of a training step.
+    """Base class of the semi-supervised methods, which compute the loss of a training step.
 
-    The interface is described in `nnunet_dycon.methods`.
+    A subclass implements ``forward(student, labeled, unlabeled, progress)``. It returns a dict that contains the loss
+    under "loss". The arguments and the other entries are described in `nnunet_dycon.methods`.
 
     Args:
         supervision: the supervised losses, and the label space (classes or regions).
@@ -61,14 +62,15 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def supervised(self, output: StudentOutput, labeled: LabeledBatch, mix: Mixture | None = None) -> torch.Tensor:
-        """Return the loss between the student's logits and ground truth.
+        """Return the supervised loss between the student's logits and ground truth, a scalar.
+
+        Without mixing, and with CutMix, the loss is computed on the labeled images. With copy-paste, it is computed on
+        all voxels from labeled images, including the boxes that are pasted into unlabeled images.
 
         Args:
-            output: the student's output for a batch that starts with the labeled images.
+            output: the student's output for its batch. Without copy-paste, it starts with the labeled images.
             labeled: the labeled batch.
-            mix: the mixture of labeled and unlabeled images that was applied to the batch; None without mixing. Without
-                mixing, and with CutMix, the loss is computed on the labeled images. With copy-paste, it is computed on
-                all voxels from labeled images, including the boxes that are pasted into unlabeled images.
+            mix: the mixture of labeled and unlabeled images that was applied to the batch; None without mixing.
         """
         if mix is None or not mix.cuts_labeled:
             return self.supervision.loss(output[: len(labeled)].logits, labeled.targets)
@@ -78,7 +80,8 @@ class Method(nn.Module):
     def label(self, images: torch.Tensor) -> torch.Tensor:
         """Return the logits (B, K, *spatial) from which pseudo-labels of images (B, C, *spatial) are made.
 
-        They are the output of the network that the attribute `labeler` names, such as "teacher", without gradient.
+        They are the output of the network that the attribute `labeler` names, such as "teacher", without gradient. A
+        method without a teacher must override this method; it raises NotImplementedError otherwise.
         """
         if self.teacher is None:
             raise NotImplementedError(
@@ -96,6 +99,9 @@ class Method(nn.Module):
             self.teacher.synchronize()
 
     def after_optimizer_step(self) -> None:
-        """Update the teacher; called after each step in which the optimizer updated the student."""
+        """Update the teacher, if there is one, with the student's weights.
+
+        This method is called after each step in which the optimizer updated the student.
+        """
         if self.teacher is not None:
             self.teacher.update()

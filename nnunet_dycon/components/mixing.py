@@ -91,10 +91,16 @@ class CutMix(Mixture):
     """CutMix (arXiv:1905.04899) of unlabeled images; labeled images are unchanged.
 
     A box of each unlabeled image is replaced by the same box of the previous unlabeled image in the batch. The first
-    image gets the box of the last one. For the arguments see `mixture`.
+    image gets the box of the last one.
 
     A single unlabeled image gets the box of the last labeled image instead. Only in this case, the voxels of the box
-    come from a labeled image: ``truth`` is True for them, and no pseudo-labels are used.
+    come from a labeled image: ``truth`` is True for them, and their pseudo-labels are not used.
+
+    Args:
+        labeled, unlabeled: the numbers of labeled and of unlabeled images in a batch.
+        spatial: size of the images, such as (Z, Y, X).
+        device: the device of the images.
+        box_fraction: the length of a box as a fraction of each axis, in [0, 1].
     """
 
     def __init__(
@@ -115,7 +121,13 @@ class CopyPaste(Mixture):
 
     The batch consists of the labeled images with a box of an unlabeled image, followed by the unlabeled images with a
     box of a labeled image. If there are fewer labeled than unlabeled images, the labeled images are repeated, and vice
-    versa. For the arguments see `mixture`.
+    versa.
+
+    Args:
+        labeled, unlabeled: the numbers of labeled and of unlabeled images in a batch.
+        spatial: size of the images, such as (Z, Y, X).
+        device: the device of the images.
+        box_fraction: the length of a box as a fraction of each axis, in [0, 1].
     """
 
     cuts_labeled = True

@@ -1,6 +1,7 @@
 r"""Schedules of weights: pure functions of the training progress, from 0 (start) to 1 (end).
 
-The progress is computed from epoch and step counts, so a resumed run continues the schedule. It is clamped to [0, 1].
+The progress is computed from epoch and step counts, so a resumed run continues the schedule. A progress outside of
+[0, 1] is clamped.
 """
 
 import math

@@ -13,7 +13,7 @@ def unwrap(module: nn.Module) -> nn.Module:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Return whether one of the wrappers of the module is that of torch.compile."""
+    """Return whether a module was compiled with torch.compile, also if it is wrapped by DistributedDataParallel."""
     return _unwrapped(module)[1]
 
 

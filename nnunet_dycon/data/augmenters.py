@@ -22,7 +22,8 @@ _SIGNAL_DELAY = 2.0  # seconds within which a scheduler signals all processes of
 class InProcess(SingleThreadedAugmenter):
     """Augmenter that draws batches from a data loader in this process.
 
-    It raises UserError (an error that the user can fix) if a case cannot be read.
+    It raises UserError (an error that the user can fix) if a case cannot be read. The arguments are those of
+    SingleThreadedAugmenter: the data loader, and a transform of the batches or None.
     """
 
     def __next__(self) -> dict:

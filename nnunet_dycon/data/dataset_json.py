@@ -164,9 +164,10 @@ def region_faults(labels: dict[str, tuple[int, ...]], order: Any) -> Iterator[st
 
 
 def _misplaced(regions: dict[str, tuple[int, ...]], order: list[int]) -> tuple[int, int] | None:
-    """Return (L, V) for the lowest label L that nnU-Net writes as a value V of other regions, or None if there is none.
+    """Return the lowest label L for which "regions_class_order" is wrong, and the value V that nnU-Net writes for it.
 
-    L and V are explained in `region_faults`.
+    The order is wrong for L if V is not in the same regions as L (see `region_faults`). If it is correct for all
+    labels, return None.
 
     Args:
         regions: name -> label values of each region, in the order of dataset.json.

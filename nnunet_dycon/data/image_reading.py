@@ -67,7 +67,8 @@ def image_files(folder: Path, dataset_json: dict, role: str) -> dict[str, list[P
         role: kind of the cases, such as "unlabeled", for error messages.
 
     Raises:
-        UserError: a file name has no channel number, or the files of a case do not have the channels of dataset.json.
+        UserError: a file name has no channel number or has unprintable characters, the folder cannot be entered, or the
+            files of a case do not have the channels of dataset.json.
     """
     ending = dataset_json["file_ending"]
     found = image_files_by_case(folder, ending)
@@ -94,7 +95,11 @@ def image_files(folder: Path, dataset_json: dict, role: str) -> dict[str, list[P
 
 
 def image_files_by_case(folder: Path, ending: str) -> dict[str, list[Path]]:
-    """Return case identifier -> all image files in a raw folder, sorted by channel.
+    """Return case identifier -> image files, sorted by channel, for all cases in a raw folder.
+
+    Args:
+        folder: a folder such as imagesUn. If it does not exist, the result is empty.
+        ending: file ending, such as ".nii.gz". Files with other endings are ignored.
 
     Raises:
         UserError: a file name lacks a channel number or contains unprintable characters, or the folder cannot be
@@ -191,7 +196,7 @@ def reader_class(dataset_json: dict, example: Path, plans: dict | None = None) -
 def in_file_order(reader: Reader) -> Reader:
     """Return the variant of a reader that does not reorient images, such as NibabelIO for NibabelIOWithReorient.
 
-    A reader that does not reorient images is returned itself.
+    A reader that does not reorient images is returned unchanged.
     """
     return _IN_FILE_ORDER.get(reader, reader)
 
@@ -228,7 +233,8 @@ def read_grid(file: Path, reader: Reader, is_label_map: bool = False) -> Grid:
     Args:
         file: image or label map.
         reader: one of nnU-Net's readers. The grid is that of the file, even if the reader changes the orientation.
-        is_label_map: see `read_voxels`.
+        is_label_map: whether the file is a label map. For TIFF files, the name of the JSON file from which the spacing
+            is read depends on it.
 
     Raises:
         Exception: the file cannot be read, or its spacing, number of dimensions or number of values per voxel is not

@@ -26,8 +26,11 @@ def check_label_values(
     """Check the label values in preprocessed segmentations, and return the number of voxels with each value.
 
     Args:
-        folder, cases, num_processes, stores: see `count_labels`.
+        folder: nnUNet_preprocessed/DatasetXXX/<data_identifier>.
+        cases: identifiers of the labeled cases.
         dataset_json: content of dataset.json.
+        num_processes: number of worker processes.
+        stores: whether to store the numbers for the next call, as in `count_labels`.
 
     Returns:
         Case identifier -> label value -> number of voxels, as from `count_labels`.
@@ -92,7 +95,7 @@ def count_labels(
 
 
 def sparsely_annotated(counts: Mapping[str, Mapping[int, int]], dataset_json: dict) -> list[str]:
-    """Return the identifiers of cases with voxels that have the ignore label, that is, without annotation.
+    """Return the identifiers of the cases in which some voxels are not annotated, that is, have the ignore label.
 
     Args:
         counts: result of `count_labels`.

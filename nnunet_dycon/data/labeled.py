@@ -30,7 +30,7 @@ def labeled_identifiers(folder: Path, arguments: str) -> set[str]:
         arguments: command-line arguments of nnUNetv2_preprocess that create the folder, for the error message.
 
     Raises:
-        UserError: the folder does not exist, or it has no cases.
+        UserError: the folder does not exist, has no cases, or has cases in several formats.
     """
     remedy = f"run: nnUNetv2_preprocess {arguments}"
     if not folder.is_dir():
@@ -84,8 +84,8 @@ def check_split(folder: Path, labeled: set[str], fold: int | Literal["all"]) -> 
 def make_split(folder: Path, labeled: set[str]) -> None:
     """Write the splits_final.json that nnU-Net would write, unless the file exists.
 
-    To be called by one rank before nnU-Net's own code, which would write the file on all ranks at once, so that a rank
-    or a second training could read an incomplete file.
+    Call this function on a single rank, before nnU-Net's own code. nnU-Net would write the file on all ranks at once,
+    and a rank or a second training could then read an incomplete file.
 
     Args:
         folder: nnUNet_preprocessed/DatasetXXX/<data_identifier>.
@@ -111,7 +111,9 @@ def check_fingerprint(base: Path, plans: PlansManager, configuration_name: str, 
 
     A fingerprint lists shapes and spacings of the cases, but no identifiers. So the check compares the number of cases,
     and the shapes after preprocessing: the shapes computed from the fingerprint must be those of the stored images. The
-    properties of the cases (.pkl) are not read, since loading a pickle can execute code.
+    shapes are compared only for nnU-Net's default preprocessor and resampling functions. The properties of the cases
+    (.pkl) are not read, since loading a pickle can execute code. Nothing is checked if the fingerprint or the folder of
+    preprocessed cases does not exist.
 
     Args:
         base: nnUNet_preprocessed/DatasetXXX.

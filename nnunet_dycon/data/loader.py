@@ -111,10 +111,10 @@ def require_readable(folder: str, cases: Sequence[str], remedy: str) -> None:
 
 @contextmanager
 def naming_unreadable_cases(trainer: nnUNetTrainer) -> Iterator[None]:
-    """Context manager for nnU-Net's validation that raises a UserError if a validation case cannot be read.
+    """Return a context manager for nnU-Net's validation that raises UserError if a validation case cannot be read.
 
-    The cases are checked only if the validation raises an exception. If all cases can be read, this exception is raised
-    unchanged.
+    The validation runs in the `with` block. The cases are checked only if it raises an exception. If all cases can be
+    read, this exception is raised unchanged.
 
     Args:
         trainer: semi-supervised trainer that runs the validation.
@@ -315,7 +315,7 @@ class TrainingCases:
 
     @property
     def images(self) -> UnlabeledDataset:
-        """All images from which unlabeled patches are drawn, each case with the same probability."""
+        """The images of `unlabeled` and `sparse`: unlabeled patches are drawn from all cases with equal probability."""
         return self.unlabeled | self.sparse
 
     @property

@@ -45,7 +45,12 @@ class Appearance:
 
 
 def orientation_of(file: Path, plans: PlansManager) -> str | None:
-    """Return the direction of increasing x, y, z in an image file, such as "LPS"; None if the format has none."""
+    """Return the direction of increasing x, y, z in an image file, such as "LPS"; None if the format has none.
+
+    Args:
+        file: image file.
+        plans: plans of the data set, which name the reader of the file.
+    """
     reader = in_file_order(plans.image_reader_writer_class)
     if not issubclass(reader, (SimpleITKIO, NibabelIO)):
         return None
@@ -56,10 +61,10 @@ def orientation_of(file: Path, plans: PlansManager) -> str | None:
 def intensities_of(
     image: np.ndarray, plans: PlansManager, configuration: ConfigurationManager
 ) -> tuple[tuple[float, float], ...]:
-    """Return (fraction of voxels at nnU-Net's upper clip limit, standard deviation) for each CT channel.
+    """Return (fraction of voxels at nnU-Net's upper clip limit, standard deviation of all voxels) for each CT channel.
 
     Args:
-        image: preprocessed image (C, Z, Y, X).
+        image: preprocessed image (C, Z, Y, X), with normalized intensities.
         plans: plans of the data set, which define the clip limits.
         configuration: configuration in the plans, which defines the normalization of each channel.
     """
@@ -87,11 +92,12 @@ def compare_with_labeled(
 
     One warning is returned for each of the following that occurs in at least one unlabeled case:
 
-    - The spacing is exactly 1 mm, but the two smallest median spacings of the labeled cases are not both close to 1 mm.
+    - The spacing is exactly 1 mm, but the median spacing of the labeled cases is not within 5 % of 1 mm along the two
+      axes with the smallest spacing.
     - No labeled case has the same orientation (one warning per orientation). This is not checked if nnU-Net's reader
       reorients images.
-    - The CT intensities vary much less than in each of the compared labeled cases (the first 10 at most).
-    - Many more CT voxels are at nnU-Net's upper clip limit than in each of these labeled cases.
+    - The CT intensities vary much less than in each of the first 10 labeled cases.
+    - Many more CT voxels are at nnU-Net's upper clip limit than in each of the first 10 labeled cases.
 
     Args:
         unlabeled: case identifier -> appearance.

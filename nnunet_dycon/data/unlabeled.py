@@ -1,8 +1,9 @@
 """Preprocessing of unlabeled cases, and a manifest file to detect that preprocessed cases are out of date.
 
 nnUNet_raw/DatasetXXX/imagesUn is preprocessed into nnUNet_preprocessed/DatasetXXX/<data_identifier>_unlabeled, by
-nnU-Net's own preprocessor with the plans of the labeled cases. The manifest, manifest.json in that folder, contains a
-hash of the plans, and the name and the size of each raw image file.
+nnU-Net's own preprocessor with the plans of the labeled cases. The manifest, manifest.json in the preprocessed folder,
+contains a hash of the entries of the plans and of dataset.json that affect preprocessing, the name and the size of each
+raw image file, and the warnings of preprocessing.
 """
 
 import hashlib
@@ -54,7 +55,8 @@ def preprocess_unlabeled(
         num_processes: number of worker processes; 1 uses this process.
 
     Raises:
-        UserError: an unlabeled case cannot be used. The message names it.
+        UserError: an unlabeled case cannot be used, and the message names it. For other reasons see
+            `UnlabeledCases.build`.
         UsageError: the data set, its plans or the configuration do not exist.
     """
     unlabeled = UnlabeledCases.of_dataset(dataset, configuration, plans_name)
@@ -83,7 +85,12 @@ class UnlabeledCases:
 
     @classmethod
     def of_dataset(cls, dataset: str, configuration: str, plans_name: str) -> "UnlabeledCases":
-        """Create an instance from the files in nnUNet_preprocessed; see `preprocess_unlabeled` for the arguments.
+        """Create an instance from the plans file and dataset.json in nnUNet_preprocessed.
+
+        Args:
+            dataset: ID or full name of the data set.
+            configuration: configuration in the plans, such as 3d_fullres.
+            plans_name: plans identifier.
 
         Raises:
             UserError: the plans file or dataset.json is damaged, or dataset.json is invalid (see `check_dataset_json`).
@@ -114,7 +121,7 @@ class UnlabeledCases:
 
     @property
     def folder(self) -> Path:
-        """The folder of the preprocessed unlabeled cases."""
+        """The folder of the preprocessed cases, nnUNet_preprocessed/DatasetXXX/<data_identifier>_unlabeled."""
         base = nnunet_folder("nnUNet_preprocessed") / self.plans.dataset_name
         return base / f"{self.configuration.data_identifier}_unlabeled"
 
@@ -144,7 +151,8 @@ class UnlabeledCases:
     def update_remedy(self) -> str:
         """The remedy for an outdated folder of preprocessed unlabeled cases: "run: COMMAND (if ..., first run: OTHER)".
 
-        OTHER preprocesses the labeled cases, which is needed first if the plans were changed by hand.
+        COMMAND preprocesses the unlabeled cases. OTHER preprocesses the labeled cases. It must run first if the plans
+        were changed by hand.
         """
         return (
             f"run: nnunet_dycon preprocess_unlabeled {self.arguments} (if the plans were changed by hand, first run: "
@@ -158,14 +166,14 @@ class UnlabeledCases:
 
     @property
     def lock(self) -> Lock:
-        """A lock that a process must hold while it builds the folder of preprocessed cases; other processes wait."""
+        """A new lock, not yet acquired. A process must hold it while it builds the folder of preprocessed cases."""
         return Lock(self.folder.with_name(f"{self.folder.name}.lock"), "preprocessing of the unlabeled cases")
 
     @contextmanager
     def locked(self) -> Iterator[Lock]:
-        """Context manager that yields the acquired `lock`, and releases it at the end of the `with` block.
+        """Return a context manager that acquires and yields the `lock`, and releases it after the `with` block.
 
-        It waits while another process holds the lock.
+        If another process holds the lock, wait until it releases the lock.
 
         Raises:
             UserError: nnUNet_preprocessed/DatasetXXX, the folder of the lock file, is not writable.
@@ -264,10 +272,10 @@ class UnlabeledCases:
             )
 
     def fault(self) -> str | None:
-        """Return why the folder of preprocessed cases cannot be used, or None if it is complete and up to date.
+        """Return as text why the folder of preprocessed cases cannot be used; None if it is complete and up to date.
 
-        The raw images need not exist. If they do, their names and sizes must be those in the manifest, manifest.json,
-        which preprocessing has written.
+        The raw images need not exist. If they do, their names and sizes must be those in manifest.json, which
+        preprocessing has written.
         """
         if not self.folder.is_dir():
             return "it does not exist"
@@ -318,8 +326,8 @@ class UnlabeledCases:
             num_processes: number of worker processes; 1 uses this process.
 
         Raises:
-            UserError: the existing folder is out of date or incomplete, or preprocessing failed. The message names the
-                reason and what to do.
+            UserError: the existing folder is out of date or incomplete, imagesUn has no images, or preprocessing
+                failed. The message names the reason and what to do.
         """
         if self.folder.is_dir() and self.fault() is None:
             return
@@ -355,8 +363,10 @@ class UnlabeledCases:
                 that no other process has taken over the lock.
 
         Raises:
-            UserError: a training uses the folder, or images cannot be used. The message names these images. The
-                preprocessed files of all other cases are kept for the next build.
+            UserError: images cannot be used. The message names them, and the preprocessed files of all other cases are
+                kept for the next build. Also raised if a training uses the folder, there are no images, a case is both
+                labeled and unlabeled, the labeled cases have changed since planning (see `check_fingerprint`), or disk
+                space or memory does not suffice.
         """
         self._check_replaceable()
         cases = self.raw_cases()

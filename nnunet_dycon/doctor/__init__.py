@@ -15,7 +15,7 @@ from nnunet_dycon.system.environment import nnunet_folder
 
 @dataclass(frozen=True)
 class Question:
-    """The arguments of the nnUNetv2_train call that the doctor checks.
+    """The arguments of the nnUNetv2_train call that the doctor checks, and the options of the doctor.
 
     Attributes:
         trainer: name of the trainer (-tr).
@@ -23,7 +23,7 @@ class Question:
         configuration: nnU-Net's configuration, such as "3d_fullres".
         plans_name: plans identifier (-p).
         fold: fold to check, a number or "all"; None to check every fold.
-        device: type of the device on which to measure some training steps: "cuda", "cpu" or "mps"; None to measure
+        device: device on which the doctor measures some training steps: "cuda", "cpu" or "mps"; None to measure
             nothing.
         compares_images: whether to search for images that occur in two folders. This search reads the voxels of all
             images that have the same size as an image of another folder.
@@ -48,7 +48,7 @@ def run_doctor(question: Question, as_json: bool = False) -> int:
     """Run all checks and print their findings; return 1 if at least one finding has the status FAIL, else 0.
 
     Args:
-        question: the arguments of the nnUNetv2_train call to check.
+        question: the nnUNetv2_train call to check, and the options of the doctor.
         as_json: print one JSON object at the end, instead of a line of text per finding.
     """
     findings = []
@@ -75,12 +75,13 @@ def run_doctor(question: Question, as_json: bool = False) -> int:
 
 
 def _diagnose_and_measure(question: Question, measurements: list[dict]) -> Iterator[Finding]:
-    """Yield the findings of `diagnose` and, if a device and a dataset are given, those of `examine_speed`.
+    """Yield the findings of all checks (`diagnose`), then those of the measured training steps (`examine_speed`).
 
-    If `diagnose` yields a FAIL, nothing is measured. A NOTE is yielded instead.
+    Nothing is measured if no device or no dataset is given. If `diagnose` yields a FAIL, a NOTE is yielded instead of a
+    measurement.
 
     Args:
-        question: the arguments of the nnUNetv2_train call to check.
+        question: the nnUNetv2_train call to check, and the options of the doctor.
         measurements: output list, to which the fields of each `Measurement` are appended as a dict.
     """
     would_fail = False
@@ -115,8 +116,8 @@ def diagnose(question: Question) -> Iterator[Finding]:
     An error in a check is not raised, but yielded as a `Finding` with the status FAIL or WARNING.
 
     Args:
-        question: the arguments of the nnUNetv2_train call to check. Without a dataset, only the installation is
-            checked.
+        question: the nnUNetv2_train call to check, and the options of the doctor. Without a dataset, only the
+            installation is checked.
     """
     yield from examine("versions", installation.check_versions)
     yield from examine("device", installation.check_device)

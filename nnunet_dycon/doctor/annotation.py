@@ -1,4 +1,4 @@
-"""Check of sparse annotations: the share of voxels that are annotated, for each label."""
+"""Check of sparse annotations: the fraction of all voxels that is annotated with each label."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,8 +16,9 @@ def examine_annotation(
 ) -> Iterator[Finding]:
     """Check the annotation of a data set with an ignore label; yield nothing if all voxels are annotated.
 
-    Yield a NOTE with the annotated share per label, and a WARNING for each problem: cases without any annotation, a
-    background that is never annotated, and labels with few annotated voxels.
+    Yield a NOTE with the fraction of all voxels that is annotated, in total and with each label. Yield a WARNING for
+    each problem: cases without any annotation, no voxel annotated as background, and labels with fewer than 50 voxels
+    in all cases together.
 
     Args:
         counts: case identifier -> label value -> number of voxels, as from `count_labels`.

@@ -67,8 +67,9 @@ class RawDataset:
         folder: the path of the folder.
         dataset_json: the content of dataset.json.
         preprocessed: the roles whose cases are preprocessed, so that training does not need their raw images.
-        cases: role -> name of the case -> image files, one per channel.
-        misnamed: role -> error, for each role with wrong file names. Such a role has no cases in `cases`.
+        cases: role -> name of the case -> image files, sorted by channel.
+        misnamed: role -> error, for each role with wrong file names or missing channels. Such a role has no cases in
+            `cases`.
     """
 
     folder: Path
@@ -193,8 +194,10 @@ def examine_raw(folder: Path, preprocessed: frozenset[str], compares_images: boo
 def check_files(raw: RawDataset) -> Iterator[Finding]:
     """Yield a finding with the number of cases per role, and one for each problem with the files.
 
-    Problems are wrong file names, no labeled or no unlabeled cases, images without label, labels without image, and a
-    wrong numTraining in dataset.json.
+    Problems are wrong file names, files that nnU-Net does not read, TIFF images without the file with the spacing, no
+    labeled or no unlabeled cases, images without label, labels without image, and a wrong numTraining in dataset.json.
+    If dataset.json has the entry "dataset", which lists the paths of the labeled cases, a NOTE replaces the checks for
+    missing cases, images and labels, and for numTraining.
     """
     counts = ", ".join(f"{len(cases)} {role}" for role, cases in raw.cases.items() if cases or role not in _HELD_OUT)
     yield Finding("raw data", OK, f"{raw.folder}: {counts}; {raw.channels} channel{'s' * (raw.channels > 1)}")
@@ -365,8 +368,8 @@ def _faults(files: list[Path], raw: RawDataset, usual_spacing: list[float] | Non
     Args:
         files: image files of the case.
         raw: the data set.
-        usual_spacing: list with one value in mm: the median, over the labeled images, of the geometric mean of an
-            image's spacing. The spacing of the case is compared with this value. None to omit this check.
+        usual_spacing: list with a single value in mm, with which the spacing of each file is compared: the median over
+            the labeled images of the geometric mean of the spacings along Z, Y, X. None to omit the comparison.
     """
     grids = {file: raw.grids[file] for file in files}
     for file, grid in grids.items():
@@ -392,7 +395,7 @@ def check_label_grids(raw: RawDataset) -> Iterator[Finding]:
     """Check that the label map of each labeled case has the same voxel grid as the case's image of the first channel.
 
     nnU-Net ignores the positions of voxels, so it trains with flipped or shifted label maps without an error. Only
-    headers are read. Yield one finding for each kind of fault.
+    headers are read if the format has them. Yield one finding for each kind of fault, and nothing if there is none.
     """
     faults = defaultdict(list)
     for case, (image, *_) in raw.cases["labeled"].items():

@@ -255,8 +255,12 @@ def _is_complete(folder: Path, case: str) -> bool:
 def check_unlabeled(training: Training) -> Iterator[Finding]:
     """Check that the unlabeled cases are preprocessed and up to date, or can be preprocessed when training starts.
 
-    Also check that no case is both labeled and unlabeled. Yield a finding with the number of cases or the problem. If
-    labeled cases are sparsely annotated, unlabeled cases are not needed.
+    If labeled cases are sparsely annotated, unlabeled cases are not needed. Yield a finding with the number of cases or
+    the problem, a WARNING for each warning that preprocessing has stored, and a NOTE if preprocessing is running or was
+    interrupted.
+
+    Raises:
+        UserError: there are no unlabeled cases, they cannot be preprocessed, or a case is both labeled and unlabeled.
     """
     unlabeled = training.unlabeled
     command = f"run: nnunet_dycon preprocess_unlabeled {unlabeled.arguments}"
@@ -298,7 +302,7 @@ def check_folds(training: Training) -> Iterator[Finding]:
     """Check that nnU-Net can train the given fold, or every fold if none is given.
 
     The fold must contain only preprocessed labeled cases, and no case may be in both the training and the validation
-    list. Yield a finding for each problem, and one with the number of folds.
+    list. Yield a finding for each problem, and one with the number of folds or, for fold "all", of cases.
 
     Raises:
         UserError: nnU-Net cannot train a fold, see `check_split`.

@@ -110,9 +110,10 @@ def compare_folders(
         seed: seed of the bootstrap.
 
     Raises:
-        UserError: a prediction is missing, unreadable or on another voxel grid than its reference; methods have
-            different labels or cases; or no case has a score in all folders.
-        UsageError: a folder is given twice, or no labels can be scored.
+        UserError: a folder or prediction is missing; a file is unreadable; a prediction differs in size or spacing
+            from its reference; folders have different labels or cases; or no case has a score in all folders.
+        UsageError: a folder is given twice, a folder of predictions is that of the references, or no labels can be
+            scored.
     """
     folders = [(name, folder) for name, its in methods.items() for folder in its]
     _require_different(folders)
@@ -173,10 +174,12 @@ def _describe(matched: MatchedFolders) -> str:
 class Comparison:
     """Scores of several methods, and their statistics.
 
+    A run is one folder of predictions, that is, one method and one seed.
+
     Attributes:
         reference: folder of the references.
         methods: maps the name of each method to its folders of predictions, one per seed; the baseline first.
-        runs: maps the name of each method to the scores of each of its folders, in the same order.
+        runs: maps the name of each method to the scores of its runs, in the order of its folders.
         seed: seed of the bootstrap.
     """
 
@@ -459,7 +462,7 @@ def _compare(cases: Sequence[str], differences: np.ndarray, estimate: stats.Esti
 
 
 def _correct(tests: Sequence[dict[str, Any]]) -> None:
-    """Correct the p-values of several tests by Holm's method, and write them to the tests.
+    """Correct the p-values of several tests by Holm's method, and store the results in the dicts of the tests.
 
     Args:
         tests: one dict per test. The p-value is read from "p", and the corrected one is written to "p_holm". Tests

@@ -69,7 +69,8 @@ def evaluate_folder(
         num_processes: number of processes for scoring.
 
     Raises:
-        UserError: a file is missing, cannot be read, or is on another voxel grid than its reference.
+        UserError: a folder or file is missing, a file cannot be read, or a prediction differs in size or spacing from
+            its reference.
         UsageError: no labels can be scored, or both folders are the same.
     """
     return evaluate_matched([match_folders(reference, prediction, labels=labels)], num_processes)[0]
@@ -78,7 +79,18 @@ def evaluate_folder(
 def match_folders(reference: Path, prediction: Path, *, labels: Sequence[int] | None = None) -> "MatchedFolders":
     """Return the labels and the pairs of files that `evaluate_folder` scores.
 
-    Arguments and errors are those of `evaluate_folder`. Only the headers of the label maps are read and compared.
+    Size, spacing and position of the label maps are compared, not the voxels. Warnings go to stderr.
+
+    Args:
+        reference: folder of reference label maps.
+        prediction: folder of predicted label maps.
+        labels: label values to score. None: the foreground labels and regions of dataset.json in the folder of the
+            predictions, or else in the parent folder of the references.
+
+    Raises:
+        UserError: a folder or file is missing, a file cannot be read, or a prediction differs in size or spacing from
+            its reference.
+        UsageError: no labels can be scored, or both folders are the same.
     """
     for folder in (reference, prediction):
         if not folder.is_dir():
@@ -162,7 +174,7 @@ class Evaluation:
     """Scores of the predictions in a folder.
 
     Attributes:
-        rows: one dict per case and label, with the keys "case", "label" and those of `score`.
+        rows: one dict per case and label, with the keys "case", "label" and those of `score`, such as "dice".
     """
 
     rows: tuple[dict[str, Any], ...]
@@ -240,7 +252,7 @@ class Evaluation:
 class MatchedFolders:
     """Pairs of a reference and its prediction, which have the same size and spacing.
 
-    The order and direction of the axes can differ.
+    The axes of the prediction may be permuted or flipped. Size and spacing are then compared after matching the axes.
 
     Attributes:
         task: the labels and regions to score, and nnU-Net's reader of the files.
@@ -374,8 +386,8 @@ def _match(reference: Path, prediction: Path, file_ending: str) -> list[tuple[st
 def _same_placement(reference: Path, prediction: Path, reader: Reader) -> bool:
     """Return whether the voxels of a prediction and its reference have the same positions in mm.
 
-    The order and direction of the axes may differ between the two files. If a file does not store its position, return
-    True if size and spacing are equal.
+    If only the order or direction of the axes differs, the result is True. If a file does not store its position, the
+    result is True if size and spacing are equal.
 
     Raises:
         UserError: size or spacing differ.

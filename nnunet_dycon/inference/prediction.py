@@ -90,7 +90,10 @@ def _silence() -> Iterator[None]:
 
 
 def _is_complete(segmentation: Path) -> bool:
-    """Return whether a case has been predicted completely: nnU-Net writes the segmentation after all other files."""
+    """Return whether the file of a segmentation is complete.
+
+    nnU-Net writes it after all other files of the case, so the case has then been predicted completely.
+    """
     try:
         check_file(segmentation)
     except Exception:  # it does not exist, or an interrupted prediction has left a part
@@ -120,8 +123,8 @@ def choose_device(wanted: str | None) -> str:
 def discoverable() -> Iterator[None]:
     """Add the folder of this package's trainers to nnUNet_extTrainer for the duration of a ``with`` block.
 
-    nnU-Net searches the folders in this environment variable for the class of a trainer. At the end of the block, the
-    earlier value is restored.
+    nnU-Net searches the folders in the environment variable nnUNet_extTrainer for the class of a trainer. At the end
+    of the block, the earlier value is restored.
     """
     before = os.environ.get("nnUNet_extTrainer")
     os.environ["nnUNet_extTrainer"] = os.pathsep.join(filter(None, (str(DISCOVERY), before)))

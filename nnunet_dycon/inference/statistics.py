@@ -22,7 +22,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value and the bounds of its confidence interval."""
+    """A value and the bounds, low and high, of its confidence interval."""
 
     value: float
     low: float
@@ -84,7 +84,7 @@ class PairedBootstrap(Generic[Key]):
 
     - All methods have the same standard deviation between seeds. If only two methods with equal numbers of seeds are
       given, their standard deviations may differ. If four of six methods have a quarter of the standard deviation of
-      the two others, the coverage for the difference of these two is about 80 %.
+      the two others, the pooled value is too small for these two, and the coverage of their difference is about 80 %.
     - Runs are independent. Runs on the same random subset of labeled cases are not independent. If there are several
       subsets, average the scores of each subset over its seeds, and pass one row of scores per subset. If a subset
       changes the scores of all methods equally, the change is counted as noise of each method, so intervals of
@@ -102,7 +102,7 @@ class PairedBootstrap(Generic[Key]):
     ) -> None:
         """
         Args:
-            scores: the scores (seeds, cases) of each method.
+            scores: maps each method (any hashable key, such as its name) to its scores (seeds, cases).
             noise: the result of `pooled_seed_noise`, estimated from all or some of these methods; None to ignore the
                 variation between seeds.
             rng: random number generator; a fixed seed makes intervals reproducible.
@@ -159,8 +159,8 @@ def pooled_difference(data_sets: Sequence[PairedBootstrap[Key]], method: Key, ba
     All data sets have the same weight. The interval holds for the mean over these data sets, not for other data sets.
 
     Args:
-        data_sets: the bootstrap of each data set. All must contain both methods, have the same number of draws, and
-            use independent random number generators.
+        data_sets: a `PairedBootstrap` for each data set. All must contain both methods, have the same number of draws,
+            and use independent random number generators.
         method: the method to compare with the baseline.
         baseline: the baseline.
     """
@@ -173,8 +173,14 @@ def pooled_share_of_gap(
 ) -> Estimate | None:
     """Return (mean of method - lower) / (mean of upper - lower) over data sets, with confidence interval.
 
-    Return None if the interval of the denominator is not entirely above 0. For the arguments see `pooled_difference`
-    and `PairedBootstrap.share_of_gap`.
+    Return None if the interval of the denominator is not entirely above 0.
+
+    Args:
+        data_sets: a `PairedBootstrap` for each data set. All must contain the three methods, have the same number of
+            draws, and use independent random number generators.
+        method: the method to compare with both bounds.
+        lower: the method that is the lower bound.
+        upper: the method that is the upper bound.
     """
     if pooled_difference(data_sets, upper, lower).low <= 0:
         return None
@@ -185,9 +191,15 @@ def pooled_share_of_gap(
 def _differences(
     data_sets: Sequence[PairedBootstrap[Key]], method: Key, baseline: Key
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the mean score of a method minus that of the baseline, (data sets,).
+    """Return the mean score of a method minus the mean score of the baseline, for each data set.
 
-    Also return the same difference in each bootstrap draw, (data sets, draws).
+    Args:
+        data_sets: a `PairedBootstrap` for each data set.
+        method: the method to compare with the baseline.
+        baseline: the baseline.
+
+    Returns:
+        The differences, (data sets,), and the differences in each bootstrap draw, (data sets, draws).
     """
     values = np.array([each.means[method] - each.means[baseline] for each in data_sets])
     return values, np.array([each.draws[method] - each.draws[baseline] for each in data_sets])
@@ -282,7 +294,7 @@ class Influence:
 
 
 def leave_one_out(differences: np.ndarray) -> Influence:
-    """Return how much the mean difference changes if a single case is removed.
+    """Return the influence of single cases: the mean difference is computed again with each case left out.
 
     Args:
         differences: (cases,), score of the method minus score of the baseline for at least two cases.

@@ -180,7 +180,7 @@ def measure(members: Sequence[np.ndarray], voxel_ml: float, label_space: LabelSp
         members: predicted probabilities (K, Z, Y, X) of each member of the ensemble, with one channel for each of the K
             classes (including background) or regions.
         voxel_ml: volume of a voxel in ml.
-        label_space: whether the channels are classes or regions.
+        label_space: `ClassLabels` if the channels are classes, `RegionLabels` if they are regions.
     """
     labels, shape = len(_of_labels(members[0], label_space)), members[0].shape[1:]
     maps = {name: np.empty(shape, np.float32) for name in ("entropy", "mutual_information")[: len(members)]}
@@ -237,7 +237,7 @@ class _Voxels:
 
     Args:
         probabilities: (K, Z, Y, X), float64, with one channel for each class (including background) or region.
-        label_space: whether the channels are classes or regions.
+        label_space: `ClassLabels` if the channels are classes, `RegionLabels` if they are regions.
     """
 
     def __init__(self, probabilities: np.ndarray, label_space: LabelSpace) -> None:
@@ -354,7 +354,7 @@ class _Task:
 
         Args:
             voxels: in the orientation of the file.
-            grid: grid of the file.
+            grid: voxel grid of the file; its affine determines the orientation.
         """
         return reoriented(voxels, grid.affine) if self.reorients and grid.affine is not None else voxels
 
@@ -363,7 +363,7 @@ class _Task:
 
         Args:
             voxels: in the orientation in which nnU-Net stores probabilities.
-            grid: grid of the file.
+            grid: voxel grid of the file; its affine determines the orientation.
         """
         if not self.reorients or grid.affine is None:
             return voxels
@@ -383,10 +383,11 @@ def _read_json(file: Path) -> dict:
 def _remove_earlier_maps(output: Path, ending: str) -> None:
     """Remove the maps of an earlier ranking from a folder, since that ranking may have used other cases or folders.
 
-    The names of its cases are read from its uncertainty.json. If this file does not exist, nothing is removed.
+    The names of the earlier cases are read from uncertainty.json in the folder. If this file does not exist, nothing is
+    removed.
 
     Args:
-        output: the folder.
+        output: the folder of the maps.
         ending: the file ending of the maps, such as ".nii.gz".
     """
     for case in (row["case"] for row in _read_json(output / "uncertainty.json").get("cases", [])):
@@ -395,7 +396,7 @@ def _remove_earlier_maps(output: Path, ending: str) -> None:
 
 
 def _cases(folders: Sequence[Path]) -> list[str]:
-    """Return the sorted names of the cases in the folders: the names of the .npz files, without this ending.
+    """Return the sorted names of the cases in the folders: the names of the .npz files, without the ending.
 
     Raises:
         UserError: a folder contains no .npz file, or the folders contain different cases.
@@ -417,7 +418,8 @@ def _rank_case(case: str, folders: Sequence[Path], output: Path, task: _Task) ->
 
     Args:
         case: name of the case.
-        folders, output: as for `rank_predictions`.
+        folders: folders with nnU-Net's CASE.npz and segmentation of the case.
+        output: the folder for the maps.
         task: the labels, and the format of the files.
 
     Returns:

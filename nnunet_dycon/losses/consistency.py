@@ -38,7 +38,7 @@ def consistency_loss(
     >>> a, b = torch.tensor([[[0.0], [0.0]]]), torch.tensor([[[100.0], [0.0]]])
     >>> consistency_loss(a, b).item()
     0.25
-    >>> consistency_loss(a, b, sigmoid=True).item()  # both agree on the second of two regions
+    >>> consistency_loss(a, b, sigmoid=True).item()  # student and teacher agree on the second of two regions
     0.125
     """
     if student_logits.shape != teacher_logits.shape:

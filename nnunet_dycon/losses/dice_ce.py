@@ -157,7 +157,8 @@ class WeightedDiceCELoss:
 
     Attributes:
         level_weights: the weight of each resolution, highest resolution first.
-        batch_dice: as in `weighted_dice_ce_loss`; nnU-Net's plans contain the value.
+        batch_dice: compute one Dice per class over the batch of all ranks instead of one per class and image; nnU-Net's
+            plans contain the value.
     """
 
     level_weights: tuple[float, ...] = (1.0,)
@@ -168,8 +169,8 @@ class WeightedDiceCELoss:
 
         Args:
             logits: (B, C, *spatial) for each resolution, highest first.
-            target: (B, *spatial), the classes at the highest resolution; downsampled here as in nnU-Net (nearest
-                voxel).
+            target: (B, *spatial), the classes at the highest resolution. This method downsamples them to the other
+                resolutions as nnU-Net does (nearest voxel).
             weight: (B, *spatial), the weight of each voxel; downsampled in the same way.
         """
         loss = partial(weighted_dice_ce_loss, batch_dice=self.batch_dice)
@@ -182,8 +183,9 @@ class WeightedDiceBCELoss:
 
     Attributes:
         level_weights: the weight of each resolution, highest resolution first.
-        batch_dice: as in `weighted_dice_bce_loss`; nnU-Net's plans contain the value.
-        summed: as in `weighted_dice_bce_loss`; True if the dataset has an ignore label.
+        batch_dice: compute one Dice per region over the batch of all ranks instead of one per region and image;
+            nnU-Net's plans contain the value.
+        summed: sum the cross-entropy over regions instead of averaging it; True if the dataset has an ignore label.
     """
 
     level_weights: tuple[float, ...] = (1.0,)
@@ -195,8 +197,8 @@ class WeightedDiceBCELoss:
 
         Args:
             logits: (B, R, *spatial) for each resolution, highest first.
-            target: (B, R, *spatial), the regions at the highest resolution; downsampled here as in nnU-Net (nearest
-                voxel).
+            target: (B, R, *spatial), the regions at the highest resolution. This method downsamples them to the other
+                resolutions as nnU-Net does (nearest voxel).
             weight: (B, R, *spatial), the weight of each voxel and region; downsampled in the same way.
         """
         loss = partial(weighted_dice_bce_loss, batch_dice=self.batch_dice, summed=self.summed)

@@ -21,7 +21,8 @@ def fecl_reference(
 ) -> torch.Tensor:
     """Return the FeCL of DyCON (Eqs. 3-6) for the N patches of one image, written as in the paper.
 
-    Tests compare `fecl_loss` with this function. `fecl_loss` is faster and supports batches and ignored patches.
+    Tests compare `fecl_loss` with this function. `fecl_loss` is faster and supports batches and ignored patches. The
+    symbols are those of `fecl_loss`.
 
     Args:
         z: (N, D), the student's L2-normalised embeddings.

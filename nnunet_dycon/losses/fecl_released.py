@@ -1,4 +1,4 @@
-"""FeCL as computed by the released DyCON code, which differs from the paper."""
+"""Focal entropy-aware contrastive loss (FeCL) as computed by the released DyCON code, which differs from the paper."""
 
 import torch
 from torch.nn.functional import normalize
@@ -16,7 +16,10 @@ def fecl_released_reference(
     threshold: float,
     cross_weight: float,
 ) -> torch.Tensor:
-    """Return the value of `fecl_released_loss`, computed with N × N matrices. Tests compare both functions.
+    """Return the value of `fecl_released_loss`, computed literally with N × N matrices.
+
+    Tests compare `fecl_released_loss` with this function. The second term is not protected: it is NaN if no cosine
+    exceeds the threshold.
 
     Args:
         z: (B, N, D), the student's L2-normalised embeddings.
@@ -25,7 +28,7 @@ def fecl_released_reference(
         tau: the temperature τ.
         gamma: the exponent γ of the focal weight.
         threshold: t; a negative is penalised if the cosine of its teacher embedding and the anchor's z exceeds t.
-        cross_weight: λ, the weight of this penalty.
+        cross_weight: λ, the weight of the second term, which penalises such negatives.
     """
     itself = torch.eye(z.shape[1], dtype=torch.bool)
     similarity = (z @ z.transpose(1, 2)).masked_fill(itself, 0) / tau

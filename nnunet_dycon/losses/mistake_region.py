@@ -59,8 +59,8 @@ def mistake_region_loss(
         logits: (B, C, *spatial), the output of the trained network before the softmax or sigmoid.
         peer_logits: (B, C, *spatial), the same of the other network.
         target: the true labels: (B, *spatial), integers in [0, C); for regions (B, C, *spatial), boolean.
-        known: boolean, of the same shape as ``target``, False where the target is unknown. None if it is known
-            everywhere.
+        known: boolean, of the same shape as ``target``, False where the target is unknown. These voxels are excluded
+            from M. None if the target is known everywhere.
         confidence: the confidence threshold, a probability in [0.5, 1].
         sigmoid: True if the C channels are regions, which may overlap; False for mutually exclusive classes.
 

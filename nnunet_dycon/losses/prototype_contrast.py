@@ -14,9 +14,14 @@ _CLASSES_AT_A_TIME = 8  # limits the memory of the (classes, voxels) membership 
 def _equation(
     anchors: torch.Tensor, labels: torch.Tensor, prototypes: torch.Tensor, present: torch.Tensor, temperature: float
 ) -> torch.Tensor:
-    """Return the InfoNCE loss of each anchor, (M,): the terms that `prototype_contrast_loss` averages.
+    """Return the InfoNCE loss of each anchor, (M,), before `prototype_contrast_loss` averages over the anchors.
 
-    The arguments are those of `prototype_contrast_loss`.
+    Args:
+        anchors: (M, F), features of M uncertain voxels.
+        labels: (M,), the class of each anchor, integers in [0, K).
+        prototypes: (K, F), the mean feature of each class.
+        present: (K,), boolean mask of the classes that have a prototype.
+        temperature: τ, positive.
     """
     cosine = normalize(anchors, dim=1, eps=_SMALLEST_NORM) @ normalize(prototypes, dim=1).T
     similarity = (cosine / temperature).masked_fill(~present, torch.finfo(cosine.dtype).min)
@@ -95,13 +100,14 @@ def prototype_contrast_loss(
 
     The loss replaces the feature alignment loss of arXiv:2509.13084. The alignment loss in the released code
     (AIPMLab/Semi-supervised-Segmentation) is the sum of the distances of the anchors to their prototype and the
-    distance between the two prototypes. In the released code, none of these distances has a gradient. Deviations:
+    distance between the two prototypes. None of these distances has a gradient, so the loss has no effect in the
+    released code. Deviations:
 
-    - the release *minimises* the distance between prototypes, which attracts the classes to each other. Here other
-      prototypes repel an anchor;
+    - with a gradient, the loss of the release would attract the classes to each other, because it contains the distance
+      between the prototypes. Here, the other prototypes repel an anchor;
     - any number of classes is supported;
-    - if all features are equal, the loss is the logarithm of the number of prototypes, so such a collapse does not
-      minimise it. The distances in the release would be 0.
+    - if all features are equal, the loss here is the logarithm of the number of prototypes, which is not its minimum.
+      The loss of the release would be 0, its minimum.
 
     Args:
         anchors: (M, F), features of M uncertain voxels.
@@ -112,7 +118,8 @@ def prototype_contrast_loss(
         temperature: τ, positive.
 
     Returns:
-        The loss, a scalar of at least float32; a differentiable 0 if no anchor is valid or only one class is present.
+        The loss, a scalar of at least float32; a differentiable 0 if no valid anchor belongs to a class with a
+        prototype, or if only one class has a prototype.
 
     Raises:
         ValueError: the shapes do not match, or the temperature is not positive.

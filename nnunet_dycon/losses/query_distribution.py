@@ -84,19 +84,20 @@ def query_distribution_loss(
 
 @at_least_float32
 def query_consistency_loss(strong_logits: torch.Tensor, weak_logits: torch.Tensor) -> torch.Tensor:
-    r"""Return the Kullback-Leibler divergence KL(weak ‖ strong) of the query distributions of two views.
+    r"""Return the Kullback-Leibler divergence KL(weak ‖ strong) of the query distributions of two views of an image.
 
     .. math:: L_{qdc} = \frac{1}{N} \sum_{i=1}^{N} \sum_k q^w_{ki} \left(\ln q^w_{ki} - \ln q^s_{ki}\right)
 
-    with N voxels i and the distributions q = softmax(l) of the weak (w) and the strong (s) view. The weak view receives
-    no gradient. The equation also holds for regions, because their q is a distribution over groups of queries as well.
+    with N voxels i and the distributions q = softmax(l), over the classes k, of the weakly (w) and the strongly (s)
+    augmented view. The weak view receives no gradient. The equation also holds for regions, because their q is a
+    distribution over groups of queries as well.
 
     DK-UXNet (arXiv:2311.12364) describes a consistency of query distributions. The Kullback-Leibler divergence is our
     choice: the equation of the paper was not available to us, and the released code does not contain this loss.
 
     Args:
-        strong_logits: (B, K, *spatial), logits of the strong view, as in `query_distribution_loss`.
-        weak_logits: (B, K, *spatial), logits of the weak view.
+        strong_logits: (B, K, *spatial), the logits l of the query distribution of the strongly augmented view.
+        weak_logits: (B, K, *spatial), the same of the weakly augmented view.
 
     Returns:
         The loss, a scalar of at least float32.

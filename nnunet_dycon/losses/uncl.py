@@ -9,9 +9,15 @@ from nnunet_dycon.losses.kernels.uncl import UnCL
 def uncl_reference(
     student_logits: torch.Tensor, teacher_logits: torch.Tensor, beta: float, entropy_weight: float = 1.0
 ) -> torch.Tensor:
-    """Return UnCL, written as in Eq. 1 of the DyCON paper. Tests compare the faster `uncl_loss` with this function.
+    """Return the loss UnCL, a scalar, written as in Eq. 1 of the DyCON paper.
 
-    Unlike `uncl_loss`, this function supports only classes, not regions. For the arguments see `uncl_loss`.
+    Tests compare the faster `uncl_loss` with this function, which supports only classes, not regions.
+
+    Args:
+        student_logits: (B, C, *spatial), the student's output before the softmax.
+        teacher_logits: (B, C, *spatial), the teacher's output before the softmax.
+        beta: β ≥ 0, the factor of the entropies.
+        entropy_weight: η ≥ 0, the weight of the entropy term.
     """
     p_s, h_s = softmax_and_entropy(student_logits)
     p_t, h_t = softmax_and_entropy(teacher_logits.detach())

@@ -4,9 +4,9 @@ A `Method` is an nn.Module that contains everything that training needs in addit
 projection head, second network.
 
 - ``method(student, labeled, unlabeled, progress)`` computes the loss of one step for a `LabeledBatch` and an
-  `UnlabeledBatch`. It returns a dict of scalar tensors or floats: the loss under "loss", its unweighted terms by name,
-  and diagnostics under the names in `nnunet_dycon.components.diagnostics`. ``progress`` is the training progress in
-  [0, 1].
+  `UnlabeledBatch`. It returns a dict of scalar tensors or floats: the total loss under "loss", each unweighted loss
+  term under its name, and diagnostics (values that are only logged) under the names in
+  `nnunet_dycon.components.diagnostics`. ``progress`` is the training progress in [0, 1].
 - ``student(images)`` returns a `StudentOutput` (logits and features) for any batch of images. A method must call it
   exactly once per step, after the forward passes of its teacher or second network. The trainer logs the time before
   this call as the computing time of the teacher or second network.

@@ -41,6 +41,11 @@ class CPS(CoTraining):
     - the loss on pseudo-labels is nnU-Net's (Dice and cross-entropy, with deep supervision) instead of cross-entropy;
     - the loss on pseudo-labels is ramped up;
     - no CutMix.
+
+    Args:
+        supervision: the losses between logits and labels, and the label space.
+        settings: see `CPSSettings`.
+        second: the second network; the first network is the student.
     """
 
     def __init__(self, supervision: Supervision, settings: CPSSettings, second: nn.Module) -> None:

@@ -16,9 +16,9 @@ from nnunet_dycon.losses import consistency_loss, query_consistency_loss, query_
 class DKUXNetSettings:
     """Settings of the method `DKUXNet`, including the number of queries of its network.
 
-    The default of ``query_weight`` is the value in the released code, although the release sums the query loss over
-    voxels and we average it. The defaults of the two consistency weights are our choice, because the paper's values
-    are not known to us.
+    The network predicts a query distribution for each voxel in addition to the segmentation, see `DKUXNet`. The default
+    of ``query_weight`` is the value in the released code, although the release sums the query loss over voxels and we
+    average it. The defaults of the two consistency weights are our choice, because we do not know the paper's values.
 
     Attributes:
         query_weight: the weight of the query loss, which compares query distributions with the ground truth.
@@ -70,6 +70,10 @@ class DKUXNet(Method):
 
     Deviations from the released code: the query loss is a mean over voxels (`query_distribution_loss`). It is computed
     at each resolution, with half the weight of the next higher resolution.
+
+    Args:
+        supervision: the losses between logits and labels, and the label space.
+        settings: see `DKUXNetSettings`.
     """
 
     labeler = None
@@ -132,7 +136,7 @@ class DKUXNet(Method):
 
 
 def _twice(targets: Targets) -> Targets:
-    """Repeat nnU-Net's targets along the batch axis, for a batch of weak views followed by their strong views."""
+    """Return nnU-Net's targets twice along the batch axis: for the weak views, then for the strong views."""
     if isinstance(targets, list):
         return [torch.cat([level, level]) for level in targets]
     return torch.cat([targets, targets])

@@ -21,9 +21,10 @@ class DyCONTerms:
     """Settings of DyCON's losses UnCL and FeCL, between student and teacher or between two students.
 
     UnCL is the uncertainty-aware consistency loss (`uncl_loss`), FeCL the focal entropy-aware contrastive loss
-    (`fecl_loss`) between patches, the cells of the feature grid. FeCL compares each patch, called the anchor, with the
-    other patches of its image. The patches of a different class are the negatives of the anchor. The defaults are the
-    paper's values, except rampup, top_k, foreground_fraction and background_fraction, which are not in the paper.
+    (`fecl_loss`) between patches. A patch is a cell of the feature grid of an encoder stage. FeCL compares each patch,
+    called the anchor, with the other patches of its image. The patches of a different class are the negatives of the
+    anchor. The defaults are the paper's values, except rampup, top_k, foreground_fraction and background_fraction,
+    which are not in the paper.
 
     Attributes:
         uncl_weight: the weight of UnCL after the ramp-up; 0 omits UnCL.
@@ -80,7 +81,7 @@ class DyCONTerms:
     def consistency(
         self, label_space: LabelSpace, logits: torch.Tensor, teacher_logits: torch.Tensor, beta: float
     ) -> torch.Tensor:
-        """Return UnCL, the uncertainty-aware consistency loss, between a student and its teacher or peer.
+        """Return the uncertainty-aware consistency loss (UnCL), a scalar, between a student and its teacher or peer.
 
         Args:
             label_space: whether logits are of classes or regions.
@@ -95,15 +96,16 @@ class DyCONTerms:
     ) -> torch.Tensor:
         """Return the class of each of the N patches (cells of the feature grid), (B, N) integers.
 
-        The class is `IGNORED_PATCH` (-1) if the foreground fraction of a patch is between ``background_fraction`` and
-        ``foreground_fraction``, or if less than half of its voxels are annotated.
+        Class 0 is background. For regions, each combination of regions is a class. The class is `IGNORED_PATCH` (-1) if
+        the foreground fraction of a patch is between ``background_fraction`` and ``foreground_fraction``, or if less
+        than half of its voxels are annotated. Voxels with pseudo-labels count as annotated.
 
         Args:
             label_space: whether labels are classes or regions.
             labels: ground truth or pseudo-labels of the voxels: (B, *spatial) integers or, for regions,
                 (B, R, *spatial) booleans.
-            known: boolean, of the same shape, False for voxels that are not annotated.
-            output: the student's output, which determines the feature grid.
+            known: boolean, of the same shape as ``labels``, False for voxels that are not annotated.
+            output: the student's output. The shape of its features is the feature grid.
         """
         return label_space.patches(
             labels,
@@ -122,12 +124,12 @@ class DyCONTerms:
         teacher_embedding: torch.Tensor,
         patches: torch.Tensor,
     ) -> torch.Tensor:
-        """Return FeCL between the patches of each image, see `fecl_loss`.
+        """Return the contrastive loss FeCL between the patches of each image, a scalar; see `fecl_loss`.
 
         Args:
             label_space: whether labels are classes or regions.
             output: the student's output, from which the entropy of each patch is computed.
-            embedding: (B, N, D), the student's embeddings of the patches.
+            embedding: (B, N, D), the student's embeddings of the N patches.
             teacher_embedding: (B, N, D), embeddings of the teacher or peer, from which hard negatives are chosen.
             patches: (B, N), the class of each patch, from the method `patches`.
         """
@@ -152,8 +154,9 @@ class DyCONSettings(DyCONTerms):
         ema_decay: the decay of the EMA teacher.
         fecl_form: "paper" for `fecl_loss` on labeled and unlabeled images, or "released" for `fecl_released_loss` on
             unlabeled images only, as in the released code. "released" cannot ignore patches that are neither foreground
-            nor background, so foreground_fraction and background_fraction must be equal. It requires mixing "none".
-        mixing: how boxes of the student's images are exchanged: "none", "cutmix" or "copy_paste", see
+            nor background, so foreground_fraction and background_fraction must be equal. "released" also requires
+            that mixing is "none".
+        mixing: how boxes are exchanged between the images of the student's batch: "none", "cutmix" or "copy_paste", see
             `nnunet_dycon.components.mixing.mixture`.
         box_fraction: the length of a pasted box as a fraction of each axis.
     """

@@ -23,7 +23,7 @@ class DyCONCoTraining(CoTraining):
 
     Deviations from the paper, which describes this framework only briefly and releases no code for it:
 
-    - the deviations of `DyCON`;
+    - the deviations of `DyCON`, except those that concern the EMA teacher and mixing, which are not used here;
     - both students see the same strong view;
     - both students share one projection head, so that their embeddings are comparable. The loss of one student has a
       gradient with respect to its own network and the head, but not with respect to the peer's network.
@@ -31,7 +31,7 @@ class DyCONCoTraining(CoTraining):
     Args:
         supervision: the losses between logits and labels, and the label space.
         settings: see `DyCONTerms`.
-        second: the second network.
+        second: the second network; the first network is the student.
         stage: the encoder stage of both networks whose features FeCL uses; not needed if the weight of FeCL is 0.
     """
 

@@ -40,6 +40,11 @@ class MeanTeacher(Method):
     Deviation from the paper: the strong view differs from the weak view by nnU-Net's intensity augmentation. In the
     paper, the inputs of student and teacher differ by independent noise. Both views have the same spatial augmentation,
     so their voxels correspond.
+
+    Args:
+        network: the student's network.
+        supervision: the losses between logits and labels, and the label space.
+        settings: see `MeanTeacherSettings`.
     """
 
     teacher: EMATeacher

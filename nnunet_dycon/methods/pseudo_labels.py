@@ -21,7 +21,7 @@ class PseudoLabelSettings:
         rampup: the length of the ramp-up as a fraction of the training.
         ema_decay: the decay of the EMA teacher; with 0, the teacher is a copy of the student after each update.
         confidence: the confidence threshold: voxels whose pseudo-label has a lower probability are excluded.
-        mixing: how boxes of the student's images are exchanged: "none", "cutmix" or "copy_paste", see
+        mixing: how boxes are exchanged between the images of the student's batch: "none", "cutmix" or "copy_paste", see
             `nnunet_dycon.components.mixing.mixture`.
         box_fraction: the length of a pasted box as a fraction of each axis.
     """

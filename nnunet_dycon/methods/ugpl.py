@@ -103,7 +103,7 @@ class UGPL(CoTraining):
     Args:
         supervision: the losses between logits and labels, and the label space.
         settings: see `UGPLSettings`.
-        second: the second network.
+        second: the second network; the first network is the student.
         stage: the decoder stage at full resolution, of both networks, whose output features the contrastive loss uses;
             not needed if contrast_weight is 0.
     """

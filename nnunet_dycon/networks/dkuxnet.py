@@ -11,7 +11,14 @@ from nnunet_dycon.networks.uxnet import Architecture, UXEncoder
 
 
 class PixelDecoder(UNetResDecoder):
-    """nnU-Net's residual decoder that returns the features of each stage, lowest resolution first, and no logits."""
+    """nnU-Net's residual decoder that returns the features of each stage, lowest resolution first, and no logits.
+
+    Args:
+        encoder: the encoder whose skip connections are the input of the decoder.
+        num_classes: required only to build nnU-Net's decoder, whose segmentation layers are then removed.
+        deep_supervision: initial value of the attribute of the same name, which `DKUXNet` reads. The decoder returns
+            the features of all stages in either case.
+    """
 
     def __init__(self, encoder: UXEncoder, num_classes: int, deep_supervision: bool) -> None:
         super().__init__(encoder, num_classes, 1, deep_supervision)
@@ -29,18 +36,19 @@ class DKUXNet(nn.Module):
     """3D UX-Net with a k-means mask transformer: the network of DK-UXNet (Wu, Li and Zhang, arXiv:2311.12364).
 
     It consists of `UXEncoder`, nnU-Net's residual decoder, and `KMaXDecoder` on the features of the residual decoder.
-    Forward returns only the logits. The module ``kmax`` also returns the query distribution: for each voxel a
-    distribution over the groups of queries, one group per class. To read it, register a `FeatureTap` (a forward hook)
-    on ``kmax``, whose output is a `KMaXOutput`.
+    Forward returns only the logits. The submodule ``kmax``, the `KMaXDecoder`, also computes the query distribution:
+    for each voxel a distribution over the groups of queries, one group per class. To read the output of ``kmax``, a
+    `KMaXOutput`, register a `FeatureTap` (a forward hook) on this submodule.
 
     Deviations from the released code: see `UXNet` and `KMaXDecoder`.
 
     Args:
         input_channels: the number of channels of the images.
         num_classes: the number of output channels: classes including background, or regions.
-        deep_supervision: see `UXNet`.
+        deep_supervision: whether forward returns the logits at all resolutions, as a list, highest resolution first.
+            The attribute ``decoder.deep_supervision`` changes this later.
         queries: the number of queries (learned cluster centers), at least one for each class.
-        **architecture: see `Architecture`.
+        **architecture: the attributes of `Architecture`.
 
     Raises:
         ValueError: there are fewer queries than classes.

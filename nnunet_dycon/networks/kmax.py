@@ -59,6 +59,8 @@ def merged(log_responses: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
 
     .. math:: \ln q_{gi} = \ln \sum_{n \in g} r_{ni}
 
+    Here n is a query, i a voxel, and g a group of queries.
+
     Args:
         log_responses: (B, N, V), ln r: for each of V voxels the log-probabilities of the N queries.
         sizes: the number of queries in each of the G groups. A group consists of consecutive queries.

@@ -57,9 +57,14 @@ class Architecture:
         )  # fmt: skip
 
     def depth_wise(self, stage: int, channels: int, size: int) -> nn.Module:
-        """Build a depth-wise convolution with a kernel of ``size`` voxels along each axis.
+        """Build a depth-wise convolution that preserves the shape, with a kernel of ``size`` voxels along each axis.
 
         Along axes where the stage's kernel size in the plans is 1, the kernel has 1 voxel.
+
+        Args:
+            stage: index of the stage in the plans.
+            channels: the number of channels of input and output.
+            size: the number of voxels of the kernel along each axis, odd.
         """
         kernel = widened_kernel(self.kernel_sizes[stage], size)
         return self.conv_op(channels, channels, kernel, padding=same_padding(kernel), groups=channels)
@@ -93,7 +98,13 @@ class UXBlock(nn.Module):
 
     LN is layer norm, and D is a depth-wise convolution with a kernel of 7 voxels along each axis. The grouped pointwise
     convolution W_1 computes 4 channels from each channel, and W_2 computes one channel from these 4 ("depth-wise
-    convolution scaling"). γ, one factor per channel, is initialised with 1e-6.
+    convolution scaling"). γ, one factor per channel, is initialised with 1e-6. Input x and output y have the same shape
+    (B, channels, *spatial).
+
+    Args:
+        architecture: the architecture in the plans.
+        stage: index of the stage in the plans. Along axes where its kernel size is 1, the kernel of D has 1 voxel.
+        channels: the number of channels of x and y.
     """
 
     def __init__(self, architecture: Architecture, stage: int, channels: int) -> None:
@@ -126,6 +137,10 @@ class UXEncoder(nn.Module):
 
     The attributes have the names that nnU-Net's decoders require of an encoder. ``stages`` contains the residual
     blocks, whose outputs are the skip connections.
+
+    Args:
+        input_channels: the number of channels of the images.
+        architecture: the architecture in the plans.
     """
 
     def __init__(self, input_channels: int, architecture: Architecture) -> None:
@@ -187,7 +202,7 @@ class UXNet(nn.Module):
         num_classes: the number of output channels: classes including background, or regions.
         deep_supervision: whether forward returns the logits of all stages of the decoder, as a list, highest resolution
             first. The attribute ``decoder.deep_supervision`` changes this later, as in nnU-Net's own networks.
-        **architecture: see `Architecture`.
+        **architecture: the attributes of `Architecture`.
     """
 
     def __init__(

@@ -1,1 +1,1 @@
-"""Self-training: new data sets in which predictions of a trained model are labels of the unlabeled cases."""
+"""Self-training: new data sets in which predictions of a trained model are the labels of unlabeled cases."""

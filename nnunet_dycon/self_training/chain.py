@@ -36,13 +36,13 @@ _PREPROCESSED = "preprocessed_by_self_train.json"  # in nnUNet_preprocessed/Data
 
 @dataclass(frozen=True)
 class Training:
-    """Options of nnUNetv2_train, the same in all rounds.
+    """Options of nnUNetv2_train, the same in all rounds of `self_train`.
 
     Attributes:
         configuration: configuration in the plans, such as "3d_fullres".
         trainer: name of the trainer.
         plans: name of the plans.
-        folds: folds to train. The pseudo-labels are computed from the mean of their predictions.
+        folds: folds to train. The pseudo-labels are computed from the mean of the predictions of these folds.
         device: device for training and prediction.
         num_gpus: number of GPUs of each training.
     """
@@ -70,7 +70,13 @@ class Training:
 
 @dataclass(frozen=True)
 class Labeling:
-    """Options of `nnunet_dycon pseudo_label`, the same in all rounds."""
+    """Options of `nnunet_dycon pseudo_label`, the same in all rounds of `self_train`.
+
+    Attributes:
+        selection: which cases and voxels get pseudo-labels; only the attributes keep and confidence are used.
+        step_size: step of the sliding window as a fraction of the patch size.
+        mirroring: whether to use test-time mirroring.
+    """
 
     selection: Selection
     step_size: float
@@ -89,12 +95,13 @@ class Labeling:
 
 @dataclass(frozen=True)
 class Stage:
-    """One command of the chain.
+    """One command of the chain of commands that `self_train` runs.
 
     Attributes:
         command: function that returns the command with its arguments. The function is called when the stage starts,
             because the checkpoints at this time determine whether a training is started, resumed or only validated.
-        is_done: function that returns whether an earlier call has finished the stage, so that it can be skipped.
+        is_done: function that returns True if an earlier call of `self_train` has finished the stage. The command is
+            then skipped.
         finish: function that is called after the command has succeeded, to record that the stage is finished.
     """
 
@@ -131,14 +138,17 @@ def self_train(
         dataset: ID or name of the data set with annotated cases and imagesUn.
         dataset_ids: ID of the new data set of each round; one round per ID.
         training: options of all trainings.
-        keep, confidence: which cases and voxels get pseudo-labels, see `Selection`.
-        step_size, mirroring: how the unlabeled cases are predicted, see `pseudo_label`.
+        keep: number (int) or fraction (float) of the unlabeled cases that get pseudo-labels in each round.
+        confidence: voxels below this confidence get the ignore label, see `Selection`; None keeps all voxels.
+        step_size: step of the sliding window as a fraction of the patch size, in the prediction of unlabeled cases.
+        mirroring: whether the unlabeled cases are predicted with test-time mirroring.
         num_processes: number of processes for preprocessing and for prediction.
         is_dry_run: whether to only print the commands.
 
     Raises:
         UsageError: the data set does not exist or has no plans; an ID is given twice, or is used by a data set that is
-            not of this chain; or the trainer requires unlabeled cases, but all would get pseudo-labels.
+            not of this chain; or the trainer requires unlabeled cases, but `keep` selects all cases and `confidence` is
+            None.
         UserError: a command fails, or the same chain is running already.
     """
     check_step_size(step_size)
@@ -197,10 +207,14 @@ def _id(dataset: str) -> str:
 
 
 def _names(dataset: str, dataset_ids: Sequence[int]) -> list[str]:
-    """Return the names of all data sets: first that with the annotated cases, then the new one of each round.
+    """Return the names of all data sets: the data set with the annotated cases, then the new data set of each round.
+
+    Args:
+        dataset: ID or name of the data set with the annotated cases.
+        dataset_ids: ID of the new data set of each round.
 
     Raises:
-        UsageError: the data set does not exist, or an ID is given twice or is that of the annotated cases.
+        UsageError: the data set does not exist, an ID is given twice, or an ID is that of the annotated data set.
     """
     source = dataset_name(dataset)
     if len({int(_id(source)), *dataset_ids}) <= len(dataset_ids):
@@ -217,9 +231,9 @@ def _check(names: Sequence[str], training: Training, labeling: Labeling) -> None
         training, labeling: options of the chain.
 
     Raises:
-        UsageError: the data set with the annotated cases has no plans; the trainer does not exist; it requires
-            unlabeled cases, but all cases would get pseudo-labels; or the ID of a round is used by a data set that is
-            not of this chain.
+        UsageError: the data set with the annotated cases has no plans; the trainer does not exist; the trainer requires
+            unlabeled cases, but all cases would get pseudo-labels in all voxels; or the ID of a round is used by a data
+            set that is not of this chain.
     """
     source, *rounds = names
     raw = nnunet_folder("nnUNet_raw") / source
@@ -254,7 +268,7 @@ def _is_of_chain(folder: Path, before: str, content: Content, training: Training
     Args:
         folder: the existing data set in nnUNet_raw.
         before: name of the data set on which the model was trained that predicted the pseudo-labels.
-        content: annotated and unlabeled cases.
+        content: the annotated and unlabeled cases from which the chain starts.
         training, labeling: options of the chain.
     """
     expected = {
@@ -296,7 +310,13 @@ def _stages(names: Sequence[str], training: Training, labeling: Labeling, num_pr
 
 
 def _preprocessing(name: str, training: Training, num_processes: int) -> list[Stage]:
-    """Return the stages that extract the fingerprint, which training requires, and preprocess the labeled cases."""
+    """Return two stages, which extract the fingerprint of a new data set and preprocess its labeled cases.
+
+    Args:
+        name: name of the data set.
+        training: options of the chain.
+        num_processes: number of processes of each command.
+    """
     folder = nnunet_folder("nnUNet_preprocessed") / name
     processes = ["-np", str(num_processes)]
     extract = ["nnUNetv2_extract_fingerprint", "-d", _id(name), *processes]
@@ -320,7 +340,14 @@ def _preprocessing(name: str, training: Training, num_processes: int) -> list[St
 
 
 def _trainings(dataset: str, training: Training) -> list[Stage]:
-    """Return the stages that train all folds. A training is finished when nnU-Net has validated it."""
+    """Return the stages that train all folds on a data set, one stage per fold.
+
+    A stage is finished when nnU-Net has validated the fold.
+
+    Args:
+        dataset: name of the data set.
+        training: options of the chain.
+    """
 
     def stage(fold: str) -> Stage:
         folder = training.model(dataset) / f"fold_{fold}"

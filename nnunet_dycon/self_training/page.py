@@ -47,10 +47,17 @@ def draw_selection(rows: Sequence[dict[str, Any]], rating: str, content: Content
 
 
 def _slice(row: dict[str, Any], rating: str, content: Content, work: Path, reader: Reader) -> PseudoLabel:
-    """Return the slice of a case with most predicted foreground or, without foreground, the middle slice.
+    """Return the slice of a case to draw: its image, pseudo-label and entropy.
 
-    Slices are along the first axis. The arguments are those of `draw_selection`, with ``row`` for one case and
-    ``reader`` for its files.
+    The slice is the one along the first axis with the most predicted foreground. Without predicted foreground, it is
+    the middle slice.
+
+    Args:
+        row: dict of the case with the entries "case", "kept" (bool) and the rating.
+        rating: key of the rating in ``row``.
+        content: the source of the image, and of the values of the labels.
+        work: folder with the files pseudo_labels/CASE and uncertainty/CASE_entropy.
+        reader: class that reads the files.
     """
     case, ending = row["case"], content.about["file_ending"]
     files = (work / PREDICTED / f"{case}{ending}", work / "uncertainty" / f"{case}_entropy{ending}")

@@ -77,7 +77,13 @@ class Selection:
 
 @dataclass(frozen=True)
 class _Member:
-    """One network of the ensemble: a fold of a model."""
+    """One network of the ensemble: a fold of a model.
+
+    Attributes:
+        model: nnUNet_results/DatasetXXX_Name/TRAINER__PLANS__CONFIGURATION.
+        fold: name of the fold, such as "0" or "all".
+        checkpoint: file name of the checkpoint in the folder of the fold.
+    """
 
     model: Path
     fold: str
@@ -90,7 +96,14 @@ class _Member:
 
 @dataclass(frozen=True)
 class _Prediction:
-    """Options for the prediction of the unlabeled cases, see `pseudo_label`."""
+    """Options for the prediction of the unlabeled cases.
+
+    Attributes:
+        device: device for the prediction, such as "cuda".
+        step_size: step of the sliding window as a fraction of the patch size.
+        mirroring: whether to use test-time mirroring.
+        num_processes: number of processes, see `pseudo_label`.
+    """
 
     device: str
     step_size: float
@@ -139,7 +152,11 @@ def pseudo_label(
         checkpoint: file name of the checkpoint in each fold.
         plans_name: name of the plans to copy; None for the plans of the first model.
         replan: whether the new data set is planned anew, so that no plans are copied.
-        device, step_size, mirroring, num_processes: as for `nnunet_dycon.inference.ensemble.predict_both`.
+        device: "cuda" or "cpu"; None for cuda if available, else cpu.
+        step_size: step of the sliding window as a fraction of the patch size.
+        mirroring: whether to use test-time mirroring, nnU-Net's default.
+        num_processes: number of processes for preprocessing, for export, and for writing and rating the pseudo-labels.
+            With 0, all of this runs in this process.
 
     Returns:
         The new folder nnUNet_raw/DatasetXXX_Name_PseudoLabels.
@@ -256,6 +273,13 @@ def _request(
     """Return the request: everything that determines the new data set, as JSON content.
 
     The request is stored with the data set, so that a repeated call is recognized: equal requests give equal data sets.
+
+    Args:
+        source: nnUNet_raw/DatasetXXX_Name with the annotated and the unlabeled cases.
+        members: networks of the ensemble.
+        selection: options that determine which predictions become labels.
+        content: sources of the files of the new data set.
+        how: options for the prediction.
     """
     return {
         "of": source.name,

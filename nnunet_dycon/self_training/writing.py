@@ -28,7 +28,7 @@ _FOLDS = 5
 
 @dataclass(frozen=True)
 class Content:
-    """Sources of the files of the new data set.
+    """Sources of the files of the new data set, which `pseudo_label` writes.
 
     Attributes:
         source: nnUNet_raw/DatasetXXX_Name with the annotated and the unlabeled cases.
@@ -148,8 +148,8 @@ def folds(
     """Return the content of splits_final.json: five folds with only annotated cases for validation.
 
     The validation cases of an existing split are kept if they divide all annotated cases among five folds. Otherwise,
-    the annotated cases are split anew. If there are fewer than five, each fold is validated on one case, and some cases
-    are used in several folds.
+    the annotated cases are split anew. With fewer than five annotated cases, each fold is validated on one case, and
+    some cases are used for validation in several folds.
 
     Args:
         annotated: identifiers of the annotated cases.

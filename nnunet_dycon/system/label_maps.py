@@ -6,9 +6,10 @@ _TOLERANCE = 1e-3
 
 
 def rounded(label_map: np.ndarray) -> np.ndarray:
-    """Return a label map with values within 0.001 of an integer replaced by this integer; others are unchanged.
+    """Return a label map in which values within 0.001 of an integer are replaced by this integer.
 
-    Such values occur in files that store values with a scale factor, such as scl_slope in NIfTI.
+    Other values are unchanged. Values near an integer occur in files that store values with a scale factor, such as
+    scl_slope in NIfTI.
     """
     if label_map.dtype.kind != "f":
         return label_map

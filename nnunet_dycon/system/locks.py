@@ -28,11 +28,12 @@ class Lock:
 
     The storage needs no support for file locking. The file is created as a hard link, which fails if the file exists,
     also on network storage. The heartbeat is the file's modification time, which a thread of the holder renews every
-    20 seconds. Another process takes over the lock in these cases, in which the holder has probably ended:
+    20 seconds. A process that acquires the lock takes it over from the holder in these cases, in which the holder has
+    probably ended:
 
-    - Both processes are in the same PID namespace of the same host, and the holder no longer exists.
-    - Both processes belong to the same job of a scheduler (such as Slurm) or of torchrun, but run on different hosts or
-      in different containers, and the job has probably been restarted: the restart counts of the two processes differ,
+    - The process and the holder are in the same PID namespace of the same host, and the holder no longer exists.
+    - The process and the holder belong to the same job of a scheduler (such as Slurm) or of torchrun, but run on
+      different hosts or in different containers, and the job has probably been restarted: their restart counts differ,
       or the holder renews no heartbeat within 45 seconds.
     - The heartbeat is older than 10 minutes, and the holder is not known to be running. The age is the difference from
       the modification time of a new file in the same folder, so the clocks of the hosts need not agree.
@@ -51,7 +52,7 @@ class Lock:
     def acquire(self, *, wait: bool = False) -> None:
         """Create the lock file and start the heartbeat; do nothing if this object already holds the lock.
 
-        The lock file of a process that has ended is replaced.
+        If the holder has probably ended (see the class), its lock file is replaced.
 
         Args:
             wait: if another process holds the lock, wait until it is free instead of raising an error.
@@ -170,13 +171,14 @@ class Lock:
         return (None, None) if age is None else (content, _why_ended(content, age))
 
     def _take_over(self, other: Mapping[str, Any], reason: str) -> None:
-        """Remove the lock file of a process that has ended, and log a warning. The caller then creates a new lock file.
+        """Remove the lock file of a holder that has probably ended, and log a warning.
 
-        If another process has removed or replaced the file in the meantime, change nothing.
+        The caller then creates a new lock file. If another process has removed or replaced the file in the meantime,
+        change nothing.
 
         Args:
             other: content of the lock file, as read before.
-            reason: why the process is assumed to have ended.
+            reason: why the holder has probably ended, for the warning.
         """
         aside = self.file.with_name(f".{self.file.name}.{self._owner['token']}")
         try:
@@ -307,11 +309,11 @@ def _shares_processes(other: Mapping[str, Any], owner: Mapping[str, Any]) -> boo
 
 
 def _why_ended(other: Mapping[str, Any], age: float) -> str | None:
-    """Return why the holder of a lock must have ended, such as "its process has ended"; None if it may be running.
+    """Return why the holder of a lock has probably ended, such as "its process has ended"; None if it may be running.
 
     Args:
         other: content of the lock file.
-        age: seconds since the last heartbeat of the process.
+        age: seconds since the last heartbeat of the holder.
     """
     owner = _this_process()
     if _shares_processes(other, owner) and (running := _is_running(other)) is not None:

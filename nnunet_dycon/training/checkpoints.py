@@ -65,7 +65,7 @@ def save_extended(filename: Path | str, save: Callable[[str], None], state: dict
         save: nnUNetTrainer.save_checkpoint, bound to the trainer; writes nnU-Net's checkpoint to a given file.
         state: the additional state, a dict with three keys:
 
-            - "settings": dict, name of a group, such as "method_settings" -> dict of settings;
+            - "settings": dict, name of a group of settings (such as "method_settings") -> dict of the settings;
             - "method": the result of `method_state`;
             - "curves": dict, name of a curve -> one value per epoch.
 
@@ -206,13 +206,13 @@ def load_method_state(method: nn.Module, state: dict[str, dict], filename: Path 
 
 @contextmanager
 def fitting(filename: Path | str) -> Iterator[None]:
-    """Return a context for loading weights; it raises UserError if they do not fit the networks.
+    """Return a context for loading weights, in which errors of weights that do not fit the networks become UserError.
 
     Args:
         filename: the checkpoint with the weights, for the error message.
 
     Raises:
-        UserError: loading the weights has raised RuntimeError, KeyError, ValueError or TypeError.
+        UserError: the code in the context has raised RuntimeError, KeyError, ValueError or TypeError.
     """
     unfit = (RuntimeError, KeyError, ValueError, TypeError)
     with explained(unfit, f"{filename} does not fit the networks; perhaps the plans have changed; {_REMEDY}"):

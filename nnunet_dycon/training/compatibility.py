@@ -21,10 +21,12 @@ _REMEDY = "use nnU-Net's default or residual-encoder plans"
 
 
 def check_data(plans: dict, configuration: ConfigurationManager, dataset_json: dict) -> None:
-    """Raise UserError on all ranks if nnU-Net cannot train on the data set with a configuration.
+    """Raise UserError if nnU-Net cannot train on the data set with a configuration. All ranks must call this function.
 
     The reasons are an invalid dataset.json (see `check_dataset_json`), a batch that cannot be divided evenly among the
     ranks, and images so small that a patch has an axis of one voxel or the network has a single stage.
+
+    The UserError is raised on rank 0. The other ranks end with SystemExit, see `on_rank_zero`.
 
     Args:
         plans: content of the plans file.
@@ -106,8 +108,7 @@ def deep_supervision_off(trainer: nnUNetTrainer) -> Iterator[None]:
 def stage_nearest_to_stride_8(trainer: nnUNetTrainer) -> FeatureStage:
     """Return the encoder stage of the trainer's network whose total stride is nearest to 8.
 
-    The total stride is the downsampling factor of the image, as geometric mean over the axes; see
-    `nearest_stage`.
+    The total stride is the downsampling factor of the image, as geometric mean over the axes; see `nearest_stage`.
 
     Raises:
         NotSupported: the network has no encoder with stages.

@@ -96,7 +96,7 @@ class PseudoLabel:
         case: identifier of the case.
         index: index of the slice along the first axis.
         foreground: fraction of the voxels of the whole case whose pseudo-label is foreground.
-        image: preprocessed image of the slice, (Y, X).
+        image: first channel of the image in the slice, (Y, X).
         label: pseudo-label of the slice, (Y, X): the number of a class or region for each voxel, 0 for background.
         entropy: per-voxel entropy of the slice in nats, (Y, X).
         annotation: labels of the annotated voxels of the slice, (Y, X), -1 for voxels without annotation; None for an

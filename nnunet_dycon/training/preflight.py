@@ -94,12 +94,13 @@ def check_cases(
             None to take no lock.
 
     Returns:
-        The identifiers of the sparsely annotated cases, of all folds.
+        The identifiers of the sparsely annotated cases, in which some voxels have the ignore label. They are labeled
+        cases of all folds.
 
     Raises:
         UserError: a case is missing, damaged, or both labeled and unlabeled; the preprocessed unlabeled cases are
-            out of date; a label value is not in dataset.json; the fold has too few cases to split, or splits_final.json
-            is invalid; nnU-Net's fingerprint was not extracted from the current labeled cases.
+            out of date; a label value is not in dataset.json; there are too few labeled cases to split into folds, or
+            splits_final.json is invalid; nnU-Net's fingerprint was not extracted from the current labeled cases.
     """
     folder = Path(folder)
     labeled = labeled_identifiers(folder, unlabeled.arguments)
@@ -155,6 +156,8 @@ def check_settings(
 def describe_batch(trainer: nnUNetTrainer, cases: TrainingCases) -> str:
     """Return a log line with the numbers of cases and patches, the expected GPU memory, and how to reduce it.
 
+    The memory is given as a multiple of the memory for which nnU-Net made the plans.
+
     Args:
         trainer: an initialized semi-supervised trainer.
         cases: the datasets of the training.
@@ -190,9 +193,9 @@ def _memory_remedy(trainer: nnUNetTrainer) -> str:
 
 
 def with_memory_advice(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorate a trainer's method so that a UserError or a lack of GPU memory exits with a one-line message.
+    """Decorate a trainer's method so that UserError and lack of GPU memory end the process with a one-line message.
 
-    For lack of GPU memory, the message contains ways to reduce the memory.
+    If GPU memory is lacking, the message contains ways to reduce the memory.
     """
 
     @wraps(method)

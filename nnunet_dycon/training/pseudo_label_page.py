@@ -143,6 +143,13 @@ def _predict(
 
     The slice is the one with most annotated foreground or, without annotation, with most predicted foreground. If there
     is no foreground, it is the middle slice.
+
+    Args:
+        predictor: nnU-Net's predictor with a `_Labeler` as its network.
+        label_space: label space of the method.
+        cases: images of the unlabeled and the sparsely annotated cases.
+        case: identifier of the case.
+        annotation: result of `_annotation`, (Z, Y, X); None for an unlabeled case.
     """
     image = torch.from_numpy(cases.load_image(case)[:])
     logits = predictor.predict_sliding_window_return_logits(image)

@@ -74,7 +74,11 @@ class EpochRecorder:
         self._timer = StepTimer(device)
 
     def mark(self, part: str) -> None:
-        """Record the end of the part of a step named `part`, such as "backward", and the start of the next part."""
+        """Record that a part of the training step has ended and the next part starts.
+
+        Args:
+            part: name of the part that has ended, such as "backward".
+        """
         self._timer.mark(part)
 
     def end(self, number: int, outputs: Sequence[Values]) -> Epoch:
@@ -95,7 +99,7 @@ class EpochRecorder:
 def mean_of_steps(outputs: Sequence[Values]) -> Values:
     """Return the mean of each value over the steps with a finite loss, or over all steps if no loss is finite.
 
-    Values that are not finite are left out of the mean.
+    Values that are not finite are left out of the mean. The mean is NaN if no value is finite.
 
     Args:
         outputs: one dict per step: name -> value of a loss term or diagnostic; "loss" is the total loss.
@@ -105,10 +109,13 @@ def mean_of_steps(outputs: Sequence[Values]) -> Values:
 
 
 def replace_lost(outputs: Sequence[Values]) -> list[Values]:
-    """Return the outputs of all steps; replace each output with a non-finite loss by the result of `mean_of_steps`.
+    """Return the outputs of all steps; each output whose loss is not finite is replaced by a mean over steps.
 
-    This mean is over the steps with a finite loss or, if there are none, over all steps. Steps are not removed, since
-    nnU-Net requires the same number of steps on all ranks.
+    The mean is over the steps with a finite loss or, if there are none, over all steps (see `mean_of_steps`). Steps are
+    not removed, since nnU-Net requires the same number of steps on all ranks.
+
+    Args:
+        outputs: one dict per step: name -> value of a loss term or diagnostic; "loss" is the total loss.
     """
     mean = mean_of_steps(outputs)
     return [output if math.isfinite(output["loss"]) else mean for output in outputs]
@@ -150,7 +157,11 @@ class StepTimer:
         self._marks = [("", self._now())]
 
     def mark(self, part: str) -> None:
-        """Record the end of the part of a step named `part`, such as "backward", and the start of the next part."""
+        """Record that a part of the training step has ended and the next part starts.
+
+        Args:
+            part: name of the part that has ended, such as "backward".
+        """
         self._marks.append((part, self._now()))
 
     def totals(self) -> dict[str, float]:

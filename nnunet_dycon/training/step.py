@@ -106,9 +106,9 @@ class GuardedStep:
         grad_scaler: torch.amp.GradScaler | None,
         stop: bool = False,
     ) -> Gradients:
-        """Compute the gradients of all optimized parameters, and clip them together.
+        """Compute the gradients of all optimized parameters, clip their common norm, and return loss terms and norm.
 
-        All ranks must call it. It is the only place in a step where the host waits for the device.
+        All ranks must call this method. It is the only place in a step where the host waits for the device.
 
         Args:
             terms: scalar terms by name; "loss" is the one to minimize.

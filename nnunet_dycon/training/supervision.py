@@ -9,9 +9,10 @@ from nnunet_dycon.methods import Supervision
 
 
 def make_supervision(trainer: nnUNetTrainer) -> Supervision:
-    """Return the supervised losses of nnU-Net's trainer, and its label space (exclusive classes or regions).
+    """Return the supervised losses and the label space (exclusive classes or regions) of nnU-Net's trainer.
 
-    The losses use deep supervision if the trainer does.
+    The losses are nnU-Net's loss and the same loss with a weight for each label. They use deep supervision if the
+    trainer does.
     """
 
     def loss(logits: list[torch.Tensor], targets: Targets) -> torch.Tensor:

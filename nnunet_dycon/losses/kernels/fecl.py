@@ -1,4 +1,7 @@
-"""FeCL in blocks of anchors, without a matrix of all pairs of patches; the forward pass also computes the gradient."""
+"""Focal entropy-aware contrastive loss (FeCL) in blocks of anchors, without a matrix of all pairs of patches.
+
+The forward pass also computes the gradient.
+"""
 
 from collections.abc import Iterator
 
@@ -26,8 +29,9 @@ def blocks_of_anchors(embedding: torch.Tensor) -> Iterator[slice]:
 class FeCL(KeptGradient):
     """Autograd function of `fecl_loss` for L2-normalised embeddings, with a hand-written gradient.
 
-    The arguments of ``apply`` are student, teacher, patch_labels, participates and entropy_weight, as described in
-    `_Block`, and the tuple (temperature, gamma, top_k).
+    The arguments of ``apply`` are the student's embeddings (B, N, D), the teacher's embeddings of the same shape or
+    None, the labels (B, N), a boolean mask (B, N) that is False for ignored patches, exp(H) (B, N) with the entropy H
+    of each patch, and the tuple (temperature, gamma, top_k).
     """
 
     @staticmethod

@@ -1,4 +1,7 @@
-"""UnCL in blocks of voxels: only the logits are kept for the backward pass, which recomputes everything else."""
+"""Uncertainty-aware consistency loss (UnCL) in blocks of voxels.
+
+Only the logits are kept for the backward pass, which recomputes everything else.
+"""
 
 from collections.abc import Iterator
 
@@ -14,7 +17,11 @@ _BLOCK_ENTRIES = {"cpu": 2**18, "cuda": 2**23}
 
 
 class UnCL(torch.autograd.Function):
-    """Autograd function of `uncl_loss` with the same arguments. The gradient, for the student only, is hand-written."""
+    """Autograd function of `uncl_loss`, with a hand-written gradient for the student only.
+
+    The arguments of ``apply`` are the student's logits and the teacher's logits (B, C, *spatial), beta, entropy_weight
+    and sigmoid, in this order; see `uncl_loss`.
+    """
 
     @staticmethod
     def forward(ctx, student_logits, teacher_logits, beta, entropy_weight, sigmoid):
@@ -32,7 +39,7 @@ class UnCL(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        """Return the gradient of the loss with respect to the student's logits, computed block by block."""
+        """Return the gradient for the student's logits, computed block by block, and None for the other arguments."""
         refuse_second_derivative()
         student_logits, teacher_logits = ctx.saved_tensors
         beta, entropy_weight, sigmoid = ctx.constants
@@ -50,7 +57,7 @@ def _between_classes(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
 
 
 def _gradient_of_classes(student, teacher, beta, entropy_weight, scale) -> torch.Tensor:
-    r"""Return the gradient of the loss with respect to the student's logits z of classes.
+    r"""Return the gradient of `uncl_loss` with respect to the student's logits z of classes, (B, C, voxels).
 
     p and q are the softmax outputs of student and teacher, H is the entropy, and η is the weight of the entropy term.
     With :math:`D = \lVert p - q \rVert^2` and :math:`E = e^{\beta H(p)} + e^{\beta H(q)}`, the gradient of the loss of
@@ -91,7 +98,7 @@ def _between_regions(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
 
 
 def _gradient_of_regions(student, teacher, beta, entropy_weight, scale) -> torch.Tensor:
-    r"""Return the gradient of the loss with respect to the student's logits z of regions.
+    r"""Return the gradient of `uncl_loss` with respect to the student's logits z of regions, (B, R, voxels).
 
     p and q are the sigmoid outputs of student and teacher, and H is the binary entropy averaged over the R regions. E
     and η are those of `_gradient_of_classes`. The binary entropy of a region has the derivative
@@ -103,8 +110,11 @@ def _gradient_of_regions(student, teacher, beta, entropy_weight, scale) -> torch
             - \beta \left(\eta - \frac{D e^{\beta H(p)}}{E^2}\right) z_r \right]
 
     Args:
-        student, teacher, beta, entropy_weight, scale: as for `_gradient_of_classes`. The logits have the shape
-            (B, R, voxels), and so has the result.
+        student: (B, R, voxels), the student's logits.
+        teacher: (B, R, voxels), the teacher's logits.
+        beta: β of `uncl_loss`.
+        entropy_weight: η of `uncl_loss`.
+        scale: factor of the result: the incoming gradient divided by the number of voxels.
     """
     p, entropy = _of_regions(student)
     q, teacher_entropy = _of_regions(teacher)
