@@ -138,7 +138,9 @@ def _with_resampled_seeds(scores: dict[int, np.ndarray], rng: np.random.Generato
 
 
 def as_markdown(results: dict[str, dict]) -> str:
-    """Return a Markdown table of the coverage of 95 % intervals of the difference between two methods in simulations.
+    """Return a Markdown table of how often, in simulations, 95 % intervals contain the true difference of two methods.
+
+    Its columns are
 
     - setting: numbers of seeds, methods and cases, and sizes of the random effects, see `SETTINGS`;
     - coverage: fraction of experiments in which the interval of `PairedBootstrap` contains the true difference;
@@ -156,7 +158,10 @@ def as_markdown(results: dict[str, dict]) -> str:
 
 
 def main() -> None:
-    """Compute the coverage in all settings, write benchmarks/results/coverage.json, and print a Markdown table."""
+    """Simulate the experiments of all `SETTINGS`, and compute how often the 95 % interval contains the true difference.
+
+    Write these fractions to benchmarks/results/coverage.json, and print them as a Markdown table.
+    """
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     results = {}
     for name, setting in SETTINGS.items():

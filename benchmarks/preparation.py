@@ -38,8 +38,8 @@ class LabeledSet(NamedTuple):
 
     Attributes:
         labels: the number of labeled cases.
-        draw: 0 for the first `labels` cases in the order of the protocol; another number is the seed of a random order.
-            For one draw, the labeled cases of a smaller number are a subset of those of a larger number.
+        draw: 0 for the first `labels` cases in the order of the protocol; any other draw is the seed of a random order.
+            In each draw, the labeled sets are nested: 4 labeled cases are a subset of 8.
     """
 
     labels: int

@@ -230,7 +230,10 @@ def _numbered(content: Mapping[str, Any], key: str, example: str, file: Path) ->
 
 
 def _channels(content: Mapping[str, Any], file: Path) -> tuple[str, ...]:
-    """Return the names of the channels without changes, since nnU-Net chooses the normalization by the name ("CT")."""
+    """Return the names of the channels in an MSD dataset.json (``content``, read from ``file``).
+
+    They are not renamed, since nnU-Net chooses the normalization by the name ("CT").
+    """
     channels = _numbered(content, "modality", '{"0": "CT"}', file)
     if list(channels) != list(range(len(channels))):
         raise UserError(f'{file}: the channels in "modality" must be numbered 0, 1, ... without gaps; correct it')

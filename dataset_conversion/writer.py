@@ -298,7 +298,7 @@ def _write_cases(
 
 
 def _record(folder: Path, case: Case) -> dict[str, Any]:
-    """Return the content of the file .records/IDENTIFIER.json of a converted case, which `_write_case` has written.
+    """Read the record of a converted case, the file .records/IDENTIFIER.json, and return its content.
 
     Its keys are "made_from" (result of `_stamps` for the source files) and "report" (entry of the case in
     conversion_report.json).

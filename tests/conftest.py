@@ -133,7 +133,7 @@ def tiny_predictions(trained_tiny, built_once) -> dict[str, Path]:
     def build(folder: Path) -> None:
         with pytest.MonkeyPatch.context() as patch:
             set_environment(patch, trained_tiny)
-            run_script("nnUNetv2_predict", *predict, "-npp", "1", "-nps", "1", "-o", str(folder / "student"))
+            run_script("nnUNetv2_predict", *predict, "-npp", "0", "-nps", "0", "-o", str(folder / "student"))
             teacher = ("-chk", "checkpoint_final_teacher.pth", "-npp", "0", "-nps", "0", "-o", folder / "teacher")
             run_command(NNUNETV2_PREDICT, *predict, *teacher)
 

@@ -71,6 +71,8 @@ def build_parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
     models.add_predict_uncertainty(commands)
     rounds.add_pseudo_label(commands)
     rounds.add_self_train(commands)
+    rounds.add_select(commands)
+    rounds.add_add_labels(commands)
     information.add_doctor(commands)
     information.add_demo(commands)
     return parser

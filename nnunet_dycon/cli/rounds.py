@@ -6,9 +6,18 @@ training on the new data set.
 
 import argparse
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
-from nnunet_dycon.cli.arguments import FOLDS, MODEL, count_or_fraction, not_negative, positive
+from nnunet_dycon.cli.arguments import (
+    FOLDS,
+    MODEL,
+    PROCESSES,
+    count_or_fraction,
+    not_negative,
+    num_processes,
+    positive,
+)
 from nnunet_dycon.registry import RECOMMENDED
 from nnunet_dycon.system.environment import require_nnunet
 
@@ -153,4 +162,92 @@ def _self_train(arguments: argparse.Namespace) -> None:
         mirroring=not arguments.disable_tta,
         num_processes=arguments.num_processes,
         is_dry_run=arguments.dry_run,
+    )
+
+
+def add_select(commands: Any) -> None:
+    select = commands.add_parser(
+        "select",
+        help="select the next cases to annotate, with their predictions as labels to correct",
+        description="Select unlabeled cases to annotate next, and write a folder with their images, their predictions "
+        "as labels to correct (NIfTI on the grid of the image), and a table. Correct the labels, then run "
+        "`nnunet_dycon add_labels`.",
+        epilog="example: nnunet_dycon select -d 101 -i unlabeled -n 5 -o next",
+    )
+    select.add_argument("-d", dest="dataset", required=True, metavar="ID", help="dataset ID or DatasetXXX_Name")
+    select.add_argument(
+        "-i", dest="predictions", type=Path, nargs="+", required=True, metavar="FOLDER",
+        help="output of nnUNetv2_predict for imagesUn, for the strategy uncertainty with --save_probabilities; the "
+        "probabilities of several folders are averaged, the labels are those of the first one",
+    )  # fmt: skip
+    select.add_argument("-n", dest="number", type=positive, default=5, metavar="N", help="number of cases (default: 5)")
+    select.add_argument("-o", dest="output", type=Path, required=True, metavar="FOLDER", help="new or empty folder")
+    select.add_argument(
+        "--strategy", choices=("uncertainty", "diverse", "random"), default="uncertainty",
+        help="uncertainty: lowest expected Dice first; diverse: images that differ most from the annotated and the "
+        "selected ones in size, intensities and sharpness; random (default: %(default)s)",
+    )  # fmt: skip
+    select.add_argument("--seed", type=not_negative, default=0, help="seed of the strategy random (default: 0)")
+    select.add_argument("-np", dest="num_processes", type=positive, default=None, help=PROCESSES)
+    select.set_defaults(run=_select)
+
+
+def _select(arguments: argparse.Namespace) -> None:
+    require_nnunet()
+    from nnunet_dycon.labeling.select import select_cases
+
+    chosen = select_cases(
+        arguments.dataset,
+        arguments.predictions,
+        arguments.number,
+        arguments.output,
+        strategy=arguments.strategy,
+        seed=arguments.seed,
+        num_processes=num_processes(arguments),
+    )
+    for rank, case in enumerate(chosen, 1):
+        print(f"{rank:4} {case}")
+    print(f"correct the labels in {arguments.output / 'labels'}, then run:")
+    print(f"  nnunet_dycon add_labels -d {arguments.dataset} -i {quote(str(arguments.output))}")
+
+
+def add_add_labels(commands: Any) -> None:
+    add = commands.add_parser(
+        "add_labels",
+        help="add new labels of unlabeled cases to the data set",
+        description="Check new labels of unlabeled cases, move their images from imagesUn to imagesTr and the labels "
+        "to labelsTr, add the cases to dataset.json and to the folds, and print the next commands. If the call is "
+        "interrupted, the next command for this data set completes it.",
+        epilog="example: nnunet_dycon add_labels -d 101 -i next",
+    )
+    add.add_argument("-d", dest="dataset", required=True, metavar="ID", help="dataset ID or DatasetXXX_Name")
+    work = add.add_mutually_exclusive_group(required=True)
+    work.add_argument(
+        "-i", dest="folder", type=Path, metavar="FOLDER",
+        help="folder with label files CASE.nii.gz, or the folder of `nnunet_dycon select`",
+    )  # fmt: skip
+    work.add_argument(
+        "--undo", action="store_true", help="move the latest added cases back, unless a model was trained since"
+    )
+    add.add_argument("--allow_empty", action="store_true", help="accept labels without foreground")
+    add.add_argument(
+        "--accept_predictions", action="store_true", help="accept labels that equal the prediction of `select`"
+    )
+    add.add_argument("-np", dest="num_processes", type=positive, default=None, help=PROCESSES)
+    add.set_defaults(run=_add_labels)
+
+
+def _add_labels(arguments: argparse.Namespace) -> None:
+    require_nnunet()
+    from nnunet_dycon.labeling.add_labels import add_labels, undo
+
+    if arguments.undo:
+        undo(arguments.dataset)
+        return
+    add_labels(
+        arguments.dataset,
+        arguments.folder,
+        allow_empty=arguments.allow_empty,
+        accept_predictions=arguments.accept_predictions,
+        num_processes=num_processes(arguments),
     )

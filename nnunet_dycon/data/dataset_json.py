@@ -7,13 +7,16 @@ from typing import Any
 
 from nnunetv2.imageio.reader_writer_registry import LIST_OF_IO_CLASSES, recursive_find_reader_writer_by_name
 
+from nnunet_dycon.data.label_journal import finish_interrupted
 from nnunet_dycon.errors import UsageError, UserError, explained
 
 FORMAT = "https://github.com/MIC-DKFZ/nnUNet/blob/master/documentation/dataset_format.md"
 
 
 def read_dataset_json(folder: Path) -> dict[str, Any]:
-    """Return the content of dataset.json in a folder of nnUNet_raw, for commands that copy the files of the data set.
+    """Return the content of dataset.json in a folder of nnUNet_raw, for commands that copy or move its files.
+
+    An interrupted `nnunet_dycon add_labels` is completed before.
 
     Raises:
         UsageError: the folder does not exist.
@@ -21,6 +24,7 @@ def read_dataset_json(folder: Path) -> dict[str, Any]:
             "dataset", with which images and labels can be in any folder.
     """
     file = folder / "dataset.json"
+    finish_interrupted(folder)
     if not folder.is_dir():
         raise UsageError(f"{folder} does not exist; copy the raw data there, or correct nnUNet_raw")
     with explained((OSError, ValueError), f"{file} cannot be read; write it again"):

@@ -24,6 +24,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from nnunet_dycon.data.dataset_json import check_dataset_json, ignore_label
 from nnunet_dycon.data.image_checks import check_file, check_image
 from nnunet_dycon.data.image_reading import image_files, image_files_by_case, spacing_file, unused_files
+from nnunet_dycon.data.label_journal import finish_interrupted
 from nnunet_dycon.data.labeled import check_fingerprint
 from nnunet_dycon.data.plausibility import Appearance, compare_with_labeled, intensities_of, orientation_of
 from nnunet_dycon.errors import UsageError, UserError, counted, explained, some
@@ -60,6 +61,8 @@ def preprocess_unlabeled(
         UsageError: the data set, its plans or the configuration do not exist.
     """
     unlabeled = UnlabeledCases.of_dataset(dataset, configuration, plans_name)
+    if unlabeled.is_raw_reachable():
+        finish_interrupted(unlabeled.raw.parent)
     if unlabeled.fault() is None:  # before locking, because the folder may be read-only
         unlabeled._remove_replaced()
         return unlabeled.folder

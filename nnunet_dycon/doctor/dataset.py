@@ -35,6 +35,7 @@ from nnunet_dycon.data.image_reading import (
     spacing_file,
     unused_files,
 )
+from nnunet_dycon.data.label_journal import is_interrupted
 from nnunet_dycon.dataset_conversion.writer import FOLDERS
 from nnunet_dycon.doctor.annotation import examine_annotation
 from nnunet_dycon.doctor.findings import FAIL, NOTE, OK, WARNING, Finding, as_finding, examine
@@ -175,6 +176,9 @@ def examine_raw(folder: Path, preprocessed: frozenset[str], compares_images: boo
         else:
             yield Finding("raw data", FAIL, message, "copy the data set there, or correct nnUNet_raw")
         return
+    if is_interrupted(folder):
+        remedy = f"run: nnunet_dycon preprocess_unlabeled -d {folder.name}, which completes it"
+        yield Finding("raw data", WARNING, f"add_labels was interrupted in {folder}", remedy)
     try:
         raw = RawDataset.read(folder, preprocessed)
     except UserError as error:

@@ -176,7 +176,7 @@ def write_preprocessed(content: Content, folder: Path) -> None:
 
     Args:
         content: sources of the files.
-        folder: the complete data set in nnUNet_raw.
+        folder: nnUNet_raw/DatasetXXX_Name_PseudoLabels, as `write_raw` has written it.
     """
     target = nnunet_folder("nnUNet_preprocessed") / folder.name
     if target.exists():

@@ -12,6 +12,7 @@ import torch
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
+from nnunet_dycon.data.label_journal import finish_interrupted
 from nnunet_dycon.data.label_values import check_label_values, sparsely_annotated
 from nnunet_dycon.data.labeled import check_fingerprint, check_split, labeled_identifiers, make_split
 from nnunet_dycon.data.loader import TrainingCases
@@ -103,6 +104,8 @@ def check_cases(
             splits_final.json is invalid; nnU-Net's fingerprint was not extracted from the current labeled cases.
     """
     folder = Path(folder)
+    if unlabeled.is_raw_reachable():
+        finish_interrupted(unlabeled.raw.parent)
     labeled = labeled_identifiers(folder, unlabeled.arguments)
     check_split(folder, labeled, fold)
     check_fingerprint(folder.parent, unlabeled.plans, unlabeled.configuration_name, unlabeled.dataset_id)

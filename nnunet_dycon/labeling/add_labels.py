@@ -1,0 +1,328 @@
+"""Addition of new labels to a data set: the cases move from imagesUn to imagesTr."""
+
+import json
+import shlex
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nnunet_dycon.data.dataset_json import ignore_label, label_values, read_dataset_json
+from nnunet_dycon.data.image_checks import check_file
+from nnunet_dycon.data.image_reading import (
+    Reader,
+    coincide,
+    hash_voxels,
+    image_files,
+    read_grid,
+    read_voxels,
+    reader_class,
+    spacing_file,
+    write_like,
+)
+from nnunet_dycon.data.label_journal import HISTORY, commit, lock, prepare, records
+from nnunet_dycon.data.unlabeled import dataset_name
+from nnunet_dycon.dataset_conversion.writer import writing_errors
+from nnunet_dycon.errors import UsageError, UserError, explained, first_line, some
+from nnunet_dycon.labeling.select import RECORD
+from nnunet_dycon.registry import RECOMMENDED
+from nnunet_dycon.system.environment import nnunet_folder
+from nnunet_dycon.system.files import require_whole
+from nnunet_dycon.system.label_maps import rounded
+from nnunet_dycon.system.processes import map_cases
+
+_ENDING = ".nii.gz"  # of labels that `select` writes
+_SPLITS, _FINGERPRINT = "splits_final.json", "dataset_fingerprint.json"
+_FAULTS_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class _NewLabel:
+    """A label file and the image files of its case in imagesUn."""
+
+    case: str
+    file: Path
+    images: tuple[Path, ...]
+    prediction: str | None  # hash of the voxels of the prediction, as written by `select`
+
+
+@dataclass(frozen=True)
+class _Rules:
+    """What a label must fulfil."""
+
+    about: dict[str, Any]
+    reader: Reader
+    allow_empty: bool
+    accept_predictions: bool
+
+
+def add_labels(
+    dataset: str,
+    folder: Path,
+    *,
+    allow_empty: bool = False,
+    accept_predictions: bool = False,
+    num_processes: int = 1,
+) -> list[str]:
+    """Add new labels of unlabeled cases to a data set, and print the next commands.
+
+    All labels are checked before anything is changed. Then
+
+    - the images move from imagesUn to imagesTr, and the labels are written to labelsTr,
+    - numTraining in dataset.json is increased,
+    - the new cases join the smallest folds of splits_final.json; the cases of existing folds stay,
+    - dataset_fingerprint.json is removed, so that nnU-Net extracts it anew,
+    - label_history gets a record, with which `undo` restores the previous state.
+
+    A change that is interrupted is completed by the next command of this package for this data set.
+
+    Args:
+        dataset: ID or name of the data set.
+        folder: folder with label files CASE.nii.gz or with the file ending of the data set, or a folder of `select`.
+        allow_empty: whether labels without foreground are accepted.
+        accept_predictions: whether labels that equal the prediction from `select` are accepted.
+        num_processes: number of processes that check labels.
+
+    Returns:
+        The identifiers of the added cases.
+
+    Raises:
+        UsageError: the data set or the folder does not exist, or the folder has no labels.
+        UserError: labels are damaged, of other cases, on another grid than their image, have unknown values, are empty
+            or equal the prediction. The message names them, and nothing is changed.
+    """
+    source = nnunet_folder("nnUNet_raw") / dataset_name(dataset)
+    held = lock(source)
+    about = read_dataset_json(source)
+    with writing_errors(f"cannot write into {source}", "change its permissions or free disk space"):
+        held.acquire()
+        with closing(held):
+            labels = _find(source, about, folder)
+            reader = reader_class(about, labels[0].images[0])
+            rules = _Rules(about, reader, allow_empty, accept_predictions)
+            results = list(map_cases(partial(_fault, rules), labels, num_processes, "checking labels"))
+            if faults := [fault for fault in results if fault is not None]:
+                listed = "; ".join(faults[:_FAULTS_SHOWN]) + ("; ..." if len(faults) > _FAULTS_SHOWN else "")
+                raise UserError(f"{listed} (nothing was changed)")
+            _add(source, about, labels, reader)
+    names = [label.case for label in labels]
+    print(f"added {len(names)} labels: {some(names, 5)}; undo with: nnunet_dycon add_labels -d {_id(source)} --undo")
+    _print_next_commands(source)
+    return names
+
+
+def _find(source: Path, about: dict[str, Any], folder: Path) -> list[_NewLabel]:
+    """Return the new labels in a folder; raise an error if it has none, or labels of other cases."""
+    if not folder.is_dir():
+        raise UsageError(f"{folder} does not exist; give the folder of the new labels with -i")
+    inner = folder / "labels" if (folder / "labels").is_dir() else folder
+    ending = about["file_ending"]
+    files = {}
+    for each in dict.fromkeys((ending, _ENDING)):
+        for file in sorted(inner.glob(f"*{each}")):
+            files[file.name.removesuffix(each)] = file
+    if not files:
+        raise UsageError(f"{inner} has no label files *{_ENDING}; save the new labels there, or correct -i")
+    images = image_files(source / "imagesUn", about, "unlabeled")
+    labeled = {file.name.removesuffix(ending) for file in (source / "labelsTr").glob(f"*{ending}")}
+    if known := sorted(files.keys() & labeled):
+        raise UserError(f"{source / 'labelsTr'} has labels of {some(known)} already; remove them from {inner}")
+    moved = [image for case in files for image in images.get(case, ()) if (source / "imagesTr" / image.name).exists()]
+    if moved:
+        raise UserError(
+            f"{source / 'imagesTr'} has {some([image.name for image in moved])} already; remove one of both"
+        )
+    if unknown := sorted(files.keys() - images.keys()):
+        raise UserError(f"{source / 'imagesUn'} has no images of {some(unknown)}; rename or remove files in {inner}")
+    predictions: dict[str, str] = {}
+    for file in (folder / RECORD, folder.parent / RECORD):
+        if file.is_file():
+            with explained((OSError, ValueError, KeyError), f"{file} is damaged; remove it, or select again"):
+                predictions = json.loads(file.read_text())["predictions"]
+            break
+    return [_NewLabel(case, file, tuple(images[case]), predictions.get(case)) for case, file in sorted(files.items())]
+
+
+def _fault(rules: _Rules, label: _NewLabel) -> str | None:
+    """Return why a label cannot be added, with the remedy, or None."""
+    file = label.file
+    try:
+        check_file(file)
+        voxels, grid = read_voxels(file, rules.reader, is_label_map=True)
+        image = read_grid(label.images[0], rules.reader)
+    except Exception as error:  # of any reader
+        return f"{file} or its image cannot be read ({first_line(error)}); save it again"
+    if (
+        grid.shape != image.shape
+        or not np.allclose(grid.spacing, image.spacing, rtol=1e-3)
+        or not coincide(grid, image)
+    ):
+        return f"{file} has another voxel grid than {label.images[0]}; resample it to the grid of the image"
+    values = set(np.unique(rounded(voxels)).tolist())
+    if unknown := sorted(values - label_values(rules.about)):
+        return f"{file} has label values that dataset.json does not name: {some([f'{value:g}' for value in unknown])}"
+    if values <= {0, ignore_label(rules.about)} and not rules.allow_empty:
+        return f"{file} has no foreground; annotate it, or add --allow_empty if the case has none"
+    is_compared = label.prediction is not None and not rules.accept_predictions
+    if is_compared and hash_voxels(file, rules.reader) == label.prediction:
+        return f"{file} equals the prediction; correct it, or add --accept_predictions if it needs no correction"
+    return None
+
+
+def _add(source: Path, about: dict[str, Any], labels: Sequence[_NewLabel], reader: Reader) -> None:
+    """Write the labels into the folder of the journal, and move the cases."""
+    prepared, ending = prepare(source), about["file_ending"]
+    moves = []
+    for label in labels:
+        written = prepared / f"{label.case}{ending}"
+        voxels, _ = read_voxels(label.file, reader, is_label_map=True)
+        write_like(rounded(voxels[0]).astype(np.int16), label.images[0], written, reader)
+        require_whole(written)  # SimpleITK does not detect a full disk
+        moves.append((written, source / "labelsTr" / written.name))
+        images = [*label.images, *filter(None, {spacing_file(image) for image in label.images})]
+        moves += [(image, source / "imagesTr" / image.name) for image in images]
+    names = [label.case for label in labels]
+    preprocessed = _preprocessed(source)
+    contents = _contents(source, about, len(names), partial(extended, cases=names))
+    contents[preprocessed / _FINGERPRINT] = None
+    record = {
+        "added": names,
+        "time": time.time(),
+        "images": [old.name for old, _ in moves if old.parent != prepared],
+        "fingerprint": _read(preprocessed / _FINGERPRINT),
+    }
+    commit(source, moves, contents, record)
+
+
+def _preprocessed(source: Path) -> Path:
+    return nnunet_folder("nnUNet_preprocessed") / source.name
+
+
+def _contents(
+    source: Path, about: dict[str, Any], more: int, change: Callable[[list[dict[str, list[str]]]], list]
+) -> dict[Path, Any]:
+    """Return the new content of dataset.json and of each splits_final.json.
+
+    Args:
+        source: nnUNet_raw/DatasetXXX_Name.
+        about: content of dataset.json.
+        more: number of added training cases; negative if cases are removed.
+        change: function that returns the new folds for given folds.
+    """
+    contents: dict[Path, Any] = {source / "dataset.json": about | {"numTraining": about["numTraining"] + more}}
+    for file in (source / _SPLITS, _preprocessed(source) / _SPLITS):
+        if (splits := _read(file)) is not None:
+            contents[file] = change(splits)
+    return contents
+
+
+def _read(file: Path) -> Any:
+    """Return the content of a JSON file, or None if it does not exist."""
+    with explained((OSError, ValueError), f"{file} is damaged; repair or remove it"):
+        return json.loads(file.read_text()) if file.is_file() else None
+
+
+def extended(splits: Sequence[dict[str, list[str]]], cases: Sequence[str]) -> list[dict[str, list[str]]]:
+    """Return nnU-Net's folds with new cases, each in the fold that has fewest validation cases.
+
+    Args:
+        splits: content of splits_final.json.
+        cases: identifiers of the new cases.
+    """
+    folds = [{"train": list(split["train"]), "val": list(split["val"])} for split in splits]
+    for case in cases:
+        smallest = min(range(len(folds)), key=lambda number: len(folds[number]["val"]), default=None)
+        for number, fold in enumerate(folds):
+            fold["val" if number == smallest else "train"].append(case)
+    return folds
+
+
+def reduced(splits: Sequence[dict[str, list[str]]], cases: Sequence[str]) -> list[dict[str, list[str]]]:
+    """Return nnU-Net's folds without some cases.
+
+    Args:
+        splits: content of splits_final.json.
+        cases: identifiers of the cases to remove.
+    """
+    return [{part: [case for case in its if case not in cases] for part, its in split.items()} for split in splits]
+
+
+def undo(dataset: str) -> list[str]:
+    """Undo the latest `add_labels`: move its cases back to imagesUn, and remove them from dataset.json and the folds.
+
+    The labels are not deleted, but moved to label_history. The fingerprint is restored, or removed if nnU-Net has
+    extracted it anew, since it then contains statistics of the labels.
+
+    Args:
+        dataset: ID or name of the data set.
+
+    Returns:
+        The identifiers of the cases.
+
+    Raises:
+        UsageError: no labels have been added, or the latest ones have been removed already.
+        UserError: a model has been trained since.
+    """
+    source = nnunet_folder("nnUNet_raw") / dataset_name(dataset)
+    about = read_dataset_json(source)
+    held = lock(source)
+    with writing_errors(f"cannot write into {source}", "change its permissions or free disk space"):
+        held.acquire()
+        with closing(held):
+            existing = [json.loads(file.read_text()) for file in records(source)]
+            undone = {record["undoes"] for record in existing if "undoes" in record}
+            numbers = [number for number, record in enumerate(existing) if "added" in record and number not in undone]
+            if not numbers:
+                raise UsageError(f"no labels have been added to {source}, so there is nothing to undo")
+            latest = existing[numbers[-1]]
+            _check_unused(source, latest)
+            cases, ending = latest["added"], about["file_ending"]
+            kept = source / HISTORY / f"{numbers[-1] + 1:03d}_labels"
+            moves = [(source / "imagesTr" / name, source / "imagesUn" / name) for name in latest["images"]]
+            moves += [(source / "labelsTr" / f"{case}{ending}", kept / f"{case}{ending}") for case in cases]
+            contents = _contents(source, about, -len(cases), partial(reduced, cases=cases))
+            # A fingerprint that exists now describes the added cases, too.
+            fingerprint = _preprocessed(source) / _FINGERPRINT
+            contents[fingerprint] = None if fingerprint.is_file() else latest["fingerprint"]
+            prepare(source)
+            commit(source, moves, contents, {"undoes": numbers[-1], "cases": cases, "time": time.time()})
+    print(f"moved {some(latest['added'], 5)} back to imagesUn; their labels are in {kept}")
+    return latest["added"]
+
+
+def _check_unused(source: Path, record: dict[str, Any]) -> None:
+    """Raise UserError if a checkpoint of the data set is newer than the addition of the labels."""
+    results = nnunet_folder("nnUNet_results") / source.name
+    for checkpoint in sorted(results.glob("*/fold_*/checkpoint_*.pth")):
+        if checkpoint.stat().st_mtime > record["time"]:
+            raise UserError(
+                f"{checkpoint} is newer than the labels and may have been trained with them, so they are kept; remove "
+                f"the folder {checkpoint.parent} first if that model is not needed"
+            )
+
+
+def _id(source: Path) -> int:
+    return int(source.name[len("Dataset") :][:3])
+
+
+def _print_next_commands(source: Path) -> None:
+    number = _id(source)
+    results = nnunet_folder("nnUNet_results") / source.name
+    models = sorted(results.glob("*/fold_*/checkpoint_final.pth"), key=lambda file: file.stat().st_mtime)
+    print("next, with the same plans:")
+    print(f"  nnUNetv2_extract_fingerprint -d {number}")
+    print(f"  nnUNetv2_preprocess -d {number} -c 3d_fullres")
+    print("or with new plans:")
+    print(f"  nnUNetv2_plan_and_preprocess -d {number}")
+    print("and then:")
+    print(f"  nnunet_dycon preprocess_unlabeled -d {number}")
+    print(f"  nnUNetv2_train {number} 3d_fullres 0 -tr {RECOMMENDED}")
+    if models:
+        print("or, with the same plans, starting from the latest model (move its folder first, or it is overwritten):")
+        weights = shlex.quote(str(models[-1]))
+        print(f"  nnUNetv2_train {number} 3d_fullres 0 -tr {RECOMMENDED} -pretrained_weights {weights}")
