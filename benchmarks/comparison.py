@@ -293,6 +293,11 @@ def compare(data_set: DataSet, description: str | None, argv: Sequence[str] | No
     ]
     asked = [Run(method, data_set.all_labeled if method == UPPER_BOUND else labeled, seed) for seed in arguments.seeds
              for labeled in labeled_sets for method in arguments.methods]  # fmt: skip
+    for run in asked:
+        try:
+            _ = run.settings
+        except ValueError:
+            parser.error(f'{run.method}: settings must be name=value, text in double quotes, such as mixing="none"')
     unknown = {run.trainer for run in asked} - {SUPERVISED, *TRAINERS}
     if unknown:
         parser.error(f"unknown methods: {', '.join(sorted(unknown))}; run `nnunet_dycon list` for all trainers")

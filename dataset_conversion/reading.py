@@ -177,7 +177,8 @@ class NamedMasks:
             UserError: a file cannot be read, or the masks have different voxel grids.
         """
         first = read_volume(path)
-        labels = np.zeros(first.GetSize()[::-1], np.uint8)
+        highest = max(value for value, _ in self.files[path])
+        labels = np.zeros(first.GetSize()[::-1], np.uint8 if highest < 256 else np.uint16)
         for value, file in self.files[path]:
             mask = first if file == path else read_volume(file)
             if found := difference(first, mask):

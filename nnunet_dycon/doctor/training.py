@@ -318,6 +318,12 @@ def check_folds(training: Training) -> Iterator[Finding]:
             yield Finding("split", NOTE, message, f"train on fold 'all', or write {file}")
             return
         check_split(folder, labeled, training.fold or 0)
+        if training.fold is not None and training.fold >= 5:
+            message = (
+                f"nnU-Net splits into 5 folds, so it would train fold {training.fold} on a random 80 % of the cases"
+            )
+            yield Finding("split", WARNING, message, "choose one of the folds 0 to 4")
+            return
         yield Finding("split", OK, f"nnU-Net will split the {len(labeled)} cases into 5 folds")
         return
     check_split(folder, labeled, training.fold or 0)  # raises, too, if the file is not a list of splits

@@ -216,6 +216,13 @@ def test_four_labeled_cases_allow_only_fold_all(base, doctor, find, fold, status
     assert code == (status == FAIL)
 
 
+def test_fold_beyond_nnunets_split_is_a_warning(base, doctor, find):
+    (base / "splits_final.json").unlink(missing_ok=True)
+    code, findings = doctor("-d 901 -f 5")
+    find(findings, "split", WARNING, "fold 5 on a random 80 % of the cases", "folds 0 to 4")
+    assert code == 0
+
+
 def test_without_a_fold_every_fold_is_checked(base, doctor, find):
     splits((THREE, TWO), (TWO, ["gone"]))(base)
     find(doctor("-d 901")[1], "split", FAIL, "fold 1 lists")
