@@ -13,6 +13,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from tqdm import tqdm
 
 from nnunet_dycon.data.image_checks import check_file
+from nnunet_dycon.data.image_reading import Reader, read_voxels
 from nnunet_dycon.errors import UsageError
 from nnunet_dycon.system.environment import DISCOVERY
 
@@ -60,7 +61,8 @@ def predict(
     for name, content in (("dataset", predictor.dataset_json), ("plans", predictor.plans_manager.plans)):
         (folder / f"{name}.json").write_text(json.dumps(content))
     ending = predictor.dataset_json["file_ending"]
-    missing = [case for case in cases if not _is_complete(folder / f"{case}{ending}")]
+    reader = predictor.plans_manager.image_reader_writer_class
+    missing = [case for case in cases if not _is_complete(folder / f"{case}{ending}", reader)]
     files = [[str(file) for file in cases[case]] for case in missing]
     outputs = [str(folder / case) for case in missing]
     bar = partial(tqdm, total=len(missing), desc=title, unit="case", disable=not missing or None)
@@ -89,13 +91,14 @@ def _silence() -> Iterator[None]:
         yield
 
 
-def _is_complete(segmentation: Path) -> bool:
+def _is_complete(segmentation: Path, reader: Reader) -> bool:
     """Return whether the file of a segmentation is complete.
 
     nnU-Net writes it after all other files of the case, so the case has then been predicted completely.
     """
     try:
         check_file(segmentation)
+        read_voxels(segmentation, reader, is_label_map=True)
     except Exception:  # it does not exist, or an interrupted prediction has left a part
         return False
     return True

@@ -8,26 +8,27 @@ import os
 import shlex
 import subprocess
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
 from nnunet_dycon.data.dataset_json import read_dataset_json
-from nnunet_dycon.data.image_reading import image_files
 from nnunet_dycon.data.unlabeled import dataset_name
 from nnunet_dycon.dataset_conversion.writer import new_dataset_folder
-from nnunet_dycon.errors import UsageError, UserError
+from nnunet_dycon.errors import UsageError, UserError, some
 from nnunet_dycon.inference.model_folders import trainer_class
 from nnunet_dycon.inference.prediction import check_step_size
 from nnunet_dycon.registry import RECOMMENDED, TRAINERS
-from nnunet_dycon.self_training.pseudo_labels import Selection
-from nnunet_dycon.self_training.writing import RECORD, UNLABELED, Content
+from nnunet_dycon.self_training.pseudo_labels import Selection, check_confidence, sha256, unlabeled_cases
+from nnunet_dycon.self_training.writing import RECORD, Content
 from nnunet_dycon.system.environment import DISCOVERY, nnunet_folder
 from nnunet_dycon.system.files import replacing
 from nnunet_dycon.system.locks import Lock
-from nnunet_dycon.system.processes import find_command
+from nnunet_dycon.system.processes import ends_with_parent, find_command
 from nnunet_dycon.trainers import registered_name
 from nnunet_dycon.training.checkpoints import LATEST, STUDENT
 
@@ -156,22 +157,20 @@ def self_train(
     labeling = Labeling(Selection(keep, confidence=confidence), step_size, mirroring)
     _check(names, training, labeling)
     stages = _stages(names, training, labeling, num_processes)
-    if is_dry_run:
-        for number, stage in enumerate(stages, 1):
-            print(f"[{number}/{len(stages)}] {shlex.join(stage.command())}")
-        return
-    lock = Lock(nnunet_folder("nnUNet_raw") / f".{names[-1]}.self_train.lock", f"self-training of {names[-1]}")
-    lock.acquire()
-    with closing(lock):
+    with ExitStack() as locks:
+        for name in [] if is_dry_run else sorted(names):  # other chains may share some data sets
+            lock = Lock(nnunet_folder("nnUNet_raw") / f".{name}.self_train.lock", f"self-training with {name}")
+            lock.acquire()
+            locks.enter_context(closing(lock))
         for number, stage in enumerate(stages, 1):
             command = stage.command()
-            title = f"[{number}/{len(stages)}] {shlex.join(command)}"
-            if stage.is_done():
-                print(f"{title}\n  finished by an earlier call", flush=True)
-                continue
-            print(title, flush=True)
-            run(command)
-            stage.finish()
+            done = "  (finished by an earlier call)" if stage.is_done() else ""
+            print(f"[{number}/{len(stages)}] {shlex.join(command)}{done}", flush=True)
+            if not (done or is_dry_run):
+                run(command)
+                stage.finish()
+    if is_dry_run:
+        return
     folds = " ".join(training.folds)
     print("finished; predict with:")
     print(f'  export nnUNet_extTrainer="{DISCOVERY}"')
@@ -182,14 +181,16 @@ def self_train(
 def run(command: Sequence[str]) -> None:
     """Run a command with the folder of this package's trainers added to nnUNet_extTrainer.
 
-    If this process is interrupted, the command receives SIGTERM.
+    If this process is interrupted, the command receives SIGTERM; on Linux also if this process is killed, so that a
+    repeated chain does not train in the same folder at the same time.
 
     Raises:
         UserError: the command is not installed, or it fails.
     """
     trainers = os.pathsep.join(filter(None, (str(DISCOVERY), os.environ.get("nnUNet_extTrainer"))))
     environment = os.environ | {"nnUNet_extTrainer": trainers}
-    with subprocess.Popen([find_command(command[0]), *command[1:]], env=environment) as process:
+    arguments = [find_command(command[0]), *command[1:]]
+    with subprocess.Popen(arguments, env=environment, preexec_fn=ends_with_parent()) as process:
         try:
             process.wait()
         except BaseException:
@@ -217,6 +218,8 @@ def _names(dataset: str, dataset_ids: Sequence[int]) -> list[str]:
         UsageError: the data set does not exist, an ID is given twice, or an ID is that of the annotated data set.
     """
     source = dataset_name(dataset)
+    if wrong := [number for number in dataset_ids if number > 999]:
+        raise UsageError(f"--ids {some(wrong)}: nnU-Net accepts IDs from 1 to 999; choose others")
     if len({int(_id(source)), *dataset_ids}) <= len(dataset_ids):
         raise UsageError(f"--ids {','.join(map(str, dataset_ids))}: an ID is given twice or is that of {source}")
     name = source[len("Dataset000_") :]
@@ -238,8 +241,14 @@ def _check(names: Sequence[str], training: Training, labeling: Labeling) -> None
     source, *rounds = names
     raw = nnunet_folder("nnUNet_raw") / source
     about = read_dataset_json(raw)
-    content = Content(raw, about, image_files(raw / UNLABELED, about, "unlabeled"), training.plans)
+    content = Content(raw, about, unlabeled_cases(raw, about), training.plans)
     content.check()
+    check_confidence(labeling.selection.confidence, about)
+    plans = json.loads((content.preprocessed / f"{training.plans}.json").read_text())
+    if training.configuration not in plans["configurations"]:
+        raise UsageError(f"{training.plans} has no configuration {training.configuration}; choose one with -c")
+    if wrong := [fold for fold in training.folds if fold != "all" and not fold.isdecimal()]:
+        raise UsageError(f"--folds {some(wrong)}: must be numbers, or all")
     trainer_class(training.trainer)
     trainer = registered_name(training.trainer)
     uses_unlabeled = trainer is not None and not TRAINERS[trainer].is_supervised
@@ -253,10 +262,12 @@ def _check(names: Sequence[str], training: Training, labeling: Labeling) -> None
         folder = nnunet_folder("nnUNet_raw") / name
         if not folder.exists():
             new_dataset_folder(int(_id(name)), name[len("Dataset000_") :], "--ids")
+            if (results := nnunet_folder("nnUNet_results") / name).exists():
+                raise UsageError(f"{results} has models of an earlier data set of this name; move or delete it")
         elif not _is_of_chain(folder, before, content, training, labeling):
             raise UsageError(
-                f"{folder} exists, but was not written by a chain with these options and images; choose other --ids, "
-                "or delete it"
+                f"{folder} exists, but was not written by a chain with these options, images and models; choose other "
+                f"--ids, or delete {name} in nnUNet_raw, nnUNet_preprocessed and nnUNet_results"
             )
 
 
@@ -280,11 +291,13 @@ def _is_of_chain(folder: Path, before: str, content: Content, training: Training
         "mirroring": labeling.mirroring,
         "files": content.digest(),
     }
-    model = "/".join(training.model(before).parts[-2:])
+    files = {fold: training.model(before) / f"fold_{fold}" / STUDENT for fold in training.folds}
+    model = "/".join(training.model(before).absolute().parts[-2:])
     try:
         record = json.loads((folder / RECORD).read_text())
-        networks = {(member["model"], member["fold"]) for member in record["members"]}
-        return networks == {(model, fold) for fold in training.folds} and expected.items() <= record.items()
+        networks = {(member["model"], member["fold"]): member["sha256"] for member in record["members"]}
+        is_same = networks.keys() == {(model, fold) for fold in training.folds} and expected.items() <= record.items()
+        return is_same and all(networks[model, fold] == sha256(file) for fold, file in files.items() if file.is_file())
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -332,10 +345,16 @@ def _preprocessing(name: str, training: Training, num_processes: int) -> list[St
         with replacing(folder / _PREPROCESSED) as new:
             new.write_text(json.dumps([*finished(_PREPROCESSED), entry]))
 
+    def is_preprocessed() -> bool:
+        if entry not in finished(_PREPROCESSED):
+            return False
+        plans = PlansManager(str(folder / f"{training.plans}.json"))
+        return (folder / plans.get_configuration(training.configuration).data_identifier).is_dir()
+
     entry = [training.plans, training.configuration]
     return [
         Stage(lambda: [*extract, "--clean"], lambda: bool(finished("dataset_fingerprint.json"))),
-        Stage(lambda: [*preprocess, *processes], lambda: entry in finished(_PREPROCESSED), finish),
+        Stage(lambda: [*preprocess, *processes], is_preprocessed, finish),
     ]
 
 
@@ -353,10 +372,16 @@ def _trainings(dataset: str, training: Training) -> list[Stage]:
         folder = training.model(dataset) / f"fold_{fold}"
 
         def command() -> list[str]:
-            if (folder / STUDENT).is_file():
-                return training.command(dataset, fold, "--val")
-            return training.command(dataset, fold, *(["--c"] if (folder / LATEST).is_file() else []))
+            if (folder / LATEST).is_file():
+                return training.command(dataset, fold, "--c")
+            return training.command(dataset, fold, *(["--val"] if (folder / STUDENT).is_file() else []))
 
-        return Stage(command, lambda: (folder / "validation" / "summary.json").is_file())
+        def is_done() -> bool:
+            summary, weights = folder / "validation" / "summary.json", folder / STUDENT
+            if not (summary.is_file() and weights.is_file()) or (folder / LATEST).exists():
+                return False
+            return summary.stat().st_mtime >= weights.stat().st_mtime
+
+        return Stage(command, is_done)
 
     return [stage(fold) for fold in training.folds]

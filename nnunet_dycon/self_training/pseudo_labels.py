@@ -24,6 +24,7 @@ from nnunet_dycon.errors import UsageError, UserError, explained, some
 from nnunet_dycon.inference.model_folders import find_folds, load_checkpoint, read_json
 from nnunet_dycon.inference.prediction import check_step_size, choose_device, load_predictor, predict
 from nnunet_dycon.inference.uncertainty import rank_predictions
+from nnunet_dycon.registry import RECOMMENDED
 from nnunet_dycon.self_training.page import draw_selection
 from nnunet_dycon.self_training.writing import PREDICTED, RECORD, Content, write_preprocessed, write_raw
 from nnunet_dycon.system.environment import nnunet_folder
@@ -170,28 +171,34 @@ def pseudo_label(
     how = _Prediction(choose_device(device), step_size, mirroring, num_processes)
     source = nnunet_folder("nnUNet_raw") / dataset_name(dataset)
     about = read_dataset_json(source)
-    cases = _unlabeled_cases(source, about)
+    cases = unlabeled_cases(source, about)
+    if replan and plans_name:
+        raise UsageError("--replan copies no plans, so -p has no effect; remove one of both")
+    if len({model.resolve() for model in models}) < len(models):
+        raise UsageError("-m: a model is given twice; give each model once")
     members = [_Member(model, fold, checkpoint) for model in models for fold in find_folds(model, folds)]
-    _check_members(members, about)
-    _check_selection(selection, members, cases, about)
-    plans = None if replan else plans_name or read_json(models[0] / "plans.json")["plans_name"]
-    content = Content(source, about, cases, plans)
+    trained = read_json(models[0] / "plans.json")
+    content = Content(source, about, cases, None if replan else plans_name or trained["plans_name"])
     content.check()
+    _check_members(members, about)
+    check_confidence(selection.confidence, about)
+    _check_rating(selection, members, content)
+    if content.plans is not None and plans_name is None:
+        _check_plans(content, trained, models[0])
     request = _request(source, members, selection, content, how)
     folder = nnunet_folder("nnUNet_raw") / f"Dataset{dataset_id:03d}_{source.name[len('Dataset000_') :]}_PseudoLabels"
     if not _is_result(folder, request):
         new_dataset_folder(dataset_id, folder.name[len("Dataset000_") :], "-o")
-        failed = f"cannot write {folder}"
-        with reserved(folder, "-o"), writing_errors(failed, "free disk space"):
+        with reserved(folder, "-o"):
             _predict_and_write(content, members, selection, how, request, folder)
-    with writing_errors(f"cannot write the preprocessed folder of {folder.name}", "free disk space"):
+    with explained(OSError, f"cannot write the preprocessed folder of {folder.name}; free disk space"):
         write_preprocessed(content, folder)
     shutil.rmtree(_unfinished(folder), ignore_errors=True)
-    _print_summary(folder, plans, selection)
+    _print_summary(folder, content.plans, selection, models[0].name.rpartition("__")[2])
     return folder
 
 
-def _unlabeled_cases(source: Path, about: dict) -> dict[str, list[Path]]:
+def unlabeled_cases(source: Path, about: dict) -> dict[str, list[Path]]:
     """Return case identifier -> image files of the unlabeled cases, after checking that all can be predicted.
 
     Args:
@@ -233,7 +240,7 @@ def _check_members(members: Sequence[_Member], about: dict) -> None:
         load_checkpoint(member.file)
 
 
-def _labels(about: dict) -> tuple[object, ...]:
+def _labels(about: dict) -> tuple[dict[str, tuple[int, ...]], list[int]]:
     names = {name: values for name, values in values_by_name(about).items() if name != "ignore"}
     return names, list(about.get("regions_class_order", ()))
 
@@ -242,25 +249,46 @@ def _channels(about: dict) -> int:
     return len(about.get("channel_names", about.get("modality", {})))
 
 
-def _check_selection(selection: Selection, members: Sequence[_Member], cases: dict, about: dict) -> None:
-    lowest = 0.5 if _labels(about)[1] else 1 / len(_labels(about)[0])  # type: ignore[arg-type]
-    if selection.confidence is not None and not lowest < selection.confidence < 1:
+def check_confidence(confidence: float | None, about: dict) -> None:
+    """Raise UsageError for a confidence that all voxels have, or none.
+
+    Args:
+        confidence: `Selection.confidence`.
+        about: content of the data set's dataset.json.
+    """
+    names, regions = _labels(about)
+    lowest = 0.5 if regions else 1 / len(names)
+    if confidence is not None and not lowest < confidence < 1:
         raise UsageError(
             f"--confidence must be above {lowest:.2g}, the lowest confidence of a voxel, and below 1, got "
-            f"{selection.confidence:g}"
+            f"{confidence:g}"
         )
+
+
+def _check_rating(selection: Selection, members: Sequence[_Member], content: Content) -> None:
+    """Raise UsageError if the rating requires several networks or a previous round that are not given."""
     if selection.rating == MEMBER_DICE and len(members) == 1:
         raise UsageError("--rate_by member_dice requires several folds or models; add some, or remove the option")
-    if selection.rating == PREVIOUS_DICE:
-        if selection.previous is None:
+    if selection.previous is None:
+        if selection.rating == PREVIOUS_DICE:
             raise UsageError("--rate_by previous_dice requires --previous; add it, or remove the option")
-        ending = about["file_ending"]
-        folder = _previous_folder(selection.previous)
-        if missing := sorted(cases.keys() - {file.name.removesuffix(ending) for file in folder.glob(f"*{ending}")}):
-            raise UsageError(
-                f"--previous {selection.previous}: {folder} lacks predictions of {some(missing)}; name a data set that "
-                "`nnunet_dycon pseudo_label` has written from the same unlabeled cases"
-            )
+        return
+    ending, folder = content.about["file_ending"], _previous_folder(selection.previous)
+    remedy = f"name a data set that `nnunet_dycon pseudo_label -d {content.source.name}` has written"
+    if missing := sorted(content.cases.keys() - {file.name.removesuffix(ending) for file in folder.glob(f"*{ending}")}):
+        raise UsageError(f"--previous {selection.previous}: {folder} lacks predictions of {some(missing)}; {remedy}")
+    record = read_json(folder.with_name(RECORD))
+    if record.get("of") != content.source.name:
+        raise UsageError(f"--previous {selection.previous} has pseudo-labels of {record.get('of')}; {remedy}")
+
+
+def _check_plans(content: Content, trained: dict, model: Path) -> None:
+    """Raise UsageError if the plans to copy have changed since the model was trained."""
+    file = content.preprocessed / f"{content.plans}.json"
+    if read_json(file).get("configurations") != trained.get("configurations"):
+        raise UsageError(
+            f"{file} differs from the plans of {model}; name the plans to copy with -p, or add --replan for new ones"
+        )
 
 
 def _previous_folder(dataset: str) -> Path:
@@ -285,10 +313,10 @@ def _request(
         "of": source.name,
         "members": [
             {
-                "model": "/".join(member.model.resolve().parts[-2:]),
+                "model": "/".join(member.model.absolute().parts[-2:]),
                 "fold": member.fold,
                 "checkpoint": member.checkpoint,
-                "sha256": _sha256(member.file),
+                "sha256": sha256(member.file),
             }
             for member in members
         ],
@@ -303,7 +331,7 @@ def _request(
     }
 
 
-def _sha256(file: Path) -> str:
+def sha256(file: Path) -> str:
     with file.open("rb") as content:
         digest = hashlib.sha256()
         while block := content.read(2**24):
@@ -331,13 +359,15 @@ def _unfinished(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.predictions")
 
 
-def _start_or_resume(work: Path, request: dict[str, Any]) -> None:
+def _start_or_resume(work: Path, request: dict[str, Any], content: Content) -> None:
     """Prepare the folder ``work`` for the predictions of a request, see `_request`.
 
-    An existing folder is kept if it belongs to the same request, and is otherwise removed and created again.
+    Existing predictions are kept if they were made by the same networks in the same way from the same images.
     """
-    file = work / "request.json"
-    text = json.dumps(request)
+    text = json.dumps(
+        [*(request[name] for name in ("members", "step_size", "mirroring")), content.digest_of_unlabeled()]
+    )
+    file = work / "predictions_of.json"
     if not (file.is_file() and file.read_text() == text):
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()
@@ -354,7 +384,9 @@ def _predict_and_write(
     folder: Path,
 ) -> None:
     work = _unfinished(folder)
-    _start_or_resume(work, request)
+    failed = f"cannot write {work}; free disk space"
+    with explained(OSError, failed):
+        _start_or_resume(work, request, content)
     folders = [work / f"member_{number}" for number in range(len(members))]
     for number, (member, predicted) in enumerate(zip(members, folders), 1):
         title = f"predicting with network {number} of {len(members)}"
@@ -381,7 +413,8 @@ def _predict_and_write(
     kept = [row["case"] for row in rows if row["kept"]]
     page = partial(draw_selection, rows, selection.rating, content, work)
     draw_or_warn(work / "pseudo_labels.png", page, print)
-    write_raw(content, kept, record, work, folder, has_ignored=confidence is not None)
+    with explained(OSError, f"cannot write {folder}; free disk space"):
+        write_raw(content, kept, record, work, folder, has_ignored=confidence is not None)
 
 
 def _write_label(
@@ -421,9 +454,10 @@ def _write_label(
 
 
 def _write_segmentation(writer: Any, segmentation: np.ndarray, file: Path, properties: dict) -> None:
-    file.parent.mkdir(exist_ok=True)
-    writer.write_seg(segmentation.astype(np.int16), str(file), properties)
-    check_file(file)  # SimpleITK does not detect a full disk
+    with writing_errors(f"cannot write {file}", "free disk space"):
+        file.parent.mkdir(exist_ok=True)
+        writer.write_seg(segmentation.astype(np.int16), str(file), properties)
+        check_file(file)  # SimpleITK does not detect a full disk
 
 
 def _rated(
@@ -478,12 +512,13 @@ def _dice(predicted: Path, previous: Path, about: dict, case: str) -> float | No
         if name != "ignore" and any(values)
     ]
     reader = reader_class(about, predicted / name)()
-    metrics = compute_metrics(str(previous / name), str(predicted / name), reader, regions)["metrics"]
+    with explained(Exception, f"{previous / name} cannot be compared with the new prediction; omit --previous"):
+        metrics = compute_metrics(str(previous / name), str(predicted / name), reader, regions)["metrics"]
     values = [float(each["Dice"]) for each in metrics.values() if not np.isnan(each["Dice"])]
     return sum(values) / len(values) if values else None
 
 
-def _print_summary(folder: Path, plans: str | None, selection: Selection) -> None:
+def _print_summary(folder: Path, plans: str | None, selection: Selection, configuration: str) -> None:
     record = json.loads((folder / RECORD).read_text())
     rows, rating = record["cases"], record["rated_by"]
     kept, dropped = ([row for row in rows if row["kept"] is is_kept] for is_kept in (True, False))
@@ -504,8 +539,9 @@ def _print_summary(folder: Path, plans: str | None, selection: Selection) -> Non
         print(f"  nnUNetv2_plan_and_preprocess -d {dataset_id}")
     else:
         print(f"  nnUNetv2_extract_fingerprint -d {dataset_id}")
-        print(f"  nnUNetv2_preprocess -d {dataset_id} -c 3d_fullres -plans_name {plans}")
-    if dropped:
-        print(f"  nnunet_dycon preprocess_unlabeled -d {dataset_id}" + (f" -plans_name {plans}" if plans else ""))
+        print(f"  nnUNetv2_preprocess -d {dataset_id} -c {configuration} -plans_name {plans}")
+    train = f"nnUNetv2_train {dataset_id} {configuration} 0"
     option = f" -p {plans}" if plans and plans != "nnUNetPlans" else ""
-    print(f"  nnUNetv2_train {dataset_id} 3d_fullres 0{option}")
+    print(f"  {train}{option}")
+    if dropped:
+        print(f"or, to use the other unlabeled cases, too:\n  {train} -tr {RECOMMENDED}{option}")

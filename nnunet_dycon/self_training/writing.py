@@ -5,7 +5,7 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from nnunet_dycon.data.dataset_json import ignore_label, label_values
 from nnunet_dycon.data.image_reading import files_with_ending, image_files
 from nnunet_dycon.errors import UsageError, UserError, explained, some
 from nnunet_dycon.system.environment import nnunet_folder
-from nnunet_dycon.system.files import link_or_copy, new_folder
+from nnunet_dycon.system.files import link_or_copy, new_folder, replacing
 
 PREFIX = "pseudo_"  # of the identifiers of pseudo-labeled cases
 PREDICTED = "pseudo_labels"  # folder of the predictions of all unlabeled cases
@@ -58,20 +58,43 @@ class Content:
         existing = ignore_label(self.about)
         return max(label_values(self.about)) + 1 if existing is None else existing
 
+    @property
+    def splits(self) -> list[dict[str, list[str]]]:
+        """Content of the source's splits_final.json; an empty list if there is none.
+
+        Raises:
+            UserError: the file is damaged, or lists cases that are not annotated.
+        """
+        file = self.preprocessed / _SPLITS
+        if not file.is_file():
+            return []
+        remedy = "repair it, or remove it for a new split"
+        with explained((OSError, ValueError, KeyError, TypeError), f"{file} is not a list of folds; {remedy}"):
+            splits = [{part: list(split[part]) for part in ("train", "val")} for split in json.loads(file.read_text())]
+            listed = set(chain(*(split[part] for split in splits for part in split)))
+        if unknown := sorted(listed - set(self.annotated)):
+            raise UserError(f"{file} lists cases without a label in labelsTr: {some(unknown)}; {remedy}")
+        return splits
+
     def check(self) -> None:
         """Check that the files to copy exist and that no name would be used twice.
 
         Raises:
-            UsageError: there is no annotated case, the plans to copy do not exist, or an annotated case already has the
-                name pseudo_CASE of an unlabeled CASE.
-            UserError: images of an annotated case are missing.
+            UsageError: there is no annotated case, the source is a result of `pseudo_label`, the plans to copy do not
+                exist, or an annotated case already has the name pseudo_CASE of an unlabeled CASE.
+            UserError: images of an annotated case are missing, a case is annotated and unlabeled, or splits_final.json
+                cannot be used.
         """
+        if original := self.about.get("pseudo_labels_of"):
+            raise UsageError(f"{self.source} has pseudo-labels already; give the data set of their origin, {original}")
         annotated = self.annotated
         if not annotated:
             raise UsageError(f"{self.source / 'labelsTr'} has no label files; pseudo-labels need annotated cases, too")
         images = image_files(self.source / "imagesTr", self.about, "labeled")
         if missing := sorted(set(annotated) - images.keys()):
             raise UserError(f"{self.source / 'imagesTr'} has no images of {some(missing)}; copy them, or remove labels")
+        if both := sorted((set(annotated) | images.keys()) & self.cases.keys()):
+            raise UserError(f"{some(both)} in both imagesTr and {UNLABELED} of {self.source}; remove one of both")
         if taken := sorted(set(annotated) & {PREFIX + case for case in self.cases}):
             raise UsageError(f"{self.source / 'labelsTr'} has the names of pseudo-labeled cases {some(taken)}; rename")
         plans = self.preprocessed / f"{self.plans}.json"
@@ -79,12 +102,25 @@ class Content:
             raise UsageError(
                 f"{plans} does not exist; run nnUNetv2_plan_and_preprocess, name other plans with -p, or add --replan"
             )
+        _ = self.splits
 
     def digest(self) -> str:
-        """Return a hash of dataset.json, and of the names and sizes of all files in imagesTr, labelsTr and imagesUn."""
-        folders = [sorted((self.source / name).iterdir()) for name in ("imagesTr", "labelsTr", UNLABELED)]
-        files = [(file.parent.name, file.name, file.stat().st_size) for file in chain(*folders) if file.is_file()]
-        return hashlib.sha256(json.dumps([files, self.about]).encode()).hexdigest()
+        """Return a hash of dataset.json, and of names, sizes and modification times of all used images and labels."""
+        ending = self.about["file_ending"]
+        images = image_files(self.source / "imagesTr", self.about, "labeled")
+        labels = [self.source / "labelsTr" / f"{case}{ending}" for case in self.annotated]
+        stamps = [
+            (file.parent.name, file.name, status.st_size, status.st_mtime_ns)
+            for file in chain(*images.values(), labels, *self.cases.values())
+            for status in [file.stat()]
+        ]
+        return hashlib.sha256(json.dumps([stamps, self.about]).encode()).hexdigest()
+
+    def digest_of_unlabeled(self) -> str:
+        """Return a hash of names, sizes and modification times of the unlabeled images."""
+        files = chain(*self.cases.values())
+        stamps = [(file.name, status.st_size, status.st_mtime_ns) for file in files for status in [file.stat()]]
+        return hashlib.sha256(json.dumps(stamps).encode()).hexdigest()
 
 
 def write_raw(
@@ -92,7 +128,8 @@ def write_raw(
 ) -> None:
     """Write nnUNet_raw/DatasetXXX_Name_PseudoLabels under a temporary name, and rename it.
 
-    Images and annotated labels are hard links, or copies if the file system does not support links.
+    Images are hard links, or copies if the file system does not support links. Labels are copies, so that a label can
+    be corrected in one data set without changing another one.
 
     Args:
         content: sources of the files.
@@ -110,15 +147,15 @@ def write_raw(
         for file in chain(*image_files(content.source / "imagesTr", content.about, "labeled").values()):
             link_or_copy(file, partial / "imagesTr" / file.name)
         for case in content.annotated:
-            link_or_copy(content.source / "labelsTr" / f"{case}{ending}", partial / "labelsTr" / f"{case}{ending}")
+            shutil.copy(content.source / "labelsTr" / f"{case}{ending}", partial / "labelsTr")
         for case, files in content.cases.items():
             target, prefix = (partial / "imagesTr", PREFIX) if case in chosen else (partial / UNLABELED, "")
             for file in files:
                 link_or_copy(file, target / f"{prefix}{file.name}")
-            link_or_copy(work / PREDICTED / f"{case}{ending}", partial / PREDICTED / f"{case}{ending}")
+            shutil.copy(work / PREDICTED / f"{case}{ending}", partial / PREDICTED)
         for case in kept:
             label = work / ("confident" if has_ignored else PREDICTED) / f"{case}{ending}"
-            link_or_copy(label, partial / "labelsTr" / f"{PREFIX}{case}{ending}")
+            shutil.copy(label, partial / "labelsTr" / f"{PREFIX}{case}{ending}")
         if (page := work / "pseudo_labels.png").is_file():
             shutil.copy(page, partial)
         about = content.about | {
@@ -127,50 +164,40 @@ def write_raw(
         }
         if has_ignored:
             about["labels"] = about["labels"] | {"ignore": content.ignore_value}
-        splits = folds(content.annotated, [PREFIX + case for case in kept], _folds_of(content))
+        splits = folds(content.annotated, [PREFIX + case for case in kept], content.splits)
         record = {"version": __version__, **record}
         for name, value in (("dataset.json", about), (RECORD, record), (_SPLITS, splits)):
             (partial / name).write_text(json.dumps(value, indent=4))
 
 
-def _folds_of(content: Content) -> list[dict[str, list[str]]]:
-    """Return the content of splits_final.json of the source, or an empty list if there is none."""
-    file = content.preprocessed / _SPLITS
-    if not file.is_file():
-        return []
-    with explained((OSError, ValueError), f"{file} cannot be read; repair or remove it"):
-        return json.loads(file.read_text())
-
-
 def folds(
     annotated: Sequence[str], pseudo_labeled: Sequence[str], existing: Sequence[dict[str, list[str]]] = ()
 ) -> list[dict[str, list[str]]]:
-    """Return the content of splits_final.json: five folds with only annotated cases for validation.
+    """Return the content of splits_final.json: at least five folds with only annotated cases for validation.
 
-    The validation cases of an existing split are kept if they divide all annotated cases among five folds. Otherwise,
-    the annotated cases are split anew. With fewer than five annotated cases, each fold is validated on one case, and
-    some cases are used for validation in several folds.
+    An existing split is kept: the pseudo-labeled cases are added to the training cases of each fold. If it has fewer
+    than five folds, they are repeated. Without a split, the annotated cases are split into five folds; with fewer than
+    five annotated cases, each fold is validated on one case, and some cases are used for validation in several folds.
 
     Args:
         annotated: identifiers of the annotated cases.
         pseudo_labeled: identifiers of the pseudo-labeled cases, which are used for training in all folds.
-        existing: splits_final.json of the source.
+        existing: splits_final.json of the source; empty if there is none.
     """
-    number = len(annotated)
-    validation = [sorted(set(split["val"]) & set(annotated)) for split in existing]
-    if len(validation) != _FOLDS or sorted(chain(*validation)) != sorted(annotated) or not all(validation):
-        if number < _FOLDS:
-            validation = [[sorted(annotated)[fold % number]] for fold in range(_FOLDS)]
-        else:
-            validation = [split["val"] for split in generate_crossval_split(sorted(annotated), n_splits=_FOLDS)]
+    cases = sorted(annotated)
+    if not existing and len(cases) >= _FOLDS:
+        existing = generate_crossval_split(cases, n_splits=_FOLDS)
+    elif not existing:
+        existing = [{"train": [other for other in cases if other != case], "val": [case]} for case in cases]
+    number = max(_FOLDS, len(existing))
     return [
-        {"train": [*(case for case in sorted(annotated) if case not in val), *sorted(pseudo_labeled)], "val": list(val)}
-        for val in validation
+        {"train": [*split["train"], *sorted(pseudo_labeled)], "val": list(split["val"])}
+        for split in islice(cycle(existing), number)
     ]
 
 
 def write_preprocessed(content: Content, folder: Path) -> None:
-    """Write nnUNet_preprocessed/DatasetXXX_Name_PseudoLabels with folds and plans, unless it exists.
+    """Write folds and plans into nnUNet_preprocessed/DatasetXXX_Name_PseudoLabels; existing files are not replaced.
 
     The fingerprint is not copied: it must describe the labeled cases of the new data set.
 
@@ -179,14 +206,15 @@ def write_preprocessed(content: Content, folder: Path) -> None:
         folder: nnUNet_raw/DatasetXXX_Name_PseudoLabels, as `write_raw` has written it.
     """
     target = nnunet_folder("nnUNet_preprocessed") / folder.name
-    if target.exists():
-        return
-    with new_folder(target) as partial:
-        shutil.copy(folder / _SPLITS, partial)
-        if content.plans is not None:
-            shutil.copy(folder / "dataset.json", partial)
-            file = content.preprocessed / f"{content.plans}.json"
-            with explained(ValueError, f"{file} is damaged; plan again"):
-                plans = json.loads(file.read_text())
-            plans["dataset_name"] = folder.name
-            (partial / file.name).write_text(json.dumps(plans, indent=4))
+    texts = {_SPLITS: (folder / _SPLITS).read_text()}
+    if content.plans is not None:
+        texts["dataset.json"] = (folder / "dataset.json").read_text()
+        file = content.preprocessed / f"{content.plans}.json"
+        with explained(ValueError, f"{file} is damaged; plan again"):
+            plans = json.loads(file.read_text()) | {"dataset_name": folder.name}
+        texts[file.name] = json.dumps(plans, indent=4)
+    target.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        if not (target / name).exists():
+            with replacing(target / name) as partial:
+                partial.write_text(text)

@@ -1,5 +1,6 @@
 """Processes: parallel processing of cases, exit on SIGTERM, peak memory, and the path of a command."""
 
+import ctypes
 import multiprocessing
 import os
 import shutil
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 from nnunet_dycon.errors import UserError
 
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
@@ -104,6 +106,18 @@ def find_command(name: str) -> str:
             f"the command {name} is neither in {installed.parent} nor in PATH; run: pip install nnunet-dycon"
         )
     return found
+
+
+def ends_with_parent() -> Callable[[], None] | None:
+    """Return a function for `subprocess.Popen(preexec_fn=...)` that lets the new process end with this one.
+
+    The new process receives SIGTERM when this process ends, also by SIGKILL. Only Linux supports this; on other
+    systems, the result is None.
+    """
+    if sys.platform != "linux":
+        return None
+    prctl = ctypes.CDLL(None).prctl  # loaded before the fork
+    return lambda: prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def peak_memory() -> int:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 
@@ -55,8 +56,10 @@ def test_data_set_has_annotated_pseudo_labeled_and_unlabeled_cases(own, predicti
     assert names(result / "imagesTr") == [f"{name}_0000" for name in [*LABELED, *pseudo]]
     assert names(result / "imagesUn") == [f"{name}_0000" for name in UNLABELED if name not in kept]
     for name in LABELED:
-        for file in (f"imagesTr/{name}_0000.nii.gz", f"labelsTr/{name}.nii.gz"):
-            assert (result / file).samefile(source / file)
+        image, label = f"imagesTr/{name}_0000.nii.gz", f"labelsTr/{name}.nii.gz"
+        assert (result / image).samefile(source / image)
+        assert (result / label).read_bytes() == (source / label).read_bytes()
+        assert not (result / label).samefile(source / label)  # a correction changes one data set only
     for case in UNLABELED:
         np.testing.assert_array_equal(
             read(result / "pseudo_labels" / f"{case}.nii.gz"), read(predictions[2] / f"{case}.nii.gz")
@@ -76,8 +79,8 @@ def test_data_set_has_annotated_pseudo_labeled_and_unlabeled_cases(own, predicti
     for command in (
         "nnUNetv2_extract_fingerprint -d 911",
         "nnUNetv2_preprocess -d 911 -c 3d_fullres -plans_name nnUNetPlans",
-        "preprocess_unlabeled -d 911",
-        "nnUNetv2_train 911 3d_fullres 0",
+        "nnUNetv2_train 911 3d_fullres 0\n",
+        "nnUNetv2_train 911 3d_fullres 0 -tr nnUNetTrainerWeakToStrong",
     ):
         assert command in printed
 
@@ -195,19 +198,20 @@ def test_data_set_is_absent_or_complete_after_a_kill_and_a_repeated_call_complet
 
     found = set()
     for change in kills(restore, lambda: pseudo_label(own, "-f", 0)):
-        exist = tuple(place.is_dir() for place in places)
-        for place, exists in zip(places, exist):
-            assert not exists or contents(place) == complete[place]
-        if exist not in found or change % 10 == 0:
+        raw, preprocessed = (contents(place) for place in places)
+        assert raw in ({}, complete[places[0]])
+        assert preprocessed.items() <= complete[places[1]].items()
+        state = (bool(raw), len(preprocessed))
+        if state not in found or change % 10 == 0:
             assert pseudo_label(own, "-f", 0) == 0
             for place in places:
                 assert contents(place) == complete[place]
-        found.add(exist)
-    assert found == {(False, False), (True, False), (True, True)}
+        found.add(state)
+    assert found == {(False, 0), (True, 0), (True, 1), (True, 2), (True, 3)}
 
 
 def test_held_back_labels_have_no_influence(own, copied):
-    """Labels of unlabeled and test cases, wherever a user may have left them, change no byte; other images do."""
+    """Labels of unlabeled and test cases change no byte of the data set, wherever a user may have left them."""
     raw = own / "nnUNet_raw/Dataset901_Tiny"
     results = []
     for value in (0, 1, 2):
@@ -221,10 +225,6 @@ def test_held_back_labels_have_no_influence(own, copied):
         for folder in ("nnUNet_raw", "nnUNet_preprocessed"):
             shutil.rmtree(own / folder / RESULT)
     assert results[0] == results[1] == results[2]
-    label = raw / "labelsTr" / f"{LABELED[0]}.nii.gz"  # control
-    sitk.WriteImage(sitk.GetImageFromArray(np.zeros((24, 32, 40), np.uint8)), str(label))
-    assert pseudo_label(own) == 0
-    assert contents(own / "nnUNet_raw" / RESULT) != results[0][0]
 
 
 @pytest.mark.parametrize("number", [1, 2, 4, 5, 7])
@@ -241,12 +241,13 @@ def test_five_folds_validate_annotated_cases_only(number):
 
 
 def test_existing_folds_are_kept():
-    annotated = [f"a{i}" for i in range(6)]
-    order = [3, 1, 0, 5, 2]
-    existing = [{"train": [], "val": [f"a{i}"] + ["a4"] * (i == 0)} for i in order]
-    assert [fold["val"] for fold in folds(annotated, [], existing)] == [["a3"], ["a1"], ["a0", "a4"], ["a5"], ["a2"]]
-    assert folds(annotated, [], existing[:3]) == folds(annotated, [])  # not five folds
-    assert folds([*annotated, "new"], [], existing) == folds([*annotated, "new"], [])  # not of all cases
+    """Also the groups of a split into fewer folds, and cases that are in no list of a fold."""
+    existing = [{"train": ["a1"], "val": ["a0"]}, {"train": ["a0"], "val": ["a1", "a2"]}]
+    split = folds(["a0", "a1", "a2"], ["pseudo_x"], existing)
+    assert split == [
+        {"train": [*existing[fold % 2]["train"], "pseudo_x"], "val": existing[fold % 2]["val"]} for fold in range(5)
+    ]
+    assert len(folds(["a0", "a1", "a2"], [], existing * 4)) == 8
 
 
 @pytest.mark.parametrize(("keep", "cases", "kept"), [(0.8, 4, 3), (0.5, 5, 3), (0.01, 4, 1), (9, 4, 4), (2, 4, 2)])
@@ -272,7 +273,35 @@ def name_taken(own: Path) -> None:
         (raw / folder / f"{LABELED[0]}{ending}.nii.gz").rename(raw / folder / f"pseudo_{UNLABELED[0]}{ending}.nii.gz")
 
 
+def in_both_folders(own: Path) -> None:
+    raw = own / "nnUNet_raw/Dataset901_Tiny"
+    shutil.copy(raw / "imagesTr" / f"{LABELED[1]}_0000.nii.gz", raw / "imagesUn")
+
+
+def write_splits(content: object) -> Callable[[Path], object]:
+    return lambda own: (own / "nnUNet_preprocessed/Dataset901_Tiny/splits_final.json").write_text(json.dumps(content))
+
+
+def has_pseudo_labels(own: Path) -> None:
+    file = own / "nnUNet_raw/Dataset901_Tiny/dataset.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"pseudo_labels_of": "Dataset900_First"}))
+
+
+def other_plans(own: Path) -> None:
+    file = own / "nnUNet_preprocessed/Dataset901_Tiny/nnUNetPlans.json"
+    plans = json.loads(file.read_text())
+    plans["configurations"]["3d_fullres"]["batch_size"] = 3
+    file.write_text(json.dumps(plans))
+
+
 BAD = [
+    (in_both_folders, [], 1, f"{LABELED[1]} in both imagesTr and imagesUn"),
+    (write_splits({"train": []}), [], 1, "is not a list of folds"),
+    (write_splits([{"train": ["gone"], "val": [LABELED[0]]}]), [], 1, "cases without a label in labelsTr: gone"),
+    (has_pseudo_labels, [], 2, "give the data set of their origin, Dataset900_First"),
+    (other_plans, [], 2, "differs from the plans of"),
+    (lambda own: None, ["--replan", "-p", "nnUNetPlans"], 2, "so -p has no effect"),
+    (lambda own: None, ["--previous", 901, "--rate_by", "expected_dice"], 2, "901_Tiny/pseudo_labels lacks predictions"),
     (lambda own: shutil.rmtree(own / "nnUNet_raw/Dataset901_Tiny/imagesUn"), [], 2, "imagesUn has no images"),
     (lambda own: shutil.rmtree(own / "nnUNet_raw/Dataset901_Tiny/labelsTr"), [], 2, "labelsTr has no label files"),
     (cut_image, [], 1, f"{UNLABELED[2]}_0000.nii.gz is damaged"),
@@ -301,6 +330,33 @@ def test_invalid_input_is_reported_in_one_line_and_nothing_is_written(own, capsy
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
     assert contents(own) == before
+
+
+def test_a_model_given_twice_is_refused(own, capsys):
+    assert pseudo_label(own, "-m", own / MODEL, own / MODEL) == 2
+    assert "a model is given twice" in capsys.readouterr().err
+
+
+def interrupt(*arguments: object, **options: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_other_options_use_the_predictions_of_an_interrupted_call(own, copied, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "rank_predictions", interrupt)
+        assert pseudo_label(own) == 130
+    assert len(copied) == 2 * len(UNLABELED)
+    assert pseudo_label(own, "--keep", 1, "--confidence", 0.5) == 0
+    assert len(copied) == 2 * len(UNLABELED)
+
+
+def test_predictions_of_changed_images_are_not_used(own, copied, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "rank_predictions", interrupt)
+        assert pseudo_label(own) == 130
+    os.utime(own / f"nnUNet_raw/Dataset901_Tiny/imagesUn/{UNLABELED[0]}_0000.nii.gz")
+    assert pseudo_label(own) == 0
+    assert len(copied) == 4 * len(UNLABELED)
 
 
 def test_two_calls_with_the_same_id_are_refused(own, copied, capsys):
