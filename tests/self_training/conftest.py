@@ -15,36 +15,45 @@ MODEL = "nnUNet_results/Dataset901_Tiny/nnUNetTrainerDyCON_smoke__nnUNetPlans__3
 
 
 @pytest.fixture(scope="session")
-def root(trained_tiny, tmp_path_factory) -> Path:
+def root(trained_tiny, built_once) -> Path:
     """Return a root with a model of two folds, of which the second one is the teacher. Tests must not change it."""
-    root = tmp_path_factory.mktemp("pseudo") / "root"
-    shutil.copytree(trained_tiny, root)
-    shutil.copytree(root / MODEL / "fold_0", root / MODEL / "fold_1")
-    shutil.copy(root / MODEL / "fold_1" / "checkpoint_final_teacher.pth", root / MODEL / "fold_1/checkpoint_final.pth")
-    return root
+
+    def build(root: Path) -> None:
+        shutil.copytree(trained_tiny, root, dirs_exist_ok=True)
+        shutil.copytree(root / MODEL / "fold_0", root / MODEL / "fold_1")
+        teacher = root / MODEL / "fold_1" / "checkpoint_final_teacher.pth"
+        shutil.copy(teacher, teacher.with_name("checkpoint_final.pth"))
+
+    return built_once("two_folds", build)
 
 
 @pytest.fixture(scope="session")
-def predictions(root) -> list[Path]:
+def predictions(root, built_once) -> list[Path]:
     """Return the folders with the predictions of each fold by nnU-Net, and the one with their ensemble."""
     images = str(root / "nnUNet_raw/Dataset901_Tiny/imagesUn")
-    folders = [root / "predicted" / name for name in ("0", "1", "mean")]
-    with pytest.MonkeyPatch.context() as patch:
-        set_environment(patch, root)
-        for fold, folder in enumerate(folders[:2]):
-            folder.mkdir(parents=True)
-            predictor = nnUNetPredictor(use_mirroring=False, device=torch.device("cpu"), allow_tqdm=False)
-            predictor.initialize_from_trained_model_folder(str(root / MODEL), (fold,))
-            predictor.predict_from_files_sequential(images, str(folder), save_probabilities=True)
-        ensemble_folders([str(folder) for folder in folders[:2]], str(folders[2]), True, 1)
-    return folders
+    names = ("0", "1", "mean")
+
+    def build(parent: Path) -> None:
+        folders = [parent / name for name in names]
+        with pytest.MonkeyPatch.context() as patch:
+            set_environment(patch, root)
+            torch.set_num_threads(1)
+            for fold, folder in enumerate(folders[:2]):
+                folder.mkdir()
+                predictor = nnUNetPredictor(use_mirroring=False, device=torch.device("cpu"), allow_tqdm=False)
+                predictor.initialize_from_trained_model_folder(str(root / MODEL), (fold,))
+                predictor.predict_from_files_sequential(images, str(folder), save_probabilities=True)
+            ensemble_folders([str(folder) for folder in folders[:2]], str(folders[2]), True, 1)
+
+    folder = built_once("unlabeled_predictions", build)
+    return [folder / name for name in names]
 
 
 @pytest.fixture
 def own(root, tmp_path, monkeypatch) -> Path:
     """Return a copy of `root` that the test may change; nnU-Net's variables point to it."""
     copy = tmp_path / "own"
-    shutil.copytree(root, copy, ignore=shutil.ignore_patterns("predicted"))
+    shutil.copytree(root, copy)
     set_environment(monkeypatch, copy)
     return copy
 

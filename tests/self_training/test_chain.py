@@ -248,7 +248,7 @@ def test_held_back_labels_have_no_influence_on_the_weights_of_the_chain(own, cop
 def test_chain_with_nnunets_commands_is_killed_and_resumed(root, tmp_path, monkeypatch):
     """Train, label, preprocess and train on the result, with the installed commands; ended once in the first round."""
     own = tmp_path / "own"
-    shutil.copytree(root, own, ignore=shutil.ignore_patterns("predicted"))
+    shutil.copytree(root, own)
     set_environment(monkeypatch, own)
     monkeypatch.setenv("PYTHONPATH", ONE_THREAD)
     shutil.rmtree(own / MODEL)
