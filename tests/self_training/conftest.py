@@ -22,7 +22,7 @@ def root(trained_tiny, built_once) -> Path:
         shutil.copytree(trained_tiny, root, dirs_exist_ok=True)
         shutil.copytree(root / MODEL / "fold_0", root / MODEL / "fold_1")
         teacher = root / MODEL / "fold_1" / "checkpoint_final_teacher.pth"
-        shutil.copy(teacher, teacher.with_name("checkpoint_final.pth"))
+        shutil.copy2(teacher, teacher.with_name("checkpoint_final.pth"))
 
     return built_once("two_folds", build)
 

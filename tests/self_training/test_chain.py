@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +19,7 @@ from nnunet_dycon.data.unlabeled import preprocess_unlabeled
 from nnunet_dycon.errors import UserError
 from nnunet_dycon.inference.model_folders import trainer_class
 from nnunet_dycon.self_training import chain, pseudo_labels
+from nnunet_dycon.system.locks import Lock
 from tests.processes import ONE_THREAD
 from tests.self_training.conftest import MODEL
 from tests.self_training.test_pseudo_labels import pseudo_label
@@ -47,6 +51,8 @@ def commands(own, copied, monkeypatch) -> list[str]:
         elif name == "nnUNetv2_extract_fingerprint":
             fingerprint = next((own / "nnUNet_preprocessed").glob(f"Dataset{command[2]}*")) / "dataset_fingerprint.json"
             fingerprint.write_text('{"spacings": []}')
+        elif name == "nnUNetv2_preprocess":
+            (own / "nnUNet_preprocessed" / NAMES[int(command[2]) - 910] / "nnUNetPlans_3d_fullres").mkdir(exist_ok=True)
         elif name == "nnUNetv2_train":
             dataset = next(folder.name for folder in (own / "nnUNet_raw").glob(f"Dataset{command[1]}*"))
             model = Path(str(own / MODEL).replace(NAMES[0], dataset))
@@ -85,7 +91,7 @@ def test_chain_trains_labels_and_trains_again(own, commands, capsys):
     assert self_train() == 0
     assert commands == [train(901, 1), *ROUNDS]
     printed = capsys.readouterr().out
-    assert "[1/12] " + train(901, 0, "--val") + "\n  finished by an earlier call" in printed
+    assert "[1/12] " + train(901, 0, "--val") + "  (finished by an earlier call)" in printed
     assert f"nnUNetv2_predict -d 912 -c 3d_fullres -tr {TRAINER} -p nnUNetPlans -f 0 1" in printed
     records = [json.loads((own / "nnUNet_raw" / name / "pseudo_labels.json").read_text()) for name in NAMES[1:]]
     assert [record["rated_by"] for record in records] == ["expected_dice", "previous_dice"]
@@ -137,6 +143,10 @@ def foreign_data_set(own: Path) -> None:
     (own / "nnUNet_raw" / NAMES[1]).mkdir()
 
 
+def models_of_an_earlier_data_set(own: Path) -> None:
+    (own / "nnUNet_results" / NAMES[1]).mkdir()
+
+
 BAD = [
     (foreign_data_set, [], "911,912", "was not written by a chain with these options"),
     (lambda own: (own / "nnUNet_raw/Dataset912_Other").mkdir(), [], "911,912", "choose another with --ids"),
@@ -145,6 +155,11 @@ BAD = [
     (lambda own: None, ["-p", "none"], "911", "none.json does not exist"),
     (lambda own: None, ["--keep", "100%"], "911", "--keep 100% leaves none of 4 unlabeled cases"),
     (lambda own: None, ["--keep", "4"], "911", "--keep 4 leaves none of 4 unlabeled cases"),
+    (lambda own: None, [], "1000", "nnU-Net accepts IDs from 1 to 999"),
+    (lambda own: None, ["-c", "3d_lowres"], "911", "has no configuration 3d_lowres"),
+    (lambda own: None, ["--folds", "x"], "911", "must be numbers, or all"),
+    (lambda own: None, ["--confidence", "5"], "911", "--confidence must be above"),
+    (models_of_an_earlier_data_set, [], "911", "has models of an earlier data set of this name"),
     (lambda own: None, ["-tr", "nnUNetTrainerDyCONN"], "911", "nnUNetTrainerDyCONN"),
     (lambda own: None, ["-tr", "nnUNetTrainerDyCON_paper"], "911", "was removed"),
     (lambda own: None, ["-step_size", "2"], "911", "step size"),
@@ -158,6 +173,32 @@ def test_invalid_input_is_reported_in_one_line_before_work_starts(own, commands,
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
     assert commands == []
+
+
+def test_chain_after_a_new_training_of_the_first_model_is_refused(own, commands, capsys):
+    assert self_train(ids="911") == 0
+    checkpoint = own / MODEL / "fold_0" / "checkpoint_final.pth"
+    shutil.copy2(own / MODEL / "fold_1" / "checkpoint_final.pth", checkpoint)
+    capsys.readouterr()
+    assert self_train(ids="911") == 2
+    assert "was not written by a chain with these options, images and models" in capsys.readouterr().err
+
+
+def test_chains_that_share_a_data_set_exclude_each_other(own, commands, capsys):
+    lock = Lock(own / "nnUNet_raw" / f".{NAMES[0]}.self_train.lock", "self-training with Dataset901_Tiny")
+    lock.acquire()
+    assert self_train(ids="912") == 1
+    assert "self-training with Dataset901_Tiny" in capsys.readouterr().err
+    lock.close()
+    assert commands == []
+
+
+def test_removed_preprocessed_folder_is_made_again(own, commands):
+    assert self_train(ids="911") == 0
+    del commands[:]
+    shutil.rmtree(own / "nnUNet_preprocessed" / NAMES[1] / "nnUNetPlans_3d_fullres")
+    assert self_train(ids="911") == 0
+    assert commands == [ROUNDS[0], ROUNDS[2]]
 
 
 def test_chain_with_other_options_or_images_is_refused(own, commands, capsys):
@@ -213,15 +254,15 @@ def test_nnunets_trainer_and_ours_train_on_the_result_and_start_from_each_other(
     assert "decoder.seg_layers.2.weight" not in taken  # heads start anew
 
 
-def test_held_back_labels_have_no_influence_on_the_weights_of_the_chain(own, copied, monkeypatch):
-    """From raw data to the weights of the second training; as a control, an annotated label does have influence."""
+def test_held_back_labels_have_no_influence_on_the_weights_of_a_round(own, monkeypatch):
+    """From prediction to the weights of the training; as a control, an annotated label does have influence."""
     draw_no_pictures(monkeypatch)
     raw = own / "nnUNet_raw"
 
     def trained() -> dict[str, torch.Tensor]:
         for folder in ("nnUNet_raw", "nnUNet_preprocessed"):
             shutil.rmtree(own / folder / NAMES[1], ignore_errors=True)
-        assert pseudo_label(own, "--keep", 2) == 0
+        assert pseudo_label(own, "-f", 0, "--keep", 2) == 0
         preprocess_all()
         trainer = make_trainer(deterministic(trainer_class("nnUNetTrainerWeakToStrong"), 1), dataset=NAMES[1])
         trainer.run_training()
@@ -245,24 +286,23 @@ def test_held_back_labels_have_no_influence_on_the_weights_of_the_chain(own, cop
 
 
 @pytest.mark.slow
-def test_chain_with_nnunets_commands_is_killed_and_resumed(root, tmp_path, monkeypatch):
-    """Train, label, preprocess and train on the result, with the installed commands; ended once in the first round."""
+def test_killed_chain_with_nnunets_commands_can_be_repeated(root, tmp_path, monkeypatch):
+    """The chain runs the installed commands, and is killed once while it trains and once while it predicts."""
     own = tmp_path / "own"
     shutil.copytree(root, own)
     set_environment(monkeypatch, own)
     monkeypatch.setenv("PYTHONPATH", ONE_THREAD)
     shutil.rmtree(own / MODEL)
-    run, number = chain.run, 0
-
-    def killed_once(command):
-        nonlocal number
-        number += 1
-        run(command)
-        if number == 3:  # after the first training with a fold, before it is recorded
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(chain, "run", killed_once)
-    assert self_train(ids="911") == 130
+    command = [Path(sys.executable).with_name("nnunet_dycon"), "self_train", "-d", "901", "--ids", "911"]
+    command += ["-tr", TRAINER, "--folds", "0", "1", "-device", "cpu", "-np", "0", "--disable_tta"]
+    for seen in (f"{MODEL}/fold_0/training_log_*.txt", "nnUNet_raw/.*.predictions/member_0/*.nii.gz"):
+        with (tmp_path / "log").open("w") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=log)
+            while not list(own.glob(seen)):
+                assert process.poll() is None, (tmp_path / "log").read_text()
+                time.sleep(0.2)
+            process.kill()
+            process.wait()
     assert self_train(ids="911") == 0
     for name in NAMES[:2]:
         for fold in (0, 1):

@@ -301,7 +301,7 @@ BAD = [
     (has_pseudo_labels, [], 2, "give the data set of their origin, Dataset900_First"),
     (other_plans, [], 2, "differs from the plans of"),
     (lambda own: None, ["--replan", "-p", "nnUNetPlans"], 2, "so -p has no effect"),
-    (lambda own: None, ["--previous", 901, "--rate_by", "expected_dice"], 2, "901_Tiny/pseudo_labels lacks predictions"),
+    (lambda own: None, ["--previous", 901, "--rate_by", "expected_dice"], 2, "Tiny/pseudo_labels lacks"),
     (lambda own: shutil.rmtree(own / "nnUNet_raw/Dataset901_Tiny/imagesUn"), [], 2, "imagesUn has no images"),
     (lambda own: shutil.rmtree(own / "nnUNet_raw/Dataset901_Tiny/labelsTr"), [], 2, "labelsTr has no label files"),
     (cut_image, [], 1, f"{UNLABELED[2]}_0000.nii.gz is damaged"),

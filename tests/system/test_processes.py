@@ -2,11 +2,15 @@
 
 import os
 import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
 from nnunet_dycon.errors import UserError
 from nnunet_dycon.system.processes import map_cases
+from tests.processes import is_running
 
 
 def square(number: int) -> int:
@@ -44,3 +48,26 @@ def test_killed_worker_is_a_one_line_error():
 
 def test_no_jobs_need_no_process():
     assert list(map_cases(square, [], 4, "squares")) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="supported by Linux only")
+def test_command_ends_when_its_parent_is_killed(tmp_path):
+    file = tmp_path / "pid"
+    waiting = f"import os, time; open({str(file)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    code = (
+        "import subprocess, sys; from nnunet_dycon.system.processes import ends_with_parent; "
+        f"subprocess.run([sys.executable, '-c', {waiting!r}], preexec_fn=ends_with_parent())"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code])
+    while not (file.is_file() and file.read_text()):
+        assert parent.poll() is None
+        time.sleep(0.05)
+    child = int(file.read_text())
+    assert is_running(child)
+    parent.kill()
+    parent.wait()
+    for _ in range(100):
+        if not is_running(child):
+            return
+        time.sleep(0.1)
+    raise AssertionError("the command still runs")
