@@ -32,7 +32,7 @@ from nnunet_dycon.errors import UsageError, UserError, explained, first_line, so
 from nnunet_dycon.labeling.select import RECORD
 from nnunet_dycon.registry import RECOMMENDED
 from nnunet_dycon.system.environment import nnunet_folder
-from nnunet_dycon.system.files import require_whole
+from nnunet_dycon.system.files import VOLUME_ENDINGS, require_whole
 from nnunet_dycon.system.label_maps import rounded
 from nnunet_dycon.system.processes import map_cases
 
@@ -122,6 +122,8 @@ def _find(source: Path, about: dict[str, Any], folder: Path) -> list[_NewLabel]:
         raise UsageError(f"{folder} does not exist; give the folder of the new labels with -i")
     inner = folder / "labels" if (folder / "labels").is_dir() else folder
     ending = about["file_ending"]
+    if ending not in VOLUME_ENDINGS:
+        raise UsageError(f"{source / 'dataset.json'}: {ending} files have no spacing, which is not supported")
     files = {}
     for each in dict.fromkeys((ending, _ENDING)):
         for file in sorted(inner.glob(f"*{each}")):
@@ -210,11 +212,12 @@ def _contents(
 
     Args:
         source: nnUNet_raw/DatasetXXX_Name.
-        about: content of dataset.json.
+        about: content of dataset.json. Its numTraining is replaced by the number of files in labelsTr plus ``more``.
         more: number of added training cases; negative if cases are removed.
         change: function that returns the new folds for given folds.
     """
-    contents: dict[Path, Any] = {source / "dataset.json": about | {"numTraining": about["numTraining"] + more}}
+    labeled = len(list((source / "labelsTr").glob(f"*{about['file_ending']}")))
+    contents: dict[Path, Any] = {source / "dataset.json": about | {"numTraining": labeled + more}}
     for file in (source / _SPLITS, _preprocessed(source) / _SPLITS):
         if (splits := _read(file)) is not None:
             contents[file] = change(splits)

@@ -5,6 +5,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import synchronize
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -17,6 +18,7 @@ from nnunet_dycon.system.distributed import waiting_for_rank_zero
 from nnunet_dycon.training.checkpoints import LATEST
 
 EXIT_CODE = 128 + signal.SIGTERM  # exit code of a process that was ended by SIGTERM
+_RETRY_SECONDS = 0.001
 
 
 class StopRequest:
@@ -67,9 +69,23 @@ class StopRequest:
     def _record(self, number: int, frame: FrameType | None) -> None:
         if self.can_wait and os.getpid() == self._process:
             self.is_made = True
+        elif _holds_shared_lock(frame):
+            threading.Timer(_RETRY_SECONDS, os.kill, (os.getpid(), number)).start()
         else:  # also in forked processes, which write no checkpoint
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
+
+
+def _holds_shared_lock(frame: FrameType | None) -> bool:
+    """Return whether a frame may hold a lock of multiprocessing, such as that of an event.
+
+    If a process ended then, the lock would never be released, and the training would wait for it forever.
+    """
+    while frame is not None:
+        if frame.f_code.co_filename == synchronize.__file__:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def save_and_exit(trainer: nnUNetTrainer, curves: dict[str, list[float]], steps_done: int) -> NoReturn:

@@ -1,7 +1,9 @@
 """Tests of preemption by SIGTERM."""
 
+import multiprocessing
 import os
 import signal
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -32,6 +34,28 @@ def test_signal_ends_a_forked_process():
             os._exit(8)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
     assert not request.is_made
+
+
+def test_forked_process_releases_shared_locks_before_it_ends():
+    """Otherwise, the training would wait forever for the event that the worker has locked."""
+    event = multiprocessing.get_context("fork").Event()
+
+    class SignalledWhileLocked:
+        def acquire(self, block):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return False
+
+    request = StopRequest()
+    request.can_wait = True
+    with request.listening():
+        child = os.fork()
+        if child == 0:
+            event._flag = SignalledWhileLocked()
+            event.is_set()
+            time.sleep(60)
+            os._exit(8)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+    assert event._cond.acquire(timeout=10)
 
 
 def test_previous_handler_is_restored():
