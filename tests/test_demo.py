@@ -126,7 +126,7 @@ def fake_command(tmp_path, monkeypatch):
         program = tmp_path / "program.py"
         program.write_text("\n".join(["#!" + sys.executable, "import os, sys", *lines]))
         program.chmod(0o755)
-        monkeypatch.setattr(demo, "_find", lambda name: str(program))
+        monkeypatch.setattr(demo, "find_command", lambda name: str(program))
 
     return install
 
@@ -169,7 +169,7 @@ def test_missing_command_is_reported(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="nnUNetv2_train"):
-        demo._find("nnUNetv2_train")
+        demo.find_command("nnUNetv2_train")
 
 
 def test_each_epoch_is_printed_in_one_line(capsys):

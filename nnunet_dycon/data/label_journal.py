@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_dycon.errors import UserError, explained
+from nnunet_dycon.system.environment import nnunet_folder
 from nnunet_dycon.system.files import replacing
 from nnunet_dycon.system.locks import Lock
 
@@ -42,7 +43,7 @@ def commit(
     moves: Sequence[tuple[Path, Path]],
     contents: Mapping[Path, object],
     record: Mapping[str, Any],
-) -> Path:
+) -> None:
     """Write the journal of a change and apply it. After the journal is written, the change can only be completed.
 
     The caller must hold the lock and have called `prepare`.
@@ -50,25 +51,64 @@ def commit(
     Args:
         source: nnUNet_raw/DatasetXXX_Name.
         moves: files to rename: old path, new path, in this order. Old paths can be in the folder of `prepare`.
-        contents: JSON files to replace: path -> new content; None removes the file.
+        contents: JSON files to replace: path -> new content; None removes the file. Files in a folder that does not
+            exist when the change is applied are skipped.
         record: content of the record of this change in label_history.
 
-    Returns:
-        The file of the record.
+    Raises:
+        UserError: a file does not exist or would be replaced, or a folder cannot be written to. Nothing is changed.
     """
     partial = source / f"{_FOLDER}.partial"
-    final = source / _FOLDER
-    history = source / HISTORY / f"{len(records(source)) + 1:03d}.json"
+    _check(moves, contents)
+    number = max((int(file.stem) for file in records(source)), default=0) + 1
     journal = {
-        "moves": [[str(final / old.name if old.parent == partial else old), str(new)] for old, new in moves],
-        "contents": {str(path): content for path, content in contents.items()},
-        "record": [str(history), dict(record)],
+        "moves": [[_named(old, source), _named(new, source)] for old, new in moves],
+        "contents": [[_named(path, source), content] for path, content in contents.items()],
+        "record": [number, dict(record)],
     }
     with replacing(partial / _FILE) as new:
         new.write_text(json.dumps(journal))
-    os.replace(partial, final)
+    os.replace(partial, source / _FOLDER)
     _apply(source)
-    return history
+
+
+def _roots(source: Path) -> dict[str, Path]:
+    """Return the folders to which the paths in a journal are relative, so that the data set can be moved."""
+    return {
+        "journal": source / _FOLDER,
+        "raw": source,
+        "preprocessed": nnunet_folder("nnUNet_preprocessed") / source.name,
+    }
+
+
+def _named(path: Path, source: Path) -> list[str]:
+    """Return a path as the name of a folder in `_roots` and the path relative to it."""
+    if path.parent == source / f"{_FOLDER}.partial":
+        return ["journal", path.name]
+    root = "raw" if path.is_relative_to(source) else "preprocessed"
+    return [root, str(path.relative_to(_roots(source)[root]))]
+
+
+def _check(moves: Sequence[tuple[Path, Path]], contents: Mapping[Path, object]) -> None:
+    """Raise UserError if a change could not be completed."""
+    for old, new in moves:
+        if not old.exists():
+            raise UserError(f"{old} does not exist; restore it (nothing was changed)")
+        if new.exists():
+            raise UserError(f"{new} exists already; move it away (nothing was changed)")
+        target = next(folder for folder in new.parents if folder.exists())
+        if old.stat().st_dev != target.stat().st_dev:
+            raise UserError(f"{old.parent} and {target} are on different file systems; use one (nothing was changed)")
+        for folder in (old.parent, target):
+            _require_writable(folder)
+    for path in contents:
+        if path.parent.is_dir():
+            _require_writable(path.parent)
+
+
+def _require_writable(folder: Path) -> None:
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{folder} cannot be written to; change its permissions (nothing was changed)")
 
 
 def finish_interrupted(source: Path) -> None:
@@ -82,7 +122,8 @@ def finish_interrupted(source: Path) -> None:
     """
     if is_interrupted(source):
         held = lock(source)
-        held.acquire(wait=True)
+        with explained(OSError, f"{source} has an unfinished move of cases and cannot be written to; make it writable"):
+            held.acquire(wait=True)
         with closing(held):
             if is_interrupted(source):  # otherwise, the other process has completed it
                 print(f"completing an interrupted move of cases in {source.name}")
@@ -104,22 +145,25 @@ def _apply(source: Path) -> None:
     folder = source / _FOLDER
     failed = f"cannot complete the move of cases in {source}; fix the cause and run any command for this data set again"
     with explained((OSError, ValueError, KeyError), failed):
-        journal = json.loads((folder / _FILE).read_text())
-        for old, new in journal["moves"]:
-            if Path(old).exists() or Path(old).is_symlink():
-                if Path(new).exists():
+        journal, roots = json.loads((folder / _FILE).read_text()), _roots(source)
+        for old, new in ([roots[root] / name for root, name in move] for move in journal["moves"]):
+            if old.exists():
+                if new.exists():
                     raise UserError(f"{new} exists, and {old} would replace it; move one of both away")
-                Path(new).parent.mkdir(parents=True, exist_ok=True)
+                new.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(old, new)
-        for path, content in journal["contents"].items():
+            elif not new.exists():
+                raise UserError(f"neither {old} nor {new} exists; restore one of both")
+        for (root, name), content in journal["contents"]:
+            path = roots[root] / name
             if content is None:
-                Path(path).unlink(missing_ok=True)
-                continue
-            with replacing(path) as partial:
-                partial.write_text(json.dumps(content, indent=4))
-        history, record = journal["record"]
-        Path(history).parent.mkdir(exist_ok=True)
-        with replacing(history) as partial:
+                path.unlink(missing_ok=True)
+            elif path.parent.is_dir():
+                with replacing(path) as partial:
+                    partial.write_text(json.dumps(content, indent=4))
+        number, record = journal["record"]
+        (source / HISTORY).mkdir(exist_ok=True)
+        with replacing(source / HISTORY / f"{number:03d}.json") as partial:
             partial.write_text(json.dumps(record, indent=2))
         finished = source / f"{_FOLDER}.finished"
         shutil.rmtree(finished, ignore_errors=True)

@@ -124,10 +124,12 @@ def _find(source: Path, about: dict[str, Any], folder: Path) -> list[_NewLabel]:
     ending = about["file_ending"]
     if ending not in VOLUME_ENDINGS:
         raise UsageError(f"{source / 'dataset.json'}: {ending} files have no spacing, which is not supported")
-    files = {}
+    files: dict[str, Path] = {}
     for each in dict.fromkeys((ending, _ENDING)):
         for file in sorted(inner.glob(f"*{each}")):
-            files[file.name.removesuffix(each)] = file
+            other = files.setdefault(file.name.removesuffix(each), file)
+            if other != file:
+                raise UserError(f"{other} and {file} are labels of the same case; remove one of both")
     if not files:
         raise UsageError(f"{inner} has no label files *{_ENDING}; save the new labels there, or correct -i")
     images = image_files(source / "imagesUn", about, "unlabeled")
@@ -159,6 +161,8 @@ def _fault(rules: _Rules, label: _NewLabel) -> str | None:
         image = read_grid(label.images[0], rules.reader)
     except Exception as error:  # of any reader
         return f"{file} or its image cannot be read ({first_line(error)}); save it again"
+    if image.is_2d or image.channels != 1:
+        return f"{label.images[0]} is not a 3D image with one channel per file, which is not supported"
     if (
         grid.shape != image.shape
         or not np.allclose(grid.spacing, image.spacing, rtol=1e-3)
@@ -239,7 +243,8 @@ def extended(splits: Sequence[dict[str, list[str]]], cases: Sequence[str]) -> li
     """
     folds = [{"train": list(split["train"]), "val": list(split["val"])} for split in splits]
     for case in cases:
-        smallest = min(range(len(folds)), key=lambda number: len(folds[number]["val"]), default=None)
+        # With a single fold, a case for validation would never be used for training.
+        smallest = min(range(len(folds)), key=lambda number: len(folds[number]["val"])) if len(folds) > 1 else None
         for number, fold in enumerate(folds):
             fold["val" if number == smallest else "train"].append(case)
     return folds
@@ -277,15 +282,15 @@ def undo(dataset: str) -> list[str]:
     with writing_errors(f"cannot write into {source}", "change its permissions or free disk space"):
         held.acquire()
         with closing(held):
-            existing = [json.loads(file.read_text()) for file in records(source)]
-            undone = {record["undoes"] for record in existing if "undoes" in record}
-            numbers = [number for number, record in enumerate(existing) if "added" in record and number not in undone]
+            existing = {int(file.stem): _read(file) for file in records(source)}
+            undone = {record["undoes"] for record in existing.values() if "undoes" in record}
+            numbers = [number for number, record in existing.items() if "added" in record and number not in undone]
             if not numbers:
                 raise UsageError(f"no labels have been added to {source}, so there is nothing to undo")
             latest = existing[numbers[-1]]
             _check_unused(source, latest)
             cases, ending = latest["added"], about["file_ending"]
-            kept = source / HISTORY / f"{numbers[-1] + 1:03d}_labels"
+            kept = source / HISTORY / f"{numbers[-1]:03d}_labels"
             moves = [(source / "imagesTr" / name, source / "imagesUn" / name) for name in latest["images"]]
             moves += [(source / "labelsTr" / f"{case}{ending}", kept / f"{case}{ending}") for case in cases]
             contents = _contents(source, about, -len(cases), partial(reduced, cases=cases))
@@ -295,6 +300,7 @@ def undo(dataset: str) -> list[str]:
             prepare(source)
             commit(source, moves, contents, {"undoes": numbers[-1], "cases": cases, "time": time.time()})
     print(f"moved {some(latest['added'], 5)} back to imagesUn; their labels are in {kept}")
+    _print_next_commands(source)
     return latest["added"]
 
 
@@ -316,7 +322,8 @@ def _id(source: Path) -> int:
 def _print_next_commands(source: Path) -> None:
     number = _id(source)
     results = nnunet_folder("nnUNet_results") / source.name
-    models = sorted(results.glob("*/fold_*/checkpoint_final.pth"), key=lambda file: file.stat().st_mtime)
+    # Of the same fold: other models have been trained on its validation cases.
+    models = sorted(results.glob("*__3d_fullres/fold_0/checkpoint_final.pth"), key=lambda file: file.stat().st_mtime)
     print("next, with the same plans:")
     print(f"  nnUNetv2_extract_fingerprint -d {number}")
     print(f"  nnUNetv2_preprocess -d {number} -c 3d_fullres")
@@ -324,8 +331,8 @@ def _print_next_commands(source: Path) -> None:
     print(f"  nnUNetv2_plan_and_preprocess -d {number}")
     print("and then:")
     print(f"  nnunet_dycon preprocess_unlabeled -d {number}")
-    print(f"  nnUNetv2_train {number} 3d_fullres 0 -tr {RECOMMENDED}")
+    print(
+        f"  nnUNetv2_train {number} 3d_fullres 0 -tr {RECOMMENDED}    (move an earlier model of this fold away first)"
+    )
     if models:
-        print("or, with the same plans, starting from the latest model (move its folder first, or it is overwritten):")
-        weights = shlex.quote(str(models[-1]))
-        print(f"  nnUNetv2_train {number} 3d_fullres 0 -tr {RECOMMENDED} -pretrained_weights {weights}")
+        print(f"with the same plans, this can start from {shlex.quote(str(models[-1]))} (option -pretrained_weights)")

@@ -1,6 +1,7 @@
 """Selection of the unlabeled cases to annotate next, with their predictions as labels to correct."""
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +19,7 @@ from nnunet_dycon.data.image_reading import (
     files_with_ending,
     hash_voxels,
     image_files,
+    read_grid,
     read_voxels,
     reader_class,
     write_like,
@@ -28,7 +30,7 @@ from nnunet_dycon.errors import UsageError, UserError, explained, some
 from nnunet_dycon.inference.tables import as_csv
 from nnunet_dycon.inference.uncertainty import rank_predictions
 from nnunet_dycon.system.environment import nnunet_folder
-from nnunet_dycon.system.files import VOLUME_ENDINGS, link_or_copy, new_folder, require_whole
+from nnunet_dycon.system.files import VOLUME_ENDINGS, new_folder, require_whole
 from nnunet_dycon.system.processes import map_cases
 
 UNCERTAINTY, DIVERSE, RANDOM = "uncertainty", "diverse", "random"
@@ -72,7 +74,7 @@ def select_cases(
 
     The folder has
 
-    - images: the images of the cases (hard links, or copies if the file system does not support links),
+    - images: copies of the images of the cases,
     - labels: CASE.nii.gz, the prediction of each case on the grid of its image, to be corrected,
     - selected.csv: rank, case, rating and predicted volume,
     - selected.json: the options, and a hash of the voxels of each prediction. `add_labels` uses the hash to detect
@@ -143,6 +145,8 @@ def _order(
     if strategy == UNCERTAINTY:
         with TemporaryDirectory() as maps:
             rows = rank_predictions(folders, Path(maps), num_processes=num_processes).rows
+        if missing := sorted(set(names) - {row["case"] for row in rows}):
+            raise UsageError(f"{folders[0]} has no probabilities of {some(missing)}; predict with --save_probabilities")
         return [row["case"] for row in rows], {row["case"]: row["expected_dice"] for row in rows}
     files = [*cases.annotated, *(cases.images[name] for name in names)]
     statistics = np.stack(list(map_cases(partial(_statistics, cases.reader), files, num_processes, "reading images")))
@@ -230,11 +234,13 @@ def _write(
     rows = []
     for rank, case in enumerate(chosen, 1):
         for file in cases.images[case]:
-            link_or_copy(file, folder / "images" / file.name)
+            shutil.copy(file, folder / "images")  # no link, since some viewers change files in place
         prediction = cases.predictions[case]
         with explained(Exception, f"{prediction} cannot be read; predict again"):  # the type depends on the reader
             check_file(prediction)
             voxels, grid = read_voxels(prediction, cases.reader, is_label_map=True)
+        if grid.shape != read_grid(cases.images[case][0], cases.reader).shape:
+            raise UserError(f"{prediction} has another size than the image of the case; predict again")
         label = folder / "labels" / f"{case}.nii.gz"
         write_like(voxels[0].astype(np.uint8 if voxels.max() < 256 else np.uint16), prediction, label, cases.reader)
         require_whole(label)  # SimpleITK does not detect a full disk

@@ -18,7 +18,7 @@ from nnunet_dycon.doctor.findings import OK
 from nnunet_dycon.errors import UserError
 from nnunet_dycon.labeling.add_labels import extended, reduced
 from tests.test_kills import contents, kills
-from tests.tiny import LABELED, UNLABELED, write_volume
+from tests.tiny import LABELED, UNLABELED, set_environment, write_volume
 
 NEW = UNLABELED[:2]
 SPLITS = [{"train": [c for c in LABELED if c != case], "val": [case]} for case in LABELED]
@@ -84,21 +84,56 @@ def test_cases_move_to_the_labeled_ones(raw, base, new, capsys):
 
 
 def test_undo_restores_everything_and_keeps_the_labels(raw, base, new):
-    state = contents(raw) | contents(base)
+    state = state_of(raw, base)
     assert add_labels(new) == 0
     written = {case: (raw / "labelsTr" / f"{case}.nii.gz").read_bytes() for case in NEW}
     assert undo() == 0
-    after = contents(raw) | contents(base)
-    kept = {name: content for name, content in after.items() if name.startswith("label_history")}
+    after = state_of(raw, base)
+    kept = {name: content for name, content in after.items() if "/label_history/" in name}
     restored = {name: content for name, content in after.items() if name not in kept}
     assert restored.keys() == state.keys()
     for name, content in restored.items():
         same = json.loads(content) == json.loads(state[name]) if name.endswith(".json") else content == state[name]
         assert same, name
     for case, label in written.items():
-        assert kept[f"label_history/001_labels/{case}.nii.gz"] == label
+        assert kept[f"nnUNet_raw/label_history/001_labels/{case}.nii.gz"] == label
     assert undo() == 2  # nothing left to undo
     assert add_labels(new) == 0
+    assert_added(raw, base, new)
+
+
+def test_two_additions_are_undone_one_after_the_other(raw, base, new, tmp_path):
+    second = tmp_path / "second"
+    second.mkdir()
+    (new / f"{NEW[1]}.nii.gz").rename(second / f"{NEW[1]}.nii.gz")
+    assert add_labels(new) == 0
+    assert add_labels(second) == 0
+    assert cases(raw / "labelsTr") == sorted([*LABELED, *NEW])
+    assert undo() == 0
+    assert cases(raw / "labelsTr") == sorted([*LABELED, NEW[0]])
+    assert undo() == 0
+    assert cases(raw / "labelsTr") == LABELED
+    assert undo() == 2
+    assert len(list((raw / "label_history").glob("*_labels/*.nii.gz"))) == 2
+
+
+def test_undo_with_a_missing_file_changes_nothing(raw, base, new, capsys):
+    assert add_labels(new) == 0
+    (raw / "labelsTr" / f"{NEW[0]}.nii.gz").unlink()
+    before = state_of(raw, base)
+    assert undo() == 1
+    assert f"{NEW[0]}.nii.gz does not exist; restore it (nothing was changed)" in capsys.readouterr().err
+    assert {name: content for name, content in state_of(raw, base).items() if "partial" not in name} == before
+
+
+def test_interrupted_command_is_completed_in_a_moved_data_set(raw, base, new, tmp_path, monkeypatch):
+    interrupt(raw, monkeypatch)
+    root = raw.parents[1]
+    moved = root.with_name("moved")
+    root.rename(moved)
+    set_environment(monkeypatch, moved)
+    raw, base = (moved / path.relative_to(root) for path in (raw, base))
+    label_journal.finish_interrupted(raw)
     assert_added(raw, base, new)
 
 
@@ -129,6 +164,12 @@ def test_labels_of_select_must_be_corrected(raw, predicted, tmp_path, capsys):
     assert f"{second} equals the prediction" in capsys.readouterr().err
     assert add_labels(out, "--accept_predictions") == 0
     assert len(cases(raw / "labelsTr")) == len(LABELED) + 2
+
+
+def state_of(raw: Path, base: Path) -> dict[str, bytes]:
+    return {
+        f"{folder.parent.name}/{name}": content for folder in (raw, base) for name, content in contents(folder).items()
+    }
 
 
 def hashes(*folders: Path) -> set[str]:
@@ -227,7 +268,14 @@ def truncated(raw: Path, new: Path) -> None:
     file.write_bytes(file.read_bytes()[:-10])
 
 
+def two_files(raw: Path, new: Path) -> None:
+    shutil.copy(new / f"{NEW[0]}.nii.gz", new / f"{NEW[0]}.nrrd")
+    file = raw / "dataset.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"file_ending": ".nrrd"}))
+
+
 BAD = [
+    (two_files, "are labels of the same case; remove one of both"),
     (empty, "has no foreground; annotate it, or add --allow_empty"),
     (other_grid, "has another voxel grid"),
     (other_spacing, "has another voxel grid"),
@@ -244,11 +292,11 @@ BAD = [
 @pytest.mark.parametrize(("spoil", "message"), BAD, ids=[spoil.__name__ for spoil, _ in BAD])
 def test_invalid_labels_are_reported_in_one_line_and_nothing_is_changed(raw, base, new, capsys, spoil, message):
     spoil(raw, new)
-    before = contents(raw) | contents(base)
+    before = state_of(raw, base)
     assert add_labels(new) in (1, 2)
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
-    assert contents(raw) | contents(base) == before
+    assert state_of(raw, base) == before
 
 
 def test_empty_labels_are_accepted_if_asked_for(raw, base, new):
@@ -270,3 +318,4 @@ def test_new_cases_join_the_smallest_folds():
     ]
     assert reduced(extended(splits, ["d", "e"]), ["d", "e"]) == splits
     assert extended([], ["d"]) == []
+    assert extended([{"train": ["a"], "val": ["a"]}], ["b"]) == [{"train": ["a", "b"], "val": ["a"]}]
