@@ -177,7 +177,7 @@ def hashes(*folders: Path) -> set[str]:
     return {hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
-@pytest.mark.parametrize("command", ["add", "undo"])
+@pytest.mark.parametrize("command", ["add", pytest.param("undo", marks=pytest.mark.slow)])
 def test_no_image_or_label_is_lost_by_a_kill_and_the_next_command_completes(raw, base, new, tmp_path, command):
     if command == "undo":
         assert add_labels(new) == 0
