@@ -18,7 +18,7 @@ from nnunet_dycon.system.distributed import waiting_for_rank_zero
 from nnunet_dycon.training.checkpoints import LATEST
 
 EXIT_CODE = 128 + signal.SIGTERM  # exit code of a process that was ended by SIGTERM
-_RETRY_SECONDS = 0.001
+_DELAY_SECONDS, _MOST_DELAYS = 0.003, 100
 
 
 class StopRequest:
@@ -35,6 +35,7 @@ class StopRequest:
         self.is_made = False
         self._previous_handler: Any = None
         self._process: int | None = None
+        self._delays = 0  # of the end of a forked process
 
     @contextmanager
     def listening(self, is_ddp: bool = False) -> Iterator[None]:
@@ -69,17 +70,19 @@ class StopRequest:
     def _record(self, number: int, frame: FrameType | None) -> None:
         if self.can_wait and os.getpid() == self._process:
             self.is_made = True
-        elif _holds_shared_lock(frame):
-            threading.Timer(_RETRY_SECONDS, os.kill, (os.getpid(), number)).start()
+        elif self._delays < _MOST_DELAYS and _may_hold_shared_lock(frame):
+            self._delays += 1
+            threading.Timer(_DELAY_SECONDS, os.kill, (os.getpid(), number)).start()
         else:  # also in forked processes, which write no checkpoint
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
 
-def _holds_shared_lock(frame: FrameType | None) -> bool:
-    """Return whether a frame may hold a lock of multiprocessing, such as that of an event.
+def _may_hold_shared_lock(frame: FrameType | None) -> bool:
+    """Return whether a frame holds a lock of multiprocessing, such as that of an event, or waits for one.
 
-    If a process ended then, the lock would never be released, and the training would wait for it forever.
+    If a process ended while it holds a lock, the training would wait for it forever. A lock is held for less than a
+    millisecond, so a process that is still there after some delays only waits for a lock.
     """
     while frame is not None:
         if frame.f_code.co_filename == synchronize.__file__:

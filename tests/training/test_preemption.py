@@ -58,6 +58,20 @@ def test_forked_process_releases_shared_locks_before_it_ends():
     assert event._cond.acquire(timeout=10)
 
 
+def test_forked_process_that_waits_for_a_shared_lock_ends():
+    lock = multiprocessing.get_context("fork").Lock()
+    request = StopRequest()
+    request.can_wait = True
+    with request.listening(), lock:
+        child = os.fork()
+        if child == 0:
+            with lock:
+                os._exit(8)
+        time.sleep(0.1)
+        os.kill(child, signal.SIGTERM)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+
+
 def test_previous_handler_is_restored():
     before = signal.getsignal(signal.SIGTERM)
     request = StopRequest()
