@@ -22,14 +22,13 @@ from nnunet_dycon.data.image_reading import Reader, files_with_ending, in_file_o
 from nnunet_dycon.data.unlabeled import dataset_name
 from nnunet_dycon.dataset_conversion.roles import FOLDERS
 from nnunet_dycon.dataset_conversion.writer import new_dataset_folder, reserved, writing_errors
-from nnunet_dycon.errors import UserError, first_line, some
+from nnunet_dycon.errors import UserError, first_line, joined, some
 from nnunet_dycon.system.environment import nnunet_folder
 from nnunet_dycon.system.files import link_or_copy, new_folder, require_whole
 from nnunet_dycon.system.label_maps import rounded
 from nnunet_dycon.system.processes import map_cases
 
 _LABELS = "labelsTr"
-_FAULTS_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -131,7 +130,7 @@ def sparsify(dataset: str, dataset_id: int, annotate: Slices | Scribbles, num_pr
         write = partial(_write_label, partial_folder / _LABELS, reader, about, ignore, annotate)
         results = list(map_cases(write, files, num_processes, "writing labels"))
         if faults := [result for result in results if isinstance(result, str)]:
-            raise UserError("; ".join(faults[:_FAULTS_SHOWN]) + ("; ..." if len(faults) > _FAULTS_SHOWN else ""))
+            raise UserError(joined(faults))
         for name in (name for pair in FOLDERS.values() for name in pair if name not in (None, _LABELS)):
             _link_files(source / name, partial_folder / name)
         if (splits := source / "splits_final.json").is_file():

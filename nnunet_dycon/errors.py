@@ -71,6 +71,11 @@ def some(names: Sequence[object], limit: int = 3) -> str:
     return ", ".join(map(str, names[:limit])) + more
 
 
+def joined(faults: Sequence[str], limit: int = 5) -> str:
+    """Return the first `limit` error messages in one line, followed by "..." if there are more."""
+    return "; ".join(faults[:limit]) + ("; ..." if len(faults) > limit else "")
+
+
 def counted(names: Sequence[object], one: str, many: str) -> str:
     """Return the number of names and the first 3 of them as text, such as "2 cases have no mask: a, b".
 

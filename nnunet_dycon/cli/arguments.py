@@ -3,6 +3,7 @@
 import argparse
 import math
 import os
+from collections.abc import Sequence
 
 from nnunet_dycon.errors import UsageError
 
@@ -53,3 +54,16 @@ def count_or_fraction(text: str) -> int | float:
             f"must be a number of cases, or a percentage above 0% and up to 100%, got {text}"
         )
     return fraction
+
+
+def add_prediction(parser: argparse.ArgumentParser, devices: Sequence[str] = ("cuda", "cpu", "mps")) -> None:
+    parser.add_argument("-device", choices=devices, default=None, help="default: cuda if available")
+    parser.add_argument(
+        "-step_size", type=float, default=0.5, metavar="FRACTION",
+        help="step of the sliding window, as a fraction of the patch (default: 0.5)",
+    )  # fmt: skip
+    parser.add_argument("--disable_tta", action="store_true", help="predict without mirroring: faster, less accurate")
+    parser.add_argument(
+        "-np", dest="num_processes", type=not_negative, default=3,
+        help="processes for preprocessing and as many for export; 0: one case after the other (default: 3)",
+    )  # fmt: skip

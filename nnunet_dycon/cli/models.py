@@ -15,7 +15,7 @@ from nnunet_dycon.cli.arguments import (
     FOLDS,
     MODEL,
     PROCESSES,
-    not_negative,
+    add_prediction,
     num_processes,
     positive,
 )
@@ -73,17 +73,8 @@ def add_predict_both(commands: Any) -> None:
     both.add_argument("-i", dest="images", type=Path, required=True, metavar="FOLDER", help="images CASE_XXXX")
     both.add_argument("-o", dest="output", type=Path, required=True, metavar="FOLDER", help="new or empty folder")
     both.add_argument("-f", dest="folds", nargs="+", default=None, metavar="FOLD", help=FOLDS)
-    both.add_argument("-device", choices=("cuda", "cpu"), default=None, help="default: cuda if available")
-    both.add_argument(
-        "-step_size", type=float, default=0.5, metavar="FRACTION",
-        help="step of the sliding window, as a fraction of the patch (default: 0.5)",
-    )  # fmt: skip
-    both.add_argument("--disable_tta", action="store_true", help="predict without mirroring: faster, less accurate")
     both.add_argument("--save_probabilities", action="store_true", help="write the averaged probabilities, too")
-    both.add_argument(
-        "-np", dest="num_processes", type=not_negative, default=3,
-        help="processes for preprocessing and as many for export; 0: one case after the other (default: 3)",
-    )  # fmt: skip
+    add_prediction(both, devices=("cuda", "cpu"))
     both.set_defaults(run=_predict_both)
 
 

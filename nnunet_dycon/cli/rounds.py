@@ -13,6 +13,7 @@ from nnunet_dycon.cli.arguments import (
     FOLDS,
     MODEL,
     PROCESSES,
+    add_prediction,
     count_or_fraction,
     not_negative,
     num_processes,
@@ -71,19 +72,6 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--confidence", type=float, default=None, metavar="P",
         help="set voxels whose highest class probability is below P to the ignore label (default: keep all voxels)",
-    )  # fmt: skip
-
-
-def add_prediction(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-device", choices=("cuda", "cpu", "mps"), default=None, help="default: cuda if available")
-    parser.add_argument(
-        "-step_size", type=float, default=0.5, metavar="FRACTION",
-        help="step of the sliding window, as a fraction of the patch (default: 0.5)",
-    )  # fmt: skip
-    parser.add_argument("--disable_tta", action="store_true", help="predict without mirroring: faster, less accurate")
-    parser.add_argument(
-        "-np", dest="num_processes", type=not_negative, default=3,
-        help="processes for preprocessing and as many for export; 0: one case after the other (default: 3)",
     )  # fmt: skip
 
 

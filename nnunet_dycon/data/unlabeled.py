@@ -27,7 +27,7 @@ from nnunet_dycon.data.image_reading import image_files, image_files_by_case, sp
 from nnunet_dycon.data.label_journal import finish_interrupted
 from nnunet_dycon.data.labeled import check_fingerprint
 from nnunet_dycon.data.plausibility import Appearance, compare_with_labeled, intensities_of, orientation_of
-from nnunet_dycon.errors import UsageError, UserError, counted, explained, some
+from nnunet_dycon.errors import UsageError, UserError, counted, explained, joined, some
 from nnunet_dycon.system.environment import nnunet_folder
 from nnunet_dycon.system.files import replacing, require_writable
 from nnunet_dycon.system.locks import Lock
@@ -405,7 +405,7 @@ class UnlabeledCases:
                 faults.append(fault)
         if faults:
             # Report all faults at once, since each build may take hours. Completed cases are kept for the next one.
-            shown = "; ".join(faults[:_FAULTS_SHOWN]) + ("; ..." if len(faults) > _FAULTS_SHOWN else "")
+            shown = joined(faults, _FAULTS_SHOWN)
             noun, them = "case" if len(cases) == 1 else "cases", "it" if len(faults) == 1 else "them"
             raise UserError(
                 f"{len(faults)} of {len(cases)} unlabeled {noun} cannot be used; repair or remove {them}: {shown}"

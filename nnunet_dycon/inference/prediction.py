@@ -15,7 +15,7 @@ from tqdm import tqdm
 from nnunet_dycon.data.image_checks import check_file
 from nnunet_dycon.data.image_reading import Reader, read_voxels
 from nnunet_dycon.errors import UsageError
-from nnunet_dycon.system.environment import DISCOVERY
+from nnunet_dycon.system.environment import external_trainers
 
 
 def load_predictor(
@@ -130,7 +130,7 @@ def discoverable() -> Iterator[None]:
     of the block, the earlier value is restored.
     """
     before = os.environ.get("nnUNet_extTrainer")
-    os.environ["nnUNet_extTrainer"] = os.pathsep.join(filter(None, (str(DISCOVERY), before)))
+    os.environ["nnUNet_extTrainer"] = external_trainers()
     try:
         yield
     finally:

@@ -22,13 +22,12 @@ from nnunet_dycon.data.image_reading import (
     read_grid,
     read_voxels,
     reader_class,
-    spacing_file,
     write_like,
 )
 from nnunet_dycon.data.label_journal import HISTORY, commit, lock, prepare, records
 from nnunet_dycon.data.unlabeled import dataset_name
 from nnunet_dycon.dataset_conversion.writer import writing_errors
-from nnunet_dycon.errors import UsageError, UserError, explained, first_line, some
+from nnunet_dycon.errors import UsageError, UserError, explained, first_line, joined, some
 from nnunet_dycon.labeling.select import RECORD
 from nnunet_dycon.registry import RECOMMENDED
 from nnunet_dycon.system.environment import nnunet_folder
@@ -38,7 +37,6 @@ from nnunet_dycon.system.processes import map_cases
 
 _ENDING = ".nii.gz"  # of labels that `select` writes
 _SPLITS, _FINGERPRINT = "splits_final.json", "dataset_fingerprint.json"
-_FAULTS_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ class _NewLabel:
 
 @dataclass(frozen=True)
 class _Rules:
-    """What a label must fulfil."""
+    """Requirements for a new label."""
 
     about: dict[str, Any]
     reader: Reader
@@ -107,8 +105,7 @@ def add_labels(
             rules = _Rules(about, reader, allow_empty, accept_predictions)
             results = list(map_cases(partial(_fault, rules), labels, num_processes, "checking labels"))
             if faults := [fault for fault in results if fault is not None]:
-                listed = "; ".join(faults[:_FAULTS_SHOWN]) + ("; ..." if len(faults) > _FAULTS_SHOWN else "")
-                raise UserError(f"{listed} (nothing was changed)")
+                raise UserError(f"{joined(faults)} (nothing was changed)")
             _add(source, about, labels, reader)
     names = [label.case for label in labels]
     print(f"added {len(names)} labels: {some(names, 5)}; undo with: nnunet_dycon add_labels -d {_id(source)} --undo")
@@ -190,8 +187,7 @@ def _add(source: Path, about: dict[str, Any], labels: Sequence[_NewLabel], reade
         write_like(rounded(voxels[0]).astype(np.int16), label.images[0], written, reader)
         require_whole(written)  # SimpleITK does not detect a full disk
         moves.append((written, source / "labelsTr" / written.name))
-        images = [*label.images, *filter(None, {spacing_file(image) for image in label.images})]
-        moves += [(image, source / "imagesTr" / image.name) for image in images]
+        moves += [(image, source / "imagesTr" / image.name) for image in label.images]
     names = [label.case for label in labels]
     preprocessed = _preprocessed(source)
     contents = _contents(source, about, len(names), partial(extended, cases=names))

@@ -24,11 +24,11 @@ from nnunet_dycon.inference.model_folders import trainer_class
 from nnunet_dycon.inference.prediction import check_step_size
 from nnunet_dycon.registry import RECOMMENDED, TRAINERS
 from nnunet_dycon.self_training.pseudo_labels import Selection, check_confidence, sha256, unlabeled_cases
-from nnunet_dycon.self_training.writing import RECORD, Content
-from nnunet_dycon.system.environment import DISCOVERY, nnunet_folder
+from nnunet_dycon.self_training.writing import RECORD, Content, result_name
+from nnunet_dycon.system.environment import DISCOVERY, external_trainers, nnunet_folder
 from nnunet_dycon.system.files import replacing
 from nnunet_dycon.system.locks import Lock
-from nnunet_dycon.system.processes import ends_with_parent, find_command
+from nnunet_dycon.system.processes import find_command, parent_death_signal
 from nnunet_dycon.trainers import registered_name
 from nnunet_dycon.training.checkpoints import LATEST, STUDENT
 
@@ -187,10 +187,9 @@ def run(command: Sequence[str]) -> None:
     Raises:
         UserError: the command is not installed, or it fails.
     """
-    trainers = os.pathsep.join(filter(None, (str(DISCOVERY), os.environ.get("nnUNet_extTrainer"))))
-    environment = os.environ | {"nnUNet_extTrainer": trainers}
+    environment = os.environ | {"nnUNet_extTrainer": external_trainers()}
     arguments = [find_command(command[0]), *command[1:]]
-    with subprocess.Popen(arguments, env=environment, preexec_fn=ends_with_parent()) as process:
+    with subprocess.Popen(arguments, env=environment, preexec_fn=parent_death_signal()) as process:
         try:
             process.wait()
         except BaseException:
@@ -222,8 +221,7 @@ def _names(dataset: str, dataset_ids: Sequence[int]) -> list[str]:
         raise UsageError(f"--ids {some(wrong)}: nnU-Net accepts IDs from 1 to 999; choose others")
     if len({int(_id(source)), *dataset_ids}) <= len(dataset_ids):
         raise UsageError(f"--ids {','.join(map(str, dataset_ids))}: an ID is given twice or is that of {source}")
-    name = source[len("Dataset000_") :]
-    return [source, *(f"Dataset{number:03d}_{name}_PseudoLabels" for number in dataset_ids)]
+    return [source, *(result_name(source, number) for number in dataset_ids)]
 
 
 def _check(names: Sequence[str], training: Training, labeling: Labeling) -> None:

@@ -20,7 +20,7 @@ def draw_selection(rows: Sequence[dict[str, Any]], rating: str, content: Content
 
     Args:
         rows: one dict per case, best first, with the entries "case", "kept" (bool) and the rating.
-        rating: key of the rating by which the cases were ordered, for the titles.
+        rating: key of the rating that determined the order, for the titles.
         content: the source of the images, and of the names of the labels.
         work: folder with the predictions: the files pseudo_labels/CASE and uncertainty/CASE_entropy.
         file: PNG file to write.

@@ -26,7 +26,7 @@ from nnunet_dycon.inference.prediction import check_step_size, choose_device, lo
 from nnunet_dycon.inference.uncertainty import rank_predictions
 from nnunet_dycon.registry import RECOMMENDED
 from nnunet_dycon.self_training.page import draw_selection
-from nnunet_dycon.self_training.writing import PREDICTED, RECORD, Content, write_preprocessed, write_raw
+from nnunet_dycon.self_training.writing import PREDICTED, RECORD, Content, result_name, write_preprocessed, write_raw
 from nnunet_dycon.system.environment import nnunet_folder
 from nnunet_dycon.system.files import VOLUME_ENDINGS, replacing
 from nnunet_dycon.system.pictures import draw_or_warn
@@ -186,7 +186,7 @@ def pseudo_label(
     if content.plans is not None and plans_name is None:
         _check_plans(content, trained, models[0])
     request = _request(source, members, selection, content, how)
-    folder = nnunet_folder("nnUNet_raw") / f"Dataset{dataset_id:03d}_{source.name[len('Dataset000_') :]}_PseudoLabels"
+    folder = nnunet_folder("nnUNet_raw") / result_name(source.name, dataset_id)
     if not _is_result(folder, request):
         new_dataset_folder(dataset_id, folder.name[len("Dataset000_") :], "-o")
         with reserved(folder, "-o"):

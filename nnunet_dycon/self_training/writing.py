@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, cycle, islice
 from pathlib import Path
@@ -109,18 +109,28 @@ class Content:
         ending = self.about["file_ending"]
         images = image_files(self.source / "imagesTr", self.about, "labeled")
         labels = [self.source / "labelsTr" / f"{case}{ending}" for case in self.annotated]
-        stamps = [
-            (file.parent.name, file.name, status.st_size, status.st_mtime_ns)
-            for file in chain(*images.values(), labels, *self.cases.values())
-            for status in [file.stat()]
-        ]
-        return hashlib.sha256(json.dumps([stamps, self.about]).encode()).hexdigest()
+        files = chain(*images.values(), labels, *self.cases.values())
+        return hashlib.sha256(json.dumps([_stamps(files), self.about]).encode()).hexdigest()
 
     def digest_of_unlabeled(self) -> str:
         """Return a hash of names, sizes and modification times of the unlabeled images."""
-        files = chain(*self.cases.values())
-        stamps = [(file.name, status.st_size, status.st_mtime_ns) for file in files for status in [file.stat()]]
-        return hashlib.sha256(json.dumps(stamps).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(_stamps(chain(*self.cases.values()))).encode()).hexdigest()
+
+
+def _stamps(files: Iterable[Path]) -> list[tuple[str, str, int, int]]:
+    """Return folder name, file name, size in bytes and modification time in ns of each file."""
+    found = [(file, file.stat()) for file in files]
+    return [(file.parent.name, file.name, status.st_size, status.st_mtime_ns) for file, status in found]
+
+
+def result_name(source: str, dataset_id: int) -> str:
+    """Return the name of the data set with the pseudo-labels of a source, such as Dataset111_LA2018_PseudoLabels.
+
+    Args:
+        source: name of the source, such as Dataset101_LA2018.
+        dataset_id: ID of the new data set.
+    """
+    return f"Dataset{dataset_id:03d}_{source[len('Dataset000_') :]}_PseudoLabels"
 
 
 def write_raw(

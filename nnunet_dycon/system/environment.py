@@ -46,3 +46,8 @@ def nnunet_folder(variable: str) -> Path:
         if found:
             raise UsageError(f"{variable}={value!r} {problem}; run: export {variable}=/path/to/{variable}")
     return Path(value)
+
+
+def external_trainers() -> str:
+    """Return the user's nnUNet_extTrainer with the folder of this package's trainers added."""
+    return os.pathsep.join(filter(None, (str(DISCOVERY), os.environ.get("nnUNet_extTrainer"))))

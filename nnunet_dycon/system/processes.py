@@ -108,7 +108,7 @@ def find_command(name: str) -> str:
     return found
 
 
-def ends_with_parent() -> Callable[[], None] | None:
+def parent_death_signal() -> Callable[[], None] | None:
     """Return a function for `subprocess.Popen(preexec_fn=...)` that lets the new process end with this one.
 
     The new process receives SIGTERM when this process ends, also by SIGKILL. Only Linux supports this; on other

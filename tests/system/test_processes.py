@@ -55,8 +55,8 @@ def test_command_ends_when_its_parent_is_killed(tmp_path):
     file = tmp_path / "pid"
     waiting = f"import os, time; open({str(file)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
     code = (
-        "import subprocess, sys; from nnunet_dycon.system.processes import ends_with_parent; "
-        f"subprocess.run([sys.executable, '-c', {waiting!r}], preexec_fn=ends_with_parent())"
+        "import subprocess, sys; from nnunet_dycon.system.processes import parent_death_signal; "
+        f"subprocess.run([sys.executable, '-c', {waiting!r}], preexec_fn=parent_death_signal())"
     )
     parent = subprocess.Popen([sys.executable, "-c", code])
     while not (file.is_file() and file.read_text()):
