@@ -7,8 +7,8 @@ From then on, every command of this package that uses the data set completes it.
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,22 @@ _FOLDER, _FILE = ".label_journal", "journal.json"
 HISTORY = "label_history"  # folder with a record of each completed change
 
 
-def lock(source: Path) -> Lock:
-    """Return the lock that a process must hold while it changes or completes a journal.
+@contextmanager
+def locked(source: Path, *, wait: bool = False) -> Iterator[None]:
+    """Context in which only this process changes or completes a journal.
 
     Args:
         source: nnUNet_raw/DatasetXXX_Name.
+        wait: if another process does so, wait until it has finished instead of raising an error.
+
+    Raises:
+        UserError: another process does so, and `wait` is False.
+        OSError: the lock file cannot be written.
     """
-    return Lock(source / ".label_journal.lock", f"a command that moves cases of {source.name}")
+    lock = Lock(source / ".label_journal.lock", f"a command that moves cases of {source.name}")
+    lock.acquire(wait=wait)
+    with closing(lock):
+        yield
 
 
 def prepare(source: Path) -> Path:
@@ -121,10 +130,8 @@ def finish_interrupted(source: Path) -> None:
         UserError: another process is changing the data set, or the journal cannot be read or applied.
     """
     if is_interrupted(source):
-        held = lock(source)
-        with explained(OSError, f"{source} has an unfinished move of cases and cannot be written to; make it writable"):
-            held.acquire(wait=True)
-        with closing(held):
+        failed = f"{source} has an unfinished move of cases and cannot be written to; make it writable"
+        with explained(OSError, failed), locked(source, wait=True):
             if is_interrupted(source):  # otherwise, the other process has completed it
                 print(f"completing an interrupted move of cases in {source.name}")
                 _apply(source)

@@ -4,13 +4,13 @@ import json
 import shlex
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id
 
 from nnunet_dycon.data.dataset_json import ignore_label, label_values, read_dataset_json
 from nnunet_dycon.data.image_checks import check_file
@@ -24,14 +24,14 @@ from nnunet_dycon.data.image_reading import (
     reader_class,
     write_like,
 )
-from nnunet_dycon.data.label_journal import HISTORY, commit, lock, prepare, records
+from nnunet_dycon.data.label_journal import HISTORY, commit, locked, prepare, records
 from nnunet_dycon.data.unlabeled import dataset_name
 from nnunet_dycon.dataset_conversion.writer import writing_errors
 from nnunet_dycon.errors import UsageError, UserError, explained, first_line, joined, some
-from nnunet_dycon.labeling.select import RECORD
+from nnunet_dycon.labeling.select import RECORD, require_spacing
 from nnunet_dycon.registry import RECOMMENDED
 from nnunet_dycon.system.environment import nnunet_folder
-from nnunet_dycon.system.files import VOLUME_ENDINGS, require_whole
+from nnunet_dycon.system.files import require_whole
 from nnunet_dycon.system.label_maps import rounded
 from nnunet_dycon.system.processes import map_cases
 
@@ -95,20 +95,18 @@ def add_labels(
             or equal the prediction. The message names them, and nothing is changed.
     """
     source = nnunet_folder("nnUNet_raw") / dataset_name(dataset)
-    held = lock(source)
     about = read_dataset_json(source)
-    with writing_errors(f"cannot write into {source}", "change its permissions or free disk space"):
-        held.acquire()
-        with closing(held):
-            labels = _find(source, about, folder)
-            reader = reader_class(about, labels[0].images[0])
-            rules = _Rules(about, reader, allow_empty, accept_predictions)
-            results = list(map_cases(partial(_fault, rules), labels, num_processes, "checking labels"))
-            if faults := [fault for fault in results if fault is not None]:
-                raise UserError(f"{joined(faults)} (nothing was changed)")
-            _add(source, about, labels, reader)
+    with writing_errors(f"cannot write into {source}", "change its permissions or free disk space"), locked(source):
+        labels = _find(source, about, folder)
+        reader = reader_class(about, labels[0].images[0])
+        rules = _Rules(about, reader, allow_empty, accept_predictions)
+        results = list(map_cases(partial(_fault, rules), labels, num_processes, "checking labels"))
+        if faults := [fault for fault in results if fault is not None]:
+            raise UserError(f"{joined(faults)} (nothing was changed)")
+        _add(source, about, labels, reader)
     names = [label.case for label in labels]
-    print(f"added {len(names)} labels: {some(names, 5)}; undo with: nnunet_dycon add_labels -d {_id(source)} --undo")
+    remedy = f"undo with: nnunet_dycon add_labels -d {convert_dataset_name_to_id(source.name)} --undo"
+    print(f"added {len(names)} labels: {some(names, 5)}; {remedy}")
     _print_next_commands(source)
     return names
 
@@ -119,8 +117,7 @@ def _find(source: Path, about: dict[str, Any], folder: Path) -> list[_NewLabel]:
         raise UsageError(f"{folder} does not exist; give the folder of the new labels with -i")
     inner = folder / "labels" if (folder / "labels").is_dir() else folder
     ending = about["file_ending"]
-    if ending not in VOLUME_ENDINGS:
-        raise UsageError(f"{source / 'dataset.json'}: {ending} files have no spacing, which is not supported")
+    require_spacing(source, ending)
     files: dict[str, Path] = {}
     for each in dict.fromkeys((ending, _ENDING)):
         for file in sorted(inner.glob(f"*{each}")):
@@ -274,27 +271,24 @@ def undo(dataset: str) -> list[str]:
     """
     source = nnunet_folder("nnUNet_raw") / dataset_name(dataset)
     about = read_dataset_json(source)
-    held = lock(source)
-    with writing_errors(f"cannot write into {source}", "change its permissions or free disk space"):
-        held.acquire()
-        with closing(held):
-            existing = {int(file.stem): _read(file) for file in records(source)}
-            undone = {record["undoes"] for record in existing.values() if "undoes" in record}
-            numbers = [number for number, record in existing.items() if "added" in record and number not in undone]
-            if not numbers:
-                raise UsageError(f"no labels have been added to {source}, so there is nothing to undo")
-            latest = existing[numbers[-1]]
-            _check_unused(source, latest)
-            cases, ending = latest["added"], about["file_ending"]
-            kept = source / HISTORY / f"{numbers[-1]:03d}_labels"
-            moves = [(source / "imagesTr" / name, source / "imagesUn" / name) for name in latest["images"]]
-            moves += [(source / "labelsTr" / f"{case}{ending}", kept / f"{case}{ending}") for case in cases]
-            contents = _contents(source, about, -len(cases), partial(reduced, cases=cases))
-            # A fingerprint that exists now describes the added cases, too.
-            fingerprint = _preprocessed(source) / _FINGERPRINT
-            contents[fingerprint] = None if fingerprint.is_file() else latest["fingerprint"]
-            prepare(source)
-            commit(source, moves, contents, {"undoes": numbers[-1], "cases": cases, "time": time.time()})
+    with writing_errors(f"cannot write into {source}", "change its permissions or free disk space"), locked(source):
+        existing = {int(file.stem): _read(file) for file in records(source)}
+        undone = {record["undoes"] for record in existing.values() if "undoes" in record}
+        numbers = [number for number, record in existing.items() if "added" in record and number not in undone]
+        if not numbers:
+            raise UsageError(f"no labels have been added to {source}, so there is nothing to undo")
+        latest = existing[numbers[-1]]
+        _check_unused(source, latest)
+        cases, ending = latest["added"], about["file_ending"]
+        kept = source / HISTORY / f"{numbers[-1]:03d}_labels"
+        moves = [(source / "imagesTr" / name, source / "imagesUn" / name) for name in latest["images"]]
+        moves += [(source / "labelsTr" / f"{case}{ending}", kept / f"{case}{ending}") for case in cases]
+        contents = _contents(source, about, -len(cases), partial(reduced, cases=cases))
+        # A fingerprint that exists now describes the added cases, too.
+        fingerprint = _preprocessed(source) / _FINGERPRINT
+        contents[fingerprint] = None if fingerprint.is_file() else latest["fingerprint"]
+        prepare(source)
+        commit(source, moves, contents, {"undoes": numbers[-1], "cases": cases, "time": time.time()})
     print(f"moved {some(latest['added'], 5)} back to imagesUn; their labels are in {kept}")
     _print_next_commands(source)
     return latest["added"]
@@ -311,12 +305,8 @@ def _check_unused(source: Path, record: dict[str, Any]) -> None:
             )
 
 
-def _id(source: Path) -> int:
-    return int(source.name[len("Dataset") :][:3])
-
-
 def _print_next_commands(source: Path) -> None:
-    number = _id(source)
+    number = convert_dataset_name_to_id(source.name)
     results = nnunet_folder("nnUNet_results") / source.name
     # Of the same fold: other models have been trained on its validation cases.
     models = sorted(results.glob("*__3d_fullres/fold_0/checkpoint_final.pth"), key=lambda file: file.stat().st_mtime)

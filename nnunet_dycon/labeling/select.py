@@ -114,14 +114,19 @@ def select_cases(
     return chosen
 
 
+def require_spacing(source: Path, ending: str) -> None:
+    """Raise UsageError if the images of a data set in nnUNet_raw, with a file ending, have no spacing."""
+    if ending not in VOLUME_ENDINGS:
+        raise UsageError(f"{source / 'dataset.json'}: {ending} files have no spacing, which is not supported")
+
+
 def _find(source: Path, about: dict[str, Any], folder: Path) -> _Cases:
     """Return the unlabeled cases with their predictions; raise UsageError if these are not the same cases."""
     ending = about["file_ending"]
     images = image_files(source / "imagesUn", about, "unlabeled")
     if not images:
         raise UsageError(f"{source / 'imagesUn'} has no images, so there is nothing to annotate")
-    if ending not in VOLUME_ENDINGS:
-        raise UsageError(f"{source / 'dataset.json'}: {ending} files have no spacing, which is not supported")
+    require_spacing(source, ending)
     if not folder.is_dir():
         raise UsageError(f"{folder} does not exist; give the output folder of nnUNetv2_predict with -i")
     predictions = {file.name.removesuffix(ending): file for file in files_with_ending(folder, ending)}

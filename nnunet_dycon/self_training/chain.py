@@ -14,6 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_dycon.data.dataset_json import read_dataset_json
@@ -23,7 +24,14 @@ from nnunet_dycon.errors import UsageError, UserError, some
 from nnunet_dycon.inference.model_folders import trainer_class
 from nnunet_dycon.inference.prediction import check_step_size
 from nnunet_dycon.registry import RECOMMENDED, TRAINERS
-from nnunet_dycon.self_training.pseudo_labels import Selection, check_confidence, sha256, unlabeled_cases
+from nnunet_dycon.self_training.pseudo_labels import (
+    Selection,
+    check_confidence,
+    model_name,
+    requested,
+    sha256,
+    unlabeled_cases,
+)
 from nnunet_dycon.self_training.writing import RECORD, Content, result_name
 from nnunet_dycon.system.environment import DISCOVERY, external_trainers, nnunet_folder
 from nnunet_dycon.system.files import replacing
@@ -203,7 +211,7 @@ def run(command: Sequence[str]) -> None:
 
 
 def _id(dataset: str) -> str:
-    return str(int(dataset[len("Dataset") :][:3]))
+    return str(convert_dataset_name_to_id(dataset))
 
 
 def _names(dataset: str, dataset_ids: Sequence[int]) -> list[str]:
@@ -280,17 +288,9 @@ def _is_of_chain(folder: Path, before: str, content: Content, training: Training
         content: the annotated and unlabeled cases from which the chain starts.
         training, labeling: options of the chain.
     """
-    expected = {
-        "of": content.source.name,
-        "keep": labeling.selection.keep_option,
-        "confidence": labeling.selection.confidence,
-        "plans": training.plans,
-        "step_size": labeling.step_size,
-        "mirroring": labeling.mirroring,
-        "files": content.digest(),
-    }
+    expected = requested(content, labeling.selection, labeling.step_size, labeling.mirroring)
     files = {fold: training.model(before) / f"fold_{fold}" / STUDENT for fold in training.folds}
-    model = "/".join(training.model(before).absolute().parts[-2:])
+    model = model_name(training.model(before))
     try:
         record = json.loads((folder / RECORD).read_text())
         networks = {(member["model"], member["fold"]): member["sha256"] for member in record["members"]}

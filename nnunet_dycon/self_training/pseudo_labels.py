@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from nnunetv2.evaluation.evaluate_predictions import compute_metrics
+from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_dycon.data.dataset_json import read_dataset_json, values_by_name
@@ -185,7 +186,7 @@ def pseudo_label(
     _check_rating(selection, members, content)
     if content.plans is not None and plans_name is None:
         _check_plans(content, trained, models[0])
-    request = _request(source, members, selection, content, how)
+    request = _request(members, selection, content, how)
     folder = nnunet_folder("nnUNet_raw") / result_name(source.name, dataset_id)
     if not _is_result(folder, request):
         new_dataset_folder(dataset_id, folder.name[len("Dataset000_") :], "-o")
@@ -295,40 +296,55 @@ def _previous_folder(dataset: str) -> Path:
     return nnunet_folder("nnUNet_raw") / dataset_name(dataset) / PREDICTED
 
 
-def _request(
-    source: Path, members: Sequence[_Member], selection: Selection, content: Content, how: _Prediction
-) -> dict[str, Any]:
+def _request(members: Sequence[_Member], selection: Selection, content: Content, how: _Prediction) -> dict[str, Any]:
     """Return the request: everything that determines the new data set, as JSON content.
 
     The request is stored with the data set, so that a repeated call is recognized: equal requests give equal data sets.
 
     Args:
-        source: nnUNet_raw/DatasetXXX_Name with the annotated and the unlabeled cases.
         members: networks of the ensemble.
         selection: options that determine which predictions become labels.
         content: sources of the files of the new data set.
         how: options for the prediction.
     """
     return {
-        "of": source.name,
+        **requested(content, selection, how.step_size, how.mirroring),
         "members": [
             {
-                "model": "/".join(member.model.absolute().parts[-2:]),
+                "model": model_name(member.model),
                 "fold": member.fold,
                 "checkpoint": member.checkpoint,
                 "sha256": sha256(member.file),
             }
             for member in members
         ],
-        "keep": selection.keep_option,
         "rated_by": selection.rating,
         "previous": None if selection.previous is None else dataset_name(selection.previous),
+    }
+
+
+def requested(content: Content, selection: Selection, step_size: float, mirroring: bool) -> dict[str, Any]:
+    """Return the part of a request that is known before the models are trained.
+
+    Args:
+        content: sources of the files of the new data set.
+        selection: options that determine which predictions become labels.
+        step_size, mirroring: options for the prediction, see `pseudo_label`.
+    """
+    return {
+        "of": content.source.name,
+        "keep": selection.keep_option,
         "confidence": selection.confidence,
         "plans": content.plans,
-        "step_size": how.step_size,
-        "mirroring": how.mirroring,
+        "step_size": step_size,
+        "mirroring": mirroring,
         "files": content.digest(),
     }
+
+
+def model_name(model: Path) -> str:
+    """Return DatasetXXX_Name/TRAINER__PLANS__CONFIGURATION of a model folder."""
+    return "/".join(model.absolute().parts[-2:])
 
 
 def sha256(file: Path) -> str:
@@ -534,7 +550,7 @@ def _print_summary(folder: Path, plans: str | None, selection: Selection, config
     if empty := [row["case"] for row in kept if not row["predicted_ml"]]:
         print(f"warning: no foreground is predicted in the kept cases {some(empty)}; lower --keep")
     print(f"written to {folder}; see pseudo_labels.png and {RECORD} there. Next:")
-    dataset_id = int(folder.name[len("Dataset") :][:3])
+    dataset_id = convert_dataset_name_to_id(folder.name)
     if plans is None:
         print(f"  nnUNetv2_plan_and_preprocess -d {dataset_id}")
     else:
