@@ -1,6 +1,4 @@
-"""Generation of the tables in the documentation from benchmarks/results.
-
-    python -m benchmarks.pages [--check]
+"""Tables of the documentation that are made from benchmarks/results; docs/tables.py writes them into the pages.
 
 In a page, a table is between two comments. The first comment contains the kind of the table and its arguments:
 
@@ -9,6 +7,8 @@ In a page, a table is between two comments. The first comment contains the kind 
 
 - results TABLE LABELS: scores of the lower bound, the upper bound, and all trainers with default settings. TABLE is the
   name of a CSV in benchmarks/results without its ending, LABELS the number of labeled cases;
+- scores TRAINER ...: scores of trainers with default settings in all CSVs, in one table;
+- cost TRAINER ...: time, memory and checkpoint size of trainers relative to nnU-Net's own trainer;
 - pooled LABELS TABLE ...: for the trainers with default settings, the difference of Dice to the lower bound on test in
   each of several CSVs, and the mean of these differences with equal weights;
 - trials TABLE LABELS: Dice of all methods, including those with changed settings, on val, unlabeled and test. The
@@ -19,15 +19,10 @@ In a page, a table is between two comments. The first comment contains the kind 
 - gradients FILE: gradients of the terms of DyCON, from a JSON file in benchmarks/results;
 - coverage FILE: coverage of the confidence intervals in simulations, from a JSON file in benchmarks/results;
 - scaling: calculated times of a step on 1 to 64 GPUs.
-
-With --check, nothing is written, and the exit code is 1 if a page is out of date.
 """
 
-import argparse
 import csv
 import json
-import re
-import sys
 from collections import defaultdict
 from collections.abc import Callable
 from functools import cache
@@ -52,9 +47,14 @@ from benchmarks.preparation import HERE, LOWER_BOUND, UNLABELED, UPPER_BOUND
 from nnunet_dycon.inference.statistics import pooled_difference, pooled_share_of_gap
 
 RESULTS = HERE / "results"
-PAGES = HERE.parent / "docs"
-_BLOCK = re.compile(r"(<!-- (?P<kind>\w+):?(?P<arguments>[^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 _NAMES = {LOWER_BOUND: "lower bound", UPPER_BOUND: "upper bound"}
+DATA_SETS = {  # names of CSVs -> names in the table of scores; others are measured at other lengths
+    "la_3p5mm": "left atrium, 3.5 mm",
+    "la": "left atrium, 2.5 mm",
+    "la_600": "left atrium, 2.5 mm, 600 steps",
+    "hippocampus": "hippocampus, 2 mm",
+    "phantom": "phantoms with small lesions",
+}
 Key = tuple[str, str]  # method and weights
 
 
@@ -132,6 +132,56 @@ def pooled(labels: str, *tables: str) -> str:
     return _without_empty_columns(("method", *tables, "mean", "gap closed"), rows)
 
 
+def scores(*trainers: str) -> str:
+    """Return the Markdown table of the scores of trainers with default settings in all CSVs.
+
+    A row is a trainer with a number of labeled cases in a CSV. The difference of Dice to the lower bound is that on
+    test, with its 95 % interval and the number of runs of the trainer in brackets; on val if test was not scored.
+
+    Args:
+        trainers: names of the trainers.
+    """
+    rows = []
+    for table in DATA_SETS:
+        for labels in (4, 8, 16):
+            for trainer in trainers:
+                row = _score(table, labels, (trainer, "student"))
+                if row is not None:
+                    rows.append((DATA_SETS[table], str(labels), f"`{trainer}`", *row))
+    columns = ("data", "labels", "trainer", "set", "lower bound", "Dice", "difference", "gap closed")
+    return _without_empty_columns(columns, rows)
+
+
+def _score(table: str, labels: int, key: Key) -> tuple[str, str, str, str, str] | None:
+    for which in ("test", "val"):
+        group = students(table, which, trials=False).get(labels, {})
+        if key in group and report.LOWER in group:
+            lower, dice = (f"{group[one].dice.mean():.3f}" for one in (report.LOWER, key))
+            difference, closed = report.compared(group, report.bootstrap(group), key)
+            return which, lower, dice, f"{difference} ({len(group[key].dice)})", closed
+    return None
+
+
+def cost(*trainers: str) -> str:
+    """Return the Markdown table of the cost of trainers relative to nnU-Net's own trainer.
+
+    Time and checkpoint size are those of train_step_cpu.json, memory is that of step_memory.json.
+
+    Args:
+        trainers: names of the trainers.
+    """
+    time, memory = (
+        {row[0]: row for row in _table_rows(measured(module)(file))}
+        for module, file in ((train_step, "train_step_cpu.json"), (step_memory, "step_memory.json"))
+    )
+    rows = [(name, time[name][2], memory[name][3], time[name][3]) for name in (f"`{each}`" for each in trainers)]
+    return markdown(("trainer", "relative time of a step", "relative memory", "relative checkpoint size"), rows)
+
+
+def _table_rows(table: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+
+
 def trials(table: str, labels: str) -> str:
     """Return the Markdown table of the Dice of all methods, including those with changed settings.
 
@@ -176,6 +226,8 @@ def measured(module: ModuleType) -> Callable[[str], str]:
 
 MAKERS: dict[str, Callable[..., str]] = {
     "results": results,
+    "scores": scores,
+    "cost": cost,
     "pooled": pooled,
     "trials": trials,
     "looks": looks,
@@ -189,19 +241,6 @@ MAKERS: dict[str, Callable[..., str]] = {
     "coverage": measured(coverage),
     "scaling": lambda: scaling.as_markdown(scaling.Cluster()),
 }
-
-
-def filled(text: str) -> str:
-    """Return the text of a page in which all tables are made from the current results.
-
-    Args:
-        text: the Markdown text of the page, with the comments that the module docstring describes.
-    """
-
-    def fill(match: re.Match) -> str:
-        return f"{match[1]}\n{MAKERS[match['kind']](*match['arguments'].split())}\n\n{match[4]}"
-
-    return _BLOCK.sub(fill, text)
 
 
 @cache
@@ -267,28 +306,3 @@ def _without_empty_columns(columns: tuple[str, ...], rows: list[tuple[str, ...]]
         raise ValueError("there are no results for this table; correct its name or its number of labels")
     kept = [number for number in range(len(columns)) if any(row[number] for row in rows)]
     return markdown([columns[number] for number in kept], [[row[number] for number in kept] for row in rows])
-
-
-def main() -> int:
-    """Write the tables of all pages in docs, or only check them with --check.
-
-    Returns:
-        Exit code: 1 if --check finds a page that is out of date, else 0.
-    """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if a page would change")
-    check = parser.parse_args().check
-    out_of_date = []
-    for page in sorted(PAGES.rglob("*.md")):
-        text = page.read_text()
-        if (new := filled(text)) != text:
-            out_of_date.append(page)
-            if not check:
-                page.write_text(new)
-    for page in out_of_date:
-        print(page.relative_to(PAGES.parent), "differs from its results; run: make tables" if check else "written")
-    return int(bool(out_of_date) and check)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

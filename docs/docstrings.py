@@ -1,0 +1,35 @@
+"""Conversion of the mathematics in docstrings (reStructuredText) to Markdown, for the API reference and tables."""
+
+import re
+import textwrap
+from typing import Any
+
+import griffe
+
+_BLOCK = re.compile(r"^(?P<indent> *)\.\. math::(?P<first>[^\n]*)\n(?P<rest>(?:(?P=indent) +[^\n]*\n|\s*\n)*)", re.M)
+
+
+def markdown_math(text: str) -> str:
+    r"""Return a docstring in which ``.. math::`` is ``$$ ... $$`` and ``:math:`x``` is ``$x$``.
+
+    An empty line within a block separates two equations, as in Sphinx.
+    """
+
+    def block(match: re.Match) -> str:
+        indent = match["indent"]
+        rest = textwrap.dedent(match["rest"])
+        equations = [part.strip() for part in re.split(r"\n\s*\n", f"{match['first'].strip()}\n{rest}") if part.strip()]
+        return "".join(
+            f"\n{textwrap.indent(f'$${chr(10)}{equation}{chr(10)}$$', indent)}\n\n" for equation in equations
+        )
+
+    return re.sub(r":math:`([^`]*)`", r"$\1$", _BLOCK.sub(block, text + "\n"))
+
+
+class Equations(griffe.Extension):
+    """Extension of griffe, which reads the docstrings for mkdocstrings."""
+
+    def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
+        """Convert the docstring of an object after griffe has read it."""
+        if obj.docstring is not None:
+            obj.docstring.value = markdown_math(obj.docstring.value)
