@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: test test-matrix gpu-check tables lint lint-ruff lint-format lint-mypy lint-imports demo clean
+.PHONY: test test-matrix gpu-check tables docs lint lint-ruff lint-format lint-mypy lint-imports demo clean
 .DEFAULT_GOAL := test
 
 # Each test uses one thread, so that tests can run in parallel: one process more than cores, since some tests wait.
@@ -32,9 +32,14 @@ gpu-check: $(INSTALLED)
 	$(BIN)/python -m benchmarks.gpu_check $(if $(DATA),--data "$(DATA)") --work "$(WORK)" --minutes $(MINUTES) \
 	  --device $(DEVICE) $(OPTIONS)
 
-# The tables in docs, from benchmarks/results.
+# The tables and figures in docs and README: results of benchmarks, settings, options of commands.
 tables: $(INSTALLED)
-	$(BIN)/python -m benchmarks.pages
+	$(BIN)/python -m docs.tables
+	$(BIN)/python -m docs.figures
+
+# The documentation site in site/, without network access. Broken links and anchors are errors.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 lint: lint-ruff lint-format lint-mypy lint-imports
 
@@ -64,8 +69,8 @@ $(INSTALLED): pyproject.toml
 	  { echo "error: $(PYTHON) lacks the venv module; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	@echo "installing nnU-Net, PyTorch and nnunet-dycon into $(VENV) (about 6 GB, a few minutes)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,lint]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,lint,docs]'
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .venv-*-lowest .venv-*-newest demo build dist *.egg-info
+	rm -rf $(VENV) .venv-*-lowest .venv-*-newest demo build dist site *.egg-info

@@ -141,7 +141,7 @@ def scores(*trainers: str) -> str:
     Args:
         trainers: names of the trainers.
     """
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for table in DATA_SETS:
         for labels in (4, 8, 16):
             for trainer in trainers:
@@ -160,6 +160,34 @@ def _score(table: str, labels: int, key: Key) -> tuple[str, str, str, str, str] 
             difference, closed = report.compared(group, report.bootstrap(group), key)
             return which, lower, dice, f"{difference} ({len(group[key].dice)})", closed
     return None
+
+
+def gain(trainer: str, labels: int, *tables: str) -> str:
+    """Return the difference of Dice to the lower bound in the first CSV with scores of the trainer; "" without one.
+
+    The text contains the 95 % interval, or for a single run "1 seed", and the set if it is not test. It is bold if the
+    interval excludes 0.
+
+    Args:
+        trainer: name of the trainer.
+        labels: number of labeled cases.
+        tables: names of the CSVs, without their ending, in the order of preference.
+    """
+    key = trainer, "student"
+    for which in ("test", "val"):
+        for table in tables:
+            group = students(table, which, trials=False).get(labels, {})
+            if key not in group:
+                continue
+            where = "" if which == "test" else f", {which}"
+            if len(group[key].dice) == 1:
+                return f"{group[key].dice.mean() - group[report.LOWER].dice.mean():+.3f} (1 seed{where})"
+            bootstrap = report.bootstrap(group)
+            assert bootstrap is not None  # there are several runs
+            estimate = bootstrap.difference(key, report.LOWER)
+            bold = "**" if estimate.low > 0 or estimate.high < 0 else ""
+            return f"{bold}{estimate.value:+.3f}{bold} [{estimate.low:+.3f}, {estimate.high:+.3f}]{where}"
+    return ""
 
 
 def cost(*trainers: str) -> str:

@@ -8,6 +8,7 @@ In a page, a generated part is between two comments. The first comment contains 
     <!-- end -->
 
 - settings TRAINER ...: settings of the trainers' methods, with their values and descriptions;
+- choice: when to use which trainer, and what it gained with 4 labels, for the README;
 - trainers [GROUP ...]: all trainers of `nnunet_dycon list`, or those of some groups;
 - converters: all converters of `nnunet_dycon convert`;
 - cli: all commands with their options;
@@ -37,6 +38,13 @@ from nnunet_dycon.trainers import trainer_class
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 _BLOCK = re.compile(r"(<!-- (?P<kind>\w+):?(?P<arguments>[^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+_USE = {
+    "nnUNetTrainerWeakToStrong": "**by default**",
+    "nnUNetTrainerDyCON_adapted": "for DyCON's losses in nnU-Net",
+    "nnUNetTrainerDyCON": "to compare with the published DyCON",
+    "nnUNetTrainerUGPL": "to compare with co-training of two networks",
+    "nnUNetTrainerDKUXNet": "to compare with a transformer (7 times the time of a step)",
+}
 _METHOD_PAGES = {
     "nnUNetTrainerDyCON_released": "dycon",
     "nnUNetTrainerDyCON_adapted": "dycon",
@@ -98,14 +106,15 @@ def trainers(*groups: str) -> str:
         groups: the first words of the names of groups, such as "published"; none for all.
     """
     rows = [
-        (f"[`{name}`]({_method_page(name)})", its.group, its.summary, _linked(its.paper))
+        (f"[`{name}`]({method_page(name)})", its.group, its.summary, _linked(its.paper))
         for name, its in TRAINERS.items()
         if not groups or its.group.split()[0] in groups
     ]
     return markdown(("`-tr`", "group", "method", "source"), rows)
 
 
-def _method_page(trainer: str) -> str:
+def method_page(trainer: str) -> str:
+    """Return the file name of the page in docs/reference/methods that describes a trainer."""
     return f"{_METHOD_PAGES.get(trainer, trainer.removeprefix('nnUNetTrainer').lower())}.md"
 
 
@@ -113,16 +122,34 @@ def _linked(paper: str) -> str:
     return re.sub(r"arXiv:(\S+)", r"[arXiv:\1](https://arxiv.org/abs/\1)", paper)
 
 
+def choice() -> str:
+    """Return the Markdown table of the trainers to choose from, with their gains with 4 labeled cases.
+
+    A gain is the difference of Dice to nnU-Net's own trainer on the labeled cases alone.
+    """
+    gains = {
+        "left atrium": ("la_3p5mm", "la", "la_600"), "hippocampus": ("hippocampus",), "small lesions": ("phantom",)
+    }  # fmt: skip
+    rows = [
+        (f"[`{name}`](docs/reference/methods/{method_page(name)})", use,
+         *(pages.gain(name, 4, *files) or "not measured" for files in gains.values()))
+        for name, use in _USE.items()
+    ]  # fmt: skip
+    return markdown(("`-tr`", "use it", *gains), rows)
+
+
 def converters() -> str:
     """Return the Markdown table of converters, with links to their pages from docs/reference/datasets."""
-    rows = [(f"[`nnunet_dycon convert {name}`]({name}.md)", its.summary, f"<{its.reference}>" if its.reference.startswith("http") else its.reference)
-            for name, its in CONVERTERS.items()]  # fmt: skip
+    rows = []
+    for name, its in CONVERTERS.items():
+        source = f"<{its.reference}>" if its.reference.startswith("http") else its.reference
+        rows.append((f"[`nnunet_dycon convert {name}`]({name}.md)", its.summary, source))
     return markdown(("command", "data", "source"), rows)
 
 
 def cli() -> str:
     """Return the description of all commands and their options, from the parsers, with one heading per command."""
-    parts = []
+    parts: list[str] = []
     for name in _commands(build_parser()):
         parts += _described(f"nnunet_dycon {name}", _commands(build_parser([name]))[name], "##")
         if name == "convert":
@@ -169,6 +196,7 @@ def _plain(text: str) -> str:
 
 MAKERS: dict[str, Callable[..., str]] = {
     "settings": settings,
+    "choice": choice,
     "trainers": trainers,
     "converters": converters,
     "cli": cli,

@@ -120,7 +120,7 @@ def _own_device(kind: str) -> torch.device:
         raise UsageError(
             "nnunet_dycon.launch was not started by torchrun; start it with torchrun, followed by the arguments of "
             "nnUNetv2_train, such as: torchrun --nproc-per-node 2 -m nnunet_dycon.launch 101 3d_fullres 0 "
-            "-tr nnUNetTrainerDyCON; see docs/distributed.md"
+            "-tr nnUNetTrainerDyCON; see docs/how-to/several_gpus.md"
         )
     if kind == "cpu":
         return torch.device("cpu")

@@ -22,7 +22,7 @@ class nnUNetTrainerDKUXNet(UXNetTraining, SemiSupervisedTrainer):
     """
 
     network_class = "nnunet_dycon.networks.DKUXNet"
-    activation_memory_factor = 4.5  # two views and the mask transformer; measured in docs/cost.md
+    activation_memory_factor = 4.5  # two views and the mask transformer; measured in docs/reference/cost.md
     method_settings = DKUXNetSettings()
 
     @classmethod

@@ -6,7 +6,9 @@ from nnunet_dycon.trainers.semi_supervised import TrainingSettings
 
 
 class nnUNetTrainerDyCON_adapted(nnUNetTrainerDyCON):
-    """DyCON with adapted loss weights, CutMix and stronger intensity augmentation; docs/methods.md explains why.
+    """DyCON with adapted loss weights, CutMix and stronger intensity augmentation.
+
+    docs/reference/methods/dycon.md gives the reasons.
 
     Differences from `nnUNetTrainerDyCON`:
 

@@ -155,5 +155,5 @@ def require_even_batch(batch_size: int) -> None:
         raise UserError(
             f"a batch of {batch_size} cannot be divided evenly among {ranks} processes; use {fitting} processes, "
             f"or add a configuration to the plans with a batch_size that is a multiple of {ranks}, see "
-            "docs/distributed.md"
+            "docs/how-to/several_gpus.md"
         )

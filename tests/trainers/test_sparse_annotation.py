@@ -183,7 +183,7 @@ _COMPARING = {"nnUNetTrainerUGPL", "nnUNetTrainerCPS", "nnUNetTrainerDyCONCoTrai
 
 @pytest.mark.parametrize("name", _WITHOUT_COPY_PASTE)
 def test_methods_that_learn_from_ignored_voxels_of_labeled_patches(sparse_root, name):
-    """As in docs/sparse_annotations.md: only the terms that compare two predictions of all images."""
+    """As in docs/how-to/sparse_annotations.md: only the terms that compare two predictions of all images."""
     trainer = make_trainer(deterministic(trainer_class(name), 1), dataset=sparse_root.name)
     trainer.on_train_start()
     trainer.on_train_epoch_start()

@@ -1,4 +1,4 @@
-"""README and documentation name what there is, and their links lead somewhere."""
+"""README and documentation: commands, links, and generated parts."""
 
 import re
 import shlex
@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
+from docs import tables
 from nnunet_dycon.cli import build_parser
 from nnunet_dycon.registry import RECOMMENDED, TRAINERS
 from tests.commands import COMMANDS
@@ -33,27 +34,33 @@ def test_the_first_training_command_names_the_recommended_trainer():
     assert command[command.index("-tr") + 1] == RECOMMENDED
 
 
-def test_every_trainer_is_in_the_methods_page():
-    text = (ROOT / "docs" / "methods.md").read_text()
+def test_every_trainer_has_a_page():
     for name in TRAINERS:
-        assert re.search(rf"\b{name}\b", text), name
+        assert f"`{name}`" in (ROOT / "docs" / "reference" / "methods" / tables.method_page(name)).read_text()
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/methods.md"])
-def test_nobody_picks_the_published_dycon_unwarned(page):
-    text = " ".join((ROOT / page).read_text().split())
+@pytest.mark.parametrize("page", ["README.md", "docs/reference/methods/dycon.md"])
+def test_readers_of_a_page_are_warned_of_the_published_dycon(page):
+    text = " ".join((ROOT / page).read_text().replace("\n> ", " ").split())
     caveat = TRAINERS["nnUNetTrainerDyCON"].caveat
     assert caveat in text
     assert RECOMMENDED in caveat
     assert "nnUNetTrainerDyCON_adapted" in caveat
 
 
+@pytest.mark.parametrize("page", tables.all_pages(), ids=lambda page: str(page.relative_to(tables.ROOT)))
+def test_generated_parts_of_a_page_are_up_to_date(page):
+    text = page.read_text()
+    assert tables.filled(text) == text, f"{page.name} is out of date; run: make tables"
+
+
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_is_in_the_readme(command):
-    assert any(re.search(rf"\bnnunet_dycon {command}\b", code) for code in code_of(README))
+def test_every_command_is_in_the_reference(command):
+    text = (ROOT / "docs" / "reference" / "cli.md").read_text()
+    assert re.search(rf"^#+ nnunet_dycon {command}$", text, re.MULTILINE)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_to_files_and_headings_that_exist(page):
     for target in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text()):
         name, _, anchor = target.partition("#")
@@ -66,7 +73,7 @@ def test_links_lead_to_files_and_headings_that_exist(page):
         assert anchor in headings, target
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_are_written_as_the_parser_wants_them(page):
     for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL):
         for line in block.replace("\\\n", "").splitlines():  # which may go on in the next one
@@ -80,7 +87,8 @@ def test_the_two_commands_are_on_the_first_screen():
 
 
 def test_script_for_scribbles_changes_the_values(tmp_path):
-    (script,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "sparse_annotations.md").read_text(), re.DOTALL)
+    page = (ROOT / "docs" / "how-to" / "sparse_annotations.md").read_text()
+    (script,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     voxels = np.array([[[0, 1, 2, 3]]], np.uint8)
     image = sitk.GetImageFromArray(voxels)
     image.SetSpacing((1, 2, 3))

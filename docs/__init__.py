@@ -1,0 +1,1 @@
+"""The documentation, and the scripts that generate parts of it."""
