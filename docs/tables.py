@@ -30,7 +30,7 @@ import griffe
 
 from benchmarks import pages
 from benchmarks.measuring import markdown
-from docs.docstrings import markdown_math
+from docs.site import markdown_math
 from nnunet_dycon.cli import build_parser
 from nnunet_dycon.registry import CONVERTERS, TRAINERS
 from nnunet_dycon.trainers import trainer_class

@@ -1,4 +1,4 @@
-"""The method of docs/how-to/own_method.md: nnU-Net finds its trainer, trains it, and resumes from its checkpoint."""
+"""The method of docs/how-to/own_method.md: nnU-Net finds and trains its trainer."""
 
 import json
 import os

@@ -1,5 +1,9 @@
-"""Conversion of the mathematics in docstrings (reStructuredText) to Markdown, for the API reference and tables."""
+"""Functions that MkDocs and mkdocstrings call when the site is built, see mkdocs.yml.
 
+Pages are written to be read on the site and in the repository, docstrings also in the code.
+"""
+
+import os
 import re
 import textwrap
 from typing import Any
@@ -33,3 +37,17 @@ class Equations(griffe.Extension):
         """Convert the docstring of an object after griffe has read it."""
         if obj.docstring is not None:
             obj.docstring.value = markdown_math(obj.docstring.value)
+
+
+def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
+    """Return the text of a page without links to files outside docs, which exist only in the repository.
+
+    MkDocs calls this function for each page.
+    """
+    folder = os.path.dirname(page.file.src_uri)
+
+    def text_of(match: re.Match) -> str:
+        leaves = os.path.normpath(os.path.join(folder, match["target"])).startswith("..")
+        return match["text"] if leaves else match[0]
+
+    return re.sub(r"(?<!!)\[(?P<text>[^\]]+)\]\((?P<target>\.\./[^)\s]+)\)", text_of, markdown)
