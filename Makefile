@@ -39,7 +39,7 @@ tables: $(INSTALLED)
 
 # The documentation site in site/, without network access. Broken links and anchors are errors.
 docs: $(INSTALLED)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: lint-ruff lint-format lint-mypy lint-imports
 

@@ -170,23 +170,36 @@ def _described(title: str, parser: argparse.ArgumentParser, heading: str) -> Ite
     yield f"{heading} {title}"
     if parser.description:
         yield _plain(parser.description)
-    yield f"```text\n{parser.format_usage().removeprefix('usage: ').rstrip()}\n```"
-    rows = []
-    for action in parser._actions:
-        if isinstance(action, argparse._HelpAction | argparse._SubParsersAction) or action.help == argparse.SUPPRESS:
-            continue
-        value = action.metavar or (
-            "" if action.nargs == 0 else "|".join(map(str, action.choices or [action.dest.upper()]))
-        )
-        value = " ".join(value) if isinstance(value, tuple) else value
-        names = ", ".join(action.option_strings) or str(value)
-        text = (action.help or "") % {**vars(action), "prog": parser.prog}
-        shown = f"{names} {value}".strip() if action.option_strings else names
-        rows.append((f"`{shown}`".replace("|", r"\|"), _plain(text).replace("|", r"\|").replace("\n", " ")))
-    if rows:
+    actions = [
+        action
+        for action in parser._actions
+        if not isinstance(action, argparse._HelpAction | argparse._SubParsersAction)
+        and action.help != argparse.SUPPRESS
+    ]
+    one_of = [group._group_actions for group in parser._mutually_exclusive_groups if group.required]
+    needed = [_shown(action) for action in actions if action.required]
+    needed += [f"({' | '.join(map(_shown, group))})" for group in one_of]
+    rest = ["[options]"] if any(not action.required for action in actions) else []
+    if actions:  # the usage of argparse depends on the version of Python and on the width of the terminal
+        yield f"```text\n{' '.join([title, *needed, *rest])}\n```"
+        rows = []
+        for action in actions:
+            text = (action.help or "") % {**vars(action), "prog": parser.prog}
+            rows.append(
+                (f"`{_shown(action)}`".replace("|", r"\|"), _plain(text).replace("|", r"\|").replace("\n", " "))
+            )
         yield markdown(("option", "meaning"), rows)
     if parser.epilog:
         yield f"```text\n{parser.epilog.strip()}\n```"
+
+
+def _shown(action: argparse.Action) -> str:
+    """Return how an option is written, such as "-np, --num_processes N"."""
+    value = action.metavar or ("" if action.nargs == 0 else "|".join(map(str, action.choices or [action.dest.upper()])))
+    value = " ".join(value) if isinstance(value, tuple) else value
+    if action.nargs in ("+", "*"):
+        value += " ..."
+    return " ".join(part for part in (", ".join(action.option_strings), value) if part)
 
 
 def _plain(text: str) -> str:
