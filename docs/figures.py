@@ -396,6 +396,11 @@ def _text(x: float, y: float, line: str, style: str) -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}"{style}>{subscripts}</text>' if line else ""
 
 
+def files() -> dict[Path, str]:
+    """Return the file and the SVG text of each figure."""
+    return {FOLDER / f"{name}.svg": Drawing(flow).svg() for name, flow in FLOWS.items()}
+
+
 def main() -> int:
     """Write all figures, or only check them with --check.
 
@@ -405,7 +410,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if a figure would change")
     check = parser.parse_args().check
-    drawings = {FOLDER / f"{name}.svg": Drawing(flow).svg() for name, flow in FLOWS.items()}
+    drawings = files()
     out_of_date = [file for file, svg in drawings.items() if not file.is_file() or file.read_text() != svg]
     for file in out_of_date:
         if not check:

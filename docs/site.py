@@ -11,6 +11,7 @@ from typing import Any
 import griffe
 
 _BLOCK = re.compile(r"^(?P<indent> *)\.\. math::(?P<first>[^\n]*)\n(?P<rest>(?:(?P=indent) +[^\n]*\n|\s*\n)*)", re.M)
+_DOCTEST = re.compile(r"^(?P<indent> *)>>> [^\n]*\n(?:(?P=indent)\S[^\n]*\n)*", re.M)
 
 
 def markdown_math(text: str) -> str:
@@ -30,13 +31,22 @@ def markdown_math(text: str) -> str:
     return re.sub(r":math:`([^`]*)`", r"$\1$", _BLOCK.sub(block, text + "\n"))
 
 
+def fenced_doctests(text: str) -> str:
+    """Return a docstring in which doctests are fenced code; Markdown would show ``>>>`` as nested quotes."""
+
+    def fence(match: re.Match) -> str:
+        return f"{match['indent']}```pycon\n{match[0]}{match['indent']}```\n"
+
+    return _DOCTEST.sub(fence, text + "\n")
+
+
 class Equations(griffe.Extension):
     """Extension of griffe, which reads the docstrings for mkdocstrings."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         """Convert the docstring of an object after griffe has read it."""
         if obj.docstring is not None:
-            obj.docstring.value = markdown_math(obj.docstring.value)
+            obj.docstring.value = fenced_doctests(markdown_math(obj.docstring.value))
 
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from docs import tables
+from docs import figures, tables
 from nnunet_dycon.cli import build_parser
 from nnunet_dycon.registry import RECOMMENDED, TRAINERS
 from tests.commands import COMMANDS
@@ -52,6 +52,11 @@ def test_readers_of_a_page_are_warned_of_the_published_dycon(page):
 def test_generated_parts_of_a_page_are_up_to_date(page):
     text = page.read_text()
     assert tables.filled(text) == text, f"{page.name} is out of date; run: make tables"
+
+
+def test_figures_are_up_to_date():
+    for file, svg in figures.files().items():
+        assert file.read_text() == svg, f"{file.name} is out of date; run: make tables"
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -1,4 +1,4 @@
-"""Tests of co-training methods: loss terms, gradients, and the table of gradients in docs/methods.md."""
+"""Tests of co-training methods: loss terms, and which parameters the gradient of each term reaches."""
 
 from dataclasses import replace
 
