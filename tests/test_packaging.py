@@ -56,7 +56,7 @@ def test_run_time_dependencies_have_lower_bounds():
     run_time = [Requirement(text) for text in requires("nnunet-dycon") if "extra ==" not in text]
     assert {requirement.name for requirement in run_time} == {
         "nnunetv2", "torch", "dynamic-network-architectures", "batchgenerators", "batchgeneratorsv2", "SimpleITK",
-        "acvl-utils", "monai", "h5py",
+        "acvl-utils", "monai", "h5py", "shtab",
     }  # fmt: skip
     for requirement in run_time:
         assert any(bound.operator == ">=" for bound in requirement.specifier), requirement

@@ -74,26 +74,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
 
 
-def build_parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
+def build_parser(argv: Sequence[str] | None = ()) -> argparse.ArgumentParser:
     """Return the parser of all sub-commands.
 
     Each data set converter (`nnunet_dycon convert NAME`) defines its options in its own module. Importing all these
     modules would be slow, so the parser contains only the options of the converter named in ``argv``.
 
     Args:
-        argv: the command-line arguments to be parsed, without the program name.
+        argv: the command-line arguments to be parsed, without the program name; None for the options of all converters.
     """
     about = {
         "prog": "nnunet_dycon",
         "description": "Semi-supervised training for nnU-Net v2: learn from labeled and unlabeled 3D scans with "
-        "nnU-Net's own commands. `nnunet_dycon COMMAND --help` explains a command, and `nnunet_dycon` without arguments "
-        "prints the first steps.",
+        "nnU-Net's own commands. `nnunet_dycon COMMAND --help` explains a command, and `nnunet_dycon` without "
+        "arguments prints the first steps.",
         "epilog": 'before training and prediction: export nnUNet_extTrainer="$(nnunet_dycon trainers_path)"',
     }
-    overview = argparse.ArgumentParser(usage="nnunet_dycon [-h] [--version] COMMAND ...", **about)
+    overview = argparse.ArgumentParser(
+        usage="nnunet_dycon [-h] [--version] [--print-completion SHELL] COMMAND ...", **about
+    )
     parser = _Parser(overview, **about)
     for each in (overview, parser):
         each.add_argument("--version", action="version", version=f"nnunet_dycon {__version__}")
+        each.add_argument(
+            "--print-completion", action=_PrintCompletion, choices=("bash", "zsh", "fish", "tcsh"), metavar="SHELL",
+            dest=argparse.SUPPRESS,
+            help="print a script that completes commands and options in bash, zsh, fish or tcsh, and exit",
+        )  # fmt: skip
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=argparse.ArgumentParser)
     groups: dict[str, tuple[Callable[[Any], None], ...]] = {
         "data": (partial(data.add_convert, argv=argv), data.add_preprocess_unlabeled, data.add_sparsify),
@@ -112,6 +119,16 @@ def build_parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
         for add_command in add_commands:
             add_command(group)
     return parser
+
+
+class _PrintCompletion(argparse.Action):
+    """Action of --print-completion, which imports shtab and the modules of all converters only if it is used."""
+
+    def __call__(self, parser, namespace, shell, option_string=None):
+        import shtab
+
+        print(shtab.complete(build_parser(None), shell))
+        parser.exit()
 
 
 class _Parser(argparse.ArgumentParser):

@@ -4,6 +4,8 @@ import argparse
 import math
 import os
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from nnunet_dycon.errors import UsageError
 
@@ -57,6 +59,19 @@ def count_or_fraction(text: str) -> int | float:
             f"must be a number of cases, or a percentage above 0% and up to 100%, got {text}"
         )
     return fraction
+
+
+def add_path(parser: Any, *names: str, complete: str = "directory", metavar: str = "FOLDER", **options: Any) -> None:
+    """Add an option for paths, which shells complete.
+
+    Args:
+        parser: parser, or group of a parser.
+        names: names of the option.
+        complete: what shtab, which writes the completion, offers: "directory" or "file".
+        metavar: name of the argument in the help.
+        options: other arguments of `argparse.ArgumentParser.add_argument`.
+    """
+    parser.add_argument(*names, type=Path, metavar=metavar, **options).complete = complete
 
 
 def add_processes(parser: argparse.ArgumentParser) -> None:

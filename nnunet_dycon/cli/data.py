@@ -7,12 +7,12 @@ preprocess_unlabeled preprocesses the images in imagesUn.
 import argparse
 from collections.abc import Sequence
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 from nnunet_dycon.cli.arguments import (
     DATASET,
     NEW_DATASET,
+    add_path,
     add_processes,
     count_or_fraction,
     not_negative,
@@ -32,7 +32,7 @@ _WRITTEN = (
 )
 
 
-def add_convert(commands: Any, argv: Sequence[str]) -> None:
+def add_convert(commands: Any, argv: Sequence[str] | None) -> None:
     convert = commands.add_parser(
         "convert",
         help="convert a public data set or your own scans to nnU-Net's raw format, with unlabeled cases in imagesUn",
@@ -43,15 +43,14 @@ def add_convert(commands: Any, argv: Sequence[str]) -> None:
     for name, converter in CONVERTERS.items():
         about = f"{converter.summary} ({converter.reference}). {_WRITTEN}"
         parser = sources.add_parser(name, help=converter.summary, description=about)
-        if list(argv[:2]) == ["convert", name]:
+        if argv is None or list(argv[:2]) == ["convert", name]:
             require_nnunet()  # imported by the converter's module
             _add_converter(parser, name)
 
 
 def _add_converter(parser: argparse.ArgumentParser, name: str) -> None:
-    parser.add_argument(
-        "-i", dest="source", type=Path, required=True, metavar="FOLDER",
-        help="folder of the unpacked download, or of your own scans",
+    add_path(
+        parser, "-i", dest="source", required=True, help="folder of the unpacked download, or of your own scans",
     )  # fmt: skip
     parser.add_argument("-d", dest="dataset_id", type=positive, required=True, metavar="ID", help=NEW_DATASET)
     chosen = parser.add_mutually_exclusive_group()
@@ -61,8 +60,8 @@ def _add_converter(parser: argparse.ArgumentParser, name: str) -> None:
         "others become unlabeled (default: all labels are kept). Labeled are the first cases in the published order "
         "of --protocol or of the data set or, without such an order, random ones (see --seed)",
     )  # fmt: skip
-    chosen.add_argument(
-        "--split", type=Path, default=None, metavar="FILE",
+    add_path(
+        chosen, "--split", default=None, complete="file", metavar="FILE",
         help="your own split: a JSON file with the lists of case names labeled (required), unlabeled, val and test, or "
         "ssl_split.json of another conversion",
     )  # fmt: skip

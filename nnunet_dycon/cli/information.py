@@ -6,11 +6,10 @@ set converters, doctor checks everything that a training needs, and demo trains 
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 from nnunet_dycon import __version__
-from nnunet_dycon.cli.arguments import DATASET, DEVICE, NEW_FOLDER, fold
+from nnunet_dycon.cli.arguments import DATASET, DEVICE, NEW_FOLDER, add_path, fold
 from nnunet_dycon.errors import UsageError
 from nnunet_dycon.registry import CONVERTERS, RECOMMENDED, TRAINERS, groups
 from nnunet_dycon.system.environment import DISCOVERY, require_nnunet
@@ -149,7 +148,7 @@ def add_demo(commands: Any) -> None:
         "predictions, logs and the picture demo.png. nnU-Net's environment variables need not be set.",
         epilog="example: nnunet_dycon demo -o demo",
     )
-    demo.add_argument("-o", dest="output", type=Path, required=True, metavar="FOLDER", help=NEW_FOLDER)
+    add_path(demo, "-o", dest="output", required=True, help=NEW_FOLDER)
     demo.add_argument("--seed", type=int, default=0, metavar="N", help="random seed of the phantoms (default: 0)")
     demo.add_argument("-device", choices=("cuda", "cpu"), default=None, help=DEVICE)
     demo.set_defaults(run=_demo)

@@ -7,7 +7,6 @@ uncertainty.
 
 import argparse
 import json
-from pathlib import Path
 from shlex import quote
 from typing import Any
 
@@ -15,6 +14,7 @@ from nnunet_dycon.cli.arguments import (
     FOLDS,
     MODEL,
     NEW_FOLDER,
+    add_path,
     add_prediction,
     add_processes,
     num_processes,
@@ -37,8 +37,8 @@ def add_export_vanilla(commands: Any) -> None:
         epilog="example: nnunet_dycon export_vanilla -o vanilla "
         "-m $nnUNet_results/Dataset101_LA2018/nnUNetTrainerDyCON__nnUNetPlans__3d_fullres",
     )
-    export.add_argument("-m", dest="model", type=Path, required=True, metavar="FOLDER", help=MODEL)
-    export.add_argument("-o", dest="output", type=Path, required=True, metavar="FOLDER", help=NEW_FOLDER)
+    add_path(export, "-m", dest="model", required=True, help=MODEL)
+    add_path(export, "-o", dest="output", required=True, help=NEW_FOLDER)
     export.add_argument("-f", dest="folds", nargs="+", default=None, metavar="FOLD", help=FOLDS)
     chosen = export.add_mutually_exclusive_group()
     chosen.add_argument(
@@ -78,9 +78,9 @@ def add_predict_both(commands: Any) -> None:
         epilog="example: nnunet_dycon predict_both -i imagesTs -o out "
         "-m $nnUNet_results/Dataset101_LA2018/nnUNetTrainerUGPL__nnUNetPlans__3d_fullres",
     )
-    both.add_argument("-m", dest="model", type=Path, required=True, metavar="FOLDER", help=MODEL)
-    both.add_argument("-i", dest="images", type=Path, required=True, metavar="FOLDER", help=_IMAGES)
-    both.add_argument("-o", dest="output", type=Path, required=True, metavar="FOLDER", help=NEW_FOLDER)
+    add_path(both, "-m", dest="model", required=True, help=MODEL)
+    add_path(both, "-i", dest="images", required=True, help=_IMAGES)
+    add_path(both, "-o", dest="output", required=True, help=NEW_FOLDER)
     both.add_argument("-f", dest="folds", nargs="+", default=None, metavar="FOLD", help=FOLDS)
     both.add_argument(
         "--save_probabilities", action="store_true", help="also write the averaged probabilities (CASE.npz)"
@@ -121,12 +121,12 @@ def add_predict_uncertainty(commands: Any) -> None:
         "then show where they disagree.",
         epilog="example: nnunet_dycon predict_uncertainty -i student teacher -o uncertainty",
     )
-    uncertainty.add_argument(
-        "-i", dest="predictions", type=Path, nargs="+", required=True, metavar="FOLDER",
+    add_path(
+        uncertainty, "-i", dest="predictions", nargs="+", required=True,
         help="output of nnUNetv2_predict --save_probabilities; several folders must contain the same cases",
     )  # fmt: skip
-    uncertainty.add_argument(
-        "-o", dest="output", type=Path, default=None, metavar="FOLDER",
+    add_path(
+        uncertainty, "-o", dest="output", default=None,
         help="folder to write (default: the sub-folder uncertainty of the first folder of -i)",
     )  # fmt: skip
     add_processes(uncertainty)

@@ -5,7 +5,6 @@ training on the new data set.
 """
 
 import argparse
-from pathlib import Path
 from shlex import quote
 from typing import Any
 
@@ -15,6 +14,7 @@ from nnunet_dycon.cli.arguments import (
     MODEL,
     NEW_DATASET,
     NEW_FOLDER,
+    add_path,
     add_prediction,
     add_processes,
     count_or_fraction,
@@ -38,8 +38,8 @@ def add_pseudo_label(commands: Any) -> None:
         epilog="example: nnunet_dycon pseudo_label -d 101 -o 111 --keep 80% "
         "-m $nnUNet_results/Dataset101_LA2018/nnUNetTrainerWeakToStrong__nnUNetPlans__3d_fullres",
     )
-    label.add_argument(
-        "-m", dest="models", type=Path, nargs="+", required=True, metavar="FOLDER",
+    add_path(
+        label, "-m", dest="models", nargs="+", required=True,
         help=f"{MODEL}; the probabilities of several models are averaged",
     )  # fmt: skip
     label.add_argument("-d", dest="dataset", required=True, metavar="ID", help=f"annotated {DATASET}")
@@ -181,13 +181,13 @@ def add_select(commands: Any) -> None:
         epilog="example: nnunet_dycon select -d 101 -i unlabeled -n 5 -o next",
     )
     select.add_argument("-d", dest="dataset", required=True, metavar="ID", help=DATASET)
-    select.add_argument(
-        "-i", dest="predictions", type=Path, nargs="+", required=True, metavar="FOLDER",
+    add_path(
+        select, "-i", dest="predictions", nargs="+", required=True,
         help="output folder of nnUNetv2_predict for imagesUn, with --save_probabilities for the strategy uncertainty; "
         "the probabilities of several folders are averaged, the labels are those of the first one",
     )  # fmt: skip
     select.add_argument("-n", dest="number", type=positive, default=5, metavar="N", help="number of cases (default: 5)")
-    select.add_argument("-o", dest="output", type=Path, required=True, metavar="FOLDER", help=NEW_FOLDER)
+    add_path(select, "-o", dest="output", required=True, help=NEW_FOLDER)
     select.add_argument(
         "--strategy", choices=("uncertainty", "diverse", "random"), default="uncertainty",
         help="uncertainty: lowest expected Dice first; diverse: images that differ most from the annotated and the "
@@ -230,8 +230,8 @@ def add_add_labels(commands: Any) -> None:
     )
     add.add_argument("-d", dest="dataset", required=True, metavar="ID", help=DATASET)
     work = add.add_mutually_exclusive_group(required=True)
-    work.add_argument(
-        "-i", dest="folder", type=Path, metavar="FOLDER",
+    add_path(
+        work, "-i", dest="folder",
         help="folder with label files CASE.nii.gz, or the folder that `nnunet_dycon select` has written",
     )  # fmt: skip
     work.add_argument(

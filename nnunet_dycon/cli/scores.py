@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_dycon.cli.arguments import (
+    add_path,
     add_processes,
     not_negative,
     num_processes,
@@ -24,9 +25,9 @@ def add_evaluate(commands: Any) -> None:
         "rows) and evaluation.json (rows, mean, median and definitions) to -o.",
         epilog="example: nnunet_dycon evaluate -ref labelsTs -pred out",
     )
-    evaluate.add_argument("-ref", dest="reference", type=Path, required=True, metavar="FOLDER", help=_REFERENCE)
-    evaluate.add_argument(
-        "-pred", dest="prediction", type=Path, required=True, metavar="FOLDER",
+    add_path(evaluate, "-ref", dest="reference", required=True, help=_REFERENCE)
+    add_path(
+        evaluate, "-pred", dest="prediction", required=True,
         help="predicted labels: the output folder of nnUNetv2_predict",
     )  # fmt: skip
     evaluate.add_argument(
@@ -34,12 +35,11 @@ def add_evaluate(commands: Any) -> None:
         help="label values to score (default: the foreground labels of dataset.json in -pred, where nnUNetv2_predict "
         "writes it)",
     )  # fmt: skip
-    evaluate.add_argument(
+    add_path(
+        evaluate,
         "-o",
         dest="output",
-        type=Path,
         default=None,
-        metavar="FOLDER",
         help="folder for evaluation.csv and evaluation.json (default: the folder of -pred)",
     )
     add_processes(evaluate)
@@ -71,7 +71,7 @@ def add_compare(commands: Any) -> None:
         "(scatter plots of Dice) to -o.",
         epilog="example: nnunet_dycon compare -ref labelsTs -pred baseline=out1 ours=out2,out3,out4",
     )
-    compare.add_argument("-ref", dest="reference", type=Path, required=True, metavar="FOLDER", help=_REFERENCE)
+    add_path(compare, "-ref", dest="reference", required=True, help=_REFERENCE)
     compare.add_argument(
         "-pred", dest="predictions", nargs="+", required=True, metavar="NAME=FOLDER[,FOLDER]",
         help="a name of your choice for each method and the folders of its predictions, one per seed; the first "
@@ -81,8 +81,8 @@ def add_compare(commands: Any) -> None:
         "-l", dest="labels", type=int, nargs="+", default=None, metavar="VALUE",
         help="label values to score (default: as for evaluate)",
     )  # fmt: skip
-    compare.add_argument(
-        "-o", dest="output", type=Path, default=Path("comparison"), metavar="FOLDER",
+    add_path(
+        compare, "-o", dest="output", default=Path("comparison"),
         help="folder to write (default: comparison in the current folder)",
     )  # fmt: skip
     compare.add_argument(
