@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: test test-matrix gpu-check tables docs lint lint-ruff lint-format lint-mypy lint-imports demo clean
+.PHONY: test test-matrix gpu-check tables docs lint lint-ruff lint-format lint-mypy lint-imports demo dist clean
 .DEFAULT_GOAL := test
 
 # Each test uses one thread, so that tests can run in parallel: one process more than cores, since some tests wait.
@@ -62,6 +62,12 @@ lint-imports: $(INSTALLED)
 demo: $(INSTALLED)
 	$(BIN)/nnunet_dycon demo -o demo
 
+# sdist and wheel, built from the sdist, in dist; to publish them: .venv/bin/twine upload dist/*
+dist: $(INSTALLED)
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation -o dist .
+	$(BIN)/python -m twine check --strict dist/*
+
 $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "error: $(PYTHON) is older than Python 3.10; name another with: make PYTHON=python3.12"; exit 1; }
@@ -69,7 +75,7 @@ $(INSTALLED): pyproject.toml
 	  { echo "error: $(PYTHON) lacks the venv module; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	@echo "installing nnU-Net, PyTorch and nnunet-dycon into $(VENV) (about 6 GB, a few minutes)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,lint,docs]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,lint,docs,release]'
 	@touch $@
 
 clean:

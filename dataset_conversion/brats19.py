@@ -50,9 +50,11 @@ _ANY_MASK = re.compile(r"[^.].*seg.*\.nii(\.gz)?", re.IGNORECASE)
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add this converter's command-line options; their values are passed to `plan` as arguments of the same names."""
+    parser.epilog = "example: nnunet_dycon convert brats19 -i MICCAI_BraTS_2019_Data_Training -d 121 --labeled 10%"
     parser.add_argument(
         "--modalities", default=None, metavar="LIST",
-        help="modalities of t1,t1ce,t2,flair (default: all four; with --protocol flair, as in the papers)",
+        help="channels: some of t1,t1ce,t2,flair, separated by commas (default: all four; with --protocol flair, as in "
+        "the papers)",
     )  # fmt: skip
     parser.add_argument(
         "--target", choices=("wt", "regions"), default="wt",

@@ -27,12 +27,18 @@ _WILDCARDS = {"**/": "(?:.*/)?", "*": "[^/]*"}
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add this converter's command-line options; their values are passed to `plan` as arguments of the same names."""
-    parser.add_argument("--name", default="Own", help="name of the dataset, DatasetXXX_NAME (default: Own)")
+    parser.epilog = (
+        "example: nnunet_dycon convert folder -i scans -d 141 --name Liver --channel CT='images/{case}.nrrd' "
+        "--masks 'masks/{case}.nrrd' --foreground liver=1 --foreground tumor=2,3"
+    )
+    parser.add_argument("--name", default="Own", help="name of the new data set, in DatasetXXX_NAME (default: Own)")
     parser.add_argument(
         "--channel", action="append", default=None, metavar="NAME=PATTERN",
-        help="a channel, such as CT='images/{case}.nrrd'; give the option once per channel, in order. In a pattern "
-        "{case} matches the name of the case, * any characters except a slash, **/ any folders; a pattern that ends in "
-        "a slash matches folders with one DICOM series each. nnU-Net normalizes a channel called CT as CT",
+        help="required: a channel and the pattern of its files in -i, such as CT='images/{case}.nrrd'; give the "
+        "option once per channel, in order. In a pattern {case} matches the name of the case, * any characters except "
+        "a slash, **/ any folders; a pattern that ends in a slash matches folders with one DICOM series each. nnU-Net "
+        "normalizes a channel called CT with statistics of the data set, and channels such as T1 with those of the "
+        "image",
     )  # fmt: skip
     parser.add_argument(
         "--masks", action="append", default=None, metavar="[NAME=]PATTERN",

@@ -43,10 +43,11 @@ _SMALLEST_OVERLAP = 0.8
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add this converter's command-line options; their values are passed to `plan` as arguments of the same names."""
+    parser.epilog = "example: nnunet_dycon convert isles22 -i ISLES-2022 -d 111 --labeled 10%"
     parser.add_argument(
         "--modalities", default=None, metavar="LIST",
-        help="dwi and optionally adc and flair, separated by commas (default: dwi,adc; with --protocol dwi, as in the "
-        "papers); flair is resampled to the grid of dwi",
+        help="channels: dwi and optionally adc and flair, separated by commas (default: dwi,adc; with --protocol dwi, "
+        "as in the papers); flair is resampled to the voxel grid of dwi",
     )  # fmt: skip
     parser.add_argument(
         "--harmonize_adc", action="store_true",

@@ -41,6 +41,7 @@ DUPLICATES = ("0RZDK210BSMWAA6467LU", "CMPXO4J23G58J53Q98SZ")
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add this converter's command-line options; their values are passed to `plan` as arguments of the same names."""
+    parser.epilog = "example: nnunet_dycon convert la -i DOWNLOAD -d 101 --labeled 8"
     parser.add_argument(
         "--spacing", type=float, default=0.625, metavar="MM",
         help="isotropic voxel spacing in mm (default: 0.625; the headers of the files have 1.0, which is wrong)",

@@ -44,6 +44,7 @@ _MOST_TASKS = 10  # in an error message
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add this converter's command-line options; their values are passed to `plan` as arguments of the same names."""
+    parser.epilog = "example: nnunet_dycon convert msd -i Task04_Hippocampus -d 151 --labeled 10%"
     parser.add_argument(
         "--test_as_unlabeled", action="store_true",
         help="make the images of imagesTs, which have no labels, unlabeled cases (imagesUn); by default they are test "

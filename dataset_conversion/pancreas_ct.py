@@ -84,6 +84,7 @@ _FAMILIES = (
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add this converter's command-line options; their values are passed to `plan` as arguments of the same names."""
+    parser.epilog = "example: nnunet_dycon convert pancreas_ct -i DOWNLOAD -d 131 --labeled 10%"
     parser.add_argument(
         "--keep_duplicates", action="store_true",
         help="keep PANCREAS_0025 and PANCREAS_0070, which are copies of the scan PANCREAS_0002",

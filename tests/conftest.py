@@ -147,10 +147,13 @@ def source_copy(tmp_path_factory) -> Path:
     root = Path(__file__).parents[1]
     copy = tmp_path_factory.mktemp("source") / "nnunet-dycon"
     ignored = shutil.ignore_patterns("__pycache__")
-    for folder in ("nnunet_dycon", "trainers", "dataset_conversion"):
+    for folder in ("nnunet_dycon", "trainers", "dataset_conversion", "tests", "docs", "benchmarks", ".ci"):
         shutil.copytree(root / folder, copy / folder, ignore=ignored)
-    for file in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(root / file, copy)
+    for name in (
+        "pyproject.toml", "MANIFEST.in", "Makefile", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff",
+        "LICENSE", ".pre-commit-config.yaml",
+    ):  # fmt: skip
+        shutil.copy(root / name, copy)
     return copy
 
 

@@ -1,6 +1,8 @@
 """The command line: fast help, exit codes, one-line messages for user errors."""
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 from importlib import metadata
@@ -9,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from nnunet_dycon import __version__
-from nnunet_dycon.cli import main
+from nnunet_dycon.cli import build_parser, main
 from nnunet_dycon.registry import CONVERTERS, RECOMMENDED, TRAINERS, groups
 from tests.commands import COMMANDS
 
@@ -29,6 +31,53 @@ except SystemExit:
     lines = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
     assert any("usage: nnunet_dycon" in line for line in lines)
     assert lines[-1] == "[]"
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in ("convert", "trainers_path")])
+def test_example_in_the_help_is_a_valid_call(command, capsys):
+    with pytest.raises(SystemExit):
+        main([*command.split(), "--help"])
+    _, _, example = capsys.readouterr().out.partition("example: ")
+    words = shlex.split(example)
+    assert words[:1] == ["nnunet_dycon"]
+    assert words[1 : 1 + len(command.split())] == command.split()
+    build_parser(words[1:]).parse_args(words[1:])
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_has_no_unexpanded_percent_sign(command, capsys):
+    """argparse expands %% in the help of an option, but not in a description or epilog."""
+    with pytest.raises(SystemExit):
+        main([*command.split(), "--help"])
+    assert "%%" not in capsys.readouterr().out
+
+
+def test_without_arguments_the_first_steps_are_printed(capsys):
+    """The exit code is that of other wrong usage, and nothing is written to stdout, which a script may read."""
+    assert main([]) == 2
+    out, steps = capsys.readouterr()
+    assert not out
+    lines = [shlex.split(line) for line in steps.splitlines() if line.startswith("  nn")]
+    ours = [words[1:] for words in lines if words[0] == "nnunet_dycon"]
+    assert [words[0] for words in ours] == ["demo", "convert", "doctor", "evaluate"]
+    for words in ours:
+        build_parser(words).parse_args(words)
+    assert [words[0] for words in lines if words[0] != "nnunet_dycon"] == [
+        "nnUNetv2_plan_and_preprocess", "nnUNetv2_train", "nnUNetv2_predict",
+    ]  # fmt: skip
+    assert "$(nnunet_dycon trainers_path)" in steps
+    assert RECOMMENDED in steps
+    assert "nnunet_dycon --help" in steps
+
+
+def test_help_lists_every_command_once_in_a_group(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    groups = [line for line in lines if line.endswith(":") and not line.startswith(" ")]
+    assert groups == ["options:", "data:", "training:", "results:", "annotation and self-training:", "help:"]
+    listed = [line.split()[0] for line in lines[lines.index("data:") :] if re.match(r"  \w", line)]
+    assert sorted(listed) == sorted(command for command in COMMANDS if " " not in command)
 
 
 def test_trainers_path_prints_the_discovery_folder_in_one_line(capsys):
@@ -77,7 +126,6 @@ def test_recent_nnunet_is_accepted(monkeypatch, version):
 @pytest.mark.parametrize(
     "arguments",
     [
-        "",
         "unknown",
         "convert unknown",
         "preprocess_unlabeled",

@@ -1,5 +1,6 @@
 """Wheel and sdist contain all modules of the checkout, also sub-packages that pyproject.toml must list."""
 
+import re
 import subprocess
 import sys
 import tarfile
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+
+from nnunet_dycon import __version__
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"nnunet_dycon": "nnunet_dycon", "trainers": "nnunet_dycon/trainers"}
@@ -40,7 +43,7 @@ def test_wheel_has_command_and_license(wheel):
     assert "License-Expression: Apache-2.0" in metadata
 
 
-def test_sdist_contains_every_module(source_copy, tmp_path):
+def test_sdist_contains_every_module_and_what_the_tests_need(source_copy, tmp_path):
     build = [sys.executable, "-m", "build", "--sdist", "--no-isolation", "-o", str(tmp_path), str(source_copy)]
     subprocess.run(build, check=True, capture_output=True)
     (sdist,) = tmp_path.glob("*.tar.gz")
@@ -49,14 +52,29 @@ def test_sdist_contains_every_module(source_copy, tmp_path):
     wanted = {
         f"{folder}/{file.relative_to(ROOT / folder)}" for folder in FOLDERS for file in (ROOT / folder).rglob("*.py")
     }
+    wanted |= {
+        str(file.relative_to(ROOT))
+        for folder in ("tests", "docs", "benchmarks", ".ci")
+        for file in (ROOT / folder).rglob("*")
+        if file.is_file() and "__pycache__" not in file.parts
+    }
+    wanted |= {"Makefile", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff", "LICENSE", "pyproject.toml"}
     assert wanted <= names
+    assert not [name for name in names if name.endswith(".pyc")]
+
+
+def test_citation_and_changelog_have_the_version_of_the_package():
+    assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    first = re.search(r"^## \[([^\]]+)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert first is not None
+    assert first[1] in (__version__, "Unreleased")
 
 
 def test_run_time_dependencies_have_lower_bounds():
     run_time = [Requirement(text) for text in requires("nnunet-dycon") if "extra ==" not in text]
     assert {requirement.name for requirement in run_time} == {
         "nnunetv2", "torch", "dynamic-network-architectures", "batchgenerators", "batchgeneratorsv2", "SimpleITK",
-        "acvl-utils", "monai", "h5py",
+        "acvl-utils", "monai", "h5py", "shtab",
     }  # fmt: skip
     for requirement in run_time:
         assert any(bound.operator == ">=" for bound in requirement.specifier), requirement

@@ -4,12 +4,17 @@ import argparse
 import math
 import os
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from nnunet_dycon.errors import UsageError
 
+DATASET = "data set: its ID or DatasetXXX_Name"
+NEW_DATASET = "ID of the new data set: a number from 1 to 999 that no data set has"
+NEW_FOLDER = "folder to write: new or empty"
 MODEL = "trained model: nnUNet_results/DatasetXXX_Name/TRAINER__PLANS__CONFIGURATION"
-FOLDS = "fold numbers, or all (default: every fold in the model folder)"
-PROCESSES = "number of processes (default: nnUNet_def_n_proc or 8, at most the number of CPU cores)"
+FOLDS = "folds such as 0 1 2, or all: the fold trained on all labeled cases (default: every fold in the model folder)"
+DEVICE = "default: cuda if available, else cpu"
 
 
 def positive(text: str) -> int:
@@ -56,14 +61,40 @@ def count_or_fraction(text: str) -> int | float:
     return fraction
 
 
+def add_path(parser: Any, *names: str, complete: str = "directory", metavar: str = "FOLDER", **options: Any) -> None:
+    """Add an option for paths, which shells complete.
+
+    Args:
+        parser: parser, or group of a parser.
+        names: names of the option.
+        complete: what shtab, which writes the completion, offers: "directory" or "file".
+        metavar: name of the argument in the help.
+        options: other arguments of `argparse.ArgumentParser.add_argument`.
+    """
+    parser.add_argument(*names, type=Path, metavar=metavar, **options).complete = complete
+
+
+def add_processes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-np", dest="num_processes", type=positive, default=None, metavar="N",
+        help="number of processes (default: the environment variable nnUNet_def_n_proc or, if it is not set, 8; at "
+        "most the number of CPU cores)",
+    )  # fmt: skip
+
+
 def add_prediction(parser: argparse.ArgumentParser, devices: Sequence[str] = ("cuda", "cpu", "mps")) -> None:
-    parser.add_argument("-device", choices=devices, default=None, help="default: cuda if available")
+    parser.add_argument("-device", choices=devices, default=None, help=DEVICE)
     parser.add_argument(
         "-step_size", type=float, default=0.5, metavar="FRACTION",
-        help="step of the sliding window, as a fraction of the patch (default: 0.5)",
+        help="step of the sliding window as a fraction of the patch size, above 0 and up to 1; larger is faster and "
+        "less accurate (default: 0.5)",
     )  # fmt: skip
-    parser.add_argument("--disable_tta", action="store_true", help="predict without mirroring: faster, less accurate")
     parser.add_argument(
-        "-np", dest="num_processes", type=not_negative, default=3,
-        help="processes for preprocessing and as many for export; 0: one case after the other (default: 3)",
+        "--disable_tta",
+        action="store_true",
+        help="predict without mirroring, as in nnUNetv2_predict: faster, less accurate",
+    )
+    parser.add_argument(
+        "-np", dest="num_processes", type=not_negative, default=3, metavar="N",
+        help="processes for preprocessing, and as many for writing the predictions; 0 starts none (default: 3)",
     )  # fmt: skip

@@ -6,13 +6,10 @@ set converters, doctor checks everything that a training needs, and demo trains 
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 from nnunet_dycon import __version__
-from nnunet_dycon.cli.arguments import (
-    fold,
-)
+from nnunet_dycon.cli.arguments import DATASET, DEVICE, NEW_FOLDER, add_path, fold
 from nnunet_dycon.errors import UsageError
 from nnunet_dycon.registry import CONVERTERS, RECOMMENDED, TRAINERS, groups
 from nnunet_dycon.system.environment import DISCOVERY, require_nnunet
@@ -22,8 +19,10 @@ from nnunet_dycon.trainers import LENGTHS
 def add_trainers_path(commands: Any) -> None:
     path = commands.add_parser(
         "trainers_path",
-        help="print the folder to add to nnUNet_extTrainer",
-        description="Print the folder of the trainers, to add to nnUNet_extTrainer.",
+        help="print the folder to add to nnUNet_extTrainer, through which nnU-Net finds the trainers",
+        description="Print the folder of the trainers. nnU-Net finds them if its environment variable "
+        "nnUNet_extTrainer, a list of folders separated by colons, contains this folder. Set it for training and for "
+        "prediction.",
         epilog='example: export nnUNet_extTrainer="$(nnunet_dycon trainers_path)'
         '${nnUNet_extTrainer:+:$nnUNet_extTrainer}"',
     )
@@ -36,8 +35,14 @@ def _trainers_path(arguments: argparse.Namespace) -> None:
 
 
 def add_list(commands: Any) -> None:
-    listing = commands.add_parser("list", help="list trainers and converters")
-    listing.add_argument("--json", action="store_true", help="print JSON")
+    listing = commands.add_parser(
+        "list",
+        help="list the trainers and the data sets that can be converted",
+        description="Print the names of all trainers (for nnUNetv2_train -tr), by group and with a line on each "
+        "method, how to choose the number of epochs, and the names of all data sets for `nnunet_dycon convert`.",
+        epilog="example: nnunet_dycon list",
+    )
+    listing.add_argument("--json", action="store_true", help="print JSON, with the publication of each method")
     listing.set_defaults(run=_list)
 
 
@@ -64,37 +69,52 @@ def _list(arguments: argparse.Namespace) -> None:
 def add_doctor(commands: Any) -> None:
     doctor = commands.add_parser(
         "doctor",
-        help="check packages, variables, folders and data before a training, and suggest remedies",
-        description="Check everything that a training needs before it starts: packages, device, nnU-Net's variables, "
-        "whether nnU-Net finds the trainer, and, with -d, the data set: names and headers of files, duplicate images, "
-        "preprocessed cases, folds, disk space and GPU memory. Changes nothing. Exit code 1 if training would fail.",
+        help="check packages, environment variables, folders and data before a training, and print remedies",
+        description="Check everything that a training needs before it starts: packages, device, nnU-Net's environment "
+        "variables, whether nnU-Net finds the trainer, and, with -d, the data set: names and headers of files, "
+        "duplicate images, preprocessed cases, folds, disk space and GPU memory. Prints a line per check: ok, note, "
+        "warning, or FAIL if training would fail, with the remedy. Writes and changes nothing. The exit code is 1 "
+        "after a FAIL.",
         epilog="example: nnunet_dycon doctor -d 101 -f all",
     )
-    doctor.add_argument("-d", dest="dataset", default=None, metavar="ID", help="dataset ID or DatasetXXX_Name")
     doctor.add_argument(
-        "-c", dest="configuration", default="3d_fullres", metavar="CONFIGURATION", help="default: 3d_fullres"
+        "-d", dest="dataset", default=None, metavar="ID", help=f"{DATASET} (default: check the installation only)"
     )
-    doctor.add_argument("-p", dest="plans_name", default="nnUNetPlans", metavar="PLANS", help="default: nnUNetPlans")
-    doctor.add_argument("-tr", dest="trainer", default=RECOMMENDED, metavar="TRAINER", help="default: %(default)s")
     doctor.add_argument(
-        "-f", dest="fold", type=fold, default=None, metavar="FOLD", help="fold, or all (default: check every fold)"
+        "-c",
+        dest="configuration",
+        default="3d_fullres",
+        metavar="CONFIGURATION",
+        help="configuration of the plans (default: 3d_fullres)",
     )
-    doctor.add_argument("--json", action="store_true", help="print JSON")
+    doctor.add_argument(
+        "-p", dest="plans_name", default="nnUNetPlans", metavar="PLANS", help="name of the plans (default: nnUNetPlans)"
+    )
+    doctor.add_argument(
+        "-tr", dest="trainer", default=RECOMMENDED, metavar="TRAINER", help="trainer to check (default: %(default)s)"
+    )
+    doctor.add_argument(
+        "-f",
+        dest="fold",
+        type=fold,
+        default=None,
+        metavar="FOLD",
+        help="fold to train, or all for training on all labeled cases (default: check every fold)",
+    )
+    doctor.add_argument("--json", action="store_true", help="print JSON instead of lines")
     doctor.add_argument(
         "--skip_duplicates",
         action="store_true",
-        help="do not search for images that are in two folders, which reads all images of equal size",
+        help="do not search for images that are in two folders; the search reads all files of equal size",
     )
     doctor.add_argument(
         "--measure",
         action="store_true",
         help="with -d: also run some training steps of the trainer and of nnU-Net's own one, which takes some minutes, "
-        "and report seconds per step, memory, the bottleneck, and the time of 250 and 1000 epochs; if the memory does "
-        "not suffice, find a batch or plan for which it does",
+        "and print seconds per step, memory in GiB, the bottleneck, and the time of 250 and 1000 epochs; if the memory "
+        "does not suffice, find a batch size or plans for which it does. Nothing is saved",
     )
-    doctor.add_argument(
-        "-device", choices=("cuda", "cpu", "mps"), default=None, help="for --measure; default: cuda if available"
-    )
+    doctor.add_argument("-device", choices=("cuda", "cpu", "mps"), default=None, help=f"for --measure ({DEVICE})")
     doctor.set_defaults(run=_doctor)
 
 
@@ -121,13 +141,16 @@ def _doctor(arguments: argparse.Namespace) -> int:
 def add_demo(commands: Any) -> None:
     demo = commands.add_parser(
         "demo",
-        help="train on a small phantom data set and score the result: a few minutes on two CPU cores",
-        description=f"Generate a small phantom data set, plan, preprocess, train {RECOMMENDED} for a few short epochs, "
-        "predict the held-out cases and score them, with nnU-Net's own commands, which are printed.",
+        help="train on a small generated data set and score the result, in a few minutes on two CPU cores",
+        description=f"Generate a small data set (phantoms), plan, preprocess, train {RECOMMENDED} for a few short "
+        "epochs, predict the held-out cases and score them, with nnU-Net's own commands, which are printed. Takes a "
+        "few minutes on two CPU cores. Everything is written to -o: nnUNet_raw, nnUNet_preprocessed, nnUNet_results, "
+        "predictions, logs and the picture demo.png. nnU-Net's environment variables need not be set.",
+        epilog="example: nnunet_dycon demo -o demo",
     )
-    demo.add_argument("-o", dest="output", type=Path, required=True, metavar="FOLDER", help="new or empty folder")
-    demo.add_argument("--seed", type=int, default=0, help="seed of the phantoms (default: 0)")
-    demo.add_argument("-device", choices=("cuda", "cpu"), default=None, help="default: cuda if available")
+    add_path(demo, "-o", dest="output", required=True, help=NEW_FOLDER)
+    demo.add_argument("--seed", type=int, default=0, metavar="N", help="random seed of the phantoms (default: 0)")
+    demo.add_argument("-device", choices=("cuda", "cpu"), default=None, help=DEVICE)
     demo.set_defaults(run=_demo)
 
 

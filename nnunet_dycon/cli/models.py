@@ -7,42 +7,49 @@ uncertainty.
 
 import argparse
 import json
-from pathlib import Path
 from shlex import quote
 from typing import Any
 
 from nnunet_dycon.cli.arguments import (
     FOLDS,
     MODEL,
-    PROCESSES,
+    NEW_FOLDER,
+    add_path,
     add_prediction,
+    add_processes,
     num_processes,
-    positive,
 )
 from nnunet_dycon.system.environment import require_nnunet
+
+_IMAGES = "images to predict, CASE_XXXX.nii.gz with the number XXXX of the channel, as for nnUNetv2_predict"
 
 
 def add_export_vanilla(commands: Any) -> None:
     export = commands.add_parser(
         "export_vanilla",
         help="export a trained model to plain nnU-Net, which predicts with it without this package",
-        description="Export a trained model to plain nnU-Net, whose predictions are then identical without this "
-        "package. Use -o with nnUNetv2_predict_from_modelfolder. For nnUNetv2_predict and "
-        "nnUNetv2_export_model_to_zip, move it to "
-        "nnUNet_results/DatasetXXX_Name/nnUNetTrainer__PLANS__CONFIGURATION. The checkpoint of each fold is renamed to "
-        "checkpoint_final.pth; its original name is in nnunet_dycon.json in the same folder. With --teacher and -chk, "
-        "validation scores and postprocessing are left out because they belong to the student, so that "
-        "nnUNetv2_export_model_to_zip packs only students.",
+        description="Write a copy of a trained model with which plain nnU-Net, without this package, predicts the "
+        "same in every voxel. Give the folder -o to nnUNetv2_predict_from_modelfolder. For nnUNetv2_predict and "
+        "nnUNetv2_export_model_to_zip, move it to nnUNet_results/DatasetXXX_Name/nnUNetTrainer__PLANS__CONFIGURATION. "
+        "The checkpoint of each fold is renamed to checkpoint_final.pth; its original name is in nnunet_dycon.json in "
+        "the same folder. With --teacher and -chk, validation scores and postprocessing are left out because they "
+        "belong to the student, so that nnUNetv2_export_model_to_zip packs only students.",
         epilog="example: nnunet_dycon export_vanilla -o vanilla "
         "-m $nnUNet_results/Dataset101_LA2018/nnUNetTrainerDyCON__nnUNetPlans__3d_fullres",
     )
-    export.add_argument("-m", dest="model", type=Path, required=True, metavar="FOLDER", help=MODEL)
-    export.add_argument("-o", dest="output", type=Path, required=True, metavar="FOLDER", help="new or empty folder")
+    add_path(export, "-m", dest="model", required=True, help=MODEL)
+    add_path(export, "-o", dest="output", required=True, help=NEW_FOLDER)
     export.add_argument("-f", dest="folds", nargs="+", default=None, metavar="FOLD", help=FOLDS)
     chosen = export.add_mutually_exclusive_group()
-    chosen.add_argument("--teacher", action="store_true", help="export the teacher: -chk checkpoint_final_teacher.pth")
     chosen.add_argument(
-        "-chk", dest="checkpoint", default=None, metavar="NAME", help="checkpoint (default: checkpoint_final.pth)"
+        "--teacher", action="store_true", help="export the teacher, like -chk checkpoint_final_teacher.pth"
+    )
+    chosen.add_argument(
+        "-chk",
+        dest="checkpoint",
+        default=None,
+        metavar="NAME",
+        help="file name of the checkpoint in each fold (default: checkpoint_final.pth, the student)",
     )
     export.set_defaults(run=_export_vanilla)
 
@@ -62,18 +69,22 @@ def _export_vanilla(arguments: argparse.Namespace) -> None:
 def add_predict_both(commands: Any) -> None:
     both = commands.add_parser(
         "predict_both",
-        help="predict with both networks of a model and average them, as published for UGPL",
-        description="Predict with the student and the second network (checkpoint_final_second.pth, or else "
-        "checkpoint_final_teacher.pth) like nnUNetv2_predict, average their probabilities and write the most probable "
-        "label like nnUNetv2_ensemble. -o appears when all cases are predicted.",
+        help="predict with both networks of a model and average their probabilities, as published for UGPL",
+        description="Predict with the student (checkpoint_final.pth) and the second network "
+        "(checkpoint_final_second.pth, or checkpoint_final_teacher.pth if there is none) like nnUNetv2_predict, "
+        "average their probabilities and write the most probable label of each voxel like nnUNetv2_ensemble. Writes "
+        "CASE.nii.gz (or the file ending of the data set) for each case to -o, which appears when all cases are "
+        "predicted.",
         epilog="example: nnunet_dycon predict_both -i imagesTs -o out "
         "-m $nnUNet_results/Dataset101_LA2018/nnUNetTrainerUGPL__nnUNetPlans__3d_fullres",
     )
-    both.add_argument("-m", dest="model", type=Path, required=True, metavar="FOLDER", help=MODEL)
-    both.add_argument("-i", dest="images", type=Path, required=True, metavar="FOLDER", help="images CASE_XXXX")
-    both.add_argument("-o", dest="output", type=Path, required=True, metavar="FOLDER", help="new or empty folder")
+    add_path(both, "-m", dest="model", required=True, help=MODEL)
+    add_path(both, "-i", dest="images", required=True, help=_IMAGES)
+    add_path(both, "-o", dest="output", required=True, help=NEW_FOLDER)
     both.add_argument("-f", dest="folds", nargs="+", default=None, metavar="FOLD", help=FOLDS)
-    both.add_argument("--save_probabilities", action="store_true", help="write the averaged probabilities, too")
+    both.add_argument(
+        "--save_probabilities", action="store_true", help="also write the averaged probabilities (CASE.npz)"
+    )
     add_prediction(both, devices=("cuda", "cpu"))
     both.set_defaults(run=_predict_both)
 
@@ -100,24 +111,25 @@ def add_predict_uncertainty(commands: Any) -> None:
     uncertainty = commands.add_parser(
         "predict_uncertainty",
         help="rank predicted cases by uncertainty and write entropy maps, to choose the next scans to annotate",
-        description="Rank predictions of nnUNetv2_predict --save_probabilities by their expected Dice, lowest first, "
-        "assuming calibrated probabilities. Unlike mean entropy, it does not depend on the field of view, and the same "
-        "error counts more in a small organ than in a large one. Cases without predicted foreground rank before all "
-        "others. Compare cases of one model, not different models: their calibration may differ. Writes "
-        "uncertainty.csv and uncertainty.json, which define every number, and a map CASE_entropy in nats for each "
-        "case. Several folders (student and teacher, or folds) are averaged; the maps CASE_mutual_information then "
-        "show where they disagree.",
+        description="Rank the cases in an output folder of nnUNetv2_predict --save_probabilities by their expected "
+        "Dice, which is computed from the probabilities and assumes that these are calibrated; lowest first. Unlike "
+        "the mean entropy, it does not depend on the field of view, and the same error counts more in a small organ "
+        "than in a large one. Cases without predicted foreground rank before all others. Compare cases of one model, "
+        "not different models: their calibration may differ. Writes uncertainty.csv (a row per case), "
+        "uncertainty.json (with the definition of every number), and a map CASE_entropy in nats for each case. "
+        "Several folders (student and teacher, or folds) are averaged; the maps CASE_mutual_information, in nats, "
+        "then show where they disagree.",
         epilog="example: nnunet_dycon predict_uncertainty -i student teacher -o uncertainty",
     )
-    uncertainty.add_argument(
-        "-i", dest="predictions", type=Path, nargs="+", required=True, metavar="FOLDER",
+    add_path(
+        uncertainty, "-i", dest="predictions", nargs="+", required=True,
         help="output of nnUNetv2_predict --save_probabilities; several folders must contain the same cases",
     )  # fmt: skip
-    uncertainty.add_argument(
-        "-o", dest="output", type=Path, default=None, metavar="FOLDER",
-        help="default: the sub-folder uncertainty of the first folder of -i",
+    add_path(
+        uncertainty, "-o", dest="output", default=None,
+        help="folder to write (default: the sub-folder uncertainty of the first folder of -i)",
     )  # fmt: skip
-    uncertainty.add_argument("-np", dest="num_processes", type=positive, default=None, help=PROCESSES)
+    add_processes(uncertainty)
     uncertainty.add_argument("--json", action="store_true", help="print uncertainty.json instead of the table")
     uncertainty.set_defaults(run=_predict_uncertainty)
 
@@ -129,3 +141,5 @@ def _predict_uncertainty(arguments: argparse.Namespace) -> None:
     ranking = rank_predictions(arguments.predictions, output, num_processes=num_processes(arguments))
     print(json.dumps(ranking.as_json(), indent=2) if arguments.json else ranking.as_table())
     ranking.write(output)
+    if not arguments.json:
+        print(f"\nwritten to {output}: uncertainty.csv, uncertainty.json and the maps")

@@ -5,15 +5,18 @@ training on the new data set.
 """
 
 import argparse
-from pathlib import Path
 from shlex import quote
 from typing import Any
 
 from nnunet_dycon.cli.arguments import (
+    DATASET,
     FOLDS,
     MODEL,
-    PROCESSES,
+    NEW_DATASET,
+    NEW_FOLDER,
+    add_path,
     add_prediction,
+    add_processes,
     count_or_fraction,
     not_negative,
     num_processes,
@@ -26,29 +29,31 @@ from nnunet_dycon.system.environment import require_nnunet
 def add_pseudo_label(commands: Any) -> None:
     label = commands.add_parser(
         "pseudo_label",
-        help="write a data set in which predictions of the best unlabeled cases are labels, for self-training",
+        help="write a data set in which the best predictions of unlabeled cases are labels, for self-training",
         description="Predict imagesUn with all folds of one or several models, rate each case, and write a new data "
-        "set: annotated cases, the best predictions as labels of cases pseudo_CASE, and the other cases in imagesUn. "
-        "The validation cases of its five folds are always annotated cases. Plans are copied, so the networks of both "
-        "data sets have the same architecture. An interrupted call resumes if it is repeated.",
-        epilog="example: nnunet_dycon pseudo_label -d 101 -o 111 --keep 80%% "
+        "set to nnUNet_raw and its plans to nnUNet_preprocessed: annotated cases, the best predictions as labels of "
+        "cases pseudo_CASE, the other cases in imagesUn, all ratings (pseudo_labels.json) and a picture "
+        "(pseudo_labels.png). The validation cases of its five folds are always annotated cases. Plans are copied, so "
+        "the networks of both data sets have the same architecture. An interrupted call resumes if it is repeated.",
+        epilog="example: nnunet_dycon pseudo_label -d 101 -o 111 --keep 80% "
         "-m $nnUNet_results/Dataset101_LA2018/nnUNetTrainerWeakToStrong__nnUNetPlans__3d_fullres",
     )
-    label.add_argument(
-        "-m", dest="models", type=Path, nargs="+", required=True, metavar="FOLDER",
+    add_path(
+        label, "-m", dest="models", nargs="+", required=True,
         help=f"{MODEL}; the probabilities of several models are averaged",
     )  # fmt: skip
-    label.add_argument("-d", dest="dataset", required=True, metavar="ID", help="dataset ID or DatasetXXX_Name")
-    label.add_argument("-o", dest="dataset_id", type=positive, required=True, metavar="ID", help="new dataset ID")
+    label.add_argument("-d", dest="dataset", required=True, metavar="ID", help=f"annotated {DATASET}")
+    label.add_argument("-o", dest="dataset_id", type=positive, required=True, metavar="ID", help=NEW_DATASET)
     label.add_argument("-f", dest="folds", nargs="+", default=None, metavar="FOLD", help=FOLDS)
     label.add_argument(
         "-chk", dest="checkpoint", default="checkpoint_final.pth", metavar="NAME",
-        help="checkpoint of each fold (default: checkpoint_final.pth)",
+        help="file name of the checkpoint in each fold (default: checkpoint_final.pth, the student)",
     )  # fmt: skip
     add_selection(label)
     label.add_argument(
         "--previous", default=None, metavar="ID",
-        help="data set of the previous round; cases whose predictions changed least between the rounds are kept",
+        help="data set that pseudo_label has written in the previous round; the cases whose predictions changed least "
+        "since then are kept",
     )  # fmt: skip
     label.add_argument(
         "--rate_by", choices=("expected_dice", "member_dice", "previous_dice"), default=None,
@@ -59,7 +64,7 @@ def add_pseudo_label(commands: Any) -> None:
     label.add_argument(
         "-p", dest="plans_name", default=None, metavar="PLANS", help="plans to copy (default: those of the first model)"
     )
-    label.add_argument("--replan", action="store_true", help="copy no plans: plan the new data set anew")
+    label.add_argument("--replan", action="store_true", help="copy no plans, to plan the new data set anew")
     add_prediction(label)
     label.set_defaults(run=_pseudo_label)
 
@@ -67,11 +72,12 @@ def add_pseudo_label(commands: Any) -> None:
 def add_selection(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--keep", type=count_or_fraction, default=0.8, metavar="N",
-        help="number or percentage of the unlabeled cases that get pseudo-labels (default: 80%%)",
+        help="number of unlabeled cases that get pseudo-labels, such as 40, or a percentage of them (default: 80%%)",
     )  # fmt: skip
     parser.add_argument(
         "--confidence", type=float, default=None, metavar="P",
-        help="set voxels whose highest class probability is below P to the ignore label (default: keep all voxels)",
+        help="set voxels whose highest class probability is below P, such as 0.9, to the ignore label (default: keep "
+        "all voxels)",
     )  # fmt: skip
 
 
@@ -103,28 +109,40 @@ def _ids(text: str) -> list[int]:
 def add_self_train(commands: Any) -> None:
     chain = commands.add_parser(
         "self_train",
-        help="train, pseudo-label the unlabeled cases, and train on the result, in one or more rounds",
+        help="train, pseudo-label the unlabeled cases and train on the result, in one or more rounds",
         description="Print and run all commands of self-training: nnUNetv2_train on the annotated data set, and for "
-        "each round `nnunet_dycon pseudo_label`, nnUNetv2_preprocess and nnUNetv2_train on the new data set. From the "
-        "second round on, the cases whose predictions changed least are kept. Finished trainings are used, and an "
-        "interrupted chain resumes if the call is repeated.",
+        "each round `nnunet_dycon pseudo_label`, nnUNetv2_preprocess and nnUNetv2_train on the new data set. Writes a "
+        "data set per round and models as usual to nnUNet_results. From the second round on, the cases whose "
+        "predictions changed least are kept. Finished trainings are not repeated, and an interrupted call resumes if "
+        "it is repeated.",
         epilog="example: nnunet_dycon self_train -d 101 -c 3d_fullres --ids 111,112 --folds all",
     )
-    chain.add_argument("-d", dest="dataset", required=True, metavar="ID", help="dataset ID or DatasetXXX_Name")
+    chain.add_argument("-d", dest="dataset", required=True, metavar="ID", help=f"annotated {DATASET}")
     chain.add_argument(
-        "-c", dest="configuration", default="3d_fullres", metavar="CONFIGURATION", help="default: 3d_fullres"
+        "-c",
+        dest="configuration",
+        default="3d_fullres",
+        metavar="CONFIGURATION",
+        help="configuration of the plans (default: 3d_fullres)",
     )
     chain.add_argument(
         "--ids", dest="dataset_ids", type=_ids, required=True, metavar="ID[,ID...]",
-        help="ID of the new data set of each round",
+        help="IDs of the new data sets, one for each round",
     )  # fmt: skip
-    chain.add_argument("-tr", dest="trainer", default=RECOMMENDED, metavar="TRAINER", help="default: %(default)s")
-    chain.add_argument("-p", dest="plans", default="nnUNetPlans", metavar="PLANS", help="default: nnUNetPlans")
+    chain.add_argument(
+        "-tr", dest="trainer", default=RECOMMENDED, metavar="TRAINER",
+        help="trainer of all rounds, of this package or nnU-Net's (default: %(default)s)",
+    )  # fmt: skip
+    chain.add_argument(
+        "-p", dest="plans", default="nnUNetPlans", metavar="PLANS", help="name of the plans (default: nnUNetPlans)"
+    )
     chain.add_argument(
         "--folds", nargs="+", default=["0", "1", "2", "3", "4"], metavar="FOLD",
-        help="folds to train and to predict with, or all (default: 0 1 2 3 4)",
+        help="folds to train and to predict with, or all: one training on all labeled cases (default: 0 1 2 3 4)",
     )  # fmt: skip
-    chain.add_argument("-num_gpus", type=positive, default=1, help="GPUs of each training (default: 1)")
+    chain.add_argument(
+        "-num_gpus", type=positive, default=1, metavar="N", help="number of GPUs of each training (default: 1)"
+    )
     add_selection(chain)
     add_prediction(chain)
     chain.add_argument("--dry_run", action="store_true", help="print the commands without running them")
@@ -157,26 +175,28 @@ def add_select(commands: Any) -> None:
     select = commands.add_parser(
         "select",
         help="select the next cases to annotate, with their predictions as labels to correct",
-        description="Select unlabeled cases to annotate next, and write a folder with their images, their predictions "
-        "as labels to correct (NIfTI on the grid of the image), and a table. Correct the labels, then run "
-        "`nnunet_dycon add_labels`.",
+        description="Select unlabeled cases to annotate next, and write a folder with their images (images), their "
+        "predictions as labels to correct (labels: NIfTI on the voxel grid of the image), and the table selected.csv. "
+        "Correct the labels, then run `nnunet_dycon add_labels`. The data set is not changed.",
         epilog="example: nnunet_dycon select -d 101 -i unlabeled -n 5 -o next",
     )
-    select.add_argument("-d", dest="dataset", required=True, metavar="ID", help="dataset ID or DatasetXXX_Name")
-    select.add_argument(
-        "-i", dest="predictions", type=Path, nargs="+", required=True, metavar="FOLDER",
-        help="output of nnUNetv2_predict for imagesUn, for the strategy uncertainty with --save_probabilities; the "
-        "probabilities of several folders are averaged, the labels are those of the first one",
+    select.add_argument("-d", dest="dataset", required=True, metavar="ID", help=DATASET)
+    add_path(
+        select, "-i", dest="predictions", nargs="+", required=True,
+        help="output folder of nnUNetv2_predict for imagesUn, with --save_probabilities for the strategy uncertainty; "
+        "the probabilities of several folders are averaged, the labels are those of the first one",
     )  # fmt: skip
     select.add_argument("-n", dest="number", type=positive, default=5, metavar="N", help="number of cases (default: 5)")
-    select.add_argument("-o", dest="output", type=Path, required=True, metavar="FOLDER", help="new or empty folder")
+    add_path(select, "-o", dest="output", required=True, help=NEW_FOLDER)
     select.add_argument(
         "--strategy", choices=("uncertainty", "diverse", "random"), default="uncertainty",
         help="uncertainty: lowest expected Dice first; diverse: images that differ most from the annotated and the "
         "selected ones in size, intensities and sharpness; random (default: %(default)s)",
     )  # fmt: skip
-    select.add_argument("--seed", type=not_negative, default=0, help="seed of the strategy random (default: 0)")
-    select.add_argument("-np", dest="num_processes", type=positive, default=None, help=PROCESSES)
+    select.add_argument(
+        "--seed", type=not_negative, default=0, metavar="N", help="random seed of the strategy random (default: 0)"
+    )
+    add_processes(select)
     select.set_defaults(run=_select)
 
 
@@ -202,26 +222,30 @@ def _select(arguments: argparse.Namespace) -> None:
 def add_add_labels(commands: Any) -> None:
     add = commands.add_parser(
         "add_labels",
-        help="add new labels of unlabeled cases to the data set",
-        description="Check new labels of unlabeled cases, move their images from imagesUn to imagesTr and the labels "
-        "to labelsTr, add the cases to dataset.json and to the folds, and print the next commands. If the call is "
-        "interrupted, the next command for this data set completes it.",
+        help="move newly annotated cases from the unlabeled to the labeled ones; --undo moves them back",
+        description="Check new labels of unlabeled cases, move their images from imagesUn to imagesTr, copy the "
+        "labels to labelsTr, add the cases to dataset.json and to the folds, and print the next commands. Nothing is "
+        "changed if a label has a fault. If the call is interrupted, the next command for this data set completes it.",
         epilog="example: nnunet_dycon add_labels -d 101 -i next",
     )
-    add.add_argument("-d", dest="dataset", required=True, metavar="ID", help="dataset ID or DatasetXXX_Name")
+    add.add_argument("-d", dest="dataset", required=True, metavar="ID", help=DATASET)
     work = add.add_mutually_exclusive_group(required=True)
-    work.add_argument(
-        "-i", dest="folder", type=Path, metavar="FOLDER",
-        help="folder with label files CASE.nii.gz, or the folder of `nnunet_dycon select`",
+    add_path(
+        work, "-i", dest="folder",
+        help="folder with label files CASE.nii.gz, or the folder that `nnunet_dycon select` has written",
     )  # fmt: skip
     work.add_argument(
-        "--undo", action="store_true", help="move the latest added cases back, unless a model was trained since"
+        "--undo",
+        action="store_true",
+        help="move the cases of the latest call back to imagesUn; refused if a model was trained since",
     )
     add.add_argument("--allow_empty", action="store_true", help="accept labels without foreground")
     add.add_argument(
-        "--accept_predictions", action="store_true", help="accept labels that equal the prediction of `select`"
+        "--accept_predictions",
+        action="store_true",
+        help="accept labels that still equal the prediction that `select` has written",
     )
-    add.add_argument("-np", dest="num_processes", type=positive, default=None, help=PROCESSES)
+    add_processes(add)
     add.set_defaults(run=_add_labels)
 
 

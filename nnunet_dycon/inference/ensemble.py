@@ -71,7 +71,7 @@ def predict_both(
         members = [partial / Path(name).stem for name in pair]
         for name, folder in zip(pair, members):
             predictor = load_predictor(model, chosen, name, device, step_size=step_size, mirroring=mirroring)
-            predict(predictor, cases, folder, num_processes, Path(name).stem)
+            predict(predictor, cases, folder, num_processes, f"predicting with {Path(name).stem}")
         ensemble_folders([str(folder) for folder in members], str(partial), save_probabilities, max(1, num_processes))
         shutil.copy(members[0] / "plans.json", partial)
         for folder in members:

@@ -4,18 +4,17 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
-from functools import partial
 from pathlib import Path
 
 import torch
 from nnunetv2.inference.data_iterators import preprocessing_iterator_fromfiles
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-from tqdm import tqdm
 
 from nnunet_dycon.data.image_checks import check_file
 from nnunet_dycon.data.image_reading import Reader, read_voxels
 from nnunet_dycon.errors import UsageError
 from nnunet_dycon.system.environment import external_trainers
+from nnunet_dycon.system.progress import with_progress
 
 
 def load_predictor(
@@ -55,7 +54,7 @@ def predict(
         cases: case identifier -> image files, one per channel.
         folder: folder for CASE.npz, CASE.pkl and the segmentation of each case. It is created if it does not exist.
         num_processes: number of processes for preprocessing, and for export. With 0, both run in this process.
-        title: title of the progress bar on stderr.
+        title: what is done, for the progress on stderr.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in (("dataset", predictor.dataset_json), ("plans", predictor.plans_manager.plans)):
@@ -65,10 +64,9 @@ def predict(
     missing = [case for case in cases if not _is_complete(folder / f"{case}{ending}", reader)]
     files = [[str(file) for file in cases[case]] for case in missing]
     outputs = [str(folder / case) for case in missing]
-    bar = partial(tqdm, total=len(missing), desc=title, unit="case", disable=not missing or None)
     with _silence():
         if num_processes == 0:
-            for its_files, output in bar(zip(files, outputs)):
+            for its_files, output in with_progress(zip(files, outputs), len(missing), title):
                 predictor.predict_from_files_sequential([its_files], [output], save_probabilities=True)
         elif missing:
             preprocessed = preprocessing_iterator_fromfiles(
@@ -81,7 +79,7 @@ def predict(
                 num_processes,
                 predictor.device.type == "cuda",
             )
-            predictor.predict_from_data_iterator(bar(preprocessed), True, num_processes)
+            predictor.predict_from_data_iterator(with_progress(preprocessed, len(missing), title), True, num_processes)
 
 
 @contextmanager

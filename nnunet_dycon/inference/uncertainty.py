@@ -102,7 +102,7 @@ def rank_predictions(folders: Sequence[Path], output: Path, *, num_processes: in
         output.mkdir(parents=True, exist_ok=True)
         _remove_earlier_maps(output, task.file_ending)
     work = partial(_rank_case, folders=folders, output=output, task=task)
-    results = list(map_cases(work, cases, num_processes, "uncertainty"))
+    results = list(map_cases(work, cases, num_processes, "computing uncertainty"))
     for remark in (remark for _, remarks in results for remark in remarks):
         print(f"nnunet_dycon: warning: {remark}", file=sys.stderr)
     rows = sorted((row for row, _ in results), key=lambda r: (r["expected_dice"], -(r["entropy_nats"] or 0), r["case"]))

@@ -117,7 +117,10 @@ def select_cases(
 def require_spacing(source: Path, ending: str) -> None:
     """Raise UsageError if the images of a data set in nnUNet_raw, with a file ending, have no spacing."""
     if ending not in VOLUME_ENDINGS:
-        raise UsageError(f"{source / 'dataset.json'}: {ending} files have no spacing, which is not supported")
+        raise UsageError(
+            f"{source / 'dataset.json'}: {ending} files have no spacing, which is not supported; convert the data set "
+            "to .nii.gz"
+        )
 
 
 def _find(source: Path, about: dict[str, Any], folder: Path) -> _Cases:

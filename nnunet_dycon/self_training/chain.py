@@ -272,8 +272,8 @@ def _check(names: Sequence[str], training: Training, labeling: Labeling) -> None
                 raise UsageError(f"{results} has models of an earlier data set of this name; move or delete it")
         elif not _is_of_chain(folder, before, content, training, labeling):
             raise UsageError(
-                f"{folder} exists, but was not written by a chain with these options, images and models; choose other "
-                f"--ids, or delete {name} in nnUNet_raw, nnUNet_preprocessed and nnUNet_results"
+                f"{folder} exists, but was not written by self_train with these options, images and models; choose "
+                f"other --ids, or delete {name} in nnUNet_raw, nnUNet_preprocessed and nnUNet_results"
             )
 
 

@@ -7,16 +7,15 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from tqdm import tqdm
-
 from nnunet_dycon.errors import UserError
+from nnunet_dycon.system.progress import with_progress
 
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 Job = TypeVar("Job")
@@ -26,7 +25,7 @@ Result = TypeVar("Result")
 def map_cases(
     function: Callable[[Job], Result], jobs: Sequence[Job], num_processes: int, title: str
 ) -> Iterator[Result]:
-    """Yield function(job) for each job, in the order of the jobs, and show a progress bar on stderr.
+    """Yield function(job) for each job, in the order of the jobs, and show the progress on stderr.
 
     If the function raises an exception in a worker process, the exception is raised in this process, too, and the jobs
     that have not started yet are cancelled.
@@ -35,23 +34,20 @@ def map_cases(
         function: a picklable function with one picklable argument and a picklable result.
         jobs: arguments of the function, one for each call, such as files.
         num_processes: number of worker processes; with 1, the function runs in this process.
-        title: title of the progress bar.
+        title: what is done, for the progress and errors, such as "scoring".
 
     Raises:
         UserError: a worker process was killed.
     """
 
-    def with_progress(results: Iterable[Result]) -> Iterator[Result]:
-        return iter(tqdm(results, total=len(jobs), desc=title, unit="case", disable=not jobs or None))
-
     if num_processes == 1 or len(jobs) <= 1:
-        yield from with_progress(map(function, jobs))
+        yield from with_progress(map(function, jobs), len(jobs), title)
         return
     # Spawn instead of fork, because forking a process with running torch threads can deadlock.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(num_processes, len(jobs)), context, initializer=end_with_parent) as pool:
         try:
-            yield from with_progress(pool.map(function, jobs))
+            yield from with_progress(pool.map(function, jobs), len(jobs), title)
         except BrokenProcessPool:
             raise UserError(
                 f"{title}: a worker process was killed, perhaps for lack of memory; run again with -np 1"
