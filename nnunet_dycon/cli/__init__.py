@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from nnunet_dycon import __version__
-from nnunet_dycon.cli import data, information, models, rounds, scores
+from nnunet_dycon.cli import data, information, models, pretraining, rounds, scores
 from nnunet_dycon.errors import UserError
 from nnunet_dycon.system.processes import exiting_on_sigterm
 
@@ -66,6 +66,7 @@ def build_parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
     information.add_list(commands)
     scores.add_evaluate(commands)
     scores.add_compare(commands)
+    pretraining.add_adapt_weights(commands)
     models.add_export_vanilla(commands)
     models.add_predict_both(commands)
     models.add_predict_uncertainty(commands)
