@@ -62,6 +62,7 @@ COLUMNS = ("method", "labels", "draw", "seed", "weights", "set", "case", "label"
 SETS = ("val", UNLABELED, "test")
 ITERATIONS_PER_EPOCH = 100
 _BUDGET = ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch")
+_TRAINING_DEFAULTS = {"learning_rate_factor": 1.0, "warmup": 0.0, "frozen_encoder": 0.0}
 _COMPANIONS = {"teacher": TEACHER, "second": SECOND}
 
 
@@ -193,7 +194,10 @@ class Benchmark(Preparation):
             settings = {kind: asdict(getattr(trainer, kind)) for kind in record["settings"]}
             for its in settings.values():
                 its |= {name: value for name, value in run.settings.items() if name in its}
-            if record["settings"] != json.loads(json.dumps(settings)):
+            recorded = dict(record["settings"])
+            if "training_settings" in recorded:  # settings that are newer than the record had their neutral defaults
+                recorded["training_settings"] = _TRAINING_DEFAULTS | recorded["training_settings"]
+            if recorded != json.loads(json.dumps(settings)):
                 raise SystemExit(
                     f"{folder} was trained with other settings of {run.trainer}; delete it and its rows in the CSV"
                 )
