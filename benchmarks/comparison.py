@@ -4,6 +4,8 @@
   cases with their labels. The plans of upper_bound are those for the largest number of labeled cases in
   `DataSet.labels`. All other methods are trainers listed by `nnunet_dycon list`. Settings of a trainer can be changed
   after a colon: nnUNetTrainerDyCON:uncl_weight=0.1,rampup=0.8
+- lower_bound+mae1000 and nnUNetTrainerDyCON+mae1000 are the same methods with a pretrained encoder, see
+  `benchmarks.pretraining`. 1000 is the number of steps of the pretraining.
 - The sets to score are val, unlabeled and test. The set unlabeled contains the unlabeled training cases, whose labels
   are used for scoring only. Choose settings on val and unlabeled. Score test only when all settings are final.
 - All runs have the same number of iterations, over which the learning rate decays to 0. The final checkpoint of the
@@ -62,6 +64,7 @@ COLUMNS = ("method", "labels", "draw", "seed", "weights", "set", "case", "label"
 SETS = ("val", UNLABELED, "test")
 ITERATIONS_PER_EPOCH = 100
 _BUDGET = ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch")
+_TRAINING_DEFAULTS = {"learning_rate_factor": 1.0, "warmup": 0.0, "frozen_encoder": 0.0}
 _COMPANIONS = {"teacher": TEACHER, "second": SECOND}
 
 
@@ -83,7 +86,19 @@ class Run:
     def trainer(self) -> str:
         """Name of the trainer class: nnUNetTrainer for lower_bound and upper_bound, else the method's name."""
         name = self.method.partition(":")[0]
+        if not name.startswith(UPPER_BOUND):  # whose cases are all labeled, with nothing to pretrain on
+            name = name.partition("+")[0]
         return SUPERVISED if name in (LOWER_BOUND, UPPER_BOUND) else name
+
+    @property
+    def pretraining_steps(self) -> int:
+        """Number of steps of the pretraining, such as 1000 for lower_bound+mae1000; 0 without pretraining.
+
+        Raises:
+            ValueError: the method has another text after "+".
+        """
+        pretraining = self.method.partition(":")[0].partition("+")[2]
+        return int(pretraining.removeprefix("mae")) if pretraining else 0
 
     @property
     def settings(self) -> dict[str, object]:
@@ -123,7 +138,8 @@ class Benchmark(Preparation):
         """
         settings = "".join(f"_{key}" for key in run.settings)
         number = hashlib.sha256(json.dumps(self.declaration(run), sort_keys=True).encode()).hexdigest()[:8]
-        return f"Benchmark_{run.method.partition(':')[0]}{settings}_i{self.iterations}_s{run.seed}_{number}"
+        method = run.method.partition(":")[0].replace("+", "_")
+        return f"Benchmark_{method}{settings}_i{self.iterations}_s{run.seed}_{number}"
 
     def declaration(self, run: Run) -> dict[str, Any]:
         """Return the settings of a run from which its trainer class is built, as written to runs.json.
@@ -131,8 +147,9 @@ class Benchmark(Preparation):
         The keys are described in benchmarks/trainers/nnunet_dycon_benchmark_trainers.py, which reads runs.json.
         """
         budget = {"epochs": self.iterations // ITERATIONS_PER_EPOCH, "iterations_per_epoch": ITERATIONS_PER_EPOCH}
+        pretraining = {"pretraining_steps": run.pretraining_steps} if run.pretraining_steps else {}
         return {"trainer": run.trainer, "settings": run.settings, "seed": run.seed, "precision": self.precision,
-                **budget}  # fmt: skip
+                **budget, **pretraining}  # fmt: skip
 
     def declare(self, runs: Iterable[Run]) -> None:
         """Add runs to runs.json in the working folder, so that nnU-Net finds their trainer classes.
@@ -156,8 +173,10 @@ class Benchmark(Preparation):
         model = self.work / "nnUNet_results" / raw.name / f"{name}__{self.plans}__3d_fullres"
         start = time.monotonic()
         if not (model / "fold_all" / STUDENT).is_file():
+            pretrained = ["-pretrained_weights", str(self.pretrained(run))] if run.pretraining_steps else []
             self.command("nnunetv2.run.run_training:run_training_entry", dataset, "3d_fullres", "all", "-tr", name,
-                          "-p", self.plans, "-device", self.device, log=f"{name}_{dataset}.log")  # fmt: skip
+                          "-p", self.plans, "-device", self.device, *pretrained,
+                          log=f"{name}_{dataset}.log")  # fmt: skip
         commit = self.trained_by(run, model / "fold_all")
         rows = []
         for which, weights in self.missing(run):
@@ -174,6 +193,28 @@ class Benchmark(Preparation):
             rows += [self._row(run, weights, which, case, commit) for case in scored]
         self._append(rows)
         print(f"{run}: {time.monotonic() - start:.0f} s", flush=True)
+
+    def pretrained(self, run: Run) -> Path:
+        """Return the weights from which a run with pretraining starts, which are made if necessary.
+
+        They are pretrained on the unlabeled cases by `benchmarks.pretraining`, and adapted to the network of the run's
+        trainer by `nnunet_dycon adapt_weights`.
+        """
+        dataset = str(self.dataset_id(run.labeled))
+        checkpoint = self.work / "pretrained" / f"{dataset}_{self.plans}_mae{run.pretraining_steps}.pth"
+        adapted = checkpoint.with_name(f"{checkpoint.stem}_{run.trainer}.pth")
+        checkpoint.parent.mkdir(exist_ok=True)
+        about = ["-d", dataset, "-p", self.plans]
+        with FileLock(f"{checkpoint}.lock"):  # several runs start from the same weights
+            if not checkpoint.is_file():
+                steps = ["--steps", str(run.pretraining_steps)]
+                self.command(
+                    "benchmarks.pretraining:main", *about, *steps, "-o", str(checkpoint), log="pretraining.log"
+                )
+            if not adapted.is_file():
+                options = ["-w", str(checkpoint), *about, "-tr", run.trainer, "-o", str(adapted)]
+                self.command("nnunet_dycon.cli:main", "adapt_weights", *options, log="pretraining.log")
+        return adapted
 
     def trained_by(self, run: Run, folder: Path) -> str:
         """Return the commit hash of this repository with which a model was trained, such as "bb7b045".
@@ -193,7 +234,10 @@ class Benchmark(Preparation):
             settings = {kind: asdict(getattr(trainer, kind)) for kind in record["settings"]}
             for its in settings.values():
                 its |= {name: value for name, value in run.settings.items() if name in its}
-            if record["settings"] != json.loads(json.dumps(settings)):
+            recorded = dict(record["settings"])
+            if "training_settings" in recorded:  # settings that are newer than the record had their neutral defaults
+                recorded["training_settings"] = _TRAINING_DEFAULTS | recorded["training_settings"]
+            if recorded != json.loads(json.dumps(settings)):
                 raise SystemExit(
                     f"{folder} was trained with other settings of {run.trainer}; delete it and its rows in the CSV"
                 )
@@ -298,6 +342,10 @@ def compare(data_set: DataSet, description: str | None, argv: Sequence[str] | No
             _ = run.settings
         except ValueError:
             parser.error(f'{run.method}: settings must be name=value, text in double quotes, such as mixing="none"')
+        try:
+            _ = run.pretraining_steps
+        except ValueError:
+            parser.error(f"{run.method}: pretraining must be given as +mae and a number of steps, such as +mae1000")
     unknown = {run.trainer for run in asked} - {SUPERVISED, *TRAINERS}
     if unknown:
         parser.error(f"unknown methods: {', '.join(sorted(unknown))}; run `nnunet_dycon list` for all trainers")

@@ -94,6 +94,7 @@ def test_list_prints_all_trainers_and_converters(capsys):
     assert RECOMMENDED in printed.splitlines()[2]  # below the heading of its group, the first one
     assert all(f" {group}\n" in printed for group in groups())
     assert "NAME_50epochs" in printed
+    assert "NAME_finetune" in printed
     assert TRAINERS["nnUNetTrainerDyCON"].caveat in printed
 
 

@@ -45,7 +45,7 @@ def trainers_path(cwd: Path, **environment: str) -> str:
     return result.stdout.strip()
 
 
-LENGTHS = [f"{name}_{length}" for name, length in zip(TRAINERS, cycle(("smoke", "7epochs")))]
+LENGTHS = [f"{name}_{ending}" for name, ending in zip(TRAINERS, cycle(("smoke", "7epochs", "finetune_7epochs")))]
 NAMES = [*TRAINERS, *BUILDERS, *LENGTHS]
 FEW = NAMES[::5]
 
@@ -87,6 +87,8 @@ NO_TRAINER = {
     "nnUNetTrainerUXNet_05epochs": "for example nnUNetTrainerUXNet_50epochs",
     "nnUNetTrainerDyCON_paper": "nnUNetTrainerDyCON_paper was removed; use nnUNetTrainerDyCON, the published method",
     "nnUNetTrainerDyCON_noUnCL_50epochs": "derive a class from nnUNetTrainerDyCON with uncl_weight=0",
+    "nnUNetTrainerDyCON_paper_finetune": "nnUNetTrainerDyCON_paper was removed; use nnUNetTrainerDyCON",
+    "nnUNetTrainerDyCON_finetune_0epochs": "the number of epochs starts with 0; use",
 }
 
 

@@ -1,8 +1,9 @@
-"""Trainers for `nnUNetv2_train -tr`, one class per file, and variants of them with other numbers of epochs.
+"""Trainers for `nnUNetv2_train -tr`, one class per file, and variants of them for fine-tuning or of other lengths.
 
 `nnUNetTrainerX_50epochs` trains `nnUNetTrainerX` for 50 epochs instead of 1000, `nnUNetTrainerX_smoke` for 2 epochs of
-5 iterations. The classes of these variants are created on demand and stored as attributes of this module, so that there
-is one class per name and worker processes can unpickle it.
+5 iterations. `nnUNetTrainerX_finetune` is for training with -pretrained_weights: its learning rate is lower and has a
+warm-up. A length follows: `nnUNetTrainerX_finetune_50epochs`. The classes of these variants are created on demand and
+stored as attributes of this module, so that there is one class per name and worker processes can unpickle it.
 """
 
 import re
@@ -18,35 +19,46 @@ LENGTHS = (
     "Lengths of all trainers: 1000 epochs by default, NAME_50epochs for 50 or any other number, NAME_smoke for a test "
     "run of 2 epochs with 5 iterations."
 )
+FINE_TUNING = (
+    "Fine-tuning with all trainers: NAME_finetune, or NAME_finetune_50epochs, for pretrained weights "
+    "(-pretrained_weights): a tenth of the learning rate, after a warm-up."
+)
 _PREFIX = "nnUNetTrainer"
-_LENGTH = re.compile(r"(?P<trainer>.+)_(?P<length>smoke|(?P<epochs>\d+)epochs)")
+_VARIANT = re.compile(
+    r"(?P<trainer>.*?)(?P<finetune>_finetune)?(?:_(?P<length>smoke|(?P<epochs>\d+)epochs))?", re.DOTALL
+)
+# Their source is given in nnunet_dycon/training/finetune.py. A factor also suits the trainers with another optimizer.
+_FINE_TUNING = {"learning_rate_factor": 0.1, "warmup": 0.05}
 _SMOKE = {"num_epochs": 2, "num_iterations_per_epoch": 5, "num_val_iterations_per_epoch": 2}
 
 
-def _split(name: str) -> tuple[str, re.Match | None]:
-    """Return a trainer's name without its length suffix, and the regex match of the full name.
+def _split(name: str) -> re.Match:
+    """Return the regex match of a trainer's name.
 
-    For "nnUNetTrainerBCP_50epochs", the result is "nnUNetTrainerBCP" and a match whose group "epochs" is "50". For a
-    name with the suffix _smoke, the group "epochs" is None. For a name without a length suffix, the match is None.
+    Its groups are "trainer" (the name without suffixes), "finetune" and "length" (None without this suffix), and
+    "epochs" (the number of epochs as text; None without a number). For "nnUNetTrainerBCP_finetune_50epochs", they are
+    "nnUNetTrainerBCP", "_finetune", "50epochs" and "50".
     """
-    match = _LENGTH.fullmatch(name)
-    return (match["trainer"] if match else name), match
+    match = _VARIANT.fullmatch(name)
+    assert match is not None  # everything is optional
+    return match
 
 
 def registered_name(name: str) -> str | None:
-    """Return a trainer's name without its length suffix, such as _50epochs; None if it is not in `TRAINERS`.
+    """Return a trainer's name without suffixes (_finetune, _50epochs, _smoke); None if it is not in `TRAINERS`.
 
     `nnunet_dycon.registry.TRAINERS` describes the trainers for `nnUNetv2_train -tr`.
 
     Raises:
         UnknownTrainer: the trainer was removed from this package, or its number of epochs starts with 0.
     """
-    trainer, match = _split(name)
+    match = _split(name)
+    trainer = match["trainer"]
     if trainer in RETIRED:
         raise UnknownTrainer(f"{trainer} was removed; {RETIRED[trainer]}")
     if trainer not in TRAINERS:
         return None
-    if match and match["epochs"] and match["epochs"].startswith("0"):
+    if (match["epochs"] or "").startswith("0"):
         raise UnknownTrainer(f"{name}: the number of epochs starts with 0; use for example {trainer}_50epochs")
     return trainer
 
@@ -55,9 +67,9 @@ def caveat_of(name: str) -> str | None:
     """Return the warning to log when a training starts, as "TRAINER: text"; None if the trainer has no warning.
 
     Args:
-        name: name of the trainer. TRAINER is this name without its length suffix, such as _50epochs.
+        name: name of the trainer. TRAINER is this name without suffixes such as _50epochs.
     """
-    trainer, _ = _split(name)
+    trainer = _split(name)["trainer"]
     caveat = TRAINERS[trainer].caveat if trainer in TRAINERS else ""
     return f"{trainer}: {caveat}" if caveat else None
 
@@ -66,8 +78,8 @@ def trainer_class(name: str) -> Any:
     """Return the class of a trainer.
 
     Args:
-        name: name of a trainer in `nnunet_dycon.registry.TRAINERS`, with or without a length suffix such as _50epochs,
-            or of a trainer for internal use in `nnunet_dycon.registry.BUILDERS`, such as nnUNetTrainerDemo.
+        name: name of a trainer in `nnunet_dycon.registry.TRAINERS`, with or without suffixes such as _finetune and
+            _50epochs, or of a trainer for internal use in `nnunet_dycon.registry.BUILDERS`, such as nnUNetTrainerDemo.
 
     Raises:
         UnknownTrainer: there is no such trainer, it was removed, or its number of epochs starts with 0.
@@ -84,21 +96,27 @@ def trainer_class(name: str) -> Any:
 
 
 def __getattr__(name: str) -> Any:
-    """Create, store and return the class of a trainer with a length suffix, such as nnUNetTrainerBCP_50epochs.
+    """Create, store and return the class of a trainer with a suffix, such as nnUNetTrainerBCP_finetune_50epochs.
 
     Python calls this function if the module has no attribute of this name yet.
 
     Raises:
-        AttributeError: the name has no length suffix, or the trainer is not in `TRAINERS`.
+        AttributeError: the name has no suffix, or the trainer is not in `TRAINERS`.
         UnknownTrainer: the number of epochs starts with 0.
     """
-    trainer, match = _split(name)
-    if match is None or trainer not in TRAINERS:
+    match = _split(name)
+    if match["trainer"] not in TRAINERS or match["trainer"] == name:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    base = trainer_class(trainer)
     registered_name(name)  # raises for a wrong number of epochs
-    length = {"num_epochs": int(match["epochs"])} if match["epochs"] else _SMOKE
-    settings = replace(base.training_settings, **length)
+    changes: dict[str, Any]
+    if match["length"]:
+        base = trainer_class(match["trainer"] + (match["finetune"] or ""))
+        changes = {"num_epochs": int(match["epochs"])} if match["epochs"] else _SMOKE
+    else:
+        base, changes = trainer_class(match["trainer"]), _FINE_TUNING
+    settings = replace(base.training_settings, **changes)
     doc = f"{base.__name__}, {settings.num_epochs} epochs of {settings.num_iterations_per_epoch} iterations."
+    if not match["length"]:
+        doc = f"{base.__name__} for fine-tuning of pretrained weights; see `nnunet_dycon.training.finetune`."
     made = type(name, (base,), {"__module__": __name__, "__doc__": doc, "training_settings": settings})
     return globals().setdefault(name, made)

@@ -3,13 +3,14 @@
 import torch
 
 from nnunet_dycon.trainers.uxnet_training import UXNetTraining
-from nnunet_dycon.training.settings import TrainingLength
+from nnunet_dycon.training import finetune
+from nnunet_dycon.training.settings import TrainingSchedule
 
 
 class nnUNetTrainerUXNet(UXNetTraining):
     """nnU-Net's supervised training of 3D UX-Net (arXiv:2209.15076); see `nnunet_dycon.networks.uxnet`."""
 
-    training_settings = TrainingLength()
+    training_settings = TrainingSchedule()
 
     def __init__(
         self,
@@ -21,3 +22,7 @@ class nnUNetTrainerUXNet(UXNetTraining):
     ):
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.training_settings.apply_to(self)
+
+    def initialize(self) -> None:
+        super().initialize()
+        finetune.schedule(self, self.training_settings)

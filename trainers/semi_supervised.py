@@ -21,7 +21,7 @@ from nnunet_dycon.methods import Method, Supervision
 from nnunet_dycon.system.distributed import on_any_rank, on_rank_zero, waiting_for_rank_zero
 from nnunet_dycon.system.environment import require_nnunet
 from nnunet_dycon.trainers import caveat_of
-from nnunet_dycon.training import checkpoints, compatibility, plots, preemption, preflight, pseudo_label_page
+from nnunet_dycon.training import checkpoints, compatibility, finetune, plots, preemption, preflight, pseudo_label_page
 from nnunet_dycon.training.recorder import EpochRecorder, replace_lost
 from nnunet_dycon.training.run_record import update_record
 from nnunet_dycon.training.settings import TrainingSettings
@@ -57,8 +57,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self._resumed_settings: dict[str, dict] | None = None  # set by load_checkpoint
         self._sparse: list[str] = []  # sparsely annotated cases of all folds; set by on_train_start
         self._cases: loader.TrainingCases | None = None  # set by get_dataloaders
-        self._step_in_epoch = 0
-        self._recorder = EpochRecorder()
+        self._step_in_epoch, self._recorder = 0, EpochRecorder()
         self._guarded_step = GuardedStep(self.print_to_log_file)
         self._stop_request = preemption.StopRequest()
         self._lock = preflight.TrainingLock(Path(self.output_folder), self.unlabeled_cases, self.print_to_log_file)
@@ -88,6 +87,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         with compatibility.deep_supervision_off(self):  # the teacher is a copy of the network and does not need it
             self.method = self.build_method(self.network, make_supervision(self))
         optimize_with_network(self.method, self.optimizer, self.device, self.is_ddp)
+        finetune.schedule(self, self.training_settings)
         # After the teacher was copied, and before the first forward pass: torch.compile ignores later hooks.
         self._tap = FeatureTap(unwrap(self.network), self.feature_stage().name) if self.method.uses_features else None
 

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from nnunet_dycon import __version__
-from nnunet_dycon.cli import data, information, models, rounds, scores
+from nnunet_dycon.cli import data, information, models, pretraining, rounds, scores
 from nnunet_dycon.errors import UserError
 from nnunet_dycon.registry import RECOMMENDED
 from nnunet_dycon.system.processes import exiting_on_sigterm
@@ -104,7 +104,7 @@ def build_parser(argv: Sequence[str] | None = ()) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=argparse.ArgumentParser)
     groups: dict[str, tuple[Callable[[Any], None], ...]] = {
         "data": (partial(data.add_convert, argv=argv), data.add_preprocess_unlabeled, data.add_sparsify),
-        "training": (information.add_trainers_path, information.add_list),
+        "training": (information.add_trainers_path, information.add_list, pretraining.add_adapt_weights),
         "results": (
             scores.add_evaluate, scores.add_compare, models.add_predict_both, models.add_predict_uncertainty,
             models.add_export_vanilla,

@@ -13,7 +13,7 @@ from nnunet_dycon.cli.arguments import DATASET, DEVICE, NEW_FOLDER, add_path, fo
 from nnunet_dycon.errors import UsageError
 from nnunet_dycon.registry import CONVERTERS, RECOMMENDED, TRAINERS, groups
 from nnunet_dycon.system.environment import DISCOVERY, require_nnunet
-from nnunet_dycon.trainers import LENGTHS
+from nnunet_dycon.trainers import FINE_TUNING, LENGTHS
 
 
 def add_trainers_path(commands: Any) -> None:
@@ -61,7 +61,7 @@ def _list(arguments: argparse.Namespace) -> None:
             print(f"  {name:{width}}  {TRAINERS[name].summary}")
             if caveat := TRAINERS[name].caveat:
                 print(f"  {'':{width}}  {caveat}")
-    print(f"{LENGTHS}\nconverters (nnunet_dycon convert NAME)")
+    print(f"{LENGTHS}\n{FINE_TUNING}\nconverters (nnunet_dycon convert NAME)")
     for name, converter in CONVERTERS.items():
         print(f"  {name:{width}}  {converter.summary}")
 

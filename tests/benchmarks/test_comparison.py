@@ -183,6 +183,8 @@ def test_upper_bound_is_run_once_for_all_numbers_of_labels(monkeypatch, tmp_path
         ("nnUNetTrainerDyCON:gama=1", "nnUNetTrainerDyCON has no setting gama"),
         ("nnUNetTrainerDyCON:num_epochs=5", "nnUNetTrainerDyCON has no setting num_epochs"),
         ("lower_bound:gamma=1", "nnUNetTrainer has no setting gamma"),
+        ("lower_bound+mae", "pretraining must be given as +mae and a number of steps"),
+        ("upper_bound+mae1000", "unknown methods: upper_bound+mae1000"),
     ],
 )
 def test_unknown_methods_and_settings_are_errors(monkeypatch, tmp_path, capsys, method, message):
@@ -226,7 +228,8 @@ def test_teacher_or_second_network_is_scored_if_it_exists():
 
 
 def test_trainer_names_are_unique_for_each_run(benchmark):
-    methods = ("lower_bound", "nnUNetTrainerDyCON", "nnUNetTrainerDyCON:gamma=-1", "nnUNetTrainerDyCON:gamma=1",
+    methods = ("lower_bound", "lower_bound+mae1000", "nnUNetTrainerDyCON", "nnUNetTrainerDyCON+mae1000",
+               "nnUNetTrainerDyCON+mae2000", "nnUNetTrainerDyCON:gamma=-1", "nnUNetTrainerDyCON:gamma=1",
                'nnUNetTrainerDyCON:fecl_form="paper"')  # fmt: skip
     runs = [Run(method, LabeledSet(8), seed) for method in methods for seed in (0, 1)]
     names = [benchmark.name(run) for run in runs]
@@ -256,6 +259,17 @@ def test_model_with_other_settings_is_not_scored(benchmark, tmp_path):
     (tmp_path / "benchmark.json").write_text(json.dumps({"commit": "abc", "settings": settings}))
     with pytest.raises(SystemExit, match="was trained with other settings of nnUNetTrainerDyCON; delete it"):
         benchmark.trained_by(run, tmp_path)
+
+
+def test_model_from_before_the_settings_of_the_schedule_is_scored(benchmark, tmp_path):
+    run = Run("nnUNetTrainerDyCON", LabeledSet(8), 0)
+    settings = asdict(trainer_class("nnUNetTrainerDyCON").training_settings)
+    for name in ("learning_rate_factor", "warmup", "frozen_encoder"):
+        del settings[name]
+    (tmp_path / "benchmark.json").write_text(json.dumps({"commit": "a", "settings": {"training_settings": settings}}))
+    assert benchmark.trained_by(run, tmp_path) == "a"
+    with pytest.raises(SystemExit, match="was trained with other settings"):
+        benchmark.trained_by(Run("nnUNetTrainerDyCON:warmup=0.05", LabeledSet(8), 0), tmp_path)
 
 
 _STEP = """

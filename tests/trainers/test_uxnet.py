@@ -17,7 +17,7 @@ from nnunet_dycon.cli import main
 from nnunet_dycon.networks import DKUXNet, UXNet
 from nnunet_dycon.trainers.nnUNetTrainerDKUXNet import nnUNetTrainerDKUXNet
 from nnunet_dycon.trainers.nnUNetTrainerUXNet import nnUNetTrainerUXNet
-from nnunet_dycon.training.settings import TrainingLength
+from nnunet_dycon.training.settings import TrainingSchedule
 from tests.tiny import PREPROCESSED, tiny_volume
 from tests.trainers.training import make_trainer, narrow
 
@@ -115,7 +115,7 @@ def test_plans_without_stages_raise(small, trainer_class):
 
 
 class ShortUXNet(nnUNetTrainerUXNet):
-    training_settings = TrainingLength(num_epochs=1, num_iterations_per_epoch=2, num_val_iterations_per_epoch=1)
+    training_settings = TrainingSchedule(num_epochs=1, num_iterations_per_epoch=2, num_val_iterations_per_epoch=1)
 
 
 def test_supervised_training_on_regions_requires_no_unlabeled_cases(small):

@@ -1,0 +1,1 @@
+"""Start from pretrained weights: `nnunet_dycon adapt_weights`."""
