@@ -301,11 +301,11 @@ def _check_leftovers(unlabeled: UnlabeledCases) -> Iterator[Finding]:
 def check_folds(training: Training) -> Iterator[Finding]:
     """Check that nnU-Net can train the given fold, or every fold if none is given.
 
-    The fold must contain only preprocessed labeled cases, and no case may be in both the training and the validation
-    list. Yield a finding for each problem, and one with the number of folds or, for fold "all", of cases.
+    Yield a finding with the number of folds or, for fold "all", of cases. Folds of splits_final.json that nnU-Net can
+    train nevertheless have a finding for each problem, such as a case in both the training and the validation list.
 
     Raises:
-        UserError: nnU-Net cannot train a fold, see `check_split`.
+        UserError: nnU-Net would end with an error, such as for a fold that does not exist; see `check_split`.
     """
     folder, labeled = training.labeled_folder, training.labeled
     file = folder.parent / "splits_final.json"

@@ -175,7 +175,17 @@ def _fault(rules: _Rules, label: _NewLabel) -> str | None:
 
 
 def _add(source: Path, about: dict[str, Any], labels: Sequence[_NewLabel], reader: Reader) -> None:
-    """Write the labels into the folder of the journal, and move the cases."""
+    """Make unlabeled cases with new labels labeled: labels to labelsTr, images from imagesUn to imagesTr.
+
+    The labels are first written to the folder of the journal. The journal, a file with all further changes, is written
+    next, so that an interrupted call can be finished.
+
+    Args:
+        source: nnUNet_raw/DatasetXXX_Name.
+        about: content of dataset.json.
+        labels: the new labels, which have been checked.
+        reader: class that reads the files.
+    """
     prepared, ending = prepare(source), about["file_ending"]
     moves = []
     for label in labels:

@@ -289,7 +289,9 @@ def _is_running(lock: Mapping[str, Any]) -> bool | None:
 
 
 def _is_of_this_job(other: Mapping[str, Any], owner: Mapping[str, Any]) -> bool:
-    """Return whether two processes belong to the same job, but not to the same PID namespace of the same host.
+    """Return whether two processes belong to the same job, but run on other hosts or in other PID namespaces.
+
+    Processes in one PID namespace are compared by their process IDs instead.
 
     Args:
         other: content of the lock file of one process.
