@@ -153,7 +153,8 @@ def _mask_patterns(masks: str | Sequence[str] | None) -> dict[str, str]:
     if len(given) == 1 and not named:
         return {"": given[0]}
     if len(named) < len(given):
-        raise UsageError(f"--masks {next(entry for entry in given if entry not in named)}: give NAME=PATTERN for each")
+        unnamed = next(entry for entry in given if entry not in named)
+        raise UsageError(f"--masks {unnamed} has no name; write each of several masks as NAME=PATTERN")
     patterns = dict(_named(entry, "--masks") for entry in named)
     if len(patterns) < len(named) or patterns.keys() & {"background", "ignore"}:
         raise UsageError('--masks: give each name only once, and not the names "background" and "ignore"')

@@ -110,8 +110,8 @@ def plan(source: Path, *, protocol: Protocol | None = None, keep_duplicates: boo
     h5, recipe = _h5(entries)
     if native and h5:
         raise UserError(
-            f"{source} has CT ({next(iter(native.values()))}) and normalized h5 files; name a folder with one "
-            "of them with -i"
+            f"{source} has CT ({next(iter(native.values()))}) and normalized h5 files; use -i for a folder that "
+            "contains only one of these two kinds"
         )
     if not native and not h5:
         raise UserError(

@@ -85,8 +85,8 @@ class Method(nn.Module):
         """
         if self.teacher is None:
             raise NotImplementedError(
-                f"{type(self).__name__} has no teacher whose pseudo-labels could be plotted; define a method label() "
-                "that returns the logits of another network, or set labeler = None in the class to omit the plots"
+                f"{type(self).__name__} has no teacher whose pseudo-labels could be plotted; define label() to "
+                "return the logits of the network that predicts them, or set labeler = None in the class for no plots"
             )
         return self.teacher(images).logits[0]
 

@@ -32,7 +32,8 @@ def read_dataset_json(folder: Path) -> dict[str, Any]:
     check_dataset_json(content, file)
     if "dataset" in content:
         raise UserError(
-            f'{file} lists the paths of its files (entry "dataset"), which is not supported; copy the files'
+            f'{file} lists the paths of images and labels (entry "dataset"), which is not supported; copy them to '
+            "imagesTr and labelsTr, and remove the entry"
         )
     return content
 

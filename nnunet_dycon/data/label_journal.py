@@ -107,7 +107,9 @@ def _check(moves: Sequence[tuple[Path, Path]], contents: Mapping[Path, object]) 
             raise UserError(f"{new} exists already; move it away (nothing was changed)")
         target = next(folder for folder in new.parents if folder.exists())
         if old.stat().st_dev != target.stat().st_dev:
-            raise UserError(f"{old.parent} and {target} are on different file systems; use one (nothing was changed)")
+            raise UserError(
+                f"{old.parent} and {target} are on different file systems; move both to one (nothing was changed)"
+            )
         for folder in (old.parent, target):
             _require_writable(folder)
     for path in contents:

@@ -84,7 +84,7 @@ def _export_fold(model: Path, output: Path, fold: str, name: str) -> None:
     elif builder is not nnUNetTrainer.build_network_architecture:
         raise UserError(
             f"{source / name} cannot be exported, because nnU-Net cannot build the network of {trainer} without this "
-            "package; predict with it in place: set nnUNet_extTrainer and run nnUNetv2_predict"
+            "package; predict without exporting it: set nnUNet_extTrainer and run nnUNetv2_predict"
         )
     _copy(source, target, _OF_FOLD + (_SCORES_OF_FOLD if name == STUDENT else ()))
     torch.save(

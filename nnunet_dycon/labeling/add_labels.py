@@ -133,7 +133,7 @@ def _find(source: Path, about: dict[str, Any], folder: Path) -> list[_NewLabel]:
     moved = [image for case in files for image in images.get(case, ()) if (source / "imagesTr" / image.name).exists()]
     if moved:
         raise UserError(
-            f"{source / 'imagesTr'} has {some([image.name for image in moved])} already; remove one of both"
+            f"{some([image.name for image in moved])} in both imagesTr and imagesUn of {source}; remove one of both"
         )
     if unknown := sorted(files.keys() - images.keys()):
         raise UserError(f"{source / 'imagesUn'} has no images of {some(unknown)}; rename or remove files in {inner}")

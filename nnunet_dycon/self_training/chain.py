@@ -261,8 +261,9 @@ def _check(names: Sequence[str], training: Training, labeling: Labeling) -> None
     selection, cases = labeling.selection, len(content.cases)
     if uses_unlabeled and selection.number(cases) >= cases and selection.confidence is None:
         raise UsageError(
-            f"--keep {selection.keep_option} leaves none of {cases} unlabeled cases for {training.trainer}; keep "
-            "fewer, add --confidence, or use -tr nnUNetTrainer"
+            f"with --keep {selection.keep_option}, all {cases} unlabeled cases get pseudo-labels, but "
+            f"{training.trainer} also needs unlabeled ones; keep fewer, leave uncertain voxels unlabeled with "
+            "--confidence, or use -tr nnUNetTrainer"
         )
     for before, name in zip(names, rounds):
         folder = nnunet_folder("nnUNet_raw") / name

@@ -77,11 +77,11 @@ class Content:
         return splits
 
     def check(self) -> None:
-        """Check that the files to copy exist and that no name would be used twice.
+        """Check that the source can be used, that the files to copy exist, and that no name would be used twice.
 
         Raises:
             UsageError: there is no annotated case, the source is a result of `pseudo_label`, the plans to copy do not
-                exist, or an annotated case already has the name pseudo_CASE of an unlabeled CASE.
+                exist, or an annotated case has the name pseudo_CASE that an unlabeled CASE gets in the new data set.
             UserError: images of an annotated case are missing, a case is annotated and unlabeled, or splits_final.json
                 cannot be used.
         """
@@ -96,7 +96,10 @@ class Content:
         if both := sorted((set(annotated) | images.keys()) & self.cases.keys()):
             raise UserError(f"{some(both)} in both imagesTr and {UNLABELED} of {self.source}; remove one of both")
         if taken := sorted(set(annotated) & {PREFIX + case for case in self.cases}):
-            raise UsageError(f"{self.source / 'labelsTr'} has the names of pseudo-labeled cases {some(taken)}; rename")
+            raise UsageError(
+                f"{self.source / 'labelsTr'} has {some(taken)}, which are the names of new pseudo-labeled cases; "
+                "rename these cases in imagesTr and labelsTr"
+            )
         plans = self.preprocessed / f"{self.plans}.json"
         if self.plans is not None and not plans.is_file():
             raise UsageError(

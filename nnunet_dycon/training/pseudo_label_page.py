@@ -85,9 +85,9 @@ def draw_page(trainer: nnUNetTrainer, method: Method, cases: TrainingCases, epoc
 
 
 class _Labeler(nn.Module):
-    """The network for nnU-Net's predictor: a forward pass returns the logits of a method's pseudo-labels.
+    """Adapter for nnU-Net's predictor: its output are the logits from which a `Method` makes pseudo-labels.
 
-    The method is not a child module, so its networks keep their mode when the predictor calls eval().
+    The `Method` is not registered as a child module, so its networks keep their mode when the predictor calls eval().
     """
 
     def __init__(self, method: Method) -> None:

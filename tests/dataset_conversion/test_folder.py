@@ -292,7 +292,7 @@ def test_case_is_converted_again_if_one_of_its_masks_has_changed(organs, target)
 @pytest.mark.parametrize(
     ("masks", "message"),
     [
-        (["{case}/liver.nii.gz", "spleen={case}/spleen.nii.gz"], "--masks {case}/liver.nii.gz: give NAME=PATTERN"),
+        (["{case}/liver.nii.gz", "spleen={case}/spleen.nii.gz"], "--masks {case}/liver.nii.gz has no name"),
         (["a={case}/liver.nii.gz", "a={case}/spleen.nii.gz"], "--masks: give each name only once"),
         (["ignore={case}/liver.nii.gz", "a={case}/spleen.nii.gz"], "--masks: give each name only once"),
         (["a={case}/liver.nii.gz", "--foreground", "a=1"], "--foreground cannot be combined with --masks"),

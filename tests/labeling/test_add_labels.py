@@ -282,7 +282,7 @@ BAD = [
     (unknown_value, "has label values that dataset.json does not name: 7"),
     (unknown_case, "has no images of other"),
     (labeled_case, f"has labels of {LABELED[0]} already"),
-    (image_taken, "already; remove one of both"),
+    (image_taken, "in both imagesTr and imagesUn"),
     (truncated, "cannot be read"),
     (lambda raw, new: [file.unlink() for file in new.iterdir()], "has no label files"),
     (lambda raw, new: shutil.rmtree(new), "does not exist"),
