@@ -83,7 +83,7 @@ def build_parser(argv: Sequence[str] | None = ()) -> argparse.ArgumentParser:
     Args:
         argv: the command-line arguments to be parsed, without the program name; None for the options of all converters.
     """
-    about = {
+    about: dict[str, Any] = {
         "prog": "nnunet_dycon",
         "description": "Semi-supervised training for nnU-Net v2: learn from labeled and unlabeled 3D scans with "
         "nnU-Net's own commands. `nnunet_dycon COMMAND --help` explains a command, and `nnunet_dycon` without "
