@@ -148,7 +148,7 @@ def models_of_an_earlier_data_set(own: Path) -> None:
 
 
 BAD = [
-    (foreign_data_set, [], "911,912", "was not written by a chain with these options"),
+    (foreign_data_set, [], "911,912", "was not written by self_train with these options"),
     (lambda own: (own / "nnUNet_raw/Dataset912_Other").mkdir(), [], "911,912", "choose another with --ids"),
     (lambda own: None, [], "911,911", "given twice"),
     (lambda own: None, [], "901", "is that of Dataset901_Tiny"),
@@ -181,7 +181,7 @@ def test_chain_after_a_new_training_of_the_first_model_is_refused(own, commands,
     shutil.copy2(own / MODEL / "fold_1" / "checkpoint_final.pth", checkpoint)
     capsys.readouterr()
     assert self_train(ids="911") == 2
-    assert "was not written by a chain with these options, images and models" in capsys.readouterr().err
+    assert "was not written by self_train with these options, images and models" in capsys.readouterr().err
 
 
 def test_chains_that_share_a_data_set_exclude_each_other(own, commands, capsys):
@@ -209,7 +209,7 @@ def test_chain_with_other_options_or_images_is_refused(own, commands, capsys):
             shutil.copy(unlabeled / f"{UNLABELED[0]}_0000.nii.gz", unlabeled / "new_0000.nii.gz")
         capsys.readouterr()
         assert self_train(*options, ids="911") == 2
-        assert "was not written by a chain with these options" in capsys.readouterr().err
+        assert "was not written by self_train with these options" in capsys.readouterr().err
 
 
 def test_failing_command_is_named_and_environment_is_complete(tmp_path, monkeypatch):
