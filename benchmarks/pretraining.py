@@ -112,16 +112,17 @@ def _patch(image: np.ndarray, size: list[int], rng: np.random.Generator) -> torc
     padding = [(0, 0), *((0, max(0, wanted - there)) for wanted, there in zip(size, image.shape[1:]))]
     image = np.pad(image, padding)
     starts = [rng.integers(0, there - wanted + 1) for wanted, there in zip(size, image.shape[1:])]
-    patch = image[(slice(None), *(slice(start, start + wanted) for start, wanted in zip(starts, size)))]
-    axes = [axis for axis in range(1, image.ndim) if rng.random() < 0.5]
-    return torch.from_numpy(np.flip(patch, axes).copy())
+    box = [slice(None), *(slice(start, start + wanted) for start, wanted in zip(starts, size))]
+    axes = tuple(axis for axis in range(1, image.ndim) if rng.random() < 0.5)
+    return torch.from_numpy(np.flip(image[tuple(box)], axes).copy())
 
 
 def _hidden(size: torch.Size) -> torch.Tensor:
     """Return a mask (1, 1, *size) that is True in random cubes, for the whole batch."""
     cubes = torch.rand(1, 1, *(-(-length // CUBE) for length in size)) < HIDDEN
-    mask = interpolate(cubes.float(), scale_factor=CUBE)
-    return mask[(..., *(slice(length) for length in size))].bool()
+    mask = interpolate(cubes.float(), scale_factor=CUBE).bool()
+    box = [slice(None), slice(None), *(slice(length) for length in size)]
+    return mask[tuple(box)]
 
 
 def main() -> None:

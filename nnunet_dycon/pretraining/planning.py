@@ -19,8 +19,8 @@ from nnunet_dycon.system.files import replacing
 _MODULE = "dynamic_network_architectures.architectures.unet"
 _CLASSES = ("PlainConvUNet", "ResidualEncoderUNet")
 _SAFE = ("torch.nn.", "dynamic_network_architectures.")  # names of classes that a checkpoint may have us import
-# nnssl's preset, which its checkpoints name instead of the arguments (src/nnssl/architectures/get_network_by_name.py).
-# NoSkipResEncL differs from it only in the decoder.
+# nnssl's preset, which its checkpoints name instead of the arguments (get_res_enc_l in MIC-DKFZ/nnssl,
+# src/nnssl/architectures/architecture_registry.py). NoSkipResEncL differs from it only in the decoder.
 _PRESETS = ("ResEncL", "NoSkipResEncL")
 _PRESET: dict[str, Any] = {
     "n_stages": 6,
