@@ -97,7 +97,8 @@ class CutMix(Mixture):
     come from a labeled image: ``truth`` is True for them, and their pseudo-labels are not used.
 
     Args:
-        labeled, unlabeled: the numbers of labeled and of unlabeled images in a batch.
+        labeled: the number of labeled images in a batch.
+        unlabeled: the number of unlabeled images in a batch.
         spatial: size of the images, such as (Z, Y, X).
         device: the device of the images.
         box_fraction: the length of a box as a fraction of each axis, in [0, 1].
@@ -124,7 +125,8 @@ class CopyPaste(Mixture):
     versa.
 
     Args:
-        labeled, unlabeled: the numbers of labeled and of unlabeled images in a batch.
+        labeled: the number of labeled images in a batch.
+        unlabeled: the number of unlabeled images in a batch.
         spatial: size of the images, such as (Z, Y, X).
         device: the device of the images.
         box_fraction: the length of a box as a fraction of each axis, in [0, 1].
