@@ -44,7 +44,7 @@ _NNSSL_BATCH = 2  # of nnU-Net's documentation of nnssl checkpoints
 
 @dataclass(frozen=True)
 class _Design:
-    """What a checkpoint was trained with.
+    """Architecture, spacing, patches and normalization of the training of a checkpoint.
 
     Attributes:
         architecture: entry "architecture" of nnU-Net's plans.

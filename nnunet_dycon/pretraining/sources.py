@@ -27,7 +27,7 @@ Weights = dict[str, torch.Tensor]
 
 _NESTED = ("network_weights", "state_dict", "model_state_dict", "model")
 _WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:module|_orig_mod)\.")  # of DistributedDataParallel and torch.compile
-# What torch reports for an object that it does not load, such as a class of another package.
+# Parts of the message of torch about an object that it does not load, such as a class of another package.
 _OBJECTS = ("GLOBAL", "Unsupported class")
 
 
