@@ -30,7 +30,7 @@ import griffe
 
 from benchmarks import pages
 from benchmarks.measuring import markdown
-from docs.site import markdown_math
+from docs.hooks import markdown_math
 from nnunet_dycon.cli import build_parser
 from nnunet_dycon.registry import CONVERTERS, TRAINERS
 from nnunet_dycon.trainers import trainer_class
@@ -39,11 +39,11 @@ DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 _BLOCK = re.compile(r"(<!-- (?P<kind>\w+):?(?P<arguments>[^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 _USE = {
-    "nnUNetTrainerWeakToStrong": "**by default**",
+    "nnUNetTrainerWeakToStrong": "**by default**; FixMatch and PseudoLabel did not differ significantly",
     "nnUNetTrainerDyCON_adapted": "for DyCON's losses in nnU-Net",
     "nnUNetTrainerDyCON": "to compare with the published DyCON",
     "nnUNetTrainerUGPL": "to compare with co-training of two networks",
-    "nnUNetTrainerDKUXNet": "to compare with a transformer (7 times the time of a step)",
+    "nnUNetTrainerDKUXNet": "to compare with a mask transformer (7.6 times the time per patch)",
 }
 _METHOD_PAGES = {
     "nnUNetTrainerDyCON_released": "dycon",
@@ -128,8 +128,10 @@ def choice() -> str:
     A gain is the difference of Dice to nnU-Net's own trainer on the labeled cases alone.
     """
     gains = {
-        "left atrium": ("la_3p5mm", "la", "la_600"), "hippocampus": ("hippocampus",), "small lesions": ("phantom",)
-    }  # fmt: skip
+        "left atrium (MRI)": ("la_3p5mm", "la", "la_600"),
+        "hippocampus (MRI)": ("hippocampus",),
+        "small lesions (synthetic)": ("phantom",),
+    }
     rows = [
         (f"[`{name}`](docs/reference/methods/{method_page(name)})", use,
          *(pages.gain(name, 4, *files) or "not measured" for files in gains.values()))

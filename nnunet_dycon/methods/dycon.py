@@ -23,8 +23,8 @@ class DyCONTerms:
     UnCL is the uncertainty-aware consistency loss (`uncl_loss`), FeCL the focal entropy-aware contrastive loss
     (`fecl_loss`) between patches. A patch is a cell of the feature grid of an encoder stage. FeCL compares each patch,
     called the anchor, with the other patches of its image. The patches of a different class are the negatives of the
-    anchor. The defaults are the paper's values, except rampup, top_k, foreground_fraction and background_fraction,
-    which are not in the paper.
+    anchor. The defaults are the paper's values, except beta_start and beta_end, which are those of the released code,
+    and rampup, top_k, foreground_fraction and background_fraction, which are our choices.
 
     Attributes:
         uncl_weight: the weight of UnCL after the ramp-up; 0 omits UnCL.
