@@ -29,6 +29,7 @@ import argparse
 import csv
 import hashlib
 import json
+import re
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -58,13 +59,13 @@ from nnunet_dycon.inference.evaluation import evaluate_folder
 from nnunet_dycon.registry import TRAINERS
 from nnunet_dycon.system.files import replacing
 from nnunet_dycon.training.checkpoints import SECOND, STUDENT, TEACHER
+from nnunet_dycon.training.settings import TrainingSchedule
 
 COLUMNS = ("method", "labels", "draw", "seed", "weights", "set", "case", "label", "dice", "hd95_mm", "plans",
            "iterations", "precision", "commit", "trainer_at_commit", "scored")  # fmt: skip
 SETS = ("val", UNLABELED, "test")
 ITERATIONS_PER_EPOCH = 100
 _BUDGET = ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch")
-_TRAINING_DEFAULTS = {"learning_rate_factor": 1.0, "warmup": 0.0, "frozen_encoder": 0.0}
 _COMPANIONS = {"teacher": TEACHER, "second": SECOND}
 
 
@@ -85,9 +86,7 @@ class Run:
     @property
     def trainer(self) -> str:
         """Name of the trainer class: nnUNetTrainer for lower_bound and upper_bound, else the method's name."""
-        name = self.method.partition(":")[0]
-        if not name.startswith(UPPER_BOUND):  # whose cases are all labeled, with nothing to pretrain on
-            name = name.partition("+")[0]
+        name = self.method.partition(":")[0].partition("+")[0]
         return SUPERVISED if name in (LOWER_BOUND, UPPER_BOUND) else name
 
     @property
@@ -95,10 +94,14 @@ class Run:
         """Number of steps of the pretraining, such as 1000 for lower_bound+mae1000; 0 without pretraining.
 
         Raises:
-            ValueError: the method has another text after "+".
+            ValueError: the method has another text after "+", or is upper_bound, which has no unlabeled cases.
         """
-        pretraining = self.method.partition(":")[0].partition("+")[2]
-        return int(pretraining.removeprefix("mae")) if pretraining else 0
+        name, _, pretraining = self.method.partition(":")[0].partition("+")
+        if not pretraining:
+            return 0
+        if name == UPPER_BOUND or not re.fullmatch(r"mae[1-9]\d*", pretraining):
+            raise ValueError(self.method)
+        return int(pretraining.removeprefix("mae"))
 
     @property
     def settings(self) -> dict[str, object]:
@@ -236,7 +239,7 @@ class Benchmark(Preparation):
                 its |= {name: value for name, value in run.settings.items() if name in its}
             recorded = dict(record["settings"])
             if "training_settings" in recorded:  # settings that are newer than the record had their neutral defaults
-                recorded["training_settings"] = _TRAINING_DEFAULTS | recorded["training_settings"]
+                recorded["training_settings"] = asdict(TrainingSchedule()) | recorded["training_settings"]
             if recorded != json.loads(json.dumps(settings)):
                 raise SystemExit(
                     f"{folder} was trained with other settings of {run.trainer}; delete it and its rows in the CSV"
@@ -345,7 +348,9 @@ def compare(data_set: DataSet, description: str | None, argv: Sequence[str] | No
         try:
             _ = run.pretraining_steps
         except ValueError:
-            parser.error(f"{run.method}: pretraining must be given as +mae and a number of steps, such as +mae1000")
+            parser.error(
+                f"{run.method}: pretraining must be given as +mae and a number of steps, as in lower_bound+mae1000"
+            )
     unknown = {run.trainer for run in asked} - {SUPERVISED, *TRAINERS}
     if unknown:
         parser.error(f"unknown methods: {', '.join(sorted(unknown))}; run `nnunet_dycon list` for all trainers")

@@ -151,7 +151,7 @@ def source_copy(tmp_path_factory) -> Path:
         shutil.copytree(root / folder, copy / folder, ignore=ignored)
     for name in (
         "pyproject.toml", "MANIFEST.in", "Makefile", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff",
-        "LICENSE", ".pre-commit-config.yaml",
+        "LICENSE", ".pre-commit-config.yaml", "mkdocs.yml",
     ):  # fmt: skip
         shutil.copy(root / name, copy)
     return copy

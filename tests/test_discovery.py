@@ -83,6 +83,8 @@ def test_checkout_on_pythonpath_can_be_imported(tmp_path):
 NO_TRAINER = {
     "nnUNetTrainerUnknown": "no trainer is called nnUNetTrainerUnknown; run `nnunet_dycon list` for all trainers",
     "nnUNetTrainerDyCOM": "no trainer is called nnUNetTrainerDyCOM; did you mean nnUNetTrainerDyCON? ",
+    "nnUNetTrainerDyCN_finetune": "did you mean nnUNetTrainerDyCON, with _finetune",
+    "nnUNetTrainerDyCON_50epochs_finetune": "with _finetune before the length, as in _finetune_50epochs? ",
     "nnUNetTrainerDyCON_0epochs": "nnUNetTrainerDyCON_0epochs: the number of epochs starts with 0; use",
     "nnUNetTrainerUXNet_05epochs": "for example nnUNetTrainerUXNet_50epochs",
     "nnUNetTrainerDyCON_paper": "nnUNetTrainerDyCON_paper was removed; use nnUNetTrainerDyCON, the published method",

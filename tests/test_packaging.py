@@ -58,7 +58,10 @@ def test_sdist_contains_every_module_and_what_the_tests_need(source_copy, tmp_pa
         for file in (ROOT / folder).rglob("*")
         if file.is_file() and "__pycache__" not in file.parts
     }
-    wanted |= {"Makefile", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff", "LICENSE", "pyproject.toml"}
+    wanted |= {
+        "Makefile", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff", "LICENSE", "pyproject.toml",
+        "mkdocs.yml", ".pre-commit-config.yaml",
+    }  # fmt: skip
     assert wanted <= names
     assert not [name for name in names if name.endswith(".pyc")]
 

@@ -87,8 +87,10 @@ def trainer_class(name: str) -> Any:
     trainer = registered_name(name)
     if trainer is None and name not in BUILDERS:
         endings = [known.removeprefix(_PREFIX) for known in TRAINERS]
-        near = get_close_matches(name.removeprefix(_PREFIX).partition("epoch")[0].rstrip("_0123456789"), endings, n=1)
-        hint = f"did you mean {_PREFIX}{near[0]}? " if near else ""
+        written = _split(name)["trainer"].removeprefix(_PREFIX).partition("epoch")[0].rstrip("_0123456789")
+        near = get_close_matches(written, endings, n=1)
+        suffixes = "_finetune before the length, as in _finetune_50epochs" if "_finetune" in name else ""
+        hint = f"did you mean {_PREFIX}{near[0]}{', with ' * bool(suffixes)}{suffixes}? " if near else ""
         raise UnknownTrainer(f"no trainer is called {name}; {hint}run `nnunet_dycon list` for all trainers")
     if name in (trainer, *BUILDERS):
         return getattr(import_module(f"{__name__}.{name}"), name)

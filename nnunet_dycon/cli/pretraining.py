@@ -1,11 +1,10 @@
 """Sub-command for pretrained weights: adapt_weights adapts a checkpoint to the network of a data set's plans."""
 
 import argparse
-from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from nnunet_dycon.cli.arguments import not_negative
+from nnunet_dycon.cli.arguments import DATASET, add_path, not_negative
 from nnunet_dycon.errors import UsageError
 from nnunet_dycon.registry import RECOMMENDED
 from nnunet_dycon.system.environment import require_nnunet
@@ -23,15 +22,16 @@ def add_adapt_weights(commands: Any) -> None:
         epilog="example: nnunet_dycon adapt_weights -w checkpoint_final.pth -d 101 -o adapted.pth",
     )
     checkpoint = adapt.add_mutually_exclusive_group(required=True)
-    checkpoint.add_argument("-w", dest="weights", type=Path, metavar="CHECKPOINT", help="pretrained checkpoint")
-    checkpoint.add_argument(
-        "--plans_like", type=Path, metavar="CHECKPOINT",
+    add_path(checkpoint, "-w", dest="weights", complete="file", metavar="CHECKPOINT", help="pretrained checkpoint")
+    add_path(
+        checkpoint, "--plans_like", complete="file", metavar="CHECKPOINT",
         help="write plans like those of this checkpoint of nnU-Net, this package or nnssl",
     )  # fmt: skip
-    adapt.add_argument("-d", dest="dataset", required=True, metavar="ID", help="dataset ID or DatasetXXX_Name")
+    adapt.add_argument("-d", dest="dataset", required=True, metavar="ID", help=DATASET)
     adapt.add_argument(
-        "-c", dest="configuration", default="3d_fullres", metavar="CONFIGURATION", help="default: 3d_fullres"
-    )
+        "-c", dest="configuration", default="3d_fullres", metavar="CONFIGURATION",
+        help="configuration of the plans (default: 3d_fullres)",
+    )  # fmt: skip
     adapt.add_argument(
         "-p", dest="plans_name", default="nnUNetPlans", metavar="PLANS",
         help="plans of the data set; with --plans_like, plans from which all other entries are copied (default: "
@@ -45,38 +45,37 @@ def add_adapt_weights(commands: Any) -> None:
         "-tr", dest="trainer", default=RECOMMENDED, metavar="TRAINER",
         help="trainer that builds the network (default: %(default)s)",
     )  # fmt: skip
-    adapt.add_argument("-o", dest="output", type=Path, default=None, metavar="FILE", help="new file for the weights")
+    add_path(adapt, "-o", dest="output", complete="file", metavar="FILE", default=None, help="new file for the weights")
     adapt.add_argument(
-        "--seed", type=not_negative, default=0, help="seed of the weights that stay initialized (default: 0)"
-    )
+        "--seed", type=not_negative, default=0, metavar="N",
+        help="seed of the weights that stay initialized (default: 0)",
+    )  # fmt: skip
     adapt.set_defaults(run=_adapt_weights)
 
 
 def _adapt_weights(arguments: argparse.Namespace) -> None:
-    checkpoint = arguments.weights or arguments.plans_like
     if arguments.weights and arguments.new_name:
         raise UsageError("-overwrite_plans_name is for --plans_like; remove it")
     if arguments.weights and arguments.output is None:
         raise UsageError("-w needs -o; name the file to write, such as -o adapted.pth")
     require_nnunet()
-    from nnunet_dycon.pretraining.adapt_weights import adapt_weights, plans_like, require_new
+    from nnunet_dycon.pretraining.adapt_weights import Target, adapt
 
-    if arguments.output is not None:
-        require_new(arguments.output)
-    dataset, configuration, plans = arguments.dataset, arguments.configuration, arguments.plans_name
+    configuration, plans, trainer = arguments.configuration, arguments.plans_name, arguments.trainer
+    target = Target(arguments.dataset, configuration, plans, trainer, arguments.seed)
+    new_plans = None
     if arguments.plans_like:
-        base, plans = plans, arguments.new_name or f"{plans}_pretrained"
-        print("\n".join(plans_like(checkpoint, dataset, configuration, base, plans)))
+        plans = new_plans = arguments.new_name or f"{plans}_pretrained"
+    adapted = adapt(arguments.weights or arguments.plans_like, target, arguments.output, new_plans)
+    if new_plans is not None:
+        print("\n".join(adapted.plans))
         for command in ("nnUNetv2_preprocess", "nnunet_dycon preprocess_unlabeled"):
-            print(f"preprocess with: {command} -d {dataset} -plans_name {plans} -c {configuration}")
-    if arguments.output is None:
+            print(f"preprocess with: {command} -d {adapted.dataset_id} -plans_name {plans} -c {configuration}")
+    if adapted.report is None:
         return
-    source, report = adapt_weights(
-        checkpoint, dataset, configuration, plans, arguments.trainer, arguments.output, arguments.seed
-    )
-    print(report.as_table())
-    if source.citations:
-        print(f"to cite, as listed in the checkpoint: {', '.join(source.citations)}")
-    print(f"wrote {arguments.output}; train with:")
-    options = f"-tr {arguments.trainer} -p {plans} -pretrained_weights {quote(str(arguments.output))}"
-    print(f"  nnUNetv2_train {dataset} {configuration} FOLD {options}")
+    print(adapted.report.as_table())
+    if adapted.citations:
+        print(f"to cite, as listed in the checkpoint: {', '.join(adapted.citations)}")
+    print(f"wrote {arguments.output}; train with (-tr NAME_finetune for a lower learning rate after a warm-up):")
+    options = f"-tr {trainer} -p {plans} -pretrained_weights {quote(str(arguments.output))}"
+    print(f"  nnUNetv2_train {adapted.dataset_id} {configuration} FOLD {options}")

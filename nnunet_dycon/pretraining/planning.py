@@ -2,23 +2,26 @@
 
 The other entries are copied from plans of the data set, such as the statistics of its intensities. The patch size is
 that of the checkpoint, or nnssl's recommendation; it must be divisible by the strides of the architecture.
+
+nnU-Net imports the classes that are named in plans. Names in a checkpoint are restricted to nnU-Net's own networks and
+to classes of torch.nn: nnU-Net follows also the names of modules within modules, such as os in a module of torch.
 """
 
 import json
+import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunet_dycon.errors import UsageError, UserError, explained
+from nnunet_dycon.errors import UserError, explained
 from nnunet_dycon.pretraining.sources import Source
-from nnunet_dycon.system.files import replacing
 
 _MODULE = "dynamic_network_architectures.architectures.unet"
 _CLASSES = ("PlainConvUNet", "ResidualEncoderUNet")
-_SAFE = ("torch.nn.", "dynamic_network_architectures.")  # names of classes that a checkpoint may have us import
+_LAYER = re.compile(r"torch\.nn\.(modules\.\w+\.)?[A-Z]\w*")  # the layers that a checkpoint may have nnU-Net import
+_OF_OTHERS = ("inherits_from", "next_stage")  # entries of a configuration that name other ones
 # nnssl's preset, which its checkpoints name instead of the arguments (get_res_enc_l in MIC-DKFZ/nnssl,
 # src/nnssl/architectures/architecture_registry.py). NoSkipResEncL differs from it only in the decoder.
 _PRESETS = ("ResEncL", "NoSkipResEncL")
@@ -61,30 +64,30 @@ class _Design:
     normalization: list[tuple[str, bool]]
 
 
-def write_plans_like(source: Source, base: PlansManager, configuration: str, folder: Path, name: str) -> list[str]:
-    """Write plans with a checkpoint's architecture, spacing and normalization, and return lines that describe them.
+def plans_like(source: Source, base: PlansManager, configuration: str, name: str) -> tuple[PlansManager, list[str]]:
+    """Return plans with a checkpoint's architecture, spacing and normalization, and lines that describe them.
+
+    The plans have only one configuration.
 
     Args:
         source: the checkpoint, of nnU-Net, this package or nnssl.
         base: plans of the data set, from which all other entries are copied.
-        configuration: the configuration to write, such as 3d_fullres; it must exist in `base`.
-        folder: nnUNet_preprocessed/DatasetXXX.
+        configuration: the configuration to plan, such as 3d_fullres; it must exist in `base`.
         name: name of the new plans.
 
     Raises:
-        UsageError: plans of this name exist.
         UserError: the checkpoint contains no plans, or they do not suit the data set or the trainers.
     """
-    file = folder / f"{name}.json"
-    if file.exists():
-        raise UsageError(f"{file} already exists; choose another name with -overwrite_plans_name")
+    planned = dict(base.get_configuration(configuration).configuration)
+    if planned.get("previous_stage"):
+        raise UserError(f"{configuration} is a cascade, which has no pretrained weights; choose another one with -c")
     with explained(
-        (KeyError, TypeError, ValueError, AttributeError),
+        (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError),
         f"{source.file}: its plans are incomplete; use another checkpoint",
     ):
         design = _design(source)
-    planned = base.get_configuration(configuration).configuration
-    _check(design, source, len(planned["spacing"]))
+        _check(design, source, len(planned["spacing"]))
+        stages = int(design.architecture["arch_kwargs"]["n_stages"])
     normalization, note = _for_channels(design.normalization, len(planned["normalization_schemes"]), source)
     changed: dict[str, Any] = {
         "data_identifier": f"{name}_{configuration}",
@@ -97,14 +100,12 @@ def write_plans_like(source: Source, base: PlansManager, configuration: str, fol
     }
     scale = np.divide(planned["spacing"], changed["spacing"])
     changed["median_image_size_in_voxels"] = np.multiply(planned["median_image_size_in_voxels"], scale).tolist()
-    plans = base.plans | {"plans_name": name, "configurations": {configuration: planned | changed}}
-    with explained(OSError, f"{file} cannot be written; free disk space"), replacing(file) as partial:
-        partial.write_text(json.dumps(plans, indent=4))
+    kept = {key: value for key, value in planned.items() if key not in _OF_OTHERS}
+    plans = base.plans | {"plans_name": name, "configurations": {configuration: kept | changed}}
     network = design.architecture["network_class_name"].rpartition(".")[2]
     origin = "of the checkpoint" if design.spacing else "of the data set's plans: the checkpoint's images had their own"
-    return [
-        f"wrote {file}",
-        f"network: {network} with {design.architecture['arch_kwargs']['n_stages']} stages",
+    return PlansManager(plans), [
+        f"network: {network} with {stages} stages",
         f"spacing: {_times(changed['spacing'])} mm, {origin}",
         f"patch: {_times(changed['patch_size'])} voxels, {design.batch_size} in a batch",
         f"normalization: {', '.join(changed['normalization_schemes'])} "
@@ -120,7 +121,7 @@ def _design(source: Source) -> _Design:
     manager = PlansManager(source.init_args["plans"])
     planned = manager.get_configuration(source.init_args["configuration"]).configuration
     return _Design(
-        _as_plain(planned["architecture"]),
+        _architecture(planned["architecture"]["network_class_name"], planned["architecture"]["arch_kwargs"]),
         [float(its) for its in planned["spacing"]],
         [int(its) for its in planned["patch_size"]],
         int(planned["batch_size"]),
@@ -136,17 +137,12 @@ def _nnssl_design(source: Source) -> _Design:
         name, kwargs = "ResidualEncoderUNet", _PRESET
     if not kwargs:
         raise UserError(f"{source.file}: networks of the class {name} are not supported; use a ResEnc-L checkpoint")
-    architecture = {
-        "network_class_name": name if "." in name else f"{_MODULE}.{name}",
-        "arch_kwargs": kwargs,
-        "_kw_requires_import": [key for key in _IMPORTED if key in kwargs],
-    }
     planned, *_ = plan["pretrain_plan"]["configurations"].values()  # nnssl writes the one that was trained
     schemes, mask = planned["normalization_schemes"], planned["use_mask_for_norm"]
     masks = mask if isinstance(mask, list | tuple) else [mask] * len(schemes)
     spacing = planned["spacing"]
     return _Design(
-        _as_plain(architecture),
+        _architecture(name, kwargs),
         None if spacing is None else [float(its) for its in spacing],
         [int(its) for its in plan["recommended_downstream_patchsize"]],
         _NNSSL_BATCH,
@@ -154,15 +150,29 @@ def _nnssl_design(source: Source) -> _Design:
     )
 
 
+def _architecture(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the entry "architecture" of plans for a class of nnU-Net's networks, with or without its module."""
+    content = {
+        "network_class_name": f"{_MODULE}.{name.rpartition('.')[2]}",
+        "arch_kwargs": kwargs,
+        "_kw_requires_import": [key for key in _IMPORTED if key in kwargs],
+    }
+    return json.loads(json.dumps(content, default=lambda its: its.item()))  # as in JSON: lists, and Python numbers
+
+
 def _check(design: _Design, source: Source, dimensions: int) -> None:
-    """Raise UserError if nnU-Net cannot train with the design in a number of dimensions."""
-    architecture = design.architecture
-    name, kwargs = architecture["network_class_name"], architecture["arch_kwargs"]
-    imported = [kwargs[key] for key in architecture["_kw_requires_import"] if kwargs[key] is not None]
-    if name not in [f"{_MODULE}.{its}" for its in _CLASSES] or not all(str(its).startswith(_SAFE) for its in imported):
+    """Raise UserError if nnU-Net cannot train with the design in a number of dimensions, or must not import it."""
+    kwargs = design.architecture["arch_kwargs"]
+    name = design.architecture["network_class_name"].rpartition(".")[2]
+    if name not in _CLASSES:
         raise UserError(
             f"{source.file}: its network {name} is not one of nnU-Net's own; supported: {' and '.join(_CLASSES)}"
         )
+    for key in design.architecture["_kw_requires_import"]:
+        if kwargs[key] is not None and not _LAYER.fullmatch(kwargs[key]):
+            raise UserError(
+                f"{source.file}: its {key} {kwargs[key]} is not a class of torch.nn; use another checkpoint"
+            )
     if len(design.patch_size) != dimensions:
         raise UserError(
             f"{source.file} was trained in {len(design.patch_size)}D, and the chosen configuration is {dimensions}D; "
@@ -193,11 +203,6 @@ def _for_channels(
             "with as many channels, or with one normalization for all"
         )
     return normalization[:1] * channels, f"; the one of the checkpoint's {len(normalization)} channels for each"
-
-
-def _as_plain(content: Any) -> Any:
-    """Return the content with lists and Python numbers instead of tuples and NumPy scalars, as in JSON."""
-    return json.loads(json.dumps(content, default=lambda its: its.item()))
 
 
 def _times(numbers: Any) -> str:

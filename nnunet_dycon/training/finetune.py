@@ -5,9 +5,13 @@ fine-tunes checkpoints of nnssl with a maximum learning rate of 1e-3, where trai
 warm-up over 50 of 1000 epochs (PretrainedTrainer in MIC-DKFZ/nnUNet, commit 3605eea1, newer than version 2.8.1).
 Deviations: batch size and deep supervision are not changed, and the warm-up is a fraction of the training.
 
+In co-training, only the first network starts from pretrained weights. All networks have the lower rate and the warm-up;
+only the encoder of the first one is frozen.
+
 Everything depends only on the settings and the number of the epoch, so a resumed training needs no further state.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -66,9 +70,9 @@ def schedule(trainer: nnUNetTrainer, settings: TrainingSchedule) -> None:
     """
     if (settings.learning_rate_factor, settings.warmup) != (1.0, 0.0):
         trainer.initial_lr *= settings.learning_rate_factor
-        warmup = min(round(settings.warmup * trainer.num_epochs), trainer.num_epochs - 1)
+        warmup = min(math.ceil(settings.warmup * trainer.num_epochs), trainer.num_epochs - 1)
         trainer.lr_scheduler = WarmUpSchedule(trainer.optimizer, trainer.initial_lr, trainer.num_epochs, warmup)
-    frozen = round(settings.frozen_encoder * trainer.num_epochs)
+    frozen = math.ceil(settings.frozen_encoder * trainer.num_epochs)
     if frozen == 0:
         return
     encoder: Any = getattr(unwrap(trainer.network), "encoder", None)

@@ -19,6 +19,7 @@ from nnunet_dycon.data.loader import TrainingCases
 from nnunet_dycon.data.unlabeled import UnlabeledCases
 from nnunet_dycon.errors import UserError, ends_in_one_line, explained, first_line
 from nnunet_dycon.system.locks import Lock
+from nnunet_dycon.training.settings import TrainingSchedule
 
 
 class TrainingLock:
@@ -143,6 +144,8 @@ def check_settings(
     """
     for group, settings in current.items():
         before, now = recorded.get(group, {}), asdict(settings)
+        if group == "training_settings":  # settings that are newer than the checkpoint had their neutral defaults
+            before = asdict(TrainingSchedule()) | before
         changed = [
             f"{name} {before.get(name)} (now {value})" for name, value in now.items() if before.get(name) != value
         ]

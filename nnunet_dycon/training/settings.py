@@ -14,7 +14,8 @@ class TrainingSchedule:
         learning_rate_factor: factor of the trainer's learning rate, which is 0.01 in nnU-Net.
         warmup: fraction of the epochs over which the learning rate increases linearly; see
             `nnunet_dycon.training.finetune`.
-        frozen_encoder: fraction of the epochs, from the start, in which the encoder is not updated.
+        frozen_encoder: fraction of the epochs, from the start, in which the encoder (in co-training, that of the first
+            network) is not updated.
 
     Raises:
         ValueError: a value is out of its range.

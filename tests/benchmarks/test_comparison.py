@@ -184,7 +184,8 @@ def test_upper_bound_is_run_once_for_all_numbers_of_labels(monkeypatch, tmp_path
         ("nnUNetTrainerDyCON:num_epochs=5", "nnUNetTrainerDyCON has no setting num_epochs"),
         ("lower_bound:gamma=1", "nnUNetTrainer has no setting gamma"),
         ("lower_bound+mae", "pretraining must be given as +mae and a number of steps"),
-        ("upper_bound+mae1000", "unknown methods: upper_bound+mae1000"),
+        ("upper_bound+mae1000", "pretraining must be given as +mae and a number of steps"),
+        ("lower_bound+1000", "pretraining must be given as +mae and a number of steps"),
     ],
 )
 def test_unknown_methods_and_settings_are_errors(monkeypatch, tmp_path, capsys, method, message):

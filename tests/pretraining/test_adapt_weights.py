@@ -210,8 +210,12 @@ def harmful(key: str, value: str) -> dict:
     ("changes", "reason"),
     [
         (primus(), "networks of the class PrimusM are not supported"),
-        (harmful("class", "subprocess.Popen"), "its network subprocess.Popen is not one of nnU-Net's own"),
-        (harmful("nonlin", "os.system"), "is not one of nnU-Net's own"),
+        (harmful("class", "subprocess.Popen"), "its network Popen is not one of nnU-Net's own"),
+        (harmful("nonlin", "os.system"), "its nonlin os.system is not a class of torch.nn"),
+        (harmful("nonlin", "torch.nn.parallel.distributed.os.system"), "is not a class of torch.nn"),
+        (harmful("norm_op", "torch.nn.modules.module.OrderedDict.x"), "is not a class of torch.nn"),
+        (harmful("n_stages", None), "its plans are incomplete; use another checkpoint"),
+        (harmful("strides", None), "its plans are incomplete; use another checkpoint"),
         ({"recommended_downstream_patchsize": [18, 16, 16]}, "18 x 16 x 16 is not divisible by the strides"),
         ({"recommended_downstream_patchsize": [16, 16]}, "was trained in 2D"),
         ({"pretrain_plan": {"configurations": {}}}, "its plans are incomplete; use another checkpoint"),
@@ -234,6 +238,34 @@ def test_channels_with_different_normalization_are_refused_for_another_number_of
     assert adapt("--plans_like", file) == 0
     new = read_plans(base, "nnUNetPlans_pretrained")["configurations"]["3d_fullres"]
     assert new["normalization_schemes"] == schemes
+
+
+@pytest.mark.parametrize("options", [["-tr", "nnUNetTrainerX"], ["-tr", nnUNetTrainerUXNet.__name__]])
+def test_no_plans_are_written_if_the_weights_cannot_be_adapted(base, tmp_path, capsys, options):
+    file = nnssl_checkpoint(tmp_path / "a.pth")
+    refusal(capsys, "--plans_like", file, "-o", tmp_path / "adapted.pth", *options)
+    assert not (base / "nnUNetPlans_pretrained.json").exists()
+    assert not (tmp_path / "adapted.pth").exists()
+
+
+def test_plans_like_of_a_configuration_that_refers_to_others(base, tmp_path, capsys):
+    plans = read_plans(base)
+    plans["configurations"]["3d_fullres"]["next_stage"] = "3d_cascade_fullres"
+    plans["configurations"]["mine"] = {"inherits_from": "3d_fullres", "batch_size": 4}
+    plans["configurations"]["cascade"] = {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}
+    (base / "nnUNetPlans.json").write_text(json.dumps(plans))
+    file = nnssl_checkpoint(tmp_path / "a.pth")
+    assert adapt("--plans_like", file, "-c", "mine", "-o", tmp_path / "adapted.pth") == 0
+    written = read_plans(base, "nnUNetPlans_pretrained")["configurations"]
+    assert list(written) == ["mine"]
+    assert not {"inherits_from", "next_stage"} & written["mine"].keys()
+    assert "is a cascade" in refusal(capsys, "--plans_like", file, "-c", "cascade", "-overwrite_plans_name", "Other")
+
+
+def test_printed_commands_contain_the_id_of_a_data_set_given_by_name(base, tmp_path, capsys):
+    file = nnssl_checkpoint(tmp_path / "a.pth")
+    assert main(["adapt_weights", "-d", "Dataset901_Tiny", "--plans_like", str(file)]) == 0
+    assert "nnUNetv2_preprocess -d 901 -plans_name nnUNetPlans_pretrained" in capsys.readouterr().out
 
 
 def test_state_dict_has_no_plans(base, tmp_path, capsys):

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +13,7 @@ from nnunet_dycon.errors import UserError
 from nnunet_dycon.system.locks import Lock
 from nnunet_dycon.training import preflight
 from nnunet_dycon.training.preflight import TrainingLock, check_cases, check_settings, describe_batch
+from nnunet_dycon.training.settings import TrainingSettings
 from tests.tiny import UNLABELED, few_labeled
 
 
@@ -218,6 +219,14 @@ def test_changed_length_logs_a_warning():
     lines = []
     check_settings(changed("training_settings", num_epochs=2), CURRENT, "fold_0", lines.append)
     assert lines == ["WARNING: the resumed training had other settings: num_epochs 2 (now 1000); the new ones are used"]
+
+
+def test_settings_that_are_newer_than_the_checkpoint_are_no_difference():
+    settings = TrainingSettings()
+    recorded = asdict(settings)
+    for name in ("learning_rate_factor", "warmup", "frozen_encoder"):
+        del recorded[name]
+    check_settings({"training_settings": recorded}, {"training_settings": settings}, "fold_0", pytest.fail)
 
 
 def test_log_line_on_the_batch_and_its_memory():
