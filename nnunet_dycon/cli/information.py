@@ -1,7 +1,7 @@
 """Sub-commands that show or test the installation.
 
 trainers_path prints the folder to add to the environment variable nnUNet_extTrainer, list prints all trainers and data
-set converters, doctor checks everything that a training needs, and demo trains on a small generated data set.
+set converters, doctor checks everything that a training needs, and demo compares two trainings on generated data.
 """
 
 import argparse
@@ -121,9 +121,11 @@ def _doctor(arguments: argparse.Namespace) -> int:
 def add_demo(commands: Any) -> None:
     demo = commands.add_parser(
         "demo",
-        help="train on a small phantom data set and score the result: a few minutes on two CPU cores",
-        description=f"Generate a small phantom data set, plan, preprocess, train {RECOMMENDED} for a few short epochs, "
-        "predict the held-out cases and score them, with nnU-Net's own commands, which are printed.",
+        help="compare training with and without unlabeled cases on a small phantom data set: minutes on two CPU cores",
+        description="Generate a small phantom data set, plan, preprocess, train nnU-Net's own trainer on the few "
+        f"labeled cases and {RECOMMENDED} on the same labels and the unlabeled cases for the same number of steps, "
+        "predict the held-out cases with both models and compare them, with nnU-Net's own commands, which are printed. "
+        "Ends with both Dice scores, their paired difference and a picture.",
     )
     demo.add_argument("-o", dest="output", type=Path, required=True, metavar="FOLDER", help="new or empty folder")
     demo.add_argument("--seed", type=int, default=0, help="seed of the phantoms (default: 0)")
