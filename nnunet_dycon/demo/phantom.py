@@ -17,14 +17,12 @@ from nnunet_dycon.system.files import new_folder
 
 SHAPE = (32, 48, 56)
 LESION_RADII = (2.0, 8.0)  # voxels
-CONTRAST = (0.8, 1.2)  # relative to the mean brightness of organs
 
 
 def phantom(
     rng: np.random.Generator,
     shape: tuple[int, int, int] = SHAPE,
     lesion_radii: tuple[float, float] = LESION_RADII,
-    contrast: tuple[float, float] = CONTRAST,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return a random image and the label map of its lesions.
 
@@ -37,8 +35,6 @@ def phantom(
         shape: the shape of the image (Z, Y, X) in voxels.
         lesion_radii: the smallest and the largest lesion radius in voxels. The border is made irregular afterwards, so
             the largest lesions can exceed this radius.
-        contrast: the lowest and the highest contrast of lesions, relative to the mean brightness of organs. Each image
-            has one contrast, which is also that of vessels and lumps.
 
     Returns:
         The image (Z, Y, X), float32 in arbitrary units, and the label map (Z, Y, X), uint8, where 1 is lesion.
@@ -50,10 +46,10 @@ def phantom(
     lumps = _lumps(rng, ~organ, lesion_radii)
 
     texture = 0.1 * sum(_noise(rng, shape, scale) for scale in (1, 2, 5))
-    its_contrast = rng.uniform(*contrast)
+    contrast = rng.uniform(0.8, 1.2)  # of lesions and similar structures; differs between cases
     image = rng.uniform(0.8, 1.2) * organ * (1 + texture) + 0.5 * texture
     for structure, factor in ((lesions, 1.0), (vessels, 1.1), (lumps, 1.8)):
-        image += factor * its_contrast * gaussian_filter(structure.astype(float), 0.7)  # blurred: partial volume
+        image += factor * contrast * gaussian_filter(structure.astype(float), 0.7)  # blurred: partial volume
     image *= np.exp(0.15 * _noise(rng, shape, 16))  # bias field
     image += rng.normal(scale=rng.uniform(0.05, 0.15), size=shape)
     return (100 * image).astype(np.float32), lesions.astype(np.uint8)
@@ -66,12 +62,11 @@ def write_dataset(
     *,
     shape: tuple[int, int, int] = SHAPE,
     lesion_radii: tuple[float, float] = LESION_RADII,
-    contrast: tuple[float, float] = CONTRAST,
 ) -> None:
     """Write a data set of phantoms in nnU-Net's raw format.
 
-    The n-th case, counted from 0, is `phantom(default_rng([seed, n]), shape, lesion_radii, contrast)`. Labels of
-    unlabeled cases are not written.
+    The n-th case, counted from 0, is `phantom(default_rng([seed, n]), shape, lesion_radii)`. Labels of unlabeled cases
+    are not written.
 
     Args:
         folder: DatasetXXX_Name, which must not exist or must be empty. After an error, no partly written data set
@@ -81,12 +76,11 @@ def write_dataset(
             required. Cases are numbered in the order of the keys.
         shape: the shape of each image (Z, Y, X) in voxels.
         lesion_radii: the smallest and the largest lesion radius in voxels, see `phantom`.
-        contrast: the lowest and the highest contrast of lesions, see `phantom`.
     """
     roles = [role for role, count in counts.items() for _ in range(count)]
     with new_folder(folder) as partial:
         for index, role in enumerate(roles):
-            image, label = phantom(np.random.default_rng([seed, index]), shape, lesion_radii, contrast)
+            image, label = phantom(np.random.default_rng([seed, index]), shape, lesion_radii)
             images, labels = FOLDERS[role]
             _write(image, partial / images / f"phantom_{index:03d}_0000{FILE_ENDING}")
             if labels is not None:

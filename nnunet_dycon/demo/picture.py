@@ -12,7 +12,7 @@ from scipy.special import entr
 from nnunet_dycon.system.pictures import in_default_style, new_figure, outline, overlay, save
 
 _REFERENCE, _LOWER, _OURS = "#1faa59", "#1c7ed6", "#e8590c"  # colors
-DPI = 110
+DPI = 90
 _TITLES = {
     "image": "black",
     "reference": _REFERENCE,
