@@ -207,21 +207,23 @@ def test_missing_command_is_reported(monkeypatch, tmp_path):
         steps.find_command("nnUNetv2_train")
 
 
-def test_each_epoch_is_printed_with_the_remaining_time(capsys):
+def test_each_epoch_is_printed_with_the_remaining_time(monkeypatch, capsys):
+    now = iter((100.0, 112.0, 126.0))  # start, end of the first and of the second epoch
+    monkeypatch.setattr(steps.time, "monotonic", lambda: next(now))
     report = steps.Epochs(3)
-    for seconds in ("12.34", "14.34"):
+    for epoch in (0, 1):
         for line in (
-            "2026-01-01 00:00:00.000000: Epoch 0",
+            f"2026-01-01 00:00:00.000000: Epoch {epoch}",
             "2026-01-01 00:00:00.000000: Current learning rate: 0.01",
             "2026-01-01 00:00:00.000000: supervised -0.5123 pseudo 0.1000",
             "2026-01-01 00:00:00.000000: train_loss -0.4",
-            f"2026-01-01 00:00:00.000000: Epoch time: {seconds} s",
+            "2026-01-01 00:00:00.000000: Epoch time: 11.5 s",
             "",
         ):
             report(line)
     assert [line.strip() for line in capsys.readouterr().out.splitlines()] == [
-        "epoch  1 of 3: loss -0.400, 12 s, 25 s left in this training",
-        "epoch  2 of 3: loss -0.400, 14 s, 13 s left in this training",
+        "epoch  1 of 3: loss -0.400, 24 s left",
+        "epoch  2 of 3: loss -0.400, 13 s left",
     ]
 
 
@@ -243,9 +245,7 @@ def without_training(monkeypatch):
             plans = Path(environment["nnUNet_preprocessed"]) / demo.DATASET / "nnUNetPlans.json"
             plans.parent.mkdir(parents=True)
             architecture = {"arch_kwargs": {key: [] for key in demo.ARCHITECTURE}}
-            plans.write_text(
-                json.dumps({"configurations": {"3d_fullres": {"architecture": architecture, "patch_size": []}}})
-            )
+            plans.write_text(json.dumps({"configurations": {"3d_fullres": {"architecture": architecture}}}))
         elif which == "nnUNetv2_predict":
             output, raw = Path(options["-o"]), Path(options["-i"]).parent
             output.mkdir(parents=True)
@@ -283,9 +283,7 @@ def test_both_models_are_trained_predicted_and_compared(tmp_path, without_traini
         assert f"] {' '.join(command)}\n" in out
     assert f"[{len(result.seconds)}/{len(result.seconds)}] picture" in out
     plans = json.loads((tmp_path / "demo" / "nnUNet_preprocessed" / demo.DATASET / "nnUNetPlans.json").read_text())
-    small = plans["configurations"]["3d_fullres"]
-    assert (small["architecture"]["arch_kwargs"], small["patch_size"]) == (demo.ARCHITECTURE, demo.PATCH_SIZE)
-
+    assert plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"] == demo.ARCHITECTURE
     assert (result.cases, result.dice[demo.OURS]) == (6, 1)
     assert result.difference == pytest.approx(1 - result.dice[demo.LOWER])
     assert result.difference > 0.1

@@ -31,7 +31,6 @@ ARCHITECTURE = {
     "n_conv_per_stage": [1, 2, 2, 2],
     "n_conv_per_stage_decoder": [2, 2, 1],
 }
-PATCH_SIZE = [16, 32, 40]
 LOWER, OURS = "labeled_only", "with_unlabeled"  # names of the two models in the comparison, and of their predictions
 TRAINERS = {LOWER: nnUNetTrainer_demo, OURS: nnUNetTrainerDemo}
 _STEPS = 10
@@ -90,7 +89,7 @@ def run_demo(output: Path, *, seed: int = 0, device: str | None = None) -> Resul
         write_dataset(raw, seed, COUNTS, **PHANTOMS)
     run.command("nnUNetv2_plan_and_preprocess", *which, "--verify_dataset_integrity", "-npfp", "1", "-np", "1")
     plans = output / "nnUNet_preprocessed" / DATASET / "nnUNetPlans.json"
-    with run.step("plans", f"smaller network and patches for training in minutes on a CPU: {plans.name}"):
+    with run.step("plans", f"smaller network for training in minutes on a CPU: {plans.name}"):
         _shrink(plans)
     run.command("nnunet_dycon", "preprocess_unlabeled", *which, "-np", "1")
     for trainer in TRAINERS.values():
@@ -189,22 +188,20 @@ def _variables(output: Path, device: str) -> dict[str, str]:
         **{name: str(output / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")},
         "nnUNet_extTrainer": str(DISCOVERY),
         "nnUNet_n_proc_DA": str(workers),
-        "nnUNet_def_n_proc": "2",
+        "nnUNet_def_n_proc": "1",  # each worker process first imports torch
         "nnUNet_compile": "f",  # compiling takes longer than it saves, and needs a C compiler
         "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads are slow if another program uses a core
     }
 
 
 def _shrink(plans_file: Path) -> None:
-    """Reduce the network and the patch size of 3d_fullres in the plans file, and print the changes.
+    """Reduce the network of 3d_fullres in the plans file, and print the changes.
 
     Preprocessed cases do not depend on these values, so they need not be preprocessed again.
     """
     plans = json.loads(plans_file.read_text())
-    configuration = plans["configurations"]["3d_fullres"]
-    architecture = configuration["architecture"]["arch_kwargs"]
-    for where, values in ((architecture, ARCHITECTURE), (configuration, {"patch_size": PATCH_SIZE})):
-        for key, value in values.items():
-            show(f"{key}: {where[key]} -> {value}")
-            where[key] = value
+    architecture = plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
+    for key, value in ARCHITECTURE.items():
+        show(f"{key}: {architecture[key]} -> {value}")
+        architecture[key] = value
     plans_file.write_text(json.dumps(plans, indent=4))

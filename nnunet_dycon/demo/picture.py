@@ -86,7 +86,7 @@ def draw(examples: Sequence[Example], file: Path) -> None:
     figure = new_figure(11.6, 0.4 + 1.95 * len(examples), dpi=DPI)
     rows = figure.subplots(len(examples), len(_TITLES), squeeze=False)
     for axes, (title, color) in zip(rows[0], _TITLES.items()):
-        axes.set_title(title, color=color, fontsize=12, fontweight="bold")
+        axes.set_title(title, color=color, fontsize=11, fontweight="bold")
     for row, example in zip(rows, examples):
         z = int(example.reference.sum((1, 2)).argmax())
         reference = example.reference[z] > 0

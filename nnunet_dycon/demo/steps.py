@@ -1,5 +1,6 @@
 """The steps of a demo: commands with log files, their durations, and the progress of a training."""
 
+import math
 import os
 import re
 import shlex
@@ -133,16 +134,15 @@ class Epochs:
         Args:
             total: the number of epochs of the training.
         """
-        self._total, self._done, self._seconds, self._loss = total, 0, 0.0, ""
+        self._total, self._done, self._loss = total, 0, ""
+        self._start = math.nan  # of the first epoch
 
     def __call__(self, line: str) -> None:
-        if found := re.search(r": train_loss (\S+)", line):
+        if line.endswith(": Epoch 0"):
+            self._start = time.monotonic()
+        elif found := re.search(r": train_loss (\S+)", line):
             self._loss = found[1]
-        elif found := re.search(r": Epoch time: (\S+) s", line):
+        elif re.search(r": Epoch time: ", line):
             self._done += 1
-            self._seconds += float(found[1])
-            left = self._seconds / self._done * (self._total - self._done)
-            show(
-                f"epoch {self._done:2d} of {self._total}: loss {float(self._loss):6.3f}, "
-                f"{float(found[1]):.0f} s, {left:.0f} s left in this training"
-            )
+            left = (time.monotonic() - self._start) / self._done * (self._total - self._done)
+            show(f"epoch {self._done:2d} of {self._total}: loss {float(self._loss):6.3f}, {left:.0f} s left")
