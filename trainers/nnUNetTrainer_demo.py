@@ -9,7 +9,7 @@ from nnunet_dycon.training.settings import TrainingLength
 class nnUNetTrainer_demo(nnUNetTrainer):
     """nnU-Net's trainer with a length of minutes on a CPU; nothing else is changed."""
 
-    training_settings = TrainingLength(num_epochs=12, num_iterations_per_epoch=50, num_val_iterations_per_epoch=2)
+    training_settings = TrainingLength(num_epochs=10, num_iterations_per_epoch=50, num_val_iterations_per_epoch=2)
 
     def __init__(
         self,
