@@ -128,8 +128,8 @@ RETIRED: dict[str, str] = {
     "nnUNetTrainerDyCON_demo": f"use {RECOMMENDED}, which `nnunet_dycon demo` trains",
 }
 
-# Further classes that nnU-Net looks up by name: one builds second networks for prediction, one trains in the demo.
-BUILDERS = ("nnUNetTrainerSecondNetwork", "nnUNetTrainerDemo")
+# Further classes that nnU-Net looks up by name: one builds second networks for prediction, two train in the demo.
+BUILDERS = ("nnUNetTrainerSecondNetwork", "nnUNetTrainer_demo", "nnUNetTrainerDemo")
 
 CONVERTERS: dict[str, Converter] = {
     "la": Converter(

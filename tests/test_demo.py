@@ -1,19 +1,30 @@
-"""The demo: phantoms, checks of options, commands and output, and (slow) a complete run."""
+"""The demo: phantoms, its trainers, checks of options, commands and output, and (slow) a complete run."""
 
 import json
 import sys
+from contextlib import redirect_stdout
+from dataclasses import replace
+from io import StringIO
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
 from matplotlib.image import imread
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from scipy import ndimage
 
 from nnunet_dycon.cli import main
-from nnunet_dycon.demo import demo
+from nnunet_dycon.demo import demo, picture, steps
 from nnunet_dycon.demo.phantom import SHAPE, phantom, write_dataset
 from nnunet_dycon.errors import UserError
+from nnunet_dycon.registry import RECOMMENDED
+from nnunet_dycon.trainers import trainer_class
+from nnunet_dycon.trainers.nnUNetTrainer_demo import nnUNetTrainer_demo
+from nnunet_dycon.trainers.nnUNetTrainerDemo import nnUNetTrainerDemo
+from tests.trainers.training import make_trainer
 
 COUNTS = {"labeled": 2, "unlabeled": 3, "test": 1}
 
@@ -28,11 +39,11 @@ def labels() -> list[np.ndarray]:
 
 
 @pytest.fixture
-def example() -> demo.Example:
+def example() -> picture.Example:
     mask = np.zeros((4, 8, 10), np.uint8)
     mask[1, 2:5, 3:7] = 1
-    entropy = np.full(mask.shape, 0.1)
-    return demo.Example("case", 0.5, np.random.default_rng(0).normal(size=mask.shape), mask, mask, entropy)
+    image = np.random.default_rng(0).normal(size=mask.shape)
+    return picture.Example("case", image, mask, (mask, mask), (0.5, 0.6), np.full(mask.shape, 0.1))
 
 
 def test_phantom_image_and_label_have_the_same_shape():
@@ -50,6 +61,13 @@ def test_phantom_depends_only_on_seed_and_number():
     np.testing.assert_array_equal(label, label_again)
     assert not np.array_equal(image, phantom_of(4, 5)[0])
     assert not np.array_equal(image, phantom_of(3, 6)[0])
+
+
+def test_phantoms_of_the_benchmark_are_unchanged():
+    """The results of `benchmarks.phantom` hold for these images."""
+    image, label = phantom(np.random.default_rng([7, 0]), (24, 32, 40), (1.5, 3.5))
+    assert label.sum() == 119
+    assert image.mean(dtype=float) == pytest.approx(33.70679309, rel=1e-6)
 
 
 def test_lesion_diameters_vary_widely(labels):
@@ -117,16 +135,33 @@ def test_invalid_options_are_refused_before_any_file_is_written(tmp_path, monkey
     assert not (tmp_path / "new").exists()
 
 
+def test_demo_trainers_differ_from_their_base_only_in_length(tiny):
+    assert nnUNetTrainerDemo.__base__ is trainer_class(RECOMMENDED)
+    assert vars(nnUNetTrainerDemo).keys() - vars(type("Plain", (), {})).keys() <= {"training_settings"}
+    lengths = []
+    for trainer, base in ((nnUNetTrainer_demo, nnUNetTrainer), (nnUNetTrainerDemo, trainer_class(RECOMMENDED))):
+        made, stock = make_trainer(trainer), make_trainer(base)
+        values = {key: value for key, value in vars(stock).items() if isinstance(value, str | int | float | bool)}
+        changed = {key for key, value in values.items() if getattr(made, key) != value}
+        length = {"num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch"}
+        assert changed == {*length, "output_folder", "output_folder_base", "log_file"}
+        assert type(made).train_step is base.train_step
+        lengths.append([getattr(made, name) for name in sorted(length)])
+    assert lengths[0] == lengths[1]
+    settings, recommended = nnUNetTrainerDemo.training_settings, trainer_class(RECOMMENDED).training_settings
+    assert replace(settings, **{key: getattr(recommended, key) for key in length}) == recommended
+
+
 @pytest.fixture
 def fake_command(tmp_path, monkeypatch):
     """fake_command(*lines) replaces every command by a Python program with these lines."""
-    monkeypatch.setattr(demo, "write_dataset", lambda *arguments: None)
+    monkeypatch.setattr(demo, "write_dataset", lambda *arguments, **options: None)
 
     def install(*lines: str) -> None:
         program = tmp_path / "program.py"
         program.write_text("\n".join(["#!" + sys.executable, "import os, sys", *lines]))
         program.chmod(0o755)
-        monkeypatch.setattr(demo, "find_command", lambda name: str(program))
+        monkeypatch.setattr(steps, "find_command", lambda name: str(program))
 
     return install
 
@@ -169,50 +204,123 @@ def test_missing_command_is_reported(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="nnUNetv2_train"):
-        demo.find_command("nnUNetv2_train")
+        steps.find_command("nnUNetv2_train")
 
 
-def test_each_epoch_is_printed_in_one_line(capsys):
-    report = demo._Epochs()
-    for line in (
-        "2026-01-01 00:00:00.000000: Epoch 2",
-        "2026-01-01 00:00:00.000000: Current learning rate: 0.01",
-        "2026-01-01 00:00:00.000000: supervised -0.5123 uncl 0.1000 fecl 0.2000",
-        "2026-01-01 00:00:00.000000: train_loss -0.4",
-        "2026-01-01 00:00:00.000000: Epoch time: 12.34 s",
-        "",
-    ):
-        report(line)
-    assert capsys.readouterr().out.strip() == (
-        f"epoch  3 of {demo.nnUNetTrainerDemo.training_settings.num_epochs}: "
-        "supervised -0.5123, uncl 0.1000, fecl 0.2000 (12 s)"
-    )
+def test_each_epoch_is_printed_with_the_remaining_time(monkeypatch, capsys):
+    now = iter((100.0, 112.0, 126.0))  # start, end of the first and of the second epoch
+    monkeypatch.setattr(steps.time, "monotonic", lambda: next(now))
+    report = steps.Epochs(3)
+    for epoch in (0, 1):
+        for line in (
+            f"2026-01-01 00:00:00.000000: Epoch {epoch}",
+            "2026-01-01 00:00:00.000000: Current learning rate: 0.01",
+            "2026-01-01 00:00:00.000000: supervised -0.5123 pseudo 0.1000",
+            "2026-01-01 00:00:00.000000: train_loss -0.4",
+            "2026-01-01 00:00:00.000000: Epoch time: 11.5 s",
+            "",
+        ):
+            report(line)
+    assert [line.strip() for line in capsys.readouterr().out.splitlines()] == [
+        "epoch  1 of 3: loss -0.400, 24 s left",
+        "epoch  2 of 3: loss -0.400, 13 s left",
+    ]
+
+
+@pytest.fixture
+def without_training(monkeypatch):
+    """Replace nnU-Net's commands: predictions are the references, of which "labeled_only" keeps the first slices.
+
+    Return the list of the commands.
+    """
+    monkeypatch.setattr(demo, "COUNTS", {"labeled": 1, "unlabeled": 1, "test": 6})
+    commands = []
+
+    def run(command, environment, log, report) -> int:
+        _, *arguments = command
+        commands.append([Path(command[0]).name, *arguments])
+        which = commands[-1][0]
+        options = dict(pairwise(arguments))
+        if which == "nnUNetv2_plan_and_preprocess":
+            plans = Path(environment["nnUNet_preprocessed"]) / demo.DATASET / "nnUNetPlans.json"
+            plans.parent.mkdir(parents=True)
+            architecture = {"arch_kwargs": {key: [] for key in demo.ARCHITECTURE}}
+            plans.write_text(json.dumps({"configurations": {"3d_fullres": {"architecture": architecture}}}))
+        elif which == "nnUNetv2_predict":
+            output, raw = Path(options["-o"]), Path(options["-i"]).parent
+            output.mkdir(parents=True)
+            (output / "dataset.json").write_text((raw / "dataset.json").read_text())
+            for file in sorted((raw / "labelsTs").iterdir()):
+                label = sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
+                if output.name == demo.LOWER:
+                    label[label.shape[0] // 2 :] = 0
+                sitk.WriteImage(sitk.GetImageFromArray(label), str(output / file.name))
+                if "--save_probabilities" in arguments:
+                    probabilities = np.stack([1 - label, label]).astype(np.float32)
+                    np.savez(output / file.name.replace(".nii.gz", ".npz"), probabilities=probabilities)
+        elif arguments[0] == "compare":
+            with redirect_stdout(StringIO()) as printed:
+                assert main(arguments) == 0
+            for line in printed.getvalue().splitlines():
+                report(line)
+        return 0
+
+    monkeypatch.setattr(steps, "_stream", run)
+    return commands
+
+
+def test_both_models_are_trained_predicted_and_compared(tmp_path, without_training, capsys):
+    result = demo.run_demo(tmp_path / "demo", device="cpu")
+    names = [command[command[0] == "nnunet_dycon"] for command in without_training]
+    trainers = [command[command.index("-tr") + 1] for command in without_training if "-tr" in command]
+    assert names == [
+        "nnUNetv2_plan_and_preprocess", "preprocess_unlabeled", *["nnUNetv2_train"] * 2, *["nnUNetv2_predict"] * 2,
+        "compare",
+    ]  # fmt: skip
+    assert trainers == 2 * ["nnUNetTrainer_demo", "nnUNetTrainerDemo"]
+    out = capsys.readouterr().out
+    for command in without_training:
+        assert f"] {' '.join(command)}\n" in out
+    assert f"[{len(result.seconds)}/{len(result.seconds)}] picture" in out
+    plans = json.loads((tmp_path / "demo" / "nnUNet_preprocessed" / demo.DATASET / "nnUNetPlans.json").read_text())
+    assert plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"] == demo.ARCHITECTURE
+    assert (result.cases, result.dice[demo.OURS]) == (6, 1)
+    assert result.difference == pytest.approx(1 - result.dice[demo.LOWER])
+    assert result.difference > 0.1
+    low, high = result.interval
+    assert low <= result.difference <= high
+    end = out[out.index("Mean Dice of 6 held-out phantoms") :]
+    assert f"{result.dice[demo.LOWER]:.3f}\n" in end
+    assert f"{result.difference:+.3f}  (95 % CI {low:+.3f} to {high:+.3f}; better in {result.wins} of 6 cases)" in end
+    assert imread(tmp_path / "demo" / "demo.png").shape[1] > 1000
 
 
 @pytest.mark.parametrize("number", [1, 3])
 def test_the_picture_is_a_png_with_a_row_per_case(tmp_path, example, number):
-    demo.draw([example] * number, tmp_path / "picture.png")
+    picture.draw([example] * number, tmp_path / "picture.png")
     height, width, _ = imread(tmp_path / "picture.png").shape
     assert width > 1000
-    assert height == pytest.approx(150 * (0.4 + 2.05 * number), abs=2)
+    assert height == pytest.approx(picture.DPI * (0.4 + 1.95 * number), abs=2)
 
 
 @pytest.mark.filterwarnings("error")
 def test_the_picture_can_show_an_empty_prediction(tmp_path, example):
-    empty = demo.Example("case", 0.0, example.image, example.reference, 0 * example.prediction, example.entropy)
-    demo.draw([empty], tmp_path / "picture.png")
+    empty = replace(example, predictions=(0 * example.reference, example.reference), dice=(0.0, 1.0))
+    picture.draw([empty], tmp_path / "picture.png")
 
 
 @pytest.mark.slow
-def test_demo_reaches_a_dice_above_0_3_and_writes_a_picture(tmp_path, capsys):
+def test_demo_trains_both_models_and_writes_a_picture(tmp_path, capsys):
     folder = tmp_path / "a folder"
     assert main(["demo", "-o", str(folder), "-device", "cpu"]) == 0
     out = capsys.readouterr().out
-    assert "[8/8]" in out
+    assert "[10/10]" in out
     assert str(folder / "demo.png") in out
-    scores = json.loads((folder / "predictions" / "evaluation.json").read_text())
-    assert len(scores["cases"]) == demo.COUNTS["test"]
-    assert scores["foreground_mean"]["dice"] > 0.3
-    assert imread(folder / "demo.png").shape[0] > 1000
-    model = Path(out.split("model:")[1].splitlines()[0].strip())
-    assert (model / "fold_all" / "checkpoint_final.pth").is_file()
+    compared = json.loads((folder / "comparison" / "comparison.json").read_text())
+    assert len(compared["cases"]) == demo.COUNTS["test"]
+    assert all(mean["mean"] > 0.2 for mean in compared["means"] if mean["metric"] == "dice")
+    assert imread(folder / "demo.png").shape[1] > 1000
+    assert (folder / "demo.png").stat().st_size < 400_000
+    for trainer in demo.TRAINERS.values():
+        model = folder / "nnUNet_results" / demo.DATASET / f"{trainer.__name__}__nnUNetPlans__3d_fullres"
+        assert (model / "fold_all" / "checkpoint_final.pth").is_file()

@@ -79,7 +79,7 @@ def trainer_class(name: str) -> Any:
 
     Args:
         name: name of a trainer in `nnunet_dycon.registry.TRAINERS`, with or without suffixes such as _finetune and
-            _50epochs, or of a trainer for internal use in `nnunet_dycon.registry.BUILDERS`, such as nnUNetTrainerDemo.
+            _50epochs, or of a trainer for internal use in `nnunet_dycon.registry.BUILDERS`, such as nnUNetTrainer_demo.
 
     Raises:
         UnknownTrainer: there is no such trainer, it was removed, or its number of epochs starts with 0.

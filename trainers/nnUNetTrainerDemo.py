@@ -1,16 +1,14 @@
-"""Trainer of `nnunet_dycon demo`."""
+"""Trainer of `nnunet_dycon demo` for labeled and unlabeled cases: the recommended trainer."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
+from nnunet_dycon.trainers.nnUNetTrainer_demo import nnUNetTrainer_demo
 from nnunet_dycon.trainers.nnUNetTrainerWeakToStrong import nnUNetTrainerWeakToStrong
 
 
 class nnUNetTrainerDemo(nnUNetTrainerWeakToStrong):
-    """The recommended trainer with 10 epochs of 40 iterations, which take minutes on a CPU."""
+    """The recommended trainer with as many steps as nnUNetTrainer_demo; nothing else is changed."""
 
     training_settings = replace(
-        nnUNetTrainerWeakToStrong.training_settings,
-        num_epochs=10,
-        num_iterations_per_epoch=40,
-        num_val_iterations_per_epoch=5,
+        nnUNetTrainerWeakToStrong.training_settings, **asdict(nnUNetTrainer_demo.training_settings)
     )

@@ -1,7 +1,7 @@
 """Sub-commands that show or test the installation.
 
 trainers_path prints the folder to add to the environment variable nnUNet_extTrainer, list prints all trainers and data
-set converters, doctor checks everything that a training needs, and demo trains on a small generated data set.
+set converters, doctor checks everything that a training needs, and demo compares two trainings on generated data.
 """
 
 import argparse
@@ -141,11 +141,12 @@ def _doctor(arguments: argparse.Namespace) -> int:
 def add_demo(commands: Any) -> None:
     demo = commands.add_parser(
         "demo",
-        help="train on a small generated data set and score the result, in a few minutes on two CPU cores",
-        description=f"Generate a small data set (phantoms), plan, preprocess, train {RECOMMENDED} for a few short "
-        "epochs, predict the held-out cases and score them, with nnU-Net's own commands, which are printed. Takes a "
-        "few minutes on two CPU cores. Everything is written to -o: nnUNet_raw, nnUNet_preprocessed, nnUNet_results, "
-        "predictions, logs and the picture demo.png. nnU-Net's environment variables need not be set.",
+        help="train with and without unlabeled cases on a small generated data set, in minutes on two CPU cores",
+        description="Generate a small data set (phantoms), plan, preprocess, train nnU-Net's own trainer on the labeled "
+        f"cases and {RECOMMENDED} on the same labels and the unlabeled cases for the same number of steps, predict the "
+        "held-out cases with both and compare them, with nnU-Net's own commands, which are printed. Takes a few minutes "
+        "on two CPU cores. Everything is written to -o: nnUNet_raw, nnUNet_preprocessed, nnUNet_results, predictions, "
+        "comparison, logs and the picture demo.png. nnU-Net's environment variables need not be set.",
         epilog="example: nnunet_dycon demo -o demo",
     )
     add_path(demo, "-o", dest="output", required=True, help=NEW_FOLDER)
