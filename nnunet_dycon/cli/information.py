@@ -142,11 +142,12 @@ def add_demo(commands: Any) -> None:
     demo = commands.add_parser(
         "demo",
         help="train with and without unlabeled cases on a small generated data set, in minutes on two CPU cores",
-        description="Generate a small data set (phantoms), plan, preprocess, train nnU-Net's own trainer on the labeled "
-        f"cases and {RECOMMENDED} on the same labels and the unlabeled cases for the same number of steps, predict the "
-        "held-out cases with both and compare them, with nnU-Net's own commands, which are printed. Takes a few minutes "
-        "on two CPU cores. Everything is written to -o: nnUNet_raw, nnUNet_preprocessed, nnUNet_results, predictions, "
-        "comparison, logs and the picture demo.png. nnU-Net's environment variables need not be set.",
+        description="Generate a small data set (phantoms), plan, preprocess, train nnU-Net's own trainer on the "
+        f"labeled cases and {RECOMMENDED} on the same labels and the unlabeled cases for the same number of steps, "
+        "predict the held-out cases with both and compare them, with nnU-Net's own commands, which are printed. Takes "
+        "a few minutes on two CPU cores. Everything is written to -o: nnUNet_raw, nnUNet_preprocessed, "
+        "nnUNet_results, predictions, comparison, logs and the picture demo.png. nnU-Net's environment variables need "
+        "not be set.",
         epilog="example: nnunet_dycon demo -o demo",
     )
     add_path(demo, "-o", dest="output", required=True, help=NEW_FOLDER)

@@ -155,8 +155,8 @@ def _summary(result: Result) -> list[str]:
         f"Mean Dice of {result.cases} held-out phantoms after {steps} steps; labeled: {COUNTS['labeled']}, unlabeled: "
         f"{COUNTS['unlabeled']} phantoms:",
         *table,
-        "The interval holds for these two models, not for other trainings. Phantoms are synthetic; docs/results has the",
-        "results on scans.",
+        "The interval holds for these two models, not for other trainings. Phantoms are synthetic; docs/results has",
+        "the results on scans.",
     ]
 
 
