@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.measuring import machine, markdown, write
-from benchmarks.pages import RESULTS
+from benchmarks.preparation import HERE
 from benchmarks.trainers.nnunet_dycon_benchmark_trainers import commit
 from nnunet_dycon.demo.demo import LOWER, OURS, run_demo
 
@@ -41,8 +41,9 @@ def _cpu_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def table(rows: list[dict]) -> str:
+def as_markdown(results: dict) -> str:
     """Return the scores of all seeds as a Markdown table, whose last row contains the means."""
+    rows = results["seeds"]
     lines = [[row["seed"], row["dice"][LOWER], row["dice"][OURS], row["difference"], *row["interval"]] for row in rows]
     numbers = np.array(lines, float)[:, 1:4].mean(0)
     total = [sum(row["seconds"].values()) for row in rows]
@@ -58,7 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder of the demos; one sub-folder per seed")
     parser.add_argument("--seeds", type=int, nargs="+", required=True)
-    parser.add_argument("--json", type=Path, default=RESULTS / "demo.json", help="default: %(default)s")
+    parser.add_argument("--json", type=Path, default=HERE / "results" / "demo.json", help="default: %(default)s")
     arguments = parser.parse_args()
     rows = json.loads(arguments.json.read_text())["results"]["seeds"] if arguments.json.is_file() else []
     if done := {row["seed"] for row in rows} & set(arguments.seeds):
@@ -66,7 +67,7 @@ def main() -> None:
     for seed in arguments.seeds:
         rows.append(measure(arguments.work / f"seed_{seed}", seed))
         write(arguments.json, {"seeds": rows}, machine=machine("cpu"))
-    print(table(rows))
+    print(as_markdown({"seeds": rows}))
 
 
 if __name__ == "__main__":

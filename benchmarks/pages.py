@@ -18,6 +18,7 @@ In a page, a table is between two comments. The first comment contains the kind 
   memory, from a JSON file in benchmarks/results;
 - gradients FILE: gradients of the terms of DyCON, from a JSON file in benchmarks/results;
 - coverage FILE: coverage of the confidence intervals in simulations, from a JSON file in benchmarks/results;
+- demo FILE: scores of the demo with several seeds, from a JSON file in benchmarks/results;
 - scaling: calculated times of a step on 1 to 64 GPUs.
 """
 
@@ -31,6 +32,7 @@ from typing import Any
 
 from benchmarks import (
     coverage,
+    demo_seeds,
     gradients,
     loader,
     losses,
@@ -267,6 +269,7 @@ MAKERS: dict[str, Callable[..., str]] = {
     "networks": measured(networks),
     "gradients": measured(gradients),
     "coverage": measured(coverage),
+    "demo": measured(demo_seeds),
     "scaling": lambda: scaling.as_markdown(scaling.Cluster()),
 }
 
