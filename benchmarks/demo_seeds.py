@@ -3,7 +3,7 @@
     python -m benchmarks.demo_seeds --work <folder> --seeds 5 6 7 8 9 [--json FILE]
 
 Each seed is another phantom data set and another pair of trainings. After each seed, a row is added to the JSON file.
-The demo (`nnunet_dycon.demo`) was chosen with the seeds 0 to 4, so that the report in docs uses only other seeds.
+The seeds 0 to 4 are for choosing the phantoms and the length of the demo, so a report must use other seeds.
 """
 
 import argparse
