@@ -35,7 +35,6 @@ gpu-check: $(INSTALLED)
 # The tables and figures in docs and README: results of benchmarks, settings, options of commands.
 tables: $(INSTALLED)
 	$(BIN)/python -m docs.tables
-	$(BIN)/python -m docs.figures
 
 # The documentation site in site/, without network access. Broken links and anchors are errors.
 docs: $(INSTALLED)

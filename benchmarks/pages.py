@@ -155,12 +155,21 @@ def scores(*trainers: str) -> str:
 
 
 def _score(table: str, labels: int, key: Key) -> tuple[str, str, str, str, str] | None:
+    if (found := _scored(labels, key, table)) is None:
+        return None
+    which, group = found
+    lower, dice = (f"{group[one].dice.mean():.3f}" for one in (report.LOWER, key))
+    difference, closed = report.compared(group, report.bootstrap(group), key)
+    return which, lower, dice, f"{difference} ({len(group[key].dice)})", closed
+
+
+def _scored(labels: int, key: Key, *tables: str) -> tuple[str, report.Group] | None:
+    """Return set and scores in the first CSV with scores of a method and the lower bound; test is preferred to val."""
     for which in ("test", "val"):
-        group = students(table, which, trials=False).get(labels, {})
-        if key in group and report.LOWER in group:
-            lower, dice = (f"{group[one].dice.mean():.3f}" for one in (report.LOWER, key))
-            difference, closed = report.compared(group, report.bootstrap(group), key)
-            return which, lower, dice, f"{difference} ({len(group[key].dice)})", closed
+        for table in tables:
+            group = students(table, which, trials=False).get(labels, {})
+            if key in group and report.LOWER in group:
+                return which, group
     return None
 
 
@@ -176,20 +185,17 @@ def gain(trainer: str, labels: int, *tables: str) -> str:
         tables: names of the CSVs, without their ending, in the order of preference.
     """
     key = trainer, "student"
-    for which in ("test", "val"):
-        for table in tables:
-            group = students(table, which, trials=False).get(labels, {})
-            if key not in group:
-                continue
-            where = "" if which == "test" else f", {which}"
-            if len(group[key].dice) == 1:
-                return f"{group[key].dice.mean() - group[report.LOWER].dice.mean():+.3f} (1 seed{where})"
-            bootstrap = report.bootstrap(group)
-            assert bootstrap is not None  # there are several runs
-            estimate = bootstrap.difference(key, report.LOWER)
-            bold = "**" if estimate.low > 0 or estimate.high < 0 else ""
-            return f"{bold}{estimate.value:+.3f}{bold} [{estimate.low:+.3f}, {estimate.high:+.3f}]{where}"
-    return ""
+    if (found := _scored(labels, key, *tables)) is None:
+        return ""
+    which, group = found
+    where = "" if which == "test" else f", {which}"
+    if len(group[key].dice) == 1:
+        return f"{group[key].dice.mean() - group[report.LOWER].dice.mean():+.3f} (1 seed{where})"
+    bootstrap = report.bootstrap(group)
+    assert bootstrap is not None  # there are several runs
+    estimate = bootstrap.difference(key, report.LOWER)
+    bold = "**" if estimate.low > 0 or estimate.high < 0 else ""
+    return f"{bold}{estimate.value:+.3f}{bold} [{estimate.low:+.3f}, {estimate.high:+.3f}]{where}"
 
 
 def cost(*trainers: str) -> str:

@@ -1,8 +1,4 @@
-"""Figures of the data flow of each method, drawn as SVG files in docs/assets/flows.
-
-    python -m docs.figures [--check]
-
-With --check, nothing is written, and the exit code is 1 if a figure is out of date.
+"""Figures of the data flow of each method, as SVG; docs/tables.py writes them into docs/assets/flows.
 
 A flow consists of boxes on a grid and of chains of arrows between them:
 
@@ -14,9 +10,7 @@ In a text, ``_`` makes the next character a subscript. The last line of a loss t
 is added to each figure.
 """
 
-import argparse
 import re
-import sys
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -399,25 +393,3 @@ def _text(x: float, y: float, line: str, style: str) -> str:
 def files() -> dict[Path, str]:
     """Return the file and the SVG text of each figure."""
     return {FOLDER / f"{name}.svg": Drawing(flow).svg() for name, flow in FLOWS.items()}
-
-
-def main() -> int:
-    """Write all figures, or only check them with --check.
-
-    Returns:
-        Exit code: 1 if --check finds a figure that is out of date, else 0.
-    """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if a figure would change")
-    check = parser.parse_args().check
-    drawings = files()
-    out_of_date = [file for file, svg in drawings.items() if not file.is_file() or file.read_text() != svg]
-    for file in out_of_date:
-        if not check:
-            file.write_text(drawings[file])
-        print(file.name, "is out of date; run: python -m docs.figures" if check else "written")
-    return int(bool(out_of_date) and check)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Generation of the tables and lists in the documentation from results, settings and command-line parsers.
+"""Generation of the documentation's tables, lists and figures from results, settings and command-line parsers.
 
     python -m docs.tables [--check]
 
@@ -14,7 +14,8 @@ In a page, a generated part is between two comments. The first comment contains 
 - cli: all commands with their options;
 - the tables of `benchmarks.pages`.
 
-With --check, nothing is written, and the exit code is 1 if a page is out of date.
+The figures are those of `docs.figures`. With --check, nothing is written, and the exit code is 1 if a file is out of
+date.
 """
 
 import argparse
@@ -30,6 +31,7 @@ import griffe
 
 from benchmarks import pages
 from benchmarks.measuring import markdown
+from docs import figures
 from docs.hooks import markdown_math
 from nnunet_dycon.cli import build_parser
 from nnunet_dycon.registry import CONVERTERS, TRAINERS
@@ -238,23 +240,20 @@ def all_pages() -> list[Path]:
 
 
 def main() -> int:
-    """Write the generated parts of all pages, or only check them with --check.
+    """Write the generated parts of all pages and all figures, or only check them with --check.
 
     Returns:
-        Exit code: 1 if --check finds a page that is out of date, else 0.
+        Exit code: 1 if --check finds a page or figure that is out of date, else 0.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if a page would change")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if a file would change")
     check = parser.parse_args().check
-    out_of_date = []
-    for page in all_pages():
-        text = page.read_text()
-        if (new := filled(text)) != text:
-            out_of_date.append(page)
-            if not check:
-                page.write_text(new)
-    for page in out_of_date:
-        print(page.relative_to(ROOT), "is out of date; run: make tables" if check else "written")
+    contents = {page: filled(page.read_text()) for page in all_pages()} | figures.files()
+    out_of_date = [file for file, new in contents.items() if not file.is_file() or file.read_text() != new]
+    for file in out_of_date:
+        if not check:
+            file.write_text(contents[file])
+        print(file.relative_to(ROOT), "is out of date; run: make tables" if check else "written")
     return int(bool(out_of_date) and check)
 
 

@@ -41,7 +41,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Adapted:
-    """What was written.
+    """Description of the written files.
 
     Attributes:
         dataset_id: ID of the data set.
