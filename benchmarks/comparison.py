@@ -6,6 +6,8 @@
   after a colon: nnUNetTrainerDyCON:uncl_weight=0.1,rampup=0.8
 - lower_bound+mae1000 and nnUNetTrainerDyCON+mae1000 are the same methods with a pretrained encoder, see
   `benchmarks.pretraining`. 1000 is the number of steps of the pretraining.
+- nnUNetTrainerWeakToStrong+rounds2 is the same method after two rounds of self-training, see
+  `Benchmark.pseudo_labeled`. All methods of a chain have the same seed.
 - The sets to score are val, unlabeled and test. The set unlabeled contains the unlabeled training cases, whose labels
   are used for scoring only. Choose settings on val and unlabeled. Score test only when all settings are final.
 - All runs have the same number of iterations, over which the learning rate decays to 0. The final checkpoint of the
@@ -33,7 +35,7 @@ import re
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import date
 from pathlib import Path
 from threading import Lock
@@ -57,6 +59,7 @@ from benchmarks.preparation import (
 from nnunet_dycon.dataset_conversion.writer import FOLDERS
 from nnunet_dycon.inference.evaluation import evaluate_folder
 from nnunet_dycon.registry import TRAINERS
+from nnunet_dycon.self_training.writing import result_name
 from nnunet_dycon.system.files import replacing
 from nnunet_dycon.training.checkpoints import SECOND, STUDENT, TEACHER
 from nnunet_dycon.training.settings import TrainingSchedule
@@ -65,6 +68,7 @@ COLUMNS = ("method", "labels", "draw", "seed", "weights", "set", "case", "label"
            "iterations", "precision", "commit", "trainer_at_commit", "scored")  # fmt: skip
 SETS = ("val", UNLABELED, "test")
 ITERATIONS_PER_EPOCH = 100
+_FIRST_ROUND_ID = 800  # of the data sets of self-training; `DataSet.first_id` is smaller
 _BUDGET = ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch")
 _COMPANIONS = {"teacher": TEACHER, "second": SECOND}
 
@@ -94,14 +98,39 @@ class Run:
         """Number of steps of the pretraining, such as 1000 for lower_bound+mae1000; 0 without pretraining.
 
         Raises:
-            ValueError: the method has another text after "+", or is upper_bound, which has no unlabeled cases.
+            ValueError: see `_addition`.
         """
-        name, _, pretraining = self.method.partition(":")[0].partition("+")
-        if not pretraining:
+        return self._addition("mae")
+
+    @property
+    def rounds(self) -> int:
+        """Number of rounds of self-training, such as 2 for lower_bound+rounds2; 0 without self-training.
+
+        Raises:
+            ValueError: see `_addition`.
+        """
+        return self._addition("rounds")
+
+    def _addition(self, word: str) -> int:
+        """Return the number after a word that follows "+" in the method's name; 0 if there is another word or none.
+
+        Raises:
+            ValueError: the text after "+" is not mae or rounds with a number, or the method is upper_bound, which has
+                no unlabeled cases.
+        """
+        name, _, addition = self.method.partition(":")[0].partition("+")
+        if not addition:
             return 0
-        if name == UPPER_BOUND or not re.fullmatch(r"mae[1-9]\d*", pretraining):
+        found = re.fullmatch(r"(mae|rounds)([1-9]\d*)", addition)
+        if name == UPPER_BOUND or not found:
             raise ValueError(self.method)
-        return int(pretraining.removeprefix("mae"))
+        return int(found[2]) if found[1] == word else 0
+
+    def after_rounds(self, rounds: int) -> "Run":
+        """Return the run of the same chain of self-training after another number of rounds; 0 for the first model."""
+        name, colon, settings = self.method.partition(":")
+        addition = f"+rounds{rounds}" if rounds else ""
+        return replace(self, method=name.partition("+")[0] + addition + colon + settings)
 
     @property
     def settings(self) -> dict[str, object]:
@@ -134,14 +163,14 @@ class Benchmark(Preparation):
         self._writing = Lock()
 
     def name(self, run: Run) -> str:
-        """Return the name of the trainer class of a run.
+        """Return the name of the trainer class of a run. It is the same in all rounds of self-training.
 
         Example: Benchmark_nnUNetTrainerDyCON_uncl_weight_i2000_s0_1a2b3c4d, with the changed setting uncl_weight, 2000
         iterations and seed 0. The hash of `declaration(run)` at the end makes the name unique.
         """
         settings = "".join(f"_{key}" for key in run.settings)
         number = hashlib.sha256(json.dumps(self.declaration(run), sort_keys=True).encode()).hexdigest()[:8]
-        method = run.method.partition(":")[0].replace("+", "_")
+        method = (run.after_rounds(0) if run.rounds else run).method.partition(":")[0].replace("+", "_")
         return f"Benchmark_{method}{settings}_i{self.iterations}_s{run.seed}_{number}"
 
     def declaration(self, run: Run) -> dict[str, Any]:
@@ -171,31 +200,78 @@ class Benchmark(Preparation):
 
         Only the pairs of set and network that `missing` returns are predicted and scored.
         """
-        name, dataset = self.name(run), str(self.dataset_id(run.labeled))
-        raw = self.raw(run.labeled)
-        model = self.work / "nnUNet_results" / raw.name / f"{name}__{self.plans}__3d_fullres"
         start = time.monotonic()
-        if not (model / "fold_all" / STUDENT).is_file():
-            pretrained = ["-pretrained_weights", str(self.pretrained(run))] if run.pretraining_steps else []
-            self.command("nnunetv2.run.run_training:run_training_entry", dataset, "3d_fullres", "all", "-tr", name,
-                          "-p", self.plans, "-device", self.device, *pretrained,
-                          log=f"{name}_{dataset}.log")  # fmt: skip
+        name = self.name(run)
+        raw, model = self.raw(run.labeled), self.trained(run)
+        dataset = model.parent.name
         commit = self.trained_by(run, model / "fold_all")
         rows = []
         for which, weights in self.missing(run):
-            checkpoint = run.weights[weights]
-            images = raw / FOLDERS[which][0]
             output = model / "fold_all" / f"{which}_{weights}"
-            self.command(
-                "nnunetv2.inference.predict_from_raw_data:predict_entry_point", "-d", dataset, "-c", "3d_fullres",
-                "-f", "all", "-tr", name, "-p", self.plans, "-chk", checkpoint, "-i", str(images),
-                "-o", str(output), "-device", self.device, "-npp", "0", "-nps", "0", log=f"{name}_{dataset}.log",
-            )  # fmt: skip
+            self.predict(dataset, name, raw / FOLDERS[which][0], output, "-chk", run.weights[weights])
             references = self.references(run.labeled, which)
             scored = evaluate_folder(references, output, num_processes=1).as_json()["cases"]
             rows += [self._row(run, weights, which, case, commit) for case in scored]
         self._append(rows)
         print(f"{run}: {time.monotonic() - start:.0f} s", flush=True)
+
+    def trained(self, run: Run) -> Path:
+        """Return the folder of the model of a run in nnUNet_results, which is trained if necessary."""
+        name = self.name(run)
+        dataset = self.pseudo_labeled(run) if run.rounds else self.dataset(run.labeled)
+        model = self.work / "nnUNet_results" / dataset / f"{name}__{self.plans}__3d_fullres"
+        if not (model / "fold_all" / STUDENT).is_file():
+            pretrained = ["-pretrained_weights", str(self.pretrained(run))] if run.pretraining_steps else []
+            self.command(
+                "nnunetv2.run.run_training:run_training_entry", dataset, "3d_fullres", "all", "-tr", name,
+                "-p", self.plans, "-device", self.device, *pretrained, log=f"{name}_{dataset}.log",
+            )  # fmt: skip
+        return model
+
+    def predict(self, dataset: str, trainer: str, images: Path, output: Path, *options: str) -> None:
+        """Predict images with a model of fold all.
+
+        Args:
+            dataset: the data set on which the model was trained.
+            trainer: name of its trainer class.
+            images: folder of the images.
+            output: folder of the predictions.
+            options: further options of nnUNetv2_predict.
+        """
+        self.command(
+            "nnunetv2.inference.predict_from_raw_data:predict_entry_point", "-d", dataset, "-c", "3d_fullres",
+            "-f", "all", "-tr", trainer, "-p", self.plans, "-i", str(images), "-o", str(output),
+            "-device", self.device, "-npp", "0", "-nps", "0", *options, log=f"{trainer}_{dataset}.log",
+        )  # fmt: skip
+
+    def pseudo_labeled(self, run: Run) -> str:
+        """Return the name of the data set of the last round of self-training of a run, which is made if necessary.
+
+        As in `nnunet_dycon self_train`, the model of the previous round predicts the unlabeled cases, and the best 80 %
+        of the predictions become labels: in the first round those with the highest expected Dice, later those that
+        changed least since the previous round.
+        """
+        before, source = run.after_rounds(run.rounds - 1), str(self.dataset_id(run.labeled))
+        model = self.trained(before)
+        with FileLock(self.work / "rounds.json.lock"):  # several benchmarks may share a folder
+            file = self.work / "rounds.json"
+            known = json.loads(file.read_text()) if file.is_file() else {}
+            number = known.setdefault(f"{source} {self.name(run)} round {run.rounds}", _FIRST_ROUND_ID + len(known))
+            with replacing(file) as unfinished:
+                unfinished.write_text(json.dumps(known, indent=1))
+        dataset = result_name(self.dataset(run.labeled), number)
+        previous = ["--previous", model.parent.name] if before.rounds else []
+        self.command("nnunet_dycon.cli:main", "pseudo_label", "-m", str(model), "-f", "all", "-d", source,
+                     "-o", str(number), "-p", self.plans, "-device", self.device, "-np", "1", *previous,
+                     log=f"{dataset}.log")  # fmt: skip
+        preprocessed = self.work / "nnUNet_preprocessed" / dataset
+        if not (preprocessed / "finished").is_file():
+            planning = "nnunetv2.experiment_planning.plan_and_preprocess_entrypoints"
+            self.command(f"{planning}:extract_fingerprint_entry", "-d", str(number), "-np", "1", log=f"{dataset}.log")
+            self.command(f"{planning}:preprocess_entry", "-d", str(number), "-plans_name", self.plans,
+                         "-c", "3d_fullres", "-np", "1", log=f"{dataset}.log")  # fmt: skip
+            (preprocessed / "finished").touch()
+        return dataset
 
     def pretrained(self, run: Run) -> Path:
         """Return the weights from which a run with pretraining starts, which are made if necessary.
@@ -346,11 +422,10 @@ def compare(data_set: DataSet, description: str | None, argv: Sequence[str] | No
         except ValueError:
             parser.error(f'{run.method}: settings must be name=value, text in double quotes, such as mixing="none"')
         try:
-            _ = run.pretraining_steps
+            _ = run.rounds
         except ValueError:
-            parser.error(
-                f"{run.method}: pretraining must be given as +mae and a number of steps, as in lower_bound+mae1000"
-            )
+            parser.error(f"{run.method}: only a method on labeled cases can be followed by +mae and a number of steps, "
+                         "as in lower_bound+mae1000, or +rounds and a number of rounds")  # fmt: skip
     unknown = {run.trainer for run in asked} - {SUPERVISED, *TRAINERS}
     if unknown:
         parser.error(f"unknown methods: {', '.join(sorted(unknown))}; run `nnunet_dycon list` for all trainers")

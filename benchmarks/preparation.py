@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -86,29 +86,24 @@ class DataSet:
         """The labeled set of the upper bound, which contains all training cases."""
         return LabeledSet(self.training_cases)
 
+    def order(self, preparation: "Preparation", cases: Sequence[str], draw: int) -> list[str]:
+        """Return the training cases in the order in which they are labeled.
+
+        Args:
+            preparation: the working folder.
+            cases: the training cases in the order of the protocol.
+            draw: 0 for the order of the protocol, otherwise the seed of a random order.
+        """
+        if draw == 0:
+            return list(cases)
+        return [cases[index] for index in np.random.default_rng(draw).permutation(len(cases))]
+
     def write(self, preparation: "Preparation", labeled: LabeledSet) -> None:
         """Write the raw data set of a labeled set to the folder `preparation.raw(labeled)`.
 
         The training cases that are not in the labeled set are written without labels.
         """
         raise NotImplementedError
-
-
-def split(protocol: Path, labeled: LabeledSet) -> dict[str, list[str]]:
-    """Return the content of a split file for `nnunet_dycon convert --split`.
-
-    Args:
-        protocol: a JSON file with the lists training (in the order of labeling), val and test.
-        labeled: selects the training cases that are labeled; the other ones are unlabeled.
-
-    Returns:
-        "labeled", "unlabeled", "val" and "test" -> case identifiers.
-    """
-    cases = json.loads(protocol.read_text())
-    order = cases["training"]
-    if labeled.draw != 0:
-        order = [order[i] for i in np.random.default_rng(labeled.draw).permutation(len(order))]
-    return {"labeled": order[: labeled.labels], "unlabeled": order[labeled.labels :], **{k: cases[k] for k in SCORED}}
 
 
 def add_arguments(parser: argparse.ArgumentParser, data_set: DataSet) -> None:
@@ -191,10 +186,24 @@ class Preparation:
         """
         file = self.work / "splits" / f"{self.dataset(labeled)}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
-        protocol = HERE / "protocols" / f"{self.data_set.protocol or self.data_set.table}.json"
-        file.write_text(json.dumps(split(protocol, labeled), indent=1))
+        file.write_text(json.dumps(self.split(labeled), indent=1))
         arguments = ["-i", str(self.data), "-d", str(self.dataset_id(labeled)), "--split", str(file), *options]
         self.command("nnunet_dycon.cli:main", "convert", converter, *arguments)
+
+    def split(self, labeled: LabeledSet) -> dict[str, list[str]]:
+        """Return the content of a split file for `nnunet_dycon convert --split`.
+
+        Args:
+            labeled: selects the training cases that are labeled; the other ones are unlabeled.
+
+        Returns:
+            "labeled", "unlabeled", "val" and "test" -> case identifiers.
+        """
+        protocol = HERE / "protocols" / f"{self.data_set.protocol or self.data_set.table}.json"
+        cases = json.loads(protocol.read_text())
+        order = self.data_set.order(self, cases["training"], labeled.draw)
+        held_out = {name: cases[name] for name in SCORED}
+        return {"labeled": order[: labeled.labels], "unlabeled": order[labeled.labels :], **held_out}
 
     def prepare(self, labeled_sets: Iterable[LabeledSet]) -> None:
         """Write, plan and preprocess a data set for each labeled set. Finished steps are skipped.

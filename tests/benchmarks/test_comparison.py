@@ -18,7 +18,7 @@ from benchmarks.hippocampus import HIPPOCAMPUS
 from benchmarks.hippocampus_sparse import ANNOTATIONS
 from benchmarks.la import LEFT_ATRIUM
 from benchmarks.phantom import LESION_RADII, PHANTOMS, SEED, SHAPE
-from benchmarks.preparation import DRAWS, HERE, UPPER_BOUND, LabeledSet, Preparation, split, trainer_class
+from benchmarks.preparation import DRAWS, HERE, UPPER_BOUND, LabeledSet, Preparation, trainer_class
 from benchmarks.trainers.nnunet_dycon_benchmark_trainers import RoundedProducts
 from nnunet_dycon.demo.phantom import phantom
 from tests.processes import run_python
@@ -48,11 +48,11 @@ def test_trainer_and_settings_are_parsed_from_the_method():
 
 @pytest.mark.parametrize("data_set", [LEFT_ATRIUM, HIPPOCAMPUS], ids=lambda data_set: data_set.name)
 @pytest.mark.parametrize("draw", [0, 1, 2])
-def test_labeled_sets_are_nested_and_share_held_out_cases(data_set, draw):
-    protocol = HERE / "protocols" / f"{data_set.table}.json"
-    listed = json.loads(protocol.read_text())
+def test_labeled_sets_are_nested_and_share_held_out_cases(benchmark, monkeypatch, data_set, draw):
+    listed = json.loads((HERE / "protocols" / f"{data_set.table}.json").read_text())
     numbers = (*data_set.labels, data_set.training_cases)
-    splits = [split(protocol, LabeledSet(labels, draw)) for labels in numbers]
+    monkeypatch.setattr(benchmark, "data_set", data_set)
+    splits = [benchmark.split(LabeledSet(labels, draw)) for labels in numbers]
     for labels, cases in zip(numbers, splits):
         assert len(cases["labeled"]) == labels
         assert {*cases["labeled"], *cases["unlabeled"]} == set(listed["training"])
@@ -183,9 +183,11 @@ def test_upper_bound_is_run_once_for_all_numbers_of_labels(monkeypatch, tmp_path
         ("nnUNetTrainerDyCON:gama=1", "nnUNetTrainerDyCON has no setting gama"),
         ("nnUNetTrainerDyCON:num_epochs=5", "nnUNetTrainerDyCON has no setting num_epochs"),
         ("lower_bound:gamma=1", "nnUNetTrainer has no setting gamma"),
-        ("lower_bound+mae", "pretraining must be given as +mae and a number of steps"),
-        ("upper_bound+mae1000", "pretraining must be given as +mae and a number of steps"),
-        ("lower_bound+1000", "pretraining must be given as +mae and a number of steps"),
+        ("lower_bound+mae", "can be followed by +mae and a number of steps"),
+        ("upper_bound+mae1000", "can be followed by +mae and a number of steps"),
+        ("upper_bound+rounds1", "can be followed by +mae and a number of steps"),
+        ("lower_bound+rounds0", "+rounds and a number of rounds"),
+        ("lower_bound+1000", "can be followed by +mae and a number of steps"),
     ],
 )
 def test_unknown_methods_and_settings_are_errors(monkeypatch, tmp_path, capsys, method, message):
