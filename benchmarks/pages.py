@@ -13,6 +13,10 @@ In a page, a table is between two comments. The first comment contains the kind 
   each of several CSVs, and the mean of these differences with equal weights;
 - trials TABLE LABELS: Dice of all methods, including those with changed settings, on val, unlabeled and test. The
   labeled cases are those of draw 0, the first ones of the protocol;
+- additions TABLE LABELS: Dice of all methods, and for methods with an addition such as +mae1000 or +rounds2 the
+  difference to the method without it;
+- selection METHOD: Dice with cases selected by each strategy, and the difference to the random selection, from the CSVs
+  of `benchmarks.selection`;
 - looks: all evaluations on test in all CSVs, by date;
 - losses FILE, train_step FILE, step_memory FILE, loader FILE, networks FILE, many_cases FILE: measured times and
   memory, from a JSON file in benchmarks/results;
@@ -46,7 +50,8 @@ from benchmarks import (
 from benchmarks.comparison import SETS
 from benchmarks.measuring import markdown
 from benchmarks.preparation import HERE, LOWER_BOUND, UNLABELED, UPPER_BOUND
-from nnunet_dycon.inference.statistics import pooled_difference, pooled_share_of_gap
+from nnunet_dycon.inference.statistics import PairedBootstrap, pooled_difference, pooled_share_of_gap
+from nnunet_dycon.labeling.select import RANDOM, STRATEGIES
 
 RESULTS = HERE / "results"
 _NAMES = {LOWER_BOUND: "lower bound", UPPER_BOUND: "upper bound"}
@@ -234,6 +239,57 @@ def trials(table: str, labels: str) -> str:
     return _without_empty_columns(("method", *SETS), rows)
 
 
+def additions(table: str, labels: str) -> str:
+    """Return the Markdown table of the Dice of all methods, with the gains from pretraining or self-training.
+
+    - val, unlabeled, test: as in `trials`;
+    - difference on val, unlabeled, test: for a method with an addition, such as lower_bound+mae1000, the difference to
+      the method before the "+", with 95 % interval.
+
+    Args:
+        table: name of the CSV, without its ending.
+        labels: number of labeled cases.
+    """
+    sets = {which: students(table, which).get(int(labels), {}) for which in SETS}
+    drawn = {which: report.bootstrap(group) for which, group in sets.items()}
+    rows = []
+    for key in _methods(sets):
+        base = key[0].partition("+")[0], key[1]
+        gains = (_difference(group, drawn[which], key, base) for which, group in sets.items())
+        rows.append((_name(key[0]), *(_dice(sets[which], key) for which in SETS), *gains))
+    return _without_empty_columns(("method", *SETS, *(f"difference on {which}" for which in SETS)), rows)
+
+
+def selection(method: str) -> str:
+    """Return the Markdown table of the Dice on val with cases selected by the strategies of `nnunet_dycon select`.
+
+    - sets: number of sets of selected cases;
+    - Dice: mean ± standard deviation over the sets, where several seeds with the same set are averaged;
+    - difference: to the random selection with the same number of labeled cases, with 95 % interval.
+
+    Args:
+        method: lower_bound or the name of a trainer.
+    """
+    rows = []
+    read = {name: report.read(RESULTS / f"hippocampus_select_{name}.csv", "val") for name in STRATEGIES}
+    for labels in sorted({labels for scores in read.values() for labels, *_ in scores}):
+        group = {(name, "student"): scores[labels, method, "student"] for name, scores in read.items()}
+        drawn = report.bootstrap(group)
+        for key, its in group.items():
+            difference = _difference(group, drawn, key, (RANDOM, "student"))
+            rows.append((str(labels), f"`{key[0]}`", str(len(its.dice)), report.over_runs(its.dice, 4), difference))
+    return markdown(("labels", "strategy", "sets", "Dice", "difference to random"), rows)
+
+
+def _difference(group: report.Group, drawn: PairedBootstrap | None, key: Key, base: Key) -> str:
+    """Return the difference of Dice between two entries of a group as text; "" if one is missing or both are equal."""
+    if key == base or not {key, base} <= group.keys():
+        return ""
+    if drawn is None:
+        return f"{group[key].dice.mean() - group[base].dice.mean():+.4f}"
+    return report.with_interval(drawn.difference(key, base), "+.4f")
+
+
 def looks() -> str:
     """Return the Markdown table of all evaluations on test in all CSVs, by date of scoring.
 
@@ -266,6 +322,8 @@ MAKERS: dict[str, Callable[..., str]] = {
     "cost": cost,
     "pooled": pooled,
     "trials": trials,
+    "additions": additions,
+    "selection": selection,
     "looks": looks,
     "losses": measured(losses),
     "train_step": measured(train_step),
@@ -326,7 +384,15 @@ def _methods(sets: dict[str, report.Group]) -> list[Key]:
 
 
 def _name(method: str) -> str:
-    return _NAMES.get(method) or f"`{method}`"
+    """Return how tables name a method, such as "lower bound, pretrained" for lower_bound+mae1000."""
+    name, colon, settings = method.partition(":")
+    name, _, addition = name.partition("+")
+    if not addition:
+        return _NAMES.get(method) or f"`{method}`"
+    added = (
+        "pretrained" if addition.startswith("mae") else f"rounds of self-training: {addition.removeprefix('rounds')}"
+    )
+    return f"{_NAMES.get(name) or f'`{name}`'}, {added}" + (f", `{settings}`" if colon else "")
 
 
 def _dice(group: report.Group, key: Key) -> str:
