@@ -49,7 +49,7 @@ from benchmarks import (
 )
 from benchmarks.comparison import SETS
 from benchmarks.measuring import markdown
-from benchmarks.preparation import HERE, LOWER_BOUND, UNLABELED, UPPER_BOUND
+from benchmarks.preparation import HERE, LOWER_BOUND, SUPERVISED, UNLABELED, UPPER_BOUND
 from nnunet_dycon.inference.statistics import PairedBootstrap, pooled_difference, pooled_share_of_gap
 from nnunet_dycon.labeling.select import RANDOM, STRATEGIES
 
@@ -211,16 +211,15 @@ def cost(*trainers: str) -> str:
     Args:
         trainers: names of the trainers.
     """
-    time, memory = (
-        {row[0]: row for row in _table_rows(measured(module)(file))}
-        for module, file in ((train_step, "train_step_cpu.json"), (step_memory, "step_memory.json"))
-    )
-    rows = [(name, time[name][2], memory[name][3], time[name][3]) for name in (f"`{each}`" for each in trainers)]
+    time, memory = (_results(file) for file in ("train_step_cpu.json", "step_memory.json"))
+    used = {name: sum(its.values()) for name, its in memory.items()}
+
+    def relative(values: dict[str, float], name: str) -> str:
+        return f"{values[name] / values[SUPERVISED]:.2f}"
+
+    seconds, size = ({name: its[key] for name, its in time.items()} for key in ("seconds", "checkpoint_bytes"))
+    rows = [(f"`{name}`", *(relative(each, name) for each in (seconds, used, size))) for name in trainers]
     return markdown(("trainer", "relative time of a step", "relative memory", "relative checkpoint size"), rows)
-
-
-def _table_rows(table: str) -> list[list[str]]:
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
 
 
 def trials(table: str, labels: str) -> str:
@@ -313,7 +312,11 @@ def measured(module: ModuleType) -> Callable[[str], str]:
     Args:
         module: module of the benchmark. Its function `as_markdown` gets the value of "results" in the file.
     """
-    return lambda file: module.as_markdown(json.loads((RESULTS / file).read_text())["results"])
+    return lambda file: module.as_markdown(_results(file))
+
+
+def _results(file: str) -> dict[str, Any]:
+    return json.loads((RESULTS / file).read_text())["results"]
 
 
 MAKERS: dict[str, Callable[..., str]] = {

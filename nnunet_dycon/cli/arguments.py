@@ -74,6 +74,13 @@ def add_path(parser: Any, *names: str, complete: str = "directory", metavar: str
     parser.add_argument(*names, type=Path, metavar=metavar, **options).complete = complete
 
 
+def add_configuration(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-c", dest="configuration", default="3d_fullres", metavar="CONFIGURATION",
+        help="configuration of the plans (default: 3d_fullres)",
+    )  # fmt: skip
+
+
 def add_processes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-np", dest="num_processes", type=positive, default=None, metavar="N",

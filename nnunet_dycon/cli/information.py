@@ -9,7 +9,7 @@ import json
 from typing import Any
 
 from nnunet_dycon import __version__
-from nnunet_dycon.cli.arguments import DATASET, DEVICE, NEW_FOLDER, add_path, fold
+from nnunet_dycon.cli.arguments import DATASET, DEVICE, NEW_FOLDER, add_configuration, add_path, fold
 from nnunet_dycon.errors import UsageError
 from nnunet_dycon.registry import CONVERTERS, RECOMMENDED, TRAINERS, groups
 from nnunet_dycon.system.environment import DISCOVERY, require_nnunet
@@ -80,13 +80,7 @@ def add_doctor(commands: Any) -> None:
     doctor.add_argument(
         "-d", dest="dataset", default=None, metavar="ID", help=f"{DATASET} (default: check the installation only)"
     )
-    doctor.add_argument(
-        "-c",
-        dest="configuration",
-        default="3d_fullres",
-        metavar="CONFIGURATION",
-        help="configuration of the plans (default: 3d_fullres)",
-    )
+    add_configuration(doctor)
     doctor.add_argument(
         "-p", dest="plans_name", default="nnUNetPlans", metavar="PLANS", help="name of the plans (default: nnUNetPlans)"
     )

@@ -4,7 +4,7 @@ import argparse
 from shlex import quote
 from typing import Any
 
-from nnunet_dycon.cli.arguments import DATASET, add_path, not_negative
+from nnunet_dycon.cli.arguments import DATASET, add_configuration, add_path, not_negative
 from nnunet_dycon.errors import UsageError
 from nnunet_dycon.registry import RECOMMENDED
 from nnunet_dycon.system.environment import require_nnunet
@@ -28,10 +28,7 @@ def add_adapt_weights(commands: Any) -> None:
         help="write plans like those of this checkpoint of nnU-Net, this package or nnssl",
     )  # fmt: skip
     adapt.add_argument("-d", dest="dataset", required=True, metavar="ID", help=DATASET)
-    adapt.add_argument(
-        "-c", dest="configuration", default="3d_fullres", metavar="CONFIGURATION",
-        help="configuration of the plans (default: 3d_fullres)",
-    )  # fmt: skip
+    add_configuration(adapt)
     adapt.add_argument(
         "-p", dest="plans_name", default="nnUNetPlans", metavar="PLANS",
         help="plans of the data set; with --plans_like, plans from which all other entries are copied (default: "

@@ -14,6 +14,7 @@ from nnunet_dycon.cli.arguments import (
     MODEL,
     NEW_DATASET,
     NEW_FOLDER,
+    add_configuration,
     add_path,
     add_prediction,
     add_processes,
@@ -118,13 +119,7 @@ def add_self_train(commands: Any) -> None:
         epilog="example: nnunet_dycon self_train -d 101 -c 3d_fullres --ids 111,112 --folds all",
     )
     chain.add_argument("-d", dest="dataset", required=True, metavar="ID", help=f"annotated {DATASET}")
-    chain.add_argument(
-        "-c",
-        dest="configuration",
-        default="3d_fullres",
-        metavar="CONFIGURATION",
-        help="configuration of the plans (default: 3d_fullres)",
-    )
+    add_configuration(chain)
     chain.add_argument(
         "--ids", dest="dataset_ids", type=_ids, required=True, metavar="ID[,ID...]",
         help="IDs of the new data sets, one for each round",
