@@ -213,6 +213,27 @@ def coincide(a: Grid, b: Grid) -> bool:
     return same_origin and np.allclose(first, second, rtol=0, atol=1e-3)
 
 
+def grid_difference(grid: Grid, target: Grid) -> str | None:
+    """Return what differs between the voxel grids of two images.
+
+    Example: "size (Z, Y, X) 20 x 32 x 40 instead of 20 x 32 x 41".
+
+    Returns:
+        The first difference in size, spacing, orientation or origin; None if the grids are the same.
+    """
+
+    def listed(values: Sequence[float]) -> str:
+        return " x ".join(f"{value:.4g}" for value in values)
+
+    if grid.shape != target.shape:
+        return f"size (Z, Y, X) {listed(grid.shape)} instead of {listed(target.shape)}"
+    if not np.allclose(grid.spacing, target.spacing, rtol=1e-3, atol=0):
+        return f"spacing (Z, Y, X) {listed(grid.spacing)} mm instead of {listed(target.spacing)} mm"
+    if is_turned(grid, target):
+        return "flipped or permuted axes"
+    return None if coincide(grid, target) else "another origin or direction of the axes"
+
+
 def is_turned(grid: Grid, target: Grid) -> bool:
     """Return whether a grid has the same voxel positions as the target, but with permuted or flipped axes.
 

@@ -39,12 +39,16 @@ def locked(source: Path, *, wait: bool = False) -> Iterator[None]:
         yield
 
 
-def prepare(source: Path) -> Path:
-    """Return a new empty folder for the label files of a change, of which nothing is visible before `commit`."""
+@contextmanager
+def prepared(source: Path) -> Iterator[Path]:
+    """Context with a new empty folder for the label files of a change, of which nothing is visible before `commit`."""
     partial = source / f"{_FOLDER}.partial"
     shutil.rmtree(partial, ignore_errors=True)  # of an interrupted call, which has changed nothing
     partial.mkdir()
-    return partial
+    try:
+        yield partial
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # after `commit`, it has another name
 
 
 def commit(
@@ -55,11 +59,11 @@ def commit(
 ) -> None:
     """Write the journal of a change and apply it. After the journal is written, the change can only be completed.
 
-    The caller must hold the lock and have called `prepare`.
+    The caller must hold the lock and be in the context of `prepared`.
 
     Args:
         source: nnUNet_raw/DatasetXXX_Name.
-        moves: files to rename: old path, new path, in this order. Old paths can be in the folder of `prepare`.
+        moves: files to rename: old path, new path, in this order. Old paths can be in the folder of `prepared`.
         contents: JSON files to replace: path -> new content; None removes the file. Files in a folder that does not
             exist when the change is applied are skipped.
         record: content of the record of this change in label_history.

@@ -60,9 +60,10 @@ def preprocess_unlabeled(
             `UnlabeledCases.build`.
         UsageError: the data set, its plans or the configuration do not exist.
     """
+    if os.environ.get("nnUNet_raw"):  # before planning is asked for, which must not see half of a change
+        finish_interrupted(nnunet_folder("nnUNet_raw") / dataset_name(dataset))
     unlabeled = UnlabeledCases.of_dataset(dataset, configuration, plans_name)
-    if unlabeled.is_raw_reachable():
-        finish_interrupted(unlabeled.raw.parent)
+    unlabeled.remove_if_labeled()
     if unlabeled.fault() is None:  # before locking, because the folder may be read-only
         unlabeled._remove_replaced()
         return unlabeled.folder
@@ -269,6 +270,8 @@ class UnlabeledCases:
         if both:
             found = counted(both, "case is both labeled and unlabeled", "cases are both labeled and unlabeled")
             them = "it" if len(both) == 1 else "them"
+            if self.is_raw_reachable() and not set(both) & self._raw_files().keys():
+                raise UserError(f"{found}, which was preprocessed earlier; {self.update_remedy}")
             raise UserError(
                 f"{found}; either remove {them} from {self.raw}, or remove {them} from imagesTr and labelsTr and then "
                 f"run: nnUNetv2_plan_and_preprocess -d {self.dataset_id} --clean"
@@ -305,6 +308,25 @@ class UnlabeledCases:
             if absent or not _size(self.folder / image):
                 return f"{(absent or [image])[0]} is missing or empty"
         return None
+
+    def remove_if_labeled(self) -> None:
+        """Remove the folder of preprocessed cases if all of them are labeled now, and no unlabeled ones are left.
+
+        Raises:
+            UserError: the folder was removed, so there are no unlabeled cases; or a training uses it.
+        """
+        if not (self.folder.is_dir() and self.is_raw_reachable()) or self._raw_files():
+            return
+        labeled = image_files_by_case(self.raw.with_name("imagesTr"), self.dataset_json["file_ending"])
+        if not (cases := self.identifiers()) or not set(cases) <= labeled.keys():
+            return  # imagesUn may have been removed to save space
+        with self.locked():
+            self._check_replaceable()
+            shutil.rmtree(self.folder)
+        raise UserError(
+            f"no unlabeled cases are left: all are labeled now, so {self.folder} was removed; train with "
+            f"-tr nnUNetTrainer, or {self.ways_to_add}"
+        )
 
     def is_absent(self) -> bool:
         """Return whether there are no unlabeled cases: no preprocessed ones, and no image in imagesUn."""

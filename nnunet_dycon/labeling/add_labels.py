@@ -3,7 +3,7 @@
 import json
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from nnunet_dycon.data.dataset_json import ignore_label, label_values, read_data
 from nnunet_dycon.data.image_checks import check_file
 from nnunet_dycon.data.image_reading import (
     Reader,
-    coincide,
+    grid_difference,
     hash_voxels,
     image_files,
     read_grid,
@@ -24,11 +24,11 @@ from nnunet_dycon.data.image_reading import (
     reader_class,
     write_like,
 )
-from nnunet_dycon.data.label_journal import HISTORY, commit, locked, prepare, records
+from nnunet_dycon.data.label_journal import HISTORY, commit, is_interrupted, locked, prepared, records
 from nnunet_dycon.data.unlabeled import dataset_name
 from nnunet_dycon.dataset_conversion.writer import writing_errors
 from nnunet_dycon.errors import UsageError, UserError, explained, first_line, joined, some
-from nnunet_dycon.labeling.select import RECORD, require_spacing
+from nnunet_dycon.labeling.select import RECORD, TABLE, require_spacing
 from nnunet_dycon.registry import RECOMMENDED
 from nnunet_dycon.system.environment import nnunet_folder
 from nnunet_dycon.system.files import require_whole
@@ -94,8 +94,12 @@ def add_labels(
         UserError: labels are damaged, of other cases, on another grid than their image, have unknown values, are empty
             or equal the prediction. The message names them, and nothing is changed.
     """
-    source = nnunet_folder("nnUNet_raw") / dataset_name(dataset)
-    about = read_dataset_json(source)
+    source = _source(dataset)
+    completes = is_interrupted(source)
+    about = read_dataset_json(source)  # completes an interrupted change
+    if completes and (names := _just_added(source, about, folder)):
+        _print_result(source, names)
+        return names
     with writing_errors(f"cannot write into {source}", "change its permissions or free disk space"), locked(source):
         labels = _find(source, about, folder)
         reader = reader_class(about, labels[0].images[0])
@@ -105,14 +109,31 @@ def add_labels(
             raise UserError(f"{joined(faults)} (nothing was changed)")
         _add(source, about, labels, reader)
     names = [label.case for label in labels]
-    remedy = f"undo with: nnunet_dycon add_labels -d {convert_dataset_name_to_id(source.name)} --undo"
-    print(f"added {len(names)} labels: {some(names, 5)}; {remedy}")
-    _print_next_commands(source)
+    _print_result(source, names)
     return names
 
 
-def _find(source: Path, about: dict[str, Any], folder: Path) -> list[_NewLabel]:
-    """Return the new labels in a folder; raise an error if it has none, or labels of other cases."""
+def _source(dataset: str) -> Path:
+    """Return nnUNet_raw/DatasetXXX_Name; raise UsageError if a folder of nnU-Net that is used later is not set."""
+    for name in ("nnUNet_preprocessed", "nnUNet_results"):
+        nnunet_folder(name)
+    return nnunet_folder("nnUNet_raw") / dataset_name(dataset)
+
+
+def _just_added(source: Path, about: dict[str, Any], folder: Path) -> list[str]:
+    """Return the cases of the latest record if they are those with a label in a folder; otherwise []."""
+    added = _read(records(source)[-1]).get("added", [])
+    return added if added and set(added) == _label_files(source, about, folder).keys() else []
+
+
+def _print_result(source: Path, names: Sequence[str]) -> None:
+    remedy = f"undo with: nnunet_dycon add_labels -d {convert_dataset_name_to_id(source.name)} --undo"
+    print(f"added {len(names)} label{'s' * (len(names) > 1)}: {some(names, 5)}; {remedy}")
+    _print_next_commands(source)
+
+
+def _label_files(source: Path, about: dict[str, Any], folder: Path) -> dict[str, Path]:
+    """Return case -> file of all labels in a folder, or in its folder labels; raise an error if there are none."""
     if not folder.is_dir():
         raise UsageError(f"{folder} does not exist; give the folder of the new labels with -i")
     inner = folder / "labels" if (folder / "labels").is_dir() else folder
@@ -126,6 +147,23 @@ def _find(source: Path, about: dict[str, Any], folder: Path) -> list[_NewLabel]:
                 raise UserError(f"{other} and {file} are labels of the same case; remove one of both")
     if not files:
         raise UsageError(f"{inner} has no label files *{_ENDING}; save the new labels there, or correct -i")
+    return files
+
+
+def _ignored(files: Mapping[str, Path]) -> list[str]:
+    """Return the names of the other files next to label files, without hidden ones and those of `select`."""
+    folder = next(iter(files.values())).parent
+    known = {*(file.name for file in files.values()), TABLE, RECORD}
+    others = (file.name for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
+    return sorted(name for name in others if name not in known)
+
+
+def _find(source: Path, about: dict[str, Any], folder: Path) -> list[_NewLabel]:
+    """Return the new labels in a folder; raise an error if it has none, or labels of other cases."""
+    files = _label_files(source, about, folder)
+    inner, ending = next(iter(files.values())).parent, about["file_ending"]
+    if ignored := _ignored(files):
+        print(f"not used, since labels must be saved as CASE{_ENDING}: {some(ignored)}")
     images = image_files(source / "imagesUn", about, "unlabeled")
     labeled = {file.name.removesuffix(ending) for file in (source / "labelsTr").glob(f"*{ending}")}
     if known := sorted(files.keys() & labeled):
@@ -140,8 +178,10 @@ def _find(source: Path, about: dict[str, Any], folder: Path) -> list[_NewLabel]:
     predictions: dict[str, str] = {}
     for file in (folder / RECORD, folder.parent / RECORD):
         if file.is_file():
-            with explained((OSError, ValueError, KeyError), f"{file} is damaged; remove it, or select again"):
-                predictions = json.loads(file.read_text())["predictions"]
+            with explained(
+                (OSError, ValueError, KeyError, TypeError), f"{file} is damaged; remove it, or select again"
+            ):
+                predictions = dict(json.loads(file.read_text())["predictions"])
             break
     return [_NewLabel(case, file, tuple(images[case]), predictions.get(case)) for case, file in sorted(files.items())]
 
@@ -150,19 +190,18 @@ def _fault(rules: _Rules, label: _NewLabel) -> str | None:
     """Return why a label cannot be added, with the remedy, or None."""
     file = label.file
     try:
+        for read in label.images:
+            check_file(read)
+        image = read_grid(label.images[0], rules.reader)
+        read = file
         check_file(file)
         voxels, grid = read_voxels(file, rules.reader, is_label_map=True)
-        image = read_grid(label.images[0], rules.reader)
     except Exception as error:  # of any reader
-        return f"{file} or its image cannot be read ({first_line(error)}); save it again"
+        return f"{read} cannot be read ({first_line(error)}); save it again, or change its permissions"
     if image.is_2d or image.channels != 1:
         return f"{label.images[0]} is not a 3D image with one channel per file, which is not supported"
-    if (
-        grid.shape != image.shape
-        or not np.allclose(grid.spacing, image.spacing, rtol=1e-3)
-        or not coincide(grid, image)
-    ):
-        return f"{file} has another voxel grid than {label.images[0]}; resample it to the grid of the image"
+    if (difference := grid_difference(grid, image)) is not None:
+        return f"{file} has another voxel grid than {label.images[0]}: {difference}; save it on the grid of the image"
     values = set(np.unique(rounded(voxels)).tolist())
     if unknown := sorted(values - label_values(rules.about)):
         return f"{file} has label values that dataset.json does not name: {some([f'{value:g}' for value in unknown])}"
@@ -186,26 +225,26 @@ def _add(source: Path, about: dict[str, Any], labels: Sequence[_NewLabel], reade
         labels: the new labels, which have been checked.
         reader: class that reads the files.
     """
-    prepared, ending = prepare(source), about["file_ending"]
-    moves = []
-    for label in labels:
-        written = prepared / f"{label.case}{ending}"
-        voxels, _ = read_voxels(label.file, reader, is_label_map=True)
-        write_like(rounded(voxels[0]).astype(np.int16), label.images[0], written, reader)
-        require_whole(written)  # SimpleITK does not detect a full disk
-        moves.append((written, source / "labelsTr" / written.name))
-        moves += [(image, source / "imagesTr" / image.name) for image in label.images]
-    names = [label.case for label in labels]
-    preprocessed = _preprocessed(source)
+    names, ending = [label.case for label in labels], about["file_ending"]
+    fingerprint = _preprocessed(source) / _FINGERPRINT
     contents = _contents(source, about, len(names), partial(extended, cases=names))
-    contents[preprocessed / _FINGERPRINT] = None
+    contents[fingerprint] = None
     record = {
         "added": names,
         "time": time.time(),
-        "images": [old.name for old, _ in moves if old.parent != prepared],
-        "fingerprint": _read(preprocessed / _FINGERPRINT),
+        "images": [image.name for label in labels for image in label.images],
+        "fingerprint": _read(fingerprint),
     }
-    commit(source, moves, contents, record)
+    with prepared(source) as new_labels:
+        moves = []
+        for label in labels:
+            written = new_labels / f"{label.case}{ending}"
+            voxels, _ = read_voxels(label.file, reader, is_label_map=True)
+            write_like(rounded(voxels[0]).astype(np.int16), label.images[0], written, reader)
+            require_whole(written)  # SimpleITK does not detect a full disk
+            moves.append((written, source / "labelsTr" / written.name))
+            moves += [(image, source / "imagesTr" / image.name) for image in label.images]
+        commit(source, moves, contents, record)
 
 
 def _preprocessed(source: Path) -> Path:
@@ -227,7 +266,8 @@ def _contents(
     contents: dict[Path, Any] = {source / "dataset.json": about | {"numTraining": labeled + more}}
     for file in (source / _SPLITS, _preprocessed(source) / _SPLITS):
         if (splits := _read(file)) is not None:
-            contents[file] = change(splits)
+            with explained((KeyError, TypeError, AttributeError), f"{file} is damaged; repair or remove it"):
+                contents[file] = change(splits)
     return contents
 
 
@@ -279,14 +319,14 @@ def undo(dataset: str) -> list[str]:
         UsageError: no labels have been added, or the latest ones have been removed already.
         UserError: a model has been trained since.
     """
-    source = nnunet_folder("nnUNet_raw") / dataset_name(dataset)
+    source = _source(dataset)
     about = read_dataset_json(source)
     with writing_errors(f"cannot write into {source}", "change its permissions or free disk space"), locked(source):
         existing = {int(file.stem): _read(file) for file in records(source)}
         undone = {record["undoes"] for record in existing.values() if "undoes" in record}
         numbers = [number for number, record in existing.items() if "added" in record and number not in undone]
         if not numbers:
-            raise UsageError(f"no labels have been added to {source}, so there is nothing to undo")
+            raise UsageError(f"{source} has no added labels that can be removed, so there is nothing to undo")
         latest = existing[numbers[-1]]
         _check_unused(source, latest)
         cases, ending = latest["added"], about["file_ending"]
@@ -297,9 +337,9 @@ def undo(dataset: str) -> list[str]:
         # A fingerprint that exists now describes the added cases, too.
         fingerprint = _preprocessed(source) / _FINGERPRINT
         contents[fingerprint] = None if fingerprint.is_file() else latest["fingerprint"]
-        prepare(source)
-        commit(source, moves, contents, {"undoes": numbers[-1], "cases": cases, "time": time.time()})
-    print(f"moved {some(latest['added'], 5)} back to imagesUn; their labels are in {kept}")
+        with prepared(source):
+            commit(source, moves, contents, {"undoes": numbers[-1], "cases": cases, "time": time.time()})
+    print(f"moved {some(latest['added'], 5)} back to imagesUn; the labels are in {kept}")
     _print_next_commands(source)
     return latest["added"]
 
@@ -318,6 +358,7 @@ def _check_unused(source: Path, record: dict[str, Any]) -> None:
 def _print_next_commands(source: Path) -> None:
     number = convert_dataset_name_to_id(source.name)
     results = nnunet_folder("nnUNet_results") / source.name
+    about = read_dataset_json(source)
     # Of the same fold: other models have been trained on its validation cases.
     models = sorted(results.glob("*__3d_fullres/fold_0/checkpoint_final.pth"), key=lambda file: file.stat().st_mtime)
     print("next, with the same plans:")
@@ -325,10 +366,12 @@ def _print_next_commands(source: Path) -> None:
     print(f"  nnUNetv2_preprocess -d {number} -c 3d_fullres")
     print("or with new plans:")
     print(f"  nnUNetv2_plan_and_preprocess -d {number}")
-    print("and then:")
-    print(f"  nnunet_dycon preprocess_unlabeled -d {number}")
-    print(
-        f"  nnUNetv2_train {number} 3d_fullres 0 -tr {RECOMMENDED}    (move an earlier model of this fold away first)"
-    )
+    has_unlabeled = bool(image_files(source / "imagesUn", about, "unlabeled"))
+    print("and then, if no earlier model of this fold is in the way:" if has_unlabeled else
+          "no unlabeled cases are left; train with nnU-Net's own trainer:")  # fmt: skip
+    if has_unlabeled:
+        print(f"  nnunet_dycon preprocess_unlabeled -d {number}")
+    trainer = RECOMMENDED if has_unlabeled or ignore_label(about) is not None else "nnUNetTrainer"
+    print(f"  nnUNetv2_train {number} 3d_fullres 0 -tr {trainer}")
     if models:
         print(f"with the same plans, this can start from {shlex.quote(str(models[-1]))} (option -pretrained_weights)")

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 
 from nnunet_dycon import __version__
-from nnunet_dycon.data.dataset_json import read_dataset_json
+from nnunet_dycon.data.dataset_json import label_values, read_dataset_json
 from nnunet_dycon.data.image_checks import check_file
 from nnunet_dycon.data.image_reading import (
     Reader,
     files_with_ending,
+    grid_difference,
     hash_voxels,
     image_files,
     read_grid,
@@ -26,11 +27,11 @@ from nnunet_dycon.data.image_reading import (
 )
 from nnunet_dycon.data.unlabeled import dataset_name
 from nnunet_dycon.dataset_conversion.writer import writing_errors
-from nnunet_dycon.errors import UsageError, UserError, explained, some
+from nnunet_dycon.errors import UsageError, UserError, counted, explained, some
 from nnunet_dycon.inference.tables import as_csv
 from nnunet_dycon.inference.uncertainty import rank_predictions
 from nnunet_dycon.system.environment import nnunet_folder
-from nnunet_dycon.system.files import VOLUME_ENDINGS, new_folder, require_whole
+from nnunet_dycon.system.files import VOLUME_ENDINGS, new_folder, require_new_folder, require_whole
 from nnunet_dycon.system.processes import map_cases
 
 UNCERTAINTY, DIVERSE, RANDOM = "uncertainty", "diverse", "random"
@@ -52,12 +53,14 @@ class _Cases:
         predictions: case identifier -> predicted label map.
         annotated: image files of the annotated cases.
         reader: nnU-Net's reader of the images.
+        label_values: the values in dataset.json.
     """
 
     images: Mapping[str, Sequence[Path]]
     predictions: Mapping[str, Path]
     annotated: Sequence[Sequence[Path]]
     reader: Reader
+    label_values: set[int]
 
 
 def select_cases(
@@ -95,11 +98,16 @@ def select_cases(
         The identifiers of the selected cases, in the order in which they should be annotated.
 
     Raises:
-        UsageError: the data set or a folder does not exist, the output folder is not empty, or predictions are missing
-            or are those of other cases.
-        UserError: an image or a prediction is damaged.
+        UsageError: the data set or a folder does not exist, the output folder is not empty or is in nnUNet_raw, or
+            predictions are missing or are those of other cases.
+        UserError: an image or a prediction is damaged, or a prediction has another grid than its image or unknown
+            labels.
     """
-    source = nnunet_folder("nnUNet_raw") / dataset_name(dataset)
+    raw = nnunet_folder("nnUNet_raw")
+    source = raw / dataset_name(dataset)
+    require_new_folder(output)
+    if output.resolve().is_relative_to(raw.resolve()):
+        raise UsageError(f"{output} is in nnUNet_raw, which is for data sets; choose another folder with -o")
     about = read_dataset_json(source)
     cases = _find(source, about, predictions[0])
     order, ratings = _order(cases, predictions, strategy, seed, num_processes)
@@ -107,7 +115,8 @@ def select_cases(
         print(f"only {len(order)} unlabeled cases exist; all are selected")
     chosen = order[:number]
     if tied := _tied(order, ratings, number):
-        print(f"the cases {some(tied)} have the same rating as the last selected one; {_tie_rule(strategy)} decides")
+        same = "the rating of the last selected one"
+        print(f"{counted(tied, f'other case has {same}', f'other cases have {same}')}; {_tie_rule(strategy)} decides")
     failed, remedy = f"cannot write {output}", "free disk space, or choose another folder with -o"
     with writing_errors(failed, remedy), new_folder(output) as partial_folder:
         _write(partial_folder, cases, chosen, ratings, {"of": source.name, "strategy": strategy, "seed": seed})
@@ -133,13 +142,14 @@ def _find(source: Path, about: dict[str, Any], folder: Path) -> _Cases:
     if not folder.is_dir():
         raise UsageError(f"{folder} does not exist; give the output folder of nnUNetv2_predict with -i")
     predictions = {file.name.removesuffix(ending): file for file in files_with_ending(folder, ending)}
-    predict = f"run: nnUNetv2_predict -i {source / 'imagesUn'} -o PREDICTIONS --save_probabilities"
+    predict = f"predict {source / 'imagesUn'} into a new folder with nnUNetv2_predict"
     if others := sorted(predictions.keys() - images.keys()):
         raise UsageError(f"{folder} has predictions of {some(others)}, which are not in imagesUn; {predict}")
     if missing := sorted(images.keys() - predictions.keys()):
         raise UsageError(f"{folder} has no predictions of {some(missing)}; {predict}")
     annotated = image_files(source / "imagesTr", about, "labeled").values()
-    return _Cases(images, predictions, list(annotated), reader_class(about, next(iter(images.values()))[0]))
+    reader = reader_class(about, next(iter(images.values()))[0])
+    return _Cases(images, predictions, list(annotated), reader, label_values(about))
 
 
 def _order(
@@ -242,13 +252,19 @@ def _write(
     rows = []
     for rank, case in enumerate(chosen, 1):
         for file in cases.images[case]:
+            with explained(Exception, f"{file} cannot be read; repair or remove it"):  # the type depends on the reader
+                check_file(file)
+                image = read_grid(file, cases.reader)
             shutil.copy(file, folder / "images")  # no link, since some viewers change files in place
         prediction = cases.predictions[case]
-        with explained(Exception, f"{prediction} cannot be read; predict again"):  # the type depends on the reader
+        with explained(Exception, f"{prediction} cannot be read; predict again"):
             check_file(prediction)
             voxels, grid = read_voxels(prediction, cases.reader, is_label_map=True)
-        if grid.shape != read_grid(cases.images[case][0], cases.reader).shape:
-            raise UserError(f"{prediction} has another size than the image of the case; predict again")
+        if (difference := grid_difference(grid, image)) is not None:
+            raise UserError(f"{prediction} has another voxel grid than the image: {difference}; predict again")
+        if unknown := sorted(set(np.unique(voxels).tolist()) - cases.label_values):
+            values = some([f"{value:g}" for value in unknown])
+            raise UserError(f"{prediction} has labels that dataset.json does not name: {values}; predict again")
         label = folder / "labels" / f"{case}.nii.gz"
         write_like(voxels[0].astype(np.uint8 if voxels.max() < 256 else np.uint16), prediction, label, cases.reader)
         require_whole(label)  # SimpleITK does not detect a full disk

@@ -59,6 +59,16 @@ def _flush(file: Path) -> None:
         os.close(descriptor)
 
 
+def require_new_folder(folder: Path) -> None:
+    """Raise UsageError if a folder cannot be created: it exists and is not an empty folder, or it is a mount point."""
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UsageError(
+            f"{folder} already exists and is not an empty folder; choose another folder with -o, or empty this one"
+        )
+    if os.path.ismount(folder):
+        raise UsageError(f"{folder} is a mount point and cannot be replaced; name a new folder inside it with -o")
+
+
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """Yield a new temporary folder next to `folder`.
@@ -74,12 +84,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
         UserError: another process is writing `folder`.
     """
     folder = folder.resolve()
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UsageError(
-            f"{folder} already exists and is not an empty folder; choose another folder with -o, or empty this one"
-        )
-    if os.path.ismount(folder):
-        raise UsageError(f"{folder} is a mount point and cannot be replaced; name a new folder inside it with -o")
+    require_new_folder(folder)
     partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.partial")
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = Lock(folder.with_name(f".{folder.name}.lock"), f"a command that writes {folder.name}")

@@ -123,7 +123,7 @@ def test_undo_with_a_missing_file_changes_nothing(raw, base, new, capsys):
     before = state_of(raw, base)
     assert undo() == 1
     assert f"{NEW[0]}.nii.gz does not exist; restore it (nothing was changed)" in capsys.readouterr().err
-    assert {name: content for name, content in state_of(raw, base).items() if "partial" not in name} == before
+    assert state_of(raw, base) == before
 
 
 def test_interrupted_command_is_completed_in_a_moved_data_set(raw, base, new, tmp_path, monkeypatch):
@@ -274,7 +274,24 @@ def two_files(raw: Path, new: Path) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | {"file_ending": ".nrrd"}))
 
 
+def truncated_image(raw: Path, new: Path) -> None:
+    file = raw / "imagesUn" / f"{NEW[1]}_0000.nii.gz"
+    file.write_bytes(file.read_bytes()[:-10])
+
+
+def damaged_folds(raw: Path, new: Path) -> None:
+    file = Path(os.environ["nnUNet_preprocessed"]) / raw.name / "splits_final.json"
+    file.write_text(json.dumps([{"val": []}]))
+
+
+def damaged_record(raw: Path, new: Path) -> None:
+    (new / "selected.json").write_text("[1]")
+
+
 BAD = [
+    (truncated_image, f"{NEW[1]}_0000.nii.gz cannot be read"),
+    (damaged_folds, "splits_final.json is damaged"),
+    (damaged_record, "selected.json is damaged"),
     (two_files, "are labels of the same case; remove one of both"),
     (empty, "has no foreground; annotate it, or add --allow_empty"),
     (other_grid, "has another voxel grid"),
@@ -297,6 +314,57 @@ def test_invalid_labels_are_reported_in_one_line_and_nothing_is_changed(raw, bas
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
     assert state_of(raw, base) == before
+
+
+def test_other_files_are_named(raw, base, new, capsys):
+    (new / "case.seg.nrrd").touch()
+    assert add_labels(new) == 0
+    assert "not used, since labels must be saved as CASE.nii.gz: case.seg.nrrd" in capsys.readouterr().out
+
+
+def test_difference_of_the_voxel_grid_is_stated(raw, base, new, capsys):
+    other_spacing(raw, new)
+    assert add_labels(new) == 1
+    assert "spacing (Z, Y, X) 2 x 1 x 1 mm instead of 1 x 1 x 1 mm" in capsys.readouterr().err
+
+
+def test_all_environment_variables_are_required_before_anything_is_changed(raw, base, new, monkeypatch, capsys):
+    monkeypatch.delenv("nnUNet_results")
+    before = state_of(raw, base)
+    assert add_labels(new) == 2
+    assert "nnUNet_results is not set" in capsys.readouterr().err
+    assert state_of(raw, base) == before
+
+
+def test_repeated_interrupted_command_succeeds(raw, base, new, monkeypatch, capsys):
+    interrupt(raw, monkeypatch)
+    assert add_labels(new) == 0
+    printed = capsys.readouterr().out
+    assert "completing an interrupted move" in printed
+    assert "added 2 labels" in printed
+    assert_added(raw, base, new)
+
+
+def test_interrupted_command_is_completed_before_planning(raw, base, new, monkeypatch):
+    interrupt(raw, monkeypatch)
+    (base / "nnUNetPlans.json").unlink()
+    with pytest.raises(UserError, match=r"nnUNetPlans\.json does not exist"):
+        preprocess_unlabeled("901", "3d_fullres")
+    assert_added(raw, base, new)
+
+
+def test_when_all_cases_are_labeled_no_unlabeled_ones_are_used(raw, base, new, capsys):
+    preprocess_unlabeled("901", "3d_fullres")
+    for case in UNLABELED[2:]:
+        shutil.copy(new / f"{NEW[0]}.nii.gz", new / f"{case}.nii.gz")
+    assert add_labels(new) == 0
+    printed = capsys.readouterr().out
+    assert "no unlabeled cases are left" in printed
+    assert "3d_fullres 0 -tr nnUNetTrainer\n" in printed
+    assert "preprocess_unlabeled" not in printed
+    assert main(["preprocess_unlabeled", "-d", "901"]) == 1
+    assert "no unlabeled cases are left: all are labeled now" in capsys.readouterr().err
+    assert not UnlabeledCases.of_dataset("901", "3d_fullres", "nnUNetPlans").folder.exists()
 
 
 def test_empty_labels_are_accepted_if_asked_for(raw, base, new):

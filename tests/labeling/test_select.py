@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -85,7 +86,7 @@ def test_ties_are_named(raw, predicted, tmp_path, capsys):
             (predicted / f"{case}{ending}").write_bytes((predicted / f"{UNLABELED[0]}{ending}").read_bytes())
     assert select("-i", predicted, "-o", tmp_path / "next", number=2) == 0
     printed = capsys.readouterr().out
-    assert f"the cases {UNLABELED[2]}, {UNLABELED[3]} have the same rating as the last selected one" in printed
+    assert f"2 other cases have the rating of the last selected one: {UNLABELED[2]}, {UNLABELED[3]}" in printed
     assert [row["case"] for row in table(tmp_path / "next")] == UNLABELED[:2]
 
 
@@ -93,7 +94,29 @@ def of_another_case(predicted: Path) -> None:
     (predicted / f"{UNLABELED[0]}.nii.gz").rename(predicted / f"{LABELED[0]}.nii.gz")
 
 
+def on_another_grid(predicted: Path) -> None:
+    file = predicted / f"{UNLABELED[3]}.nii.gz"
+    image = sitk.ReadImage(str(file))
+    image.SetOrigin((5, 0, 0))
+    sitk.WriteImage(image, str(file))
+
+
+def with_unknown_label(predicted: Path) -> None:
+    file = predicted / f"{UNLABELED[3]}.nii.gz"
+    image = sitk.ReadImage(str(file))
+    sitk.WriteImage(image + 7, str(file))
+
+
+def with_truncated_image(predicted: Path) -> None:
+    (name,) = [name for name in os.listdir(os.environ["nnUNet_raw"]) if name.startswith("Dataset901")]
+    file = Path(os.environ["nnUNet_raw"]) / name / "imagesUn" / f"{UNLABELED[3]}_0000.nii.gz"
+    file.write_bytes(file.read_bytes()[:-10])
+
+
 BAD = [
+    (on_another_grid, "has another voxel grid than the image: another origin"),
+    (with_unknown_label, "has labels that dataset.json does not name: 7"),
+    (with_truncated_image, f"{UNLABELED[3]}_0000.nii.gz cannot be read; repair or remove it"),
     (of_another_case, f"has predictions of {LABELED[0]}, which are not in imagesUn"),
     (lambda predicted: (predicted / f"{UNLABELED[1]}.nii.gz").unlink(), f"has no predictions of {UNLABELED[1]}"),
     (lambda predicted: (predicted / f"{UNLABELED[1]}.npz").write_bytes(b"x"), f"{UNLABELED[1]}.npz cannot be read"),
@@ -115,3 +138,8 @@ def test_existing_folder_is_not_overwritten(raw, predicted, tmp_path, capsys):
     (tmp_path / "next" / "mine").write_text("")
     assert select("-i", predicted, "-o", tmp_path / "next") == 2
     assert "not an empty folder" in capsys.readouterr().err
+
+
+def test_folders_of_nnunet_are_not_written_to(raw, predicted, capsys):
+    assert select("-i", predicted, "-o", raw / "imagesUn" / "next") == 2
+    assert "is in nnUNet_raw" in capsys.readouterr().err
