@@ -15,6 +15,7 @@ In a page, a table is between two comments. The first comment contains the kind 
   labeled cases are those of draw 0, the first ones of the protocol;
 - additions TABLE LABELS: Dice of all methods, and for methods with an addition such as +mae1000 or +rounds2 the
   difference to the method without it;
+- sparse: Dice with sparse annotations, from the CSVs of `benchmarks.hippocampus_sparse`;
 - selection METHOD: Dice with cases selected by each strategy, and the difference to the random selection, from the CSVs
   of `benchmarks.selection`;
 - looks: all evaluations on test in all CSVs, by date;
@@ -34,6 +35,8 @@ from functools import cache
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+
 from benchmarks import (
     coverage,
     demo_seeds,
@@ -52,6 +55,7 @@ from benchmarks.measuring import markdown
 from benchmarks.preparation import HERE, LOWER_BOUND, SUPERVISED, UNLABELED, UPPER_BOUND
 from nnunet_dycon.inference.statistics import PairedBootstrap, pooled_difference, pooled_share_of_gap
 from nnunet_dycon.labeling.select import RANDOM, STRATEGIES
+from nnunet_dycon.registry import RECOMMENDED
 
 RESULTS = HERE / "results"
 _NAMES = {LOWER_BOUND: "lower bound", UPPER_BOUND: "upper bound"}
@@ -259,6 +263,28 @@ def additions(table: str, labels: str) -> str:
     return _without_empty_columns(("method", *SETS, *(f"difference on {which}" for which in SETS)), rows)
 
 
+def sparse() -> str:
+    """Return the Markdown table of the Dice with sparse annotations of 8 labeled cases.
+
+    The difference on test is that to nnU-Net's own trainer with the same annotations, with 95 % interval.
+    """
+    rows_of = {
+        "nnU-Net's own trainer": ("hippocampus_sparse", LOWER_BOUND),
+        f"`{RECOMMENDED}`, without unlabeled images": ("hippocampus_sparse_alone", RECOMMENDED),
+        f"`{RECOMMENDED}`, 122 unlabeled images": ("hippocampus_sparse", RECOMMENDED),
+        "nnU-Net's own trainer, all slices annotated": ("hippocampus_complete", LOWER_BOUND),
+    }
+    sets = {which: {(name, "student"): students(table, which)[8][method, "student"]
+                    for name, (table, method) in rows_of.items()} for which in ("val", "test")}  # fmt: skip
+    keys = list(sets["test"])
+    # Like other upper bounds, the last row does not contribute to the variation between seeds.
+    noise = report.pooled_seed_noise([sets["test"][key].dice for key in keys[:-1]])
+    drawn = PairedBootstrap({key: its.dice for key, its in sets["test"].items()}, noise, np.random.default_rng(0))
+    rows = [(key[0], *(_dice(group, key) for group in sets.values()), _difference(sets["test"], drawn, key, keys[0]))
+            for key in keys]  # fmt: skip
+    return markdown(("training", *sets, "difference on test"), rows)
+
+
 def selection(method: str) -> str:
     """Return the Markdown table of the Dice on val with cases selected by the strategies of `nnunet_dycon select`.
 
@@ -326,6 +352,7 @@ MAKERS: dict[str, Callable[..., str]] = {
     "pooled": pooled,
     "trials": trials,
     "additions": additions,
+    "sparse": sparse,
     "selection": selection,
     "looks": looks,
     "losses": measured(losses),
