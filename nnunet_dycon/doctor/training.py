@@ -195,11 +195,15 @@ def check_labeled(training: Training) -> Iterator[Finding]:
     """
     unlabeled, folder, labeled = training.unlabeled, training.labeled_folder, training.labeled
     again = f"run: nnUNetv2_preprocess {unlabeled.arguments}"
-    clean = f"run: nnUNetv2_plan_and_preprocess -d {unlabeled.dataset_id} --clean"
+    number = unlabeled.dataset_id
+    renew = (
+        f"run: nnUNetv2_extract_fingerprint -d {number} --clean, and {again.removeprefix('run: ')}; or, for new plans: "
+        f"nnUNetv2_plan_and_preprocess -d {number} --clean"
+    )
     found = False
     if not (folder.parent / "dataset_fingerprint.json").is_file():
         found = True
-        yield Finding("labeled", FAIL, f"{folder.parent} has no dataset_fingerprint.json", clean)
+        yield Finding("labeled", FAIL, f"{folder.parent} has no dataset_fingerprint.json", renew)
     incomplete = [case for case in sorted(labeled) if not _is_complete(folder, case)]
     if incomplete:
         found = True
@@ -218,7 +222,7 @@ def check_labeled(training: Training) -> Iterator[Finding]:
         found = True
         differing = sorted(raw ^ labeled)
         message = f"{len(labeled)} cases are preprocessed, but labelsTr has {len(raw)}; in only one: {some(differing)}"
-        yield Finding("labeled", WARNING, message, clean)
+        yield Finding("labeled", WARNING, message, renew)
     check_fingerprint(folder.parent, unlabeled.plans, unlabeled.configuration_name, unlabeled.dataset_id)
     found_values = set().union(*training.label_counts.values())
     expected = label_values(unlabeled.dataset_json) - {ignore_label(unlabeled.dataset_json)}
