@@ -7,7 +7,7 @@
 - lower_bound+mae1000 and nnUNetTrainerDyCON+mae1000 are the same methods with a pretrained encoder, see
   `benchmarks.pretraining`. 1000 is the number of steps of the pretraining.
 - nnUNetTrainerWeakToStrong+rounds2 is the same method after two rounds of self-training, see
-  `Benchmark.pseudo_labeled`. All methods of a chain have the same seed.
+  `Benchmark.pseudo_label`. All models of a run have the same seed.
 - The sets to score are val, unlabeled and test. The set unlabeled contains the unlabeled training cases, whose labels
   are used for scoring only. Choose settings on val and unlabeled. Score test only when all settings are final.
 - All runs have the same number of iterations, over which the learning rate decays to 0. The final checkpoint of the
@@ -42,6 +42,7 @@ from threading import Lock
 from typing import Any
 
 from filelock import FileLock
+from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id
 
 from benchmarks.preparation import (
     DRAWS,
@@ -68,7 +69,7 @@ COLUMNS = ("method", "labels", "draw", "seed", "weights", "set", "case", "label"
            "iterations", "precision", "commit", "trainer_at_commit", "scored")  # fmt: skip
 SETS = ("val", UNLABELED, "test")
 ITERATIONS_PER_EPOCH = 100
-_FIRST_ROUND_ID = 800  # of the data sets of self-training; `DataSet.first_id` is smaller
+_FIRST_ROUND_ID = 900  # of the data sets of self-training; those of `DataSet` are smaller
 _BUDGET = ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch")
 _COMPANIONS = {"teacher": TEACHER, "second": SECOND}
 
@@ -218,9 +219,13 @@ class Benchmark(Preparation):
     def trained(self, run: Run) -> Path:
         """Return the folder of the model of a run in nnUNet_results, which is trained if necessary."""
         name = self.name(run)
-        dataset = self.pseudo_labeled(run) if run.rounds else self.dataset(run.labeled)
+        dataset = self.round_dataset(run) if run.rounds else self.dataset(run.labeled)
         model = self.work / "nnUNet_results" / dataset / f"{name}__{self.plans}__3d_fullres"
-        if not (model / "fold_all" / STUDENT).is_file():
+        with FileLock(self.work / f"{model.name}_{dataset}.lock"):  # other runs may need the same model
+            if (model / "fold_all" / STUDENT).is_file():
+                return model
+            if run.rounds:
+                self.pseudo_label(run, dataset)
             pretrained = ["-pretrained_weights", str(self.pretrained(run))] if run.pretraining_steps else []
             self.command(
                 "nnunetv2.run.run_training:run_training_entry", dataset, "3d_fullres", "all", "-tr", name,
@@ -244,34 +249,44 @@ class Benchmark(Preparation):
             "-device", self.device, "-npp", "0", "-nps", "0", *options, log=f"{trainer}_{dataset}.log",
         )  # fmt: skip
 
-    def pseudo_labeled(self, run: Run) -> str:
-        """Return the name of the data set of the last round of self-training of a run, which is made if necessary.
+    def round_dataset(self, run: Run) -> str:
+        """Return the name of the data set of the last round of self-training of a run."""
+        if run.rounds > 1:  # so that IDs are in the order of rounds
+            self.round_dataset(run.after_rounds(run.rounds - 1))
+        with FileLock(self.work / "rounds.json.lock"):  # several benchmarks may share a folder
+            file = self.work / "rounds.json"
+            known = json.loads(file.read_text()) if file.is_file() else {}
+            key = f"{self.dataset(run.labeled)} {self.plans} {self.name(run)} round {run.rounds}"
+            number = known.setdefault(key, _FIRST_ROUND_ID + len(known))
+            with replacing(file) as unfinished:
+                unfinished.write_text(json.dumps(known, indent=1))
+        return result_name(self.dataset(run.labeled), number)
+
+    def pseudo_label(self, run: Run, dataset: str) -> None:
+        """Make the data set of the last round of self-training of a run, unless it has been made.
 
         As in `nnunet_dycon self_train`, the model of the previous round predicts the unlabeled cases, and the best 80 %
         of the predictions become labels: in the first round those with the highest expected Dice, later those that
         changed least since the previous round.
+
+        Args:
+            run: the run.
+            dataset: result of `round_dataset`.
         """
-        before, source = run.after_rounds(run.rounds - 1), str(self.dataset_id(run.labeled))
+        before, number = run.after_rounds(run.rounds - 1), str(convert_dataset_name_to_id(dataset))
         model = self.trained(before)
-        with FileLock(self.work / "rounds.json.lock"):  # several benchmarks may share a folder
-            file = self.work / "rounds.json"
-            known = json.loads(file.read_text()) if file.is_file() else {}
-            number = known.setdefault(f"{source} {self.name(run)} round {run.rounds}", _FIRST_ROUND_ID + len(known))
-            with replacing(file) as unfinished:
-                unfinished.write_text(json.dumps(known, indent=1))
-        dataset = result_name(self.dataset(run.labeled), number)
+        self.trained_by(before, model / "fold_all")  # raises an error if its settings are not those of the run
         previous = ["--previous", model.parent.name] if before.rounds else []
-        self.command("nnunet_dycon.cli:main", "pseudo_label", "-m", str(model), "-f", "all", "-d", source,
-                     "-o", str(number), "-p", self.plans, "-device", self.device, "-np", "1", *previous,
-                     log=f"{dataset}.log")  # fmt: skip
-        preprocessed = self.work / "nnUNet_preprocessed" / dataset
-        if not (preprocessed / "finished").is_file():
+        self.command("nnunet_dycon.cli:main", "pseudo_label", "-m", str(model), "-f", "all",
+                     "-d", str(self.dataset_id(run.labeled)), "-o", number, "-p", self.plans, "-device", self.device,
+                     "-np", "1", *previous, log=f"{dataset}.log")  # fmt: skip
+        finished = self.work / "nnUNet_preprocessed" / dataset / "preprocessed_by_benchmark"
+        if not finished.is_file():
             planning = "nnunetv2.experiment_planning.plan_and_preprocess_entrypoints"
-            self.command(f"{planning}:extract_fingerprint_entry", "-d", str(number), "-np", "1", log=f"{dataset}.log")
-            self.command(f"{planning}:preprocess_entry", "-d", str(number), "-plans_name", self.plans,
+            self.command(f"{planning}:extract_fingerprint_entry", "-d", number, "-np", "1", log=f"{dataset}.log")
+            self.command(f"{planning}:preprocess_entry", "-d", number, "-plans_name", self.plans,
                          "-c", "3d_fullres", "-np", "1", log=f"{dataset}.log")  # fmt: skip
-            (preprocessed / "finished").touch()
-        return dataset
+            finished.touch()
 
     def pretrained(self, run: Run) -> Path:
         """Return the weights from which a run with pretraining starts, which are made if necessary.
@@ -424,8 +439,8 @@ def compare(data_set: DataSet, description: str | None, argv: Sequence[str] | No
         try:
             _ = run.rounds
         except ValueError:
-            parser.error(f"{run.method}: only a method on labeled cases can be followed by +mae and a number of steps, "
-                         "as in lower_bound+mae1000, or +rounds and a number of rounds")  # fmt: skip
+            parser.error(f"{run.method}: +mae needs a number of steps, as in lower_bound+mae1000, and +rounds a number "
+                         "of rounds; upper_bound has no unlabeled cases and can have neither")  # fmt: skip
     unknown = {run.trainer for run in asked} - {SUPERVISED, *TRAINERS}
     if unknown:
         parser.error(f"unknown methods: {', '.join(sorted(unknown))}; run `nnunet_dycon list` for all trainers")

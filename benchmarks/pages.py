@@ -29,13 +29,13 @@ In a page, a table is between two comments. The first comment contains the kind 
 
 import csv
 import json
+import re
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from types import ModuleType
 from typing import Any
-
-import numpy as np
 
 from benchmarks import (
     coverage,
@@ -247,7 +247,8 @@ def additions(table: str, labels: str) -> str:
 
     - val, unlabeled, test: as in `trials`;
     - difference on val, unlabeled, test: for a method with an addition, such as lower_bound+mae1000, the difference to
-      the method before the "+", with 95 % interval.
+      the method without the addition, with 95 % interval. Changed settings are those of both methods, or if there is no
+      such method, of the first one only.
 
     Args:
         table: name of the CSV, without its ending.
@@ -257,7 +258,9 @@ def additions(table: str, labels: str) -> str:
     drawn = {which: report.bootstrap(group) for which, group in sets.items()}
     rows = []
     for key in _methods(sets):
-        base = key[0].partition("+")[0], key[1]
+        name, colon, settings = key[0].partition(":")
+        same, default = (name.partition("+")[0] + rest for rest in (colon + settings, ""))
+        base = (same if any((same, key[1]) in group for group in sets.values()) else default), key[1]
         gains = (_difference(group, drawn[which], key, base) for which, group in sets.items())
         rows.append((_name(key[0]), *(_dice(sets[which], key) for which in SETS), *gains))
     return _without_empty_columns(("method", *SETS, *(f"difference on {which}" for which in SETS)), rows)
@@ -277,10 +280,13 @@ def sparse() -> str:
     sets = {which: {(name, "student"): students(table, which)[8][method, "student"]
                     for name, (table, method) in rows_of.items()} for which in ("val", "test")}  # fmt: skip
     keys = list(sets["test"])
-    # Like other upper bounds, the last row does not contribute to the variation between seeds.
-    noise = report.pooled_seed_noise([sets["test"][key].dice for key in keys[:-1]])
-    drawn = PairedBootstrap({key: its.dice for key, its in sets["test"].items()}, noise, np.random.default_rng(0))
-    rows = [(key[0], *(_dice(group, key) for group in sets.values()), _difference(sets["test"], drawn, key, keys[0]))
+    lower, upper = keys[0], keys[-1]
+    # `report.bootstrap` leaves out the upper bound's variation between seeds.
+    drawn = report.bootstrap({report.UPPER if key == upper else key: its for key, its in sets["test"].items()})
+    assert drawn is not None  # there are several seeds
+    rows = [(key[0], *(_dice(group, key) for group in sets.values()),
+             "" if key == lower else
+             report.with_interval(drawn.difference(report.UPPER if key == upper else key, lower), "+.4f"))
             for key in keys]  # fmt: skip
     return markdown(("training", *sets, "difference on test"), rows)
 
@@ -289,8 +295,9 @@ def selection(method: str) -> str:
     """Return the Markdown table of the Dice on val with cases selected by the strategies of `nnunet_dycon select`.
 
     - sets: number of sets of selected cases;
-    - Dice: mean ± standard deviation over the sets, where several seeds with the same set are averaged;
-    - difference: to the random selection with the same number of labeled cases, with 95 % interval.
+    - Dice: mean ± standard deviation over the sets; the seeds of trainings with the same set are averaged;
+    - difference: to the random selection with the same number of labeled cases, with 95 % interval. The variation
+      between sets is pooled over the strategies with several sets.
 
     Args:
         method: lower_bound or the name of a trainer.
@@ -298,12 +305,19 @@ def selection(method: str) -> str:
     rows = []
     read = {name: report.read(RESULTS / f"hippocampus_select_{name}.csv", "val") for name in STRATEGIES}
     for labels in sorted({labels for scores in read.values() for labels, *_ in scores}):
-        group = {(name, "student"): scores[labels, method, "student"] for name, scores in read.items()}
+        group = {(name, "student"): _over_sets(scores[labels, method, "student"]) for name, scores in read.items()}
         drawn = report.bootstrap(group)
         for key, its in group.items():
             difference = _difference(group, drawn, key, (RANDOM, "student"))
             rows.append((str(labels), f"`{key[0]}`", str(len(its.dice)), report.over_runs(its.dice, 4), difference))
     return markdown(("labels", "strategy", "sets", "Dice", "difference to random"), rows)
+
+
+def _over_sets(scores: report.Scores) -> report.Scores:
+    """Return scores whose runs are sets of labeled cases: with a single set, the runs are seeds, which are averaged."""
+    if len(scores.draws) > 1:
+        return scores
+    return replace(scores, dice=scores.dice.mean(0, keepdims=True), hd95_mm=scores.hd95_mm.mean(0, keepdims=True))
 
 
 def _difference(group: report.Group, drawn: PairedBootstrap | None, key: Key, base: Key) -> str:
@@ -419,9 +433,9 @@ def _name(method: str) -> str:
     name, _, addition = name.partition("+")
     if not addition:
         return _NAMES.get(method) or f"`{method}`"
-    added = (
-        "pretrained" if addition.startswith("mae") else f"rounds of self-training: {addition.removeprefix('rounds')}"
-    )
+    number = re.sub("[a-z]", "", addition)
+    rounds = f"{number} round{'s' * (number != '1')} of self-training"
+    added = f"pretrained, {number} steps" if addition.startswith("mae") else rounds
     return f"{_NAMES.get(name) or f'`{name}`'}, {added}" + (f", `{settings}`" if colon else "")
 
 

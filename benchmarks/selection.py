@@ -1,36 +1,38 @@
 """Comparison of strategies of `nnunet_dycon select` on hippocampus MRI: 4, 8 and 12 labeled cases.
 
-    python -m benchmarks.selection --data <Task04_Hippocampus> --work <folder> --strategies uncertainty --seeds 0 1
+    python -m benchmarks.selection --data <Task04_Hippocampus> --work <folder> --seeds 0 1
 
 All strategies start from the first 4 cases of the protocol. Twice, a model predicts the unlabeled cases,
 `nnunet_dycon select` selects 4 of them, and a model is trained with their reference labels in addition. The scores with
 8 and 12 labeled cases are appended to a CSV for each strategy, such as
 benchmarks/results/hippocampus_select_uncertainty.csv. `benchmarks.comparison` describes its columns. The column draw
-tells labeled sets of the same strategy apart:
+distinguishes the labeled sets of a strategy:
 
 - uncertainty: one set per seed of the training, since the selection depends on the model. draw is this seed;
 - diverse: one set, draw 0, since the selection depends on the images alone;
 - random: one set per --random_seeds, which is the seed of `nnunet_dycon select` and the draw.
+
+Use a new working folder for another method, length or network, since the selection is not repeated.
 """
 
-import argparse
 import csv
 import json
 import shutil
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.comparison import Benchmark, Run
 from benchmarks.hippocampus import HIPPOCAMPUS, Hippocampus
-from benchmarks.preparation import HERE, LOWER_BOUND, LabeledSet, Preparation, add_arguments
+from benchmarks.preparation import DRAWS, HERE, LOWER_BOUND, LabeledSet, Preparation, add_arguments
 from nnunet_dycon.dataset_conversion.writer import FOLDERS
 from nnunet_dycon.labeling.select import DIVERSE, RANDOM, STRATEGIES, TABLE, UNCERTAINTY
 from nnunet_dycon.system.files import replacing
 
 START, LABELS, NUMBER = LabeledSet(4), (8, 12), 4
-FIRST_IDS = {UNCERTAINTY: 400, DIVERSE: 500, RANDOM: 600}
+FIRST_IDS = {UNCERTAINTY: 803, DIVERSE: 804, RANDOM: 805}  # such that no two data sets of all benchmarks share an ID
+ITERATIONS = 1000
 
 
 @dataclass(frozen=True)
@@ -43,13 +45,13 @@ class Selected(Hippocampus):
 
     def file(self, preparation: Preparation, draw: int) -> Path:
         """Return the JSON file with the cases that have been selected for a draw."""
-        return preparation.work / "selected" / f"{self.table}_{draw}.json"
+        return preparation.work / "selected" / f"{self.name}_{draw}.json"
 
 
 def data_set(strategy: str) -> Selected:
     """Return the data set for a strategy."""
     changes = {"labels": LABELS, "protocol": HIPPOCAMPUS.table, "first_id": FIRST_IDS[strategy],
-               "table": f"hippocampus_select_{strategy}"}  # fmt: skip
+               "name": f"Hippocampus_{strategy}", "table": f"hippocampus_select_{strategy}"}  # fmt: skip
     return Selected(**vars(HIPPOCAMPUS) | changes)
 
 
@@ -89,7 +91,7 @@ class Selection:
             first = runs[0]
 
     def select(self, benchmark: Benchmark, run: Run, draw: int, number: int) -> None:
-        """Select cases to label until their number is reached, and write them to the file of the draw.
+        """Select the next cases to label, and add them to the file of the draw, unless it has enough cases.
 
         Args:
             benchmark: working folder and data set of `run`.
@@ -142,15 +144,15 @@ class Selection:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add_arguments(parser, HIPPOCAMPUS)
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the CSVs")
     parser.add_argument("--method", default=LOWER_BOUND, help="lower_bound or a trainer (default: %(default)s)")
     parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--random_seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--seeds", type=int, nargs="+", choices=DRAWS, default=[0, 1])
+    parser.add_argument("--random_seeds", type=int, nargs="+", choices=DRAWS, default=list(DRAWS))
     parser.add_argument("--sets", nargs="+", choices=("val", "test"), default=["val"])
-    parser.add_argument("--iterations", type=int, default=HIPPOCAMPUS.iterations, help="default: %(default)s")
+    parser.add_argument("--iterations", type=int, default=ITERATIONS, help="default: %(default)s")
     arguments = parser.parse_args(argv)
     for strategy in arguments.strategies:
         selection = Selection(arguments, strategy)

@@ -41,7 +41,7 @@ def locked(source: Path, *, wait: bool = False) -> Iterator[None]:
 
 @contextmanager
 def prepared(source: Path) -> Iterator[Path]:
-    """Context with a new empty folder for the label files of a change, of which nothing is visible before `commit`."""
+    """Context with a new empty folder for the label files of a change. The folder is hidden until `commit`."""
     partial = source / f"{_FOLDER}.partial"
     shutil.rmtree(partial, ignore_errors=True)  # of an interrupted call, which has changed nothing
     partial.mkdir()

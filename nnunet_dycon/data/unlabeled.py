@@ -13,7 +13,7 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -60,10 +60,15 @@ def preprocess_unlabeled(
             `UnlabeledCases.build`.
         UsageError: the data set, its plans or the configuration do not exist.
     """
-    if os.environ.get("nnUNet_raw"):  # before planning is asked for, which must not see half of a change
+    if os.environ.get("nnUNet_raw"):  # even without plans, since nnU-Net must not plan with half of the moved cases
         finish_interrupted(nnunet_folder("nnUNet_raw") / dataset_name(dataset))
     unlabeled = UnlabeledCases.of_dataset(dataset, configuration, plans_name)
-    unlabeled.remove_if_labeled()
+    every = [replace(unlabeled, configuration_name=name) for name in unlabeled.plans.available_configurations]
+    if any([each.remove_if_labeled() for each in every]):
+        raise UserError(
+            f"no unlabeled cases are left in {unlabeled.raw}: all are labeled now, so the preprocessed ones were "
+            "removed; train with -tr nnUNetTrainer"
+        )
     if unlabeled.fault() is None:  # before locking, because the folder may be read-only
         unlabeled._remove_replaced()
         return unlabeled.folder
@@ -270,8 +275,14 @@ class UnlabeledCases:
         if both:
             found = counted(both, "case is both labeled and unlabeled", "cases are both labeled and unlabeled")
             them = "it" if len(both) == 1 else "them"
-            if self.is_raw_reachable() and not set(both) & self._raw_files().keys():
-                raise UserError(f"{found}, which was preprocessed earlier; {self.update_remedy}")
+            if not self.is_raw_reachable():
+                raise UserError(f"{found}; remove {them} from imagesUn, and {self.update_remedy}")
+            raw = self._raw_files().keys()
+            if not set(both) & raw:  # labeled since preprocessing
+                remedy = (
+                    self.update_remedy if raw else f"put the other images back into {self.raw}, or remove this folder"
+                )
+                raise UserError(f"{self.folder} is out of date: {found}; {remedy}")
             raise UserError(
                 f"{found}; either remove {them} from {self.raw}, or remove {them} from imagesTr and labelsTr and then "
                 f"run: nnUNetv2_plan_and_preprocess -d {self.dataset_id} --clean"
@@ -309,24 +320,34 @@ class UnlabeledCases:
                 return f"{(absent or [image])[0]} is missing or empty"
         return None
 
-    def remove_if_labeled(self) -> None:
+    def remove_if_labeled(self) -> bool:
         """Remove the folder of preprocessed cases if all of them are labeled now, and no unlabeled ones are left.
 
+        Returns:
+            Whether the folder was removed.
+
         Raises:
-            UserError: the folder was removed, so there are no unlabeled cases; or a training uses it.
+            UserError: a training uses the folder.
         """
-        if not (self.folder.is_dir() and self.is_raw_reachable()) or self._raw_files():
-            return
-        labeled = image_files_by_case(self.raw.with_name("imagesTr"), self.dataset_json["file_ending"])
-        if not (cases := self.identifiers()) or not set(cases) <= labeled.keys():
-            return  # imagesUn may have been removed to save space
+        if not self._are_all_labeled():
+            return False
         with self.locked():
+            if not self._are_all_labeled():  # another process has removed it
+                return False
             self._check_replaceable()
-            shutil.rmtree(self.folder)
-        raise UserError(
-            f"no unlabeled cases are left: all are labeled now, so {self.folder} was removed; train with "
-            f"-tr nnUNetTrainer, or {self.ways_to_add}"
-        )
+            self._set_aside()
+        self._remove_replaced()
+        return True
+
+    def _are_all_labeled(self) -> bool:
+        if not (self.folder.is_dir() and self.is_raw_reachable()) or self._raw_files():
+            return False
+        try:
+            cases = set(self.identifiers())
+        except (OSError, ValueError, KeyError, TypeError):  # `fault` reports it
+            return False
+        labeled = image_files_by_case(self.raw.with_name("imagesTr"), self.dataset_json["file_ending"])
+        return bool(cases) and cases <= labeled.keys()  # otherwise, imagesUn may have been emptied to save space
 
     def is_absent(self) -> bool:
         """Return whether there are no unlabeled cases: no preprocessed ones, and no image in imagesUn."""
@@ -442,11 +463,15 @@ class UnlabeledCases:
         lock.check()
         self._check_replaceable()
         if self.folder.exists():
-            os.rename(self.folder, self.folder.with_name(f"{self.folder.name}.{uuid.uuid4().hex[:8]}{_REPLACED}"))
+            self._set_aside()
         os.rename(partial, self.folder)
         for case in cases:
             (self.folder / (case + _RECORD)).unlink()
         self._remove_replaced()
+
+    def _set_aside(self) -> None:
+        """Rename the folder of preprocessed cases, so that `_remove_replaced` removes it."""
+        os.rename(self.folder, self.folder.with_name(f"{self.folder.name}.{uuid.uuid4().hex[:8]}{_REPLACED}"))
 
     def _remove_replaced(self) -> None:
         """Remove old folders of preprocessed cases that `build` has replaced, even those that a killed process left."""

@@ -16,7 +16,7 @@ from nnunet_dycon.demo.steps import Epochs, Steps, show
 from nnunet_dycon.errors import UsageError, UserError
 from nnunet_dycon.inference.prediction import choose_device
 from nnunet_dycon.inference.tables import aligned
-from nnunet_dycon.system.environment import DISCOVERY
+from nnunet_dycon.system.environment import DISCOVERY, FOLDER_VARIABLES
 from nnunet_dycon.system.files import read_json
 from nnunet_dycon.trainers.nnUNetTrainer_demo import nnUNetTrainer_demo
 from nnunet_dycon.trainers.nnUNetTrainerDemo import nnUNetTrainerDemo
@@ -186,7 +186,7 @@ def _variables(output: Path, device: str) -> dict[str, str]:
     """
     workers = 1 if device == "cpu" else min(8, os.cpu_count() or 1)  # on a CPU, the network takes most of the time
     return {
-        **{name: str(output / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")},
+        **{name: str(output / name) for name in FOLDER_VARIABLES},
         "nnUNet_extTrainer": str(DISCOVERY),
         "nnUNet_n_proc_DA": str(workers),
         "nnUNet_def_n_proc": "1",  # each worker process first imports torch

@@ -17,7 +17,7 @@ from pathlib import Path
 from nnunet_dycon import __version__, trainers
 from nnunet_dycon.doctor.findings import FAIL, NOTE, OK, WARNING, Finding, as_finding
 from nnunet_dycon.errors import ONE_LINE, UnknownTrainer, UserError, first_line
-from nnunet_dycon.system.environment import DISCOVERY, nnunet_folder
+from nnunet_dycon.system.environment import DISCOVERY, FOLDER_VARIABLES, nnunet_folder
 from nnunet_dycon.system.files import require_writable
 
 GIB = 2**30
@@ -207,7 +207,7 @@ def check_folders() -> Iterator[Finding]:
     Each variable must be set to an absolute path. nnUNet_raw must be readable, the other two folders writable. Yield
     one finding for each variable.
     """
-    for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+    for variable in FOLDER_VARIABLES:
         # Training does not need raw data if all cases are preprocessed.
         worst = WARNING if variable == "nnUNet_raw" else FAIL
         value = os.environ.get(variable)

@@ -194,11 +194,11 @@ def check_labeled(training: Training) -> Iterator[Finding]:
             voxel. The remaining checks are then omitted.
     """
     unlabeled, folder, labeled = training.unlabeled, training.labeled_folder, training.labeled
-    again = f"run: nnUNetv2_preprocess {unlabeled.arguments}"
+    again = unlabeled.labeled_remedy
     number = unlabeled.dataset_id
     renew = (
-        f"run: nnUNetv2_extract_fingerprint -d {number} --clean, and {again.removeprefix('run: ')}; or, for new plans: "
-        f"nnUNetv2_plan_and_preprocess -d {number} --clean"
+        f"run: nnUNetv2_extract_fingerprint -d {number} --clean, and nnUNetv2_preprocess {unlabeled.arguments}; or, "
+        f"for new plans: nnUNetv2_plan_and_preprocess -d {number} --clean"
     )
     found = False
     if not (folder.parent / "dataset_fingerprint.json").is_file():

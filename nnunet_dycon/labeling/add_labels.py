@@ -13,13 +13,10 @@ import numpy as np
 from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id
 
 from nnunet_dycon.data.dataset_json import ignore_label, label_values, read_dataset_json
-from nnunet_dycon.data.image_checks import check_file
 from nnunet_dycon.data.image_reading import (
     Reader,
-    grid_difference,
     hash_voxels,
     image_files,
-    read_grid,
     read_voxels,
     reader_class,
     write_like,
@@ -27,7 +24,8 @@ from nnunet_dycon.data.image_reading import (
 from nnunet_dycon.data.label_journal import HISTORY, commit, is_interrupted, locked, prepared, records
 from nnunet_dycon.data.unlabeled import dataset_name
 from nnunet_dycon.dataset_conversion.writer import writing_errors
-from nnunet_dycon.errors import UsageError, UserError, explained, first_line, joined, some
+from nnunet_dycon.errors import UsageError, UserError, explained, joined, some
+from nnunet_dycon.labeling.checks import check_images, read_label_map
 from nnunet_dycon.labeling.select import RECORD, TABLE, require_spacing
 from nnunet_dycon.registry import RECOMMENDED
 from nnunet_dycon.system.environment import nnunet_folder
@@ -95,10 +93,10 @@ def add_labels(
             or equal the prediction. The message names them, and nothing is changed.
     """
     source = _source(dataset)
-    completes = is_interrupted(source)
+    was_interrupted = is_interrupted(source)
     about = read_dataset_json(source)  # completes an interrupted change
-    if completes and (names := _just_added(source, about, folder)):
-        _print_result(source, names)
+    if was_interrupted and (names := _just_added(source, about, folder)):
+        _print_added(source, about, names)
         return names
     with writing_errors(f"cannot write into {source}", "change its permissions or free disk space"), locked(source):
         labels = _find(source, about, folder)
@@ -109,7 +107,7 @@ def add_labels(
             raise UserError(f"{joined(faults)} (nothing was changed)")
         _add(source, about, labels, reader)
     names = [label.case for label in labels]
-    _print_result(source, names)
+    _print_added(source, about, names)
     return names
 
 
@@ -121,15 +119,35 @@ def _source(dataset: str) -> Path:
 
 
 def _just_added(source: Path, about: dict[str, Any], folder: Path) -> list[str]:
-    """Return the cases of the latest record if they are those with a label in a folder; otherwise []."""
-    added = _read(records(source)[-1]).get("added", [])
-    return added if added and set(added) == _label_files(source, about, folder).keys() else []
+    """Return the cases of the latest addition if a folder has the labels that were added; otherwise [].
+
+    Raises:
+        UserError: the folder has other labels of these cases.
+    """
+    added = _latest(source).get("added", [])
+    files = _label_files(source, about, folder)
+    if not added or set(added) != files.keys():
+        return []
+    ending = about["file_ending"]
+    written = {case: source / "labelsTr" / f"{case}{ending}" for case in added}
+    reader = reader_class(about, next(iter(written.values())))
+    if changed := [case for case in added if hash_voxels(files[case], reader) != hash_voxels(written[case], reader)]:
+        raise UserError(
+            f"{folder}: the labels of {some(changed)} have changed since the interrupted call, which is complete now; "
+            "to use the new ones, run add_labels --undo, and add them again"
+        )
+    return added
 
 
-def _print_result(source: Path, names: Sequence[str]) -> None:
+def _latest(source: Path) -> dict[str, Any]:
+    """Return the record of the latest change."""
+    return _read(records(source)[-1])
+
+
+def _print_added(source: Path, about: dict[str, Any], names: Sequence[str]) -> None:
     remedy = f"undo with: nnunet_dycon add_labels -d {convert_dataset_name_to_id(source.name)} --undo"
     print(f"added {len(names)} label{'s' * (len(names) > 1)}: {some(names, 5)}; {remedy}")
-    _print_next_commands(source)
+    _print_next_commands(source, about)
 
 
 def _label_files(source: Path, about: dict[str, Any], folder: Path) -> dict[str, Path]:
@@ -171,7 +189,7 @@ def _find(source: Path, about: dict[str, Any], folder: Path) -> list[_NewLabel]:
     moved = [image for case in files for image in images.get(case, ()) if (source / "imagesTr" / image.name).exists()]
     if moved:
         raise UserError(
-            f"{some([image.name for image in moved])} in both imagesTr and imagesUn of {source}; remove one of both"
+            f"{source} has {some([image.name for image in moved])} in both imagesTr and imagesUn; remove one of both"
         )
     if unknown := sorted(files.keys() - images.keys()):
         raise UserError(f"{source / 'imagesUn'} has no images of {some(unknown)}; rename or remove files in {inner}")
@@ -188,24 +206,13 @@ def _find(source: Path, about: dict[str, Any], folder: Path) -> list[_NewLabel]:
 
 def _fault(rules: _Rules, label: _NewLabel) -> str | None:
     """Return why a label cannot be added, with the remedy, or None."""
-    file = label.file
+    file, about = label.file, rules.about
     try:
-        for read in label.images:
-            check_file(read)
-        image = read_grid(label.images[0], rules.reader)
-        read = file
-        check_file(file)
-        voxels, grid = read_voxels(file, rules.reader, is_label_map=True)
-    except Exception as error:  # of any reader
-        return f"{read} cannot be read ({first_line(error)}); save it again, or change its permissions"
-    if image.is_2d or image.channels != 1:
-        return f"{label.images[0]} is not a 3D image with one channel per file, which is not supported"
-    if (difference := grid_difference(grid, image)) is not None:
-        return f"{file} has another voxel grid than {label.images[0]}: {difference}; save it on the grid of the image"
-    values = set(np.unique(rounded(voxels)).tolist())
-    if unknown := sorted(values - label_values(rules.about)):
-        return f"{file} has label values that dataset.json does not name: {some([f'{value:g}' for value in unknown])}"
-    if values <= {0, ignore_label(rules.about)} and not rules.allow_empty:
+        image = check_images(label.images, rules.reader)
+        voxels = read_label_map(file, image, rules.reader, label_values(about), "correct it, and save it again")
+    except UserError as error:
+        return str(error)
+    if set(np.unique(voxels).tolist()) <= {0, ignore_label(about)} and not rules.allow_empty:
         return f"{file} has no foreground; annotate it, or add --allow_empty if the case has none"
     is_compared = label.prediction is not None and not rules.accept_predictions
     if is_compared and hash_voxels(file, rules.reader) == label.prediction:
@@ -320,7 +327,10 @@ def undo(dataset: str) -> list[str]:
         UserError: a model has been trained since.
     """
     source = _source(dataset)
-    about = read_dataset_json(source)
+    was_interrupted = is_interrupted(source)
+    about = read_dataset_json(source)  # completes an interrupted change
+    if was_interrupted and "undoes" in (latest := _latest(source)):
+        return _print_undone(source, about, latest)
     with writing_errors(f"cannot write into {source}", "change its permissions or free disk space"), locked(source):
         existing = {int(file.stem): _read(file) for file in records(source)}
         undone = {record["undoes"] for record in existing.values() if "undoes" in record}
@@ -330,18 +340,30 @@ def undo(dataset: str) -> list[str]:
         latest = existing[numbers[-1]]
         _check_unused(source, latest)
         cases, ending = latest["added"], about["file_ending"]
-        kept = source / HISTORY / f"{numbers[-1]:03d}_labels"
+        kept = _kept_labels(source, numbers[-1])
         moves = [(source / "imagesTr" / name, source / "imagesUn" / name) for name in latest["images"]]
         moves += [(source / "labelsTr" / f"{case}{ending}", kept / f"{case}{ending}") for case in cases]
         contents = _contents(source, about, -len(cases), partial(reduced, cases=cases))
         # A fingerprint that exists now describes the added cases, too.
         fingerprint = _preprocessed(source) / _FINGERPRINT
         contents[fingerprint] = None if fingerprint.is_file() else latest["fingerprint"]
+        record = {"undoes": numbers[-1], "cases": cases, "time": time.time()}
         with prepared(source):
-            commit(source, moves, contents, {"undoes": numbers[-1], "cases": cases, "time": time.time()})
-    print(f"moved {some(latest['added'], 5)} back to imagesUn; the labels are in {kept}")
-    _print_next_commands(source)
-    return latest["added"]
+            commit(source, moves, contents, record)
+    return _print_undone(source, about, record)
+
+
+def _kept_labels(source: Path, number: int) -> Path:
+    """Return the folder for the labels of an undone addition, given the number of its record."""
+    return source / HISTORY / f"{number:03d}_labels"
+
+
+def _print_undone(source: Path, about: dict[str, Any], record: dict[str, Any]) -> list[str]:
+    """Print the result of `undo` and the next commands; return the cases."""
+    kept = _kept_labels(source, record["undoes"])
+    print(f"moved {some(record['cases'], 5)} back to imagesUn; the labels are in {kept}")
+    _print_next_commands(source, about)
+    return record["cases"]
 
 
 def _check_unused(source: Path, record: dict[str, Any]) -> None:
@@ -355,10 +377,9 @@ def _check_unused(source: Path, record: dict[str, Any]) -> None:
             )
 
 
-def _print_next_commands(source: Path) -> None:
+def _print_next_commands(source: Path, about: dict[str, Any]) -> None:
     number = convert_dataset_name_to_id(source.name)
     results = nnunet_folder("nnUNet_results") / source.name
-    about = read_dataset_json(source)
     # Of the same fold: other models have been trained on its validation cases.
     models = sorted(results.glob("*__3d_fullres/fold_0/checkpoint_final.pth"), key=lambda file: file.stat().st_mtime)
     print("next, with the same plans:")
@@ -366,12 +387,12 @@ def _print_next_commands(source: Path) -> None:
     print(f"  nnUNetv2_preprocess -d {number} -c 3d_fullres")
     print("or with new plans:")
     print(f"  nnUNetv2_plan_and_preprocess -d {number}")
-    has_unlabeled = bool(image_files(source / "imagesUn", about, "unlabeled"))
-    print("and then, if no earlier model of this fold is in the way:" if has_unlabeled else
-          "no unlabeled cases are left; train with nnU-Net's own trainer:")  # fmt: skip
-    if has_unlabeled:
+    if any((source / "imagesUn").glob(f"*{about['file_ending']}")):
+        print("and then, after moving an earlier model of this fold away:")
         print(f"  nnunet_dycon preprocess_unlabeled -d {number}")
-    trainer = RECOMMENDED if has_unlabeled or ignore_label(about) is not None else "nnUNetTrainer"
-    print(f"  nnUNetv2_train {number} 3d_fullres 0 -tr {trainer}")
+        print(f"  nnUNetv2_train {number} 3d_fullres 0 -tr {RECOMMENDED}")
+    else:
+        print("and then, since no unlabeled cases are left, nnU-Net's own trainer:")
+        print(f"  nnUNetv2_train {number} 3d_fullres 0")
     if models:
         print(f"with the same plans, this can start from {shlex.quote(str(models[-1]))} (option -pretrained_weights)")

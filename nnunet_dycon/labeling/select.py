@@ -1,6 +1,7 @@
 """Selection of the unlabeled cases to annotate next, with their predictions as labels to correct."""
 
 import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,10 +18,8 @@ from nnunet_dycon.data.image_checks import check_file
 from nnunet_dycon.data.image_reading import (
     Reader,
     files_with_ending,
-    grid_difference,
     hash_voxels,
     image_files,
-    read_grid,
     read_voxels,
     reader_class,
     write_like,
@@ -30,7 +29,8 @@ from nnunet_dycon.dataset_conversion.writer import writing_errors
 from nnunet_dycon.errors import UsageError, UserError, counted, explained, some
 from nnunet_dycon.inference.tables import as_csv
 from nnunet_dycon.inference.uncertainty import rank_predictions
-from nnunet_dycon.system.environment import nnunet_folder
+from nnunet_dycon.labeling.checks import check_images, read_label_map
+from nnunet_dycon.system.environment import FOLDER_VARIABLES, nnunet_folder
 from nnunet_dycon.system.files import VOLUME_ENDINGS, new_folder, require_new_folder, require_whole
 from nnunet_dycon.system.processes import map_cases
 
@@ -98,16 +98,16 @@ def select_cases(
         The identifiers of the selected cases, in the order in which they should be annotated.
 
     Raises:
-        UsageError: the data set or a folder does not exist, the output folder is not empty or is in nnUNet_raw, or
-            predictions are missing or are those of other cases.
+        UsageError: the data set or a folder does not exist, the output folder is not empty or is in a folder of
+            nnU-Net, or predictions are missing or are those of other cases.
         UserError: an image or a prediction is damaged, or a prediction has another grid than its image or unknown
             labels.
     """
-    raw = nnunet_folder("nnUNet_raw")
-    source = raw / dataset_name(dataset)
+    source = nnunet_folder("nnUNet_raw") / dataset_name(dataset)
     require_new_folder(output)
-    if output.resolve().is_relative_to(raw.resolve()):
-        raise UsageError(f"{output} is in nnUNet_raw, which is for data sets; choose another folder with -o")
+    for name in FOLDER_VARIABLES:
+        if (parent := os.environ.get(name)) and output.resolve().is_relative_to(Path(parent).resolve()):
+            raise UsageError(f"{output} is in {name}, which is for nnU-Net's files; choose another folder with -o")
     about = read_dataset_json(source)
     cases = _find(source, about, predictions[0])
     order, ratings = _order(cases, predictions, strategy, seed, num_processes)
@@ -148,7 +148,9 @@ def _find(source: Path, about: dict[str, Any], folder: Path) -> _Cases:
     if missing := sorted(images.keys() - predictions.keys()):
         raise UsageError(f"{folder} has no predictions of {some(missing)}; {predict}")
     annotated = image_files(source / "imagesTr", about, "labeled").values()
-    reader = reader_class(about, next(iter(images.values()))[0])
+    first = next(iter(images.values()))
+    reader = reader_class(about, first[0])
+    check_images(first, reader)  # the other ones when they are selected
     return _Cases(images, predictions, list(annotated), reader, label_values(about))
 
 
@@ -251,24 +253,15 @@ def _write(
         (folder / name).mkdir()
     rows = []
     for rank, case in enumerate(chosen, 1):
+        image = check_images(cases.images[case], cases.reader)
         for file in cases.images[case]:
-            with explained(Exception, f"{file} cannot be read; repair or remove it"):  # the type depends on the reader
-                check_file(file)
-                image = read_grid(file, cases.reader)
             shutil.copy(file, folder / "images")  # no link, since some viewers change files in place
         prediction = cases.predictions[case]
-        with explained(Exception, f"{prediction} cannot be read; predict again"):
-            check_file(prediction)
-            voxels, grid = read_voxels(prediction, cases.reader, is_label_map=True)
-        if (difference := grid_difference(grid, image)) is not None:
-            raise UserError(f"{prediction} has another voxel grid than the image: {difference}; predict again")
-        if unknown := sorted(set(np.unique(voxels).tolist()) - cases.label_values):
-            values = some([f"{value:g}" for value in unknown])
-            raise UserError(f"{prediction} has labels that dataset.json does not name: {values}; predict again")
+        voxels = read_label_map(prediction, image, cases.reader, cases.label_values, "predict again")
         label = folder / "labels" / f"{case}.nii.gz"
-        write_like(voxels[0].astype(np.uint8 if voxels.max() < 256 else np.uint16), prediction, label, cases.reader)
+        write_like(voxels.astype(np.uint8 if voxels.max() < 256 else np.uint16), prediction, label, cases.reader)
         require_whole(label)  # SimpleITK does not detect a full disk
-        volume = float(np.count_nonzero(voxels) * np.prod(grid.spacing) / 1000)
+        volume = float(np.count_nonzero(voxels) * np.prod(image.spacing) / 1000)
         rows.append({"rank": rank, "case": case, "rating": ratings[case], "predicted_ml": volume})
     hashes = {row["case"]: hash_voxels(folder / "labels" / f"{row['case']}.nii.gz", cases.reader) for row in rows}
     if None in hashes.values():

@@ -8,6 +8,7 @@ from pathlib import Path
 from nnunet_dycon.errors import UsageError
 
 OLDEST_NNUNET = (2, 8)
+FOLDER_VARIABLES = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 DISCOVERY = Path(__file__).parents[1] / "discovery"  # the folder that nnUNet_extTrainer must contain
 
 

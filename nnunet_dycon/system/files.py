@@ -16,7 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-from nnunet_dycon.errors import UsageError, UserError
+from nnunet_dycon.errors import UsageError, UserError, explained
 from nnunet_dycon.system.locks import Lock
 
 # UTF-32 first: its little-endian mark starts with that of UTF-16.
@@ -61,7 +61,9 @@ def _flush(file: Path) -> None:
 
 def require_new_folder(folder: Path) -> None:
     """Raise UsageError if a folder cannot be created: it exists and is not an empty folder, or it is a mount point."""
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    with explained(OSError, f"{folder} cannot be entered; choose another folder with -o"):
+        is_taken = folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
+    if is_taken:
         raise UsageError(
             f"{folder} already exists and is not an empty folder; choose another folder with -o, or empty this one"
         )

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.comparison import COLUMNS, Benchmark, Run, compare
+from benchmarks import selection
+from benchmarks.comparison import _FIRST_ROUND_ID, COLUMNS, Benchmark, Run, compare
 from benchmarks.hippocampus import HIPPOCAMPUS
 from benchmarks.hippocampus_sparse import ANNOTATIONS
 from benchmarks.la import LEFT_ATRIUM
@@ -21,6 +22,7 @@ from benchmarks.phantom import LESION_RADII, PHANTOMS, SEED, SHAPE
 from benchmarks.preparation import DRAWS, HERE, UPPER_BOUND, LabeledSet, Preparation, trainer_class
 from benchmarks.trainers.nnunet_dycon_benchmark_trainers import RoundedProducts
 from nnunet_dycon.demo.phantom import phantom
+from nnunet_dycon.labeling.select import STRATEGIES
 from tests.processes import run_python
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -69,8 +71,11 @@ def test_data_sets_of_labeled_sets_have_unique_ids_that_nnunet_accepts(benchmark
         monkeypatch.setattr(benchmark, "data_set", data_set)
         sets = [LabeledSet(labels, draw) for labels in data_set.labels for draw in DRAWS]
         found += [benchmark.dataset_id(labeled) for labeled in (*sets, data_set.all_labeled)]
+    for strategy in STRATEGIES:
+        monkeypatch.setattr(benchmark, "data_set", chosen := selection.data_set(strategy))
+        found += [benchmark.dataset_id(LabeledSet(labels, draw)) for labels in chosen.labels for draw in DRAWS]
     assert len(set(found)) == len(found)
-    assert max(found) <= 999
+    assert max(found) < _FIRST_ROUND_ID
     monkeypatch.setattr(benchmark, "data_set", LEFT_ATRIUM)
     assert benchmark.dataset(LabeledSet(4, 1)) == "Dataset124_LA2018"
 
@@ -183,11 +188,11 @@ def test_upper_bound_is_run_once_for_all_numbers_of_labels(monkeypatch, tmp_path
         ("nnUNetTrainerDyCON:gama=1", "nnUNetTrainerDyCON has no setting gama"),
         ("nnUNetTrainerDyCON:num_epochs=5", "nnUNetTrainerDyCON has no setting num_epochs"),
         ("lower_bound:gamma=1", "nnUNetTrainer has no setting gamma"),
-        ("lower_bound+mae", "can be followed by +mae and a number of steps"),
-        ("upper_bound+mae1000", "can be followed by +mae and a number of steps"),
-        ("upper_bound+rounds1", "can be followed by +mae and a number of steps"),
-        ("lower_bound+rounds0", "+rounds and a number of rounds"),
-        ("lower_bound+1000", "can be followed by +mae and a number of steps"),
+        ("lower_bound+mae", "+mae needs a number of steps"),
+        ("upper_bound+mae1000", "upper_bound has no unlabeled cases"),
+        ("upper_bound+rounds1", "upper_bound has no unlabeled cases"),
+        ("lower_bound+rounds0", "+rounds a number of rounds"),
+        ("lower_bound+1000", "+mae needs a number of steps"),
     ],
 )
 def test_unknown_methods_and_settings_are_errors(monkeypatch, tmp_path, capsys, method, message):

@@ -18,7 +18,13 @@ def option(arguments: tuple[str, ...], name: str) -> str:
 
 
 @pytest.fixture
-def performed(monkeypatch) -> list[tuple[str, int, list[str]]]:
+def selections() -> list[tuple[str, str]]:
+    """Strategy and seed of each call of `nnunet_dycon select`."""
+    return []
+
+
+@pytest.fixture
+def performed(monkeypatch, selections) -> list[tuple[str, int, list[str]]]:
     """Trainings: name of the data set, seed and labeled cases. Nothing is trained or predicted.
 
     Instead of `nnunet_dycon select`, the last unlabeled cases are selected, in the order of their names.
@@ -38,6 +44,7 @@ def performed(monkeypatch) -> list[tuple[str, int, list[str]]]:
             (output / image.name.replace("_0000", "")).touch()
 
     def select(self, entry_point, *arguments, log):
+        selections.append((option(arguments, "--strategy"), option(arguments, "--seed")))
         predicted = sorted(file.name.partition(".")[0] for file in Path(option(arguments, "-i")).iterdir())
         unlabeled = self.work / "nnUNet_raw" / option(arguments, "-d") / "imagesUn"
         assert predicted == sorted(file.name.removesuffix("_0000.nii.gz") for file in unlabeled.iterdir())
@@ -66,7 +73,7 @@ def test_selected_cases_are_added_to_the_labeled_ones(performed, tmp_path):
     run(tmp_path, "--strategies", "diverse", "--seeds", "0", "1")
     chosen = sorted(TRAINING[4:])[::-1]
     assert [(dataset, seed) for dataset, seed, _ in performed] == [
-        (f"Dataset{number}_Hippocampus", seed) for number in (508, 512) for seed in (0, 1)
+        (f"Dataset{number}_Hippocampus_diverse", seed) for number in (812, 816) for seed in (0, 1)
     ]
     for _, _, labeled in performed:
         assert labeled[:4] == TRAINING[:4]
@@ -76,14 +83,17 @@ def test_selected_cases_are_added_to_the_labeled_ones(performed, tmp_path):
 
 def test_by_uncertainty_each_training_selects_for_itself(performed, tmp_path):
     run(tmp_path, "--strategies", "uncertainty", "--seeds", "0", "1")
-    numbers = [(408, 0), (412, 0), (428, 1), (432, 1)]
-    assert [(dataset, seed) for dataset, seed, _ in performed] == [(f"Dataset{n}_Hippocampus", s) for n, s in numbers]
+    numbers = [(811, 0), (815, 0), (831, 1), (835, 1)]
+    assert [(dataset, seed) for dataset, seed, _ in performed] == [
+        (f"Dataset{n}_Hippocampus_uncertainty", s) for n, s in numbers
+    ]
     predicting = sorted(model.parent.name for model in (tmp_path / "work" / "models").glob("*/*"))
-    assert predicting == [f"Dataset{number}_Hippocampus" for number in (304, 304, 408, 428)]
+    assert predicting == [*["Dataset304_Hippocampus"] * 2, *(f"Dataset{n}_Hippocampus_uncertainty" for n in (811, 831))]
 
 
-def test_random_sets_are_trained_with_all_seeds(performed, tmp_path):
+def test_random_sets_are_trained_with_all_seeds(performed, selections, tmp_path):
     run(tmp_path, "--strategies", "random", "--seeds", "0", "1", "--random_seeds", "3", "4")
     assert [(dataset, seed) for dataset, seed, _ in performed] == [
-        (f"Dataset{number}_Hippocampus", seed) for number in (668, 672, 688, 692) for seed in (0, 1)
+        (f"Dataset{number}_Hippocampus_random", seed) for number in (873, 877, 893, 897) for seed in (0, 1)
     ]
+    assert selections == [("random", "3"), ("random", "3"), ("random", "4"), ("random", "4")]

@@ -42,6 +42,7 @@ def commands(monkeypatch) -> list[tuple[str, ...]]:
             )
 
     monkeypatch.setattr(Preparation, "command", command)
+    monkeypatch.setattr(Benchmark, "trained_by", lambda self, run, folder: "abc")
     return recorded
 
 
@@ -56,7 +57,7 @@ def test_rounds_are_parsed_from_the_method(benchmark):
 def test_each_round_trains_on_the_predictions_of_the_one_before(benchmark, commands):
     model = benchmark.trained(CHAIN)
     trained = [arguments[1] for arguments in commands if arguments[0] == "run_training_entry"]
-    rounds = [f"Dataset{number}_Hippocampus_PseudoLabels" for number in (800, 801)]
+    rounds = [f"Dataset{number}_Hippocampus_PseudoLabels" for number in (900, 901)]
     assert trained == ["Dataset304_Hippocampus", *rounds]
     assert model.parent.name == rounds[-1]
     first, second = [arguments for arguments in commands if "pseudo_label" in arguments]
@@ -65,13 +66,34 @@ def test_each_round_trains_on_the_predictions_of_the_one_before(benchmark, comma
     assert "--previous" not in first
     assert second[second.index("--previous") + 1] == rounds[0]
     assert all(arguments[arguments.index("-d") + 1] == "304" for arguments in (first, second))
+    names = [arguments[0] for arguments in commands]
+    preprocessing = ["extract_fingerprint_entry", "preprocess_entry"]
+    assert names == ["run_training_entry", *["main", *preprocessing, "run_training_entry"] * 2]
+
+
+def test_models_of_all_rounds_are_scored_on_the_original_data_set(benchmark, commands, monkeypatch):
+    scored = []
+
+    def evaluate(references, predictions, num_processes):
+        scored.append((references, predictions))
+        case = {"case": "a", "label": "x", "dice": 0.5, "hd95_mm_max_directed": 1.0}
+        return Namespace(as_json=lambda: {"cases": [case]})
+
+    monkeypatch.setattr("benchmarks.comparison.evaluate_folder", evaluate)
+    benchmark.perform(CHAIN)
+    predicted = commands[-1]
+    raw = benchmark.work / "nnUNet_raw" / "Dataset304_Hippocampus"
+    assert predicted[predicted.index("-d") + 1] == "Dataset901_Hippocampus_PseudoLabels"
+    assert predicted[predicted.index("-i") + 1] == str(raw / "imagesVal")
+    assert scored[0][0] == raw / "labelsVal"
+    assert CHAIN.method in benchmark.table.read_text()
 
 
 def test_finished_trainings_are_not_repeated_and_other_chains_have_other_data_sets(benchmark, commands):
     benchmark.trained(CHAIN)
     commands.clear()
-    assert benchmark.trained(CHAIN.after_rounds(1)).parent.name == "Dataset800_Hippocampus_PseudoLabels"
-    assert [arguments[0] for arguments in commands] == ["main"]  # pseudo_label, which writes nothing again
+    assert benchmark.trained(CHAIN.after_rounds(1)).parent.name == "Dataset900_Hippocampus_PseudoLabels"
+    assert not commands
     other = Run("lower_bound+rounds1", LabeledSet(4), 3)
-    assert benchmark.trained(other).parent.name == "Dataset802_Hippocampus_PseudoLabels"
+    assert benchmark.trained(other).parent.name == "Dataset902_Hippocampus_PseudoLabels"
     assert len(json.loads((benchmark.work / "rounds.json").read_text())) == 3

@@ -119,7 +119,7 @@ FAULTS = {
     "nothing preprocessed": (nothing_preprocessed, "labeled", FAIL, "has no preprocessed cases", "nnUNetv2_prep"),
     "half": (half_preprocessed, "labeled", FAIL, "lacks files of case_01", "nnUNetv2_preprocess -d 901"),
     "no references": (no_references, "labeled", FAIL, "has no case_00, case_01, case_02 and 2 more", "nnUNet"),
-    "no fingerprint": (no_fingerprint, "labeled", FAIL, "has no dataset_fingerprint.json", "-d 901 --clean"),
+    "no fingerprint": (no_fingerprint, "labeled", FAIL, "has no dataset_fingerp", "nnUNetv2_extract_fingerprint -d"),
     "fingerprint": (fingerprint_out_of_date, "labeled", FAIL, "(then 5 cases, now 4)", "-d 901 --clean"),
     "relabeled": (relabeled, "labeled", WARNING, "5 cases are preprocessed, but labelsTr has 6; in only one: c", "-d"),
     "unlabeled": (unlabeled_not_preprocessed, "unlabeled", NOTE, "4 unlabeled cases are not prep", "ss_unlabeled -d"),

@@ -279,6 +279,11 @@ def truncated_image(raw: Path, new: Path) -> None:
     file.write_bytes(file.read_bytes()[:-10])
 
 
+def four_dimensional(raw: Path, new: Path) -> None:
+    file = new / f"{NEW[0]}.nii.gz"
+    sitk.WriteImage(sitk.JoinSeries([sitk.ReadImage(str(file))] * 2), str(file))
+
+
 def damaged_folds(raw: Path, new: Path) -> None:
     file = Path(os.environ["nnUNet_preprocessed"]) / raw.name / "splits_final.json"
     file.write_text(json.dumps([{"val": []}]))
@@ -289,6 +294,7 @@ def damaged_record(raw: Path, new: Path) -> None:
 
 
 BAD = [
+    (four_dimensional, f"{NEW[0]}.nii.gz"),
     (truncated_image, f"{NEW[1]}_0000.nii.gz cannot be read"),
     (damaged_folds, "splits_final.json is damaged"),
     (damaged_record, "selected.json is damaged"),
@@ -296,7 +302,7 @@ BAD = [
     (empty, "has no foreground; annotate it, or add --allow_empty"),
     (other_grid, "has another voxel grid"),
     (other_spacing, "has another voxel grid"),
-    (unknown_value, "has label values that dataset.json does not name: 7"),
+    (unknown_value, "has values that dataset.json does not name: 7"),
     (unknown_case, "has no images of other"),
     (labeled_case, f"has labels of {LABELED[0]} already"),
     (image_taken, "in both imagesTr and imagesUn"),
@@ -345,6 +351,28 @@ def test_repeated_interrupted_command_succeeds(raw, base, new, monkeypatch, caps
     assert_added(raw, base, new)
 
 
+def test_repeated_interrupted_command_does_not_ignore_changed_labels(raw, base, new, monkeypatch, capsys):
+    interrupt(raw, monkeypatch)
+    write_volume(np.ones((24, 32, 40), np.uint8), new / f"{NEW[0]}.nii.gz")
+    assert add_labels(new) == 1
+    assert f"the labels of {NEW[0]} have changed since the interrupted call" in capsys.readouterr().err
+
+
+def test_repeated_interrupted_undo_undoes_one_addition(raw, base, new, tmp_path, monkeypatch, capsys):
+    second = tmp_path / "second"
+    second.mkdir()
+    (new / f"{NEW[1]}.nii.gz").rename(second / f"{NEW[1]}.nii.gz")
+    assert add_labels(new) == add_labels(second) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(label_journal, "_apply", lambda source: None)  # interrupted after the journal is written
+        undo()
+    assert label_journal.is_interrupted(raw)
+    capsys.readouterr()
+    assert undo() == 0
+    assert cases(raw / "labelsTr") == sorted([*LABELED, NEW[0]])
+    assert f"moved {NEW[1]} back to imagesUn" in capsys.readouterr().out
+
+
 def test_interrupted_command_is_completed_before_planning(raw, base, new, monkeypatch):
     interrupt(raw, monkeypatch)
     (base / "nnUNetPlans.json").unlink()
@@ -360,10 +388,10 @@ def test_when_all_cases_are_labeled_no_unlabeled_ones_are_used(raw, base, new, c
     assert add_labels(new) == 0
     printed = capsys.readouterr().out
     assert "no unlabeled cases are left" in printed
-    assert "3d_fullres 0 -tr nnUNetTrainer\n" in printed
+    assert "nnUNetv2_train 901 3d_fullres 0\n" in printed
     assert "preprocess_unlabeled" not in printed
     assert main(["preprocess_unlabeled", "-d", "901"]) == 1
-    assert "no unlabeled cases are left: all are labeled now" in capsys.readouterr().err
+    assert "all are labeled now, so the preprocessed ones were removed" in capsys.readouterr().err
     assert not UnlabeledCases.of_dataset("901", "3d_fullres", "nnUNetPlans").folder.exists()
 
 

@@ -11,6 +11,7 @@ import SimpleITK as sitk
 
 from nnunet_dycon.cli import main
 from nnunet_dycon.labeling.select import farthest_first
+from nnunet_dycon.system.environment import FOLDER_VARIABLES
 from tests.tiny import LABELED, UNLABELED, write_volume
 
 
@@ -114,8 +115,8 @@ def with_truncated_image(predicted: Path) -> None:
 
 
 BAD = [
-    (on_another_grid, "has another voxel grid than the image: another origin"),
-    (with_unknown_label, "has labels that dataset.json does not name: 7"),
+    (on_another_grid, "has another voxel grid than its image: another origin"),
+    (with_unknown_label, "has values that dataset.json does not name: 7"),
     (with_truncated_image, f"{UNLABELED[3]}_0000.nii.gz cannot be read; repair or remove it"),
     (of_another_case, f"has predictions of {LABELED[0]}, which are not in imagesUn"),
     (lambda predicted: (predicted / f"{UNLABELED[1]}.nii.gz").unlink(), f"has no predictions of {UNLABELED[1]}"),
@@ -140,6 +141,19 @@ def test_existing_folder_is_not_overwritten(raw, predicted, tmp_path, capsys):
     assert "not an empty folder" in capsys.readouterr().err
 
 
-def test_folders_of_nnunet_are_not_written_to(raw, predicted, capsys):
-    assert select("-i", predicted, "-o", raw / "imagesUn" / "next") == 2
-    assert "is in nnUNet_raw" in capsys.readouterr().err
+@pytest.mark.parametrize("variable", FOLDER_VARIABLES)
+def test_folders_of_nnunet_are_not_written_to(raw, predicted, capsys, variable):
+    assert select("-i", predicted, "-o", Path(os.environ[variable]) / "next") == 2
+    assert f"is in {variable}" in capsys.readouterr().err
+
+
+def test_only_the_first_channel_must_have_the_grid_of_the_prediction(raw, predicted, tmp_path):
+    about = json.loads((raw / "dataset.json").read_text())
+    (raw / "dataset.json").write_text(json.dumps(about | {"channel_names": {"0": "a", "1": "b"}}))
+    for folder in ("imagesTr", "imagesUn"):
+        for file in sorted((raw / folder).glob("*_0000.nii.gz")):
+            image = sitk.ReadImage(str(file))
+            image.SetOrigin((5, 0, 0))  # nnU-Net only warns of it
+            sitk.WriteImage(image, str(file).replace("_0000", "_0001"))
+    assert select("-i", predicted, "-o", tmp_path / "next") == 0
+    assert len(list((tmp_path / "next" / "images").iterdir())) == 4
