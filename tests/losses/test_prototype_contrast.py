@@ -156,7 +156,7 @@ def test_separates_classes_where_the_released_terms_collapse():
         labels = (features[:, 0] > 1.0).long()
         layer = nn.Linear(8, 4)
         optimizer = torch.optim.SGD(layer.parameters(), 0.1)
-        for _ in range(300):
+        for _ in range(1000):  # random numbers depend on the CPU; after 300 steps, not all are separated
             optimizer.zero_grad()
             loss_of(layer(features), labels).backward()
             optimizer.step()
