@@ -39,7 +39,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from datetime import date
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 
 from filelock import FileLock
 from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id
@@ -74,6 +74,29 @@ _BUDGET = ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epo
 _COMPANIONS = {"teacher": TEACHER, "second": SECOND}
 
 
+class Method(NamedTuple):
+    """The parts of a method, such as nnUNetTrainerDyCON+rounds2:gamma=1.0.
+
+    Attributes:
+        name: lower_bound, upper_bound or the name of a trainer.
+        addition: the text after "+", such as mae1000 or rounds2; "" without one.
+        settings: the text after the colon, such as gamma=1.0; "" without one.
+    """
+
+    name: str
+    addition: str
+    settings: str
+
+    @classmethod
+    def parse(cls, method: str) -> "Method":
+        before, _, settings = method.partition(":")
+        name, _, addition = before.partition("+")
+        return cls(name, addition, settings)
+
+    def __str__(self) -> str:
+        return self.name + f"+{self.addition}" * bool(self.addition) + f":{self.settings}" * bool(self.settings)
+
+
 @dataclass(frozen=True)
 class Run:
     """One training of a method, with given labeled cases and seed.
@@ -91,7 +114,7 @@ class Run:
     @property
     def trainer(self) -> str:
         """Name of the trainer class: nnUNetTrainer for lower_bound and upper_bound, else the method's name."""
-        name = self.method.partition(":")[0].partition("+")[0]
+        name = Method.parse(self.method).name
         return SUPERVISED if name in (LOWER_BOUND, UPPER_BOUND) else name
 
     @property
@@ -119,7 +142,7 @@ class Run:
             ValueError: the text after "+" is not mae or rounds with a number, or the method is upper_bound, which has
                 no unlabeled cases.
         """
-        name, _, addition = self.method.partition(":")[0].partition("+")
+        name, addition, _ = Method.parse(self.method)
         if not addition:
             return 0
         found = re.fullmatch(r"(mae|rounds)([1-9]\d*)", addition)
@@ -129,14 +152,13 @@ class Run:
 
     def after_rounds(self, rounds: int) -> "Run":
         """Return the run of the same chain of self-training after another number of rounds; 0 for the first model."""
-        name, colon, settings = self.method.partition(":")
-        addition = f"+rounds{rounds}" if rounds else ""
-        return replace(self, method=name.partition("+")[0] + addition + colon + settings)
+        addition = f"rounds{rounds}" if rounds else ""
+        return replace(self, method=str(Method.parse(self.method)._replace(addition=addition)))
 
     @property
     def settings(self) -> dict[str, object]:
         """Settings that `method` changes after the colon: name -> value."""
-        pairs = self.method.partition(":")[2].split(",") if ":" in self.method else ()
+        pairs = Method.parse(self.method).settings.split(",") if ":" in self.method else ()
         return {name: json.loads(value) for name, value in (pair.split("=") for pair in pairs)}
 
     @property
@@ -171,8 +193,9 @@ class Benchmark(Preparation):
         """
         settings = "".join(f"_{key}" for key in run.settings)
         number = hashlib.sha256(json.dumps(self.declaration(run), sort_keys=True).encode()).hexdigest()[:8]
-        method = (run.after_rounds(0) if run.rounds else run).method.partition(":")[0].replace("+", "_")
-        return f"Benchmark_{method}{settings}_i{self.iterations}_s{run.seed}_{number}"
+        method = Method.parse(run.method)
+        pretraining = f"_{method.addition}" if run.pretraining_steps else ""
+        return f"Benchmark_{method.name}{pretraining}{settings}_i{self.iterations}_s{run.seed}_{number}"
 
     def declaration(self, run: Run) -> dict[str, Any]:
         """Return the settings of a run from which its trainer class is built, as written to runs.json.

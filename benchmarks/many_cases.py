@@ -25,13 +25,14 @@ import torch
 from benchmarks.measuring import machine, markdown, write
 from benchmarks.preparation import SUPERVISED, trainer_class
 from nnunet_dycon.registry import RECOMMENDED
+from nnunet_dycon.system.environment import FOLDER_VARIABLES
 from nnunet_dycon.system.processes import peak_memory
 
 DATASET, CONFIGURATION, LABELED, PREPROCESSED, STEPS = "Dataset777_Many", "3d_fullres", 5, 200, 3
 
 
 def environment(work: Path) -> dict[str, str]:
-    folders = {name: str(work / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
+    folders = {name: str(work / name) for name in FOLDER_VARIABLES}
     return {**folders, "nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "1", "OMP_NUM_THREADS": "1"}
 
 
@@ -50,7 +51,7 @@ def prepare(work: Path) -> None:
     from nnunet_dycon.demo.phantom import write_dataset
 
     raw = work / "nnUNet_raw" / DATASET
-    for folder in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+    for folder in FOLDER_VARIABLES:
         shutil.rmtree(work / folder / DATASET, ignore_errors=True)
     write_dataset(raw, 0, {"labeled": LABELED, "unlabeled": 1}, shape=(24, 24, 24), lesion_radii=(2, 4))
     source = next((raw / "imagesUn").iterdir())

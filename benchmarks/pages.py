@@ -50,10 +50,10 @@ from benchmarks import (
     step_memory,
     train_step,
 )
-from benchmarks.comparison import SETS
+from benchmarks.comparison import SETS, Method
 from benchmarks.measuring import markdown
 from benchmarks.preparation import HERE, LOWER_BOUND, SUPERVISED, UNLABELED, UPPER_BOUND
-from nnunet_dycon.inference.statistics import PairedBootstrap, pooled_difference, pooled_share_of_gap
+from nnunet_dycon.inference.statistics import pooled_difference, pooled_share_of_gap
 from nnunet_dycon.labeling.select import RANDOM, STRATEGIES
 from nnunet_dycon.registry import RECOMMENDED
 
@@ -258,10 +258,10 @@ def additions(table: str, labels: str) -> str:
     drawn = {which: report.bootstrap(group) for which, group in sets.items()}
     rows = []
     for key in _methods(sets):
-        name, colon, settings = key[0].partition(":")
-        same, default = (name.partition("+")[0] + rest for rest in (colon + settings, ""))
-        base = (same if any((same, key[1]) in group for group in sets.values()) else default), key[1]
-        gains = (_difference(group, drawn[which], key, base) for which, group in sets.items())
+        same = Method.parse(key[0])._replace(addition="")
+        bases = ((str(method), key[1]) for method in (same, same._replace(settings="")))
+        base = next((one for one in bases if any(one in group for group in sets.values())), key)
+        gains = (report.difference(group, drawn[which], key, base) for which, group in sets.items())
         rows.append((_name(key[0]), *(_dice(sets[which], key) for which in SETS), *gains))
     return _without_empty_columns(("method", *SETS, *(f"difference on {which}" for which in SETS)), rows)
 
@@ -271,23 +271,18 @@ def sparse() -> str:
 
     The difference on test is that to nnU-Net's own trainer with the same annotations, with 95 % interval.
     """
-    rows_of = {
-        "nnU-Net's own trainer": ("hippocampus_sparse", LOWER_BOUND),
-        f"`{RECOMMENDED}`, without unlabeled images": ("hippocampus_sparse_alone", RECOMMENDED),
-        f"`{RECOMMENDED}`, 122 unlabeled images": ("hippocampus_sparse", RECOMMENDED),
-        "nnU-Net's own trainer, all slices annotated": ("hippocampus_complete", LOWER_BOUND),
+    trainings = {
+        report.LOWER: ("nnU-Net's own trainer", "hippocampus_sparse", LOWER_BOUND),
+        ("alone", "student"): (f"`{RECOMMENDED}`, without unlabeled images", "hippocampus_sparse_alone", RECOMMENDED),
+        ("unlabeled", "student"): (f"`{RECOMMENDED}`, 122 unlabeled images", "hippocampus_sparse", RECOMMENDED),
+        report.UPPER: ("nnU-Net's own trainer, all slices annotated", "hippocampus_complete", LOWER_BOUND),
     }
-    sets = {which: {(name, "student"): students(table, which)[8][method, "student"]
-                    for name, (table, method) in rows_of.items()} for which in ("val", "test")}  # fmt: skip
-    keys = list(sets["test"])
-    lower, upper = keys[0], keys[-1]
-    # `report.bootstrap` leaves out the upper bound's variation between seeds.
-    drawn = report.bootstrap({report.UPPER if key == upper else key: its for key, its in sets["test"].items()})
-    assert drawn is not None  # there are several seeds
-    rows = [(key[0], *(_dice(group, key) for group in sets.values()),
-             "" if key == lower else
-             report.with_interval(drawn.difference(report.UPPER if key == upper else key, lower), "+.4f"))
-            for key in keys]  # fmt: skip
+    sets = {which: {key: students(table, which)[8][method, "student"] for key, (_, table, method) in trainings.items()}
+            for which in ("val", "test")}  # fmt: skip
+    drawn = report.bootstrap(sets["test"])
+    rows = [(name, *(_dice(group, key) for group in sets.values()),
+             report.difference(sets["test"], drawn, key, report.LOWER))
+            for key, (name, *_) in trainings.items()]  # fmt: skip
     return markdown(("training", *sets, "difference on test"), rows)
 
 
@@ -308,7 +303,7 @@ def selection(method: str) -> str:
         group = {(name, "student"): _over_sets(scores[labels, method, "student"]) for name, scores in read.items()}
         drawn = report.bootstrap(group)
         for key, its in group.items():
-            difference = _difference(group, drawn, key, (RANDOM, "student"))
+            difference = report.difference(group, drawn, key, (RANDOM, "student"))
             rows.append((str(labels), f"`{key[0]}`", str(len(its.dice)), report.over_runs(its.dice, 4), difference))
     return markdown(("labels", "strategy", "sets", "Dice", "difference to random"), rows)
 
@@ -318,15 +313,6 @@ def _over_sets(scores: report.Scores) -> report.Scores:
     if len(scores.draws) > 1:
         return scores
     return replace(scores, dice=scores.dice.mean(0, keepdims=True), hd95_mm=scores.hd95_mm.mean(0, keepdims=True))
-
-
-def _difference(group: report.Group, drawn: PairedBootstrap | None, key: Key, base: Key) -> str:
-    """Return the difference of Dice between two entries of a group as text; "" if one is missing or both are equal."""
-    if key == base or not {key, base} <= group.keys():
-        return ""
-    if drawn is None:
-        return f"{group[key].dice.mean() - group[base].dice.mean():+.4f}"
-    return report.with_interval(drawn.difference(key, base), "+.4f")
 
 
 def looks() -> str:
@@ -429,14 +415,13 @@ def _methods(sets: dict[str, report.Group]) -> list[Key]:
 
 def _name(method: str) -> str:
     """Return how tables name a method, such as "lower bound, pretrained" for lower_bound+mae1000."""
-    name, colon, settings = method.partition(":")
-    name, _, addition = name.partition("+")
+    name, addition, settings = Method.parse(method)
     if not addition:
         return _NAMES.get(method) or f"`{method}`"
     number = re.sub("[a-z]", "", addition)
     rounds = f"{number} round{'s' * (number != '1')} of self-training"
     added = f"pretrained, {number} steps" if addition.startswith("mae") else rounds
-    return f"{_NAMES.get(name) or f'`{name}`'}, {added}" + (f", `{settings}`" if colon else "")
+    return f"{_NAMES.get(name) or f'`{name}`'}, {added}" + (f", `{settings}`" if settings else "")
 
 
 def _dice(group: report.Group, key: Key) -> str:

@@ -19,7 +19,7 @@ import numpy as np
 from filelock import FileLock
 
 from nnunet_dycon.dataset_conversion.writer import FOLDERS
-from nnunet_dycon.system.environment import DISCOVERY
+from nnunet_dycon.system.environment import DISCOVERY, FOLDER_VARIABLES
 from nnunet_dycon.system.files import replacing
 
 HERE = Path(__file__).parent
@@ -160,7 +160,7 @@ class Preparation:
     @property
     def folders(self) -> dict[str, str]:
         """Folders of nnU-Net in the working folder: name of the environment variable, such as nnUNet_raw -> path."""
-        return {name: str(self.work / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
+        return {name: str(self.work / name) for name in FOLDER_VARIABLES}
 
     def dataset_id(self, labeled: LabeledSet) -> int:
         """Return nnU-Net's dataset ID of a labeled set, such as 108 for 8 labeled cases of LA2018."""

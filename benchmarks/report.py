@@ -237,15 +237,26 @@ def compared(group: Group, drawn: PairedBootstrap | None, key: tuple[str, str]) 
         drawn: result of `bootstrap`. With None, the difference has no interval and "gap closed" is empty.
         key: method and weights of the entry of `group`.
     """
-    if LOWER not in group or key == LOWER:
-        return "", ""
-    if drawn is None:
-        return f"{group[key].dice.mean() - group[LOWER].dice.mean():+.4f}", ""
-    difference = with_interval(drawn.difference(key, LOWER), "+.4f")
-    if UPPER not in group or key == UPPER:
-        return difference, ""
+    text = difference(group, drawn, key, LOWER)
+    if not text or drawn is None or UPPER not in group or key == UPPER:
+        return text, ""
     closed = drawn.share_of_gap(key, LOWER, UPPER)
-    return difference, "undefined" if closed is None else with_interval(closed, ".0%")
+    return text, "undefined" if closed is None else with_interval(closed, ".0%")
+
+
+def difference(group: Group, drawn: PairedBootstrap | None, key: tuple[str, str], base: tuple[str, str]) -> str:
+    """Return the difference of Dice between two entries of a group as text, such as "+0.0525 [+0.0106, +0.1179]".
+
+    Args:
+        group: (method, weights) -> scores, for one number of labeled cases.
+        drawn: result of `bootstrap`. With None, the difference has no interval.
+        key, base: method and weights of the entries. The text is empty if they are equal or one is not in `group`.
+    """
+    if key == base or not {key, base} <= group.keys():
+        return ""
+    if drawn is None:
+        return f"{group[key].dice.mean() - group[base].dice.mean():+.4f}"
+    return with_interval(drawn.difference(key, base), "+.4f")
 
 
 def without_most_influential(group: Group, key: tuple[str, str]) -> str:

@@ -111,7 +111,8 @@ class Selection:
         for folder in (linked, output):
             shutil.rmtree(folder, ignore_errors=True)
         linked.mkdir(parents=True)
-        cases = {name.removesuffix("_0000.nii.gz") for name in self._images(benchmark, run)}
+        unlabeled = benchmark.raw(run.labeled) / FOLDERS["unlabeled"][0]
+        cases = {image.name.removesuffix("_0000.nii.gz") for image in unlabeled.iterdir()}
         for prediction in predictions.iterdir():
             if prediction.name.partition(".")[0] in cases:
                 (linked / prediction.name).symlink_to(prediction)
@@ -136,10 +137,6 @@ class Selection:
             benchmark.predict(benchmark.dataset(run.labeled), name, images, folder, "--save_probabilities")
             (folder / "finished").touch()
         return folder
-
-    @staticmethod
-    def _images(benchmark: Benchmark, run: Run) -> list[str]:
-        return [image.name for image in (benchmark.raw(run.labeled) / FOLDERS["unlabeled"][0]).iterdir()]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -140,9 +140,9 @@ def add_preprocess_unlabeled(commands: Any) -> None:
         description="Preprocess nnUNet_raw/DatasetXXX_Name/imagesUn with nnU-Net's own preprocessor and the plans of "
         "the labeled cases, after nnUNetv2_plan_and_preprocess. Writes a folder ..._unlabeled next to the "
         "preprocessed labeled cases in nnUNet_preprocessed/DatasetXXX_Name. It is replaced if the plans, or names or "
-        "sizes of image files, have changed, and removed if all its cases have been "
-        "labeled since. Without this command, the first training of the data set does the same when it starts. "
-        "An interrupted call resumes if it is repeated.",
+        "sizes of image files, have changed, and removed if all its cases have been labeled since. Without this "
+        "command, the first training of the data set does the same when it starts. An interrupted call resumes if it "
+        "is repeated.",
         epilog="example: nnunet_dycon preprocess_unlabeled -d 101 -c 3d_fullres",
     )
     preprocess.add_argument("-d", dest="dataset", required=True, metavar="ID", help=DATASET)

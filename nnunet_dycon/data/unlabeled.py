@@ -64,7 +64,7 @@ def preprocess_unlabeled(
         finish_interrupted(nnunet_folder("nnUNet_raw") / dataset_name(dataset))
     unlabeled = UnlabeledCases.of_dataset(dataset, configuration, plans_name)
     every = [replace(unlabeled, configuration_name=name) for name in unlabeled.plans.available_configurations]
-    if any([each.remove_if_labeled() for each in every]):
+    if any([each.remove_if_labeled() for each in every]):  # a list, to remove the folders of all configurations
         raise UserError(
             f"no unlabeled cases are left in {unlabeled.raw}: all are labeled now, so the preprocessed ones were "
             "removed; train with -tr nnUNetTrainer"

@@ -28,7 +28,7 @@ from nnunet_dycon.errors import UsageError, UserError, explained, joined, some
 from nnunet_dycon.labeling.checks import check_images, read_label_map
 from nnunet_dycon.labeling.select import RECORD, TABLE, require_spacing
 from nnunet_dycon.registry import RECOMMENDED
-from nnunet_dycon.system.environment import nnunet_folder
+from nnunet_dycon.system.environment import FOLDER_VARIABLES, nnunet_folder
 from nnunet_dycon.system.files import require_whole
 from nnunet_dycon.system.label_maps import rounded
 from nnunet_dycon.system.processes import map_cases
@@ -112,8 +112,8 @@ def add_labels(
 
 
 def _source(dataset: str) -> Path:
-    """Return nnUNet_raw/DatasetXXX_Name; raise UsageError if a folder of nnU-Net that is used later is not set."""
-    for name in ("nnUNet_preprocessed", "nnUNet_results"):
+    """Return nnUNet_raw/DatasetXXX_Name; raise UsageError if a folder of nnU-Net, also one used later, is not set."""
+    for name in FOLDER_VARIABLES:
         nnunet_folder(name)
     return nnunet_folder("nnUNet_raw") / dataset_name(dataset)
 

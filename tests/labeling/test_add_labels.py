@@ -294,7 +294,7 @@ def damaged_record(raw: Path, new: Path) -> None:
 
 
 BAD = [
-    (four_dimensional, f"{NEW[0]}.nii.gz"),
+    (four_dimensional, f"{NEW[0]}.nii.gz has 2 channels instead of 1"),
     (truncated_image, f"{NEW[1]}_0000.nii.gz cannot be read"),
     (damaged_folds, "splits_final.json is damaged"),
     (damaged_record, "selected.json is damaged"),
