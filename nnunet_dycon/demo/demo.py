@@ -28,7 +28,7 @@ COUNTS = {"labeled": 1, "unlabeled": 32, "test": 24}
 PHANTOMS: dict[str, Any] = {"shape": (16, 32, 40), "lesion_radii": (2.0, 4.0)}
 # Changed values in the plans, so that a CPU trains in minutes. Most of the time is spent at full resolution.
 ARCHITECTURE = {
-    "features_per_stage": [8, 16, 32, 32],
+    "features_per_stage": [16, 32, 32, 32],
     "n_conv_per_stage": [1, 2, 2, 2],
     "n_conv_per_stage_decoder": [2, 2, 1],
 }
