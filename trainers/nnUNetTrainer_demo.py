@@ -7,4 +7,4 @@ from nnunet_dycon.training.settings import TrainingSchedule
 class nnUNetTrainer_demo(ScheduledTrainer):
     """nnU-Net's trainer with a length of minutes on a CPU; nothing else is changed."""
 
-    training_settings = TrainingSchedule(num_epochs=6, num_iterations_per_epoch=50, num_val_iterations_per_epoch=2)
+    training_settings = TrainingSchedule(num_epochs=8, num_iterations_per_epoch=50, num_val_iterations_per_epoch=2)
