@@ -23,7 +23,7 @@ from nnunet_dycon.dataset_conversion.reading import difference
 from nnunet_dycon.dataset_conversion.report import CaseReport, draw_overlays, report_on_all
 from nnunet_dycon.dataset_conversion.roles import FOLDERS, Assignment, Case, cross_validation, split_record
 from nnunet_dycon.errors import UsageError, UserError, first_line, some
-from nnunet_dycon.system.environment import nnunet_folder
+from nnunet_dycon.system.environment import FOLDER_VARIABLES, nnunet_folder
 from nnunet_dycon.system.files import replacing, require_whole
 from nnunet_dycon.system.label_maps import rounded
 from nnunet_dycon.system.locks import Lock
@@ -84,7 +84,7 @@ def new_dataset_folder(dataset_id: int, name: str, option: str = "-d") -> Path:
         )
     # nnU-Net raises an error if an ID has two names in these folders. Preprocessed data of the same name are rejected,
     # too: they may contain labels that the new split holds back.
-    for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+    for variable in FOLDER_VARIABLES:
         root = Path(os.environ.get(variable) or raw)
         for other in sorted(root.glob(f"Dataset{dataset_id:03d}*")):
             if other.is_dir() and (other.name != folder.name or variable == "nnUNet_preprocessed"):

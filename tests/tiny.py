@@ -15,6 +15,7 @@ from nnunetv2.utilities.dataset_name_id_conversion import convert_id_to_dataset_
 from scipy.ndimage import gaussian_filter
 
 import nnunet_dycon
+from nnunet_dycon.system.environment import FOLDER_VARIABLES
 
 LABELED = [f"case_{i:02d}" for i in range(5)]
 UNLABELED = [f"scan_{i:02d}" for i in range(4)]
@@ -88,7 +89,7 @@ def plan_and_preprocess(dataset_id: int) -> None:
 
 
 def set_environment(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
-    for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+    for variable in FOLDER_VARIABLES:
         (root / variable).mkdir(parents=True, exist_ok=True)
         monkeypatch.setenv(variable, str(root / variable))
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
