@@ -18,7 +18,7 @@ from benchmarks.preparation import HERE
 from nnunet_dycon.inference.statistics import PairedBootstrap, pooled_seed_noise
 
 SIMULATIONS = 2000
-# Names of settings and their arguments to `simulate`.
+# Names of settings and their arguments to `simulate`, and of some also the argument paired to `coverage`.
 SETTINGS: dict[str, dict] = {
     "1 seed, 60 cases": {"seeds": (1, 1), "cases": 60, "seed": 0},
     "1 seed, 16 cases": {"seeds": (1, 1), "cases": 16, "seed": 0},
@@ -38,6 +38,12 @@ SETTINGS: dict[str, dict] = {
     },
     "3 seeds, 16 cases, skewed (lognormal) differences": {"seeds": (3, 3), "cases": 16, "skewed": True, "own": 0.08},
     "3 draws of labeled cases, 16 cases": {"seeds": (3, 3), "cases": 16, "draw": 0.02},
+    "2 draws of labeled cases, 4 methods, paired, 16 cases": {
+        "seeds": (2,) * 4, "cases": 16, "draw": 0.02, "paired": True,
+    },
+    "3 draws of labeled cases, 3 methods, paired, 16 cases": {
+        "seeds": (3,) * 3, "cases": 16, "draw": 0.02, "paired": True,
+    },
     "3 seeds, 6 methods, 4 of them with a quarter of the noise, 16 cases": {
         "seeds": (3,) * 6, "cases": 16, "factor": 4,
     },
@@ -94,7 +100,9 @@ def simulate(
     return scores
 
 
-def coverage(simulations: int, *, draws: int = 1000, resample_seeds: bool = False, **setting) -> float:
+def coverage(
+    simulations: int, *, draws: int = 1000, resample_seeds: bool = False, paired: bool = False, **setting
+) -> float:
     """Return the fraction of simulated experiments in which the 95 % interval contains the true difference, which is 0.
 
     The interval is that of the mean score of method 1 minus the mean score of method 0.
@@ -103,7 +111,8 @@ def coverage(simulations: int, *, draws: int = 1000, resample_seeds: bool = Fals
         simulations: number of simulated experiments.
         draws: number of bootstrap draws per experiment.
         resample_seeds: whether to use a plain bootstrap over cases and seeds instead of `PairedBootstrap`.
-        setting: arguments of `simulate`, such as a value of `SETTINGS`.
+        paired: argument of `pooled_seed_noise`.
+        setting: arguments of `simulate`, such as those in a value of `SETTINGS`.
     """
     rng, inside = np.random.default_rng(0), 0
     for _ in range(simulations):
@@ -111,7 +120,7 @@ def coverage(simulations: int, *, draws: int = 1000, resample_seeds: bool = Fals
         if resample_seeds:
             low, high = np.percentile(_with_resampled_seeds(scores, rng, draws), (2.5, 97.5))
         else:
-            bootstrap = PairedBootstrap(scores, pooled_seed_noise(scores.values()), rng, draws=draws)
+            bootstrap = PairedBootstrap(scores, pooled_seed_noise(scores.values(), paired=paired), rng, draws=draws)
             estimate = bootstrap.difference(1, 0)
             low, high = estimate.low, estimate.high
         inside += low <= 0 <= high

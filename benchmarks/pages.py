@@ -11,8 +11,9 @@ In a page, a table is between two comments. The first comment contains the kind 
 - cost TRAINER ...: time, memory and checkpoint size of trainers relative to nnU-Net's own trainer;
 - pooled LABELS TABLE ...: for the trainers with default settings, the difference of Dice to the lower bound on test in
   each of several CSVs, and the mean of these differences with equal weights;
-- trials TABLE LABELS: Dice of all methods, including those with changed settings, on val, unlabeled and test. The
-  labeled cases are those of draw 0, the first ones of the protocol;
+- draws TABLE LABELS: for the trainers with default settings, the difference of Dice to the lower bound on test with
+  each draw of the labeled cases, and the mean of these differences;
+- trials TABLE LABELS: Dice of all methods, including those with changed settings, on val, unlabeled and test;
 - additions TABLE LABELS: Dice of all methods, and for methods with an addition such as +mae1000 or +rounds2 the
   difference to the method without it;
 - sparse: Dice with sparse annotations, from the CSVs of `benchmarks.hippocampus_sparse`;
@@ -25,17 +26,21 @@ In a page, a table is between two comments. The first comment contains the kind 
 - coverage FILE: coverage of the confidence intervals in simulations, from a JSON file in benchmarks/results;
 - demo FILE: scores of the demo with several seeds, from a JSON file in benchmarks/results;
 - scaling: calculated times of a step on 1 to 64 GPUs.
+
+Unless the kind says otherwise, the labeled cases are those of draw 0, the first ones of the protocol.
 """
 
 import csv
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from types import ModuleType
 from typing import Any
+
+import numpy as np
 
 from benchmarks import (
     coverage,
@@ -52,7 +57,7 @@ from benchmarks import (
 )
 from benchmarks.comparison import SETS, Method
 from benchmarks.measuring import markdown
-from benchmarks.preparation import HERE, LOWER_BOUND, SUPERVISED, UNLABELED, UPPER_BOUND
+from benchmarks.preparation import HERE, LOWER_BOUND, SUPERVISED, UPPER_BOUND
 from nnunet_dycon.inference.statistics import pooled_difference, pooled_share_of_gap
 from nnunet_dycon.labeling.select import RANDOM, STRATEGIES
 from nnunet_dycon.registry import RECOMMENDED
@@ -141,6 +146,43 @@ def pooled(labels: str, *tables: str) -> str:
             share = "undefined" if closed is None else report.with_interval(closed, ".0%")
         rows.append((_name(key[0]), *each, report.with_interval(means[key], "+.4f"), share))
     return _without_empty_columns(("method", *tables, "mean", "gap closed"), rows)
+
+
+def draws(table: str, labels: str) -> str:
+    """Return the Markdown table of the differences of Dice to the lower bound with each draw of the labeled cases.
+
+    The rows are the methods with default settings that were scored on test with all draws, except the upper bound.
+
+    - a column per draw: the Dice of the lower bound; for the other methods the difference to it, with 95 % interval,
+      and the number of seeds in brackets;
+    - mean: the mean over draws, with the interval over draws and cases. The seeds of a draw are averaged. Variation
+      between draws that all methods have in common is not part of the interval, since it cancels in the difference.
+
+    Args:
+        table: name of the CSV, without its ending.
+        labels: number of labeled cases.
+
+    Raises:
+        ValueError: the CSV has only one draw with this number of labeled cases.
+    """
+    rows = [row for row in _rows(table) if row["set"] == "test" and row["labels"] == labels]
+    found = sorted({int(row["draw"]) for row in rows})
+    if len(found) < 2:
+        raise ValueError(f"{table}.csv has only one draw with {labels} labels; score another one")
+    of_draw = {draw: students(table, "test", trials=False, draws=(draw,))[int(labels)] for draw in found}
+    common = set.intersection(*map(set, of_draw.values())) - {report.UPPER}
+    everything = {key: _over_seeds([group[key] for group in of_draw.values()]) for key in common}
+    columns = {**{f"draw {draw}": group for draw, group in of_draw.items()}, "mean": everything}
+    drawn = {name: report.bootstrap(group, paired=name == "mean") for name, group in columns.items()}
+    lines = []
+    for key in sorted(common, key=lambda key: (key != report.LOWER, everything[key].dice.mean())):
+        cells = []
+        for name, group in columns.items():
+            dice = report.over_runs(group[key].dice, 4)
+            text = dice if key == report.LOWER else report.difference(group, drawn[name], key, report.LOWER)
+            cells.append(text + (f" ({len(group[key].dice)})" if name != "mean" else ""))
+        lines.append((_name(key[0]), *cells))
+    return markdown(("method", *columns), lines)
 
 
 def scores(*trainers: str) -> str:
@@ -237,7 +279,7 @@ def trials(table: str, labels: str) -> str:
         table: name of the CSV, without its ending.
         labels: number of labeled cases.
     """
-    sets = {which: students(table, which, draws=(0,)).get(int(labels), {}) for which in SETS}
+    sets = {which: students(table, which).get(int(labels), {}) for which in SETS}
     rows = [(_name(key[0]), *(_dice(sets[which], key) for which in SETS)) for key in _methods(sets)]
     return _without_empty_columns(("method", *SETS), rows)
 
@@ -310,9 +352,13 @@ def selection(method: str) -> str:
 
 def _over_sets(scores: report.Scores) -> report.Scores:
     """Return scores whose runs are sets of labeled cases: with a single set, the runs are seeds, which are averaged."""
-    if len(scores.draws) > 1:
-        return scores
-    return replace(scores, dice=scores.dice.mean(0, keepdims=True), hd95_mm=scores.hd95_mm.mean(0, keepdims=True))
+    return scores if len(scores.draws) > 1 else _over_seeds([scores])
+
+
+def _over_seeds(draws: Sequence[report.Scores]) -> report.Scores:
+    """Return scores whose runs are draws of labeled cases: the mean over the seeds of each draw."""
+    dice, hd95_mm = (np.stack([getattr(its, name).mean(0) for its in draws]) for name in ("dice", "hd95_mm"))
+    return replace(draws[0], dice=dice, hd95_mm=hd95_mm, draws=tuple(draw for its in draws for draw in its.draws))
 
 
 def looks() -> str:
@@ -350,6 +396,7 @@ MAKERS: dict[str, Callable[..., str]] = {
     "scores": scores,
     "cost": cost,
     "pooled": pooled,
+    "draws": draws,
     "trials": trials,
     "additions": additions,
     "sparse": sparse,
@@ -379,9 +426,8 @@ def students(table: str, which: str, **chosen: Any) -> dict[int, report.Group]:
 
     Args:
         table: name of the CSV, without its ending.
-        which: set of cases: "val", "unlabeled" or "test". For "unlabeled", only the scores of draw 0 are read, because
-            other draws have other unlabeled cases.
-        chosen: further arguments of `report.read`.
+        which: set of cases: "val", "unlabeled" or "test".
+        chosen: further arguments of `report.read`. By default, only draw 0 is read: the first cases of the protocol.
 
     Returns:
         Number of labeled cases -> (method, "student") -> scores. Each inner dict also contains the upper bound, if it
@@ -389,9 +435,7 @@ def students(table: str, which: str, **chosen: Any) -> dict[int, report.Group]:
     """
     if not any(row["set"] == which for row in _rows(table)):
         return {}
-    if which == UNLABELED:
-        chosen["draws"] = (0,)  # other draws have other unlabeled cases
-    found = report.groups(report.read(RESULTS / f"{table}.csv", which, **chosen))
+    found = report.groups(report.read(RESULTS / f"{table}.csv", which, **({"draws": (0,)} | chosen)))
     return {n: {key: its for key, its in group.items() if key[1] == "student"} for n, group in found.items()}
 
 

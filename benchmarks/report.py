@@ -188,7 +188,7 @@ def groups(scores: dict[tuple[int, str, str], Scores]) -> dict[int, Group]:
     return {labels: group | upper for labels, group in sorted(found.items())}
 
 
-def bootstrap(group: Group, seed: int = 0) -> PairedBootstrap | None:
+def bootstrap(group: Group, seed: int = 0, *, paired: bool = False) -> PairedBootstrap | None:
     """Return the `PairedBootstrap` of the Dice of all methods in a group.
 
     Its keys are (method, weights). The standard deviation between runs is pooled over the student networks of all
@@ -197,10 +197,11 @@ def bootstrap(group: Group, seed: int = 0) -> PairedBootstrap | None:
     Args:
         group: (method, weights) -> scores, for one number of labeled cases.
         seed: seed of the random numbers. To pool the bootstraps of several groups, use a different seed for each.
+        paired: whether run i of all methods has the same labeled cases, see `pooled_seed_noise`.
     """
     # The teacher is nearly equal to the student, and the upper bound has other labels, so both are excluded.
     pooled = [its.dice for (method, weights), its in group.items() if weights == "student" and method != UPPER_BOUND]
-    noise = pooled_seed_noise(pooled)
+    noise = pooled_seed_noise(pooled, paired=paired)
     if noise is None:
         return None
     return PairedBootstrap({key: its.dice for key, its in group.items()}, noise, np.random.default_rng(seed))

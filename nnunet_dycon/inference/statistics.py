@@ -42,16 +42,30 @@ class SeedNoise:
     degrees_of_freedom: int
 
 
-def pooled_seed_noise(scores: Iterable[np.ndarray]) -> SeedNoise | None:
+def pooled_seed_noise(scores: Iterable[np.ndarray], *, paired: bool = False) -> SeedNoise | None:
     """Estimate how much the mean score over cases varies between seeds, pooled over methods.
 
     Args:
-        scores: the scores (seeds, cases) of each method.
+        scores: the scores (seeds, cases) of each method. Other runs, such as subsets of labeled cases, can take the
+            place of the seeds.
+        paired: whether run i of all methods has the same labeled cases. Variation that is common to all methods is then
+            excluded, since it cancels in differences between methods: the estimate is the residual standard deviation
+            of a two-way analysis of variance.
 
     Returns:
         The pooled standard deviation with its degrees of freedom, or None if no method has at least two seeds.
+
+    Raises:
+        ValueError: `paired`, and there are fewer than two methods or the methods have different numbers of runs.
     """
     means = [its.mean(1) for its in scores]
+    if paired:
+        if len(means) < 2 or len({len(of) for of in means}) > 1:
+            raise ValueError("paired runs need two or more methods with equal numbers of runs")
+        table = np.array(means)
+        residuals = table - table.mean(1, keepdims=True) - table.mean(0) + table.mean()
+        freedom = (table.shape[0] - 1) * (table.shape[1] - 1)
+        return SeedNoise(math.sqrt((residuals**2).sum() / freedom), freedom) if freedom else None
     freedom = sum(len(of) - 1 for of in means)
     if freedom == 0:
         return None
@@ -88,7 +102,7 @@ class PairedBootstrap(Generic[Key]):
     - Runs are independent. Runs on the same random subset of labeled cases are not independent. If there are several
       subsets, average the scores of each subset over its seeds, and pass one row of scores per subset. If a subset
       changes the scores of all methods equally, the change is counted as noise of each method, so intervals of
-      differences are too wide.
+      differences are too wide, unless `noise` is estimated from paired runs.
     """
 
     def __init__(

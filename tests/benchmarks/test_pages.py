@@ -11,19 +11,22 @@ from benchmarks.comparison import COLUMNS
 
 @pytest.fixture
 def write(monkeypatch, tmp_path):
-    """Return a function that writes a CSV of scores: name, then method, labels, draw, seed and Dice of two cases."""
+    """Return a function that writes a CSV of scores: name, then method, labels, draw, seed and Dice of two cases.
+
+    All scores are those of one set of cases, by default val.
+    """
     monkeypatch.setattr(pages, "RESULTS", tmp_path)
     pages._rows.cache_clear()
-    constant = {"weights": "student", "set": "val", "label": "a", "hd95_mm": 1, "plans": "p", "iterations": 100,
+    constant = {"weights": "student", "label": "a", "hd95_mm": 1, "plans": "p", "iterations": 100,
                 "precision": "float32", "commit": "abc", "trainer_at_commit": "t", "scored": "2026-01-01"}  # fmt: skip
 
-    def rows(name: str, *runs: tuple) -> Path:
+    def rows(name: str, *runs: tuple, which: str = "val") -> Path:
         file = tmp_path / f"{name}.csv"
         with file.open("w", newline="") as table:
             writer = csv.DictWriter(table, COLUMNS)
             writer.writeheader()
             for method, labels, draw, seed, *dice in runs:
-                key = {"method": method, "labels": labels, "draw": draw, "seed": seed}
+                key = {"method": method, "labels": labels, "draw": draw, "seed": seed, "set": which}
                 writer.writerows(constant | key | {"case": case, "dice": its} for case, its in zip("ab", dice))
         return file
 
@@ -70,3 +73,26 @@ def test_seeds_with_the_same_selected_cases_are_one_set(write):
     assert rows["`random`"][3] == "0.6000 ± 0.0000"
     assert rows["`random`"][4] == ""
     assert rows["`diverse`"][4].startswith("+0.0000 [-")
+
+
+def test_draws_are_compared_with_the_lower_bound_of_the_same_draw(write):
+    lower = [("lower_bound", 4, draw, seed, 0.5 + draw / 10, 0.6 + draw / 10) for draw in (0, 1) for seed in (0, 1)]
+    better = [("nnUNetTrainerDyCON", *run, first + 0.02, second + 0.04) for _, *run, first, second in lower]
+    some = [("nnUNetTrainerUGPL", 4, 0, 0, 0.1, 0.1), ("upper_bound", 9, 0, 0, 0.9, 0.9)]  # not in all draws
+    write("t", *lower, *better, *some, which="test")
+    assert pages.draws("t", "4").splitlines()[0] == "| method | draw 0 | draw 1 | mean |"
+    low = ["0.5500 ± 0.0000 (2)", "0.6500 ± 0.0000 (2)", "0.6000 ± 0.0707"]
+    gain = "+0.0300 [+0.0200, +0.0400]"  # over the cases; the draws have the same gain
+    assert cells(pages.draws("t", "4")) == [
+        ["lower bound", *low],
+        ["`nnUNetTrainerDyCON`", f"{gain} (2)", f"{gain} (2)", gain],
+    ]
+    write("one", *lower[:2], which="test")
+    with pytest.raises(ValueError, match="only one draw"):
+        pages.draws("one", "4")
+
+
+def test_tables_of_scores_contain_draw_0_only(write):
+    write("t", ("lower_bound", 4, 0, 0, 0.5, 0.5), ("lower_bound", 4, 1, 0, 0.7, 0.7))
+    assert cells(pages.results("t", "4")) == [["lower bound", "0.5000 (1)"]]
+    assert cells(pages.trials("t", "4")) == [["lower bound", "0.5000 (1)"]]

@@ -81,6 +81,19 @@ def test_pooled_seed_noise_of_known_scores():
     assert pooled_seed_noise([BASE[None]] * 2) is None
 
 
+def test_paired_noise_excludes_what_all_methods_have_in_common():
+    common = np.array([[0.0], [0.5], [0.2]])
+    scores = [BASE + common, BASE + common + 0.1, BASE + common]
+    assert pooled_seed_noise(scores, paired=True) == SeedNoise(pytest.approx(0, abs=1e-12), 4)
+    scores[0] = scores[0] + np.array([[0.3], [0.0], [0.0]])
+    # Residuals of the only changed cell: 0.3 * (1 - 1/3) * (1 - 1/3), and so on; their sum of squares is 0.3² * 4/9.
+    assert pooled_seed_noise(scores, paired=True) == SeedNoise(pytest.approx(0.3 * math.sqrt(4 / 9 / 4)), 4)
+    assert pooled_seed_noise([BASE[None]] * 2, paired=True) is None
+    for unequal in ([scores[0]], [scores[0], scores[1][:2]]):
+        with pytest.raises(ValueError, match="equal numbers of runs"):
+            pooled_seed_noise(unequal, paired=True)
+
+
 def test_closed_fraction_of_the_gap_of_known_scores():
     scores = {"lower": BASE[None], "method": BASE[None] + 0.03, "upper": BASE[None] + 0.04, "equal": BASE[None]}
     drawn = PairedBootstrap(scores, SeedNoise(1e-4, 20), np.random.default_rng(0))
@@ -210,6 +223,8 @@ BOUNDS = {
     "3 seeds, 16 cases, seeds differ in single cases only": (0.98, 1),
     "3 seeds, 16 cases, skewed (lognormal) differences": (0.82, 0.96),
     "3 draws of labeled cases, 16 cases": (0.98, 1),
+    "2 draws of labeled cases, 4 methods, paired, 16 cases": (0.94, 0.99),
+    "3 draws of labeled cases, 3 methods, paired, 16 cases": (0.94, 0.99),
     # The assumption of equal noise is violated.
     "3 seeds, 6 methods, 4 of them with a quarter of the noise, 16 cases": (0.7, 0.9),
 }
