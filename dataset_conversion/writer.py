@@ -137,11 +137,11 @@ def reserved(folder: Path, option: str = "-d") -> Iterator[Lock]:
 
     Raises:
         UsageError: a dataset already uses the ID.
-        UserError: another conversion to this ID is running, or nnUNet_raw cannot be written to.
+        UserError: another creation of this ID is running, or nnUNet_raw cannot be written to.
     """
     dataset_id = _id_of(folder)
     # One lock for all names of an ID, of which nnU-Net accepts one.
-    lock = Lock(folder.with_name(f".Dataset{dataset_id:03d}.lock"), f"a conversion to dataset ID {dataset_id}")
+    lock = Lock(folder.with_name(f".Dataset{dataset_id:03d}.lock"), f"the creation of dataset ID {dataset_id}")
     with writing_errors("cannot write into nnUNet_raw", "change its permissions or free disk space"):
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()

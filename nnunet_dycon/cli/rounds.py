@@ -151,7 +151,12 @@ def _self_train(arguments: argparse.Namespace) -> None:
 
     device = choose_device(arguments.device)
     training = Training(
-        arguments.configuration, arguments.trainer, arguments.plans, tuple(arguments.folds), device, arguments.num_gpus
+        arguments.configuration,
+        arguments.trainer,
+        arguments.plans,
+        tuple(dict.fromkeys(arguments.folds)),
+        device,
+        arguments.num_gpus,
     )
     self_train(
         arguments.dataset,

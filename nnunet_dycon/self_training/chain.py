@@ -27,6 +27,7 @@ from nnunet_dycon.registry import RECOMMENDED, TRAINERS
 from nnunet_dycon.self_training.pseudo_labels import (
     Selection,
     check_confidence,
+    check_plans,
     model_name,
     requested,
     sha256,
@@ -240,7 +241,8 @@ def _check(names: Sequence[str], training: Training, labeling: Labeling) -> None
         training, labeling: options of the chain.
 
     Raises:
-        UsageError: the data set with the annotated cases has no plans; the trainer does not exist; the trainer requires
+        UsageError: the data set with the annotated cases has no plans, or others than its model; the trainer does not
+            exist; the trainer requires
             unlabeled cases, but all cases would get pseudo-labels in all voxels; or the ID of a round is used by a data
             set that is not of this chain.
     """
@@ -250,6 +252,8 @@ def _check(names: Sequence[str], training: Training, labeling: Labeling) -> None
     content = Content(raw, about, unlabeled_cases(raw, about), training.plans)
     content.check()
     check_confidence(labeling.selection.confidence, about)
+    if (model := training.model(source)).is_dir():
+        check_plans(content, model)
     plans = json.loads((content.preprocessed / f"{training.plans}.json").read_text())
     if training.configuration not in plans["configurations"]:
         raise UsageError(f"{training.plans} has no configuration {training.configuration}; choose one with -c")
@@ -273,8 +277,9 @@ def _check(names: Sequence[str], training: Training, labeling: Labeling) -> None
                 raise UsageError(f"{results} has models of an earlier data set of this name; move or delete it")
         elif not _is_of_chain(folder, before, content, training, labeling):
             raise UsageError(
-                f"{folder} exists, but was not written by self_train with these options, images and models; choose "
-                f"other --ids, or delete {name} in nnUNet_raw, nnUNet_preprocessed and nnUNet_results"
+                f"{folder} exists, but was not written by self_train with these options and models, and these images "
+                "and labels (names, sizes and modification times); choose other --ids, or delete "
+                f"{name} in nnUNet_raw, nnUNet_preprocessed and nnUNet_results"
             )
 
 
@@ -373,7 +378,8 @@ def _trainings(dataset: str, training: Training) -> list[Stage]:
         def command() -> list[str]:
             if (folder / LATEST).is_file():
                 return training.command(dataset, fold, "--c")
-            return training.command(dataset, fold, *(["--val"] if (folder / STUDENT).is_file() else []))
+            only_validation = (folder / STUDENT).is_file() and not is_done()
+            return training.command(dataset, fold, *(["--val"] if only_validation else []))
 
         def is_done() -> bool:
             summary, weights = folder / "validation" / "summary.json", folder / STUDENT

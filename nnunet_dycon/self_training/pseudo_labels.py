@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 import pickle
 import shutil
 from collections.abc import Sequence
@@ -175,6 +176,7 @@ def pseudo_label(
     cases = unlabeled_cases(source, about)
     if replan and plans_name:
         raise UsageError("--replan copies no plans, so -p has no effect; remove one of both")
+    models = [Path(os.path.abspath(model)) for model in models]  # "." has no name
     if len({model.resolve() for model in models}) < len(models):
         raise UsageError("-m: a model is given twice; give each model once")
     members = [_Member(model, fold, checkpoint) for model in models for fold in find_folds(model, folds)]
@@ -184,8 +186,8 @@ def pseudo_label(
     _check_members(members, about)
     check_confidence(selection.confidence, about)
     _check_rating(selection, members, content)
-    if content.plans is not None and plans_name is None:
-        _check_plans(content, trained, models[0])
+    if content.plans == trained["plans_name"]:
+        check_plans(content, models[0])
     request = _request(members, selection, content, how)
     folder = nnunet_folder("nnUNet_raw") / result_name(source.name, dataset_id)
     if not _is_result(folder, request):
@@ -283,13 +285,11 @@ def _check_rating(selection: Selection, members: Sequence[_Member], content: Con
         raise UsageError(f"--previous {selection.previous} has pseudo-labels of {record.get('of')}; {remedy}")
 
 
-def _check_plans(content: Content, trained: dict, model: Path) -> None:
+def check_plans(content: Content, model: Path) -> None:
     """Raise UsageError if the plans to copy have changed since the model was trained."""
     file = content.preprocessed / f"{content.plans}.json"
-    if read_json(file).get("configurations") != trained.get("configurations"):
-        raise UsageError(
-            f"{file} differs from the plans of {model}; name the plans to copy with -p, or add --replan for new ones"
-        )
+    if read_json(file).get("configurations") != read_json(model / "plans.json").get("configurations"):
+        raise UsageError(f"{file} differs from the plans of {model}; restore it, or choose other plans with -p")
 
 
 def _previous_folder(dataset: str) -> Path:

@@ -102,9 +102,7 @@ class Content:
             )
         plans = self.preprocessed / f"{self.plans}.json"
         if self.plans is not None and not plans.is_file():
-            raise UsageError(
-                f"{plans} does not exist; run nnUNetv2_plan_and_preprocess, name other plans with -p, or add --replan"
-            )
+            raise UsageError(f"{plans} does not exist; run nnUNetv2_plan_and_preprocess, or choose other plans with -p")
         _ = self.splits
 
     def digest(self) -> str:

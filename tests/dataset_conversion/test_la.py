@@ -275,11 +275,12 @@ def test_invalid_spacing_raises(nrrd_source, raw, capsys, spacing):
 @pytest.mark.parametrize(
     ("labeled", "message"),
     [
-        ("x", "must be a whole number and at least 1, got x"),
-        ("0", "must be a whole number and at least 1, got 0"),
-        ("x%", "must be a number of cases, or a percentage above 0% and up to 100%, got x%"),
-        ("nan%", "must be a number of cases, or a percentage above 0%"),
-        ("101%", "must be a number of cases, or a percentage above 0%"),
+        ("x", "must be a number of cases such as 8, or a percentage above 0%"),
+        ("0", "must be a number of cases such as 8, or a percentage above 0%"),
+        ("0.8", "must be a number of cases such as 8, or a percentage above 0%"),
+        ("x%", "must be a number of cases such as 8, or a percentage above 0% and up to 100% such as 80%, got x%"),
+        ("nan%", "must be a number of cases such as 8, or a percentage above 0%"),
+        ("101%", "must be a number of cases such as 8, or a percentage above 0%"),
     ],
 )
 def test_invalid_number_of_labels_raises(tmp_path, capsys, labeled, message):

@@ -211,10 +211,10 @@ def test_full_disk_and_missing_permission_are_one_line(source, capsys, monkeypat
 
 
 def test_a_second_copy_to_the_same_id_waits_for_no_name(source, capsys):
-    lock = Lock(source.parent / ".Dataset902.lock", "a conversion to dataset ID 902")
+    lock = Lock(source.parent / ".Dataset902.lock", "the creation of dataset ID 902")
     lock.acquire()
     assert sparsify("--scribbles") == 1
-    assert "a conversion to dataset ID 902" in capsys.readouterr().err
+    assert "the creation of dataset ID 902" in capsys.readouterr().err
     lock.close()
 
 

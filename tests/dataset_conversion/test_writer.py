@@ -494,9 +494,9 @@ def test_labels_of_an_interrupted_conversion_are_removed_for_another_split(write
 
 
 def test_second_conversion_into_the_same_folder_raises(write_two, raw):
-    lock = Lock(raw / ".Dataset007.lock", "a conversion to dataset ID 7")
+    lock = Lock(raw / ".Dataset007.lock", "the creation of dataset ID 7")
     lock.acquire()
-    with closing(lock), pytest.raises(UserError, match="a conversion to dataset ID 7 is running"):
+    with closing(lock), pytest.raises(UserError, match="the creation of dataset ID 7 is running"):
         write_two()
     assert (raw / ".Dataset007_Name.partial" / "imagesTr" / "a_0000.nii.gz").is_file()
 

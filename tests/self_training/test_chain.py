@@ -91,7 +91,7 @@ def test_chain_trains_labels_and_trains_again(own, commands, capsys):
     assert self_train() == 0
     assert commands == [train(901, 1), *ROUNDS]
     printed = capsys.readouterr().out
-    assert "[1/12] " + train(901, 0, "--val") + "  (finished by an earlier call)" in printed
+    assert "[1/12] " + train(901, 0) + "  (finished by an earlier call)" in printed
     assert f"nnUNetv2_predict -d 912 -c 3d_fullres -tr {TRAINER} -p nnUNetPlans -f 0 1" in printed
     records = [json.loads((own / "nnUNet_raw" / name / "pseudo_labels.json").read_text()) for name in NAMES[1:]]
     assert [record["rated_by"] for record in records] == ["expected_dice", "previous_dice"]
@@ -139,6 +139,13 @@ def test_dry_run_only_prints_the_commands(own, commands, capsys):
     assert "--keep 50% --confidence 0.7 --disable_tta -p nnUNetPlans -device cpu -np 0 --previous 911" in lines[7]
 
 
+def other_plans(own: Path) -> None:
+    file = own / "nnUNet_preprocessed" / NAMES[0] / "nnUNetPlans.json"
+    plans = json.loads(file.read_text())
+    plans["configurations"]["3d_fullres"]["batch_size"] = 3
+    file.write_text(json.dumps(plans))
+
+
 def foreign_data_set(own: Path) -> None:
     (own / "nnUNet_raw" / NAMES[1]).mkdir()
 
@@ -153,6 +160,7 @@ BAD = [
     (lambda own: None, [], "911,911", "given twice"),
     (lambda own: None, [], "901", "is that of Dataset901_Tiny"),
     (lambda own: None, ["-p", "none"], "911", "none.json does not exist"),
+    (other_plans, [], "911", "differs from the plans of"),
     (lambda own: None, ["--keep", "100%"], "911", "with --keep 100%, all 4 unlabeled cases"),
     (lambda own: None, ["--keep", "4"], "911", "with --keep 4, all 4 unlabeled cases"),
     (lambda own: None, [], "1000", "nnU-Net accepts IDs from 1 to 999"),
@@ -181,7 +189,7 @@ def test_chain_after_a_new_training_of_the_first_model_is_refused(own, commands,
     shutil.copy2(own / MODEL / "fold_1" / "checkpoint_final.pth", checkpoint)
     capsys.readouterr()
     assert self_train(ids="911") == 2
-    assert "was not written by self_train with these options, images and models" in capsys.readouterr().err
+    assert "was not written by self_train with these options and models, and these" in capsys.readouterr().err
 
 
 def test_chains_that_share_a_data_set_exclude_each_other(own, commands, capsys):

@@ -300,6 +300,7 @@ BAD = [
     (write_splits([{"train": ["gone"], "val": [LABELED[0]]}]), [], 1, "cases without a label in labelsTr: gone"),
     (has_pseudo_labels, [], 2, "give the data set of their origin, Dataset900_First"),
     (other_plans, [], 2, "differs from the plans of"),
+    (other_plans, ["-p", "nnUNetPlans"], 2, "differs from the plans of"),
     (lambda own: None, ["--replan", "-p", "nnUNetPlans"], 2, "so -p has no effect"),
     (lambda own: None, ["--previous", 901, "--rate_by", "expected_dice"], 2, "Tiny/pseudo_labels lacks"),
     (lambda own: shutil.rmtree(own / "nnUNet_raw/Dataset901_Tiny/imagesUn"), [], 2, "imagesUn has no images"),
@@ -307,7 +308,7 @@ BAD = [
     (cut_image, [], 1, f"{UNLABELED[2]}_0000.nii.gz is damaged"),
     (other_labels, [], 1, "other labels"),
     (name_taken, [], 2, f"pseudo_{UNLABELED[0]}"),
-    (lambda own: (own / "nnUNet_preprocessed/Dataset901_Tiny/nnUNetPlans.json").unlink(), [], 2, "add --replan"),
+    (lambda own: (own / "nnUNet_preprocessed/Dataset901_Tiny/nnUNetPlans.json").unlink(), [], 2, "other plans with -p"),
     (lambda own: (own / MODEL / "fold_1/checkpoint_final.pth").write_bytes(b"x"), [], 1, "cannot be loaded"),
     (lambda own: (own / "nnUNet_raw/Dataset911_Other").mkdir(), [], 2, "dataset ID 911 is taken"),
     (lambda own: None, ["-f", 3], 2, "has no fold 3"),
@@ -360,7 +361,7 @@ def test_predictions_of_changed_images_are_not_used(own, copied, monkeypatch):
 
 
 def test_two_calls_with_the_same_id_are_refused(own, copied, capsys):
-    lock = Lock(own / "nnUNet_raw/.Dataset911.lock", "a conversion to dataset ID 911")
+    lock = Lock(own / "nnUNet_raw/.Dataset911.lock", "the creation of dataset ID 911")
     lock.acquire()
     assert pseudo_label(own) == 1
     assert "dataset ID 911" in capsys.readouterr().err
@@ -379,3 +380,11 @@ def test_record_names_the_checkpoints(own, copied):
         }
     assert str(own) not in json.dumps(record(own))
     assert "nnUNet_extTrainer" in os.environ
+
+
+def test_commands_are_complete_if_the_model_is_given_as_the_current_folder(own, copied, capsys, monkeypatch):
+    monkeypatch.chdir(own / MODEL)
+    assert main(["pseudo_label", "-m", ".", "-d", "901", "-o", "911", "-device", "cpu", "-np", "0"]) == 0
+    out = capsys.readouterr().out
+    assert "nnUNetv2_preprocess -d 911 -c 3d_fullres -plans_name nnUNetPlans" in out
+    assert "nnUNetv2_train 911 3d_fullres 0" in out
