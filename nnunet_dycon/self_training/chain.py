@@ -242,9 +242,8 @@ def _check(names: Sequence[str], training: Training, labeling: Labeling) -> None
 
     Raises:
         UsageError: the data set with the annotated cases has no plans, or others than its model; the trainer does not
-            exist; the trainer requires
-            unlabeled cases, but all cases would get pseudo-labels in all voxels; or the ID of a round is used by a data
-            set that is not of this chain.
+            exist; the trainer requires unlabeled cases, but all cases would get pseudo-labels in all voxels; or the ID
+            of a round is used by a data set that is not of this chain.
     """
     source, *rounds = names
     raw = nnunet_folder("nnUNet_raw") / source
@@ -252,7 +251,7 @@ def _check(names: Sequence[str], training: Training, labeling: Labeling) -> None
     content = Content(raw, about, unlabeled_cases(raw, about), training.plans)
     content.check()
     check_confidence(labeling.selection.confidence, about)
-    if (model := training.model(source)).is_dir():
+    if ((model := training.model(source)) / "plans.json").is_file():  # absent if a training has just been started
         check_plans(content, model)
     plans = json.loads((content.preprocessed / f"{training.plans}.json").read_text())
     if training.configuration not in plans["configurations"]:

@@ -129,6 +129,13 @@ def test_resumed_training_continues_and_finished_training_is_validated(own, comm
     assert commands[:2] == [train(901, 0, "--val"), train(901, 1, "--c")]
 
 
+def test_chain_resumes_a_training_that_had_just_been_started(own, commands):
+    shutil.rmtree(own / MODEL)
+    (own / MODEL / "fold_0").mkdir(parents=True)
+    assert self_train(ids="911") == 0
+    assert commands[0] == train(901, 0)
+
+
 def test_dry_run_only_prints_the_commands(own, commands, capsys):
     before = sorted(own.rglob("*"))
     assert self_train("--dry_run", "--keep", "50%", "--confidence", 0.7) == 0
