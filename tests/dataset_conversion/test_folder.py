@@ -507,7 +507,7 @@ def test_conversion_ends_after_the_case_in_which_another_process_takes_over(sour
 
     monkeypatch.setattr(writer, "_write_case", taken_over)
     assert convert("folder", source, *BOTH) == 1
-    assert "another process (host node7, process 1) has taken over the creation of dataset ID 101" in the_one_error(capsys)
+    assert "another process (host node7, process 1) has taken over the creation of dataset" in the_one_error(capsys)
     assert len(done) == 1
 
 
