@@ -48,16 +48,17 @@ def num_processes(arguments: argparse.Namespace) -> int:
 
 
 def count_or_fraction(text: str) -> int | float:
-    value: int | float
     try:
-        value = float(text[:-1]) / 100 if text.endswith("%") else int(text)
-    except ValueError:
-        value = math.nan
-    if not (0 < value <= 1 if text.endswith("%") else value >= 1):
+        if not text.endswith("%"):
+            return positive(text)
+        fraction = float(text[:-1]) / 100
+    except (ValueError, argparse.ArgumentTypeError):
+        fraction = math.nan
+    if not 0 < fraction <= 1:
         raise argparse.ArgumentTypeError(
             f"must be a number of cases such as 8, or a percentage above 0% and up to 100% such as 80%, got {text}"
         )
-    return value
+    return fraction
 
 
 def add_path(parser: Any, *names: str, complete: str = "directory", metavar: str = "FOLDER", **options: Any) -> None:

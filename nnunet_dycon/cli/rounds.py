@@ -150,14 +150,8 @@ def _self_train(arguments: argparse.Namespace) -> None:
     from nnunet_dycon.self_training.chain import Training, self_train
 
     device = choose_device(arguments.device)
-    training = Training(
-        arguments.configuration,
-        arguments.trainer,
-        arguments.plans,
-        tuple(dict.fromkeys(arguments.folds)),
-        device,
-        arguments.num_gpus,
-    )
+    folds = tuple(dict.fromkeys(arguments.folds))
+    training = Training(arguments.configuration, arguments.trainer, arguments.plans, folds, device, arguments.num_gpus)
     self_train(
         arguments.dataset,
         arguments.dataset_ids,

@@ -50,8 +50,8 @@ class Selection:
 
     Attributes:
         keep: number of cases to keep (int), or their fraction of all unlabeled cases (float).
-        rate_by: rating by which the best cases are kept, a key of `RATINGS`. None for "previous_dice" if `previous` is
-            given, else "expected_dice".
+        rate_by: rating that determines which cases are the best, a key of `RATINGS`. None for "previous_dice" if
+            `previous` is given, else "expected_dice".
         previous: ID or name of the data set that `pseudo_label` wrote in the previous round, whose predictions are
             compared with the new ones; None in the first round.
         confidence: voxels below this confidence get the ignore label; None keeps all voxels. The confidence is the

@@ -278,6 +278,7 @@ def test_invalid_spacing_raises(nrrd_source, raw, capsys, spacing):
         ("x", "must be a number of cases such as 8, or a percentage above 0%"),
         ("0", "must be a number of cases such as 8, or a percentage above 0%"),
         ("0.8", "must be a number of cases such as 8, or a percentage above 0%"),
+        ("1_0", "must be a number of cases such as 8, or a percentage above 0%"),
         ("x%", "must be a number of cases such as 8, or a percentage above 0% and up to 100% such as 80%, got x%"),
         ("nan%", "must be a number of cases such as 8, or a percentage above 0%"),
         ("101%", "must be a number of cases such as 8, or a percentage above 0%"),

@@ -1,5 +1,6 @@
 """Fixtures of a model with two folds, and of predictions that need no network."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -79,3 +80,11 @@ def copied(own, predictions, monkeypatch) -> list[str]:
 
     monkeypatch.setattr(pseudo_labels, "predict", copy)
     return predicted
+
+
+def other_plans(own: Path) -> None:
+    """Change the plans of Dataset901_Tiny after the training of its model."""
+    file = own / "nnUNet_preprocessed/Dataset901_Tiny/nnUNetPlans.json"
+    plans = json.loads(file.read_text())
+    plans["configurations"]["3d_fullres"]["batch_size"] = 3
+    file.write_text(json.dumps(plans))

@@ -21,7 +21,7 @@ from nnunet_dycon.inference.model_folders import trainer_class
 from nnunet_dycon.self_training import chain, pseudo_labels
 from nnunet_dycon.system.locks import Lock
 from tests.processes import ONE_THREAD
-from tests.self_training.conftest import MODEL
+from tests.self_training.conftest import MODEL, other_plans
 from tests.self_training.test_pseudo_labels import pseudo_label
 from tests.tiny import LABELED, UNLABELED, few_samples, set_environment
 from tests.trainers.training import deterministic, draw_no_pictures, make_trainer, weights
@@ -144,13 +144,6 @@ def test_dry_run_only_prints_the_commands(own, commands, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 12
     assert "--keep 50% --confidence 0.7 --disable_tta -p nnUNetPlans -device cpu -np 0 --previous 911" in lines[7]
-
-
-def other_plans(own: Path) -> None:
-    file = own / "nnUNet_preprocessed" / NAMES[0] / "nnUNetPlans.json"
-    plans = json.loads(file.read_text())
-    plans["configurations"]["3d_fullres"]["batch_size"] = 3
-    file.write_text(json.dumps(plans))
 
 
 def foreign_data_set(own: Path) -> None:

@@ -18,7 +18,7 @@ from nnunet_dycon.self_training import pseudo_labels as module
 from nnunet_dycon.self_training.pseudo_labels import Selection
 from nnunet_dycon.self_training.writing import folds
 from nnunet_dycon.system.locks import Lock
-from tests.self_training.conftest import MODEL
+from tests.self_training.conftest import MODEL, other_plans
 from tests.test_kills import contents, kills
 from tests.tiny import LABELED, UNLABELED
 
@@ -285,13 +285,6 @@ def write_splits(content: object) -> Callable[[Path], object]:
 def has_pseudo_labels(own: Path) -> None:
     file = own / "nnUNet_raw/Dataset901_Tiny/dataset.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"pseudo_labels_of": "Dataset900_First"}))
-
-
-def other_plans(own: Path) -> None:
-    file = own / "nnUNet_preprocessed/Dataset901_Tiny/nnUNetPlans.json"
-    plans = json.loads(file.read_text())
-    plans["configurations"]["3d_fullres"]["batch_size"] = 3
-    file.write_text(json.dumps(plans))
 
 
 BAD = [
